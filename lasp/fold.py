@@ -1,0 +1,177 @@
+"""The ``fold`` order: equal tokens and equal causal attention work with about two runs a rank.
+
+A token late in a long document attends to many keys (heavy), one early in its document to few
+(light). ``fold`` cuts the pack into heavy and light intervals at the mean density and gives every
+rank some tokens from the front of each list, split so that its work is the mean. Every rank
+computes the same plan from the document lengths alone.
+
+Why it closes: with nothing absorbed every heavy token is denser than the mean and every light one
+at most as dense, so the work of "a heavy tokens, T - a light tokens" grows with a and bisection
+finds the mean; what is left over keeps the mean density, so neither list runs out first. Absorbing
+short heavy tails into the light list bounds the number of runs and makes this approximate, so the
+result is checked and the next smaller absorb fraction tried.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+
+Interval = tuple[int, int]
+
+ABSORB_FRACTIONS = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.0)
+MAX_WORK_RATIO = 1.03
+
+
+class WorkIndex:
+    """Causal attention work, in (query, key) pairs, of any interval of a pack.
+
+    Args:
+        borders: N + 1 cumulative document lengths, starting at 0.
+    """
+
+    def __init__(self, borders: Sequence[int]) -> None:
+        self.borders = borders
+        self._before = [0]  # work of all documents before document n
+        for start, stop in zip(borders, borders[1:], strict=False):
+            length = stop - start
+            self._before.append(self._before[-1] + length * (length + 1) // 2)
+
+    def until(self, position: int) -> int:
+        """Work of pack positions [0, position)."""
+        document = bisect_right(self.borders, position) - 1
+        inside = position - self.borders[document]
+        return self._before[document] + inside * (inside + 1) // 2
+
+    def between(self, start: int, stop: int) -> int:
+        """Work of pack positions [start, stop)."""
+        return self.until(stop) - self.until(start)
+
+
+class _Queue:
+    """Intervals consumed from the front, token by token, with their work."""
+
+    def __init__(self, intervals: Sequence[Interval], work: WorkIndex) -> None:
+        self._intervals = intervals
+        self._work = work
+        self._tokens = [0]
+        self._works = [0]
+        for start, stop in intervals:
+            self._tokens.append(self._tokens[-1] + stop - start)
+            self._works.append(self._works[-1] + work.between(start, stop))
+        self._taken = 0
+        self._work_taken = 0
+
+    def __len__(self) -> int:
+        return self._tokens[-1] - self._taken
+
+    def work_of(self, count: int) -> int:
+        """Work of the next ``count`` tokens."""
+        return self._work_until(self._taken + count) - self._work_taken
+
+    def _work_until(self, tokens: int) -> int:
+        index = bisect_right(self._tokens, tokens) - 1
+        work = self._works[index]
+        if index < len(self._intervals) and tokens > self._tokens[index]:
+            start = self._intervals[index][0]
+            work += self._work.between(start, start + tokens - self._tokens[index])
+        return work
+
+    def take(self, count: int) -> list[Interval]:
+        """Remove and return the next ``count`` tokens as intervals."""
+        taken: list[Interval] = []
+        position, end = self._taken, self._taken + count
+        while position < end:
+            index = bisect_right(self._tokens, position) - 1
+            upto = min(end, self._tokens[index + 1])
+            start = self._intervals[index][0] - self._tokens[index]
+            taken.append((start + position, start + upto))
+            position = upto
+        self._taken = end
+        self._work_taken = self._work_until(end)
+        return taken
+
+
+def fold_runs(borders: Sequence[int], num_ranks: int) -> list[list[Interval]]:
+    """Runs of every rank under the fold order.
+
+    Args:
+        borders: cumulative document lengths, 0 first; the last must divide by ``num_ranks``.
+        num_ranks: P.
+
+    Returns:
+        For each rank its runs, sorted by position, T = borders[-1] / P tokens in all.
+    """
+    work = WorkIndex(borders)
+    mean_work = work.until(borders[-1]) / num_ranks
+    best: list[list[Interval]] = []
+    best_ratio = float("inf")
+    for absorb in ABSORB_FRACTIONS:
+        runs = _assign(borders, work, num_ranks, absorb)
+        heaviest = max(sum(work.between(*run) for run in rank_runs) for rank_runs in runs)
+        if heaviest / mean_work < best_ratio:
+            best, best_ratio = runs, heaviest / mean_work
+        if best_ratio <= MAX_WORK_RATIO:
+            break
+    return best
+
+
+def _split(
+    borders: Sequence[int], mean_density: int, granularity: int, absorb_tokens: float
+) -> tuple[list[Interval], list[Interval]]:
+    """Heavy and light intervals; touching light intervals of successive documents are one."""
+    heavy: list[Interval] = []
+    light: list[Interval] = []
+    current = 0
+    for start, stop in zip(borders, borders[1:], strict=False):
+        border = -(-(start + mean_density) // granularity) * granularity
+        if border + max(granularity, absorb_tokens) < stop:
+            if border > current:
+                light.append((current, border))
+            heavy.append((border, stop))
+            current = stop
+    if borders[-1] > current:
+        light.append((current, borders[-1]))
+    return heavy, light
+
+
+def _assign(
+    borders: Sequence[int], work: WorkIndex, num_ranks: int, absorb: float
+) -> list[list[Interval]]:
+    total_tokens, total_work = borders[-1], work.until(borders[-1])
+    tokens = total_tokens // num_ranks
+    # Cuts fall on multiples of the granularity where they can, so that kernels see round blocks.
+    granularity = 64 if tokens >= 16384 else 16 if tokens >= 256 else 1
+    heavy_intervals, light_intervals = _split(
+        borders, total_work // total_tokens, granularity, absorb * tokens
+    )
+    heavy, light = _Queue(heavy_intervals, work), _Queue(light_intervals, work)
+    work_left = total_work
+    runs: list[list[Interval]] = []
+    for rank in range(num_ranks):
+        low, high = max(0, tokens - len(light)), min(tokens, len(heavy))
+        target = work_left / (num_ranks - rank)
+        if rank == num_ranks - 1:
+            count = len(heavy)
+        else:
+            count = low + bisect_left(
+                range(low, high),
+                target,
+                key=lambda a: heavy.work_of(a) + light.work_of(tokens - a),
+            )
+            rounded = (count + granularity // 2) // granularity * granularity
+            count = min(max(rounded, low), high)
+        work_left -= heavy.work_of(count) + light.work_of(tokens - count)
+        runs.append(_merge(heavy.take(count) + light.take(tokens - count)))
+    return runs
+
+
+def _merge(intervals: list[Interval]) -> list[Interval]:
+    """Sort by position and join touching intervals."""
+    merged: list[Interval] = []
+    for start, stop in sorted(intervals):
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return merged

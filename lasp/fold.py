@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 
 Interval = tuple[int, int]
 
@@ -33,7 +34,7 @@ class WorkIndex:
     def __init__(self, borders: Sequence[int]) -> None:
         self.borders = borders
         self._before = [0]  # work of all documents before document n
-        for start, stop in zip(borders, borders[1:], strict=False):
+        for start, stop in pairwise(borders):
             length = stop - start
             self._before.append(self._before[-1] + length * (length + 1) // 2)
 
@@ -123,7 +124,7 @@ def _split(
     heavy: list[Interval] = []
     light: list[Interval] = []
     current = 0
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in pairwise(borders):
         border = -(-(start + mean_density) // granularity) * granularity
         if border + max(granularity, absorb_tokens) < stop:
             if border > current:

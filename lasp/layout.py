@@ -21,7 +21,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -62,7 +62,7 @@ class RunLink(NamedTuple):
 
     Attributes:
         rank: the rank that holds the run.
-        index: position of the run among that rank's runs.
+        run: index of the run among that rank's runs.
         start: first pack position.
         stop: one past the last pack position.
         continues: the run's first token continues a document that began in an earlier run.
@@ -70,7 +70,7 @@ class RunLink(NamedTuple):
     """
 
     rank: int
-    index: int
+    run: int
     start: int
     stop: int
     continues: bool
@@ -128,7 +128,7 @@ class SequenceLayout:
         A CUDA tensor is copied to the host, once: build the layout in the data loader if you can.
         """
         borders = [int(b) for b in cu_seqlens]
-        lengths = [b - a for a, b in zip(borders, borders[1:], strict=False)]
+        lengths = [b - a for a, b in pairwise(borders)]
         if not borders or borders[0] != 0 or any(length < 0 for length in lengths):
             raise ValueError(
                 f"cu_seqlens must start at 0 and never fall, got {borders[:8]}...: pass cumulative"
@@ -226,7 +226,7 @@ class SequenceLayout:
     @cached_property
     def run_links(self) -> tuple[RunLink, ...]:
         """All runs of all ranks in pack order: predecessor of ``run_links[j]`` is ``[j - 1]``."""
-        starts = sorted({a for a, b in zip(self.borders, self.borders[1:], strict=False) if b > a})
+        starts = sorted({a for a, b in pairwise(self.borders) if b > a})
         links: list[RunLink] = []
         for rank, runs in enumerate(self._runs):
             for index, (start, stop) in enumerate(runs):
@@ -250,7 +250,7 @@ class SequenceLayout:
         """Tokens of ``rank`` out of the whole pack.
 
         Args:
-            x: ``[..., S, ...]`` with S or, unpadded, ``sum(document_lengths)`` tokens along ``dim``.
+            x: ``[..., S, ...]``, with or without the padding tokens along ``dim``.
             rank: rank within the context-parallel group.
             dim: the token dimension.
             pad_value: what the padding tokens hold when ``x`` comes unpadded.
@@ -311,7 +311,7 @@ class SequenceLayout:
         )
 
     def position_ids(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
-        """Position of each token of ``rank`` within its document: int64 ``[T]``, cached per device."""
+        """Position of each token within its document: int64 ``[T]``, cached per device."""
 
         def build() -> Tensor:
             return torch.cat([torch.arange(f.start, f.stop) for f in self.fragments(rank)])

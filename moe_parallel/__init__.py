@@ -1,0 +1,1 @@
+"""Mixture-of-experts layers over EP x ETP ranks."""

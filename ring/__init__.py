@@ -1,0 +1,1 @@
+"""Exact softmax attention over a packed sequence cut across ranks."""

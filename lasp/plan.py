@@ -1,0 +1,121 @@
+"""Choose the order of a layout by a cost model, on the host, from document lengths alone.
+
+One period of a hybrid model is ``lightning_layers`` lightning layers and one softmax layer. Every
+order gives each rank the same tokens, so only three times differ: the attention work of the busiest
+rank, the keys and values it must receive (hidden under that work where they fit), and the lightning
+states exchanged, which grow with the number of runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, get_args
+
+from lasp.layout import Order, SequenceLayout
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Sizes and rates behind :func:`layout_costs`; the defaults are MiniMax-Text-01's layers.
+
+    Attributes:
+        query_heads: query heads of a softmax layer on one rank.
+        kv_heads: key and value heads of a softmax layer on one rank.
+        lightning_heads: heads of a lightning layer on one rank.
+        head_dim: dim of every head.
+        lightning_layers: lightning layers for one softmax layer.
+        flop_per_s: rate of the softmax attention kernel.
+        link_bytes_per_s: bandwidth between ranks, each direction.
+        activation_bytes: bytes of one key or value element.
+    """
+
+    query_heads: int = 64
+    kv_heads: int = 8
+    lightning_heads: int = 64
+    head_dim: int = 128
+    lightning_layers: int = 7
+    flop_per_s: float = 400e12
+    link_bytes_per_s: float = 45e9
+    activation_bytes: int = 2
+
+
+class LayoutCost(NamedTuple):
+    """Estimated forward time of one period under one layout.
+
+    Attributes:
+        layout: what was estimated.
+        attention_ms: softmax attention of the busiest rank.
+        kv_ms: receipt of keys and values by the neediest rank.
+        state_ms: all-gather of the lightning states, all lightning layers of the period.
+        kv_bytes: what the neediest rank receives in the softmax layer.
+        state_bytes: what every rank receives in one lightning layer.
+        total_ms: max(attention, kv) + state.
+    """
+
+    layout: SequenceLayout
+    attention_ms: float
+    kv_ms: float
+    state_ms: float
+    kv_bytes: int
+    state_bytes: int
+    total_ms: float
+
+
+def plan_layout(
+    document_lengths: Sequence[int], num_ranks: int, *, cost_model: CostModel | None = None
+) -> SequenceLayout:
+    """The layout whose estimated time is least; see :func:`layout_costs` for why.
+
+    Args:
+        document_lengths: tokens of each document, in pack order.
+        num_ranks: P.
+        cost_model: sizes and rates; MiniMax-Text-01 over a 45 GB/s link if not given.
+
+    Returns:
+        A :class:`SequenceLayout`, equal on every rank that calls this with the same arguments.
+
+    Raises:
+        ValueError: as :class:`SequenceLayout`.
+    """
+    return layout_costs(document_lengths, num_ranks, cost_model=cost_model)[0].layout
+
+
+def layout_costs(
+    document_lengths: Sequence[int], num_ranks: int, *, cost_model: CostModel | None = None
+) -> tuple[LayoutCost, ...]:
+    """Estimates of all orders, best first; equal ones in the order contiguous, zigzag, fold."""
+    model = CostModel() if cost_model is None else cost_model
+    lengths = tuple(document_lengths)
+    costs = [_cost(SequenceLayout(lengths, num_ranks, order), model) for order in get_args(Order)]
+    return tuple(sorted(costs, key=lambda cost: cost.total_ms))
+
+
+def _cost(layout: SequenceLayout, model: CostModel) -> LayoutCost:
+    ranks = range(layout.num_ranks)
+    # A (query, key) pair costs 4 d floating-point operations a query head: q k^T and p v.
+    flop = max(layout.work(rank) for rank in ranks) * 4 * model.query_heads * model.head_dim
+    token_bytes = 2 * model.kv_heads * model.head_dim * model.activation_bytes
+    kv_bytes = token_bytes * max(_tokens_received(layout, rank) for rank in ranks)
+    most_runs = max(len(layout.runs(rank)) for rank in ranks)
+    state = model.lightning_heads * model.head_dim**2 * 4
+    state_bytes = (layout.num_ranks - 1) * most_runs * state
+    attention_ms = 1e3 * flop / model.flop_per_s
+    kv_ms = 1e3 * kv_bytes / model.link_bytes_per_s
+    state_ms = 1e3 * model.lightning_layers * state_bytes / model.link_bytes_per_s
+    total_ms = max(attention_ms, kv_ms) + state_ms
+    return LayoutCost(layout, attention_ms, kv_ms, state_ms, kv_bytes, state_bytes, total_ms)
+
+
+def _tokens_received(layout: SequenceLayout, rank: int) -> int:
+    """Tokens of other ranks that causal attention of ``rank`` reads."""
+    last_start: dict[int, int] = {}  # document -> where its last fragment here starts
+    held: dict[int, int] = {}  # document -> tokens held here before that fragment
+    tokens_of: dict[int, int] = {}
+    for fragment in layout.fragments(rank):
+        if fragment.document == layout.num_documents:  # padding attends to itself alone
+            continue
+        held[fragment.document] = tokens_of.get(fragment.document, 0)
+        tokens_of[fragment.document] = held[fragment.document] + fragment.stop - fragment.start
+        last_start[fragment.document] = fragment.start
+    return sum(start - held[document] for document, start in last_start.items())

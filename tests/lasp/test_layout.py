@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import pickle
+import statistics
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lasp.layout import Fragment, Run, RunLink, SequenceLayout
+from tests.lasp.distributions import document_lengths as distribution
+
+ORDERS = ("contiguous", "zigzag", "fold")
+
+layouts = st.builds(
+    SequenceLayout,
+    st.lists(st.one_of(st.integers(0, 3), st.integers(0, 300)), min_size=1, max_size=12)
+    .filter(any)
+    .map(tuple),
+    st.integers(1, 9),
+    st.sampled_from(ORDERS),
+)
+
+
+def test_worked_example() -> None:
+    layout = SequenceLayout((5, 3), 2, "zigzag")
+    assert layout.runs(0) == (Run(0, 2), Run(6, 8))
+    assert layout.runs(1) == (Run(2, 6),)
+    assert layout.fragments(0) == (Fragment(0, 0, 2, 0, 0), Fragment(1, 1, 3, 2, 1))
+    assert layout.fragments(1) == (Fragment(0, 2, 5, 0, 0), Fragment(1, 0, 1, 3, 0))
+    assert layout.run_links == (
+        RunLink(0, 0, 0, 2, continues=False, passes=False),
+        RunLink(1, 0, 2, 6, continues=True, passes=False),
+        RunLink(0, 1, 6, 8, continues=True, passes=True),
+    )
+    assert layout.cu_seqlens(1).tolist() == [0, 3, 4]
+    assert layout.position_ids(1).tolist() == [2, 3, 4, 0]
+    assert layout.work(0) == 1 + 2 + 2 + 3
+
+
+@settings(max_examples=300, deadline=None)
+@given(layouts)
+def test_every_token_exactly_once_and_equal_tokens_a_rank(layout: SequenceLayout) -> None:
+    ranks = range(layout.num_ranks)
+    held = [token for rank in ranks for run in layout.runs(rank) for token in range(*run)]
+    assert sorted(held) == list(range(layout.num_tokens))
+    for rank in ranks:
+        runs = layout.runs(rank)
+        assert sum(stop - start for start, stop in runs) == layout.num_local_tokens
+        assert all(a.stop < b.start for a, b in pairwise(runs))  # sorted and maximal
+    padding = layout.num_tokens - sum(layout.document_lengths)
+    multiple = layout.num_ranks * (2 if layout.order == "zigzag" else 1)
+    assert 0 <= padding < multiple
+
+
+@settings(max_examples=300, deadline=None)
+@given(layouts)
+def test_fragments_and_links_agree_with_a_map_of_every_token(layout: SequenceLayout) -> None:
+    """Checked against the definition token by token, not against the borders' arithmetic."""
+    lengths = [*layout.document_lengths, layout.num_padding_tokens]
+    where = [(n, i) for n, length in enumerate(lengths) for i in range(length)]
+    for rank in range(layout.num_ranks):
+        tokens = [where[t] for run in layout.runs(rank) for t in range(*run)]
+        from_fragments = [
+            (f.document, i) for f in layout.fragments(rank) for i in range(f.start, f.stop)
+        ]
+        assert from_fragments == tokens
+        assert layout.position_ids(rank).tolist() == [i for _, i in tokens]
+        ends = [f.offset for f in layout.fragments(rank)] + [layout.num_local_tokens]
+        assert layout.cu_seqlens(rank).tolist() == ends
+        assert layout.work(rank) == sum(i + 1 for _, i in tokens)
+        for f in layout.fragments(rank):
+            run = layout.runs(rank)[f.run]
+            assert where.index((f.document, f.start)) in range(*run)
+    for link in layout.run_links:
+        in_run = [where[t] for t in range(link.start, link.stop)]
+        assert layout.runs(link.rank)[link.run] == (link.start, link.stop)
+        assert link.continues == (in_run[0][1] > 0)
+        assert link.passes == all(i > 0 for _, i in in_run)
+    starts = [link.start for link in layout.run_links]
+    assert starts == sorted(starts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(layouts, st.booleans())
+def test_unshard_inverts_shard(layout: SequenceLayout, padded: bool) -> None:
+    size = layout.num_tokens if padded else layout.num_real_tokens
+    x = torch.randn(3, size, 2)
+    parts = [layout.shard(x, rank, dim=1, pad_value=7.0) for rank in range(layout.num_ranks)]
+    assert torch.equal(layout.unshard(parts, dim=1), x[:, : layout.num_real_tokens])
+    if not padded:
+        assert sum(int((part == 7.0).all(0).all(-1).sum()) for part in parts) == (
+            layout.num_padding_tokens
+        )
+
+
+def test_shard_is_differentiable_and_a_view_where_it_can_be() -> None:
+    layout = SequenceLayout((4, 4), 2, "contiguous")
+    x = torch.randn(8, 3, requires_grad=True)
+    part = layout.shard(x, 1)
+    assert part.data_ptr() == x[4:].data_ptr()
+    part.sum().backward()
+    assert x.grad is not None
+    assert x.grad.sum(1).tolist() == [0, 0, 0, 0, 3, 3, 3, 3]
+
+
+def test_zigzag_is_megatrons_order_for_one_document() -> None:
+    layout = SequenceLayout((16,), 4, "zigzag")
+    chunks = torch.arange(16).view(8, 2)
+    for rank in range(4):
+        expected = torch.cat([chunks[rank], chunks[7 - rank]])
+        assert torch.equal(layout.shard(torch.arange(16), rank), expected)
+    assert len({layout.work(rank) for rank in range(4)}) == 1
+
+
+@pytest.mark.parametrize("name", ["A", "B", "C"])
+def test_fold_is_balanced_with_few_runs(name: str) -> None:
+    for num_ranks in (4, 8, 16, 32, 64, 128, 256):
+        means = []
+        for seed in range(5):
+            layout = SequenceLayout(distribution(name, 2**20, seed), num_ranks, "fold")
+            works = [layout.work(rank) for rank in range(num_ranks)]
+            runs = [len(layout.runs(rank)) for rank in range(num_ranks)]
+            assert max(works) / statistics.mean(works) <= 1.03
+            assert max(runs) <= 5
+            means.append(statistics.mean(runs))
+        assert statistics.mean(means) <= 3.2
+
+
+@pytest.mark.parametrize(("num_ranks", "limit_ms"), [(8, 10.0), (256, 100.0)])
+def test_planning_a_million_tokens_is_fast(num_ranks: int, limit_ms: float) -> None:
+    times = []
+    for seed in range(7):
+        lengths = distribution("A", 2**20, seed % 3)
+        start = time.process_time()
+        layout = SequenceLayout(lengths, num_ranks, "fold")
+        layout.fragments(0)
+        assert layout.run_links
+        times.append(1e3 * (time.process_time() - start))
+    assert statistics.median(times) < limit_ms
+
+
+def test_zero_length_documents_hold_no_fragment() -> None:
+    layout = SequenceLayout((0, 3, 0, 0, 5, 0), 2)
+    documents = [f.document for rank in range(2) for f in layout.fragments(rank)]
+    assert documents == [1, 4, 4]
+    assert layout.num_documents == 6
+
+
+def test_from_cu_seqlens() -> None:
+    layout = SequenceLayout.from_cu_seqlens(torch.tensor([0, 4, 4, 9]), 3)
+    assert layout == SequenceLayout((4, 0, 5), 3)
+
+
+def test_device_tensors_are_made_once() -> None:
+    layout = SequenceLayout((5, 3), 2)
+    assert layout.position_ids(0) is layout.position_ids(0, "cpu")
+    assert layout.cu_seqlens(1).dtype == torch.int32
+    assert layout.position_ids(1).dtype == torch.int64
+
+
+def test_equal_layouts_hash_equal_and_pickle_without_their_caches() -> None:
+    layout = SequenceLayout([5, 3], 2, "fold")  # type: ignore[arg-type]
+    layout.position_ids(0)
+    copy = pickle.loads(pickle.dumps(layout))
+    assert copy == layout
+    assert hash(copy) == hash(SequenceLayout((5, 3), 2, "fold"))
+    assert copy.runs(1) == layout.runs(1)
+    with pytest.raises(AttributeError):
+        layout.order = "zigzag"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SequenceLayout((3, -1), 2), "document_lengths must be >= 0"),
+        (lambda: SequenceLayout((0, 0), 2), "document_lengths must hold at least one token"),
+        (lambda: SequenceLayout((), 2), "document_lengths must hold at least one token"),
+        (lambda: SequenceLayout((4,), 0), "num_ranks must be >= 1"),
+        (lambda: SequenceLayout((4,), 2, "ring"), "order must be one of"),  # type: ignore[arg-type]
+        (lambda: SequenceLayout.from_cu_seqlens([0, 5, 3], 2), "cu_seqlens must start at 0"),
+        (lambda: SequenceLayout.from_cu_seqlens([1, 5], 2), "cu_seqlens must start at 0"),
+        (lambda: SequenceLayout.from_cu_seqlens([], 2), "cu_seqlens must start at 0"),
+        (lambda: SequenceLayout((4,), 2).runs(2), r"rank must be in \[0, 2\)"),
+        (lambda: SequenceLayout((4,), 2).fragments(-1), r"rank must be in \[0, 2\)"),
+        (lambda: SequenceLayout((4,), 2).shard(torch.ones(5), 0), "x must have 4 tokens"),
+        (lambda: SequenceLayout((4,), 2).unshard([torch.ones(2)]), "parts must hold 2 tensors"),
+        (
+            lambda: SequenceLayout((4,), 2).unshard([torch.ones(2), torch.ones(3)]),
+            r"parts\[1\] must have 2 tokens",
+        ),
+    ],
+)
+def test_bad_input(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

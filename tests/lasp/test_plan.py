@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+
+from lasp.layout import SequenceLayout
+from lasp.plan import CostModel, _tokens_received, layout_costs, plan_layout
+from tests.lasp.distributions import document_lengths as distribution
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag", "fold"])
+@pytest.mark.parametrize("lengths", [(40,), (3, 30, 0, 7, 1), (1,) * 50, (9, 11, 13, 8)])
+def test_tokens_received_counts_the_keys_that_other_ranks_hold(order, lengths) -> None:
+    layout = SequenceLayout(lengths, 4, order)
+    owner = {t: r for r in range(4) for run in layout.runs(r) for t in range(*run)}
+    document = [n for n, length in enumerate(lengths) for _ in range(length)]
+    for rank in range(4):
+        mine = [t for t, r in owner.items() if r == rank and t < sum(lengths)]
+        needed = {k for t in mine for k in range(t) if document[k] == document[t]}
+        assert _tokens_received(layout, rank) == sum(owner[k] != rank for k in needed)
+
+
+def test_one_long_document_goes_zigzag() -> None:
+    assert plan_layout((2**20,), 16).order == "zigzag"
+
+
+def test_many_short_documents_stay_contiguous() -> None:
+    assert plan_layout((1024,) * 1024, 64).order == "contiguous"
+
+
+def test_a_mixture_is_folded() -> None:
+    assert plan_layout(distribution("A", 2**20, 0), 8).order == "fold"
+
+
+def test_one_rank_is_contiguous_and_free_of_communication() -> None:
+    best = layout_costs((100, 50), 1)[0]
+    assert best.layout.order == "contiguous"
+    assert best.kv_bytes == best.state_bytes == 0
+
+
+def test_costs_are_ordered_and_add_up() -> None:
+    costs = layout_costs(distribution("C", 2**18, 1), 8)
+    assert [c.total_ms for c in costs] == sorted(c.total_ms for c in costs)
+    for cost in costs:
+        assert cost.total_ms == max(cost.attention_ms, cost.kv_ms) + cost.state_ms
+
+
+def test_expensive_states_turn_the_choice_to_fewer_runs() -> None:
+    lengths = distribution("A", 2**18, 0)
+    slow_link = CostModel(link_bytes_per_s=1e9, kv_heads=1)
+    assert plan_layout(lengths, 8).order == "fold"
+    assert plan_layout(lengths, 8, cost_model=slow_link).order == "contiguous"

@@ -1,0 +1,238 @@
+"""Train a small MiniMax-shaped hybrid language model on the Python standard library's sources.
+
+    torchrun --standalone --nproc-per-node 4 examples/05_train_hybrid.py --cp 2 --ep 2 --etp 2
+
+8 layers (7 lightning, 1 softmax), 8 experts top-2 in every layer. NCCL when there is a GPU a rank,
+else gloo. Writes metrics.jsonl, loss.png and checkpoints to ``--out``; ``--resume`` goes on from
+the newest checkpoint there, also with other parallel sizes or another number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from hybrid_training.checkpoint import Checkpointer
+from hybrid_training.corpus import NO_LABEL, VOCAB_SIZE, Corpus
+from hybrid_training.optimizer import Trainer
+from hybrid_training.report import Report
+from hybrid_training.sample import sample
+
+from lasp.hybrid import (
+    AttentionConfig,
+    HybridConfig,
+    HybridModel,
+    HybridOutput,
+    next_token_loss,
+    pack_batch,
+    reduce_gradients,
+)
+from lasp.layout import Order
+from moe_parallel import ExpertTopology, MoEConfig
+
+PROMPT = b"def main("
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of the run.
+
+    Attributes:
+        steps: optimizer steps.
+        cp: context parallel ranks; dp is what is left of the ranks.
+        ep: ranks over which the experts are dealt out.
+        etp: ranks over which each expert is split.
+        order: how a pack's tokens are laid over the cp ranks.
+        packs: packs a step, split over dp.
+        pack_tokens: tokens of a pack.
+        capacity_factor: of the experts; negative for dropless.
+        drop_policy: which tokens a full expert drops.
+        learning_rate: peak of the schedule.
+        dtype: of parameters and activations; 16-bit ones have float32 master weights.
+        seed: of the weights and of the order of the corpus.
+        out: folder of metrics, plot and checkpoints.
+        save_every: steps between checkpoints.
+        resume: go on from the newest checkpoint in ``out``.
+        stop_after: end this invocation after so many steps of the schedule, as a crash would.
+        sample_tokens: bytes to sample at the end.
+    """
+
+    steps: int = 200
+    cp: int = 2
+    ep: int = 2
+    etp: int = 2
+    order: Order = "zigzag"
+    packs: int = 2
+    pack_tokens: int = 4096
+    capacity_factor: float = 1.5
+    drop_policy: Literal["position", "probability"] = "position"
+    learning_rate: float = 3e-3
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    seed: int = 0
+    out: Path = Path("runs/hybrid")
+    save_every: int = 100
+    resume: bool = False
+    stop_after: int | None = None
+    sample_tokens: int = 160
+
+
+def model_config(options: Options) -> HybridConfig:
+    """The small model: MiniMax-Text-01's shape at hidden size 96."""
+    return HybridConfig(
+        num_layers=8,
+        vocab_size=VOCAB_SIZE,
+        attention=AttentionConfig(num_heads=3, num_kv_heads=1, head_dim=32, rotary_dim=16),
+        moe=MoEConfig(
+            hidden_size=96,
+            ffn_size=96,
+            num_experts=8,
+            top_k=2,
+            capacity_factor=None if options.capacity_factor < 0 else options.capacity_factor,
+            drop_policy=options.drop_policy,
+            aux_loss_coefficient=0.01,
+        ),
+    )
+
+
+def init_distributed() -> torch.device:
+    """The default group under torchrun, or of one rank without it; NCCL with a GPU a rank."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    use_gpu = torch.cuda.device_count() >= local_ranks
+    device = torch.device("cpu")
+    if use_gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    backend = "nccl" if use_gpu else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+class Job:
+    """The model and data of one run on one rank."""
+
+    def __init__(self, options: Options, device: torch.device) -> None:
+        self.options, self.device = options, device
+        self.topology = ExpertTopology(
+            dist.get_world_size(), cp=options.cp, ep=options.ep, etp=options.etp
+        )
+        if options.packs % self.topology.dp:
+            raise ValueError(
+                f"packs must divide by dp {self.topology.dp}, got {options.packs}: give more packs"
+                " a step or a larger cp"
+            )
+        at = self.topology.dense_coordinates(dist.get_rank())
+        self.dp_rank, self.cp_rank = at.dp, at.cp
+        self.corpus = Corpus.from_standard_library(options.seed)
+        self.model = HybridModel(
+            model_config(options),
+            groups=self.topology.build_groups(),
+            device=device,
+            dtype=getattr(torch, options.dtype),
+        )
+        self.model.reset_parameters(options.seed)
+
+    def forward_backward(self, step: int) -> dict[str, Any]:
+        """Gradients of one step's batch, reduced; returns its metrics, equal on every rank."""
+        options, dp = self.options, self.topology.dp
+        per_replica = options.packs // dp
+        packs = [
+            self.corpus.packs(
+                step,
+                per_step=options.packs,
+                share=range(replica * per_replica, (replica + 1) * per_replica),
+                num_tokens=options.pack_tokens,
+            )
+            for replica in range(dp)
+        ]
+        batch = pack_batch(
+            [pack.document_lengths for pack in packs],
+            dp_rank=self.dp_rank,
+            num_ranks=options.cp,
+            order=options.order,
+        )
+        mine, layout = packs[self.dp_rank], batch.layout
+        tokens = layout.shard(mine.tokens, self.cp_rank).to(self.device)
+        labels = layout.shard(mine.labels, self.cp_rank, pad_value=NO_LABEL).to(self.device)
+        num_targets = sum(int((pack.labels != NO_LABEL).sum()) for pack in packs)
+        output: HybridOutput = self.model(tokens, batch)
+        loss = next_token_loss(output.logits, labels, num_targets)
+        (loss + output.aux_loss).backward()
+        reduce_gradients(self.model)
+        losses = torch.stack([loss.detach().double(), output.aux_loss.detach().double()])
+        dist.all_reduce(losses)
+        assigned = torch.stack([stats.assigned_E for stats in output.stats]).double()
+        dropped = torch.stack([stats.dropped_E for stats in output.stats]).double()
+        return {
+            "step": step,
+            "loss": losses[0].item(),
+            "aux_loss": losses[1].item(),
+            "tokens": options.packs * options.pack_tokens,
+            "expert_imbalance": (assigned.amax(1) / assigned.mean(1)).mean().item(),
+            "dropped_share": (dropped.sum() / assigned.sum()).item(),
+        }
+
+
+def main(options: Options) -> None:
+    device = init_distributed()
+    torch.set_num_threads(1)
+    job = Job(options, device)
+    trainer = Trainer(
+        job.model, learning_rate=options.learning_rate, warmup=20, steps=options.steps
+    )
+    checkpointer = Checkpointer(options.out, job.topology, device)
+    first_step = (checkpointer.newest() or 0) if options.resume else 0
+    if first_step:
+        checkpointer.load(trainer, first_step)
+    report = None
+    if dist.get_rank() == 0:
+        options.out.mkdir(parents=True, exist_ok=True)
+        report = Report(options.out, first_step=first_step, steps=options.steps, log_every=10)
+        size = sum(parameter.numel() for parameter in job.model.parameters())
+        report.console.print(
+            f"{dist.get_world_size()} ranks ({dist.get_backend()}), dp {job.topology.dp}"
+            f" cp {options.cp} | edp {job.topology.edp} ep {options.ep} etp {options.etp},"
+            f" {size:,} parameters on this rank, {job.corpus.num_documents} documents,"
+            f" unigram entropy {job.corpus.unigram_entropy:.3f} nats",
+            soft_wrap=True,
+        )
+    last_step = options.steps if options.stop_after is None else options.stop_after
+    for step in range(first_step, last_step):
+        start = time.perf_counter()
+        row = job.forward_backward(step)
+        row["grad_norm"] = trainer.step(step).item()
+        row["tokens_per_s"] = row["tokens"] / (time.perf_counter() - start)
+        if report is not None:
+            report.step(row)
+        if (step + 1) % options.save_every == 0 or step + 1 == last_step:
+            checkpointer.save(trainer, step + 1)
+    text = sample(
+        job.model,
+        PROMPT,
+        num_tokens=options.sample_tokens,
+        dp=job.topology.dp,
+        temperature=0.7,
+        seed=options.seed,
+    )
+    if report is not None:
+        plot = report.close(unigram_entropy=job.corpus.unigram_entropy)
+        report.console.rule("sample")
+        report.console.print(text.decode(errors="replace"), markup=False, highlight=False)
+        report.console.rule()
+        report.console.print(
+            f"loss {row['loss']:.3f} nats against unigram entropy"
+            f" {job.corpus.unigram_entropy:.3f}; plot {plot}, metrics and checkpoints beside it"
+        )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,1 @@
+"""Parts of the training example: corpus, optimizer step, checkpoints, progress, sampling."""

@@ -1,0 +1,24 @@
+"""The hybrid decoder, assembled from lightning attention, ring attention and expert parallelism.
+
+``python -m lasp.hybrid`` prints the parameters of the named configurations.
+"""
+
+from lasp.hybrid.batch import PackedBatch, pack_batch
+from lasp.hybrid.config import MINIMAX_TEXT_01, NAMED_CONFIGS, AttentionConfig, HybridConfig
+from lasp.hybrid.model import HybridModel, HybridOutput, ParameterCount, count_parameters
+from lasp.hybrid.training import next_token_loss, reduce_gradients
+
+__all__ = [
+    "MINIMAX_TEXT_01",
+    "NAMED_CONFIGS",
+    "AttentionConfig",
+    "HybridConfig",
+    "HybridModel",
+    "HybridOutput",
+    "PackedBatch",
+    "ParameterCount",
+    "count_parameters",
+    "next_token_loss",
+    "pack_batch",
+    "reduce_gradients",
+]

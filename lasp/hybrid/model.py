@@ -1,0 +1,218 @@
+"""The hybrid decoder: lightning and softmax layers with experts, in plain PyTorch.
+
+MiniMax-Text-01's shape: of every eight layers seven are lightning attention and the last is softmax
+attention; every layer has a mixture of experts; residuals are DeepNorm post-norm, where the
+residual is the *normed* input::
+
+    x = norm(x);  x = alpha x + attention(x);  x = norm(x);  x = alpha x + experts(x)
+
+Parameters are replicated over the token group (dp x cp) but for the experts, which are split over
+ep x etp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lasp.hybrid.batch import PackedBatch
+from lasp.hybrid.config import HybridConfig
+from lasp.module import LightningAttention
+from moe_parallel import ExpertParallelMoE, MoEOutput, ParallelGroups, RoutingStats
+from ring.module import RingAttention
+
+
+class HybridLayer(nn.Module):
+    """One decoder layer: attention of either kind, then experts, both under DeepNorm."""
+
+    def __init__(
+        self,
+        config: HybridConfig,
+        layer_index: int,
+        *,
+        groups: ParallelGroups,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden, heads = config.moe.hidden_size, config.attention
+        self.alpha = config.deepnorm_alpha
+        self.cp_group = groups.cp
+        self.attention_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
+        self.attention: LightningAttention | RingAttention
+        if config.is_softmax(layer_index):
+            self.attention = RingAttention(
+                hidden,
+                heads.num_heads,
+                heads.num_kv_heads,
+                heads.head_dim,
+                rotary_dim=heads.rotary_dim,
+                rope_base=heads.rope_base,
+                device=device,
+                dtype=dtype,
+            )
+        else:
+            self.attention = LightningAttention(
+                hidden,
+                heads.num_heads,
+                heads.head_dim,
+                layer_index,
+                config.num_layers,
+                device=device,
+                dtype=dtype,
+            )
+        self.moe_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
+        self.moe = ExpertParallelMoE(config.moe, groups=groups.experts, device=device, dtype=dtype)
+
+    def forward(self, hidden: Tensor, batch: PackedBatch) -> MoEOutput:
+        """``hidden`` [T, hidden] of this rank's tokens, through both sub-layers."""
+        hidden = self.attention_norm(hidden)
+        attended = self.attention(hidden, layout=batch.layout, cp_group=self.cp_group)
+        hidden = self.moe_norm(self.alpha * hidden + attended)
+        experts = self.moe(hidden, token_order=batch.token_order)
+        return experts._replace(output=self.alpha * hidden + experts.output)
+
+
+class HybridOutput(NamedTuple):
+    """What the decoder returns on one rank.
+
+    Attributes:
+        logits: ``[T, vocab]`` of this rank's tokens.
+        aux_loss: this rank's share of the auxiliary losses of all layers, a scalar; its sum over
+            the token group is the loss.
+        stats: expert balance of each layer over all ranks.
+    """
+
+    logits: Tensor
+    aux_loss: Tensor
+    stats: tuple[RoutingStats, ...]
+
+
+class HybridModel(nn.Module):
+    """The hybrid decoder on one rank.
+
+    Args:
+        config: the shape, equal on every rank.
+        groups: this rank's process groups, of which cp, token, ep and etp are used; the local
+            model if not given.
+        device: of the parameters; ``meta`` builds any size without memory.
+        dtype: of the parameters but the routers' and the decay rates, which stay float32.
+
+    Raises:
+        ValueError: if experts or FFN do not divide by the groups, see ``ExpertParallelMoE``.
+    """
+
+    def __init__(
+        self,
+        config: HybridConfig,
+        *,
+        groups: ParallelGroups | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = config.moe.hidden_size
+        groups = ParallelGroups.local() if groups is None else groups
+        self.config = config
+        self.groups = groups
+        self.embedding = nn.Embedding(config.vocab_size, hidden, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(
+            HybridLayer(config, index, groups=groups, device=device, dtype=dtype)
+            for index in range(config.num_layers)
+        )
+        self.final_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
+        self.head = nn.Linear(hidden, config.vocab_size, bias=False, device=device, dtype=dtype)
+
+    def forward(self, tokens: Tensor, batch: PackedBatch) -> HybridOutput:
+        """Logits of this rank's tokens.
+
+        Args:
+            tokens: int64 ``[T]``, ``batch.layout.shard(pack, cp_rank)``.
+            batch: layout and router order, see :func:`pack_batch`.
+
+        Returns:
+            :class:`HybridOutput`.
+
+        Raises:
+            ValueError: if ``tokens`` has not the layout's T tokens.
+        """
+        if tokens.shape != (batch.layout.num_local_tokens,):
+            raise ValueError(
+                f"tokens must have shape ({batch.layout.num_local_tokens},), got"
+                f" {tuple(tokens.shape)}: shard the pack with the layout of this batch"
+            )
+        hidden = self.embedding(tokens)
+        aux_losses, stats = [], []
+        for layer in self.layers:
+            hidden, aux_loss, layer_stats = layer(hidden, batch)
+            aux_losses.append(aux_loss)
+            stats.append(layer_stats)
+        logits = self.head(self.final_norm(hidden))
+        return HybridOutput(logits, torch.stack(aux_losses).sum(), tuple(stats))
+
+    def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters that are split over ep x etp; all others are replicated."""
+        for name, parameter in self.named_parameters():
+            if ".moe.experts." in name:
+                yield name, parameter
+
+    def dense_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters that every rank holds whole."""
+        for name, parameter in self.named_parameters():
+            if ".moe.experts." not in name:
+                yield name, parameter
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Xavier initialisation under DeepNorm, the same model for every parallel layout.
+
+        Gain 1 for q and k, beta for v, output projections and experts (DeepNet, arXiv:2203.00555).
+        Drawn on the host in float32, so that device and dtype do not change it.
+        """
+        beta = self.config.deepnorm_beta
+        generator = torch.Generator().manual_seed(seed)
+
+        def xavier(weight: Tensor, gain: float) -> None:
+            drawn = torch.empty(weight.shape)
+            nn.init.xavier_uniform_(drawn, gain, generator)
+            weight.copy_(drawn)
+
+        embedding = torch.empty(self.embedding.weight.shape)
+        self.embedding.weight.copy_(embedding.normal_(generator=generator))
+        xavier(self.head.weight, 1.0)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer.attention, LightningAttention):
+                qkv = layer.attention.qkv_proj.weight
+                heads = qkv.view(layer.attention.num_heads, 3, -1, qkv.shape[1])
+                for part, gain in enumerate((1.0, 1.0, beta)):
+                    fused = torch.empty(heads[:, part].reshape(-1, qkv.shape[1]).shape)
+                    xavier(fused, gain)
+                    heads[:, part].copy_(fused.view_as(heads[:, part]))
+                xavier(layer.attention.gate_proj.weight, 1.0)
+            else:
+                xavier(layer.attention.q_proj.weight, 1.0)
+                xavier(layer.attention.k_proj.weight, 1.0)
+                xavier(layer.attention.v_proj.weight, beta)
+            xavier(layer.attention.out_proj.weight, beta)
+            xavier(layer.moe.gate, 1.0)
+            layer.moe.experts.reset_parameters(seed * len(self.layers) + index, gain=beta)
+
+
+class ParameterCount(NamedTuple):
+    """Parameters of a model: all, and those one token meets, embedding and head left out."""
+
+    total: int
+    active: int
+
+
+def count_parameters(config: HybridConfig) -> ParameterCount:
+    """Build ``config`` on the meta device and count."""
+    model = HybridModel(config, device="meta")
+    experts = sum(parameter.numel() for _, parameter in model.expert_parameters())
+    dense = sum(parameter.numel() for _, parameter in model.dense_parameters())
+    vocabulary = model.embedding.weight.numel() + model.head.weight.numel()
+    active = dense - vocabulary + experts * config.moe.top_k // config.moe.num_experts
+    return ParameterCount(dense + experts, active)

@@ -14,7 +14,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 train: $(VENV)/.installed
-	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/05_train_hybrid.py $(ARGS)
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/05_train_hybrid.py \
+		--out runs/$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/pytest $(ARGS)

@@ -59,7 +59,7 @@ class Options:
         out: folder of metrics, plot and checkpoints.
         save_every: steps between checkpoints.
         resume: go on from the newest checkpoint in ``out``.
-        stop_after: end this invocation after so many steps of the schedule, as a crash would.
+        stop_after: end this invocation after that step of the schedule, as a crash would.
         sample_tokens: bytes to sample at the end.
     """
 
@@ -169,8 +169,8 @@ class Job:
         reduce_gradients(self.model)
         losses = torch.stack([loss.detach().double(), output.aux_loss.detach().double()])
         dist.all_reduce(losses)
-        assigned = torch.stack([stats.assigned_E for stats in output.stats]).double()
-        dropped = torch.stack([stats.dropped_E for stats in output.stats]).double()
+        assigned = torch.stack([stats.assigned for stats in output.stats]).double()
+        dropped = torch.stack([stats.dropped for stats in output.stats]).double()
         return {
             "step": step,
             "loss": losses[0].item(),
@@ -189,7 +189,12 @@ def main(options: Options) -> None:
         job.model, learning_rate=options.learning_rate, warmup=20, steps=options.steps
     )
     checkpointer = Checkpointer(options.out, job.topology, device)
-    first_step = (checkpointer.newest() or 0) if options.resume else 0
+    first_step = checkpointer.newest() or 0
+    if first_step and not options.resume:
+        raise ValueError(
+            f"out must hold no checkpoints, got {options.out} with step {first_step}: go on from it"
+            " with --resume, or name another folder"
+        )
     if first_step:
         checkpointer.load(trainer, first_step)
     report = None
@@ -204,7 +209,7 @@ def main(options: Options) -> None:
             f" unigram entropy {job.corpus.unigram_entropy:.3f} nats",
             soft_wrap=True,
         )
-    last_step = options.steps if options.stop_after is None else options.stop_after
+    last_step = min(options.steps, options.stop_after or options.steps)
     for step in range(first_step, last_step):
         start = time.perf_counter()
         row = job.forward_backward(step)
@@ -223,14 +228,7 @@ def main(options: Options) -> None:
         seed=options.seed,
     )
     if report is not None:
-        plot = report.close(unigram_entropy=job.corpus.unigram_entropy)
-        report.console.rule("sample")
-        report.console.print(text.decode(errors="replace"), markup=False, highlight=False)
-        report.console.rule()
-        report.console.print(
-            f"loss {row['loss']:.3f} nats against unigram entropy"
-            f" {job.corpus.unigram_entropy:.3f}; plot {plot}, metrics and checkpoints beside it"
-        )
+        report.close(text.decode(errors="replace"), job.corpus.unigram_entropy)
     dist.destroy_process_group()
 
 

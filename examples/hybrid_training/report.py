@@ -58,8 +58,8 @@ class Report:
         elif row["step"] % self.log_every == 0:
             self.console.print(f"step {row['step']:5d}  {text}", soft_wrap=True, highlight=False)
 
-    def close(self, *, unigram_entropy: float) -> Path:
-        """End the bar, write the files, draw ``loss.png``; returns its path."""
+    def close(self, sample: str, unigram_entropy: float) -> None:
+        """End the bar, draw ``loss.png``, show the sampled text and where the loss ended."""
         if self._progress is not None:
             self._progress.stop()
         self._file.close()
@@ -69,7 +69,16 @@ class Report:
         axes.axhline(unigram_entropy, color="grey", linestyle="--", label="unigram entropy")
         axes.set(xlabel="step", ylabel="nats a token")
         axes.legend()
-        path = self.folder / "loss.png"
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        figure.savefig(self.folder / "loss.png", dpi=150, bbox_inches="tight")
         pyplot.close(figure)
-        return path
+        self.console.rule("sample")
+        self.console.print(sample, markup=False, highlight=False)
+        self.console.rule()
+        last = rows[-10:]
+        loss = sum(row["loss"] for row in last) / len(last)
+        self.console.print(
+            f"loss {loss:.3f} nats a token (mean of the last {len(last)} steps), unigram entropy"
+            f" {unigram_entropy:.3f}; metrics.jsonl, loss.png and checkpoints in {self.folder}",
+            soft_wrap=True,
+            highlight=False,
+        )

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lasp.hybrid.batch import PackedBatch
 from lasp.hybrid.config import HybridConfig
 from lasp.module import LightningAttention
-from moe_parallel import ExpertParallelMoE, MoEOutput, ParallelGroups, RoutingStats
+from moe_parallel import ExpertParallelMoE, MoEOutput, ParallelGroups
+from moe_parallel.route import RoutingStats
 from ring.module import RingAttention
 
 
@@ -115,7 +116,8 @@ class HybridModel(nn.Module):
     ) -> None:
         super().__init__()
         hidden = config.moe.hidden_size
-        groups = ParallelGroups.local() if groups is None else groups
+        if groups is None:
+            groups = ParallelGroups(*[None] * len(ParallelGroups._fields))
         self.config = config
         self.groups = groups
         self.embedding = nn.Embedding(config.vocab_size, hidden, device=device, dtype=dtype)
@@ -191,14 +193,14 @@ class HybridModel(nn.Module):
                     fused = torch.empty(heads[:, part].reshape(-1, qkv.shape[1]).shape)
                     xavier(fused, gain)
                     heads[:, part].copy_(fused.view_as(heads[:, part]))
-                xavier(layer.attention.gate_proj.weight, 1.0)
+                xavier(layer.attention.output_gate.weight, 1.0)
+                xavier(layer.attention.out_proj.weight, beta)
             else:
                 xavier(layer.attention.q_proj.weight, 1.0)
                 xavier(layer.attention.k_proj.weight, 1.0)
                 xavier(layer.attention.v_proj.weight, beta)
-            xavier(layer.attention.out_proj.weight, beta)
-            xavier(layer.moe.gate, 1.0)
-            layer.moe.experts.reset_parameters(seed * len(self.layers) + index, gain=beta)
+                xavier(layer.attention.o_proj.weight, beta)
+            layer.moe.reset_parameters(seed * len(self.layers) + index, gain=beta)
 
 
 class ParameterCount(NamedTuple):

@@ -1,0 +1,55 @@
+"""``python -m lasp``: what runs here, and a self check of the three operators on one rank."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import torch
+
+from lasp import SequenceLayout, decay_rates, lightning_attention
+from lasp.reference import recurrent_lightning_attention
+from ring import ring_attention
+from ring.block import resolve_block
+from ring.reference import dense_attention
+
+LENGTHS = (70, 1, 0, 129)
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices; a bug report starts from it."""
+    rows = {"lasp-plus": version("lasp-plus"), "python": platform.python_version()}
+    rows["torch"] = torch.__version__
+    rows["triton"] = version("triton") if find_spec("triton") else "not installed"
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    rows["devices"] = ", ".join(devices) or "CPU only"
+    for device in ["cpu"] + ["cuda"] * bool(devices):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            rule = resolve_block("auto", torch.device(device), dtype)
+            rows[f"ring block='auto' {device} {str(dtype)[6:]}"] = str(rule)
+    return rows
+
+
+def self_check() -> dict[str, float]:
+    """Largest difference of each operator from its oracle, in float64 on the CPU."""
+    torch.manual_seed(0)
+    layout = SequenceLayout(LENGTHS, 1)
+    q, k, v = (torch.randn(layout.num_tokens, 4, 16, dtype=torch.float64) for _ in range(3))
+    rates = decay_rates(4, 0, 8)
+    ours = lightning_attention(q, k, v, rates, layout=layout).output
+    oracle = recurrent_lightning_attention(q, k, v, rates, cu_seqlens=layout.borders).output
+    errors = {"lightning_attention": (ours - oracle).abs().max().item()}
+    ours = ring_attention(q, k, v, layout=layout).output
+    dense = dense_attention(q, k, v, cu_seqlens=layout.borders, causal=True, scale=0.25).output
+    errors["ring_attention"] = (ours - dense).abs().max().item()
+    return errors
+
+
+if __name__ == "__main__":
+    for name, value in environment().items():
+        print(f"{name:32} {value}")
+    for name, error in self_check().items():
+        print(f"{name:32} largest difference from the oracle {error:.1e}")
+        if not error < 1e-10:
+            raise SystemExit(f"{name} is wrong here")

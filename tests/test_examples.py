@@ -1,0 +1,107 @@
+"""The examples run as a reader would run them, and the training job is one job on any ranks."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# A small batch in float64, so that 20 steps agree to far below what anyone could read off a plot.
+SMALL = ("--steps", "20", "--packs", "4", "--pack-tokens", "96", "--dtype", "float64")
+
+
+def run(script: str, *args: str, num_ranks: int = 1) -> str:
+    command = [sys.executable, str(EXAMPLES / script), *args]
+    if num_ranks > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*launcher, "--nproc-per-node", str(num_ranks), *command[1:]]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def train(out: Path, *args: str, num_ranks: int, **sizes: int) -> list[dict[str, float]]:
+    flags = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
+    base = (*SMALL, "--sample-tokens", "3", "--out", str(out))
+    run("05_train_hybrid.py", *base, *flags, *args, num_ranks=num_ranks)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_curve(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert [row["step"] for row in actual] == [row["step"] for row in expected]
+    for mine, theirs in zip(actual, expected):
+        for name in ("loss", "aux_loss", "grad_norm", "dropped_share"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-9), (mine["step"], name)
+
+
+@pytest.fixture(scope="module")
+def curve_of_one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    return train(tmp_path_factory.mktemp("one"), num_ranks=1, cp=1, ep=1, etp=1)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "order", "sizes"),
+    [
+        (4, "zigzag", {"cp": 2, "ep": 2, "etp": 2}),
+        (2, "fold", {"cp": 2, "ep": 2, "etp": 1}),
+        pytest.param(2, "contiguous", {"cp": 1, "ep": 1, "etp": 2}, marks=pytest.mark.slow),
+        pytest.param(4, "fold", {"cp": 4, "ep": 4, "etp": 1}, marks=pytest.mark.slow),
+        pytest.param(4, "zigzag", {"cp": 1, "ep": 2, "etp": 1}, marks=pytest.mark.slow),
+        pytest.param(8, "zigzag", {"cp": 4, "ep": 2, "etp": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_twenty_steps_agree_over_parallel_sizes(
+    num_ranks, order, sizes, tmp_path, curve_of_one_rank
+) -> None:
+    rows = train(tmp_path, "--order", order, num_ranks=num_ranks, **sizes)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert any(row["dropped_share"] > 0 for row in rows)
+    assert_same_curve(rows, curve_of_one_rank)
+
+
+def test_resume_on_other_ranks_continues_the_curve(tmp_path, curve_of_one_rank) -> None:
+    """4 ranks train 7 steps; 2 ranks with other parallel sizes go on to the end."""
+    train(tmp_path, "--stop-after", "7", num_ranks=4, cp=2, ep=2, etp=2)
+    rows = train(tmp_path, "--resume", num_ranks=2, cp=1, ep=1, etp=2)
+    assert_same_curve(rows, curve_of_one_rank)
+    assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_lightning_example() -> None:
+    printed = run("01_lightning.py")
+    assert "same as alone: True" in printed
+    assert "same in two calls: True" in printed
+
+
+@pytest.mark.parametrize("script", ["02_lightning_ranks.py", "03_ring_packed.py"])
+def test_operator_examples_agree_with_one_rank(script: str) -> None:
+    lines = run(script, num_ranks=4).splitlines()
+    errors = [float(line.split()[-1]) for line in lines if "largest difference" in line]
+    assert len(errors) == 3
+    assert max(errors) < 1e-5
+
+
+def test_moe_example() -> None:
+    printed = run("04_moe.py", num_ranks=4)
+    assigned = json.loads(printed.partition("ranks: ")[2].splitlines()[0])
+    assert sum(assigned) == 4 * 512 * 2
+
+
+def test_examples_use_public_names_only() -> None:
+    for path in EXAMPLES.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                assert not any(alias.name.startswith("_") for alias in node.names), path
+                assert not any(part.startswith("_") for part in node.module.split(".")), path

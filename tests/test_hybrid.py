@@ -1,0 +1,230 @@
+"""The hybrid decoder is one function, whatever the parallel layout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.hybrid import (
+    MINIMAX_TEXT_01,
+    AttentionConfig,
+    HybridConfig,
+    HybridModel,
+    count_parameters,
+    next_token_loss,
+    pack_batch,
+    reduce_gradients,
+)
+from moe_parallel import ExpertTopology, MoEConfig, ParallelGroups
+from tests.closeness import assert_equal_to_rounding, relative_error
+from tests.ranks import run_on_ranks
+
+VOCAB = 17
+# Two replicas' worth of documents: borders everywhere, lengths 0 and 1, one over all ranks.
+PACKS = ((13, 1, 0, 20, 6), (2, 37, 1))
+
+
+def config(capacity_factor: float | None = 1.0, num_layers: int = 3) -> HybridConfig:
+    return HybridConfig(
+        num_layers=num_layers,
+        vocab_size=VOCAB,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, rotary_dim=4),
+        moe=MoEConfig(
+            hidden_size=10,
+            ffn_size=8,
+            num_experts=4,
+            top_k=2,
+            capacity_factor=capacity_factor,
+            aux_loss_coefficient=0.1,
+        ),
+        softmax_period=3,
+    )
+
+
+def packs_of_replicas(dp: int) -> list[tuple[int, ...]]:
+    """The same documents over dp replicas: two packs laid end to end, or one each."""
+    return [PACKS[0] + PACKS[1]] if dp == 1 else list(PACKS)
+
+
+def data(dp: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    total = sum(map(sum, PACKS))
+    tokens = torch.randint(VOCAB, (total,), generator=generator)
+    labels = torch.randint(VOCAB, (total,), generator=generator)
+    sizes = [sum(lengths) for lengths in packs_of_replicas(dp)]
+    return list(zip(tokens.split(sizes), labels.split(sizes)))
+
+
+_groups: dict[ExpertTopology, ParallelGroups] = {}
+
+
+def groups_of(topology: ExpertTopology) -> ParallelGroups:
+    """Process groups are made once a process: a pool runs many tests."""
+    if topology not in _groups:
+        _groups[topology] = topology.build_groups()
+    return _groups[topology]
+
+
+def loss_and_gradients(
+    sizes: dict[str, int],
+    order: str,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    model_config: HybridConfig | None = None,
+) -> dict[str, Any]:
+    """On one rank: this step's loss and the reduced gradients of the parameters it holds."""
+    topology = ExpertTopology(dist.get_world_size(), **sizes)
+    if device == "cuda":
+        device = f"cuda:{dist.get_rank()}"
+    at = topology.dense_coordinates(dist.get_rank())
+    model = HybridModel(
+        model_config or config(), groups=groups_of(topology), dtype=dtype, device=device
+    )
+    model.reset_parameters(0)
+    batch = pack_batch(
+        packs_of_replicas(topology.dp), dp_rank=at.dp, num_ranks=topology.cp, order=order
+    )
+    tokens, labels = data(topology.dp)[at.dp]
+    tokens = batch.layout.shard(tokens, at.cp).to(device)
+    labels = batch.layout.shard(labels, at.cp, pad_value=-100).to(device)
+    output = model(tokens, batch)
+    loss = next_token_loss(output.logits, labels, sum(map(sum, PACKS))) + output.aux_loss
+    loss.backward()
+    reduce_gradients(model)
+    total = loss.detach().double()
+    dist.all_reduce(total)
+    return {
+        "loss": total.cpu(),
+        "dense": {name: p.grad.cpu() for name, p in model.dense_parameters()},
+        "experts": {name: p.grad.cpu() for name, p in model.expert_parameters()},
+        "sharding": model.layers[0].moe.experts.sharding(),
+        "coordinates": topology.expert_coordinates(dist.get_rank()),
+        "dropped": torch.stack([stats.dropped for stats in output.stats]).cpu(),
+    }
+
+
+def assemble(results: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Whole gradients out of every rank's, after checking that replicas agree bit for bit."""
+    whole: dict[str, Tensor] = {"loss": results[0]["loss"]}
+    for name, grad in results[0]["dense"].items():
+        assert all(torch.equal(grad, result["dense"][name]) for result in results), name
+        whole[name] = grad
+    for name in results[0]["experts"]:
+        ep_dim, etp_dim = results[0]["sharding"][name.rpartition(".")[2]]
+        parts: dict[tuple[int, int], Tensor] = {}
+        for result in results:
+            at, grad = result["coordinates"], result["experts"][name]
+            assert torch.equal(parts.setdefault((at.ep, at.etp), grad), grad), name
+        rows = [
+            torch.cat([part for (ep, _), part in sorted(parts.items()) if ep == row], etp_dim)
+            for row in sorted({ep for ep, _ in parts})
+        ]
+        whole[name] = torch.cat(rows, ep_dim)
+    return whole
+
+
+def one_rank(**kwargs: Any) -> dict[str, Tensor]:
+    return assemble(run_on_ranks(loss_and_gradients, 1, {}, "contiguous", **kwargs))
+
+
+SPLITS = [
+    (2, {"cp": 2, "ep": 2}, "contiguous"),
+    (2, {"ep": 2}, "zigzag"),
+    (2, {"cp": 2, "etp": 2}, "fold"),
+    (4, {"cp": 4, "ep": 2, "etp": 2}, "zigzag"),
+    (4, {"cp": 2, "ep": 4}, "fold"),
+    (4, {"cp": 2, "ep": 2}, "contiguous"),
+    (4, {"cp": 4}, "fold"),
+    pytest.param(8, {"cp": 4, "ep": 4, "etp": 2}, "zigzag", marks=pytest.mark.slow),
+    pytest.param(8, {"cp": 8, "ep": 2, "etp": 2}, "fold", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("num_ranks", "sizes", "order"), SPLITS)
+def test_loss_and_every_gradient_are_those_of_one_rank(num_ranks, sizes, order) -> None:
+    expected = one_rank()
+    results = run_on_ranks(loss_and_gradients, num_ranks, sizes, order)
+    assert int(results[0]["dropped"].sum()) > 0  # capacity is at work
+    actual = assemble(results)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_equal_to_rounding(actual[name], tensor, what=name)
+
+
+def test_float32_errs_no_more_over_ranks_than_on_one() -> None:
+    oracle, honest = one_rank(), one_rank(dtype=torch.float32)
+    results = run_on_ranks(
+        loss_and_gradients, 4, {"cp": 4, "ep": 2, "etp": 2}, "zigzag", dtype=torch.float32
+    )
+    actual = assemble(results)
+    errors = [relative_error(actual[name], oracle[name]) for name in oracle]
+    budget = [relative_error(honest[name], oracle[name]) for name in oracle]
+    rounding = torch.finfo(torch.float32).eps
+    for name, error, allowed in zip(oracle, errors, budget):
+        # A gradient of few elements can be lucky on one rank: the mean over tensors bounds it too.
+        assert error <= 2 * max(allowed, sum(budget) / len(budget)) + rounding, name
+
+
+def test_a_document_leaks_nothing_into_its_neighbours() -> None:
+    model = HybridModel(config(capacity_factor=None), dtype=torch.float64)
+    model.reset_parameters(0)
+    tokens = torch.randint(VOCAB, (30,))
+    packed = model(tokens, pack_batch([(9, 14, 7)], dp_rank=0, num_ranks=1, order="contiguous"))
+    alone = model(tokens[9:23], pack_batch([(14,)], dp_rank=0, num_ranks=1, order="contiguous"))
+    assert_equal_to_rounding(packed.logits[9:23], alone.logits)
+    changed = tokens.clone()
+    changed[:9] = (changed[:9] + 1) % VOCAB
+    other = model(changed, pack_batch([(9, 14, 7)], dp_rank=0, num_ranks=1, order="contiguous"))
+    # To rounding only: the experts' products have as many rows as tokens came their way.
+    assert_equal_to_rounding(other.logits[9:], packed.logits[9:])
+
+
+def test_padding_changes_nothing() -> None:
+    """Packs of 44 and 36 tokens over 3 ranks are padded; loss and gradients are not."""
+    expected = one_rank()
+    actual = assemble(run_on_ranks(loss_and_gradients, 3, {"cp": 3}, "contiguous"))
+    for name, tensor in expected.items():
+        assert_equal_to_rounding(actual[name], tensor, what=name)
+
+
+def test_layer_kinds_and_deepnorm_are_minimaxs() -> None:
+    kinds = [MINIMAX_TEXT_01.is_softmax(index) for index in range(80)]
+    assert [index for index, softmax in enumerate(kinds) if softmax] == list(range(7, 80, 8))
+    assert f"{MINIMAX_TEXT_01.deepnorm_alpha:.16f}"[:18] == "3.5565588200778455"[:18]
+    assert abs(MINIMAX_TEXT_01.deepnorm_beta - 0.19882) < 5e-6
+
+
+def test_minimax_text_01_has_456_billion_parameters() -> None:
+    total, active = count_parameters(MINIMAX_TEXT_01)
+    assert f"{total / 1e9:.2f}" == "456.09"
+    assert f"{active / 1e9:.2f}" == "45.94"
+
+
+def test_command_prints_the_parameters() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lasp.hybrid"], capture_output=True, text=True, check=True
+    )
+    assert "minimax-text-01: 456.1 B total, 45.9 B active" in done.stdout
+
+
+def test_tokens_of_another_layout_are_refused() -> None:
+    model = HybridModel(config())
+    batch = pack_batch([(8,)], dp_rank=0, num_ranks=2, order="contiguous")
+    with pytest.raises(ValueError, match="tokens must have shape"):
+        model(torch.zeros(8, dtype=torch.int64), batch)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("sizes", [{"cp": 2, "ep": 2}, {"cp": 2, "etp": 2}, {"ep": 2}])
+def test_gpu_ranks_agree_with_one_cpu_rank(sizes: dict[str, int]) -> None:
+    expected = one_rank()
+    results = run_on_ranks(loss_and_gradients, 2, sizes, "zigzag", device="cuda", backend="nccl")
+    actual = assemble(results)
+    for name, tensor in expected.items():
+        assert_equal_to_rounding(actual[name], tensor, what=name)

@@ -1,0 +1,29 @@
+"""What importing costs, and what it must not need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("package", ["lasp", "lasp.layout", "ring", "moe_parallel", "lasp.hybrid"])
+def test_import_needs_neither_triton_nor_megatron(package: str) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'megatron', 'matplotlib', 'rich', 'tyro'): sys.modules[name] = None\n"
+        f"import {package}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import time, torch, torch.distributed\n"
+        "start = time.process_time()\n"
+        "import lasp, ring, moe_parallel\n"
+        "print(time.process_time() - start)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.0  # seconds beyond torch

@@ -22,59 +22,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lasp.fold import WorkIndex, fold_runs
+from lasp.runs import Fragment, Run, RunLink, contiguous_runs, cut_at_borders, zigzag_runs
+
+__all__ = ["Fragment", "Order", "Run", "RunLink", "SequenceLayout"]
 
 Order = Literal["contiguous", "zigzag", "fold"]
-
-
-class Run(NamedTuple):
-    """A maximal interval [start, stop) of the pack held contiguously by one rank."""
-
-    start: int
-    stop: int
-
-
-class Fragment(NamedTuple):
-    """The part of one document that lies in one run.
-
-    Attributes:
-        document: index into ``document_lengths``; ``len(document_lengths)`` is the tail padding.
-        start: first token, counted from the start of the document.
-        stop: one past the last token, counted from the start of the document.
-        offset: where the fragment starts among the rank's tokens.
-        run: index of the run among the rank's runs.
-    """
-
-    document: int
-    start: int
-    stop: int
-    offset: int
-    run: int
-
-
-class RunLink(NamedTuple):
-    """One run in the global order of the pack, with what a state exchange must know of it.
-
-    Attributes:
-        rank: the rank that holds the run.
-        run: index of the run among that rank's runs.
-        start: first pack position.
-        stop: one past the last pack position.
-        continues: the run's first token continues a document that began in an earlier run.
-        passes: no document starts anywhere in the run, so that a state flows through all of it.
-    """
-
-    rank: int
-    run: int
-    start: int
-    stop: int
-    continues: bool
-    passes: bool
 
 
 @dataclass(frozen=True)
@@ -174,21 +132,12 @@ class SequenceLayout:
 
     @cached_property
     def _runs(self) -> tuple[tuple[Run, ...], ...]:
-        ranks, tokens = self.num_ranks, self.num_local_tokens
         if self.order == "fold":
-            plan = fold_runs(self.borders, ranks)
-        elif self.order == "zigzag" and ranks > 1:
-            piece = tokens // 2
-            plan = [
-                [
-                    (r * piece, (r + 1) * piece),
-                    ((2 * ranks - 1 - r) * piece, (2 * ranks - r) * piece),
-                ]
-                for r in range(ranks - 1)
-            ]
-            plan.append([((ranks - 1) * piece, (ranks + 1) * piece)])  # the middle pieces touch
+            plan = fold_runs(self.borders, self.num_ranks)
+        elif self.order == "zigzag":
+            plan = zigzag_runs(self.num_tokens, self.num_ranks)
         else:
-            plan = [[(r * tokens, (r + 1) * tokens)] for r in range(ranks)]
+            plan = contiguous_runs(self.num_tokens, self.num_ranks)
         return tuple(tuple(Run(*run) for run in runs) for runs in plan)
 
     def runs(self, rank: int) -> tuple[Run, ...]:
@@ -198,25 +147,7 @@ class SequenceLayout:
 
     @cached_property
     def _fragments(self) -> tuple[tuple[Fragment, ...], ...]:
-        return tuple(tuple(self._cut(runs)) for runs in self._runs)
-
-    def _cut(self, runs: Sequence[Run]) -> list[Fragment]:
-        fragments: list[Fragment] = []
-        offset = 0
-        for index, run in enumerate(runs):
-            position = run.start
-            document = bisect_right(self.borders, position) - 1
-            while position < run.stop:
-                border = self.borders[document]
-                stop = min(self.borders[document + 1], run.stop)
-                if stop > position:
-                    fragments.append(
-                        Fragment(document, position - border, stop - border, offset, index)
-                    )
-                    offset += stop - position
-                    position = stop
-                document += 1
-        return fragments
+        return tuple(tuple(cut_at_borders(runs, self.borders)) for runs in self._runs)
 
     def fragments(self, rank: int) -> tuple[Fragment, ...]:
         """Fragments of ``rank`` in the order of its tokens; never empty ones."""

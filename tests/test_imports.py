@@ -12,7 +12,8 @@ import pytest
 def test_import_needs_neither_triton_nor_megatron(package: str) -> None:
     code = (
         "import sys\n"
-        "for name in ('triton', 'megatron', 'matplotlib', 'rich', 'tyro'): sys.modules[name] = None\n"
+        "for name in ('triton', 'megatron', 'matplotlib', 'rich', 'tyro'):\n"
+        "    sys.modules[name] = None\n"
         f"import {package}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

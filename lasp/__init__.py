@@ -1,5 +1,14 @@
 """Lightning attention over a sequence cut across ranks."""
 
+from lasp.attention import LightningOutput, lightning_attention
+from lasp.decay import decay_rates
 from lasp.layout import SequenceLayout
+from lasp.module import LightningAttention
 
-__all__ = ["SequenceLayout"]
+__all__ = [
+    "LightningAttention",
+    "LightningOutput",
+    "SequenceLayout",
+    "decay_rates",
+    "lightning_attention",
+]

@@ -1,0 +1,214 @@
+"""Lightning attention over a sequence cut across ranks (LASP+): the operator.
+
+Per head, with ``lambda = exp(-rate)`` and S reset at each document start::
+
+    S_t = lambda S_{t-1} + k_t^T v_t        o_t = scale q_t S_t
+
+Ranks hold runs of the pack. What happened before a run reaches it as one K x V state a head, so
+each rank sums up its own tokens, starts to gather the sums of the others, computes its output as if
+nothing had come before, and adds the part of the incoming state when that is there. The backward
+is the same with time reversed: gradients of states flow from later runs to earlier ones.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lasp import ops
+from lasp.exchange import Wait, start_exchange
+from lasp.flow import Flow, flow_of
+from lasp.layout import SequenceLayout
+from lasp.validation import (
+    check_initial_state,
+    check_layout,
+    check_names,
+    check_qkv,
+    check_rates,
+    state_dtype,
+)
+
+
+class LightningOutput(NamedTuple):
+    """What :func:`lightning_attention` returns.
+
+    Attributes:
+        output: ``[T, H, V]`` or ``[B, T, H, V]``, in the dtype of ``q``.
+        final_state: ``[N, H, K, V]`` or ``[B, H, K, V]``; None if not asked for.
+    """
+
+    output: Tensor
+    final_state: Tensor | None
+
+
+class _Call(NamedTuple):
+    """Everything about a call that is not a tensor."""
+
+    layout: SequenceLayout
+    rank: int
+    cp_group: dist.ProcessGroup | None
+    scale: float
+    exchange: str
+    with_final_state: bool
+
+
+class _LightningAttention(torch.autograd.Function):
+    """q, k: [T, H, K], v: [T, H, V], rates: [H] and initial_state: [N, H, K, V] in state dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rates: Tensor,
+        initial_state: Tensor | None,
+        call: _Call,
+    ) -> tuple[Tensor, Tensor | None]:
+        flow = flow_of(call.layout, call.rank)
+        with torch.autocast(q.device.type, enabled=False):
+            local_states = ops.run_states(k, v, rates, flow, given=initial_state)
+            wait = _start(local_states, rates, flow, call)
+            scaled_q = _scaled(q, call.scale, rates)
+            output, final_state = ops.scan(
+                scaled_q, k, v, rates, flow,
+                given=initial_state, with_result=call.with_final_state,
+            )  # fmt: skip
+            incoming = wait()
+            ops.add_incoming(output, scaled_q, rates, flow, incoming, result=final_state)
+        ctx.save_for_backward(q, k, v, rates, initial_state, incoming)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return output.to(q.dtype), final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, rates, initial_state, incoming = ctx.saved_tensors
+        call = ctx.call
+        flow, back = (flow_of(call.layout, call.rank, reverse=r) for r in (False, True))
+        if grad_output is None:  # only the final state was used, on this rank
+            grad_output = v.new_zeros(()).expand_as(v)
+        with torch.autocast(q.device.type, enabled=False):
+            do = _scaled(grad_output, call.scale, rates)
+            local_states = ops.run_states(q, do, rates, back, given=grad_final)
+            wait = _start(local_states, rates, back, call)
+            # dq needs only states of the forward pass: it runs under the exchange too.
+            dq, _ = ops.scan(
+                do, v, k, rates, flow, given=_transpose(initial_state), incoming=incoming.mT
+            )
+            dk, _ = ops.scan(v, do, q, rates, back, given=_transpose(grad_final))
+            dv, grad_initial = ops.scan(
+                k, q, do, rates, back, given=grad_final, with_result=ctx.needs_input_grad[4]
+            )
+            grad_incoming = wait()
+            ops.add_incoming(dk, v, rates, back, grad_incoming.mT)
+            ops.add_incoming(dv, k, rates, back, grad_incoming, result=grad_initial)
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, grad_initial, None
+
+
+def lightning_attention(  # the operator: its arguments are its documentation
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    *,
+    layout: SequenceLayout | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    exchange: Literal["all_gather", "serial"] = "all_gather",
+    impl: Literal["eager"] = "eager",
+    output_final_state: bool = True,
+) -> LightningOutput:
+    """Causal linear attention with constant decay, over packed documents and over ranks.
+
+    ``S_t = exp(-rate) S_{t-1} + k_t^T v_t;  o_t = scale q_t S_t``, for each head, S reset to the
+    initial state at each document start. Exact: documents may be cut anywhere by rank borders.
+
+    Args:
+        q: this rank's queries, ``layout.shard`` of the pack: ``[T, H, K]``, or ``[B, T, H, K]``
+            for B rows that each hold one document of the layout. bf16, fp16, fp32 or fp64; any
+            strides.
+        k: keys, as ``q``.
+        v: values ``[T, H, V]`` or ``[B, T, H, V]``; V need not be K.
+        rates: decay rates ``[H]`` of this rank's heads, float32 or float64, finite and >= 0
+            (checked only on the CPU: a check on a GPU would stop it). See ``decay_rates``.
+        layout: who holds which tokens; by default one document of T tokens on one rank.
+        cp_group: the context-parallel ranks, ``layout.num_ranks`` of them; None for one rank.
+        scale: factor of the output; MiniMax uses 1, not K^-0.5.
+        initial_state: state before each document ``[N, H, K, V]`` (``[B, H, K, V]`` batched),
+            float32, or float64 with fp64 inputs; default zero. Row n is read on the rank that
+            holds the first token of document n, on rank 0 for an empty document.
+        exchange: how states cross ranks, see ``lasp.exchange``.
+        impl: who computes: ``eager``, plain torch.
+        output_final_state: False saves ``N H K V`` elements a rank.
+
+    Returns:
+        The output and the final states, float32 (float64 with fp64 inputs). Row n is the state
+        after document n on the rank that holds its last token (rank 0 for an empty document), and
+        zero on every other: the sum over ranks is the whole. The tail padding is a document of its
+        own and has no row.
+
+    Gradients: to ``q``, ``k``, ``v`` and ``initial_state`` (nonzero where it is read), from both
+    results. None to ``rates``. Every rank must run the backward. Saved for it: the inputs and the
+    incoming state of each run, fp32.
+
+    Communication: forward and backward each exchange states once, and only if a document is cut:
+    ``all_gather`` receives ``(P - 1) * runs * H * K * V * 4`` bytes (runs: the most sending ones of
+    a rank), under the local compute.
+
+    Raises:
+        ValueError: naming the argument, before any communication.
+
+    Source: Lightning Attention-2, arXiv:2401.04658; LASP, arXiv:2404.02882; LASP+, MiniMax-01,
+    arXiv:2501.08313, section 3.2.
+    """
+    check_names(exchange, impl)
+    check_qkv(q, k, v)
+    check_rates(rates, q)
+    if layout is None:
+        layout = SequenceLayout((q.shape[-3],), num_ranks=1)
+    rank = check_layout(layout, cp_group, q)
+    check_initial_state(initial_state, q, v, layout)
+
+    call = _Call(layout, rank, cp_group, scale, exchange, output_final_state)
+    rates = rates.to(state_dtype(q.dtype))
+    if q.dim() == 3:
+        return LightningOutput(*_apply(q, k, v, rates, initial_state, call))
+
+    # Heads are independent and rows share one layout: B rows of H heads are B H heads.
+    rows = q.shape[0]
+    q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))
+    if initial_state is not None:
+        initial_state = initial_state.flatten(0, 1).unsqueeze(0)
+    output, final_state = _apply(q, k, v, rates.repeat(rows), initial_state, call)
+    if final_state is not None:
+        final_state = final_state.squeeze(0).unflatten(0, (rows, -1))
+    return LightningOutput(output.unflatten(1, (rows, -1)).transpose(0, 1), final_state)
+
+
+def _apply(*args: Tensor | _Call | None) -> tuple[Tensor, Tensor | None]:
+    return _LightningAttention.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _start(local_states: Tensor, rates: Tensor, flow: Flow, call: _Call) -> Wait:
+    decay = cache(lambda length: ops.decay_over(rates, length))
+    transitions = [decay(hop.length) if hop.passes else None for hop in flow.hops]
+    return start_exchange(call.exchange, local_states, flow, transitions, call.cp_group)
+
+
+def _scaled(x: Tensor, scale: float, rates: Tensor) -> Tensor:
+    """Scaled in the dtype to compute in; untouched for scale 1."""
+    return x if scale == 1.0 else x.to(rates.dtype) * scale
+
+
+def _transpose(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.mT

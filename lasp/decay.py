@@ -1,0 +1,95 @@
+"""Decay rates of lightning attention heads: every published formula under its own name.
+
+The state of head h shrinks by exp(-rate_h) a token. Formulas differ between vendors in the slope of
+a head and in how much slower deeper layers decay, and a model run with another's formula is wrong
+without any error, so the variant is explicit:
+
+===========  ==================================================================================
+minimax      ``2^(-8(h+1)/H) * (1 - l/(L-1+1e-5) + 1e-5)``, any H.
+             transformers 5.23, ``models/minimax/modeling_minimax.py``, ``get_slope_rate``
+alibi        ALiBi slopes (for H not a power of two: those of the closest power below, then every
+             second one of twice that) ``* (1 - l/(L-1) + 1e-5)``.
+             vLLM ``MiniMaxText01``; the TransNormer example of OpenNLPLab/lightning-attention
+linear       ``(8h/H) * (1 - l/L)``: head 0 never decays.
+             TransNormerLLM, arXiv:2307.14995; ``fla.ops.lightning_attn``
+retnet       ``-log(1 - 2^(-5-h))`` in every layer.
+             RetNet, arXiv:2307.08621; ``fla.ops.retention``
+===========  ==================================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Variant = Literal["minimax", "alibi", "linear", "retnet"]
+
+
+def decay_rates(
+    num_heads: int,
+    layer_index: int,
+    num_layers: int,
+    variant: Variant = "minimax",
+    *,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Decay rate of each head of one layer, computed in fp64 and rounded once.
+
+    Args:
+        num_heads: H, the heads of the whole layer, over all tensor-parallel ranks.
+        layer_index: l, counted from 0 over *all* layers of the model, softmax layers and earlier
+            pipeline stages included.
+        num_layers: L, all layers of the model.
+        variant: the formula, see the module.
+        tp_rank: which slice of the heads to return; rates follow the global head index.
+        tp_size: number of slices; must divide ``num_heads``.
+        device: where the result lives.
+
+    Returns:
+        float32 ``[num_heads / tp_size]``, >= 0.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+    if num_heads < 1 or num_layers < 1:
+        raise ValueError(f"num_heads and num_layers must be >= 1, got {num_heads} and {num_layers}")
+    if not 0 <= layer_index < num_layers:
+        raise ValueError(
+            f"layer_index must be in [0, {num_layers}), got {layer_index}: count from 0 over all"
+            " layers of the model"
+        )
+    if tp_size < 1 or num_heads % tp_size or not 0 <= tp_rank < tp_size:
+        raise ValueError(
+            f"tp_size must divide num_heads and tp_rank be in [0, tp_size), got tp_size {tp_size},"
+            f" tp_rank {tp_rank}, num_heads {num_heads}: pass the heads of the whole layer"
+        )
+    if variant not in get_args(Variant):
+        raise ValueError(f"variant must be one of {get_args(Variant)}, got {variant!r}")
+
+    head = torch.arange(num_heads, dtype=torch.float64)
+    last = num_layers - 1
+    if variant == "minimax":
+        slope = 2.0 ** (-8.0 * (head + 1) / num_heads)
+        rates = slope * (1 - layer_index / (last + 1e-5) + 1e-5)
+    elif variant == "alibi":
+        rates = _alibi_slopes(num_heads) * (1 - layer_index / max(last, 1) + 1e-5)
+    elif variant == "linear":
+        rates = 8.0 * head / num_heads * (1 - layer_index / num_layers)
+    else:
+        rates = -torch.log1p(-(2.0 ** (-5 - head)))
+    heads = num_heads // tp_size
+    return rates[tp_rank * heads : (tp_rank + 1) * heads].to(device, torch.float32)
+
+
+def _alibi_slopes(num_heads: int) -> Tensor:
+    """``2^(-8(h+1)/H)`` for a power of two, else the closest power below and then a half step."""
+    power = 2 ** (num_heads.bit_length() - 1)
+
+    def slopes(count: int) -> Tensor:
+        return 2.0 ** (-8.0 * torch.arange(1, count + 1, dtype=torch.float64) / count)
+
+    return torch.cat([slopes(power), slopes(2 * power)[0::2][: num_heads - power]])

@@ -1,0 +1,125 @@
+"""Checks of what callers pass, all on the host: shapes, dtypes and devices, never device values.
+
+Every rank checks before the first collective, so that a wrong call raises instead of hanging.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.exchange import STRATEGIES
+from lasp.layout import SequenceLayout
+
+IMPLEMENTATIONS = ("eager",)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states, carries and exchange: fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def check_names(exchange: str, impl: str) -> None:
+    """Raise ValueError for a name that is not offered."""
+    if exchange not in STRATEGIES:
+        raise ValueError(f"exchange must be one of {tuple(STRATEGIES)}, got {exchange!r}")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q and k are [T, H, K] or [B, T, H, K] and v [.., H, V] alike."""
+    if q.dim() not in (3, 4) or q.numel() == 0:
+        raise ValueError(
+            "q must be [T, H, K] or [B, T, H, K] with at least one element, got shape"
+            f" {tuple(q.shape)}"
+        )
+    if k.shape != q.shape:
+        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.dim() != q.dim() or v.shape[:-1] != q.shape[:-1] or v.shape[-1] == 0:
+        raise ValueError(
+            f"v must be {tuple(q.shape[:-1])} + (V,), all but the last dim as in q, got"
+            f" {tuple(v.shape)}"
+        )
+    if not q.dtype.is_floating_point or torch.finfo(q.dtype).bits < 16:
+        raise ValueError(f"q must be bf16, fp16, fp32 or fp64, got {q.dtype}")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+        _check_device(name, tensor, q)
+
+
+def check_rates(rates: Tensor, q: Tensor) -> None:
+    """Raise ValueError unless rates is a constant [H] vector; values are read on the CPU only."""
+    num_heads = q.shape[-2]
+    if rates.shape != (num_heads,):
+        raise ValueError(
+            f"rates must be [H] with H = {num_heads}, the heads of q on this rank, got shape"
+            f" {tuple(rates.shape)}: under tensor parallelism slice the global vector,"
+            " decay_rates(..., tp_rank=, tp_size=)"
+        )
+    if rates.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"rates must be float32 or float64, got {rates.dtype}: keep them out of casts such as"
+            " module.to(torch.bfloat16)"
+        )
+    _check_device("rates", rates, q)
+    if rates.requires_grad:
+        raise ValueError("rates must not require grad, they get none: pass rates.detach()")
+    if rates.device.type == "cpu" and not bool((rates.isfinite() & (rates >= 0)).all()):
+        raise ValueError(
+            f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {rates.tolist()}"
+        )
+
+
+def check_layout(layout: SequenceLayout, cp_group: dist.ProcessGroup | None, q: Tensor) -> int:
+    """Raise ValueError unless layout, group and q belong together; this rank within the group."""
+    if cp_group is not None and not isinstance(cp_group, dist.ProcessGroup):
+        raise ValueError(
+            f"cp_group must be a process group that holds this rank, got {cp_group!r}: call the"
+            " operator on the members of the group only"
+        )
+    num_ranks = 1 if cp_group is None else cp_group.size()
+    if layout.num_ranks != num_ranks:
+        raise ValueError(
+            f"layout must be for the {num_ranks} ranks of cp_group, got num_ranks"
+            f" {layout.num_ranks}: build it with cp_group.size() and pass that group"
+        )
+    if layout.num_local_tokens != q.shape[-3]:
+        raise ValueError(
+            f"layout must hold the {q.shape[-3]} tokens a rank of q {tuple(q.shape)}, got"
+            f" {layout.num_local_tokens}: is this the layout of this batch, and q sharded by it?"
+        )
+    if q.dim() == 4 and layout.num_documents != 1:
+        raise ValueError(
+            "layout must hold one document when q is [B, T, H, K], whose rows share it, got"
+            f" {layout.num_documents}: pack the rows end to end as [T, H, K]"
+        )
+    return 0 if cp_group is None else cp_group.rank()
+
+
+def check_initial_state(
+    initial_state: Tensor | None, q: Tensor, v: Tensor, layout: SequenceLayout
+) -> None:
+    """Raise ValueError unless initial_state is None or [N or B, H, K, V] in the state dtype."""
+    if initial_state is None:
+        return
+    rows = layout.num_documents if q.dim() == 3 else q.shape[0]
+    shape = (rows, q.shape[-2], q.shape[-1], v.shape[-1])
+    if initial_state.shape != shape:
+        raise ValueError(
+            f"initial_state must be {shape}: [documents, H, K, V], or [B, H, K, V] for batched q,"
+            f" got {tuple(initial_state.shape)}"
+        )
+    if initial_state.dtype != state_dtype(q.dtype):
+        raise ValueError(
+            f"initial_state must be {state_dtype(q.dtype)} for q in {q.dtype}, got"
+            f" {initial_state.dtype}: states are never rounded to the activation dtype"
+        )
+    _check_device("initial_state", initial_state, q)
+
+
+def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")

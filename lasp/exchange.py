@@ -27,6 +27,9 @@ from torch import Tensor
 
 from lasp.flow import Flow
 
+# torch 2.13 renamed it and warns about the old name; torch before that has only the old one.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 Wait = Callable[[], Tensor]
 Transitions = Sequence[Tensor | None]
 
@@ -62,7 +65,7 @@ def _start_all_gather(
     outgoing: Tensor, flow: Flow, transitions: Transitions, cp_group: dist.ProcessGroup
 ) -> Wait:
     gathered = outgoing.new_empty(cp_group.size(), *outgoing.shape)
-    work = dist.all_gather_into_tensor(gathered, outgoing, group=cp_group, async_op=True)
+    work = _all_gather(gathered.flatten(0, 1), outgoing, group=cp_group, async_op=True)
 
     def wait() -> Tensor:
         work.wait()

@@ -51,7 +51,6 @@ class Piece(NamedTuple):
 
     Attributes:
         document: index into the given states and the results; None for the tail padding.
-        start: first token, counted from the start of the document.
         length: tokens of the fragment.
         offset: where the fragment starts among the rank's tokens.
         run: index of the run among the rank's runs.
@@ -60,7 +59,6 @@ class Piece(NamedTuple):
     """
 
     document: int | None
-    start: int
     length: int
     offset: int
     run: int
@@ -140,7 +138,6 @@ def _pieces(layout: SequenceLayout, rank: int, reverse: bool) -> tuple[Piece, ..
         pieces.append(
             Piece(
                 document=fragment.document if fragment.document < layout.num_documents else None,
-                start=fragment.start,
                 length=fragment.stop - fragment.start,
                 offset=fragment.offset,
                 run=fragment.run,

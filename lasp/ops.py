@@ -85,9 +85,9 @@ def scan(
 ) -> tuple[Tensor, Tensor | None]:
     """Pass C: the output of every token, fragment by fragment, chunk by chunk.
 
-    Chunks lie on multiples of ``CHUNK`` counted from the start of the *document*, and operands are
-    copied before they are used, so that a document takes the same sequence of operations, and gets
-    the same bits, whatever else is in the pack.
+    Chunks are counted from the start of the fragment and operands are copied before they are used,
+    so that a document takes the same sequence of operations, and gets the same bits, whatever else
+    is in the pack.
 
     Args:
         query_THK: ``[T, H, K]``.
@@ -234,7 +234,8 @@ def _scan_chunks(
     """Output of c consecutive chunks of one length, and the state after them."""
     added_cHKV = (key_cHCK * decay.leaving).mT @ value_cHCV
     entry_cHKV = torch.empty_like(added_cHKV)  # the state that enters each chunk
-    for chunk in _in_flow(added_cHKV.shape[0], reverse):
+    count = added_cHKV.shape[0]
+    for chunk in reversed(range(count)) if reverse else range(count):
         entry_cHKV[chunk] = state_HKV
         state_HKV = torch.addcmul(added_cHKV[chunk], decay.across, state_HKV)
     scores_cHCC = (query_cHCK @ key_cHCK.mT).mul_(decay.within)
@@ -244,20 +245,15 @@ def _scan_chunks(
 
 
 def _chunk_groups(piece: Piece, reverse: bool) -> Iterator[tuple[int, int, int]]:
-    """(offset, chunks, tokens a chunk) in the order of the flow: chunks on the document's grid."""
-    head = min(-piece.start % CHUNK, piece.length)
-    full, tail = divmod(piece.length - head, CHUNK)
-    groups = [(piece.offset, 1, head)] if head else []
-    for first in range(0, full, GROUP):
-        count = min(GROUP, full - first)
-        groups.append((piece.offset + head + first * CHUNK, count, CHUNK))
+    """(offset, chunks, tokens a chunk) of chunks computed at once, in the order of the flow."""
+    full, tail = divmod(piece.length, CHUNK)
+    groups = [
+        (piece.offset + first * CHUNK, min(GROUP, full - first), CHUNK)
+        for first in range(0, full, GROUP)
+    ]
     if tail:
-        groups.append((piece.offset + head + full * CHUNK, 1, tail))
+        groups.append((piece.offset + full * CHUNK, 1, tail))
     return reversed(groups) if reverse else iter(groups)
-
-
-def _in_flow(count: int, reverse: bool) -> range:
-    return range(count - 1, -1, -1) if reverse else range(count)
 
 
 def _chunks(x_THD: Tensor, count: int, like: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.decay import decay_rates
+from lasp.layout import Order, SequenceLayout
+from lasp.module import LightningAttention
+from lasp.reference import recurrent_lightning_attention
+from tests.closeness import assert_equal_to_rounding
+from tests.lasp.cases import ORDERS
+from tests.ranks import run_on_ranks
+
+HIDDEN, HEADS, DIM = 10, 3, 4
+
+
+def make_module(**kwargs: object) -> LightningAttention:
+    torch.manual_seed(1)
+    module = LightningAttention(HIDDEN, HEADS, DIM, 2, 6, dtype=torch.float64, **kwargs)
+    torch.nn.init.normal_(module.norm.weight)
+    return module
+
+
+def by_the_paper(module: LightningAttention, hidden: Tensor, borders: tuple[int, ...]) -> Tensor:
+    """The layer of transformers' modeling_minimax.py, on the recurrence."""
+    qkv = torch.nn.functional.silu(hidden @ module.qkv_proj.weight.T)
+    qkv = qkv.reshape(len(hidden), HEADS, 3 * DIM)
+    q, k, v = qkv[..., :DIM], qkv[..., DIM : 2 * DIM], qkv[..., 2 * DIM :]
+    rates = decay_rates(HEADS, 2, 6)
+    output, _ = recurrent_lightning_attention(q, k, v, rates, cu_seqlens=borders)
+    flat = output.reshape(len(hidden), HEADS * DIM)
+    norm = flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + 1e-6) * module.norm.weight
+    gate = torch.sigmoid(hidden @ module.output_gate.weight.T)
+    return (gate * norm) @ module.out_proj.weight.T
+
+
+def results_of(output: Tensor, module: LightningAttention, hidden: Tensor) -> list[Tensor]:
+    torch.manual_seed(2)
+    weight = torch.randn(output.shape, dtype=output.dtype)
+    leaves = [hidden, *module.parameters()]
+    return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
+
+
+def test_is_the_layer_of_minimax() -> None:
+    module = make_module()
+    layout = SequenceLayout((70, 0, 5, 30), 1)
+    hidden = torch.randn(105, HIDDEN, dtype=torch.float64, requires_grad=True)
+    actual = results_of(module(hidden, layout=layout), module, hidden)
+    expected = results_of(by_the_paper(module, hidden, layout.borders), module, hidden)
+    for a, e in zip(actual, expected, strict=True):
+        assert_equal_to_rounding(a, e)
+
+
+def test_parameters_have_the_names_and_shapes_of_minimax() -> None:
+    shapes = {name: tuple(x.shape) for name, x in make_module().state_dict().items()}
+    assert shapes == {
+        "qkv_proj.weight": (3 * HEADS * DIM, HIDDEN),
+        "output_gate.weight": (HEADS * DIM, HIDDEN),
+        "norm.weight": (HEADS * DIM,),
+        "out_proj.weight": (HIDDEN, HEADS * DIM),
+    }
+
+
+def test_batched_rows_equal_documents() -> None:
+    module = make_module()
+    hidden = torch.randn(3, 20, HIDDEN, dtype=torch.float64)
+    packed = module(hidden.flatten(0, 1), layout=SequenceLayout((20, 20, 20), 1))
+    assert_equal_to_rounding(module(hidden).flatten(0, 1), packed)
+
+
+def run_module(layout: SequenceLayout, pack: Tensor) -> list[Tensor]:
+    """Output, input gradient and parameter gradients summed over ranks."""
+    module, rank = make_module(), dist.get_rank()
+    hidden = layout.shard(pack, rank).clone().requires_grad_()
+    output = module(hidden, layout=layout, cp_group=dist.group.WORLD)
+    output.backward(layout.shard(pack.sin(), rank))
+    for parameter in module.parameters():
+        dist.all_reduce(parameter.grad)
+    assert hidden.grad is not None
+    return [output.detach(), hidden.grad, *(p.grad for p in module.parameters())]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_ranks_equal_one_rank(order: Order) -> None:
+    lengths = (90, 1, 40)
+    pack = torch.randn(sum(lengths), HIDDEN, dtype=torch.float64)
+    (single,) = run_on_ranks(run_module, 1, SequenceLayout(lengths, 1), pack)
+    layout = SequenceLayout(lengths, 2, order)
+    results = run_on_ranks(run_module, 2, layout, pack)
+    for index in (0, 1):
+        assert_equal_to_rounding(layout.unshard([r[index] for r in results]), single[index])
+    for index in range(2, len(single)):
+        assert_equal_to_rounding(results[0][index], single[index])
+
+
+def test_rates_stay_float32_and_survive_meta() -> None:
+    expected = decay_rates(HEADS, 2, 6)
+    module = make_module().to(torch.bfloat16)
+    assert module.qkv_proj.weight.dtype == torch.bfloat16
+    assert torch.equal(module.rates, expected)
+    assert torch.equal(copy.deepcopy(module).half().rates, expected)
+    assert module(torch.randn(5, HIDDEN, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    meta = make_module(device="meta")
+    assert meta.rates.device.type == "meta"
+    assert torch.equal(meta.to_empty(device="cpu").rates, expected)
+    outer = torch.nn.Sequential(make_module(device="meta")).to_empty(device="cpu").bfloat16()
+    assert torch.equal(outer[0].rates, expected)
+
+
+def test_norm_is_computed_in_float32() -> None:
+    module = make_module().to(torch.bfloat16)
+    x = (torch.randn(7, HEADS * DIM) * 100).bfloat16()
+    exact = x.double()
+    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-6)
+    exact = exact * module.norm.weight.double()
+    assert ((module.norm(x).double() - exact).abs() <= exact.abs() * 2**-8).all()
+
+
+def test_decay_variant_and_bad_input() -> None:
+    module = make_module(decay="retnet")
+    assert torch.equal(module.rates, decay_rates(HEADS, 2, 6, "retnet"))
+    for shape in ((5,), (5, HIDDEN + 1), (1, 1, 5, HIDDEN)):
+        with pytest.raises(ValueError, match="hidden"):
+            module(torch.randn(shape, dtype=torch.float64))

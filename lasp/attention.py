@@ -76,9 +76,8 @@ class _LightningAttention(torch.autograd.Function):
             wait = _start(local_states, rates, flow, call)
             scaled_q = _scaled(q, call.scale, rates)
             output, final_state = ops.scan(
-                scaled_q, k, v, rates, flow,
-                given=initial_state, with_result=call.with_final_state,
-            )  # fmt: skip
+                scaled_q, k, v, rates, flow, given=initial_state, with_result=call.with_final_state
+            )
             incoming = wait()
             ops.add_incoming(output, scaled_q, rates, flow, incoming, result=final_state)
         ctx.save_for_backward(q, k, v, rates, initial_state, incoming)

@@ -1,0 +1,119 @@
+"""Softmax attention layer over a packed batch cut across ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lasp.layout import SequenceLayout
+from ring.attention import locate, ring_attention
+from ring.rope import apply_rotary, check_rotary_dim
+
+
+class RingAttention(nn.Module):
+    """Grouped-query softmax attention with rotary positions: projections around the operator.
+
+    Equation: ``o_proj(ring_attention(rope(q_proj x), rope(k_proj x), v_proj x))``, no biases,
+    score scale 1 / sqrt(head_dim). Parameters are named, shaped and laid out as in Hugging Face's
+    models (``q_proj.weight [num_heads * head_dim, hidden_size]``, ...), so that weights load as
+    they are. They are replicated over the context-parallel group: each rank's gradients cover its
+    own tokens and must be summed over the group.
+
+    Args:
+        hidden_size: width of the residual stream.
+        num_heads: Hq.
+        num_kv_heads: Hkv, divides ``num_heads``.
+        head_dim: D.
+        rotary_dim: dims of each head that are rotated, even; MiniMax-01: D / 2; 0: none.
+        rope_base: 10,000 in MiniMax-01's pre-training, 10,000,000 at 1M context.
+        causal: a token sees itself and what comes before it in its document; else all of it.
+        block: attention kernel, see :func:`ring.block.resolve_block`.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: if a size is below 1, the heads do not divide or ``rotary_dim`` does not fit.
+    """
+
+    # As many parameters as the layer has choices; all but the four sizes by keyword.
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        rotary_dim: int,
+        rope_base: float = 10_000.0,
+        causal: bool = True,
+        block: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if min(hidden_size, num_heads, num_kv_heads, head_dim) < 1:
+            raise ValueError(
+                "hidden_size, num_heads, num_kv_heads and head_dim must be >= 1, got"
+                f" {hidden_size}, {num_heads}, {num_kv_heads}, {head_dim}"
+            )
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide {num_heads} heads, got {num_kv_heads}")
+        check_rotary_dim(rotary_dim, head_dim)
+        self.head_dim = head_dim
+        self.rotary_dim = rotary_dim
+        self.rope_base = rope_base
+        self.causal = causal
+        self.block = block
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
+
+        self.q_proj = linear(hidden_size, num_heads * head_dim)
+        self.k_proj = linear(hidden_size, num_kv_heads * head_dim)
+        self.v_proj = linear(hidden_size, num_kv_heads * head_dim)
+        self.o_proj = linear(num_heads * head_dim, hidden_size)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        layout: SequenceLayout | None = None,
+        cp_group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        """Attention of this rank's tokens to their documents.
+
+        Args:
+            hidden: ``[T, hidden_size]``, the tokens of this rank; or ``[B, T, hidden_size]``, B
+                rows under one layout of one document.
+            layout: the same on every rank. None: the T tokens are one document, on one rank.
+            cp_group: the ranks that hold the pack. None: one rank.
+
+        Returns:
+            Like ``hidden``.
+
+        Gradients, Communication: of :func:`ring.attention.ring_attention`.
+
+        Raises:
+            ValueError: if ``hidden`` has another shape, and as the operator does.
+        """
+        if hidden.ndim not in (2, 3) or hidden.shape[-1] != self.q_proj.in_features:
+            raise ValueError(
+                f"hidden must be [T, {self.q_proj.in_features}] or"
+                f" [B, T, {self.q_proj.in_features}], got {tuple(hidden.shape)}"
+            )
+        layout, rank = locate(hidden.shape[-2], layout, cp_group)
+        position_ids = layout.position_ids(rank, hidden.device)
+        q, k, v = (
+            projection(hidden).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = (
+            apply_rotary(x, position_ids, rotary_dim=self.rotary_dim, base=self.rope_base)
+            for x in (q, k)
+        )
+        output, _ = ring_attention(
+            q, k, v, layout=layout, cp_group=cp_group, causal=self.causal, block=self.block
+        )
+        projected: Tensor = self.o_proj(output.flatten(-2))
+        return projected

@@ -1,0 +1,46 @@
+"""Dense softmax attention over a pack: the oracle every other path is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Sequence[int], causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention within each document, with every score in memory.
+
+    For query t and the keys s of its document (s <= t if causal)::
+
+        lse_t = log sum_s exp(scale q_t . k_s)        o_t = sum_s exp(scale q_t . k_s - lse_t) v_s
+
+    Args:
+        q: ``[S, Hq, D]``, any floating dtype.
+        k: ``[S, Hkv, D]``; query head h reads key head h // (Hq / Hkv).
+        v: ``[S, Hkv, D]``.
+        cu_seqlens: N + 1 cumulative document lengths, 0 first, S last.
+        causal: a query sees itself and what comes before it.
+        scale: factor of the scores.
+
+    Returns:
+        Output ``[S, Hq, D]`` and log-sum-exp ``[S, Hq]``, in the dtype of ``q``.
+
+    Gradients: to ``q``, ``k`` and ``v`` by autograd, any order.
+    """
+    groups = q.shape[1] // k.shape[1]
+    outputs, lses = [], []
+    for start, stop in pairwise(cu_seqlens):
+        q_LHD = q[start:stop]
+        k_LHD = k[start:stop].repeat_interleave(groups, dim=1)
+        v_LHD = v[start:stop].repeat_interleave(groups, dim=1)
+        scores_HLL = scale * torch.einsum("qhd,khd->hqk", q_LHD, k_LHD)
+        if causal:
+            future = torch.ones_like(scores_HLL[0], dtype=torch.bool).triu(1)
+            scores_HLL = scores_HLL.masked_fill(future, float("-inf"))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores_HLL.softmax(-1), v_LHD))
+        lses.append(scores_HLL.logsumexp(-1).T)
+    return torch.cat(outputs), torch.cat(lses)

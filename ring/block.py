@@ -245,7 +245,7 @@ def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
 class _Cudnn(_Flash):
     """cuDNN for rectangles, FlashAttention-2 for the fragments (cuDNN's varlen form is slower).
 
-    On an H100 cuDNN runs rectangles 1.6 to 2 times as fast, but builds a plan, about 0.1 s, for each
+    On H100 cuDNN runs rectangles 1.6 to 2 times as fast, but builds a plan, about 0.1 s, for any
     new (rows, keys) and direction: where every batch brings new, small ones ``flash`` is faster.
     """
 

@@ -1,0 +1,378 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.layout import SequenceLayout
+from ring import ring_attention
+from ring.schedule import plan_ring
+from tests.closeness import assert_equal_to_rounding
+from tests.ranks import run_on_ranks, subgroup
+from tests.ring.cases import (
+    HEADS,
+    NAMES,
+    ORDERS,
+    PACKS,
+    assert_all_equal,
+    assert_all_within_budget,
+    oracle,
+    random_tensors,
+)
+
+# ---- what runs on a rank -------------------------------------------------------------------------
+
+
+def rank_device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def forward_backward(
+    tensors, *, layout, cp_group=None, rank=0, device="cpu", **kwargs
+) -> list[Tensor]:
+    """output, lse, dq, dk, dv of this rank's tokens; ``tensors`` are the whole pack's."""
+    *qkv, doutput = (layout.shard(x, rank).to(device) for x in tensors)
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    output, lse = ring_attention(*qkv, layout=layout, cp_group=cp_group, **kwargs)
+    assert not lse.requires_grad
+    output.backward(doutput)
+    return [x.detach().cpu() for x in (output, lse, *(x.grad for x in qkv))]
+
+
+def on_world(tensors, layout, **kwargs) -> list[Tensor]:
+    rank, device = dist.get_rank(), rank_device()
+    return forward_backward(
+        tensors, layout=layout, cp_group=dist.group.WORLD, rank=rank, device=device, **kwargs
+    )
+
+
+def cases_on_world(cases) -> list[list[Tensor]]:
+    return [on_world(tensors, layout, **kwargs) for tensors, layout, kwargs in cases]
+
+
+def unshard_all(layout: SequenceLayout, results: list[list[Tensor]]) -> list[Tensor]:
+    return [layout.unshard(parts) for parts in zip(*results)]
+
+
+def on_ranks(tensors, layout, backend: str = "gloo", **kwargs) -> list[Tensor]:
+    """output, lse, dq, dk, dv of the whole pack, computed on ``layout.num_ranks`` ranks."""
+    num_ranks = layout.num_ranks
+    results = run_on_ranks(on_world, num_ranks, tensors, layout, backend=backend, **kwargs)
+    return unshard_all(layout, results)
+
+
+# ---- against the oracle --------------------------------------------------------------------------
+
+
+def check_all_packs(num_ranks: int, order, causal: bool) -> None:
+    cases = []
+    for index, lengths in enumerate(PACKS):
+        tensors = random_tensors(sum(lengths), *HEADS[index % len(HEADS)], 4, torch.float64)
+        layout = SequenceLayout(lengths, num_ranks, order)
+        block = ("cpu_flash", "eager")[(index // 2) % 2]
+        cases.append((tensors, layout, {"causal": causal, "block": block}))
+    results = run_on_ranks(cases_on_world, num_ranks, cases)
+    for (tensors, layout, _), *of_ranks in zip(cases, *results):
+        actual = unshard_all(layout, of_ranks)
+        assert_all_equal(actual, oracle(tensors, layout.document_lengths, causal))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_output_and_gradients_in_float64(num_ranks: int, order, causal: bool) -> None:
+    check_all_packs(num_ranks, order, causal)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_grouped_heads(heads: tuple[int, int], causal: bool) -> None:
+    lengths = (11, 3, 9)
+    tensors = random_tensors(23, *heads, 5, torch.float64)
+    actual = on_ranks(tensors, SequenceLayout(lengths, 3, "zigzag"), causal=causal, scale=0.37)
+    assert_all_equal(actual, oracle(tensors, lengths, causal, scale=0.37))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", ["cpu_flash", "eager"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_lower_precision_within_the_error_of_one_eager_rank(dtype, block, causal) -> None:
+    lengths = (90, 1, 37)
+    tensors = random_tensors(128, 4, 2, 16, dtype)
+    honest = forward_backward(
+        tensors, layout=SequenceLayout(lengths, 1), causal=causal, block="eager"
+    )
+    actual = on_ranks(tensors, SequenceLayout(lengths, 3, "fold"), causal=causal, block=block)
+    assert_all_within_budget(actual, oracle(tensors, lengths, causal), honest, dtype)
+
+
+@pytest.mark.parametrize("block", ["cpu_flash", "eager"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradcheck_on_one_rank(block: str, causal: bool) -> None:
+    q, k, v = (x.requires_grad_() for x in random_tensors(5, 4, 2, 2, torch.float64)[:3])
+    layout = SequenceLayout((4, 1), 1)
+
+    def output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ring_attention(q, k, v, layout=layout, causal=causal, block=block).output
+
+    torch.autograd.gradcheck(output, (q, k, v))
+
+
+class Shard(torch.autograd.Function):
+    """This rank's part of a replicated pack; the gradient is gathered back."""
+
+    @staticmethod
+    def forward(ctx, x, layout):
+        ctx.layout = layout
+        return layout.shard(x, dist.get_rank()).clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        return gather(dx, ctx.layout), None
+
+
+class Unshard(torch.autograd.Function):
+    """The replicated pack out of every rank's part."""
+
+    @staticmethod
+    def forward(ctx, x, layout):
+        ctx.layout = layout
+        return gather(x, layout)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return ctx.layout.shard(dx, dist.get_rank()).clone(), None
+
+
+def gather(x: Tensor, layout: SequenceLayout) -> Tensor:
+    parts = [torch.empty_like(x) for _ in range(layout.num_ranks)]
+    dist.all_gather(parts, x.contiguous())
+    return layout.unshard(parts)
+
+
+def gradcheck_on_world(tensors, layout: SequenceLayout, causal: bool) -> bool:
+    def output(*qkv: Tensor) -> Tensor:
+        parts = (Shard.apply(x, layout) for x in qkv)
+        kwargs = {"layout": layout, "cp_group": dist.group.WORLD, "causal": causal}
+        return Unshard.apply(ring_attention(*parts, **kwargs).output, layout)
+
+    return torch.autograd.gradcheck(output, [x.requires_grad_() for x in tensors])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("num_ranks", "lengths", "order"), [(2, (4, 1), "contiguous"), (3, (1, 6), "zigzag")]
+)
+def test_gradcheck_over_ranks(num_ranks, lengths, order, causal) -> None:
+    tensors = random_tensors(sum(lengths), 2, 1, 2, torch.float64)[:3]
+    layout = SequenceLayout(lengths, num_ranks, order)
+    assert all(run_on_ranks(gradcheck_on_world, num_ranks, tensors, layout, causal))
+
+
+# ---- properties ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", ["cpu_flash", "eager"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_document_alone_is_bit_identical_to_itself_in_a_pack(block, causal) -> None:
+    lengths = (5, 1, 12, 4)
+    tensors = random_tensors(22, 6, 2, 5, torch.float64)
+    kwargs = {"causal": causal, "block": block}
+    packed = forward_backward(tensors, layout=SequenceLayout(lengths, 1), **kwargs)
+    start = 0
+    for length in lengths:
+        document = slice(start, start + length)
+        alone = forward_backward(
+            [x[document] for x in tensors], layout=SequenceLayout((length,), 1), **kwargs
+        )
+        for name, a, b in zip(NAMES, packed, alone):
+            assert torch.equal(a[document], b), name
+        start += length
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_nothing_leaks_between_documents(order, causal: bool) -> None:
+    lengths, document = (9, 14, 8), slice(9, 23)
+    tensors = random_tensors(31, 4, 2, 5, torch.float64)
+    others = [x.clone() for x in random_tensors(31, 4, 2, 5, torch.float64)]
+    for mine, other in zip(tensors, others):
+        other[document] = mine[document]
+    layout = SequenceLayout(lengths, 3, order)
+    first = on_ranks(tensors, layout, causal=causal)
+    second = on_ranks(others, layout, causal=causal)
+    for name, a, b in zip(NAMES, first, second):
+        assert torch.equal(a[document], b[document]), name
+        assert not torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_two_runs_are_bit_identical(dtype: torch.dtype) -> None:
+    tensors = random_tensors(120, 4, 2, 8, dtype)
+    layout = SequenceLayout((100, 20), 4, "fold")
+    first, second = (on_ranks(tensors, layout, causal=False) for _ in range(2))
+    for name, a, b in zip(NAMES, first, second):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_of_a_batch_are_documents_of_one_length(causal: bool) -> None:
+    rows, tokens = 3, 13
+    tensors = random_tensors(rows * tokens, 4, 2, 5, torch.float64)
+    batch = [x.unflatten(0, (rows, tokens)) for x in tensors]
+    expected = oracle(tensors, (tokens,) * rows, causal)
+    layout = SequenceLayout((tokens,), 2, "zigzag")
+    results = run_on_ranks(batch_on_world, 2, batch, layout, causal)
+    for name, parts, b in zip(NAMES, zip(*results), expected):
+        actual = layout.unshard(parts, dim=1).flatten(0, 1)
+        assert_equal_to_rounding(actual, b, what=name)
+
+
+def batch_on_world(batch, layout: SequenceLayout, causal: bool) -> list[Tensor]:
+    *qkv, doutput = (layout.shard(x, dist.get_rank(), dim=1) for x in batch)
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    output, lse = ring_attention(*qkv, layout=layout, cp_group=dist.group.WORLD, causal=causal)
+    output.backward(doutput)
+    return [x.detach() for x in (output, lse, *(x.grad for x in qkv))]
+
+
+def test_without_a_layout_the_tokens_are_one_document() -> None:
+    tensors = random_tensors(9, 4, 2, 5, torch.float64)
+    output, lse = ring_attention(*tensors[:3])
+    expected = oracle(tensors, (9,), causal=True)
+    assert_equal_to_rounding(output, expected[0])
+    assert_equal_to_rounding(lse, expected[1])
+
+
+def test_inputs_may_be_views_of_one_projection() -> None:
+    fused = torch.randn(9, 4, 5, 3, dtype=torch.float64)  # head dim last but one, strided
+    q, k, v = (fused[:, :, :, i] for i in range(3))
+    expected = oracle((q, k, v, torch.ones_like(q)), (9,), causal=True)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    output, lse = ring_attention(q, k, v)
+    output.sum().backward()
+    assert_all_equal((output.detach(), lse, q.grad, k.grad, v.grad), expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_rows_are_finite(order, causal: bool) -> None:
+    layout = SequenceLayout((2, 3), 4, order)
+    assert layout.num_padding_tokens == 3
+    tensors = random_tensors(layout.num_tokens, 2, 1, 4, torch.float64)
+    real = [x[: layout.num_real_tokens] for x in tensors]
+    results = run_on_ranks(on_world, 4, tensors, layout, causal=causal)
+    assert all(x.isfinite().all() for result in results for x in result)
+    assert_all_equal(unshard_all(layout, results), oracle(real, (2, 3), causal))
+
+
+# ---- communication -------------------------------------------------------------------------------
+
+
+def alone_on_rank_0(tensors, layout: SequenceLayout, causal: bool) -> list[Tensor] | None:
+    """Any collective would wait for the other ranks, which stay away, until it times out."""
+    return on_world(tensors, layout, causal=causal) if dist.get_rank() == 0 else None
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_collective_where_no_document_is_cut(causal: bool) -> None:
+    tensors = random_tensors(16, 2, 1, 4, torch.float64)
+    layout = SequenceLayout((3, 5, 8), 2)
+    first, second = run_on_ranks(alone_on_rank_0, 2, tensors, layout, causal)
+    assert second is None
+    expected = oracle(tensors, (3, 5, 8), causal)
+    assert_all_equal(first, [x[:8] for x in expected])
+
+
+def counted_on_world(tensors, layout: SequenceLayout) -> list[tuple[int, torch.dtype]]:
+    """Elements that each all-to-all brought, and their dtype."""
+    calls, original = [], dist.all_to_all_single
+
+    def counting(received, *args, **kwargs):
+        calls.append((received.numel(), received.dtype))
+        return original(received, *args, **kwargs)
+
+    dist.all_to_all_single = counting
+    try:
+        on_world(tensors, layout)
+    finally:
+        dist.all_to_all_single = original
+    return calls
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_only_needed_keys_move_and_their_gradients_return_in_float32(order) -> None:
+    lengths, kv_heads, head_dim = (7, 2, 20, 1), 2, 4
+    tensors = random_tensors(30, 6, kv_heads, head_dim, torch.bfloat16)
+    layout = SequenceLayout(lengths, 3, order)
+    for rank, calls in enumerate(run_on_ranks(counted_on_world, 3, tensors, layout)):
+        schedule = plan_ring(layout, rank, True)
+        needed, lent = (
+            2 * kv_heads * head_dim * sum(tokens)
+            for tokens in (schedule.received_tokens, schedule.sent_tokens)
+        )
+        fetch = (needed, torch.bfloat16)
+        assert calls == [fetch, fetch, (lent, torch.float32)]
+
+
+def on_even_ranks(tensors, layout: SequenceLayout) -> list[Tensor] | None:
+    group, odd = subgroup(0, 2), subgroup(1, 3)
+    cp_group = odd if dist.get_rank() % 2 else group
+    return forward_backward(tensors, layout=layout, cp_group=cp_group, rank=dist.get_rank(cp_group))
+
+
+def test_strided_subgroups() -> None:
+    tensors = random_tensors(13, 4, 2, 5, torch.float64)
+    layout = SequenceLayout((4, 9), 2, "zigzag")
+    results = run_on_ranks(on_even_ranks, 4, tensors, layout)
+    expected = oracle(tensors, (4, 9), causal=True)
+    assert_all_equal(unshard_all(layout, results[::2]), expected)
+    assert_all_equal(unshard_all(layout, results[1::2]), expected)
+
+
+# ---- on GPUs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", ["flash", "cudnn", "auto"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_on_one_gpu(block: str, causal: bool) -> None:
+    lengths = (300, 1, 77, 130)
+    tensors = random_tensors(sum(lengths), 6, 2, 64, torch.bfloat16)
+    layout = SequenceLayout(lengths, 1)
+    honest, actual = (
+        forward_backward(tensors, layout=layout, device="cuda", causal=causal, block=name)
+        for name in ("eager", block)
+    )
+    expected = oracle(tensors, lengths, causal)
+    assert_all_within_budget(actual, expected, honest, torch.bfloat16)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_float64_over_gpus(order, causal: bool) -> None:
+    lengths = (40, 1, 0, 70, 12)
+    tensors = random_tensors(sum(lengths), 6, 2, 5, torch.float64)
+    layout = SequenceLayout(lengths, 2, order)
+    actual = on_ranks(tensors, layout, backend="nccl", causal=causal)
+    assert_all_equal(actual, oracle(tensors, lengths, causal))
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("block", ["flash", "cudnn"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_bfloat16_over_gpus(order, block: str, causal: bool) -> None:
+    lengths = (200, 1, 500, 37)
+    tensors = random_tensors(sum(lengths), 6, 2, 64, torch.bfloat16)
+    honest = forward_backward(
+        tensors, layout=SequenceLayout(lengths, 1), device="cuda", causal=causal, block="eager"
+    )
+    layout = SequenceLayout(lengths, 2, order)
+    actual = on_ranks(tensors, layout, backend="nccl", causal=causal, block=block)
+    expected = oracle(tensors, lengths, causal)
+    assert_all_within_budget(actual, expected, honest, torch.bfloat16)

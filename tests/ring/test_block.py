@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from ring.block import BLOCKS, QKV, Block, Segments, resolve_block
+from ring.merge import Partial, merge
+from tests.ring.cases import (
+    HEADS,
+    assert_all_equal,
+    assert_all_within_budget,
+    oracle,
+    random_tensors,
+)
+
+CPU = torch.device("cpu")
+CPU_BLOCKS = ("eager", "cpu_flash")
+CUDA_BLOCKS = ("flash", "cudnn")
+
+
+def split(tensors: tuple[Tensor, ...], device: str = "cpu") -> tuple[QKV, Tensor]:
+    *qkv, doutput = (x.to(device) for x in tensors)
+    return QKV(*qkv), doutput
+
+
+def run_dense(block: Block, tensors, causal: bool, device: str = "cpu") -> list[Tensor]:
+    qkv, doutput = split(tensors, device)
+    scale = qkv.q.shape[-1] ** -0.5
+    output, lse = block.forward(qkv, causal=causal, scale=scale)
+    merged = Partial(output.to(qkv.q.dtype), lse)
+    gradients = block.backward(doutput, merged, qkv, causal=causal, scale=scale)
+    return [lse.cpu() if x is lse else x.to(qkv.q.dtype).cpu() for x in (output, lse, *gradients)]
+
+
+def run_varlen(
+    block: Block, tensors, lengths: tuple[int, ...], causal: bool, device: str = "cpu"
+) -> list[Tensor]:
+    qkv, doutput = split(tensors, device)
+    scale = qkv.q.shape[-1] ** -0.5
+    borders = tuple(accumulate(lengths, initial=0))
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
+    segments = Segments(borders, cu_seqlens, causal)
+    output, lse = block.forward_varlen(qkv, segments, scale=scale)
+    merged = Partial(output.to(qkv.q.dtype), lse)
+    gradients = block.backward_varlen(doutput, merged, qkv, segments, scale=scale)
+    return [lse.cpu() if x is lse else x.to(qkv.q.dtype).cpu() for x in (output, lse, *gradients)]
+
+
+def rectangle(rows: int, keys: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype):
+    q, _, _, doutput = random_tensors(rows, *heads, head_dim, dtype)
+    _, k, v, _ = random_tensors(keys, *heads, head_dim, dtype)
+    return q, k, v, doutput
+
+
+def rectangle_oracle(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Every row to every key, in float64, by autograd."""
+    q, k, v, doutput = (x.double() for x in tensors)
+    qkv = [x.requires_grad_() for x in (q, k, v)]
+    groups = q.shape[1] // k.shape[1]
+    k_SHD, v_SHD = (x.repeat_interleave(groups, 1) for x in (k, v))
+    scores_HTS = torch.einsum("thd,shd->hts", q, k_SHD) * q.shape[-1] ** -0.5
+    output = torch.einsum("hts,shd->thd", scores_HTS.softmax(-1), v_SHD)
+    gradients = torch.autograd.grad(output, qkv, doutput)
+    return [output.detach(), scores_HTS.logsumexp(-1).T.detach(), *gradients]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("name", CPU_BLOCKS)
+class TestInFloat64:
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_square(self, name, heads, causal) -> None:
+        tensors = random_tensors(13, *heads, 5, torch.float64)
+        expected = oracle(tensors, (13,), causal)
+        assert_all_equal(run_dense(BLOCKS[name], tensors, causal), expected)
+
+    @pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 9), (7, 1), (3, 11), (11, 3)])
+    def test_rectangle(self, name, heads, rows, keys) -> None:
+        tensors = rectangle(rows, keys, heads, 5, torch.float64)
+        assert_all_equal(run_dense(BLOCKS[name], tensors, False), rectangle_oracle(tensors))
+
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_varlen(self, name, heads, causal) -> None:
+        lengths = (1, 6, 1, 1, 9)
+        tensors = random_tensors(sum(lengths), *heads, 5, torch.float64)
+        expected = oracle(tensors, lengths, causal)
+        assert_all_equal(run_varlen(BLOCKS[name], tensors, lengths, causal), expected)
+
+    def test_merged_output_and_lse_make_gradients_of_parts_add_up(self, name, heads) -> None:
+        tensors = rectangle(6, 10, heads, 4, torch.float64)
+        (q, k, v), doutput = split(tensors)
+        parts = [QKV(q, k[:3], v[:3]), QKV(q, k[3:], v[3:])]
+        block = BLOCKS[name]
+        merged = merge(*(block.forward(part, causal=False, scale=0.5) for part in parts))
+        first, second = (
+            block.backward(doutput, merged, part, causal=False, scale=0.5) for part in parts
+        )
+        gradients = (
+            first.q + second.q,
+            torch.cat((first.k, second.k)),
+            torch.cat((first.v, second.v)),
+        )
+        assert_all_equal((*merged, *gradients), rectangle_oracle(tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_cpu_flash_is_as_close_as_eager(dtype: torch.dtype, causal: bool) -> None:
+    lengths = (100, 1, 27)
+    tensors = random_tensors(128, 4, 2, 16, dtype)
+    results = [run_varlen(BLOCKS[name], tensors, lengths, causal) for name in CPU_BLOCKS]
+    eager, flash = results
+    assert_all_within_budget(flash, oracle(tensors, lengths, causal), eager, dtype)
+
+
+@pytest.mark.parametrize("name", CPU_BLOCKS)
+def test_strided_inputs(name: str) -> None:
+    fused = torch.randn(9, 3, 2, 4, dtype=torch.float64)
+    tensors = (*fused.unbind(1), torch.randn(9, 2, 4, dtype=torch.float64))
+    assert not tensors[0].is_contiguous()
+    expected = oracle(tensors, (9,), True)
+    assert_all_equal(run_dense(BLOCKS[name], tensors, True), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_auto_on_a_cpu(dtype: torch.dtype) -> None:
+    assert resolve_block("auto", CPU, dtype, 6).name == "cpu_flash"
+
+
+def test_auto_on_devices_without_a_kernel_of_their_own() -> None:
+    assert resolve_block("auto", torch.device("meta"), torch.float32, 6).name == "eager"
+
+
+@pytest.mark.parametrize("name", [*CUDA_BLOCKS, "Eager", "", "flash3"])
+def test_what_cannot_run_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="block"):
+        resolve_block(name, CPU, torch.bfloat16, 64)
+
+
+def test_cpu_flash_needs_a_cpu() -> None:
+    with pytest.raises(ValueError, match=r"block 'cpu_flash' needs CPU tensors, got .* on meta"):
+        resolve_block("cpu_flash", torch.device("meta"), torch.float32, 64)
+
+
+@pytest.mark.gpu
+class TestOnGpu:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("name", CUDA_BLOCKS)
+    @pytest.mark.parametrize("heads", [(8, 1), (6, 2), (5, 5)])
+    @pytest.mark.parametrize(("rows", "keys"), [(1, 300), (77, 1), (130, 513), (513, 130)])
+    def test_rectangle(self, name, dtype, heads, rows, keys) -> None:
+        tensors = rectangle(rows, keys, heads, 64, dtype)
+        honest = run_dense(BLOCKS["eager"], tensors, False, "cuda")
+        actual = run_dense(BLOCKS[name], tensors, False, "cuda")
+        assert_all_within_budget(actual, rectangle_oracle(tensors), honest, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("name", CUDA_BLOCKS)
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize("lengths", [(100, 1, 333, 2), (1,) * 7, (257,)])
+    def test_varlen(self, name, dtype, causal, lengths) -> None:
+        tensors = random_tensors(sum(lengths), 6, 2, 128, dtype)
+        honest = run_varlen(BLOCKS["eager"], tensors, lengths, causal, "cuda")
+        actual = run_varlen(BLOCKS[name], tensors, lengths, causal, "cuda")
+        assert_all_within_budget(actual, oracle(tensors, lengths, causal), honest, dtype)
+
+    def test_eager(self) -> None:
+        tensors = rectangle(7, 20, (6, 2), 5, torch.float64)
+        actual = run_dense(BLOCKS["eager"], tensors, False, "cuda")
+        assert_all_equal(actual, rectangle_oracle(tensors))
+
+    @pytest.mark.parametrize(
+        ("dtype", "head_dim", "expected"),
+        [
+            (torch.bfloat16, 128, "cudnn"),
+            (torch.float16, 192, "flash"),
+            (torch.bfloat16, 12, "eager"),
+            (torch.float32, 128, "eager"),
+        ],
+    )
+    def test_auto(self, dtype, head_dim, expected) -> None:
+        assert resolve_block("auto", torch.device("cuda"), dtype, head_dim).name == expected

@@ -4,9 +4,8 @@ Four kinds behind one interface (:class:`Block`). Each has a dense form, for the
 schedule, and a varlen form, for the fragments of a rank. ``causal`` appears only where queries and
 keys are the same tokens, so that the two conventions for unequal lengths never matter.
 
-A backward gets the *merged* output and lse of its rows. Then exp(score - lse) is already the
-global probability and rowsum(doutput * output) the global correction, so the dq of the blocks
-add up to the gradient, and dk and dv of a block are final contributions of its rows.
+A backward gets the *merged* output and lse of its rows, so exp(score - lse) is the probability
+over all keys: the dq of the blocks add up, and dk and dv are final contributions of the rows.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class Segments(NamedTuple):
     """Intervals of the same rows and keys, each attending to itself only; never an empty one.
 
     Attributes:
-        borders: cumulative lengths, 0 first, on the host.
-        cu_seqlens: the same, int32, on the device of the queries.
+        borders: cumulative lengths on the host, 0 first.
+        cu_seqlens: the same on the device of the queries, int32.
         causal: whether a row sees only itself and what comes before it.
     """
 
@@ -54,8 +53,8 @@ class Block:
     """A kind of kernel.
 
     Query head h reads key head h // (Hq / Hkv). The lse is a natural log in float32 (float64 for
-    float64). Outputs and gradients come in the dtype of q or, where the kernel has more, in more.
-    Never call it with zero rows or zero keys: some kernels fault on them.
+    float64); outputs and gradients come in the dtype of q or wider. Never call it with zero rows
+    or zero keys: some kernels fault on them.
     """
 
     name: str
@@ -100,10 +99,9 @@ class Block:
 
 
 class _Eager(Block):
-    """Plain torch, any device and dtype: every score in memory, computed in float32 or float64.
+    """Plain torch, any device and dtype: every score in memory, in float32 or float64.
 
-    The output and the gradients stay in that precision, so that a result merged from several
-    blocks is rounded once.
+    Results stay in that precision, so that what is merged from several blocks is rounded once.
     """
 
     name = "eager"
@@ -153,7 +151,7 @@ def _scores(q_THGD: Tensor, k_SHD: Tensor, causal: bool, scale: float) -> Tensor
 
 
 class _CpuFlash(Block):
-    """PyTorch's flash attention for CPUs."""
+    """PyTorch's flash attention for CPUs. For 16-bit tensors its lse is good to about 1e-5."""
 
     name = "cpu_flash"
 
@@ -232,9 +230,9 @@ class _Flash(Block):
     def backward_varlen(
         self, doutput: Tensor, merged: Partial, qkv: QKV, segments: Segments, *, scale: float
     ) -> QKV:
-        tensors = (doutput, *qkv, merged.output, merged.lse.T.contiguous())
+        args = (doutput, *qkv, merged.output, merged.lse.T.contiguous(), *segments.lengths)
         rest = (0.0, segments.causal, *_no_dropout(qkv.q))
-        return QKV(*aten._flash_attention_backward(*tensors, *segments.lengths, *rest, scale=scale))
+        return QKV(*aten._flash_attention_backward(*args, *rest, scale=scale))
 
 
 def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,12 +245,16 @@ class _Cudnn(_Flash):
 
     On H100 cuDNN runs rectangles 1.6 to 2 times as fast, but builds a plan, about 0.1 s, for any
     new (rows, keys) and direction: where every batch brings new, small ones ``flash`` is faster.
+    Thin rectangles go to FlashAttention-2: cuDNN refuses a single key.
     """
 
     name = "cudnn"
     max_head_dim = 128
+    min_side = 64
 
     def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
+        if min(len(qkv.q), len(qkv.k)) < self.min_side:
+            return super().forward(qkv, causal=causal, scale=scale)
         output, lse, *_ = aten._scaled_dot_product_cudnn_attention(
             *(_bhtd(x.contiguous()) for x in qkv), None, True, 0.0, causal, scale=scale
         )
@@ -261,6 +263,8 @@ class _Cudnn(_Flash):
     def backward(
         self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
     ) -> QKV:
+        if min(len(qkv.q), len(qkv.k)) < self.min_side:
+            return super().backward(doutput, merged, qkv, causal=causal, scale=scale)
         lse_BHT1 = merged.lse.T.contiguous()[None, :, :, None]
         seed = torch.zeros((), dtype=torch.int64, device=doutput.device)  # only dropout reads it
         bias, lengths = None, (None, None, len(qkv.q), len(qkv.k))
@@ -291,8 +295,7 @@ def resolve_block(name: str, device: torch.device, dtype: torch.dtype, head_dim:
         return next(b for b in BLOCKS.values() if b.obstacle(device, dtype, head_dim) is None)
     if name not in BLOCKS:
         raise ValueError(f"block must be one of {('auto', *BLOCKS)}, got {name!r}")
-    obstacle = BLOCKS[name].obstacle(device, dtype, head_dim)
-    if obstacle is not None:
+    if (obstacle := BLOCKS[name].obstacle(device, dtype, head_dim)) is not None:
         raise ValueError(
             f"block {name!r} {obstacle}, got {dtype} on {device.type}, head dim {head_dim}: use"
             ' "auto", or "eager" for any tensors'

@@ -144,6 +144,28 @@ def test_cpu_flash_needs_a_cpu() -> None:
         resolve_block("cpu_flash", torch.device("meta"), torch.float32, 64)
 
 
+@pytest.mark.parametrize("name", CUDA_BLOCKS)
+@pytest.mark.parametrize(("rows", "keys"), [(1, 300), (130, 1), (130, 257), (257, 257)])
+def test_cuda_kernels_take_these_arguments(name: str, rows: int, keys: int) -> None:
+    """Their signatures, and the shapes they return, on tensors without data."""
+    tensors = [x.to("meta") for x in rectangle(rows, keys, (6, 2), 64, torch.bfloat16)]
+    qkv, doutput = split(tensors, "meta")
+    block = BLOCKS[name]
+    results = []
+    partial = block.forward(qkv, causal=False, scale=0.1)
+    results.append((partial, block.backward(doutput, partial, qkv, causal=False, scale=0.1)))
+    if rows == keys:
+        segments = Segments((0, 5, rows), torch.empty(3, dtype=torch.int32, device="meta"), True)
+        partial = block.forward_varlen(qkv, segments, scale=0.1)
+        gradients = block.backward_varlen(doutput, partial, qkv, segments, scale=0.1)
+        results.append((partial, gradients))
+    for partial, gradients in results:
+        assert partial.output.shape == qkv.q.shape
+        assert partial.lse.shape == qkv.q.shape[:2]
+        assert partial.lse.dtype == torch.float32
+        assert [x.shape for x in gradients] == [x.shape for x in qkv]
+
+
 @pytest.mark.gpu
 class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

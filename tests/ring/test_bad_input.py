@@ -1,0 +1,144 @@
+"""Bad input raises a ValueError that names the argument, on every rank, before any exchange."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lasp.layout import SequenceLayout
+from ring import RingAttention, ring_attention
+from ring.rope import apply_rotary
+from ring.schedule import plan_ring
+from tests.ranks import run_on_ranks
+
+LAYOUT = SequenceLayout((5, 7), 2)  # 6 tokens a rank; the border cuts the second document
+GOOD = {"q": ((6, 4, 8), "float32"), "k": ((6, 2, 8), "float32"), "v": ((6, 2, 8), "float32")}
+
+# What differs from a good call -> what the message must say.
+TABLE = {
+    "q of two dims": ({"q": ((6, 32), "float32")}, "q must be"),
+    "q of five dims": ({"q": ((1, 1, 6, 4, 8), "float32")}, "q must be"),
+    "q packed, k in rows": ({"k": ((1, 6, 2, 8), "float32")}, "q must be"),
+    "v of another shape": ({"v": ((6, 2, 4), "float32")}, "k and v"),
+    "k and v of other tokens": (
+        {"k": ((5, 2, 8), "float32"), "v": ((5, 2, 8), "float32")},
+        "same rows, tokens and head dim",
+    ),
+    "another head dim": ({"q": ((6, 4, 4), "float32")}, "same rows, tokens and head dim"),
+    "no tokens": (
+        dict.fromkeys("qkv", ((0, 2, 8), "float32")),
+        "q, k and v must not be empty",
+    ),
+    "no heads": ({"q": ((6, 0, 8), "float32")}, "q, k and v must not be empty"),
+    "heads that do not divide": ({"q": ((6, 5, 8), "float32")}, "heads of k must divide"),
+    "more key heads than heads": ({"q": ((6, 1, 8), "float32")}, "heads of k must divide"),
+    "integers": (dict.fromkeys("qkv", ((6, 2, 8), "int64")), "one floating dtype"),
+    "two dtypes": ({"k": ((6, 2, 8), "float64")}, "one floating dtype"),
+    "two devices": ({"v": ((6, 2, 8), "float32", "meta")}, "on one device"),
+    "no layout": ({"layout": None}, "layout must be given for the 2 ranks"),
+    "layout for other ranks": ({"layout": SequenceLayout((5, 7), 3)}, "layout must be for the 2"),
+    "layout, but no group": ({"cp_group": None}, "layout must be for the 1"),
+    "layout of another length": (
+        {"layout": SequenceLayout((5, 9), 2)},
+        "layout must have 6 tokens a rank, as q does, got 7",
+    ),
+    "rows under two documents": (
+        dict.fromkeys("qkv", ((2, 6, 2, 8), "float32")),
+        "layout must hold one document",
+    ),
+    "unknown block": ({"block": "fast"}, "block must be one of"),
+    "block of another device": ({"block": "cudnn"}, "block 'cudnn' needs tensors on an NVIDIA"),
+}
+
+
+def messages_of_the_table() -> dict[str, str]:
+    """The error of each call; a hang or a call that works is a failure."""
+    found = {}
+    for name, (change, _) in TABLE.items():
+        arguments = {**GOOD, "layout": LAYOUT, "cp_group": dist.group.WORLD, **change}
+        tensors = []
+        for tensor in "qkv":
+            shape, dtype, *device = arguments.pop(tensor)
+            tensors.append(
+                torch.ones(shape, dtype=getattr(torch, dtype), device=(*device, "cpu")[0])
+            )
+        with pytest.raises(ValueError) as error:
+            ring_attention(*tensors, **arguments)
+        found[name] = str(error.value)
+    # The group still works: nobody waits in a collective.
+    dist.barrier()
+    return found
+
+
+def test_every_rank_raises_and_none_hangs() -> None:
+    first, second = run_on_ranks(messages_of_the_table, 2, timeout_s=60)
+    assert first == second
+    for name, (_, part) in TABLE.items():
+        assert part in first[name], f"{name}: {first[name]}"
+
+
+def test_the_table_starts_from_a_good_call() -> None:
+    run_on_ranks(good_call, 2)
+
+
+def good_call() -> None:
+    q, k, v = (torch.ones(shape) for shape, _ in GOOD.values())
+    ring_attention(q, k, v, layout=LAYOUT, cp_group=dist.group.WORLD)
+
+
+def outside_the_group() -> str | None:
+    group = dist.new_group([1])
+    if dist.get_rank() == 1:
+        return None
+    x = torch.ones(6, 2, 8)
+    with pytest.raises(ValueError) as error:
+        ring_attention(x, x, x, cp_group=group)
+    return str(error.value)
+
+
+def test_a_rank_outside_the_group_is_told_so() -> None:
+    message, _ = run_on_ranks(outside_the_group, 2)
+    assert "cp_group must hold this rank" in message
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_schedule_of_a_rank_that_does_not_exist(rank: int) -> None:
+    with pytest.raises(ValueError, match="rank must be in"):
+        plan_ring(LAYOUT, rank, True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rotary_dim", "message"),
+    [
+        ((12, 6, 4, 8), 4, "num_kv_heads must divide"),
+        ((12, 6, 0, 8), 4, "must be >= 1"),
+        ((0, 6, 2, 8), 4, "must be >= 1"),
+        ((12, 6, 2, 8), 3, "rotary_dim must be even"),
+        ((12, 6, 2, 8), 10, "rotary_dim must be even"),
+        ((12, 6, 2, 8), -2, "rotary_dim must be even"),
+    ],
+)
+def test_module_sizes(sizes: tuple[int, ...], rotary_dim: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RingAttention(*sizes, rotary_dim=rotary_dim)
+
+
+@pytest.mark.parametrize("shape", [(12,), (6, 11), (1, 1, 6, 12)])
+def test_module_hidden(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="hidden must be"):
+        RingAttention(12, 6, 2, 8, rotary_dim=4)(torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "positions", [torch.arange(5), torch.arange(6).float(), torch.arange(12).view(2, 6)]
+)
+def test_rotary_positions(positions: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="position_ids must be 6 integers"):
+        apply_rotary(torch.ones(6, 2, 8), positions, rotary_dim=4, base=10.0)
+
+
+@pytest.mark.parametrize("rotary_dim", [3, 10, -2])
+def test_rotary_dim(rotary_dim: int) -> None:
+    with pytest.raises(ValueError, match="rotary_dim must be even"):
+        apply_rotary(torch.ones(6, 2, 8), torch.arange(6), rotary_dim=rotary_dim, base=10.0)

@@ -10,6 +10,7 @@ the newest checkpoint there, also with other parallel sizes or another number of
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,8 @@ def init_distributed() -> torch.device:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        rendezvous = f"file://{tempfile.mkdtemp()}/rendezvous"
+        dist.init_process_group(backend, init_method=rendezvous, rank=0, world_size=1)
     return device
 
 

@@ -19,15 +19,15 @@ LENGTHS = (70, 1, 0, 129)
 
 def environment() -> dict[str, str]:
     """Versions and devices; a bug report starts from it."""
-    rows = {"lasp-plus": version("lasp-plus"), "python": platform.python_version()}
+    rows = {"python": platform.python_version()}
     rows["torch"] = torch.__version__
     rows["triton"] = version("triton") if find_spec("triton") else "not installed"
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     rows["devices"] = ", ".join(devices) or "CPU only"
     for device in ["cpu"] + ["cuda"] * bool(devices):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            rule = resolve_block("auto", torch.device(device), dtype)
-            rows[f"ring block='auto' {device} {str(dtype)[6:]}"] = str(rule)
+            rule = resolve_block("auto", torch.device(device), dtype, 128)
+            rows[f"ring block='auto' {device} {str(dtype)[6:]}"] = rule.name
     return rows
 
 
@@ -38,10 +38,10 @@ def self_check() -> dict[str, float]:
     q, k, v = (torch.randn(layout.num_tokens, 4, 16, dtype=torch.float64) for _ in range(3))
     rates = decay_rates(4, 0, 8)
     ours = lightning_attention(q, k, v, rates, layout=layout).output
-    oracle = recurrent_lightning_attention(q, k, v, rates, cu_seqlens=layout.borders).output
+    oracle, _ = recurrent_lightning_attention(q, k, v, rates, cu_seqlens=layout.borders)
     errors = {"lightning_attention": (ours - oracle).abs().max().item()}
     ours = ring_attention(q, k, v, layout=layout).output
-    dense = dense_attention(q, k, v, cu_seqlens=layout.borders, causal=True, scale=0.25).output
+    dense, _ = dense_attention(q, k, v, cu_seqlens=layout.borders, causal=True, scale=0.25)
     errors["ring_attention"] = (ours - dense).abs().max().item()
     return errors
 

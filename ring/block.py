@@ -10,6 +10,7 @@ over all keys: the dq of the blocks add up, and dk and dv are final contribution
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ class Segments(NamedTuple):
         return self.cu_seqlens, self.cu_seqlens, longest, longest
 
 
-class Block:
+class Block(ABC):
     """A kind of kernel.
 
     Query head h reads key head h // (Hq / Hkv). The lse is a natural log in float32 (float64 for
@@ -59,19 +60,19 @@ class Block:
 
     name: str
 
+    @abstractmethod
     def obstacle(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why this kind cannot run there; None if it can."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
         """All rows over all keys; ``causal`` only with Tq = Tk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(
         self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
     ) -> QKV:
         """What these keys contribute to dq, and these rows to dk and dv."""
-        raise NotImplementedError
 
     def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
         """Each segment over itself."""

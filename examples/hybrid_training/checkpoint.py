@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
@@ -36,7 +37,7 @@ class Checkpointer:
 
     def save(self, trainer: Trainer, step: int) -> None:
         """Write the state after ``step`` steps; a collective call of all ranks."""
-        dcp.save(self._state(trainer), checkpoint_id=self.folder / f"step-{step}")
+        save(self._state(trainer), checkpoint_id=self.folder / f"step-{step}")
         if dist.get_rank() == 0:
             for path in sorted(self.folder.glob("step-*"), key=lambda p: int(p.name[5:]))[:-2]:
                 shutil.rmtree(path)
@@ -44,7 +45,7 @@ class Checkpointer:
     def load(self, trainer: Trainer, step: int) -> None:
         """Read a checkpoint in place, whatever parallel layout wrote it."""
         state = self._state(trainer)
-        dcp.load(state, checkpoint_id=self.folder / f"step-{step}")
+        load(state, checkpoint_id=self.folder / f"step-{step}")
         parameters = dict(trainer.model.named_parameters())
         with torch.no_grad():
             for name, master in trainer.masters.items():
@@ -56,7 +57,7 @@ class Checkpointer:
         """Tensors by name that share the trainer's memory."""
         sharding = {
             f"layers.{index}.moe.experts.{name}": dims
-            for index, layer in enumerate(trainer.model.layers)
+            for index, layer in enumerate(trainer.model.decoder_layers())
             for name, dims in layer.moe.experts.sharding().items()
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moe_parallel import MoEConfig
@@ -41,12 +42,12 @@ class HybridConfig:
     @property
     def deepnorm_alpha(self) -> float:
         """Weight of the residual, (2 N)^(1/4)."""
-        return (2 * self.num_layers) ** 0.25
+        return math.pow(2 * self.num_layers, 0.25)
 
     @property
     def deepnorm_beta(self) -> float:
         """Gain of the initial v, output and expert weights, (8 N)^(-1/4)."""
-        return (8 * self.num_layers) ** -0.25
+        return math.pow(8 * self.num_layers, -0.25)
 
     def is_softmax(self, layer_index: int) -> bool:
         """Whether this layer (from 0) is softmax attention."""

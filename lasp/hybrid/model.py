@@ -73,8 +73,30 @@ class HybridLayer(nn.Module):
         hidden = self.attention_norm(hidden)
         attended = self.attention(hidden, layout=batch.layout, cp_group=self.cp_group)
         hidden = self.moe_norm(self.alpha * hidden + attended)
-        experts = self.moe(hidden, token_order=batch.token_order)
+        experts: MoEOutput = self.moe(hidden, token_order=batch.token_order)
         return experts._replace(output=self.alpha * hidden + experts.output)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int, beta: float) -> None:
+        """See :meth:`HybridModel.reset_parameters`; ``beta`` is DeepNorm's gain."""
+        generator = torch.Generator().manual_seed(seed)
+        attention = self.attention
+        if isinstance(attention, LightningAttention):
+            size = attention.hidden_size
+            # Laid out head by head: each of q, k, v is one matrix spread over the heads.
+            qkv = attention.qkv_proj.weight.view(attention.num_heads, 3, attention.head_dim, size)
+            for part, gain in enumerate((1.0, 1.0, beta)):
+                drawn = qkv.new_empty(attention.num_heads * attention.head_dim, size)
+                _xavier(drawn, gain, generator)
+                qkv[:, part].copy_(drawn.view(attention.num_heads, attention.head_dim, size))
+            _xavier(attention.output_gate.weight, 1.0, generator)
+            _xavier(attention.out_proj.weight, beta, generator)
+        else:
+            _xavier(attention.q_proj.weight, 1.0, generator)
+            _xavier(attention.k_proj.weight, 1.0, generator)
+            _xavier(attention.v_proj.weight, beta, generator)
+            _xavier(attention.o_proj.weight, beta, generator)
+        self.moe.reset_parameters(seed, gain=beta)
 
 
 class HybridOutput(NamedTuple):
@@ -148,12 +170,18 @@ class HybridModel(nn.Module):
             )
         hidden = self.embedding(tokens)
         aux_losses, stats = [], []
-        for layer in self.layers:
+        for layer in self.decoder_layers():
             hidden, aux_loss, layer_stats = layer(hidden, batch)
             aux_losses.append(aux_loss)
             stats.append(layer_stats)
         logits = self.head(self.final_norm(hidden))
         return HybridOutput(logits, torch.stack(aux_losses).sum(), tuple(stats))
+
+    def decoder_layers(self) -> Iterator[HybridLayer]:
+        """The layers, typed."""
+        for layer in self.layers:
+            assert isinstance(layer, HybridLayer)
+            yield layer
 
     def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters that are split over ep x etp; all others are replicated."""
@@ -171,36 +199,21 @@ class HybridModel(nn.Module):
     def reset_parameters(self, seed: int) -> None:
         """Xavier initialisation under DeepNorm, the same model for every parallel layout.
 
-        Gain 1 for q and k, beta for v, output projections and experts (DeepNet, arXiv:2203.00555).
-        Drawn on the host in float32, so that device and dtype do not change it.
+        Gain 1 for q, k and gates, beta for v, output projections and experts (DeepNet,
+        arXiv:2203.00555). Drawn on the host in float32, so that device and dtype do not change it.
         """
-        beta = self.config.deepnorm_beta
         generator = torch.Generator().manual_seed(seed)
-
-        def xavier(weight: Tensor, gain: float) -> None:
-            drawn = torch.empty(weight.shape)
-            nn.init.xavier_uniform_(drawn, gain, generator)
-            weight.copy_(drawn)
-
         embedding = torch.empty(self.embedding.weight.shape)
         self.embedding.weight.copy_(embedding.normal_(generator=generator))
-        xavier(self.head.weight, 1.0)
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer.attention, LightningAttention):
-                qkv = layer.attention.qkv_proj.weight
-                heads = qkv.view(layer.attention.num_heads, 3, -1, qkv.shape[1])
-                for part, gain in enumerate((1.0, 1.0, beta)):
-                    fused = torch.empty(heads[:, part].reshape(-1, qkv.shape[1]).shape)
-                    xavier(fused, gain)
-                    heads[:, part].copy_(fused.view_as(heads[:, part]))
-                xavier(layer.attention.output_gate.weight, 1.0)
-                xavier(layer.attention.out_proj.weight, beta)
-            else:
-                xavier(layer.attention.q_proj.weight, 1.0)
-                xavier(layer.attention.k_proj.weight, 1.0)
-                xavier(layer.attention.v_proj.weight, beta)
-                xavier(layer.attention.o_proj.weight, beta)
-            layer.moe.reset_parameters(seed * len(self.layers) + index, gain=beta)
+        _xavier(self.head.weight, 1.0, generator)
+        for index, layer in enumerate(self.decoder_layers()):
+            layer.reset_parameters(seed * self.config.num_layers + index, self.config.deepnorm_beta)
+
+
+def _xavier(weight: Tensor, gain: float, generator: torch.Generator) -> None:
+    drawn = torch.empty(weight.shape)
+    nn.init.xavier_uniform_(drawn, gain, generator)
+    weight.copy_(drawn)
 
 
 class ParameterCount(NamedTuple):

@@ -1,1 +1,16 @@
 """Mixture-of-experts layers over EP x ETP ranks."""
+
+from moe_parallel.layer import ExpertParallelMoE, MoEConfig, MoEOutput
+from moe_parallel.order import TokenOrder, TokenSegment
+from moe_parallel.topology import ExpertGroups, ExpertTopology, ParallelGroups
+
+__all__ = [
+    "ExpertGroups",
+    "ExpertParallelMoE",
+    "ExpertTopology",
+    "MoEConfig",
+    "MoEOutput",
+    "ParallelGroups",
+    "TokenOrder",
+    "TokenSegment",
+]

@@ -1,0 +1,193 @@
+"""Rows between the ranks of the EP x ETP block, as one plan and four stages.
+
+    dispatch         all-to-all over EP      rows to the ranks of their experts
+    gather_etp       all-gather over ETP     rows to every rank that holds a part of their experts
+    scatter_etp      reduce-scatter, ETP     the parts' sum back to the rank that dispatched them
+    combine          all-to-all over EP      rows back to the ranks of their tokens
+
+Every split size is uneven, is known on every rank beforehand from the counts the router gathered,
+and may be zero. All four are built from one all-to-all: gloo has no uneven all-gather, NCCL runs it
+as broadcasts, and a reduce-scatter spelled as all-to-all and a local sum adds in rank order and in
+one rounding, the same from run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_parallel.topology import ExpertMesh
+
+
+class ExchangePlan(NamedTuple):
+    """Split sizes of one layer call, in rows; host data.
+
+    Attributes:
+        dispatch_rows: to each EP rank.
+        receive_rows: from each EP rank.
+        etp_rows: dispatched rows held by each ETP rank of this block.
+        chunk_rows: the gathered rows in chunks: ``chunk_rows[c][e]`` for source c = etp * ep_size
+            + ep, and local expert e. They arrive source by source, expert by expert within it.
+    """
+
+    dispatch_rows: tuple[int, ...]
+    receive_rows: tuple[int, ...]
+    etp_rows: tuple[int, ...]
+    chunk_rows: tuple[tuple[int, ...], ...]
+
+    @property
+    def expert_rows(self) -> tuple[int, ...]:
+        """Rows of each local expert after the gather."""
+        return tuple(sum(rows) for rows in zip(*self.chunk_rows))
+
+
+def plan_exchange(kept_RE: Sequence[Sequence[int]], mesh: ExpertMesh) -> ExchangePlan:
+    """Split sizes for this rank out of the counts of all ranks.
+
+    Args:
+        kept_RE: rows each rank of the token group sends to each expert, on the host.
+        mesh: the EP x ETP block of this rank.
+    """
+    num_local = len(kept_RE[0]) // mesh.ep_size
+
+    def rows(token_rank: int, ep_rank: int) -> tuple[int, ...]:
+        return tuple(kept_RE[token_rank][ep_rank * num_local : (ep_rank + 1) * num_local])
+
+    chunk_rows = tuple(
+        rows(token_rank, mesh.ep_rank)
+        for token_ranks in mesh.token_ranks
+        for token_rank in token_ranks
+    )
+    received = [sum(chunk) for chunk in chunk_rows]
+    by_etp = [received[i : i + mesh.ep_size] for i in range(0, len(received), mesh.ep_size)]
+    return ExchangePlan(
+        dispatch_rows=tuple(sum(rows(mesh.token_rank, ep)) for ep in range(mesh.ep_size)),
+        receive_rows=tuple(by_etp[mesh.etp_rank]),
+        etp_rows=tuple(sum(block) for block in by_etp),
+        chunk_rows=chunk_rows,
+    )
+
+
+def dispatch(rows_AM: Tensor, plan: ExchangePlan, ep_group: dist.ProcessGroup | None) -> Tensor:
+    """Send rows, grouped by expert, to the EP ranks of their experts.
+
+    Returns:
+        Rows from EP rank 0 first, then 1, ...; each grouped by local expert.
+
+    Gradients: the same all-to-all with its splits swapped.
+
+    Communication: all-to-all over ``ep_group``, the bytes of the rows for other ranks.
+    """
+    return _all_to_all(rows_AM, plan.dispatch_rows, plan.receive_rows, ep_group)
+
+
+def gather_etp(rows_AM: Tensor, plan: ExchangePlan, etp_group: dist.ProcessGroup | None) -> Tensor:
+    """Give every ETP rank the dispatched rows of all, in ETP rank order.
+
+    Gradients: the sum over ETP ranks (:func:`scatter_etp`).
+
+    Communication: all-to-all over ``etp_group``, the rows times (etp_size - 1).
+    """
+    if etp_group is None:
+        return rows_AM
+    copies = len(plan.etp_rows)
+    repeated = rows_AM.expand(copies, *rows_AM.shape).flatten(0, 1)
+    return _all_to_all(repeated, (rows_AM.shape[0],) * copies, plan.etp_rows, etp_group)
+
+
+def scatter_etp(rows_AM: Tensor, plan: ExchangePlan, etp_group: dist.ProcessGroup | None) -> Tensor:
+    """Sum the ETP ranks' terms of every row on the rank that dispatched it.
+
+    Sums in ETP rank order, rounded once to the dtype of the rows.
+
+    Gradients: gathered from all ETP ranks (:func:`gather_etp`).
+
+    Communication: all-to-all over ``etp_group``, the rows times (etp_size - 1).
+    """
+    if etp_group is None:
+        return rows_AM
+    copies = len(plan.etp_rows)
+    mine = sum(plan.receive_rows)
+    terms = _all_to_all(rows_AM, plan.etp_rows, (mine,) * copies, etp_group)
+    return terms.view(copies, mine, *rows_AM.shape[1:]).sum(0)
+
+
+def combine(rows_AM: Tensor, plan: ExchangePlan, ep_group: dist.ProcessGroup | None) -> Tensor:
+    """Send rows back the way :func:`dispatch` brought them; the same order of rows.
+
+    Gradients: the same all-to-all with its splits swapped.
+
+    Communication: all-to-all over ``ep_group``, the bytes of the rows for other ranks.
+    """
+    return _all_to_all(rows_AM, plan.receive_rows, plan.dispatch_rows, ep_group)
+
+
+def group_by_expert(rows_AM: Tensor, plan: ExchangePlan) -> Tensor:
+    """Gathered rows, source-major, to expert-major; within an expert by source, then by token."""
+    return _transpose_chunks(rows_AM, plan.chunk_rows)
+
+
+def group_by_source(rows_AM: Tensor, plan: ExchangePlan) -> Tensor:
+    """Inverse of :func:`group_by_expert`."""
+    return _transpose_chunks(rows_AM, tuple(zip(*plan.chunk_rows)))
+
+
+def _transpose_chunks(rows_AM: Tensor, chunk_rows: Sequence[Sequence[int]]) -> Tensor:
+    """Chunks (i, j), i slowest, to (j, i), j slowest."""
+    outer, inner = len(chunk_rows), len(chunk_rows[0])
+    chunks = rows_AM.split([rows for row in chunk_rows for rows in row])
+    return torch.cat([chunks[i * inner + j] for j, i in product(range(inner), range(outer))])
+
+
+def _all_to_all(
+    rows_AM: Tensor,
+    send_rows: Sequence[int],
+    receive_rows: Sequence[int],
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    if group is None:
+        return rows_AM
+    splits = (tuple(send_rows), tuple(receive_rows))
+    received: Tensor = _AllToAll.apply(rows_AM, *splits, group)  # type: ignore[no-untyped-call]
+    return received
+
+
+class _AllToAll(torch.autograd.Function):
+    """Uneven all-to-all of rows; its transpose is itself with the splits swapped."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_AM: Tensor,
+        send_rows: tuple[int, ...],
+        receive_rows: tuple[int, ...],
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        ctx.splits = (send_rows, receive_rows)
+        ctx.group = group
+        return _exchange(rows_AM, send_rows, receive_rows, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor, None, None, None]:
+        send_rows, receive_rows = ctx.splits
+        return _exchange(grad_AM, receive_rows, send_rows, ctx.group), None, None, None
+
+
+def _exchange(
+    rows_AM: Tensor,
+    send_rows: tuple[int, ...],
+    receive_rows: tuple[int, ...],
+    group: dist.ProcessGroup,
+) -> Tensor:
+    received = rows_AM.new_empty(sum(receive_rows), *rows_AM.shape[1:])
+    dist.all_to_all_single(
+        received, rows_AM.contiguous(), list(receive_rows), list(send_rows), group=group
+    )
+    return received

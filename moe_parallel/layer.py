@@ -1,0 +1,243 @@
+"""The mixture-of-experts layer over EP x ETP ranks: router, exchange, experts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from moe_parallel.exchange import (
+    combine,
+    dispatch,
+    gather_etp,
+    group_by_expert,
+    group_by_source,
+    plan_exchange,
+    scatter_etp,
+)
+from moe_parallel.experts import Experts, Gemm, generator_of
+from moe_parallel.order import TokenOrder
+from moe_parallel.permute import permute, row_order, unpermute
+from moe_parallel.route import DropPolicy, RoutingStats, check_counts, check_drop, gate_dtype, route
+from moe_parallel.topology import ExpertGroups, expert_mesh
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """What an expert layer computes, whatever the ranks.
+
+    Args:
+        hidden_size: width of a token.
+        ffn_size: F, the FFN width of a whole expert.
+        num_experts: E.
+        top_k: k, experts a token.
+        capacity_factor: an expert keeps at most ceil(factor * N * k / E) assignments of the N
+            tokens of all ranks; None keeps all.
+        drop_policy: which assignments stay when an expert is full: the first by ``position``, or
+            those of highest ``probability``.
+        aux_loss_coefficient: weight of the load-balancing loss (:func:`moe_parallel.route.route`).
+        gemm: how the experts multiply (:class:`moe_parallel.experts.Experts`).
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    hidden_size: int
+    ffn_size: int
+    num_experts: int
+    top_k: int
+    capacity_factor: float | None = None
+    drop_policy: DropPolicy = "position"
+    aux_loss_coefficient: float = 0.01
+    gemm: Gemm = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "ffn_size", "num_experts", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k must be at most num_experts {self.num_experts}, got {self.top_k}"
+            )
+        if not 0 <= self.aux_loss_coefficient < math.inf:
+            raise ValueError(
+                f"aux_loss_coefficient must be >= 0 and finite, got {self.aux_loss_coefficient}"
+            )
+        if self.gemm not in get_args(Gemm):
+            raise ValueError(f"gemm must be one of {get_args(Gemm)}, got {self.gemm!r}")
+        check_drop(self.capacity_factor, self.drop_policy)
+
+
+class MoEOutput(NamedTuple):
+    """Result of :class:`ExpertParallelMoE`.
+
+    Attributes:
+        output: of the shape and dtype of the input; zero for padding and for tokens whose
+            assignments were all dropped.
+        aux_loss: this rank's share of the auxiliary loss, a float32 (float64) scalar. Add it to
+            this rank's loss: the shares sum to the loss of the whole batch.
+        stats: assigned and dropped tokens of every expert over all ranks, on the device.
+    """
+
+    output: Tensor
+    aux_loss: Tensor
+    stats: RoutingStats
+
+
+class ExpertParallelMoE(nn.Module):
+    """Top-k mixture of SwiGLU experts (MiniMax-01 equation 1), split over EP x ETP ranks.
+
+    h_t = sum over the kept experts e of token t of softmax(top-k logits)_e FFN_e(x_t). Every rank
+    passes tokens of its own; which experts they meet, and who is dropped, does not depend on how
+    the batch is split over ranks.
+
+    Parameters: ``gate_weight`` ``[E, hidden]``, the same on every rank, float32 (float64 in a
+    float64 layer) whatever ``dtype`` is, as MiniMax keeps it; choose the dtype here rather than by
+    ``.to(dtype)``, which would round the gate too. ``experts.w13`` and ``experts.w2`` hold this
+    rank's part (:meth:`moe_parallel.experts.Experts.sharding`).
+
+    Args:
+        config: sizes and policies.
+        groups: process groups, :attr:`moe_parallel.topology.ParallelGroups.experts` or your own;
+            the default is one rank.
+        seed: of the initial values, which do not depend on the mesh; give every layer another.
+        device: of the parameters; ``meta`` makes no values.
+        dtype: of the experts and the tokens.
+
+    Gradients: parameter gradients are this rank's. If the loss is the sum of the ranks' losses (a
+    mean must divide by the global token count), the caller sums ``experts.*`` over the EDP group
+    and ``gate_weight`` over the token group. Run backward on every rank, also one without tokens.
+
+    Communication, per call: one all-gather over the token group (:mod:`moe_parallel.route`); two
+    all-to-alls over EP and two over ETP (:mod:`moe_parallel.exchange`), twice that with backward.
+    One device-to-host copy of ranks x E counts.
+
+    Raises:
+        ValueError: naming the argument, on every rank and before any collective, if the sizes do
+            not divide over the groups or the groups do not fit together.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        groups: ExpertGroups = ExpertGroups(),  # noqa: B008 (immutable)
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dtype = dtype or torch.get_default_dtype()
+        self.config = config
+        self.groups = groups
+        self.mesh = expert_mesh(groups)
+        self.gate_weight = nn.Parameter(
+            torch.empty(
+                config.num_experts, config.hidden_size, device=device, dtype=gate_dtype(dtype)
+            )
+        )
+        self.experts = Experts(
+            config.hidden_size,
+            config.ffn_size,
+            config.num_experts,
+            ep_rank=self.mesh.ep_rank,
+            ep_size=self.mesh.ep_size,
+            etp_rank=self.mesh.etp_rank,
+            etp_size=self.mesh.etp_size,
+            gemm=config.gemm,
+            device=device,
+            dtype=dtype,
+        )
+        self.reset_parameters(seed)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int, *, gain: float = 1.0) -> None:
+        """Xavier normal values that depend on the seed alone, not on the mesh.
+
+        Args:
+            seed: the same on every rank; give every layer another.
+            gain: factor of the experts' standard deviation (DeepNorm's beta); not of the gate's.
+        """
+        self.experts.reset_parameters(seed, gain=gain)
+        if not self.gate_weight.is_meta:
+            std = math.sqrt(2 / (self.config.hidden_size + self.config.num_experts))
+            gate = torch.empty(self.gate_weight.shape, device="cpu", dtype=torch.float32)
+            self.gate_weight.copy_(gate.normal_(0, std, generator=generator_of(seed)))
+
+    def forward(self, hidden: Tensor, *, token_order: TokenOrder | None = None) -> MoEOutput:
+        """Route, dispatch, compute, combine.
+
+        Args:
+            hidden: ``[T, hidden]`` or ``[B, T, hidden]``, this rank's tokens in the layer's dtype.
+            token_order: where the tokens of every rank stand, one segment list for each rank of
+                the token group, equal on all of them; tokens it leaves out are padding. None: every
+                rank holds as many tokens as this one, in rank order.
+
+        Returns:
+            :class:`MoEOutput`.
+
+        Raises:
+            ValueError: naming the argument, if it does not fit the layer or the ranks disagree on
+                how many tokens there are.
+        """
+        config, mesh, groups = self.config, self.mesh, self.groups
+        self._check_hidden(hidden)
+        rows = hidden.reshape(-1, config.hidden_size)
+        if token_order is None:
+            token_order = TokenOrder.contiguous([rows.shape[0]] * mesh.num_token_ranks)
+        self._check_order(token_order, rows.shape[0])
+
+        x_TM = token_order.take(rows, mesh.token_rank)
+        routing = route(
+            x_TM,
+            self.gate_weight,
+            top_k=config.top_k,
+            order=token_order,
+            token_group=groups.token,
+            capacity_factor=config.capacity_factor,
+            drop_policy=config.drop_policy,
+            aux_loss_coefficient=config.aux_loss_coefficient,
+        )
+        # The one device-to-host copy: the collectives and buffers below need sizes on the host.
+        assigned_RE, kept_RE = torch.stack(routing.counts).tolist()
+        check_counts(assigned_RE, config.top_k, token_order)
+        plan = plan_exchange(kept_RE, mesh)
+        order = row_order(routing.experts, routing.kept, sum(plan.dispatch_rows))
+
+        rows_AM = dispatch(permute(x_TM, order), plan, groups.ep)
+        rows_AM = gather_etp(rows_AM, plan, groups.etp)
+        rows_AM = self.experts(group_by_expert(rows_AM, plan), plan.expert_rows)
+        rows_AM = scatter_etp(group_by_source(rows_AM, plan), plan, groups.etp)
+        rows_AM = combine(rows_AM, plan, groups.ep)
+        output_TM = unpermute(rows_AM, routing.weights, order)
+        output = token_order.put(output_TM, mesh.token_rank).view_as(hidden)
+        return MoEOutput(output, routing.aux_loss, routing.stats)
+
+    def _check_hidden(self, hidden: Tensor) -> None:
+        weight = self.experts.w13
+        if hidden.dim() not in (2, 3) or hidden.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"hidden must be [T, {self.config.hidden_size}] or"
+                f" [B, T, {self.config.hidden_size}], got shape {tuple(hidden.shape)}"
+            )
+        if hidden.dtype != weight.dtype or hidden.device != weight.device:
+            raise ValueError(
+                f"hidden must be {weight.dtype} on {weight.device} like the experts, got"
+                f" {hidden.dtype} on {hidden.device}: convert it, or build the layer with its dtype"
+            )
+        self.experts.chosen_gemm()  # raises here, not between two collectives
+
+    def _check_order(self, token_order: TokenOrder, num_rows: int) -> None:
+        if token_order.num_ranks != self.mesh.num_token_ranks:
+            raise ValueError(
+                f"token_order must have one entry for each of the {self.mesh.num_token_ranks} ranks"
+                f" of groups.token, got {token_order.num_ranks}"
+            )
+        if token_order.rows_per_rank[self.mesh.token_rank] != num_rows:
+            raise ValueError(
+                f"token_order must name the {num_rows} rows of hidden on rank"
+                f" {self.mesh.token_rank}, got {token_order.rows_per_rank[self.mesh.token_rank]}"
+            )

@@ -1,0 +1,122 @@
+"""Between tokens and rows: one row for each kept (token, slot) assignment, grouped by expert.
+
+Both directions are gathers, forward and backward: each reads from a known place, so that sums run
+in slot order and results are bit-identical from run to run (a scatter on a GPU adds with atomics).
+
+Example: 3 tokens, k = 2, the assignment of token 1 to expert 0 dropped::
+
+    experts_Tk      (1, 0) (0, 2) (2, 1)
+    by expert       expert 0: token 0    expert 1: tokens 0, 2    expert 2: tokens 1, 2
+    assignment      1, 0, 5, 3, 4        index into [T * k]
+    row             (1, 0) (-1, 3) (4, 2)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_parallel.route import gate_dtype
+
+
+class RowOrder(NamedTuple):
+    """The rows a rank sends out and where each assignment went.
+
+    Attributes:
+        assignment: ``[A]``, for each row its assignment, token * k + slot; by expert, then token.
+        row: ``[T, k]``, for each assignment its row, -1 if it was dropped.
+    """
+
+    assignment: Tensor
+    row: Tensor
+
+
+def row_order(experts_Tk: Tensor, kept_Tk: Tensor, num_rows: int) -> RowOrder:
+    """Group the kept assignments by expert; within an expert tokens keep their order.
+
+    Args:
+        experts_Tk: chosen experts, int64.
+        kept_Tk: which assignments are kept.
+        num_rows: A, how many; known on the host, so that nothing here waits for the device.
+    """
+    last = torch.iinfo(experts_Tk.dtype).max
+    keys = experts_Tk.masked_fill(~kept_Tk, last).flatten()
+    assignment_A = keys.argsort(stable=True)[:num_rows]
+    row_Tk = torch.full_like(keys, -1)
+    row_Tk[assignment_A] = torch.arange(num_rows, device=keys.device)
+    return RowOrder(assignment_A, row_Tk.view_as(experts_Tk))
+
+
+def permute(x_TM: Tensor, order: RowOrder) -> Tensor:
+    """Rows ``[A, hidden]``: a copy of its token for every kept assignment.
+
+    Gradients: a token's is the sum of its rows' in slot order, in float32 or wider.
+    """
+    rows: Tensor = _Permute.apply(x_TM, *order)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def unpermute(rows_AM: Tensor, weights_Tk: Tensor, order: RowOrder) -> Tensor:
+    """Tokens ``[T, hidden]``: the weighted sum of each token's rows, zero if it has none.
+
+    Sums in slot order in float32 or wider, rounded once to the dtype of the rows.
+
+    Gradients: to rows and weights; a dropped assignment's weight gets zero.
+    """
+    tokens: Tensor = _Unpermute.apply(rows_AM, weights_Tk, *order)  # type: ignore[no-untyped-call]
+    return tokens
+
+
+def _slot_rows(rows_AM: Tensor, row_T: Tensor) -> Tensor:
+    """``[T, hidden]``: the row of one slot of every token, zero where there is none."""
+    if rows_AM.shape[0] == 0:
+        return rows_AM.new_zeros(row_T.shape[0], rows_AM.shape[1])
+    return rows_AM[row_T.clamp(min=0)].masked_fill(row_T.unsqueeze(1) < 0, 0)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TM: Tensor, assignment_A: Tensor, row_Tk: Tensor) -> Tensor:
+        ctx.save_for_backward(row_Tk)
+        return x_TM[assignment_A // row_Tk.shape[1]]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor, None, None]:
+        (row_Tk,) = ctx.saved_tensors
+        dtype = gate_dtype(grad_AM.dtype)
+        grad_TM = grad_AM.new_zeros(row_Tk.shape[0], grad_AM.shape[1], dtype=dtype)
+        for row_T in row_Tk.unbind(1):
+            grad_TM += _slot_rows(grad_AM, row_T)
+        return grad_TM.to(grad_AM.dtype), None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_AM: Tensor, weights_Tk: Tensor, assignment_A: Tensor, row_Tk: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows_AM, weights_Tk, assignment_A, row_Tk)
+        dtype = torch.promote_types(gate_dtype(rows_AM.dtype), weights_Tk.dtype)
+        output_TM = rows_AM.new_zeros(row_Tk.shape[0], rows_AM.shape[1], dtype=dtype)
+        for weight_T, row_T in zip(weights_Tk.unbind(1), row_Tk.unbind(1)):
+            output_TM += weight_T.unsqueeze(1) * _slot_rows(rows_AM, row_T)
+        return output_TM.to(rows_AM.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows_AM, weights_Tk, assignment_A, row_Tk = ctx.saved_tensors
+        grad_rows = grad_TM[assignment_A // row_Tk.shape[1]]
+        grad_rows = grad_rows * weights_Tk.flatten()[assignment_A].unsqueeze(1)
+        wide_TM = grad_TM.to(torch.promote_types(gate_dtype(rows_AM.dtype), weights_Tk.dtype))
+        grad_weights = [(wide_TM * _slot_rows(rows_AM, row)).sum(1) for row in row_Tk.unbind(1)]
+        return (
+            grad_rows.to(rows_AM.dtype),
+            torch.stack(grad_weights, 1).to(weights_Tk.dtype),
+            None,
+            None,
+        )

@@ -1,0 +1,273 @@
+"""The global router: which experts each token goes to, and which assignments are dropped.
+
+One decision for all tokens of the token group (every rank of a pipeline stage), so that it does not
+depend on how the tokens are split over data, context or expert parallel ranks. What the ranks must
+tell each other is gathered before any token travels, in one collective:
+
+    dropless, drop by position     counts of every (segment, expert)      J x E x 8 bytes a rank
+    drop by probability            (expert, probability) of assignments   T x k x 16 bytes a rank
+
+Source: MiniMax-01 sections 2.1 (equation 1, auxiliary loss, global router); GShard for the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_parallel.order import TokenOrder
+
+DropPolicy = Literal["position", "probability"]
+
+
+class RoutingStats(NamedTuple):
+    """Expert balance over the whole token group; the same on every rank, on the device.
+
+    Attributes:
+        assigned: ``[E]``, assignments of each expert before drop, int64.
+        dropped: ``[E]``, of these, how many exceeded the capacity, int64.
+    """
+
+    assigned: Tensor
+    dropped: Tensor
+
+
+class AssignmentCounts(NamedTuple):
+    """Assignments of every rank of the token group to every expert, ``[R, E]`` int64.
+
+    Attributes:
+        assigned: before drop.
+        kept: after drop.
+    """
+
+    assigned: Tensor
+    kept: Tensor
+
+
+class Routing(NamedTuple):
+    """The decision for this rank's T tokens.
+
+    Attributes:
+        experts: ``[T, k]``, chosen experts, best first, int64.
+        weights: ``[T, k]``, softmax over the k chosen logits, gate dtype, differentiable. Dropped
+            assignments keep their weight here; the kept ones are not renormalised.
+        kept: ``[T, k]``, False where the assignment is dropped.
+        counts: of all ranks.
+        aux_loss: this rank's share of the auxiliary loss, a scalar in the gate dtype.
+        stats: balance over all ranks.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    kept: Tensor
+    counts: AssignmentCounts
+    aux_loss: Tensor
+    stats: RoutingStats
+
+
+def gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the router computes in: float32, or float64 for float64 tokens."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
+    """Most assignments an expert keeps: ceil(factor * N * k / E), N over the whole token group."""
+    return math.ceil(capacity_factor * num_tokens * top_k / num_experts)
+
+
+def check_drop(capacity_factor: float | None, drop_policy: str) -> None:
+    """Raise ValueError for a capacity factor or policy that :func:`route` does not know."""
+    if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+        raise ValueError(
+            f"capacity_factor must be > 0, or None for dropless routing, got {capacity_factor}"
+        )
+    if drop_policy not in get_args(DropPolicy):
+        raise ValueError(f"drop_policy must be one of {get_args(DropPolicy)}, got {drop_policy!r}")
+
+
+def route(
+    x_TM: Tensor,
+    gate_EM: Tensor,
+    *,
+    top_k: int,
+    order: TokenOrder,
+    token_group: dist.ProcessGroup | None = None,
+    capacity_factor: float | None = None,
+    drop_policy: DropPolicy = "position",
+    aux_loss_coefficient: float = 0.0,
+) -> Routing:
+    """Route this rank's tokens under a decision shared by all ranks of ``token_group``.
+
+    Gate: logits = x gate^T; the k largest are chosen (equal logits: the lower expert first), the
+    weights are the softmax over the chosen logits.
+
+    Capacity: an expert keeps at most C = ceil(capacity_factor * N * k / E) assignments of the N
+    tokens of all ranks. ``position`` keeps those that come first in the global order (an expert is
+    chosen at most once a token, so slots never compete); ``probability`` keeps those with the
+    highest gate probability (softmax over all E logits), equal ones by position. A dropped
+    assignment is not dispatched and adds nothing to the output.
+
+    Auxiliary loss, global: coefficient * E * sum_i f_i m_i, with f_i expert i's part of the N k
+    assignments before drop, and m_i the mean of its gate probability over the N tokens. It is
+    coefficient at perfect balance. MiniMax writes alpha * (1/E) * sum_i f_i m_i: for that, set
+    coefficient = alpha / E^2 (alpha * k / E^2 if f_i counts assignments per token).
+
+    Args:
+        x_TM: routed tokens of this rank, by global position; any float dtype.
+        gate_EM: gate weight, the same on every rank.
+        top_k: k, experts a token.
+        order: where every rank's tokens stand; equal on every rank.
+        token_group: ranks that share the decision; None for this rank alone.
+        capacity_factor: None is dropless.
+        drop_policy: who is dropped when an expert is full.
+        aux_loss_coefficient: 0.01 in MiniMax-01's pre-training.
+
+    Returns:
+        :class:`Routing`. ``aux_loss`` is a share: its sum over the token group is the loss.
+
+    Gradients:
+        ``weights_Tk`` and ``aux_loss`` to x and gate; counts have none. The gate's gradient is
+        whole once summed over the token group.
+
+    Communication:
+        one all-gather over ``token_group``, see the top of this file. No device-to-host copy.
+    """
+    rank = 0 if token_group is None else dist.get_rank(token_group)
+    num_experts = gate_EM.shape[0]
+    dtype = gate_dtype(x_TM.dtype)
+    logits_TE = x_TM.to(dtype) @ gate_EM.to(dtype).T
+    # topk leaves the order of equal values open; a stable sort does not.
+    sorted_TE, ranking_TE = logits_TE.sort(dim=1, descending=True, stable=True)
+    experts_Tk = ranking_TE[:, :top_k].contiguous()
+    weights_Tk = sorted_TE[:, :top_k].softmax(1)
+    probabilities_TE = logits_TE.softmax(1)
+
+    capacity = None
+    if capacity_factor is not None:
+        capacity = expert_capacity(capacity_factor, order.num_tokens, top_k, num_experts)
+    if capacity is not None and drop_policy == "probability":
+        chosen_Tk = probabilities_TE.detach().gather(1, experts_Tk)
+        kept_Tk, counts = _keep_by_probability(
+            experts_Tk, chosen_Tk, num_experts, capacity, order, rank, token_group
+        )
+    else:
+        kept_Tk, counts = _keep_by_position(
+            experts_Tk, num_experts, capacity, order, rank, token_group
+        )
+
+    tokens = max(order.num_tokens, 1)  # a batch without tokens has a loss of zero, not 0 / 0
+    assigned_E = counts.assigned.sum(0)
+    fraction_E = assigned_E.to(dtype) / (tokens * top_k)
+    share_E = probabilities_TE.sum(0) / tokens
+    aux_loss = aux_loss_coefficient * num_experts * (fraction_E * share_E).sum()
+    stats = RoutingStats(assigned_E, assigned_E - counts.kept.sum(0))
+    return Routing(experts_Tk, weights_Tk, kept_Tk, counts, aux_loss, stats)
+
+
+def _keep_by_position(
+    experts_Tk: Tensor,
+    num_experts: int,
+    capacity: int | None,
+    order: TokenOrder,
+    rank: int,
+    token_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, AssignmentCounts]:
+    """First come, first served in the global order; ``capacity`` None keeps all.
+
+    The place of an assignment in its expert's queue is the count of the expert in all earlier
+    segments, of any rank, plus the count so far in its own segment.
+    """
+    tokens = experts_Tk.shape[0]
+    chosen_TE = experts_Tk.new_zeros(tokens, num_experts).scatter_(1, experts_Tk, 1)
+    before_TE = chosen_TE.new_zeros(tokens + 1, num_experts)  # row t: choices of tokens 0 .. t - 1
+    torch.cumsum(chosen_TE, 0, out=before_TE[1:])
+    bounds_J = order.segment_bounds(rank, experts_Tk.device)
+    at_bounds_JE = before_TE[bounds_J]
+    counts_RJE = _all_gather(at_bounds_JE[1:] - at_bounds_JE[:-1], token_group)
+    assigned_RE = counts_RJE.sum(1)
+    if capacity is None:
+        kept_Tk = torch.ones_like(experts_Tk, dtype=torch.bool)
+        return kept_Tk, AssignmentCounts(assigned_RE, assigned_RE)
+
+    by_position = order.segments_by_position(experts_Tk.device)
+    queue_JE = counts_RJE.flatten(0, 1)[by_position]
+    earlier_JE = torch.empty_like(queue_JE)
+    earlier_JE[by_position] = queue_JE.cumsum(0) - queue_JE
+    earlier_RJE = earlier_JE.view_as(counts_RJE)
+    kept_RE = torch.minimum(counts_RJE, (capacity - earlier_RJE).clamp(min=0)).sum(1)
+
+    first_TE = torch.repeat_interleave(
+        earlier_RJE[rank] - at_bounds_JE[:-1], bounds_J.diff(), dim=0, output_size=tokens
+    )
+    place_Tk = (first_TE + before_TE[:-1]).gather(1, experts_Tk)
+    return place_Tk < capacity, AssignmentCounts(assigned_RE, kept_RE)
+
+
+def _keep_by_probability(
+    experts_Tk: Tensor,
+    probabilities_Tk: Tensor,
+    num_experts: int,
+    capacity: int,
+    order: TokenOrder,
+    rank: int,
+    token_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, AssignmentCounts]:
+    """Highest gate probability first, equal ones in the global order.
+
+    Every rank gathers all assignments and sorts them alike: N k rows of memory and work a rank.
+    """
+    tokens, top_k = experts_Tk.shape
+    ranks, most = order.num_ranks, order.max_local_tokens
+    # An expert number is exact in float64 and so is a float32 probability: one message for both.
+    mine = probabilities_Tk.new_zeros(most, top_k, 2, dtype=torch.float64)
+    mine[:tokens, :, 0] = experts_Tk.double()
+    mine[:tokens, :, 1] = probabilities_Tk.double()
+    by_position = order.tokens_by_position(experts_Tk.device)
+    gathered_A2 = _all_gather(mine, token_group).view(ranks * most, top_k, 2)[by_position]
+    experts_A = gathered_A2[..., 0].long().flatten()
+    probabilities_A = gathered_A2[..., 1].flatten()
+    # (rank, expert) of every assignment as one number; sums of integers do not depend on order.
+    pair_A = by_position.div(max(most, 1), rounding_mode="floor").repeat_interleave(top_k)
+    pair_A = pair_A * num_experts + experts_A
+    zeros = experts_A.new_zeros(ranks * num_experts)
+    assigned_RE = zeros.index_add(0, pair_A, torch.ones_like(pair_A)).view(ranks, num_experts)
+
+    # Two stable sorts: by expert, within it by probability, within that by position.
+    best_A = probabilities_A.sort(descending=True, stable=True).indices
+    queue_A = best_A[experts_A[best_A].sort(stable=True).indices]
+    place_A = torch.empty_like(queue_A)
+    place_A[queue_A] = torch.arange(len(queue_A), device=queue_A.device)
+    assigned_E = assigned_RE.sum(0)
+    first_E = assigned_E.cumsum(0) - assigned_E
+    kept_A = place_A - first_E[experts_A] < capacity
+    kept_RE = zeros.index_add(0, pair_A, kept_A.long()).view(ranks, num_experts)
+
+    kept_RTk = kept_A.new_zeros(ranks * most, top_k)
+    kept_RTk[by_position] = kept_A.view(-1, top_k)
+    kept_Tk = kept_RTk.view(ranks, most, top_k)[rank, :tokens]
+    return kept_Tk, AssignmentCounts(assigned_RE, kept_RE)
+
+
+def check_counts(assigned_RE: Sequence[Sequence[int]], top_k: int, order: TokenOrder) -> None:
+    """Raise ValueError, on every rank alike, if a rank routed other tokens than ``order`` says."""
+    for rank, assigned_E in enumerate(assigned_RE):
+        expected, routed = order.num_local_tokens(rank), sum(assigned_E) // top_k
+        if routed != expected:
+            raise ValueError(
+                f"token_order must be equal on every rank, got {expected} tokens for rank {rank},"
+                f" which routed {routed}: pass it if ranks hold different numbers of tokens"
+            )
+
+
+def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """``[...]`` of every rank as ``[ranks, ...]``."""
+    if group is None:
+        return x.unsqueeze(0)
+    gathered = x.new_empty(group.size(), *x.shape)
+    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    return gathered

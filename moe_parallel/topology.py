@@ -1,0 +1,283 @@
+"""Which ranks form which group: two meshes over the same ranks, as in MiniMax-01.
+
+Dense layers and experts cut the world differently (paper equations 15 and 16)::
+
+    world = PP x DP  x CP  x TP     dense mesh,  tp fastest, then cp, dp, pp
+    world = PP x EDP x EP  x ETP    expert mesh, etp fastest, then ep, edp, pp
+
+Both orders are Megatron-Core's. The slowest axis is pp in both, so a pipeline stage is one block of
+consecutive ranks, and inside it either mesh names every rank once.
+
+Example: 8 ranks, tp 1, cp 4, dp 2 for dense layers; etp 2, ep 2, edp 2 for experts::
+
+    rank        0 1 2 3 | 4 5 6 7
+    dense  dp   0 0 0 0 | 1 1 1 1
+           cp   0 1 2 3 | 0 1 2 3
+    expert edp  0 0 0 0 | 1 1 1 1
+           ep   0 0 1 1 | 0 0 1 1
+           etp  0 1 0 1 | 0 1 0 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch.distributed as dist
+
+Axis = Literal["tp", "cp", "dp", "pp", "dp_cp", "token", "ep", "etp", "edp", "ep_etp"]
+
+# Every axis as (mesh, the coordinates that vary inside one of its groups).
+_AXES: dict[Axis, tuple[Literal["dense", "expert"], tuple[str, ...]]] = {
+    "tp": ("dense", ("tp",)),
+    "cp": ("dense", ("cp",)),
+    "dp": ("dense", ("dp",)),
+    "pp": ("dense", ("pp",)),
+    "dp_cp": ("dense", ("cp", "dp")),
+    "token": ("dense", ("tp", "cp", "dp")),
+    "ep": ("expert", ("ep",)),
+    "etp": ("expert", ("etp",)),
+    "edp": ("expert", ("edp",)),
+    "ep_etp": ("expert", ("etp", "ep")),
+}
+
+
+class DenseCoordinates(NamedTuple):
+    """Where a rank stands in the dense mesh, fastest axis first."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+class ExpertCoordinates(NamedTuple):
+    """Where a rank stands in the expert mesh, fastest axis first."""
+
+    etp: int
+    ep: int
+    edp: int
+    pp: int
+
+
+class ExpertGroups(NamedTuple):
+    """The process groups an expert layer works with; ``None`` is a group of one rank.
+
+    Attributes:
+        token: all ranks over which the tokens of one routing decision are split (a whole pipeline
+            stage). Counts for capacity and the auxiliary loss are gathered over it.
+        ep: ranks that hold different experts and the same part of each; tokens travel over it.
+        etp: ranks that hold different parts of the same experts.
+        ep_etp: the EP x ETP block of this rank, etp fastest; may be left out if ep or etp is None.
+    """
+
+    token: dist.ProcessGroup | None = None
+    ep: dist.ProcessGroup | None = None
+    etp: dist.ProcessGroup | None = None
+    ep_etp: dist.ProcessGroup | None = None
+
+
+class ParallelGroups(NamedTuple):
+    """This rank's process group along every axis; ``None`` is a group of one rank.
+
+    Axes whose groups hold the same ranks share one communicator.
+    """
+
+    tp: dist.ProcessGroup | None
+    cp: dist.ProcessGroup | None
+    dp: dist.ProcessGroup | None
+    pp: dist.ProcessGroup | None
+    dp_cp: dist.ProcessGroup | None
+    token: dist.ProcessGroup | None
+    ep: dist.ProcessGroup | None
+    etp: dist.ProcessGroup | None
+    edp: dist.ProcessGroup | None
+    ep_etp: dist.ProcessGroup | None
+
+    @property
+    def experts(self) -> ExpertGroups:
+        """The four groups that :class:`moe_parallel.ExpertParallelMoE` takes."""
+        return ExpertGroups(self.token, self.ep, self.etp, self.ep_etp)
+
+
+@dataclass(frozen=True)
+class ExpertTopology:
+    """Sizes of the two meshes; pure host data, equal on every rank.
+
+    Args:
+        world_size: ranks in all.
+        pp: pipeline stages.
+        tp: tensor parallel size of dense layers. With tp > 1 an expert layer expects the tokens
+            split over tp too (sequence parallelism).
+        cp: context parallel size of dense layers.
+        ep: ranks over which the experts are dealt out.
+        etp: ranks over which the FFN dimension of each expert is split.
+
+    Raises:
+        ValueError: if a size is below 1 or the sizes of a mesh do not divide the world.
+    """
+
+    world_size: int
+    pp: int = 1
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "pp", "tp", "cp", "ep", "etp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for names in (("pp", "tp", "cp"), ("pp", "ep", "etp")):
+            block = 1
+            for name in names:
+                block *= getattr(self, name)
+            if self.world_size % block:
+                sizes = ", ".join(f"{name} {getattr(self, name)}" for name in names)
+                raise ValueError(
+                    f"{' x '.join(names)} must divide world_size {self.world_size}, got {sizes},"
+                    f" product {block}: change one of them or the number of ranks"
+                )
+
+    @property
+    def dp(self) -> int:
+        """Data parallel size of dense layers: world / (pp x cp x tp), equation 15."""
+        return self.world_size // (self.pp * self.cp * self.tp)
+
+    @property
+    def edp(self) -> int:
+        """Replicas of each expert: world / (pp x etp x ep), equation 16."""
+        return self.world_size // (self.pp * self.etp * self.ep)
+
+    def dense_coordinates(self, rank: int) -> DenseCoordinates:
+        """Coordinates of a global rank in the dense mesh."""
+        tp, cp, dp, pp = self._coordinates(rank, (self.tp, self.cp, self.dp))
+        return DenseCoordinates(tp=tp, cp=cp, dp=dp, pp=pp)
+
+    def expert_coordinates(self, rank: int) -> ExpertCoordinates:
+        """Coordinates of a global rank in the expert mesh."""
+        etp, ep, edp, pp = self._coordinates(rank, (self.etp, self.ep, self.edp))
+        return ExpertCoordinates(etp=etp, ep=ep, edp=edp, pp=pp)
+
+    def _coordinates(self, rank: int, sizes: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank must be a global rank in [0, {self.world_size}), got {rank}")
+        rank, first = divmod(rank, sizes[0])
+        rank, second = divmod(rank, sizes[1])
+        fourth, third = divmod(rank, sizes[2])
+        return first, second, third, fourth
+
+    def groups(self, axis: Axis) -> list[tuple[int, ...]]:
+        """All groups along an axis: disjoint, covering the world, members in ascending order.
+
+        Args:
+            axis: one mesh axis, or a block of them: ``dp_cp``, ``token`` (tp x cp x dp, all ranks
+                of a stage) or ``ep_etp``.
+        """
+        if axis not in _AXES:
+            raise ValueError(f"axis must be one of {get_args(Axis)}, got {axis!r}")
+        mesh, inside = _AXES[axis]
+        members: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            at: DenseCoordinates | ExpertCoordinates
+            at = self.dense_coordinates(rank) if mesh == "dense" else self.expert_coordinates(rank)
+            outside = tuple(value for name, value in zip(at._fields, at) if name not in inside)
+            members.setdefault(outside, []).append(rank)
+        return [tuple(ranks) for ranks in members.values()]
+
+    def build_groups(self) -> ParallelGroups:
+        """Make every process group; a collective call of all ranks, in one fixed order.
+
+        A set of ranks gets one communicator, whichever axes name it, and the whole world is
+        ``dist.group.WORLD``. Call it once a process: groups are not freed.
+
+        Raises:
+            ValueError: if the default process group has not ``world_size`` ranks.
+        """
+        if dist.get_world_size() != self.world_size:
+            raise ValueError(
+                f"world_size must be the size of the default group {dist.get_world_size()},"
+                f" got {self.world_size}: build the topology from dist.get_world_size()"
+            )
+        made: dict[tuple[int, ...], dist.ProcessGroup | None]
+        made = {tuple(range(self.world_size)): dist.group.WORLD}
+        mine: dict[str, dist.ProcessGroup | None] = {}
+        for axis in get_args(Axis):
+            for ranks in self.groups(axis):
+                if len(ranks) > 1 and ranks not in made:
+                    made[ranks] = dist.new_group(list(ranks))
+                if dist.get_rank() in ranks:
+                    mine[axis] = made[ranks] if len(ranks) > 1 else None
+        return ParallelGroups(**mine)
+
+
+class ExpertMesh(NamedTuple):
+    """The EP x ETP block of this rank, in ranks of the token group; host data.
+
+    Attributes:
+        token_rank: this rank in the token group.
+        num_token_ranks: size of the token group.
+        ep_rank: this rank in the EP group.
+        etp_rank: this rank in the ETP group.
+        token_ranks: ``token_ranks[etp][ep]`` is that member's rank in the token group.
+    """
+
+    token_rank: int
+    num_token_ranks: int
+    ep_rank: int
+    etp_rank: int
+    token_ranks: tuple[tuple[int, ...], ...]
+
+    @property
+    def ep_size(self) -> int:
+        """Number of EP ranks."""
+        return len(self.token_ranks[0])
+
+    @property
+    def etp_size(self) -> int:
+        """Number of ETP ranks."""
+        return len(self.token_ranks)
+
+
+def _members(group: dist.ProcessGroup | None, me: int) -> list[int]:
+    return [me] if group is None else dist.get_process_group_ranks(group)
+
+
+def expert_mesh(groups: ExpertGroups) -> ExpertMesh:
+    """Check that the four groups fit together and number their ranks.
+
+    Raises:
+        ValueError: naming the group that does not fit; every rank of a wrong mesh raises.
+    """
+    if groups == ExpertGroups():
+        return ExpertMesh(0, 1, 0, 0, ((0,),))
+    me = dist.get_rank()
+    block = groups.ep_etp
+    if block is None and (groups.ep is None or groups.etp is None):
+        block = groups.ep if groups.etp is None else groups.etp
+    token, ep, etp, ep_etp = (
+        _members(group, me) for group in (groups.token, groups.ep, groups.etp, block)
+    )
+    for name, ranks in (("token", token), ("ep", ep), ("etp", etp), ("ep_etp", ep_etp)):
+        if me not in ranks:
+            raise ValueError(f"groups.{name} must hold this rank {me}, got ranks {ranks}")
+    if len(ep_etp) != len(ep) * len(etp):
+        raise ValueError(
+            f"groups.ep_etp must have ep {len(ep)} x etp {len(etp)} ranks, got {len(ep_etp)}:"
+            " give the group of all ranks that share these experts"
+        )
+    ep_rank, etp_rank = divmod(ep_etp.index(me), len(etp))
+    if ep_etp[etp_rank :: len(etp)] != ep or ep_etp[ep_rank * len(etp) :][: len(etp)] != etp:
+        raise ValueError(
+            f"groups.ep_etp must be ordered with etp fastest, got {ep_etp} for ep {ep}, etp {etp}"
+        )
+    if not set(ep_etp) <= set(token):
+        raise ValueError(
+            f"groups.token must hold the whole EP x ETP block {ep_etp}, got {token}: it is the"
+            " group of all ranks over which the tokens are split"
+        )
+    token_ranks = tuple(
+        tuple(token.index(ep_etp[ep_at * len(etp) + etp_at]) for ep_at in range(len(ep)))
+        for etp_at in range(len(etp))
+    )
+    return ExpertMesh(token.index(me), len(token), ep_rank, etp_rank, token_ranks)

@@ -269,5 +269,5 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return x.unsqueeze(0)
     gathered = x.new_empty(group.size(), *x.shape)
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    dist.all_gather(list(gathered.unbind()), x.contiguous(), group=group)
     return gathered

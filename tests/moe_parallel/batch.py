@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -29,7 +30,8 @@ def zigzag(num_tokens: int, num_ranks: int) -> TokenOrder:
 
 def shuffled(num_tokens: int, num_ranks: int) -> TokenOrder:
     """Many uneven pieces, each rank's in falling global order, padding between them."""
-    owners = [(piece * 5 + piece // 3) % num_ranks for piece in range(4 * num_ranks + 1)]
+    owners = [*range(num_ranks)] * 4
+    random.Random(0).shuffle(owners)
     return _deal(num_tokens, owners, padding=1, reverse=True)
 
 

@@ -50,8 +50,7 @@ def test_orders_hold_every_token_once(name: str, num_ranks: int, num_tokens: int
     assert order.num_tokens == num_tokens
     x = torch.randn(num_tokens, 3)
     taken = [
-        order.take(local_rows(x, order, rank, padding=torch.nan), rank)
-        for rank in range(num_ranks)
+        order.take(local_rows(x, order, rank, padding=torch.nan), rank) for rank in range(num_ranks)
     ]
     for rank, tokens in enumerate(taken):
         assert len(tokens) == order.num_local_tokens(rank)

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_parallel import ExpertTopology
+from moe_parallel.exchange import (
+    combine,
+    dispatch,
+    gather_etp,
+    group_by_expert,
+    group_by_source,
+    plan_exchange,
+    scatter_etp,
+)
+from moe_parallel.topology import ExpertMesh, expert_mesh
+from tests.closeness import assert_equal_to_rounding
+from tests.moe_parallel.batch import Replicated, Summed, groups_of
+from tests.ranks import run_on_ranks
+
+Counts = list[list[int]]
+
+# rows of (rank, expert): four experts on up to four ranks
+CASES: dict[str, Counts] = {
+    "uneven": [[3, 0, 1, 2], [0, 4, 1, 0], [2, 2, 0, 5], [1, 0, 3, 1]],
+    "rank without rows": [[0, 0, 0, 0], [1, 2, 0, 3], [0, 1, 0, 0], [0, 0, 0, 2]],
+    "expert without rows": [[2, 0, 1, 0], [1, 0, 4, 0], [3, 0, 0, 0], [1, 0, 2, 0]],
+    "one hot expert": [[9, 0, 0, 0], [7, 0, 0, 0], [0, 0, 0, 0], [5, 0, 0, 0]],
+    "nothing": [[0, 0, 0, 0]] * 4,
+}
+MESHES = [
+    ExpertTopology(2),
+    ExpertTopology(2, ep=2),
+    ExpertTopology(2, etp=2),
+    ExpertTopology(4, ep=2, etp=2),
+    ExpertTopology(4, ep=4),
+    ExpertTopology(4, ep=2),
+    ExpertTopology(4, pp=2, ep=2),
+]
+
+
+def labelled(counts: Counts, rank: int) -> Tensor:
+    """A rank's rows grouped by expert, each (rank, expert, number)."""
+    rows = [(rank, e, i) for e, count in enumerate(counts[rank]) for i in range(count)]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+
+
+def there_and_back(topology: ExpertTopology, counts: Counts) -> dict[str, object]:
+    groups = groups_of(topology)
+    mesh = expert_mesh(groups.experts)
+    stage = counts[: mesh.num_token_ranks]
+    plan = plan_exchange(stage, mesh)
+    sent = labelled(stage, mesh.token_rank)
+    gathered = gather_etp(dispatch(sent, plan, groups.ep), plan, groups.etp)
+    by_expert = group_by_expert(gathered, plan)
+    assert torch.equal(group_by_source(by_expert, plan), gathered)
+    back = combine(scatter_etp(gathered, plan, groups.etp), plan, groups.ep)
+    assert torch.equal(back, sent * mesh.etp_size)
+    return {"rows": by_expert, "expert_rows": plan.expert_rows, "mesh": mesh}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("topology", MESHES)
+def test_rows_reach_their_experts_in_order_and_come_back(
+    topology: ExpertTopology, case: str
+) -> None:
+    counts = CASES[case]
+    for part in run_on_ranks(there_and_back, topology.world_size, topology, counts):
+        mesh: ExpertMesh = part["mesh"]
+        local = range(4 // mesh.ep_size * mesh.ep_rank, 4 // mesh.ep_size * (mesh.ep_rank + 1))
+        expected = [
+            (rank, expert, number)
+            for expert in local
+            for ranks in mesh.token_ranks
+            for rank in ranks
+            for number in range(counts[rank][expert])
+        ]
+        assert part["rows"].tolist() == [list(row) for row in expected]
+        assert part["expert_rows"] == tuple(
+            sum(counts[rank][expert] for ranks in mesh.token_ranks for rank in ranks)
+            for expert in local
+        )
+
+
+def stages_gradcheck(topology: ExpertTopology, counts: Counts) -> bool:
+    """Every rank perturbs the same element: a function of all ranks' rows, held by all ranks."""
+    groups = groups_of(topology)
+    mesh = expert_mesh(groups.experts)
+    plan = plan_exchange(counts, mesh)
+    sizes = [sum(row) for row in counts]
+
+    def function(rows: Tensor) -> Tensor:
+        mine = Replicated.apply(rows).split(sizes)[mesh.token_rank]
+        gathered = gather_etp(dispatch(mine, plan, groups.ep), plan, groups.etp)
+        # What the experts do, in small: another factor for every expert and ETP part.
+        scale = torch.cat(
+            [
+                torch.full((count, 1), 1.0 + expert + 10 * mesh.etp_rank, dtype=torch.float64)
+                for expert, count in enumerate(plan.expert_rows)
+            ]
+        )
+        rows = group_by_source(group_by_expert(gathered, plan) * scale, plan)
+        back = combine(scatter_etp(rows, plan, groups.etp), plan, groups.ep)
+        parts = [back.new_zeros(size, back.shape[1]) for size in sizes]
+        parts[mesh.token_rank] = back
+        return Summed.apply(torch.cat(parts))
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(sum(sizes), 2, dtype=torch.float64, generator=generator)
+    return torch.autograd.gradcheck(function, rows.requires_grad_())
+
+
+@pytest.mark.parametrize(
+    "topology", [ExpertTopology(2, ep=2), ExpertTopology(2, etp=2), ExpertTopology(2)]
+)
+def test_gradcheck_in_lockstep(topology: ExpertTopology) -> None:
+    counts = [[2, 0, 1, 1], [0, 0, 3, 1]]
+    assert all(run_on_ranks(stages_gradcheck, 2, topology, counts))
+
+
+def etp_sum(dtype: torch.dtype) -> Tensor:
+    topology = ExpertTopology(4, etp=4)
+    mesh = expert_mesh(groups_of(topology).experts)
+    plan = plan_exchange([[1]] * 4, mesh)
+    term = [256.0, 1.0, 1.0, 1.0][mesh.etp_rank]
+    rows = torch.full((4, 1), term, dtype=dtype)
+    return scatter_etp(rows, plan, groups_of(topology).etp)
+
+
+def test_etp_terms_in_bfloat16_are_rounded_once() -> None:
+    # In bfloat16 256 + 1 rounds to 256, so adding one by one gives 256; 259 rounds to 260.
+    assert [part.item() for part in run_on_ranks(etp_sum, 4, torch.bfloat16)] == [260.0] * 4
+
+
+def test_plan_conserves_rows() -> None:
+    dice = random.Random(0)
+    counts = [[dice.randrange(5) for _ in range(12)] for _ in range(6)]
+    ranks = ((4, 0, 3), (1, 5, 2))  # any numbering of the block
+    plans = {
+        (etp, ep): plan_exchange(counts, ExpertMesh(ranks[etp][ep], 6, ep, etp, ranks))
+        for etp in range(2)
+        for ep in range(3)
+    }
+    for (etp, ep), plan in plans.items():
+        assert sum(plan.dispatch_rows) == sum(counts[ranks[etp][ep]])
+        for other in range(3):
+            assert plan.dispatch_rows[other] == plans[etp, other].receive_rows[ep]
+        assert plan.etp_rows == tuple(sum(plans[i, ep].receive_rows) for i in range(2))
+        assert sum(plan.expert_rows) == sum(plan.etp_rows)
+
+
+def test_rows_keep_their_bits() -> None:
+    assert_equal_to_rounding(
+        group_by_expert(
+            torch.arange(6.0).unsqueeze(1),
+            plan_exchange([[1, 2], [2, 1]], ExpertMesh(0, 2, 0, 0, ((0,), (1,)))),
+        ).flatten(),
+        torch.tensor([0.0, 3, 4, 1, 2, 5]),
+        tolerance=0.0,
+    )

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_parallel.experts import Experts
+from tests.closeness import assert_equal_to_rounding, assert_within_budget
+
+COUNTS = (50, 0, 1, 0, 70)  # experts without rows first, last and in the middle, in turn
+COUNT_CASES = [COUNTS, (0, 30, 0, 20, 0), (0, 0, 0, 0, 0)]
+
+
+def experts_of(gemm: str = "loop", dtype: torch.dtype = torch.float64, **kwargs: int) -> Experts:
+    experts = Experts(16, 24, 5, gemm=gemm, dtype=dtype, **kwargs)
+    experts.reset_parameters(3)
+    return experts
+
+
+def by_hand(experts: Experts, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
+    owner = torch.tensor([e for e, count in enumerate(counts) for _ in range(count)]).long()
+    gate, up = torch.einsum("asfm,am->saf", experts.w13[owner], rows)
+    return torch.einsum("amf,af->am", experts.w2[owner], F.silu(gate) * up)
+
+
+def run(experts: Experts, rows: Tensor, grad: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
+    rows = rows.detach().requires_grad_()
+    output = experts(rows, counts)
+    return [output.detach(), *torch.autograd.grad(output, [rows, *experts.parameters()], grad)]
+
+
+@pytest.mark.parametrize("counts", COUNT_CASES)
+def test_loop_is_the_formula(counts: tuple[int, ...]) -> None:
+    experts = experts_of()
+    rows = torch.randn(sum(counts), 16, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(rows)
+    expected = by_hand(experts, rows, counts)
+    expected_grads = torch.autograd.grad(expected, [rows, *experts.parameters()], grad)
+    for actual, wanted in zip(run(experts, rows, grad, counts), [expected, *expected_grads]):
+        assert_equal_to_rounding(actual, wanted)
+
+
+def test_gradcheck() -> None:
+    experts = Experts(3, 2, 3, dtype=torch.float64)
+    experts.reset_parameters(0)
+    rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda rows, *_: experts(rows, (2, 0, 3)), (rows, *experts.parameters())
+    )
+
+
+@pytest.mark.parametrize("counts", COUNT_CASES)
+@pytest.mark.parametrize("gemm", ["loop", "grouped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_is_within_budget(
+    dtype: torch.dtype, gemm: str, counts: tuple[int, ...]
+) -> None:
+    check_budget(dtype, gemm, counts, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", COUNT_CASES)
+@pytest.mark.parametrize("gemm", ["loop", "auto", "grouped"])
+def test_bfloat16_on_a_gpu_is_within_budget(gemm: str, counts: tuple[int, ...]) -> None:
+    check_budget(torch.bfloat16, gemm, counts, "cuda")
+
+
+def check_budget(dtype: torch.dtype, gemm: str, counts: tuple[int, ...], device: str) -> None:
+    experts = experts_of(gemm, dtype).to(device)
+    exact = experts_of().to(device)
+    exact.load_state_dict({name: p.double() for name, p in experts.state_dict().items()})
+    rows = torch.randn(sum(counts), 16, device=device).to(dtype)
+    grad = torch.randn(sum(counts), 16, device=device).to(dtype)
+    rows_honest = rows.clone().requires_grad_()
+    honest_output = by_hand(experts, rows_honest, counts)
+    honest = [
+        honest_output,
+        *torch.autograd.grad(honest_output, [rows_honest, *experts.parameters()], grad),
+    ]
+    oracle = run(exact, rows.double(), grad.double(), counts)
+    for actual, wanted, eager in zip(run(experts, rows, grad, counts), oracle, honest):
+        if actual.numel():
+            assert_within_budget(actual, wanted, eager)
+
+
+def test_an_expanded_gradient_is_accepted() -> None:
+    experts = experts_of("grouped", torch.float32)
+    experts(torch.randn(sum(COUNTS), 16), COUNTS).sum().backward()
+    assert experts.w2.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("ep", "etp"), [(1, 3), (5, 1), (5, 2)])
+def test_initial_values_do_not_depend_on_the_mesh(ep: int, etp: int) -> None:
+    whole = experts_of()
+    for name, dims in Experts.sharding().items():
+        blocks = [
+            torch.cat(
+                [
+                    getattr(experts_of(ep_rank=i, ep_size=ep, etp_rank=j, etp_size=etp), name)
+                    for j in range(etp)
+                ],
+                dims.etp_dim,
+            )
+            for i in range(ep)
+        ]
+        assert torch.equal(torch.cat(blocks, dims.ep_dim), getattr(whole, name))
+
+
+def test_terms_of_etp_ranks_sum_to_the_whole() -> None:
+    rows = torch.randn(sum(COUNTS), 16, dtype=torch.float64)
+    terms = [experts_of(etp_rank=j, etp_size=3)(rows, COUNTS) for j in range(3)]
+    assert_equal_to_rounding(sum(terms), experts_of()(rows, COUNTS))
+
+
+def test_initial_values_differ_between_experts_and_seeds() -> None:
+    first, second = experts_of(), experts_of()
+    second.reset_parameters(4)
+    drawn = torch.cat([first.w13, second.w13]).flatten(1)
+    assert len(drawn.unique(dim=0)) == 10
+    assert first.w2.std().item() == pytest.approx((2 / 40) ** 0.5, rel=0.1)
+    scaled = experts_of()
+    scaled.reset_parameters(3, gain=0.5)
+    assert torch.equal(scaled.w2, first.w2 * 0.5)
+
+
+def test_rule_of_auto() -> None:
+    assert experts_of("auto").chosen_gemm() == "loop"
+    assert experts_of("auto", torch.bfloat16).chosen_gemm() == "loop"  # not on CUDA
+    assert experts_of("grouped", torch.bfloat16).chosen_gemm() == "grouped"
+
+
+@pytest.mark.gpu
+def test_rule_of_auto_on_a_gpu() -> None:
+    assert experts_of("auto", torch.bfloat16).cuda().chosen_gemm() == "grouped"
+    assert experts_of("auto", torch.float32).cuda().chosen_gemm() == "loop"
+    assert Experts(12, 24, 5, dtype=torch.bfloat16, device="cuda").chosen_gemm() == "loop"
+
+
+def test_meta_device_draws_nothing() -> None:
+    experts = Experts(6144, 9216, 32, device="meta", dtype=torch.bfloat16)
+    experts.reset_parameters(0)
+    assert sum(p.numel() for p in experts.parameters()) == 32 * 3 * 6144 * 9216

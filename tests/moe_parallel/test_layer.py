@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder
+from moe_parallel.reference import reference_moe
+from tests.closeness import assert_equal_to_rounding, assert_within_budget
+from tests.moe_parallel.batch import (
+    ORDERS,
+    Replicated,
+    Summed,
+    assemble,
+    assemble_expert,
+    groups_of,
+    local_rows,
+    positions,
+    random_batch,
+)
+from tests.ranks import run_on_ranks
+
+NUM_TOKENS = 29
+CONFIG = MoEConfig(10, 12, 8, 2, aux_loss_coefficient=0.3)
+HOT, COLD = 5, 2  # with skew: the expert every token picks and the one nobody picks
+
+
+class LayerResult(NamedTuple):
+    """Output, auxiliary loss and every gradient; of one rank or of the whole batch."""
+
+    output: Tensor
+    aux_loss: Tensor
+    x: Tensor
+    gate_weight: Tensor
+    w13: Tensor
+    w2: Tensor
+
+
+def build(config: MoEConfig, dtype: torch.dtype, skew: bool, **kwargs: object) -> ExpertParallelMoE:
+    layer = ExpertParallelMoE(config, seed=1, dtype=dtype, **kwargs)
+    if skew:
+        with torch.no_grad():
+            layer.gate_weight[HOT, 0] += 20
+            layer.gate_weight[COLD, 0] -= 1000
+    return layer
+
+
+def layer_on_rank(
+    topology: ExpertTopology,
+    order: TokenOrder,
+    config: MoEConfig,
+    dtype: torch.dtype = torch.float64,
+    skew: bool = False,
+    device: str = "cpu",
+) -> LayerResult:
+    layer = build(config, dtype, skew, groups=groups_of(topology).experts, device=device)
+    rank = layer.mesh.token_rank
+    whole = random_batch(order.num_tokens, config.hidden_size)
+    # NaN in the padding: it must be neither routed nor multiplied by zero.
+    x = local_rows(whole.x.to(dtype), order, rank, padding=torch.nan).to(device).requires_grad_()
+    grad = local_rows(whole.grad.to(dtype), order, rank, padding=torch.nan).to(device)
+    result = layer(x, token_order=order)
+    torch.autograd.backward([result.output, result.aux_loss], [grad, None])
+    tensors = [result.output, result.aux_loss, x.grad, layer.gate_weight.grad]
+    tensors += [layer.experts.w13.grad, layer.experts.w2.grad]
+    return LayerResult(*(tensor.detach().cpu() for tensor in tensors))
+
+
+def on_ranks(
+    topology: ExpertTopology, order: TokenOrder, *args: object, backend: str = "gloo"
+) -> LayerResult:
+    device = {"device": "cuda"} if backend == "nccl" else {}
+    parts = run_on_ranks(
+        layer_on_rank, topology.world_size, topology, order, *args, backend=backend, **device
+    )
+    return LayerResult(
+        output=assemble([part.output for part in parts], order),
+        aux_loss=sum(part.aux_loss for part in parts),
+        x=assemble([part.x for part in parts], order),
+        gate_weight=sum(part.gate_weight for part in parts),
+        w13=assemble_expert([part.w13 for part in parts], "w13", topology),
+        w2=assemble_expert([part.w2 for part in parts], "w2", topology),
+    )
+
+
+def oracle(
+    config: MoEConfig,
+    dtype: torch.dtype = torch.float64,
+    skew: bool = False,
+    compute: torch.dtype = torch.float64,
+    num_tokens: int = NUM_TOKENS,
+) -> LayerResult:
+    """The reference on values of ``dtype``, computed in ``compute``."""
+    layer = build(config, dtype, skew)
+    gate = layer.gate_weight.detach()
+    if compute == torch.float64:
+        gate = gate.double()
+    weights = [gate, *(w.detach().to(compute) for w in layer.experts.parameters())]
+    weights = [weight.requires_grad_() for weight in weights]
+    whole = random_batch(num_tokens, config.hidden_size)
+    x = whole.x.to(dtype).to(compute).requires_grad_()
+    result = reference_moe(
+        x,
+        *weights,
+        top_k=config.top_k,
+        capacity_factor=config.capacity_factor,
+        drop_policy=config.drop_policy,
+        aux_loss_coefficient=config.aux_loss_coefficient,
+    )
+    torch.autograd.backward(
+        [result.output, result.aux_loss], [whole.grad.to(dtype).to(compute), None]
+    )
+    grads = [tensor.grad for tensor in (x, *weights)]
+    return LayerResult(result.output.detach(), result.aux_loss.detach(), *grads)
+
+
+def check(topology: ExpertTopology, order_name: str, config: MoEConfig, skew: bool) -> None:
+    order = ORDERS[order_name](NUM_TOKENS, topology.world_size)
+    actual = on_ranks(topology, order, config, torch.float64, skew)
+    for name, got, expected in zip(LayerResult._fields, actual, oracle(config, skew=skew)):
+        assert_equal_to_rounding(got, expected, what=name)
+    if skew:
+        assert not actual.w13[COLD].any()
+        assert not actual.w2[COLD].any()
+
+
+TOPOLOGIES = [
+    ExpertTopology(1),
+    ExpertTopology(2),
+    ExpertTopology(2, ep=2),
+    ExpertTopology(2, etp=2),
+    ExpertTopology(4),
+    ExpertTopology(4, ep=2),
+    ExpertTopology(4, etp=2),
+    ExpertTopology(4, ep=4),
+    ExpertTopology(4, ep=2, etp=2),
+    ExpertTopology(4, etp=4),
+]
+
+
+@pytest.mark.parametrize("skew", [False, True])
+@pytest.mark.parametrize("order_name", ["ragged", "shuffled"])  # ragged: rank 0 has no token
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_output_loss_and_gradients_are_the_oracles(
+    topology: ExpertTopology, order_name: str, skew: bool
+) -> None:
+    check(topology, order_name, CONFIG, skew)
+
+
+def with_capacity(drop_policy: str, top_k: int) -> MoEConfig:
+    return MoEConfig(
+        10, 12, 8, top_k, capacity_factor=0.75, drop_policy=drop_policy, aux_loss_coefficient=0.3
+    )
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("drop_policy", ["position", "probability"])
+@pytest.mark.parametrize("topology", [TOPOLOGIES[0], TOPOLOGIES[2], TOPOLOGIES[8]])
+def test_capacity_is_the_oracles(topology: ExpertTopology, drop_policy: str, top_k: int) -> None:
+    for order_name in ORDERS:
+        check(topology, order_name, with_capacity(drop_policy, top_k), skew=False)
+    check(topology, "zigzag", with_capacity(drop_policy, top_k), skew=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [CONFIG, with_capacity("position", 2)])
+@pytest.mark.parametrize("ep", [1, 2, 4, 8])
+@pytest.mark.parametrize("etp", [1, 2, 4])
+def test_eight_ranks(ep: int, etp: int, config: MoEConfig) -> None:
+    if ep * etp <= 8:
+        for order_name in ORDERS:
+            check(
+                ExpertTopology(8, ep=ep, etp=etp), order_name, config, skew=order_name == "zigzag"
+            )
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("topology", TOPOLOGIES[1:4])
+@pytest.mark.parametrize("config", [CONFIG, with_capacity("position", 2)])
+def test_two_gpus(topology: ExpertTopology, config: MoEConfig) -> None:
+    for order_name in ORDERS:
+        order = ORDERS[order_name](NUM_TOKENS, 2)
+        actual = on_ranks(topology, order, config, backend="nccl")
+        for name, got, expected in zip(LayerResult._fields, actual, oracle(config)):
+            assert_equal_to_rounding(got, expected, what=name)
+
+
+def check_budget(
+    topology: ExpertTopology, config: MoEConfig, dtype: torch.dtype, backend: str
+) -> None:
+    order = ORDERS["zigzag"](64, topology.world_size)
+    actual = on_ranks(topology, order, config, dtype, backend=backend)
+    exact = oracle(config, dtype, num_tokens=64)
+    honest = oracle(config, dtype, compute=dtype, num_tokens=64)
+    for name, got, wanted, eager in zip(LayerResult._fields, actual, exact, honest):
+        assert_within_budget(got, wanted, eager, what=name)
+
+
+LOW_PRECISION = MoEConfig(32, 64, 8, 2, gemm="auto")
+GROUPED = MoEConfig(32, 64, 8, 2, gemm="grouped")
+
+
+@pytest.mark.parametrize("config", [LOW_PRECISION, GROUPED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("topology", [TOPOLOGIES[0], TOPOLOGIES[8]])
+def test_low_precision_is_within_budget(
+    topology: ExpertTopology, dtype: torch.dtype, config: MoEConfig
+) -> None:
+    check_budget(topology, config, dtype, "gloo")
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("topology", TOPOLOGIES[1:4])
+def test_low_precision_on_two_gpus(topology: ExpertTopology, dtype: torch.dtype) -> None:
+    check_budget(topology, LOW_PRECISION, dtype, "nccl")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs_are_bit_identical(dtype: torch.dtype) -> None:
+    check_bits(ExpertTopology(4, ep=2, etp=2), dtype, "gloo")
+
+
+@pytest.mark.multi_gpu
+def test_runs_on_two_gpus_are_bit_identical() -> None:
+    for topology in TOPOLOGIES[1:4]:
+        check_bits(topology, torch.bfloat16, "nccl")
+
+
+def check_bits(topology: ExpertTopology, dtype: torch.dtype, backend: str) -> None:
+    order = ORDERS["shuffled"](200, topology.world_size)
+    config = MoEConfig(32, 64, 8, 2, capacity_factor=1.0, drop_policy="probability")
+    first, *others = (on_ranks(topology, order, config, dtype, backend=backend) for _ in range(3))
+    for other in others:
+        for name, a, b in zip(LayerResult._fields, first, other):
+            assert torch.equal(a, b), name
+
+
+def gradcheck_on_rank(topology: ExpertTopology, order: TokenOrder, config: MoEConfig) -> bool:
+    """gradcheck of the whole computation as a function of tensors that every rank holds."""
+    layer = ExpertParallelMoE(config, groups=groups_of(topology).experts, dtype=torch.float64)
+    whole = ExpertParallelMoE(config, dtype=torch.float64)
+    at, rank = layer.mesh, layer.mesh.token_rank
+    places, rows = positions(order, rank)
+    experts = slice(
+        at.ep_rank * layer.experts.num_local, (at.ep_rank + 1) * layer.experts.num_local
+    )
+    part = slice(at.etp_rank * layer.experts.ffn_local, (at.etp_rank + 1) * layer.experts.ffn_local)
+
+    def function(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+        x, gate, w13, w2 = (Replicated.apply(tensor) for tensor in (x, gate, w13, w2))
+        parameters = {
+            "gate_weight": gate,
+            "experts.w13": w13[experts, :, part],
+            "experts.w2": w2[experts, :, part],
+        }
+        local = x.new_zeros(order.rows_per_rank[rank], x.shape[1])
+        local = local.index_copy(0, torch.tensor(rows, dtype=torch.int64), x[places])
+        result = torch.func.functional_call(layer, parameters, (local,), {"token_order": order})
+        output = torch.zeros_like(x).index_copy(
+            0, torch.tensor(places, dtype=torch.int64), result.output[rows]
+        )
+        return Summed.apply(output), Summed.apply(result.aux_loss)
+
+    x = random_batch(order.num_tokens, config.hidden_size).x.requires_grad_()
+    parameters = [parameter.detach().requires_grad_() for parameter in whole.parameters()]
+    return torch.autograd.gradcheck(function, (x, *parameters))
+
+
+@pytest.mark.parametrize(
+    "topology", [ExpertTopology(1), ExpertTopology(2, ep=2), ExpertTopology(2, etp=2)]
+)
+def test_gradcheck_in_lockstep(topology: ExpertTopology) -> None:
+    order = ORDERS["zigzag"](5, topology.world_size)
+    config = MoEConfig(3, 2, 4, 2, capacity_factor=1.0, aux_loss_coefficient=0.3)
+    assert all(run_on_ranks(gradcheck_on_rank, topology.world_size, topology, order, config))
+
+
+def stage_outputs(num_tokens: int) -> bool:
+    """Two pipeline stages of two ranks: each routes its own batch."""
+    topology = ExpertTopology(4, pp=2, ep=2)
+    layer = build(CONFIG, torch.float64, False, groups=groups_of(topology).experts)
+    alone = build(CONFIG, torch.float64, False)
+    stage = topology.expert_coordinates(torch.distributed.get_rank()).pp
+    x = random_batch(num_tokens, CONFIG.hidden_size, seed=stage).x
+    half = slice(0, num_tokens // 2) if layer.mesh.token_rank == 0 else slice(num_tokens // 2, None)
+    actual, expected = layer(x[half]), alone(x)
+    assert_equal_to_rounding(actual.output, expected.output[half])
+    return torch.equal(actual.stats.assigned, expected.stats.assigned)
+
+
+def test_pipeline_stages_route_apart() -> None:
+    assert all(run_on_ranks(stage_outputs, 4, 12))
+
+
+def test_batch_of_sequences_is_the_flat_batch() -> None:
+    layer = build(CONFIG, torch.float64, False)
+    x = random_batch(12, CONFIG.hidden_size).x
+    flat, batched = layer(x), layer(x.view(3, 4, -1))
+    assert batched.output.shape == (3, 4, CONFIG.hidden_size)
+    assert torch.equal(batched.output.flatten(0, 1), flat.output)
+
+
+def test_stats_count_every_assignment() -> None:
+    layer = build(with_capacity("position", 2), torch.float64, True)
+    stats = layer(random_batch(NUM_TOKENS, CONFIG.hidden_size).x).stats
+    capacity = 6  # ceil(0.75 * 29 * 2 / 8)
+    assert stats.assigned.sum() == 2 * NUM_TOKENS
+    assert stats.assigned[HOT] == NUM_TOKENS
+    assert stats.dropped[HOT] == NUM_TOKENS - capacity
+    assert torch.equal(stats.dropped, (stats.assigned - capacity).clamp(min=0))
+
+
+def test_no_token_anywhere() -> None:
+    for config in (CONFIG, with_capacity("position", 2), with_capacity("probability", 2)):
+        layer = build(config, torch.float64, False)
+        x = torch.zeros(0, CONFIG.hidden_size, dtype=torch.float64, requires_grad=True)
+        result = layer(x)
+        (result.output.sum() + result.aux_loss).backward()
+        assert result.aux_loss == 0
+        assert all(not parameter.grad.any() for parameter in layer.parameters())
+
+
+def test_gate_stays_float32_in_a_bfloat16_layer() -> None:
+    layer = ExpertParallelMoE(LOW_PRECISION, dtype=torch.bfloat16)
+    assert layer.gate_weight.dtype == torch.float32
+    assert {parameter.dtype for parameter in layer.experts.parameters()} == {torch.bfloat16}
+    assert ExpertParallelMoE(LOW_PRECISION, dtype=torch.float64).gate_weight.dtype == torch.float64
+
+
+def test_meta_device_makes_no_values() -> None:
+    config = MoEConfig(6144, 9216, 32, 2)  # MiniMax-01
+    layer = ExpertParallelMoE(config, device="meta", dtype=torch.bfloat16)
+    numel = sum(parameter.numel() for parameter in layer.parameters())
+    assert numel == 32 * 3 * 6144 * 9216 + 32 * 6144

@@ -66,9 +66,10 @@ def ring_attention(
     Returns:
         Output and log-sum-exp of this rank's tokens.
 
-    Gradients: to ``q``, ``k`` and ``v``, once. Every rank must run the backward. Contributions to
-    dk and dv are summed in float32 in a fixed order. Two runs are bit-identical where the block
-    kernel is (see :class:`ring.block.Block`).
+    Gradients: to ``q``, ``k`` and ``v``, once; every rank must run the backward. Contributions to
+    dk and dv are summed in float32 (float64 for float64) in a fixed order. Two runs are
+    bit-identical with ``eager`` and ``cpu_flash``, and with ``flash`` under
+    ``torch.use_deterministic_algorithms(True)``.
 
     Communication: forward, one all-to-all-v over ``cp_group`` under the local attention: every
     rank receives the keys and values that its rows need from others, each once: ``2 R Hkv D``
@@ -142,14 +143,9 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, output, lse = ctx.saved_tensors
         schedule, cp_group, block, scale = ctx.arguments
         transfer = fetch_kv(k, v, schedule, cp_group)
-        doutput = doutput.contiguous()
-        dq, dk, dv = block.backward_varlen(
-            doutput,
-            Partial(output, lse),
-            QKV(q, k, v),
-            _segments(schedule, q.device),
-            scale=scale,
-        )
+        doutput, merged = doutput.contiguous(), Partial(output, lse)
+        segments = _segments(schedule, q.device)
+        dq, dk, dv = block.backward_varlen(doutput, merged, QKV(q, k, v), segments, scale=scale)
         dkv = torch.stack((dk, dv), dim=1).to(lse.dtype)
         received = transfer.wait()
         dkv_received = torch.zeros_like(received, dtype=lse.dtype)

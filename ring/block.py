@@ -187,8 +187,7 @@ def _thd(x_BHTD: Tensor) -> Tensor:
 class _Flash(Block):
     """FlashAttention-2 as PyTorch ships it: one varlen call for all fragments.
 
-    dq is summed by atomic additions: bit-reproducible only under
-    ``torch.use_deterministic_algorithms(True)``.
+    Its dq is bit-reproducible under ``torch.use_deterministic_algorithms(True)`` only.
     """
 
     name = "flash"
@@ -277,9 +276,7 @@ class _Cudnn(_Flash):
         return QKV(*(_thd(x) for x in gradients))
 
 
-BLOCKS: dict[str, Block] = {
-    block.name: block for block in (_Cudnn(), _Flash(), _CpuFlash(), _Eager())
-}
+BLOCKS: dict[str, Block] = {b.name: b for b in (_Cudnn(), _Flash(), _CpuFlash(), _Eager())}
 
 
 def resolve_block(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Block:

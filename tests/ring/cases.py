@@ -1,14 +1,18 @@
-"""Packs, heads and random tensors shared by the ring tests."""
+"""Packs, random tensors, rank functions and comparisons shared by the ring tests."""
 
 from __future__ import annotations
 
 from itertools import accumulate
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from lasp.layout import SequenceLayout
+from ring import ring_attention
 from ring.reference import dense_attention
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
+from tests.ranks import run_on_ranks
 
 # Borders on, before and after rank and run cuts; lengths 0 and 1; one over all; many tiny ones.
 PACKS = (
@@ -27,6 +31,12 @@ PACKS = (
 HEADS = ((4, 2), (6, 2), (3, 1), (5, 5))
 ORDERS = ("contiguous", "zigzag", "fold")
 NAMES = ("output", "lse", "dq", "dk", "dv")
+
+
+def rank_device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def random_tensors(
@@ -53,6 +63,36 @@ def oracle(
     )
     gradients = torch.autograd.grad(output, qkv, doutput)
     return output.detach(), lse.detach(), *gradients
+
+
+def forward_backward(
+    tensors, *, layout, cp_group=None, rank=0, device="cpu", **kwargs
+) -> list[Tensor]:
+    """output, lse, dq, dk, dv of this rank's tokens; ``tensors`` are the whole pack's."""
+    *qkv, doutput = (layout.shard(x, rank).to(device) for x in tensors)
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    output, lse = ring_attention(*qkv, layout=layout, cp_group=cp_group, **kwargs)
+    assert not lse.requires_grad
+    output.backward(doutput)
+    return [x.detach().cpu() for x in (output, lse, *(x.grad for x in qkv))]
+
+
+def on_world(tensors, layout, **kwargs) -> list[Tensor]:
+    rank, device = dist.get_rank(), rank_device()
+    return forward_backward(
+        tensors, layout=layout, cp_group=dist.group.WORLD, rank=rank, device=device, **kwargs
+    )
+
+
+def unshard_all(layout: SequenceLayout, results: list[list[Tensor]]) -> list[Tensor]:
+    return [layout.unshard(parts) for parts in zip(*results)]
+
+
+def on_ranks(tensors, layout, backend: str = "gloo", **kwargs) -> list[Tensor]:
+    """output, lse, dq, dk, dv of the whole pack, computed on ``layout.num_ranks`` ranks."""
+    num_ranks = layout.num_ranks
+    results = run_on_ranks(on_world, num_ranks, tensors, layout, backend=backend, **kwargs)
+    return unshard_all(layout, results)
 
 
 def assert_all_equal(actual, expected) -> None:

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from lasp.layout import SequenceLayout
 from ring import ring_attention
-from ring.schedule import plan_ring
 from tests.closeness import assert_equal_to_rounding
-from tests.ranks import run_on_ranks, subgroup
+from tests.ranks import run_on_ranks
 from tests.ring.cases import (
     HEADS,
     NAMES,
@@ -17,54 +16,19 @@ from tests.ring.cases import (
     PACKS,
     assert_all_equal,
     assert_all_within_budget,
+    forward_backward,
+    on_ranks,
+    on_world,
     oracle,
     random_tensors,
+    unshard_all,
 )
 
-# ---- what runs on a rank -------------------------------------------------------------------------
-
-
-def rank_device() -> torch.device:
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def forward_backward(
-    tensors, *, layout, cp_group=None, rank=0, device="cpu", **kwargs
-) -> list[Tensor]:
-    """output, lse, dq, dk, dv of this rank's tokens; ``tensors`` are the whole pack's."""
-    *qkv, doutput = (layout.shard(x, rank).to(device) for x in tensors)
-    qkv = [x.detach().requires_grad_() for x in qkv]
-    output, lse = ring_attention(*qkv, layout=layout, cp_group=cp_group, **kwargs)
-    assert not lse.requires_grad
-    output.backward(doutput)
-    return [x.detach().cpu() for x in (output, lse, *(x.grad for x in qkv))]
-
-
-def on_world(tensors, layout, **kwargs) -> list[Tensor]:
-    rank, device = dist.get_rank(), rank_device()
-    return forward_backward(
-        tensors, layout=layout, cp_group=dist.group.WORLD, rank=rank, device=device, **kwargs
-    )
+# ---- against the oracle --------------------------------------------------------------------------
 
 
 def cases_on_world(cases) -> list[list[Tensor]]:
     return [on_world(tensors, layout, **kwargs) for tensors, layout, kwargs in cases]
-
-
-def unshard_all(layout: SequenceLayout, results: list[list[Tensor]]) -> list[Tensor]:
-    return [layout.unshard(parts) for parts in zip(*results)]
-
-
-def on_ranks(tensors, layout, backend: str = "gloo", **kwargs) -> list[Tensor]:
-    """output, lse, dq, dk, dv of the whole pack, computed on ``layout.num_ranks`` ranks."""
-    num_ranks = layout.num_ranks
-    results = run_on_ranks(on_world, num_ranks, tensors, layout, backend=backend, **kwargs)
-    return unshard_all(layout, results)
-
-
-# ---- against the oracle --------------------------------------------------------------------------
 
 
 def check_all_packs(num_ranks: int, order, causal: bool) -> None:
@@ -267,70 +231,6 @@ def test_padding_rows_are_finite(order, causal: bool) -> None:
     results = run_on_ranks(on_world, 4, tensors, layout, causal=causal)
     assert all(x.isfinite().all() for result in results for x in result)
     assert_all_equal(unshard_all(layout, results), oracle(real, (2, 3), causal))
-
-
-# ---- communication -------------------------------------------------------------------------------
-
-
-def alone_on_rank_0(tensors, layout: SequenceLayout, causal: bool) -> list[Tensor] | None:
-    """Any collective would wait for the other ranks, which stay away, until it times out."""
-    return on_world(tensors, layout, causal=causal) if dist.get_rank() == 0 else None
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_no_collective_where_no_document_is_cut(causal: bool) -> None:
-    tensors = random_tensors(16, 2, 1, 4, torch.float64)
-    layout = SequenceLayout((3, 5, 8), 2)
-    first, second = run_on_ranks(alone_on_rank_0, 2, tensors, layout, causal)
-    assert second is None
-    expected = oracle(tensors, (3, 5, 8), causal)
-    assert_all_equal(first, [x[:8] for x in expected])
-
-
-def counted_on_world(tensors, layout: SequenceLayout) -> list[tuple[int, torch.dtype]]:
-    """Elements that each all-to-all brought, and their dtype."""
-    calls, original = [], dist.all_to_all_single
-
-    def counting(received, *args, **kwargs):
-        calls.append((received.numel(), received.dtype))
-        return original(received, *args, **kwargs)
-
-    dist.all_to_all_single = counting
-    try:
-        on_world(tensors, layout)
-    finally:
-        dist.all_to_all_single = original
-    return calls
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_only_needed_keys_move_and_their_gradients_return_in_float32(order) -> None:
-    lengths, kv_heads, head_dim = (7, 2, 20, 1), 2, 4
-    tensors = random_tensors(30, 6, kv_heads, head_dim, torch.bfloat16)
-    layout = SequenceLayout(lengths, 3, order)
-    for rank, calls in enumerate(run_on_ranks(counted_on_world, 3, tensors, layout)):
-        schedule = plan_ring(layout, rank, True)
-        needed, lent = (
-            2 * kv_heads * head_dim * sum(tokens)
-            for tokens in (schedule.received_tokens, schedule.sent_tokens)
-        )
-        fetch = (needed, torch.bfloat16)
-        assert calls == [fetch, fetch, (lent, torch.float32)]
-
-
-def on_even_ranks(tensors, layout: SequenceLayout) -> list[Tensor] | None:
-    group, odd = subgroup(0, 2), subgroup(1, 3)
-    cp_group = odd if dist.get_rank() % 2 else group
-    return forward_backward(tensors, layout=layout, cp_group=cp_group, rank=dist.get_rank(cp_group))
-
-
-def test_strided_subgroups() -> None:
-    tensors = random_tensors(13, 4, 2, 5, torch.float64)
-    layout = SequenceLayout((4, 9), 2, "zigzag")
-    results = run_on_ranks(on_even_ranks, 4, tensors, layout)
-    expected = oracle(tensors, (4, 9), causal=True)
-    assert_all_equal(unshard_all(layout, results[::2]), expected)
-    assert_all_equal(unshard_all(layout, results[1::2]), expected)
 
 
 # ---- on GPUs -------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from ring.reference import dense_attention
 from ring.rope import apply_rotary
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
-from tests.ring.cases import ORDERS
-from tests.ring.test_attention import rank_device
+from tests.ring.cases import ORDERS, rank_device
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 12, 6, 2, 4
 PARAMETERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")

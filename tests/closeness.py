@@ -28,7 +28,13 @@ def assert_equal_to_rounding(
 
 
 def assert_within_budget(
-    actual: Tensor, oracle: Tensor, honest: Tensor, *, factor: float = 2.0, what: str = "tensor"
+    actual: Tensor,
+    oracle: Tensor,
+    honest: Tensor,
+    *,
+    factor: float = 2.0,
+    terms: Tensor | None = None,
+    what: str = "tensor",
 ) -> None:
     """RMS and largest error of ``actual`` against ``oracle``, measured by those of ``honest``.
 
@@ -37,6 +43,8 @@ def assert_within_budget(
         oracle: the fp64 result.
         honest: an eager implementation's result in the precision of ``actual``.
         factor: how many times the honest error is allowed.
+        terms: sizes of the terms whose sum the result is, where they cancel: the one rounding is
+            of these. By default of the result itself.
         what: named in the message.
     """
     assert actual.shape == oracle.shape == honest.shape
@@ -44,8 +52,9 @@ def assert_within_budget(
     assert actual.isfinite().all(), f"{what} has a NaN or an infinity"
     error, budget = (actual.double() - oracle).abs(), (honest.double() - oracle).abs()
     rounding = torch.finfo(actual.dtype).eps
+    terms = oracle if terms is None else terms.double()
     for name, norm in (("rms", lambda t: t.square().mean().sqrt()), ("max", lambda t: t.max())):
-        allowed = factor * norm(budget) + rounding * norm(oracle.abs())
+        allowed = factor * norm(budget) + rounding * norm(terms.abs())
         assert norm(error) <= allowed, (
             f"{what}: {name} error {norm(error):.3e} > {allowed:.3e}"
             f" ({factor} x {norm(budget):.3e} + one rounding)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -100,7 +100,26 @@ def assert_all_equal(actual, expected) -> None:
         assert_equal_to_rounding(a, b, what=name)
 
 
-def assert_all_within_budget(actual, expected, honest, dtype: torch.dtype) -> None:
+def dq_terms(tensors: tuple[Tensor, ...], lengths: tuple[int, ...], causal: bool) -> Tensor:
+    """Sizes of what cancels in dq = scale sum_s p_s (do v_s - do o) k_s, all of it for one key."""
+    q, k, v, doutput = (x.double() for x in tensors)
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    borders = list(accumulate(lengths, initial=0))
+    rows = borders if q.shape[0] == k.shape[0] else [0, q.shape[0]]
+    parts = []
+    for (a, b), (c, d) in zip(pairwise(rows), pairwise(borders)):
+        scores = torch.einsum("thd,shd->hts", q[a:b], k[c:d]) * q.shape[-1] ** -0.5
+        if causal:
+            scores.masked_fill_(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -torch.inf)
+        weights = scores.softmax(-1) * torch.einsum("thd,shd->hts", doutput[a:b], v[c:d]).abs()
+        parts.append(torch.einsum("hts,shd->thd", weights, k[c:d].abs()) * q.shape[-1] ** -0.5)
+    return torch.cat(parts)
+
+
+def assert_all_within_budget(
+    actual, expected, honest, dtype: torch.dtype, *, cancelling_dq: Tensor | None = None
+) -> None:
     """Each result against float64, allowed twice the error of the eager block's, rounded to dtype.
 
     The lse is float32 but only as good as the exponentials of a kernel for ``dtype``: PyTorch's
@@ -108,4 +127,5 @@ def assert_all_within_budget(actual, expected, honest, dtype: torch.dtype) -> No
     """
     for name, a, b, c in zip(NAMES, actual, expected, honest, strict=True):
         assert a.dtype == (torch.float32 if name == "lse" else dtype)
-        assert_within_budget(a, b, c.to(dtype), what=name)
+        terms = cancelling_dq if name == "dq" else None
+        assert_within_budget(a, b, c.to(dtype), terms=terms, what=name)

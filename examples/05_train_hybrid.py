@@ -64,7 +64,7 @@ class Options:
         sample_tokens: bytes to sample at the end.
     """
 
-    steps: int = 200
+    steps: int = 150
     cp: int = 2
     ep: int = 2
     etp: int = 2
@@ -77,7 +77,7 @@ class Options:
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     seed: int = 0
     out: Path = Path("runs/hybrid")
-    save_every: int = 100
+    save_every: int = 50
     resume: bool = False
     stop_after: int | None = None
     sample_tokens: int = 160

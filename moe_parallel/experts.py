@@ -46,6 +46,9 @@ class Experts(nn.Module):
         dtype: of the parameters.
 
     The parameters are uninitialised until :meth:`reset_parameters` or a checkpoint fills them.
+
+    Raises:
+        ValueError: naming the argument, if the sizes do not divide or ``gemm`` cannot run.
     """
 
     # The shard of a mesh position, a device and a dtype: past 8 parameters, but each one plain.
@@ -83,6 +86,7 @@ class Experts(nn.Module):
         shape_w2 = (self.num_local, hidden_size, self.ffn_local)
         self.w13 = nn.Parameter(torch.empty(shape_w13, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(shape_w2, device=device, dtype=dtype))
+        self.chosen_gemm()  # raises here, not between two collectives
 
     @staticmethod
     def sharding() -> dict[str, ShardedDims]:

@@ -228,7 +228,6 @@ class ExpertParallelMoE(nn.Module):
                 f"hidden must be {weight.dtype} on {weight.device} like the experts, got"
                 f" {hidden.dtype} on {hidden.device}: convert it, or build the layer with its dtype"
             )
-        self.experts.chosen_gemm()  # raises here, not between two collectives
 
     def _check_order(self, token_order: TokenOrder, num_rows: int) -> None:
         if token_order.num_ranks != self.mesh.num_token_ranks:

@@ -112,6 +112,9 @@ def route(
     highest gate probability (softmax over all E logits), equal ones by position. A dropped
     assignment is not dispatched and adds nothing to the output.
 
+    How the tokens are split does not enter these rules. It enters the last bits of the logits, as
+    any change of a matrix product's shape does, so only a tie to rounding can fall another way.
+
     Auxiliary loss, global: coefficient * E * sum_i f_i m_i, with f_i expert i's part of the N k
     assignments before drop, and m_i the mean of its gate probability over the N tokens. It is
     coefficient at perfect balance. MiniMax writes alpha * (1/E) * sum_i f_i m_i: for that, set

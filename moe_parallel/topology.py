@@ -247,7 +247,7 @@ def expert_mesh(groups: ExpertGroups) -> ExpertMesh:
     """Check that the four groups fit together and number their ranks.
 
     Raises:
-        ValueError: naming the group that does not fit; every rank of a wrong mesh raises.
+        ValueError: naming the group that does not fit.
     """
     if groups == ExpertGroups():
         return ExpertMesh(0, 1, 0, 0, ((0,),))

@@ -71,7 +71,7 @@ TABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "one dimension": (lambda: run(8), "hidden must be [T, 8]"),
     "other width": (lambda: run(3, 9), "hidden must be [T, 8]"),
     "other dtype": (lambda: run(3, 8, dtype=torch.float64), "hidden must be torch.float32"),
-    "grouped rows unaligned": (lambda: run(3, 8, gemm="grouped"), "gemm='grouped' needs"),
+    "grouped rows unaligned": (lambda: layer(gemm="grouped"), "gemm='grouped' needs"),
     "order of another size": (lambda: run(3, 8, tokens=(3, 3, 3)), "token_order must have one"),
     "order of other tokens": (lambda: run(3, 8, tokens=(4, 4)), "token_order must name the 3 rows"),
     "ranks differ, no order": (different_tokens_without_order, "token_order must be equal"),

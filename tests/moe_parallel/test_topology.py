@@ -141,6 +141,18 @@ def test_groups_that_do_not_fit_are_named_on_every_rank(groups: str, named: str)
         assert message.startswith(named)
 
 
+def swapped_mesh_error() -> str:
+    groups = groups_of(ExpertTopology(4, ep=2, etp=2)).experts
+    with pytest.raises(ValueError) as error:
+        expert_mesh(groups._replace(ep=groups.etp, etp=groups.ep))
+    return str(error.value)
+
+
+def test_ep_and_etp_swapped_are_named_on_every_rank() -> None:
+    for message in run_on_ranks(swapped_mesh_error, 4):
+        assert message.startswith("groups.ep_etp must be ordered with etp fastest")
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

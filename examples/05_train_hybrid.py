@@ -64,34 +64,34 @@ class Options:
         sample_tokens: bytes to sample at the end.
     """
 
-    steps: int = 150
+    steps: int = 300
     cp: int = 2
     ep: int = 2
     etp: int = 2
     order: Order = "zigzag"
     packs: int = 2
-    pack_tokens: int = 4096
+    pack_tokens: int = 2048
     capacity_factor: float = 1.5
     drop_policy: Literal["position", "probability"] = "position"
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     seed: int = 0
     out: Path = Path("runs/hybrid")
-    save_every: int = 50
+    save_every: int = 100
     resume: bool = False
     stop_after: int | None = None
     sample_tokens: int = 160
 
 
 def model_config(options: Options) -> HybridConfig:
-    """The small model: MiniMax-Text-01's shape at hidden size 96."""
+    """The small model: MiniMax-Text-01's shape at hidden size 64."""
     return HybridConfig(
         num_layers=8,
         vocab_size=VOCAB_SIZE,
-        attention=AttentionConfig(num_heads=3, num_kv_heads=1, head_dim=32, rotary_dim=16),
+        attention=AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=16, rotary_dim=8),
         moe=MoEConfig(
-            hidden_size=96,
-            ffn_size=96,
+            hidden_size=64,
+            ffn_size=64,
             num_experts=8,
             top_k=2,
             capacity_factor=None if options.capacity_factor < 0 else options.capacity_factor,

@@ -5,17 +5,14 @@ torchrun --standalone --nproc-per-node 4 examples/02_lightning_ranks.py
 
 import torch
 import torch.distributed as dist
+from launch import init_distributed
 
 from lasp import SequenceLayout, decay_rates, lightning_attention
 
 HEADS, DIM = 4, 32
 
-use_gpu = torch.cuda.device_count() >= dist.get_node_local_rank(0) + 1 and torch.cuda.is_available()
-dist.init_process_group("nccl" if use_gpu else "gloo")
+device = init_distributed()
 rank, num_ranks = dist.get_rank(), dist.get_world_size()
-device = torch.device("cuda", dist.get_node_local_rank()) if use_gpu else torch.device("cpu")
-if use_gpu:
-    torch.cuda.set_device(device)
 
 torch.manual_seed(0)  # the same pack on every rank, for the comparison below
 lengths = (1000, 3, 0, 700, 345)

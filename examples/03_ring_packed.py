@@ -5,6 +5,7 @@ torchrun --standalone --nproc-per-node 4 examples/03_ring_packed.py
 
 import torch
 import torch.distributed as dist
+from launch import init_distributed
 
 from lasp import SequenceLayout
 from lasp.plan import layout_costs
@@ -12,12 +13,8 @@ from ring import ring_attention
 
 QUERY_HEADS, KV_HEADS, DIM = 8, 2, 32
 
-use_gpu = torch.cuda.device_count() >= dist.get_node_local_rank(0) + 1 and torch.cuda.is_available()
-dist.init_process_group("nccl" if use_gpu else "gloo")
+device = init_distributed()
 rank, num_ranks = dist.get_rank(), dist.get_world_size()
-device = torch.device("cuda", dist.get_node_local_rank()) if use_gpu else torch.device("cpu")
-if use_gpu:
-    torch.cuda.set_device(device)
 
 torch.manual_seed(0)  # the same pack on every rank, for the comparison below
 lengths = (1500, 20, 20, 300, 208)

@@ -5,15 +5,12 @@ torchrun --standalone --nproc-per-node 4 examples/04_moe.py
 
 import torch
 import torch.distributed as dist
+from launch import init_distributed
 
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig
 
-use_gpu = torch.cuda.device_count() >= dist.get_node_local_rank(0) + 1 and torch.cuda.is_available()
-dist.init_process_group("nccl" if use_gpu else "gloo")
+device = init_distributed()
 rank, num_ranks = dist.get_rank(), dist.get_world_size()
-device = torch.device("cuda", dist.get_node_local_rank()) if use_gpu else torch.device("cpu")
-if use_gpu:
-    torch.cuda.set_device(device)
 
 etp = 2 if num_ranks % 2 == 0 else 1
 topology = ExpertTopology(num_ranks, ep=num_ranks // etp, etp=etp)

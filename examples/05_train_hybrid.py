@@ -9,10 +9,8 @@ the newest checkpoint there, also with other parallel sizes or another number of
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +22,7 @@ from hybrid_training.corpus import NO_LABEL, VOCAB_SIZE, Corpus
 from hybrid_training.optimizer import Trainer
 from hybrid_training.report import Report
 from hybrid_training.sample import sample
+from launch import init_distributed
 
 from lasp.hybrid import (
     AttentionConfig,
@@ -38,6 +37,10 @@ from lasp.layout import Order
 from moe_parallel import ExpertTopology, MoEConfig
 
 PROMPT = b"def main("
+# Options that a resumed run may change: all others decide what the loss curve is.
+NOT_THE_CURVE = (
+    *("cp", "ep", "etp", "order", "out", "save_every", "resume", "stop_after", "sample_tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -99,23 +102,6 @@ def model_config(options: Options) -> HybridConfig:
             aux_loss_coefficient=0.01,
         ),
     )
-
-
-def init_distributed() -> torch.device:
-    """The default group under torchrun, or of one rank without it; NCCL with a GPU a rank."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    use_gpu = torch.cuda.device_count() >= local_ranks
-    device = torch.device("cpu")
-    if use_gpu:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    backend = "nccl" if use_gpu else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        rendezvous = f"file://{tempfile.mkdtemp()}/rendezvous"
-        dist.init_process_group(backend, init_method=rendezvous, rank=0, world_size=1)
-    return device
 
 
 class Job:
@@ -191,14 +177,8 @@ def main(options: Options) -> None:
         job.model, learning_rate=options.learning_rate, warmup=20, steps=options.steps
     )
     checkpointer = Checkpointer(options.out, job.topology, device)
-    first_step = checkpointer.newest() or 0
-    if first_step and not options.resume:
-        raise ValueError(
-            f"out must hold no checkpoints, got {options.out} with step {first_step}: go on from it"
-            " with --resume, or name another folder"
-        )
-    if first_step:
-        checkpointer.load(trainer, first_step)
+    curve = {name: value for name, value in asdict(options).items() if name not in NOT_THE_CURVE}
+    first_step = checkpointer.start(trainer, curve, resume=options.resume)
     report = None
     if dist.get_rank() == 0:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -225,6 +205,7 @@ def main(options: Options) -> None:
         job.model,
         PROMPT,
         num_tokens=options.sample_tokens,
+        dp_rank=job.dp_rank,
         dp=job.topology.dp,
         temperature=0.7,
         seed=options.seed,

@@ -17,12 +17,13 @@ pieces r and 2P - 1 - r)::
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class SequenceLayout:
 
     Pure host data computed from the lengths alone, without communication. Build it once per batch
     and hand it to every layer; derived tuples and per-device tensors are cached on the object.
+    Operators trust it to be equal on every rank: comparing would cost a collective.
 
     Args:
         document_lengths: tokens of each document, in pack order; zero is allowed.
@@ -58,8 +60,9 @@ class SequenceLayout:
     order: Order = "contiguous"
 
     def __post_init__(self) -> None:
-        lengths = tuple(int(length) for length in self.document_lengths)
+        lengths = _integers("document_lengths", self.document_lengths)
         object.__setattr__(self, "document_lengths", lengths)
+        object.__setattr__(self, "num_ranks", _integers("num_ranks", [self.num_ranks])[0])
         if any(length < 0 for length in lengths):
             raise ValueError(
                 f"document_lengths must be >= 0, got {min(lengths)}: give one length per document,"
@@ -85,7 +88,9 @@ class SequenceLayout:
 
         A CUDA tensor is copied to the host, once: build the layout in the data loader if you can.
         """
-        borders = [int(b) for b in cu_seqlens]
+        if isinstance(cu_seqlens, Tensor):
+            cu_seqlens = cu_seqlens.tolist()
+        borders = _integers("cu_seqlens", cu_seqlens)
         lengths = [b - a for a, b in pairwise(borders)]
         if not borders or borders[0] != 0 or any(length < 0 for length in lengths):
             raise ValueError(
@@ -274,3 +279,10 @@ class SequenceLayout:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def _integers(name: str, values: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(value) for value in values)
+    except TypeError:
+        raise ValueError(f"{name} must be integers, got {values!r}") from None

@@ -53,10 +53,10 @@ def _serve(rank: int, num_ranks: int, backend: str, store_path: str, pipe: Conne
         except EOFError:
             break
         try:
-            answer = (True, fn(*args, **kwargs))
-        except Exception:
-            answer = (False, traceback.format_exc())
-        pipe.send_bytes(pickle.dumps(answer))
+            answer = pickle.dumps((True, fn(*args, **kwargs)))
+        except BaseException:  # pytest.raises that sees no exception raises none of Exception's
+            answer = pickle.dumps((False, traceback.format_exc()))
+        pipe.send_bytes(answer)
 
 
 class RankPool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,13 +22,17 @@ from lasp.hybrid import (
     pack_batch,
     reduce_gradients,
 )
+from lasp.layout import SequenceLayout
 from moe_parallel import ExpertTopology, MoEConfig, ParallelGroups
 from tests.closeness import assert_equal_to_rounding, relative_error
+from tests.hybrid_reference import reference_logits
 from tests.ranks import run_on_ranks
 
 VOCAB = 17
-# Two replicas' worth of documents: borders everywhere, lengths 0 and 1, one over all ranks.
-PACKS = ((13, 1, 0, 20, 6), (2, 37, 1))
+# Two replicas' worth of documents: borders everywhere, lengths 0 and 1, cut by every rank border.
+PACKED = ((13, 1, 0, 16, 8), (5, 33, 4))
+UNPACKED = ((40,), (40,))
+Packs = tuple[tuple[int, ...], ...]
 
 
 def config(capacity_factor: float | None = 1.0, num_layers: int = 3) -> HybridConfig:
@@ -47,17 +52,24 @@ def config(capacity_factor: float | None = 1.0, num_layers: int = 3) -> HybridCo
     )
 
 
-def packs_of_replicas(dp: int) -> list[tuple[int, ...]]:
+MEDIUM = replace(
+    config(),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, rotary_dim=16),
+    moe=MoEConfig(hidden_size=96, ffn_size=128, num_experts=4, top_k=2),
+)
+
+
+def packs_of_replicas(packs: Packs, dp: int) -> Packs:
     """The same documents over dp replicas: two packs laid end to end, or one each."""
-    return [PACKS[0] + PACKS[1]] if dp == 1 else list(PACKS)
+    return (packs[0] + packs[1],) if dp == 1 else packs
 
 
-def data(dp: int) -> list[tuple[Tensor, Tensor]]:
+def data(packs: Packs, dp: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    total = sum(map(sum, PACKS))
+    total = sum(map(sum, packs))
     tokens = torch.randint(VOCAB, (total,), generator=generator)
     labels = torch.randint(VOCAB, (total,), generator=generator)
-    sizes = [sum(lengths) for lengths in packs_of_replicas(dp)]
+    sizes = [sum(lengths) for lengths in packs_of_replicas(packs, dp)]
     return list(zip(tokens.split(sizes), labels.split(sizes)))
 
 
@@ -76,25 +88,23 @@ def loss_and_gradients(
     order: str,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
-    model_config: HybridConfig | None = None,
+    packs: Packs = PACKED,
 ) -> dict[str, Any]:
     """On one rank: this step's loss and the reduced gradients of the parameters it holds."""
     topology = ExpertTopology(dist.get_world_size(), **sizes)
     if device == "cuda":
         device = f"cuda:{dist.get_rank()}"
     at = topology.dense_coordinates(dist.get_rank())
-    model = HybridModel(
-        model_config or config(), groups=groups_of(topology), dtype=dtype, device=device
-    )
+    model = HybridModel(config(), groups=groups_of(topology), dtype=dtype, device=device)
     model.reset_parameters(0)
     batch = pack_batch(
-        packs_of_replicas(topology.dp), dp_rank=at.dp, num_ranks=topology.cp, order=order
+        packs_of_replicas(packs, topology.dp), dp_rank=at.dp, num_ranks=topology.cp, order=order
     )
-    tokens, labels = data(topology.dp)[at.dp]
+    tokens, labels = data(packs, topology.dp)[at.dp]
     tokens = batch.layout.shard(tokens, at.cp).to(device)
     labels = batch.layout.shard(labels, at.cp, pad_value=-100).to(device)
     output = model(tokens, batch)
-    loss = next_token_loss(output.logits, labels, sum(map(sum, PACKS))) + output.aux_loss
+    loss = next_token_loss(output.logits, labels, sum(map(sum, packs))) + output.aux_loss
     loss.backward()
     reduce_gradients(model)
     total = loss.detach().double()
@@ -133,6 +143,22 @@ def one_rank(**kwargs: Any) -> dict[str, Tensor]:
     return assemble(run_on_ranks(loss_and_gradients, 1, {}, "contiguous", **kwargs))
 
 
+@pytest.mark.parametrize("packs", [PACKED, UNPACKED])
+def test_one_rank_is_the_oracle(packs: Packs) -> None:
+    model = HybridModel(config(), dtype=torch.float64)
+    model.reset_parameters(0)
+    parameters = dict(model.named_parameters())
+    (tokens, labels), lengths = data(packs, dp=1)[0], packs_of_replicas(packs, dp=1)[0]
+    logits, aux_loss = reference_logits(config(), parameters, tokens, lengths)
+    loss = next_token_loss(logits, labels, len(tokens)) + aux_loss
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    actual = one_rank(packs=packs)
+    assert_equal_to_rounding(actual.pop("loss"), loss, what="loss")
+    assert actual.keys() == parameters.keys()
+    for name, gradient in zip(parameters, gradients):
+        assert_equal_to_rounding(actual[name], gradient, what=name)
+
+
 SPLITS = [
     (2, {"cp": 2, "ep": 2}, "contiguous"),
     (2, {"ep": 2}, "zigzag"),
@@ -151,10 +177,21 @@ def test_loss_and_every_gradient_are_those_of_one_rank(num_ranks, sizes, order) 
     expected = one_rank()
     results = run_on_ranks(loss_and_gradients, num_ranks, sizes, order)
     assert int(results[0]["dropped"].sum()) > 0  # capacity is at work
+    lengths = packs_of_replicas(PACKED, ExpertTopology(num_ranks, **sizes).dp)[0]
+    layout = SequenceLayout(lengths, sizes.get("cp", 1), order)
+    assert any(link.continues for link in layout.run_links) == ("cp" in sizes)
     actual = assemble(results)
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert_equal_to_rounding(actual[name], tensor, what=name)
+
+
+@pytest.mark.parametrize("sizes", [{"cp": 2, "ep": 2}, {"cp": 1, "etp": 2}])
+def test_unpacked_is_one_function_too(sizes: dict[str, int]) -> None:
+    expected = one_rank(packs=UNPACKED)
+    results = run_on_ranks(loss_and_gradients, 2, sizes, "zigzag", packs=UNPACKED)
+    for name, tensor in assemble(results).items():
+        assert_equal_to_rounding(tensor, expected[name], what=name)
 
 
 def test_float32_errs_no_more_over_ranks_than_on_one() -> None:
@@ -185,10 +222,11 @@ def test_a_document_leaks_nothing_into_its_neighbours() -> None:
     assert_equal_to_rounding(other.logits[9:], packed.logits[9:])
 
 
-def test_padding_changes_nothing() -> None:
-    """Packs of 44 and 36 tokens over 3 ranks are padded; loss and gradients are not."""
+@pytest.mark.parametrize("order", ["contiguous", "zigzag", "fold"])
+def test_padding_changes_nothing(order: str) -> None:
+    """A pack of 80 tokens over 3 ranks is padded to 81 (84 in zigzag); the loss is not."""
     expected = one_rank()
-    actual = assemble(run_on_ranks(loss_and_gradients, 3, {"cp": 3}, "contiguous"))
+    actual = assemble(run_on_ranks(loss_and_gradients, 3, {"cp": 3}, order))
     for name, tensor in expected.items():
         assert_equal_to_rounding(actual[name], tensor, what=name)
 
@@ -213,11 +251,67 @@ def test_command_prints_the_parameters() -> None:
     assert "minimax-text-01: 456.1 B total, 45.9 B active" in done.stdout
 
 
-def test_tokens_of_another_layout_are_refused() -> None:
-    model = HybridModel(config())
+def model_call(tokens: Tensor) -> None:
     batch = pack_batch([(8,)], dp_rank=0, num_ranks=2, order="contiguous")
-    with pytest.raises(ValueError, match="tokens must have shape"):
-        model(torch.zeros(8, dtype=torch.int64), batch)
+    HybridModel(config())(tokens, batch)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: model_call(torch.zeros(8, dtype=torch.int64)), "tokens must be int64 of shape"),
+        (lambda: model_call(torch.zeros(4)), "tokens must be int64 of shape"),
+        (lambda: replace(config(), num_layers=0), "num_layers must be >= 1"),
+        (lambda: replace(config(), softmax_period=0), "softmax_period must be >= 1"),
+        (
+            lambda: pack_batch([(8,)], dp_rank=1, num_ranks=2, order="contiguous"),
+            r"dp_rank must be in \[0, 1\)",
+        ),
+    ],
+)
+def test_bad_input(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_initial_values_are_deepnorms_and_independent() -> None:
+    model = HybridModel(MEDIUM)
+    model.reset_parameters(0)
+    drawn = dict(model.named_parameters())
+    beta, width = MEDIUM.deepnorm_beta, MEDIUM.moe.hidden_size
+    inner, kv = 4 * 32, 2 * 32
+    qkv = drawn["layers.0.attention.qkv_proj.weight"].view(4, 3, 32, width).transpose(0, 1)
+    for weight, rows, gain in [
+        (qkv[0], inner, 1.0),
+        (qkv[1], inner, 1.0),
+        (qkv[2], inner, beta),
+        (drawn["layers.0.attention.output_gate.weight"], inner, 1.0),
+        (drawn["layers.0.attention.out_proj.weight"], inner, beta),
+        (drawn["layers.2.attention.q_proj.weight"], inner, 1.0),
+        (drawn["layers.2.attention.k_proj.weight"], kv, 1.0),
+        (drawn["layers.2.attention.v_proj.weight"], kv, beta),
+        (drawn["layers.2.attention.o_proj.weight"], inner, beta),
+        (drawn["layers.1.moe.experts.w13"], 128, beta),
+        (drawn["layers.1.moe.experts.w2"], 128, beta),
+    ]:
+        expected = gain * (2 / (rows + width)) ** 0.5
+        # The standard deviation of n uniform draws is known to about 1 / sqrt(n).
+        assert weight.std().item() == pytest.approx(expected, rel=4 / weight.numel() ** 0.5)
+    flat = [p.flatten()[:64] / p.flatten()[:64].norm() for p in drawn.values() if p.ndim > 1]
+    cosines = torch.stack(flat) @ torch.stack(flat).T - torch.eye(len(flat))
+    assert cosines.abs().max() < 0.7  # no two start from the same numbers
+
+
+def test_a_model_built_on_meta_is_whole_after_reset() -> None:
+    model = HybridModel(config(), device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    model.reset_parameters(0)
+    built = HybridModel(config())
+    built.reset_parameters(0)
+    for (name, a), b in zip(model.named_parameters(), built.parameters()):
+        assert torch.equal(a, b), name
 
 
 @pytest.mark.multi_gpu

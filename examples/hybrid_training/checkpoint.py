@@ -6,6 +6,7 @@ library re-cuts them when the number of ranks, ep or etp has changed.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,39 @@ class Checkpointer:
         """Step of the newest complete checkpoint, as every rank sees it."""
         done = [int(path.parent.name[5:]) for path in self.folder.glob("step-*/.metadata")]
         return max(done, default=None)
+
+    def start(self, trainer: Trainer, curve: dict[str, Any], *, resume: bool) -> int:
+        """Begin a run in the folder, or go on from its newest checkpoint; returns the next step.
+
+        Args:
+            trainer: read into, when resuming.
+            curve: options that decide the loss curve; a resumed run must have the same.
+            resume: go on; else the folder must hold no checkpoint.
+
+        Raises:
+            ValueError: if there is nothing to resume, something in the way, or other options.
+        """
+        step, record = self.newest(), self.folder / "options.json"
+        if resume and step is None:
+            raise ValueError(f"out must hold a checkpoint to resume, got {self.folder}")
+        if step is not None and not resume:
+            raise ValueError(
+                f"out must hold no checkpoints, got {self.folder} with step {step}: go on from it"
+                " with --resume, or name another folder"
+            )
+        if step is None:
+            if dist.get_rank() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                record.write_text(json.dumps(curve, indent=1))
+            dist.barrier()
+            return 0
+        for name, saved in json.loads(record.read_text()).items():
+            if curve[name] != saved:
+                raise ValueError(
+                    f"{name} must be {saved!r} as in the run to resume, got {curve[name]!r}"
+                )
+        self.load(trainer, step)
+        return step
 
     def save(self, trainer: Trainer, step: int) -> None:
         """Write the state after ``step`` steps; a collective call of all ranks."""

@@ -56,7 +56,11 @@ class Corpus:
         """All ``*.py`` of this interpreter's standard library but its tests, in a seeded order."""
         root = Path(sysconfig.get_path("stdlib"))
         left_out = {"site-packages", "test", "tests", "idle_test"}
-        paths = [path for path in sorted(root.rglob("*.py")) if left_out.isdisjoint(path.parts)]
+        paths = [
+            path
+            for path in sorted(root.rglob("*.py"))
+            if left_out.isdisjoint(path.relative_to(root).parts)
+        ]
         random.Random(seed).shuffle(paths)
         documents = [path.read_bytes().replace(b"\0", b"") + b"\0" for path in paths]
         stream = torch.frombuffer(bytearray(b"".join(documents)), dtype=torch.uint8)
@@ -76,6 +80,10 @@ class Corpus:
     def pack(self, index: int, num_tokens: int) -> Pack:
         """The ``index``-th pack of ``num_tokens`` tokens; wraps round at the end of the corpus."""
         num_packs = len(self.stream) // num_tokens
+        if num_packs == 0:
+            raise ValueError(
+                f"num_tokens must be at most the corpus's {len(self.stream)}, got {num_tokens}"
+            )
         start = index % num_packs * num_tokens
         stop = start + num_tokens
         first = bisect_right(self.borders, start)

@@ -25,7 +25,7 @@ class Report:
         self._path = folder / "metrics.jsonl"
         rows = [row for row in self._rows() if row["step"] < first_step]
         self._path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self._file = self._path.open("a")
+        self._file = self._path.open("a", buffering=1)  # a row is on disk when its step ends
         self.console = Console()
         self._progress: Progress | None = None
         if self.console.is_terminal:

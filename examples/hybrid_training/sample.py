@@ -11,12 +11,19 @@ from lasp.hybrid import HybridModel, pack_batch
 
 @torch.no_grad()
 def sample(
-    model: HybridModel, prompt: bytes, *, num_tokens: int, dp: int, temperature: float, seed: int
+    model: HybridModel,
+    prompt: bytes,
+    *,
+    num_tokens: int,
+    dp_rank: int,
+    dp: int,
+    temperature: float,
+    seed: int,
 ) -> bytes:
     """Continue ``prompt`` by up to ``num_tokens`` bytes; all ranks call it and get the same.
 
     The whole text runs through the model for every new token, cut over the cp ranks like a training
-    batch; every data-parallel replica runs the same text.
+    batch; every data-parallel replica runs the same text. Rank 0 draws, for all.
     """
     device = model.embedding.weight.device
     cp_group = model.groups.cp
@@ -27,21 +34,19 @@ def sample(
     was_training = model.training
     model.eval()
     for _ in range(num_tokens):
-        batch = pack_batch([[len(text)]] * dp, dp_rank=0, num_ranks=cp_size, order="contiguous")
+        lengths = [[len(text)]] * dp
+        batch = pack_batch(lengths, dp_rank=dp_rank, num_ranks=cp_size, order="contiguous")
         tokens = batch.layout.shard(torch.tensor(text, device=device), cp_rank)
-        logits = model(tokens, batch).logits
+        logits = model(tokens, batch).logits.float()
         owner, row = divmod(len(text) - 1, batch.layout.num_local_tokens)
-        last = (
-            logits[row].float().contiguous()
-            if cp_rank == owner
-            else logits.new_empty(logits.shape[1], dtype=torch.float32)
-        )
+        last = logits[row].contiguous() if cp_rank == owner else torch.empty_like(logits[0])
         if cp_group is not None:
             dist.broadcast(last, group=cp_group, group_src=owner)
-        shares = (last.cpu() / temperature).softmax(0)
-        token = int(torch.multinomial(shares, 1, generator=generator))
-        if token == END_OF_DOCUMENT:
+        drawn = torch.multinomial((last.cpu() / temperature).softmax(0), 1, generator=generator)
+        token = drawn.to(device)
+        dist.broadcast(token, src=0)
+        if int(token) == END_OF_DOCUMENT:
             break
-        text.append(token)
+        text.append(int(token))
     model.train(was_training)
     return bytes(text)

@@ -36,6 +36,11 @@ def pack_batch(
     The router sees the packs of replicas 0, 1, ... end to end, without padding, so that what it
     drops does not depend on the parallel sizes.
     """
+    if not 0 <= dp_rank < len(document_lengths):
+        raise ValueError(
+            f"dp_rank must be in [0, {len(document_lengths)}), the replicas that document_lengths"
+            f" names, got {dp_rank}"
+        )
     layouts = [SequenceLayout(tuple(lengths), num_ranks, order) for lengths in document_lengths]
     starts = accumulate((layout.num_real_tokens for layout in layouts), initial=0)
     segments = []

@@ -30,6 +30,9 @@ class HybridConfig:
         moe: the expert layer in every decoder layer; its ``hidden_size`` is the model's.
         softmax_period: layer l is softmax attention where (l + 1) divides by it, else lightning.
         norm_eps: of the residual norms.
+
+    Raises:
+        ValueError: if ``num_layers``, ``vocab_size`` or ``softmax_period`` is below 1.
     """
 
     num_layers: int
@@ -38,6 +41,11 @@ class HybridConfig:
     moe: MoEConfig
     softmax_period: int = 8
     norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "vocab_size", "softmax_period"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
 
     @property
     def deepnorm_alpha(self) -> float:

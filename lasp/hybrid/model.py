@@ -77,9 +77,8 @@ class HybridLayer(nn.Module):
         return experts._replace(output=self.alpha * hidden + experts.output)
 
     @torch.no_grad()
-    def reset_parameters(self, seed: int, beta: float) -> None:
+    def reset_parameters(self, generator: torch.Generator, beta: float) -> None:
         """See :meth:`HybridModel.reset_parameters`; ``beta`` is DeepNorm's gain."""
-        generator = torch.Generator().manual_seed(seed)
         attention = self.attention
         if isinstance(attention, LightningAttention):
             size = attention.hidden_size
@@ -96,7 +95,8 @@ class HybridLayer(nn.Module):
             _xavier(attention.k_proj.weight, 1.0, generator)
             _xavier(attention.v_proj.weight, beta, generator)
             _xavier(attention.o_proj.weight, beta, generator)
-        self.moe.reset_parameters(seed, gain=beta)
+        # The expert layer draws from seeds of its own, so that its values do not depend on ep, etp.
+        self.moe.reset_parameters(_lot(generator), gain=beta)
 
 
 class HybridOutput(NamedTuple):
@@ -163,10 +163,10 @@ class HybridModel(nn.Module):
         Raises:
             ValueError: if ``tokens`` has not the layout's T tokens.
         """
-        if tokens.shape != (batch.layout.num_local_tokens,):
+        if tokens.shape != (batch.layout.num_local_tokens,) or tokens.dtype != torch.int64:
             raise ValueError(
-                f"tokens must have shape ({batch.layout.num_local_tokens},), got"
-                f" {tuple(tokens.shape)}: shard the pack with the layout of this batch"
+                f"tokens must be int64 of shape ({batch.layout.num_local_tokens},), got"
+                f" {tokens.dtype} of {tuple(tokens.shape)}: shard the pack with this batch's layout"
             )
         hidden = self.embedding(tokens)
         aux_losses, stats = [], []
@@ -206,14 +206,21 @@ class HybridModel(nn.Module):
         embedding = torch.empty(self.embedding.weight.shape)
         self.embedding.weight.copy_(embedding.normal_(generator=generator))
         _xavier(self.head.weight, 1.0, generator)
-        for index, layer in enumerate(self.decoder_layers()):
-            layer.reset_parameters(seed * self.config.num_layers + index, self.config.deepnorm_beta)
+        for layer in self.decoder_layers():
+            layer.reset_parameters(generator, self.config.deepnorm_beta)
+        for module in self.modules():
+            if isinstance(module, nn.RMSNorm):
+                module.reset_parameters()
 
 
 def _xavier(weight: Tensor, gain: float, generator: torch.Generator) -> None:
     drawn = torch.empty(weight.shape)
     nn.init.xavier_uniform_(drawn, gain, generator)
     weight.copy_(drawn)
+
+
+def _lot(generator: torch.Generator) -> int:
+    return int(torch.randint(2**63 - 1, (1,), generator=generator))
 
 
 class ParameterCount(NamedTuple):

@@ -1,9 +1,11 @@
 """The three length distributions that layouts are judged on, each summing to ``total`` tokens.
 
-A: many short documents and a few up to 152k (the shape of published long-context mixtures).
-B: log-normal, median 2k, sigma 1.5, at most 65k.
-C: a 1M-context phase: 30 / 30 / 40 % of the tokens in short (< 32k), medium (< 128k) and long
-   documents (up to 308k).
+For 1,048,576 tokens; shorter packs scale the lengths:
+
+A: about 620 documents, most of them short, a few up to 152k.
+B: about 210 documents, log-normal with median 2k and sigma 1.5, none above 65k.
+C: about 90 documents of a 1M-context phase: 30 / 30 / 40 % of the tokens in short (below 32k),
+   medium (below 128k) and long ones (up to 308k).
 """
 
 from __future__ import annotations
@@ -28,16 +30,24 @@ def document_lengths(name: str, total: int, seed: int) -> tuple[int, ...]:
         return math.exp(rng.uniform(math.log(low), math.log(high))) * scale
 
     if name == "A":
-        # About 620 documents: 97 % short, the rest log-uniform to 152k.
-        return _fill(
-            total,
-            lambda: log_uniform(16384, 152000) if rng.random() < 0.02 else log_uniform(64, 4096),
-        )
+
+        def draw_a() -> float:
+            is_long = rng.random() < 0.016
+            return log_uniform(12000, 152000) if is_long else log_uniform(64, 3200)
+
+        return _fill(total, draw_a)
     if name == "B":
-        return _fill(total, lambda: scale * min(65536.0, rng.lognormvariate(math.log(2000.0), 1.5)))
+
+        def draw_b() -> float:
+            length = math.inf
+            while length > 65536:
+                length = rng.lognormvariate(math.log(2000.0), 1.5)
+            return length * scale
+
+        return _fill(total, draw_b)
     if name == "C":
         parts: list[int] = []
-        for share, low, high in ((0.3, 512, 32768), (0.3, 32768, 131072), (0.4, 131072, 308000)):
+        for share, low, high in ((0.3, 8, 32768), (0.3, 32768, 131072), (0.4, 131072, 308000)):
             parts += _fill(int(total * share), lambda a=low, b=high: log_uniform(a, b))
         parts.append(total - sum(parts))
         rng.shuffle(parts)

@@ -116,6 +116,17 @@ def test_zigzag_is_megatrons_order_for_one_document() -> None:
     assert len({layout.work(rank) for rank in range(4)}) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "documents", "longest"),
+    [("A", 620, 152_000), ("B", 210, 65_536), ("C", 90, 308_000)],
+)
+def test_the_distributions_are_what_they_say(name: str, documents: int, longest: int) -> None:
+    packs = [distribution(name, 2**20, seed) for seed in range(5)]
+    assert statistics.mean(map(len, packs)) == pytest.approx(documents, rel=0.15)
+    assert longest / 2 < max(map(max, packs)) <= longest
+    assert {sum(pack) for pack in packs} == {2**20}
+
+
 @pytest.mark.parametrize("name", ["A", "B", "C"])
 def test_fold_is_balanced_with_few_runs(name: str) -> None:
     for num_ranks in (4, 8, 16, 32, 64, 128, 256):
@@ -180,6 +191,9 @@ def test_equal_layouts_hash_equal_and_pickle_without_their_caches() -> None:
         (lambda: SequenceLayout((0, 0), 2), "document_lengths must hold at least one token"),
         (lambda: SequenceLayout((), 2), "document_lengths must hold at least one token"),
         (lambda: SequenceLayout((4,), 0), "num_ranks must be >= 1"),
+        (lambda: SequenceLayout((1.5, 2.5), 2), "document_lengths must be integers"),
+        (lambda: SequenceLayout((4,), 2.0), "num_ranks must be integers"),
+        (lambda: SequenceLayout.from_cu_seqlens([0, 2.5], 2), "cu_seqlens must be integers"),
         (lambda: SequenceLayout((4,), 2, "ring"), "order must be one of"),  # type: ignore[arg-type]
         (lambda: SequenceLayout.from_cu_seqlens([0, 5, 3], 2), "cu_seqlens must start at 0"),
         (lambda: SequenceLayout.from_cu_seqlens([1, 5], 2), "cu_seqlens must start at 0"),

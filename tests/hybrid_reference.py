@@ -1,0 +1,72 @@
+"""Oracle of the hybrid decoder: written from the paper's equations over the three oracles.
+
+It shares with the decoder the names of the parameters and the three ``reference.py``, nothing else:
+norms, residuals, gates, rotary embedding and the order of the sub-layers are written again.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasp.decay import decay_rates
+from lasp.hybrid import HybridConfig
+from lasp.reference import recurrent_lightning_attention
+from moe_parallel.reference import reference_moe
+from ring.reference import dense_attention
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def rotate(x: Tensor, positions: Tensor, dim: int, base: float) -> Tensor:
+    """Rotate pairs (i, i + dim / 2) as complex numbers; the rest of the head passes."""
+    pairs = torch.complex(x[..., : dim // 2], x[..., dim // 2 : dim])
+    angles = positions[:, None] * base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat([turned.real, turned.imag, x[..., dim:]], -1)
+
+
+def reference_logits(
+    config: HybridConfig, p: dict[str, Tensor], tokens: Tensor, lengths: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Logits ``[S, vocab]`` and the auxiliary loss of a whole pack, in float64."""
+    heads, alpha = config.attention, (2 * config.num_layers) ** 0.25
+    borders = list(accumulate(lengths, initial=0))
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    x, aux_loss = p["embedding.weight"][tokens], torch.zeros((), dtype=torch.float64)
+    for layer in range(config.num_layers):
+        w = {k.removeprefix(f"layers.{layer}."): v for k, v in p.items() if f"layers.{layer}." in k}
+        a = {k.removeprefix("attention."): v for k, v in w.items() if k.startswith("attention.")}
+        x = rms_norm(x, w["attention_norm.weight"], config.norm_eps)
+        if (layer + 1) % config.softmax_period == 0:
+            q, k, v = (
+                (x @ a[f"{name}_proj.weight"].T).unflatten(1, (-1, heads.head_dim))
+                for name in "qkv"
+            )
+            q, k = (rotate(y, positions, heads.rotary_dim, heads.rope_base) for y in (q, k))
+            scale = heads.head_dim**-0.5
+            y, _ = dense_attention(q, k, v, cu_seqlens=borders, causal=True, scale=scale)
+            y = y.flatten(1) @ a["o_proj.weight"].T
+        else:
+            qkv = F.silu(x @ a["qkv_proj.weight"].T).unflatten(1, (heads.num_heads, 3, -1))
+            rates = decay_rates(heads.num_heads, layer, config.num_layers)
+            y, _ = recurrent_lightning_attention(*qkv.unbind(2), rates, cu_seqlens=borders)
+            y = rms_norm(y.flatten(1), a["norm.weight"], 1e-6)
+            y = (torch.sigmoid(x @ a["output_gate.weight"].T) * y) @ a["out_proj.weight"].T
+        x = rms_norm(alpha * x + y, w["moe_norm.weight"], config.norm_eps)
+        moe = reference_moe(
+            x,
+            w["moe.gate_weight"],
+            w["moe.experts.w13"],
+            w["moe.experts.w2"],
+            top_k=config.moe.top_k,
+            capacity_factor=config.moe.capacity_factor,
+            aux_loss_coefficient=config.moe.aux_loss_coefficient,
+        )
+        x, aux_loss = alpha * x + moe.output, aux_loss + moe.aux_loss
+    return rms_norm(x, p["final_norm.weight"], config.norm_eps) @ p["head.weight"].T, aux_loss

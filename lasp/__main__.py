@@ -10,6 +10,8 @@ import torch
 
 from lasp import SequenceLayout, decay_rates, lightning_attention
 from lasp.reference import recurrent_lightning_attention
+from moe_parallel import ExpertParallelMoE, MoEConfig
+from moe_parallel.reference import reference_moe
 from ring import ring_attention
 from ring.block import resolve_block
 from ring.reference import dense_attention
@@ -43,6 +45,11 @@ def self_check() -> dict[str, float]:
     ours = ring_attention(q, k, v, layout=layout).output
     dense, _ = dense_attention(q, k, v, cu_seqlens=layout.borders, causal=True, scale=0.25)
     errors["ring_attention"] = (ours - dense).abs().max().item()
+    config = MoEConfig(hidden_size=64, ffn_size=32, num_experts=4, top_k=2, capacity_factor=1.0)
+    layer, x = ExpertParallelMoE(config, dtype=torch.float64), q.flatten(1)
+    weights = (layer.gate_weight, layer.experts.w13, layer.experts.w2)
+    oracle = reference_moe(x, *weights, top_k=2, capacity_factor=1.0).output
+    errors["ExpertParallelMoE"] = (layer(x).output - oracle).abs().max().item()
     return errors
 
 

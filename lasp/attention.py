@@ -113,6 +113,8 @@ class _LightningAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, grad_initial, None
 
 
+# torch.compiler.disable, which this is, would load the compiler when lasp is imported.
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def lightning_attention(  # the operator: its arguments are its documentation
     q: Tensor,
     k: Tensor,

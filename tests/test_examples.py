@@ -105,3 +105,35 @@ def test_examples_use_public_names_only() -> None:
             if isinstance(node, ast.ImportFrom) and node.module not in (None, "__future__"):
                 assert not any(alias.name.startswith("_") for alias in node.names), path
                 assert not any(part.startswith("_") for part in str(node.module).split(".")), path
+
+
+def test_drop_by_probability_and_dropless_agree_over_ranks(tmp_path) -> None:
+    for name, flags in {
+        "probability": ("--drop-policy", "probability"),
+        "dropless": ("--capacity-factor", "-1"),
+    }.items():
+        short = (*flags, "--stop-after", "3", "--sample-tokens", "0")
+        expected = train(tmp_path / f"{name}-1", *short, num_ranks=1, cp=1, ep=1, etp=1)
+        actual = train(tmp_path / f"{name}-2", *short, num_ranks=2, cp=2, ep=1, etp=2)
+        assert_same_curve(actual, expected)
+        assert (expected[0]["dropped_share"] > 0) == (name == "probability")
+
+
+def test_sixteen_bit_training_resumes_with_its_master_weights(tmp_path) -> None:
+    one = {"num_ranks": 1, "cp": 1, "ep": 1, "etp": 1}
+    flags = ("--dtype", "bfloat16", "--sample-tokens", "0")
+    expected = train(tmp_path / "whole", *flags, "--stop-after", "6", **one)
+    train(tmp_path / "halves", *flags, "--stop-after", "3", **one)
+    actual = train(tmp_path / "halves", *flags, "--stop-after", "6", "--resume", **one)
+    assert_same_curve(actual, expected)
+
+
+def test_resume_refuses_another_curve_or_nothing_to_resume(tmp_path) -> None:
+    one = {"num_ranks": 1, "cp": 1, "ep": 1, "etp": 1}
+    with pytest.raises(AssertionError, match="out must hold a checkpoint to resume"):
+        train(tmp_path, "--resume", **one)
+    train(tmp_path, "--stop-after", "1", "--sample-tokens", "0", **one)
+    with pytest.raises(AssertionError, match="out must hold no checkpoints"):
+        train(tmp_path, **one)
+    with pytest.raises(AssertionError, match="seed must be 0 as in the run to resume, got 1"):
+        train(tmp_path, "--resume", "--seed", "1", **one)

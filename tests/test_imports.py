@@ -19,6 +19,18 @@ def test_import_needs_neither_triton_nor_megatron(package: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_self_check_runs_and_finds_nothing_wrong() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lasp"], capture_output=True, text=True, check=True
+    )
+    lines = [line for line in done.stdout.splitlines() if "largest difference" in line]
+    assert [line.split()[0] for line in lines] == [
+        "lightning_attention",
+        "ring_attention",
+        "ExpertParallelMoE",
+    ]
+
+
 def test_import_is_light() -> None:
     code = (
         "import time, torch, torch.distributed\n"

@@ -2,6 +2,7 @@
 
 from moe_parallel.layer import ExpertParallelMoE, MoEConfig, MoEOutput
 from moe_parallel.order import TokenOrder, TokenSegment
+from moe_parallel.route import RoutingStats
 from moe_parallel.topology import ExpertGroups, ExpertTopology, ParallelGroups
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "MoEConfig",
     "MoEOutput",
     "ParallelGroups",
+    "RoutingStats",
     "TokenOrder",
     "TokenSegment",
 ]

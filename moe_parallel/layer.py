@@ -9,6 +9,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from moe_parallel.agreement import check_counts, check_order
 from moe_parallel.exchange import (
     combine,
     dispatch,
@@ -21,8 +22,8 @@ from moe_parallel.exchange import (
 from moe_parallel.experts import Experts, Gemm, generator_of
 from moe_parallel.order import TokenOrder
 from moe_parallel.permute import permute, row_order, unpermute
-from moe_parallel.route import DropPolicy, RoutingStats, check_counts, check_drop, gate_dtype, route
-from moe_parallel.topology import ExpertGroups, expert_mesh
+from moe_parallel.route import DropPolicy, RoutingStats, check_drop, gate_dtype, route
+from moe_parallel.topology import ExpertGroups, check_sizes, expert_mesh
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class MoEConfig:
         ffn_size: F, the FFN width of a whole expert.
         num_experts: E.
         top_k: k, experts a token.
-        capacity_factor: an expert keeps at most ceil(factor * N * k / E) assignments of the N
-            tokens of all ranks; None keeps all.
+        capacity_factor: in training mode an expert keeps at most ceil(factor * N * k / E)
+            assignments of the N tokens of all ranks; None keeps all, as eval mode does.
         drop_policy: which assignments stay when an expert is full: the first by ``position``, or
             those of highest ``probability``.
         aux_loss_coefficient: weight of the load-balancing loss (:func:`moe_parallel.route.route`).
@@ -55,9 +56,7 @@ class MoEConfig:
     gemm: Gemm = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "ffn_size", "num_experts", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_sizes(self, "hidden_size", "ffn_size", "num_experts", "top_k")
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k must be at most num_experts {self.num_experts}, got {self.top_k}"
@@ -92,7 +91,8 @@ class ExpertParallelMoE(nn.Module):
 
     h_t = sum over the kept experts e of token t of softmax(top-k logits)_e FFN_e(x_t). Every rank
     passes tokens of its own; which experts they meet, and who is dropped, does not depend on how
-    the batch is split over ranks.
+    the batch is split over ranks. Like dropout, capacity is a rule of training: after ``eval()``
+    nothing is dropped, and no token takes the place of another.
 
     Parameters: ``gate_weight`` ``[E, hidden]``, the same on every rank, float32 (float64 in a
     float64 layer) whatever ``dtype`` is, as MiniMax keeps it; choose the dtype here rather than by
@@ -113,7 +113,8 @@ class ExpertParallelMoE(nn.Module):
 
     Communication, per call: one all-gather over the token group (:mod:`moe_parallel.route`); two
     all-to-alls over EP and two over ETP (:mod:`moe_parallel.exchange`), twice that with backward.
-    One device-to-host copy of ranks x E counts.
+    One device-to-host copy of ranks x E counts. Once for a ``token_order``, at the first layer that
+    sees it, ranks compare it: 16 bytes each, and one more copy (:mod:`moe_parallel.agreement`).
 
     Raises:
         ValueError: naming the argument, on every rank and before any collective, if the sizes do
@@ -161,11 +162,15 @@ class ExpertParallelMoE(nn.Module):
             seed: the same on every rank; give every layer another.
             gain: factor of the experts' standard deviation (DeepNorm's beta); not of the gate's.
         """
-        self.experts.reset_parameters(seed, gain=gain)
+        # A lot each: from the same start, the gate would be rows of whatever else the seed draws.
+        for_gate, for_experts = torch.randint(
+            2**63 - 1, (2,), generator=generator_of(seed), device="cpu"
+        ).tolist()
+        self.experts.reset_parameters(for_experts, gain=gain)
         if not self.gate_weight.is_meta:
             std = math.sqrt(2 / (self.config.hidden_size + self.config.num_experts))
             gate = torch.empty(self.gate_weight.shape, device="cpu", dtype=torch.float32)
-            self.gate_weight.copy_(gate.normal_(0, std, generator=generator_of(seed)))
+            self.gate_weight.copy_(gate.normal_(0, std, generator=generator_of(for_gate)))
 
     def forward(self, hidden: Tensor, *, token_order: TokenOrder | None = None) -> MoEOutput:
         """Route, dispatch, compute, combine.
@@ -173,22 +178,28 @@ class ExpertParallelMoE(nn.Module):
         Args:
             hidden: ``[T, hidden]`` or ``[B, T, hidden]``, this rank's tokens in the layer's dtype.
             token_order: where the tokens of every rank stand, one segment list for each rank of
-                the token group, equal on all of them; tokens it leaves out are padding. None: every
-                rank holds as many tokens as this one, in rank order.
+                the token group, equal on all of them; tokens it leaves out are padding. None, on
+                all ranks or on none: every rank holds as many tokens as this one, in rank order;
+                an order is then built a call, and with drops by probability compared a call.
 
         Returns:
             :class:`MoEOutput`.
 
         Raises:
-            ValueError: naming the argument, if it does not fit the layer or the ranks disagree on
-                how many tokens there are.
+            ValueError: naming the argument, if it does not fit the layer; on every rank alike, if
+                the ranks hold different orders or, without one, different numbers of tokens.
         """
         config, mesh, groups = self.config, self.mesh, self.groups
         self._check_hidden(hidden)
         rows = hidden.reshape(-1, config.hidden_size)
+        capacity_factor = config.capacity_factor if self.training else None
+        by_probability = capacity_factor is not None and config.drop_policy == "probability"
+        given = token_order is not None
         if token_order is None:
             token_order = TokenOrder.contiguous([rows.shape[0]] * mesh.num_token_ranks)
-        self._check_order(token_order, rows.shape[0])
+        # Otherwise what the router gathers is 1 x E counts, whatever a rank believes of the others.
+        if given or by_probability:
+            check_order(token_order, rows.shape[0], groups.token, rows.device)
 
         x_TM = token_order.take(rows, mesh.token_rank)
         routing = route(
@@ -197,7 +208,7 @@ class ExpertParallelMoE(nn.Module):
             top_k=config.top_k,
             order=token_order,
             token_group=groups.token,
-            capacity_factor=config.capacity_factor,
+            capacity_factor=capacity_factor,
             drop_policy=config.drop_policy,
             aux_loss_coefficient=config.aux_loss_coefficient,
         )
@@ -227,16 +238,4 @@ class ExpertParallelMoE(nn.Module):
             raise ValueError(
                 f"hidden must be {weight.dtype} on {weight.device} like the experts, got"
                 f" {hidden.dtype} on {hidden.device}: convert it, or build the layer with its dtype"
-            )
-
-    def _check_order(self, token_order: TokenOrder, num_rows: int) -> None:
-        if token_order.num_ranks != self.mesh.num_token_ranks:
-            raise ValueError(
-                f"token_order must have one entry for each of the {self.mesh.num_token_ranks} ranks"
-                f" of groups.token, got {token_order.num_ranks}"
-            )
-        if token_order.rows_per_rank[self.mesh.token_rank] != num_rows:
-            raise ValueError(
-                f"token_order must name the {num_rows} rows of hidden on rank"
-                f" {self.mesh.token_rank}, got {token_order.rows_per_rank[self.mesh.token_rank]}"
             )

@@ -20,6 +20,8 @@ Example: 8 tokens over 2 ranks in zigzag order, rank 0 with two rows of padding 
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +29,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -48,7 +51,9 @@ class TokenSegment(NamedTuple):
 class TokenOrder:
     """The segments of every rank of the token group; host data, equal on every rank.
 
-    Build it once per batch and hand it to every layer: device tensors are cached on the object.
+    Build it once per batch and hand it to every layer, on all ranks alike: the object remembers its
+    device tensors and that the ranks compared it. A rank that built it anew would wait for a
+    comparison that the others have behind them.
 
     Args:
         segments: for each rank of the token group, in rank order, its segments.
@@ -125,6 +130,23 @@ class TokenOrder:
     def max_local_tokens(self) -> int:
         """Most routed tokens of any rank."""
         return max(self.num_local_tokens(rank) for rank in range(self.num_ranks))
+
+    # ---- do the ranks agree (moe_parallel.agreement) --------------------------------------------
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """63 bits that depend on the order alone: the same on every rank that holds it."""
+        numbers = array("q", [self.num_ranks, *self.rows_per_rank])
+        for rank, rank_segments in enumerate(self.segments):
+            for segment in rank_segments:
+                numbers.extend((rank, *segment))
+        digest = hashlib.blake2b(numbers.tobytes(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    @cached_property
+    def agreed_groups(self) -> set[dist.ProcessGroup]:
+        """Token groups whose ranks were found to hold this order, all of them."""
+        return set()
 
     # ---- rows <-> tokens -----------------------------------------------------------------------
 
@@ -212,7 +234,7 @@ class TokenOrder:
         return self._tensors[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle the definition only; tensors are rebuilt where they are needed."""
+        """Pickle the definition only; the rest belongs to this process."""
         return {"segments": self.segments, "rows_per_rank": self.rows_per_rank}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

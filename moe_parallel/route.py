@@ -13,7 +13,6 @@ Source: MiniMax-01 sections 2.1 (equation 1, auxiliary loss, global router); GSh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -104,7 +103,7 @@ def route(
     """Route this rank's tokens under a decision shared by all ranks of ``token_group``.
 
     Gate: logits = x gate^T; the k largest are chosen (equal logits: the lower expert first), the
-    weights are the softmax over the chosen logits.
+    weights are the softmax over the chosen logits. In :func:`gate_dtype`, under autocast too.
 
     Capacity: an expert keeps at most C = ceil(capacity_factor * N * k / E) assignments of the N
     tokens of all ranks. ``position`` keeps those that come first in the global order (an expert is
@@ -143,12 +142,14 @@ def route(
     rank = 0 if token_group is None else dist.get_rank(token_group)
     num_experts = gate_EM.shape[0]
     dtype = gate_dtype(x_TM.dtype)
-    logits_TE = x_TM.to(dtype) @ gate_EM.to(dtype).T
-    # topk leaves the order of equal values open; a stable sort does not.
-    sorted_TE, ranking_TE = logits_TE.sort(dim=1, descending=True, stable=True)
-    experts_Tk = ranking_TE[:, :top_k].contiguous()
-    weights_Tk = sorted_TE[:, :top_k].softmax(1)
-    probabilities_TE = logits_TE.softmax(1)
+    # Autocast would round tokens and gate to bfloat16 for the product.
+    with torch.autocast(x_TM.device.type, enabled=False):
+        logits_TE = x_TM.to(dtype) @ gate_EM.to(dtype).T
+        # topk leaves the order of equal values open; a stable sort does not.
+        sorted_TE, ranking_TE = logits_TE.sort(dim=1, descending=True, stable=True)
+        experts_Tk = ranking_TE[:, :top_k].contiguous()
+        weights_Tk = sorted_TE[:, :top_k].softmax(1)
+        probabilities_TE = logits_TE.softmax(1)
 
     capacity = None
     if capacity_factor is not None:
@@ -191,7 +192,7 @@ def _keep_by_position(
     torch.cumsum(chosen_TE, 0, out=before_TE[1:])
     bounds_J = order.segment_bounds(rank, experts_Tk.device)
     at_bounds_JE = before_TE[bounds_J]
-    counts_RJE = _all_gather(at_bounds_JE[1:] - at_bounds_JE[:-1], token_group)
+    counts_RJE = all_gather(at_bounds_JE[1:] - at_bounds_JE[:-1], token_group)
     assigned_RE = counts_RJE.sum(1)
     if capacity is None:
         kept_Tk = torch.ones_like(experts_Tk, dtype=torch.bool)
@@ -231,7 +232,7 @@ def _keep_by_probability(
     mine[:tokens, :, 0] = experts_Tk.double()
     mine[:tokens, :, 1] = probabilities_Tk.double()
     by_position = order.tokens_by_position(experts_Tk.device)
-    gathered_A2 = _all_gather(mine, token_group).view(ranks * most, top_k, 2)[by_position]
+    gathered_A2 = all_gather(mine, token_group).view(ranks * most, top_k, 2)[by_position]
     experts_A = gathered_A2[..., 0].long().flatten()
     probabilities_A = gathered_A2[..., 1].flatten()
     # (rank, expert) of every assignment as one number; sums of integers do not depend on order.
@@ -256,18 +257,7 @@ def _keep_by_probability(
     return kept_Tk, AssignmentCounts(assigned_RE, kept_RE)
 
 
-def check_counts(assigned_RE: Sequence[Sequence[int]], top_k: int, order: TokenOrder) -> None:
-    """Raise ValueError, on every rank alike, if a rank routed other tokens than ``order`` says."""
-    for rank, assigned_E in enumerate(assigned_RE):
-        expected, routed = order.num_local_tokens(rank), sum(assigned_E) // top_k
-        if routed != expected:
-            raise ValueError(
-                f"token_order must be equal on every rank, got {expected} tokens for rank {rank},"
-                f" which routed {routed}: pass it if ranks hold different numbers of tokens"
-            )
-
-
-def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """``[...]`` of every rank as ``[ranks, ...]``."""
     if group is None:
         return x.unsqueeze(0)

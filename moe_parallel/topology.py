@@ -20,6 +20,7 @@ Example: 8 ranks, tp 1, cp 4, dp 2 for dense layers; etp 2, ep 2, edp 2 for expe
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -100,6 +101,18 @@ class ParallelGroups(NamedTuple):
         return ExpertGroups(self.token, self.ep, self.etp, self.ep_etp)
 
 
+def check_sizes(config: object, *names: str) -> None:
+    """Raise ValueError unless these attributes are integers >= 1."""
+    for name in names:
+        size = getattr(config, name)
+        try:
+            valid = operator.index(size) >= 1
+        except TypeError:
+            valid = False
+        if not valid:
+            raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
+
+
 @dataclass(frozen=True)
 class ExpertTopology:
     """Sizes of the two meshes; pure host data, equal on every rank.
@@ -114,7 +127,7 @@ class ExpertTopology:
         etp: ranks over which the FFN dimension of each expert is split.
 
     Raises:
-        ValueError: if a size is below 1 or the sizes of a mesh do not divide the world.
+        ValueError: if a size is no integer >= 1 or the sizes of a mesh do not divide the world.
     """
 
     world_size: int
@@ -125,9 +138,7 @@ class ExpertTopology:
     etp: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "pp", "tp", "cp", "ep", "etp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_sizes(self, "world_size", "pp", "tp", "cp", "ep", "etp")
         for names in (("pp", "tp", "cp"), ("pp", "ep", "etp")):
             block = 1
             for name in names:

@@ -33,8 +33,20 @@ def run(
     layer(**changes)(torch.zeros(*shape, dtype=dtype), token_order=order)
 
 
-def different_tokens_without_order() -> None:
-    run(3 + dist.get_rank(), 8)
+def different_tokens_without_order(**changes: Any) -> None:
+    run(3 + dist.get_rank(), 8, **changes)
+
+
+def rank_1_holds(other: TokenOrder, rows: int = 4, **changes: Any) -> None:
+    """Both ranks have 4 tokens; rank 1 got another order or another number of rows."""
+    orders, rows_of = (TokenOrder.contiguous([4, 4]), other), (4, rows)
+    at = dist.get_rank()
+    layer(**changes)(torch.zeros(rows_of[at], 8), token_order=orders[at])
+
+
+ZIGZAG = TokenOrder((((0, 0, 2), (6, 2, 2)), ((2, 0, 4),)), (4, 4))  # two segments a rank
+SWAPPED = TokenOrder((((4, 0, 4),), ((0, 0, 4),)), (4, 4))  # the same shapes, other positions
+BY_PROBABILITY: dict[str, Any] = {"capacity_factor": 1.0, "drop_policy": "probability"}
 
 
 def pair_of_wrong_groups() -> None:
@@ -49,8 +61,13 @@ def token_group_too_small() -> None:
 
 # what is wrong -> (call, start of the message)
 TABLE: dict[str, tuple[Callable[[], Any], str]] = {
-    "hidden_size 0": (lambda: config(hidden_size=0), "hidden_size must be >= 1"),
-    "top_k 0": (lambda: config(top_k=0), "top_k must be >= 1"),
+    "hidden_size 0": (lambda: config(hidden_size=0), "hidden_size must be an integer >= 1"),
+    "top_k 0": (lambda: config(top_k=0), "top_k must be an integer >= 1"),
+    "hidden_size 8.0": (lambda: config(hidden_size=8.0), "hidden_size must be an integer"),
+    "ffn_size text": (lambda: config(ffn_size="6"), "ffn_size must be an integer"),
+    "num_experts 4.5": (lambda: config(num_experts=4.5), "num_experts must be an integer"),
+    "top_k 2.5": (lambda: config(top_k=2.5), "top_k must be an integer"),
+    "top_k tensor": (lambda: config(top_k=torch.tensor(2.0)), "top_k must be an integer"),
     "top_k > experts": (lambda: config(top_k=5), "top_k must be at most num_experts 4"),
     "negative capacity": (lambda: config(capacity_factor=-1.0), "capacity_factor must be > 0"),
     "zero capacity": (lambda: config(capacity_factor=0.0), "capacity_factor must be > 0"),
@@ -75,6 +92,35 @@ TABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "order of another size": (lambda: run(3, 8, tokens=(3, 3, 3)), "token_order must have one"),
     "order of other tokens": (lambda: run(3, 8, tokens=(4, 4)), "token_order must name the 3 rows"),
     "ranks differ, no order": (different_tokens_without_order, "token_order must be equal"),
+    "ranks differ, no order, position": (
+        lambda: different_tokens_without_order(capacity_factor=1.0),
+        "token_order must be equal",
+    ),
+    "ranks differ, no order, probability": (
+        lambda: different_tokens_without_order(**BY_PROBABILITY),
+        "token_order must be equal on every rank",
+    ),
+    "other segments": (lambda: rank_1_holds(ZIGZAG), "token_order must be equal on every rank"),
+    "other segments, position": (
+        lambda: rank_1_holds(ZIGZAG, capacity_factor=1.0),
+        "token_order must be equal on every rank",
+    ),
+    "other positions, position": (
+        lambda: rank_1_holds(SWAPPED, capacity_factor=1.0),
+        "token_order must be equal on every rank",
+    ),
+    "other tokens, probability": (
+        lambda: rank_1_holds(TokenOrder.contiguous([5, 4]), **BY_PROBABILITY),
+        "token_order must be equal on every rank",
+    ),
+    "order for more ranks on one": (
+        lambda: rank_1_holds(TokenOrder.contiguous([4, 4, 0])),
+        "token_order must be equal on every rank",
+    ),
+    "other rows on one rank": (
+        lambda: rank_1_holds(TokenOrder.contiguous([4, 4]), rows=5),
+        "token_order must name the 5 rows of hidden on rank 1",
+    ),
 }
 
 

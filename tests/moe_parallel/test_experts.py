@@ -84,6 +84,21 @@ def check_budget(dtype: torch.dtype, gemm: str, counts: tuple[int, ...], device:
             assert_within_budget(actual, wanted, eager)
 
 
+@pytest.mark.gpu
+def test_host_does_not_wait_for_a_gpu() -> None:
+    experts = experts_of("grouped", torch.bfloat16).cuda()
+    rows = torch.randn(sum(COUNTS), 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    expected = experts(rows, COUNTS)
+    expected.square().mean().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = experts(rows, COUNTS)
+        actual.square().mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(actual, expected)
+
+
 def test_an_expanded_gradient_is_accepted() -> None:
     experts = experts_of("grouped", torch.float32)
     experts(torch.randn(sum(COUNTS), 16), COUNTS).sum().backward()

@@ -225,6 +225,51 @@ def test_stats_count_every_assignment() -> None:
     assert torch.equal(stats.dropped, (stats.assigned - capacity).clamp(min=0))
 
 
+@pytest.mark.parametrize("drop_policy", ["position", "probability"])
+def test_capacity_is_for_training_alone(drop_policy: str) -> None:
+    layer = build(with_capacity(drop_policy, 2), torch.float64, True)
+    dropless = build(CONFIG, torch.float64, True)
+    x = random_batch(NUM_TOKENS, CONFIG.hidden_size).x
+    assert layer(x).stats.dropped.any()
+    evaluated = layer.eval()(x)
+    assert not evaluated.stats.dropped.any()
+    assert torch.equal(evaluated.output, dropless(x).output)
+    assert layer.train()(x).stats.dropped.any()
+
+
+def test_initial_values_of_gate_and_experts_come_from_streams_of_their_own() -> None:
+    layer = ExpertParallelMoE(CONFIG, seed=5)
+    gate = layer.gate_weight.detach().flatten()
+    drawn = {
+        "randn": torch.randn(len(gate), generator=torch.Generator().manual_seed(5)),
+        "uniform": torch.rand(len(gate), generator=torch.Generator().manual_seed(5)) - 0.5,
+        **{f"w13[{e}]": w.flatten()[: len(gate)] for e, w in enumerate(layer.experts.w13.detach())},
+        **{f"w2[{e}]": w.flatten()[: len(gate)] for e, w in enumerate(layer.experts.w2.detach())},
+    }
+    for name, other in drawn.items():
+        # 1 if one is a multiple of the other; of n independent values about 1 / sqrt(n).
+        assert torch.cosine_similarity(gate, other, dim=0).abs() < 6 / len(gate) ** 0.5, name
+    again = ExpertParallelMoE(CONFIG, seed=5)
+    assert torch.equal(again.gate_weight, layer.gate_weight)
+    assert not torch.equal(ExpertParallelMoE(CONFIG, seed=6).gate_weight, layer.gate_weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [LOW_PRECISION, GROUPED])
+def test_host_waits_for_a_gpu_once_a_call(config: MoEConfig) -> None:
+    layer = ExpertParallelMoE(config, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(NUM_TOKENS, config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    order = TokenOrder.contiguous([NUM_TOKENS])
+    layer(x, token_order=order)  # puts the order's tensors on the device
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing CUDA operation") as warnings:
+            layer(x, token_order=order)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in warnings if "synchronizing" in str(w.message)]) == 1
+
+
 def test_no_token_anywhere() -> None:
     for config in (CONFIG, with_capacity("position", 2), with_capacity("probability", 2)):
         layer = build(config, torch.float64, False)

@@ -199,6 +199,30 @@ def test_gate_computes_in_float32_whatever_the_tokens(drop_policy: str) -> None:
     assert torch.equal(half.kept, full.kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_autocast_does_not_reach_the_gate(dtype: torch.dtype) -> None:
+    check_autocast(dtype, "cpu")
+
+
+@pytest.mark.gpu
+def test_autocast_does_not_reach_the_gate_on_a_gpu() -> None:
+    check_autocast(torch.float32, "cuda")
+
+
+def check_autocast(dtype: torch.dtype, device: str) -> None:
+    results = []
+    for enabled in (False, True):
+        x = batch("random").to(device, dtype).requires_grad_()
+        gate = gate_weight().to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            routing = local_route(x, gate, top_k=2, capacity_factor=0.7, aux_loss_coefficient=1.0)
+        (routing.weights.square().sum() + routing.aux_loss).backward()
+        results.append([routing.weights, routing.aux_loss, routing.kept, x.grad, gate.grad])
+    for plain, under_autocast in zip(*results):
+        assert plain.dtype == under_autocast.dtype
+        assert torch.equal(plain, under_autocast)
+
+
 def test_gradcheck() -> None:
     x = batch("random")[:6].clone().requires_grad_()
     function = partial(local_route, top_k=2, capacity_factor=0.7, aux_loss_coefficient=1.0)

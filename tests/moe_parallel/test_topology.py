@@ -156,8 +156,9 @@ def test_ep_and_etp_swapped_are_named_on_every_rank() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"world_size": 0}, "world_size must be >= 1"),
-        ({"world_size": 4, "ep": -1}, "ep must be >= 1"),
+        ({"world_size": 0}, "world_size must be an integer >= 1"),
+        ({"world_size": 4, "ep": -1}, "ep must be an integer >= 1"),
+        ({"world_size": 4, "etp": 2.0}, "etp must be an integer >= 1"),
         ({"world_size": 8, "cp": 3}, "pp x tp x cp must divide world_size 8, got .* cp 3"),
         ({"world_size": 8, "ep": 2, "etp": 3}, "pp x ep x etp must divide world_size 8.* etp 3"),
         ({"world_size": 4, "pp": 2, "ep": 4}, "pp x ep x etp must divide world_size 4"),

@@ -1,0 +1,80 @@
+"""Do the ranks hold the same :class:`moe_parallel.TokenOrder`? Asked before they rely on it.
+
+The order gives the shapes of the router's all-gathers. Ranks that disagree about it would call one
+collective with different sizes, which aborts gloo and hangs NCCL, so they first compare two numbers
+each, whose shape nobody can get wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from moe_parallel.order import TokenOrder
+from moe_parallel.route import all_gather
+
+
+def check_order(
+    order: TokenOrder, num_rows: int, token_group: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    """Raise ValueError, on every rank alike, unless all hold this order and the rows it names.
+
+    The ranks compare once; ``order`` remembers the groups that agreed on it. From then on only
+    ``num_rows`` of this rank is checked, on the host.
+
+    Args:
+        order: where the tokens of every rank stand.
+        num_rows: rows this rank passes to the layer, padding included.
+        token_group: the ranks of ``order``; None for this rank alone.
+        device: of the message.
+
+    Communication: the first time for an order object and a group, an all-gather of 16 bytes a rank
+    over ``token_group``, one copy to the device and one back.
+
+    Raises:
+        ValueError: naming ``token_order``.
+    """
+    rank, size = 0, 1
+    if token_group is not None:
+        rank, size = dist.get_rank(token_group), token_group.size()
+    rows_of = {rank: num_rows}
+    if token_group is not None and token_group not in order.agreed_groups:
+        mine = torch.tensor([num_rows, order.fingerprint], device=device)
+        answers = all_gather(mine, token_group).tolist()
+        rows_of = {other: rows for other, (rows, _) in enumerate(answers)}
+        differing = [other for other, answer in enumerate(answers) if answer[1] != answers[0][1]]
+        if differing:
+            raise ValueError(
+                f"token_order must be equal on every rank of groups.token, got another on ranks"
+                f" {differing} than on rank 0; the ranks hold {list(rows_of.values())} rows:"
+                " build it from the same numbers on all, and pass it if they hold different ones"
+            )
+    if order.num_ranks != size:
+        raise ValueError(
+            f"token_order must have one entry for each of the {size} ranks of groups.token,"
+            f" got {order.num_ranks}"
+        )
+    for other, rows in rows_of.items():
+        if order.rows_per_rank[other] != rows:
+            raise ValueError(
+                f"token_order must name the {rows} rows of hidden on rank {other},"
+                f" got {order.rows_per_rank[other]}"
+            )
+    if token_group is not None:
+        order.agreed_groups.add(token_group)
+
+
+def check_counts(assigned_RE: Sequence[Sequence[int]], top_k: int, order: TokenOrder) -> None:
+    """Raise ValueError, on every rank alike, if a rank routed other tokens than ``order`` says.
+
+    For orders that every rank assumed by itself and :func:`check_order` did not see.
+    """
+    for rank, assigned_E in enumerate(assigned_RE):
+        expected, routed = order.num_local_tokens(rank), sum(assigned_E) // top_k
+        if routed != expected:
+            raise ValueError(
+                f"token_order must be equal on every rank, got {expected} tokens for rank {rank},"
+                f" which routed {routed}: pass it if ranks hold different numbers of tokens"
+            )

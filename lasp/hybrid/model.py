@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from lasp.hybrid.batch import PackedBatch
 from lasp.hybrid.config import HybridConfig
 from lasp.module import LightningAttention
-from moe_parallel import ExpertParallelMoE, MoEOutput, ParallelGroups
-from moe_parallel.route import RoutingStats
+from moe_parallel import ExpertParallelMoE, MoEOutput, ParallelGroups, RoutingStats
 from ring.module import RingAttention
 
 

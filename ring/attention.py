@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,13 @@ from ring.block import QKV, Block, Segments, resolve_block
 from ring.exchange import add_returned, fetch_kv, return_kv_gradients
 from ring.merge import Partial, merge
 from ring.schedule import Rectangle, RingSchedule, plan_ring
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _graph_break(operator: _F) -> _F:
+    """torch.compile runs it as it is: plans are cached host work, collectives keep their order."""
+    return cast("_F", torch.compiler.disable(operator))
 
 
 class RingOutput(NamedTuple):
@@ -30,6 +37,7 @@ class RingOutput(NamedTuple):
     lse: Tensor
 
 
+@_graph_break
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -52,7 +60,7 @@ def ring_attention(
 
     Args:
         q: ``[T, Hq, D]``, the tokens of this rank; or ``[B, T, Hq, D]``, B rows under one layout
-            of one document.
+            of one document. float16, bfloat16, float32 or float64, autocast or not.
         k: ``[T, Hkv, D]`` or ``[B, T, Hkv, D]``, dtype and device of ``q``. Hkv divides Hq; query
             head h reads key head h // (Hq / Hkv).
         v: as ``k``.
@@ -67,8 +75,7 @@ def ring_attention(
         Output and log-sum-exp of this rank's tokens.
 
     Gradients: to ``q``, ``k`` and ``v``, once; every rank must run the backward. Contributions to
-    dk and dv are summed in float32 (float64 for float64) in a fixed order. Two runs are
-    bit-identical with ``eager`` and ``cpu_flash``, and with ``flash`` under
+    each are summed in float32 (float64 for float64) in a fixed order. Two runs are bit-identical with ``eager`` and ``cpu_flash``, and with ``flash`` under
     ``torch.use_deterministic_algorithms(True)``.
 
     Communication: forward, one all-to-all-v over ``cp_group`` under the local attention: every
@@ -87,12 +94,11 @@ def ring_attention(
     varlen over the whole pack: MiniMax-01, arXiv:2501.08313, section 3.2.1.
     """
     _check_tensors(q, k, v)
-    layout, rank = locate(q.shape[-3], layout, cp_group)
+    layout, rank = locate("q", q, -3, layout, cp_group)
     if q.ndim == 4 and layout.num_documents != 1:
         raise ValueError(
-            "layout must hold one document for q of shape [B, T, Hq, D],"
-            f" got {layout.num_documents} documents: lay the rows end to end as one pack"
-            " [T, Hq, D] and give each its length"
+            "layout must hold one document when q is [B, T, Hq, D], whose rows share it, got"
+            f" {layout.num_documents}: pack the rows end to end as [T, Hq, D]"
         )
     kernel = resolve_block(block, q.device, q.dtype, q.shape[-1])
     schedule = plan_ring(layout, rank, bool(causal))
@@ -122,16 +128,8 @@ class _RingAttention(torch.autograd.Function):
         block: Block,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        transfer = fetch_kv(k, v, schedule, cp_group)
-        segments = _segments(schedule, q.device)
-        output, lse = block.forward_varlen(QKV(q, k, v), segments, scale=scale)
-        received = transfer.wait()
-        for rectangle in schedule.rectangles:
-            rows = slice(*rectangle.rows)
-            qkv = _gather(rectangle, q, k, v, received)
-            outside = block.forward(qkv, causal=False, scale=scale)
-            output[rows], lse[rows] = merge(Partial(output[rows], lse[rows]), outside)
-        output = output.to(q.dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            output, lse = _forward(QKV(q, k, v), schedule, cp_group, block, scale)
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.mark_non_differentiable(lse)
         ctx.arguments = (schedule, cp_group, block, scale)
@@ -142,26 +140,60 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, doutput: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, lse = ctx.saved_tensors
         schedule, cp_group, block, scale = ctx.arguments
-        transfer = fetch_kv(k, v, schedule, cp_group)
-        doutput, merged = doutput.contiguous(), Partial(output, lse)
-        segments = _segments(schedule, q.device)
-        dq, dk, dv = block.backward_varlen(doutput, merged, QKV(q, k, v), segments, scale=scale)
-        dkv = torch.stack((dk, dv), dim=1).to(lse.dtype)
-        received = transfer.wait()
-        dkv_received = torch.zeros_like(received, dtype=lse.dtype)
-        for rectangle in schedule.rectangles:
-            rows = slice(*rectangle.rows)
-            merged, qkv = Partial(output[rows], lse[rows]), _gather(rectangle, q, k, v, received)
-            outside = block.backward(doutput[rows], merged, qkv, causal=False, scale=scale)
-            dq[rows] += outside.q  # a row is in one rectangle at most: rounded once in any dtype
-            _scatter_add(rectangle, outside, dkv, dkv_received)
-        returned = return_kv_gradients(dkv_received, schedule, cp_group).wait()
-        add_returned(dkv, returned, schedule)
-        dk, dv = dkv.to(k.dtype).unbind(1)
-        return dq.to(q.dtype), dk, dv, None, None, None, None
+        qkv, merged = QKV(q, k, v), Partial(output, lse)
+        with torch.autocast(q.device.type, enabled=False):
+            gradients = _backward(doutput, merged, qkv, schedule, cp_group, block, scale)
+        return *gradients, None, None, None, None
 
 
 _attend: Callable[..., tuple[Tensor, Tensor]] = _RingAttention.apply
+
+
+def _forward(
+    qkv: QKV,
+    schedule: RingSchedule,
+    cp_group: dist.ProcessGroup | None,
+    block: Block,
+    scale: float,
+) -> Partial:
+    transfer = fetch_kv(qkv.k, qkv.v, schedule, cp_group)
+    segments = _segments(schedule, qkv.q.device)
+    output, lse = block.forward_varlen(qkv, segments, scale=scale)
+    received = transfer.wait()
+    for rectangle in schedule.rectangles:
+        rows = slice(*rectangle.rows)
+        outside = block.forward(_gather(rectangle, qkv, received), causal=False, scale=scale)
+        # A row is in one rectangle at most: stored once, whatever the dtype of the output.
+        output[rows], lse[rows] = merge(Partial(output[rows], lse[rows]), outside)
+    return Partial(output.to(qkv.q.dtype), lse)
+
+
+def _backward(
+    doutput: Tensor,
+    merged: Partial,
+    qkv: QKV,
+    schedule: RingSchedule,
+    cp_group: dist.ProcessGroup | None,
+    block: Block,
+    scale: float,
+) -> QKV:
+    transfer = fetch_kv(qkv.k, qkv.v, schedule, cp_group)
+    doutput, accumulator = doutput.contiguous(), merged.lse.dtype
+    segments = _segments(schedule, qkv.q.device)
+    dq, dk, dv = block.backward_varlen(doutput, merged, qkv, segments, scale=scale)
+    # The sums are float32 or float64; a kernel's parts come rounded to its own dtype.
+    dq, dkv = dq.to(accumulator), torch.stack((dk, dv), dim=1).to(accumulator)
+    received = transfer.wait()
+    dkv_received = torch.zeros_like(received, dtype=accumulator)
+    for rectangle in schedule.rectangles:
+        rows = slice(*rectangle.rows)
+        of_rows, part = Partial(*(x[rows] for x in merged)), _gather(rectangle, qkv, received)
+        outside = block.backward(doutput[rows], of_rows, part, causal=False, scale=scale)
+        dq[rows] += outside.q
+        _scatter_add(rectangle, outside, dkv, dkv_received)
+    returned = return_kv_gradients(dkv_received, schedule, cp_group).wait()
+    add_returned(dkv, returned, schedule)
+    return QKV(dq.to(qkv.q.dtype), *dkv.to(qkv.k.dtype).unbind(1))
 
 
 def _segments(schedule: RingSchedule, device: torch.device) -> Segments:
@@ -171,13 +203,13 @@ def _segments(schedule: RingSchedule, device: torch.device) -> Segments:
     return Segments(borders, layout.cu_seqlens(rank, device), schedule.causal)
 
 
-def _gather(rectangle: Rectangle, q: Tensor, k: Tensor, v: Tensor, received: Tensor) -> QKV:
+def _gather(rectangle: Rectangle, qkv: QKV, received: Tensor) -> QKV:
     """Rows and keys of a rectangle; copied only where the keys lie in several pieces."""
-    keys = _key_slices(rectangle, k, received[:, 0])
-    values = _key_slices(rectangle, v, received[:, 1])
+    keys = _key_slices(rectangle, qkv.k, received[:, 0])
+    values = _key_slices(rectangle, qkv.v, received[:, 1])
     if len(keys) == 1:
-        return QKV(q[slice(*rectangle.rows)], keys[0], values[0])
-    return QKV(q[slice(*rectangle.rows)], torch.cat(keys), torch.cat(values))
+        return QKV(qkv.q[slice(*rectangle.rows)], keys[0], values[0])
+    return QKV(qkv.q[slice(*rectangle.rows)], torch.cat(keys), torch.cat(values))
 
 
 def _scatter_add(rectangle: Rectangle, grads: QKV, dkv: Tensor, dkv_received: Tensor) -> None:
@@ -196,36 +228,38 @@ def _key_slices(rectangle: Rectangle, own: Tensor, received: Tensor) -> list[Ten
 
 
 def locate(
-    num_tokens: int, layout: SequenceLayout | None, cp_group: dist.ProcessGroup | None
+    name: str,
+    x: Tensor,
+    token_dim: int,
+    layout: SequenceLayout | None,
+    cp_group: dist.ProcessGroup | None,
 ) -> tuple[SequenceLayout, int]:
-    """The layout of this rank's ``num_tokens`` tokens, and the rank within ``cp_group``.
+    """The layout of the tokens of ``x``, the argument ``name``, and the rank within ``cp_group``.
 
     Raises:
         ValueError: if the layout is of another length or of another number of ranks.
     """
-    rank, num_ranks = 0, 1
-    if cp_group is not None:
-        rank, num_ranks = dist.get_rank(cp_group), dist.get_world_size(cp_group)
-    if rank < 0:
-        raise ValueError("cp_group must hold this rank: call only on the ranks of the group")
+    if cp_group is not None and not isinstance(cp_group, dist.ProcessGroup):
+        raise ValueError(
+            f"cp_group must be a process group that holds this rank, got {cp_group!r}: call the"
+            " operator on the members of the group only"
+        )
+    num_tokens = x.shape[token_dim]
     if layout is None:
-        if num_ranks > 1:
-            raise ValueError(
-                f"layout must be given for the {num_ranks} ranks of cp_group, got None: build a"
-                " SequenceLayout(document_lengths, num_ranks) once a batch"
-            )
-        layout = SequenceLayout((num_tokens,), 1)
+        layout = SequenceLayout((num_tokens,), num_ranks=1)
+    num_ranks = 1 if cp_group is None else cp_group.size()
     if layout.num_ranks != num_ranks:
         raise ValueError(
-            f"layout must be for the {num_ranks} ranks of cp_group, got {layout.num_ranks}: build"
-            " it with num_ranks=cp_group.size(), and pass cp_group"
+            f"layout must be for the {num_ranks} ranks of cp_group, got num_ranks"
+            f" {layout.num_ranks}: build it with cp_group.size() and pass that group"
         )
     if layout.num_local_tokens != num_tokens:
         raise ValueError(
-            f"layout must have {num_tokens} tokens a rank, as q does, got"
-            f" {layout.num_local_tokens}: is it the layout of this batch, and q this rank's shard?"
+            f"layout must hold the {num_tokens} tokens a rank of {name} {tuple(x.shape)}, got"
+            f" {layout.num_local_tokens}: is this the layout of this batch, and {name} sharded"
+            " by it?"
         )
-    return layout, rank
+    return layout, 0 if cp_group is None else cp_group.rank()
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -244,10 +278,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"the heads of k must divide those of q, got {shapes}: under tensor parallelism"
             " repeat key heads or use fewer ranks"
         )
-    if not q.is_floating_point() or {k.dtype, v.dtype} != {q.dtype}:
-        raise ValueError(
-            f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    if {k.dtype, v.dtype} != {q.dtype}:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if {k.device, v.device} != {q.device}:
         raise ValueError(
             f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}"

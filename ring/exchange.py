@@ -7,13 +7,14 @@ on any rank, no collective is started: all ranks know it, from the layout.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring.schedule import RingSchedule
+from ring.schedule import Interval, RingSchedule
 
 
 class Transfer(NamedTuple):
@@ -53,15 +54,10 @@ def fetch_kv(
 
     Communication: one all-to-all-v over ``cp_group``; receives 2 R Hkv D elements.
     """
-    kv = torch.stack((k, v), dim=1) if any(schedule.sends) else k.new_empty(0, 2, *k.shape[1:])
-    outgoing = [kv[a:b] for intervals in schedule.sends for a, b in intervals]
-    return _all_to_all(
-        torch.cat([kv[:0], *outgoing]),
-        schedule.sent_tokens,
-        schedule.received_tokens,
-        schedule,
-        cp_group,
-    )
+    sent = k.new_empty(sum(schedule.sent_tokens), 2, *k.shape[1:])
+    for (start, stop), piece in _sent_pieces(sent, schedule):
+        torch.stack((k[start:stop], v[start:stop]), dim=1, out=piece)
+    return _all_to_all(sent, schedule.sent_tokens, schedule.received_tokens, schedule, cp_group)
 
 
 def return_kv_gradients(
@@ -88,10 +84,14 @@ def return_kv_gradients(
 
 def add_returned(dkv: Tensor, returned: Tensor, schedule: RingSchedule) -> None:
     """Add what came back to ``dkv`` ``[T, 2, Hkv, D]`` in place, rank by rank: a fixed order."""
-    intervals = [interval for sent in schedule.sends for interval in sent]
-    parts = returned.split([interval.tokens for interval in intervals])
-    for (start, stop), part in zip(intervals, parts):
+    for (start, stop), part in _sent_pieces(returned, schedule):
         dkv[start:stop] += part
+
+
+def _sent_pieces(slab: Tensor, schedule: RingSchedule) -> Iterator[tuple[Interval, Tensor]]:
+    """The intervals that this rank sends, each with its view of a slab that holds them in order."""
+    intervals = [interval for sent in schedule.sends for interval in sent]
+    return zip(intervals, slab.split([interval.tokens for interval in intervals]))
 
 
 def _all_to_all(

@@ -97,12 +97,13 @@ class RingAttention(nn.Module):
         Raises:
             ValueError: if ``hidden`` has another shape, and as the operator does.
         """
-        if hidden.ndim not in (2, 3) or hidden.shape[-1] != self.q_proj.in_features:
+        hidden_size = self.q_proj.in_features
+        if hidden.ndim not in (2, 3) or hidden.shape[-1] != hidden_size or hidden.numel() == 0:
             raise ValueError(
-                f"hidden must be [T, {self.q_proj.in_features}] or"
-                f" [B, T, {self.q_proj.in_features}], got {tuple(hidden.shape)}"
+                f"hidden must be [T, {hidden_size}] or [B, T, {hidden_size}] with at least one"
+                f" token, got {tuple(hidden.shape)}: drop empty batches"
             )
-        layout, rank = locate(hidden.shape[-2], layout, cp_group)
+        layout, rank = locate("hidden", hidden, -2, layout, cp_group)
         position_ids = layout.position_ids(rank, hidden.device)
         q, k, v = (
             projection(hidden).unflatten(-1, (-1, self.head_dim))

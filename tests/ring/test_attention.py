@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +10,9 @@ from torch import Tensor
 
 from lasp.layout import SequenceLayout
 from ring import ring_attention
+from ring.attention import _attend
+from ring.block import BLOCKS, QKV
+from ring.schedule import Interval, RingSchedule, plan_ring
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
 from tests.ring.cases import (
@@ -140,46 +146,47 @@ def test_gradcheck_over_ranks(num_ranks, lengths, order, causal) -> None:
 
 
 @pytest.mark.parametrize("block", ["cpu_flash", "eager"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_document_alone_is_bit_identical_to_itself_in_a_pack(block, causal) -> None:
-    lengths = (5, 1, 12, 4)
-    tensors = random_tensors(22, 6, 2, 5, torch.float64)
-    kwargs = {"causal": causal, "block": block}
-    packed = forward_backward(tensors, layout=SequenceLayout(lengths, 1), **kwargs)
-    start = 0
-    for length in lengths:
-        document = slice(start, start + length)
-        alone = forward_backward(
-            [x[document] for x in tensors], layout=SequenceLayout((length,), 1), **kwargs
-        )
-        for name, a, b in zip(NAMES, packed, alone):
-            assert torch.equal(a[document], b), name
-        start += length
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("causal", [True, False])
-def test_nothing_leaks_between_documents(order, causal: bool) -> None:
-    lengths, document = (9, 14, 8), slice(9, 23)
-    tensors = random_tensors(31, 4, 2, 5, torch.float64)
-    others = [x.clone() for x in random_tensors(31, 4, 2, 5, torch.float64)]
-    for mine, other in zip(tensors, others):
-        other[document] = mine[document]
-    layout = SequenceLayout(lengths, 3, order)
-    first = on_ranks(tensors, layout, causal=causal)
-    second = on_ranks(others, layout, causal=causal)
-    for name, a, b in zip(NAMES, first, second):
-        assert torch.equal(a[document], b[document]), name
-        assert not torch.equal(a, b), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_two_runs_are_bit_identical(dtype: torch.dtype) -> None:
-    tensors = random_tensors(120, 4, 2, 8, dtype)
-    layout = SequenceLayout((100, 20), 4, "fold")
-    first, second = (on_ranks(tensors, layout, causal=False) for _ in range(2))
-    for name, a, b in zip(NAMES, first, second):
+def test_autocast_does_not_reach_the_blocks(block: str) -> None:
+    q, k, v = (x.requires_grad_() for x in random_tensors(30, 4, 2, 8, torch.float32)[:3])
+    plain = ring_attention(q, k, v, block=block)
+    plain_grads = torch.autograd.grad(plain.output.sum(), (q, k, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = ring_attention(q, k, v, block=block)
+        cast_grads = torch.autograd.grad(cast.output.sum(), (q, k, v))
+    for name, a, b in zip(NAMES, (*plain, *plain_grads), (*cast, *cast_grads), strict=True):
         assert torch.equal(a, b), name
+
+
+def rectangle_a_key() -> RingSchedule:
+    """Of a rank with two runs, without the other rank: its second run sees the first key by key."""
+    schedule = plan_ring(SequenceLayout((64,), 2, "zigzag"), 0, True)
+    (rectangle,) = schedule.rectangles
+    stages = tuple(rectangle._replace(own_keys=(Interval(s, s + 1),)) for s in range(16))
+    alone = {"sends": ((), ()), "receives": ((), ()), "moves": False}
+    return replace(
+        schedule, rectangles=tuple(r._replace(received_keys=()) for r in stages), **alone
+    )
+
+
+def test_dq_is_summed_over_stages_in_float32() -> None:
+    *qkv, doutput = random_tensors(32, 4, 2, 8, torch.bfloat16)
+    qkv, block = [x.requires_grad_() for x in qkv], BLOCKS["cpu_flash"]
+    parts = []
+
+    def recorded(*args, **kwargs) -> QKV:
+        parts.append(type(block).backward(block, *args, **kwargs))
+        return QKV(*(x.clone() for x in parts[-1]))
+
+    output, _ = _attend(*qkv, rectangle_a_key(), None, block, 1.0)
+    with patch.object(block, "backward", recorded):  # the varlen form calls it for each fragment
+        output.backward(doutput)
+    assert {part.q.dtype for part in parts} == {torch.bfloat16}
+    local, stages = parts[:2], parts[2:]
+    assert len(stages) == 16
+    expected = torch.cat([part.q for part in local]).float()
+    for part in stages:
+        expected[16:] += part.q
+    assert torch.equal(qkv[0].grad, expected.bfloat16())
 
 
 @pytest.mark.parametrize("causal", [True, False])

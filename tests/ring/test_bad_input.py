@@ -7,7 +7,10 @@ import torch
 import torch.distributed as dist
 
 from lasp.layout import SequenceLayout
+from lasp.validation import check_layout
 from ring import RingAttention, ring_attention
+from ring.attention import locate
+from ring.block import BLOCKS
 from ring.rope import apply_rotary
 from ring.schedule import plan_ring
 from tests.ranks import run_on_ranks
@@ -33,15 +36,22 @@ TABLE = {
     "no heads": ({"q": ((6, 0, 8), "float32")}, "q, k and v must not be empty"),
     "heads that do not divide": ({"q": ((6, 5, 8), "float32")}, "heads of k must divide"),
     "more key heads than heads": ({"q": ((6, 1, 8), "float32")}, "heads of k must divide"),
-    "integers": (dict.fromkeys("qkv", ((6, 2, 8), "int64")), "one floating dtype"),
-    "two dtypes": ({"k": ((6, 2, 8), "float64")}, "one floating dtype"),
+    "integers": (dict.fromkeys("qkv", ((6, 2, 8), "int64")), "q must be float16, bfloat16"),
+    "two dtypes": ({"k": ((6, 2, 8), "float64")}, "one dtype"),
+    **{
+        f"fp8 on {block}": (
+            dict.fromkeys("qkv", ((6, 2, 8), "float8_e4m3fn")) | {"block": block},
+            "q must be float16, bfloat16, float32 or float64, got torch.float8_e4m3fn",
+        )
+        for block in ("auto", *BLOCKS)
+    },
     "two devices": ({"v": ((6, 2, 8), "float32", "meta")}, "on one device"),
-    "no layout": ({"layout": None}, "layout must be given for the 2 ranks"),
+    "no layout": ({"layout": None}, "layout must be for the 2 ranks of cp_group, got num_ranks 1"),
     "layout for other ranks": ({"layout": SequenceLayout((5, 7), 3)}, "layout must be for the 2"),
     "layout, but no group": ({"cp_group": None}, "layout must be for the 1"),
     "layout of another length": (
         {"layout": SequenceLayout((5, 9), 2)},
-        "layout must have 6 tokens a rank, as q does, got 7",
+        "layout must hold the 6 tokens a rank of q (6, 4, 8), got 7",
     ),
     "rows under two documents": (
         dict.fromkeys("qkv", ((2, 6, 2, 8), "float32")),
@@ -99,7 +109,24 @@ def outside_the_group() -> str | None:
 
 def test_a_rank_outside_the_group_is_told_so() -> None:
     message, _ = run_on_ranks(outside_the_group, 2)
-    assert "cp_group must hold this rank" in message
+    assert "cp_group must be a process group that holds this rank" in message
+
+
+@pytest.mark.parametrize(
+    ("layout", "cp_group"),
+    [(LAYOUT, -100), (LAYOUT, None), (SequenceLayout((7,), 1), None)],
+)
+def test_mistakes_in_the_layout_read_as_in_lasp(layout, cp_group) -> None:
+    q = torch.ones(6, 4, 8)
+    messages = []
+    for check in (
+        lambda: check_layout(layout, cp_group, q),
+        lambda: locate("q", q, -3, layout, cp_group),
+    ):
+        with pytest.raises(ValueError) as error:
+            check()
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("rank", [-1, 2])
@@ -124,10 +151,15 @@ def test_module_sizes(sizes: tuple[int, ...], rotary_dim: int, message: str) -> 
         RingAttention(*sizes, rotary_dim=rotary_dim)
 
 
-@pytest.mark.parametrize("shape", [(12,), (6, 11), (1, 1, 6, 12)])
+@pytest.mark.parametrize("shape", [(12,), (6, 11), (1, 1, 6, 12), (0, 12), (0, 6, 12)])
 def test_module_hidden(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="hidden must be"):
         RingAttention(12, 6, 2, 8, rotary_dim=4)(torch.ones(shape))
+
+
+def test_module_layout_of_another_length() -> None:
+    with pytest.raises(ValueError, match=r"layout must hold the 6 tokens a rank of hidden \(6, 12"):
+        RingAttention(12, 6, 2, 8, rotary_dim=4)(torch.ones(6, 12), layout=SequenceLayout((7,), 1))
 
 
 @pytest.mark.parametrize(

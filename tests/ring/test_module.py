@@ -97,6 +97,19 @@ def test_rows_of_a_batch_are_attended_apart() -> None:
         assert_equal_to_rounding(row, expected_output(layer, alone, (9,)))
 
 
+def test_compiled_layer_equals_the_layer_in_every_bit() -> None:
+    hidden, layer = torch.randn(9, HIDDEN, dtype=torch.float64, requires_grad=True), make_layer()
+    inputs = (hidden, *layer.parameters())
+    compiled = torch.compile(layer, backend="eager")
+    for layout in (None, SequenceLayout((4, 5), 1), SequenceLayout((2, 0, 7), 1)):
+        results = []
+        for forward in (layer, compiled):
+            output = forward(hidden, layout=layout)
+            results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+        for name, a, b in zip(("output", "dhidden", *PARAMETERS), *results, strict=True):
+            assert torch.equal(a, b), name
+
+
 def test_parameters_are_those_of_hugging_face_models() -> None:
     shapes = {name: tuple(p.shape) for name, p in make_layer().named_parameters()}
     assert shapes == {

@@ -75,7 +75,8 @@ def ring_attention(
         Output and log-sum-exp of this rank's tokens.
 
     Gradients: to ``q``, ``k`` and ``v``, once; every rank must run the backward. Contributions to
-    each are summed in float32 (float64 for float64) in a fixed order. Two runs are bit-identical with ``eager`` and ``cpu_flash``, and with ``flash`` under
+    each are summed in float32 (float64 for float64) in a fixed order. Two runs are bit-identical
+    with ``eager`` and ``cpu_flash``, and with ``flash`` under
     ``torch.use_deterministic_algorithms(True)``.
 
     Communication: forward, one all-to-all-v over ``cp_group`` under the local attention: every

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,13 +15,6 @@ from ring.block import QKV, Block, Segments, resolve_block
 from ring.exchange import add_returned, fetch_kv, return_kv_gradients
 from ring.merge import Partial, merge
 from ring.schedule import Rectangle, RingSchedule, plan_ring
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _graph_break(operator: _F) -> _F:
-    """torch.compile runs it as it is: plans are cached host work, collectives keep their order."""
-    return cast("_F", torch.compiler.disable(operator))
 
 
 class RingOutput(NamedTuple):
@@ -37,7 +30,8 @@ class RingOutput(NamedTuple):
     lse: Tensor
 
 
-@_graph_break
+# torch.compiler.disable, which this is, would load the compiler when ring is imported.
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def ring_attention(
     q: Tensor,
     k: Tensor,

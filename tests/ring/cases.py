@@ -100,25 +100,33 @@ def assert_all_equal(actual, expected) -> None:
         assert_equal_to_rounding(a, b, what=name)
 
 
-def dq_terms(tensors: tuple[Tensor, ...], lengths: tuple[int, ...], causal: bool) -> Tensor:
-    """Sizes of what cancels in dq = scale sum_s p_s (do v_s - do o) k_s, all of it for one key."""
+def cancelling_terms(
+    tensors: tuple[Tensor, ...], lengths: tuple[int, ...], causal: bool
+) -> dict[str, Tensor]:
+    """Sizes of what cancels in dq and dk: their score gradient p_s (do v_s - do o).
+
+    With one key all of it cancels, and the exact dq and dk are zero. ``lengths`` are those of the
+    keys; with fewer or more rows than keys there is one block.
+    """
     q, k, v, doutput = (x.double() for x in tensors)
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    kv_heads, scale = k.shape[1], q.shape[-1] ** -0.5
+    k, v = (x.repeat_interleave(q.shape[1] // kv_heads, 1) for x in (k, v))
     borders = list(accumulate(lengths, initial=0))
     rows = borders if q.shape[0] == k.shape[0] else [0, q.shape[0]]
-    parts = []
+    dq, dk = [], []
     for (a, b), (c, d) in zip(pairwise(rows), pairwise(borders)):
-        scores = torch.einsum("thd,shd->hts", q[a:b], k[c:d]) * q.shape[-1] ** -0.5
+        scores = torch.einsum("thd,shd->hts", q[a:b], k[c:d]) * scale
         if causal:
             scores.masked_fill_(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -torch.inf)
-        weights = scores.softmax(-1) * torch.einsum("thd,shd->hts", doutput[a:b], v[c:d]).abs()
-        parts.append(torch.einsum("hts,shd->thd", weights, k[c:d].abs()) * q.shape[-1] ** -0.5)
-    return torch.cat(parts)
+        products = torch.einsum("thd,shd->hts", doutput[a:b], v[c:d]).abs()
+        terms = scale * scores.softmax(-1) * products
+        dq.append(torch.einsum("hts,shd->thd", terms, k[c:d].abs()))
+        dk.append(torch.einsum("hts,thd->shd", terms, q[a:b].abs()))
+    return {"dq": torch.cat(dq), "dk": torch.cat(dk).unflatten(1, (kv_heads, -1)).sum(2)}
 
 
 def assert_all_within_budget(
-    actual, expected, honest, dtype: torch.dtype, *, cancelling_dq: Tensor | None = None
+    actual, expected, honest, dtype: torch.dtype, *, terms: dict[str, Tensor] | None = None
 ) -> None:
     """Each result against float64, allowed twice the error of the eager block's, rounded to dtype.
 
@@ -127,5 +135,4 @@ def assert_all_within_budget(
     """
     for name, a, b, c in zip(NAMES, actual, expected, honest, strict=True):
         assert a.dtype == (torch.float32 if name == "lse" else dtype)
-        terms = cancelling_dq if name == "dq" else None
-        assert_within_budget(a, b, c.to(dtype), terms=terms, what=name)
+        assert_within_budget(a, b, c.to(dtype), terms=(terms or {}).get(name), what=name)

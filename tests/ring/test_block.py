@@ -12,7 +12,7 @@ from tests.ring.cases import (
     HEADS,
     assert_all_equal,
     assert_all_within_budget,
-    dq_terms,
+    cancelling_terms,
     oracle,
     random_tensors,
 )
@@ -182,7 +182,7 @@ class TestOnGpu:
             rectangle_oracle(tensors),
             honest,
             dtype,
-            cancelling_dq=dq_terms(tensors, (keys,), causal=False),
+            terms=cancelling_terms(tensors, (keys,), causal=False),
         )
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -198,7 +198,7 @@ class TestOnGpu:
             oracle(tensors, lengths, causal),
             honest,
             dtype,
-            cancelling_dq=dq_terms(tensors, lengths, causal),
+            terms=cancelling_terms(tensors, lengths, causal),
         )
 
     def test_eager(self) -> None:

@@ -1,0 +1,36 @@
+"""Lightning attention as a Megatron-Core layer part, and what all our Megatron parts share.
+
+    TransformerLayerSubmodules(self_attention=lightning_attention_spec(), ...)
+
+Tensor parallel over heads, sequence parallel, context parallel through the layout of the batch. No
+TransformerEngine, no Apex, no patch of Megatron.
+"""
+
+from __future__ import annotations
+
+import lasp.megatron.version  # noqa: F401 (first: it refuses other versions of Megatron)
+from lasp.megatron.attention import (
+    LightningSelfAttention,
+    LightningSelfAttentionSubmodules,
+    lightning_attention_spec,
+    merge_projections,
+    split_projections,
+)
+from lasp.megatron.batch import PackedSequence, layout_of
+from lasp.megatron.common import groups_of, parameter_device, require
+from lasp.megatron.norm import HeadsNorm, ResidualNorm
+
+__all__ = [
+    "HeadsNorm",
+    "LightningSelfAttention",
+    "LightningSelfAttentionSubmodules",
+    "PackedSequence",
+    "ResidualNorm",
+    "groups_of",
+    "layout_of",
+    "lightning_attention_spec",
+    "merge_projections",
+    "parameter_device",
+    "require",
+    "split_projections",
+]

@@ -1,0 +1,199 @@
+"""Lightning attention as the self-attention of a Megatron layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from lasp.attention import lightning_attention
+from lasp.decay import Variant, decay_rates
+from lasp.megatron.batch import layout_of
+from lasp.megatron.common import groups_of, parameter_device, require
+from lasp.megatron.norm import HeadsNorm
+
+
+@dataclass
+class LightningSelfAttentionSubmodules:
+    """Parts of :class:`LightningSelfAttention`.
+
+    Attributes:
+        in_proj: column parallel, hidden to (q, k, v, gate) of every head, head by head.
+        out_proj: row parallel, the heads back to hidden.
+    """
+
+    in_proj: Any = ColumnParallelLinear
+    out_proj: Any = RowParallelLinear
+
+
+class LightningSelfAttention(MegatronModule):
+    """The token mixer of :class:`lasp.LightningAttention` over tensor-parallel ranks.
+
+    Head by head, ``q, k, v, g = split(W_in x)``; ``o = lightning_attention(silu(q), silu(k),
+    silu(v))`` with scale 1; ``y = W_out (sigmoid(g) * HeadsNorm(o))``. It has no positions, no mask
+    and no biases: the arguments for them are ignored. ``W_in`` is laid out ``[H, 4, head_dim]``, so
+    that a tensor-parallel slice is a range of heads, in a checkpoint too.
+
+    Args:
+        config: Megatron's; ``num_attention_heads``, ``kv_channels`` and ``num_layers`` count.
+        submodules: the projections.
+        layer_number: from 1, over all pipeline stages, as TransformerLayer passes it.
+        attn_mask_type: not read, lightning attention is causal.
+        pg_collection: its tp and cp groups; of the parallel state if None.
+        decay: formula of the decay rates, see ``lasp.decay``.
+        norm_eps: of the norm over all heads.
+
+    Communication: Megatron's of two linear layers, that of :func:`lasp.lightning_attention` over
+    cp, that of :class:`HeadsNorm` over tp.
+
+    Raises:
+        ValueError: for heads that tp does not divide and options that are not supported.
+    """
+
+    rates: Tensor
+
+    # Megatron's arguments of a self-attention, then ours.
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: LightningSelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: object = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        decay: Variant = "minimax",
+        norm_eps: float = 1e-6,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        part = "lightning attention"
+        require(config, part, attention_dropout=0.0, fp8=None, fp4=None, mtp_num_layers=None)
+        require(config, part, multi_latent_attention=False, qk_clip=False)
+        self.tp_group, self.cp_group = groups_of(pg_collection, part, "tp", "cp")
+        heads, tp_size = config.num_attention_heads, self.tp_group.size()
+        if heads % tp_size:
+            raise ValueError(
+                f"num_attention_heads must divide over {tp_size} tensor-parallel ranks, got {heads}"
+            )
+        self.head_dim, self.layer_number, self.decay = config.kv_channels, layer_number, decay
+        inner = heads * self.head_dim
+        linear = {"config": config, "bias": False, "skip_bias_add": True, "is_expert": False}
+        self.in_proj = build_module(
+            submodules.in_proj,
+            config.hidden_size,
+            4 * inner,
+            init_method=config.init_method,
+            gather_output=False,
+            tp_comm_buffer_name="qkvg",
+            tp_group=self.tp_group,
+            **linear,
+        )
+        self.out_norm = HeadsNorm(config, inner, eps=norm_eps, tp_group=self.tp_group)
+        self.out_proj = build_module(
+            submodules.out_proj,
+            inner,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            tp_comm_buffer_name="proj",
+            tp_group=self.tp_group,
+            **linear,
+        )
+        self.register_buffer("rates", self._make_rates(parameter_device(config)), persistent=False)
+
+    def _make_rates(self, device: torch.device) -> Tensor:
+        return decay_rates(
+            self.config.num_attention_heads,
+            self.layer_number - 1,
+            self.config.num_layers,
+            self.decay,
+            tp_rank=self.tp_group.rank(),
+            tp_size=self.tp_group.size(),
+            device=device,
+        )
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> LightningSelfAttention:
+        """Keep the rates float32 through every cast, as :class:`lasp.LightningAttention` does."""
+        super()._apply(fn, recurse)
+        self.rates = self._make_rates(self.rates.device)
+        return self
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        inference_context: object = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: object,
+    ) -> tuple[Tensor, None]:
+        """Mix the tokens of each document.
+
+        Args:
+            hidden_states: ``[T / tp if sequence parallel else T, B, hidden]``, B is 1 for packs.
+            attention_mask: not read.
+            inference_context: must be None.
+            packed_seq_params: see :func:`layout_of`.
+
+        Returns:
+            As ``hidden_states``, and None for the bias.
+        """
+        if inference_context is not None:
+            raise ValueError("inference_context must be None: lightning attention only trains")
+        mixed, _bias = self.in_proj(hidden_states)
+        layout = layout_of(packed_seq_params, mixed.shape[0], self.cp_group.size())
+        packed = packed_seq_params is not None
+        mixed = mixed.squeeze(1) if packed else mixed.transpose(0, 1)
+        qkv, gate = mixed.unflatten(-1, (-1, 4 * self.head_dim)).split(
+            (3 * self.head_dim, self.head_dim), dim=-1
+        )
+        q, k, v = F.silu(qkv).split(self.head_dim, dim=-1)
+        output = lightning_attention(
+            q,
+            k,
+            v,
+            self.rates,
+            layout=layout,
+            cp_group=self.cp_group,
+            output_final_state=False,
+        ).output
+        gated = torch.sigmoid(gate.flatten(-2)) * self.out_norm(output.flatten(-2))
+        projected: Tensor
+        projected, _bias = self.out_proj(gated.unsqueeze(1) if packed else gated.transpose(0, 1))
+        return projected, None
+
+    def backward_dw(self) -> None:
+        """Nothing is delayed: the weight gradients are part of the backward."""
+
+
+def lightning_attention_spec(*, decay: Variant = "minimax", norm_eps: float = 1e-6) -> ModuleSpec:
+    """Spec of a ``self_attention`` for ``TransformerLayerSubmodules``."""
+    return ModuleSpec(
+        module=LightningSelfAttention,
+        submodules=LightningSelfAttentionSubmodules(),
+        params={"decay": decay, "norm_eps": norm_eps},
+    )
+
+
+def merge_projections(qkv: Tensor, gate: Tensor, num_heads: int) -> Tensor:
+    """``in_proj.weight`` out of the two weights of :class:`lasp.LightningAttention`."""
+    q_k_v, gates = qkv.unflatten(0, (num_heads, -1)), gate.unflatten(0, (num_heads, -1))
+    return torch.cat((q_k_v, gates), dim=1).flatten(0, 1)
+
+
+def split_projections(merged: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Inverse of :func:`merge_projections`."""
+    by_head = merged.unflatten(0, (num_heads, 4, -1))
+    return by_head[:, :3].flatten(0, 2), by_head[:, 3].flatten(0, 1)

@@ -1,0 +1,96 @@
+"""RMSNorms that know tensor and sequence parallelism, in plain torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor, nn
+
+from lasp.megatron.common import parameter_device, require
+
+
+class ResidualNorm(nn.RMSNorm):
+    """RMSNorm of the residual stream, also with sequence parallelism.
+
+    Megatron's own torch norm refuses that. The gradient of its tokens is then summed over the
+    tensor-parallel ranks by Megatron.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
+    ) -> None:
+        require(
+            config, "ResidualNorm", normalization="RMSNorm", layernorm_zero_centered_gamma=False
+        )
+        super().__init__(
+            hidden_size, eps, device=parameter_device(config), dtype=config.params_dtype
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose result every rank uses in its own way: the gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class HeadsNorm(MegatronModule):
+    """RMSNorm over the features of all heads, of which each tensor-parallel rank holds a slice.
+
+    ``y = x / sqrt(sum over ranks of |x|^2 / size + eps) * weight``, float32 or wider inside.
+
+    Communication: one all-reduce of 4 bytes a token over tp, forward and backward.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, size: int, *, eps: float, tp_group: dist.ProcessGroup
+    ) -> None:
+        super().__init__(config=config)
+        self.size, self.eps, self.tp_group = size, eps, tp_group
+        weight = torch.ones(
+            size // tp_group.size(), device=parameter_device(config), dtype=config.params_dtype
+        )
+        self.weight = nn.Parameter(weight)
+        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.weight.partition_dim, self.weight.partition_stride = 0, 1  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., size / tp], this rank's features."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = wide.square().sum(-1, keepdim=True)
+        if self.tp_group.size() > 1:
+            squares = _SumOverRanks.apply(squares, self.tp_group)  # type: ignore[no-untyped-call]
+        return (wide * torch.rsqrt(squares / self.size + self.eps) * self.weight).to(x.dtype)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The weight, cut over tp along its one dim."""
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+        return sharded

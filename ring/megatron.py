@@ -1,0 +1,255 @@
+"""Ring attention as Megatron-Core layer parts.
+
+    SelfAttentionSubmodules.core_attention = RingCoreAttention     Megatron's own RoPE, [s, b, h]
+    TransformerLayer.self_attention = ring_attention_spec(...)     packs in any order of the layout
+
+Megatron's own torch attention refuses context parallelism and packed sequences; this is both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from lasp.megatron import groups_of, layout_of, require
+from ring.attention import ring_attention
+from ring.rope import apply_rotary, check_rotary_dim
+
+_CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
+
+
+class RingCoreAttention(MegatronModule):
+    """A ``core_attention``: softmax attention over context-parallel ranks, packs included.
+
+    Args:
+        config: Megatron's.
+        layer_number: not read.
+        attn_mask_type: ``causal`` or ``no_mask``, within each document.
+        attention_type: must be ``self``.
+        attention_dropout: must be 0, as in the config.
+        softmax_scale: factor of the scores; None: 1 / sqrt(head dim).
+        cp_comm_type: not read: the ring schedule decides what travels.
+        pg_collection: its cp group; of the parallel state if None.
+
+    Recomputing it (``recompute_modules=["core_attn"]``) saves nothing: only q, k, v, the output and
+    the log-sum-exp are kept anyway.
+
+    Raises:
+        ValueError: for options that are not supported.
+    """
+
+    # Megatron's arguments of a core attention.
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        part = "ring attention"
+        require(config, part, attention_dropout=0.0, fp8=None, fp4=None, mtp_num_layers=None)
+        require(config, part, window_size=None, softmax_type="vanilla", qk_clip=False)
+        require(config, part, apply_query_key_layer_scaling=False, multi_latent_attention=False)
+        if attention_dropout or attention_type != "self":
+            raise ValueError(
+                "ring attention must be self-attention without dropout, got attention_type"
+                f" {attention_type!r}, attention_dropout {attention_dropout}"
+            )
+        self._check_mask_type(attn_mask_type)
+        (self.cp_group,) = groups_of(pg_collection, part, "cp")
+        self.attn_mask_type, self.softmax_scale = attn_mask_type, softmax_scale
+
+    @staticmethod
+    def _check_mask_type(mask_type: AttnMaskType) -> None:
+        if mask_type not in _CAUSAL:
+            raise ValueError(
+                f"attn_mask_type must be one of {[m.name for m in _CAUSAL]}, got {mask_type}: pass"
+                " it in the ModuleSpec's params; padding is a document of the layout"
+            )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: object,
+    ) -> Tensor:
+        """Attention of this rank's tokens.
+
+        Args:
+            query: ``[T, B, heads, D]``, or ``[T, heads, D]`` for a pack.
+            key: likewise, with the key heads.
+            value: as ``key``.
+            attention_mask: not read: ``attn_mask_type`` and the documents are the mask.
+            attn_mask_type: that of the constructor if None.
+            attention_bias: must be None.
+            packed_seq_params: see :func:`lasp.megatron.layout_of`.
+
+        Returns:
+            ``[T, B, heads * D]``, or ``[T, heads * D]`` for a pack.
+        """
+        if attention_bias is not None:
+            raise ValueError("attention_bias must be None: ring attention has no additive bias")
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        self._check_mask_type(mask_type)
+        layout = layout_of(packed_seq_params, query.shape[0], self.cp_group.size())
+        batched = query.dim() == 4
+        q, k, v = (x.transpose(0, 1) if batched else x for x in (query, key, value))
+        output = ring_attention(
+            q,
+            k,
+            v,
+            layout=layout,
+            cp_group=self.cp_group,
+            causal=_CAUSAL[mask_type],
+            scale=self.softmax_scale,
+        ).output.flatten(-2)
+        return output.transpose(0, 1).contiguous() if batched else output
+
+
+class RingSelfAttention(SelfAttention):
+    """Megatron's self-attention with positions of the layout: RoPE right for every order.
+
+    Megatron's RoPE takes packs for cut per document. Here angles are computed in float64 at
+    ``layout.position_ids``. The projections, their initialisation and checkpoint keys are
+    SelfAttention's.
+
+    Args:
+        config: Megatron's.
+        submodules: SelfAttention's; ``core_attention`` is :class:`RingCoreAttention`.
+        layer_number: from 1.
+        attn_mask_type: ``causal`` or ``no_mask``.
+        pg_collection: its tp and cp groups; of the parallel state if None.
+        rotary_dim: dims of each head that are rotated; 0: none. MiniMax-01: half.
+        rope_base: of the wavelengths.
+        optional: what a Megatron version passes besides.
+
+    Raises:
+        ValueError: for options that are not supported.
+    """
+
+    # Megatron's arguments of a self-attention, then ours.
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        rotary_dim: int = 0,
+        rope_base: float = 10_000.0,
+        **optional: Any,
+    ) -> None:
+        part = "ring self-attention"
+        require(config, part, apply_rope_fusion=False, rotary_interleaved=False, no_rope_freq=None)
+        require(config, part, attention_output_gate=False)
+        check_rotary_dim(rotary_dim, config.kv_channels)
+        tp_group, _ = groups_of(pg_collection, part, "tp", "cp")
+        groups = config.num_query_groups
+        if groups % tp_group.size() or config.num_attention_heads % tp_group.size():
+            raise ValueError(
+                f"num_attention_heads and num_query_groups must divide over {tp_group.size()}"
+                f" tensor-parallel ranks, got {config.num_attention_heads} and {groups}"
+            )
+        super().__init__(
+            config,
+            submodules,
+            layer_number,
+            attn_mask_type=attn_mask_type,
+            pg_collection=pg_collection,
+            **optional,
+        )
+        self.rotary_dim, self.rope_base = rotary_dim, rope_base
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        inference_context: object = None,
+        rotary_pos_emb: object = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of this rank's tokens to their documents.
+
+        Args:
+            hidden_states: ``[T / tp if sequence parallel else T, B, hidden]``, B is 1 for packs.
+            attention_mask: not read.
+            inference_context: must be None.
+            rotary_pos_emb: must be None: GPTModel(position_embedding_type="none").
+            attention_bias: must be None.
+            packed_seq_params: see :func:`lasp.megatron.layout_of`.
+
+        Returns:
+            The output as ``hidden_states``, and the bias of the projection, not added.
+        """
+        if inference_context is not None:
+            raise ValueError("inference_context must be None: ring attention only trains")
+        if rotary_pos_emb is not None:
+            raise ValueError(
+                "rotary_pos_emb must be None: ring self-attention rotates by itself; build the"
+                " model with position_embedding_type='none' and give rotary_dim in the spec"
+            )
+        query, key, value = self.get_query_key_value_tensors(hidden_states, None)
+        cp_group = self.core_attention.cp_group
+        layout = layout_of(packed_seq_params, query.shape[0], cp_group.size())
+        positions = layout.position_ids(cp_group.rank(), query.device)
+        query, key = (  # apply_rotary takes [..., T, H, D]
+            apply_rotary(
+                x.transpose(0, 1), positions, rotary_dim=self.rotary_dim, base=self.rope_base
+            ).transpose(0, 1)
+            for x in (query, key)
+        )
+        packed = packed_seq_params is not None
+        if packed:
+            query, key, value = (x.squeeze(1) for x in (query, key, value))
+        output = self.core_attention(
+            query,
+            key,
+            value,
+            attention_bias=attention_bias,
+            packed_seq_params=packed_seq_params,
+        )
+        projected: tuple[Tensor, Tensor | None]
+        projected = self.linear_proj(output.unsqueeze(1) if packed else output)
+        return projected
+
+
+def ring_attention_spec(*, rotary_dim: int, rope_base: float = 10_000.0) -> ModuleSpec:
+    """Spec of a ``self_attention`` for ``TransformerLayerSubmodules``."""
+    return ModuleSpec(
+        module=RingSelfAttention,
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=RingCoreAttention,
+            linear_proj=RowParallelLinear,
+        ),
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "rotary_dim": rotary_dim,
+            "rope_base": rope_base,
+        },
+    )

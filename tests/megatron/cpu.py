@@ -1,0 +1,64 @@
+"""Megatron-Core on CPU ranks, for tests only: what it takes to run without a GPU.
+
+``run_on_cpu()`` replaces, in this process:
+
+    torch.cuda.current_device      where Megatron makes its buffers: the CPU
+    torch.cuda's RNG calls         Megatron's tracker saves and restores the CPU generator
+    te_general_gemm                a name that 0.16 without TransformerEngine reads, undefined
+
+Nothing here is imported by the library; on a GPU none of it is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import random as megatron_random
+
+
+def run_on_cpu() -> None:
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+_parallel: dict[str, int] | None = None
+
+
+def initialize(device: str = "cpu", **sizes: int) -> ProcessGroupCollection:
+    """Megatron's parallel state of these sizes (tp, cp, pp, ep, etp), kept while they stay.
+
+    Communicators of a former call are left to die with the pool.
+    """
+    global _parallel
+    if device == "cpu":
+        run_on_cpu()
+    if _parallel != sizes:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=sizes.get("tp", 1),
+            pipeline_model_parallel_size=sizes.get("pp", 1),
+            context_parallel_size=sizes.get("cp", 1),
+            expert_model_parallel_size=sizes.get("ep", 1),
+            expert_tensor_parallel_size=sizes.get("etp", 1),
+        )
+        _parallel = dict(sizes)
+    megatron_random.model_parallel_cuda_manual_seed(1)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def summed(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    x = x.clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def gathered(x: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return parts

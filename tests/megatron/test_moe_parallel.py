@@ -1,0 +1,128 @@
+"""The MoE layer in Megatron is moe_parallel.ExpertParallelMoE, over any ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig
+from moe_parallel.megatron import ExpertParallelMoELayer, expert_parallel_moe_spec
+from tests.closeness import assert_equal_to_rounding
+from tests.megatron.attention import parallel_config
+from tests.megatron.cpu import initialize, summed
+from tests.moe_parallel.batch import ORDERS, assemble, assemble_expert, local_rows, random_batch
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.megatron
+
+NUM_TOKENS = 29
+OPTIONS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 12,
+    "moe_aux_loss_coeff": 0.3,
+    "moe_router_load_balancing_type": "global_aux_loss",
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_expert_capacity_factor": 1.0,
+    "moe_token_drop_policy": "position",
+}
+NAMES = ("output", "input", "gate_weight", "w13", "w2")
+
+
+def plain() -> ExpertParallelMoE:
+    moe = MoEConfig(10, 12, 4, 2, capacity_factor=1.0, aux_loss_coefficient=0.3)
+    return ExpertParallelMoE(moe, seed=1, dtype=torch.float64)
+
+
+def load_plain(layer: ExpertParallelMoELayer, groups: ProcessGroupCollection) -> None:
+    whole, experts = plain(), layer.moe.experts
+    layer.moe.gate_weight.data.copy_(whole.gate_weight)
+    for name, (ep_dim, etp_dim) in experts.sharding().items():
+        weight = getattr(whole.experts, name)
+        weight = weight.chunk(groups.ep.size(), ep_dim)[groups.ep.rank()]
+        weight = weight.chunk(groups.expt_tp.size(), etp_dim)[groups.expt_tp.rank()]
+        getattr(experts, name).data.copy_(weight)
+
+
+def layer_on_rank(sizes: dict[str, int], order_name: str, options: dict[str, Any]) -> list[Tensor]:
+    """Output, input gradient, and what Megatron's scaling makes of the parameter gradients."""
+    groups = initialize(**sizes)
+    spec = expert_parallel_moe_spec()
+    layer = build_module(
+        spec, config=parallel_config(sizes, **OPTIONS, **options), pg_collection=groups
+    )
+    load_plain(layer, groups)
+    tokens, rank = groups.tp_dp_cp.size(), groups.tp_dp_cp.rank()
+    cp, dp = groups.cp.size(), tokens // groups.tp.size() // groups.cp.size()
+    order = ORDERS[order_name](NUM_TOKENS, tokens)
+    batch = random_batch(NUM_TOKENS, 10)
+    hidden = local_rows(batch.x, order, rank, padding=torch.nan).unsqueeze(1).requires_grad_()
+    grad = local_rows(batch.grad, order, rank, padding=torch.nan).unsqueeze(1)
+    # The schedule scales the auxiliary loss by cp, DDP divides every gradient by dp cp; with
+    # calculate_per_token_loss Megatron divides by the tokens instead.
+    divisor = NUM_TOKENS if options.get("calculate_per_token_loss") else dp * cp
+    scale = 1.0 if options.get("calculate_per_token_loss") else float(cp)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([scale]))
+    output, bias = layer(hidden, token_order=order)
+    assert bias is None
+    output.backward(grad * divisor)
+    gate = summed(layer.moe.gate_weight.grad, groups.tp_dp_cp) / divisor
+    experts = [summed(p.grad, groups.expt_dp) / divisor for p in layer.moe.experts.parameters()]
+    return [output.detach().squeeze(1), hidden.grad.squeeze(1) / divisor, gate, *experts]
+
+
+def plain_results() -> list[Tensor]:
+    layer, batch = plain(), random_batch(NUM_TOKENS, 10)
+    hidden = batch.x.requires_grad_()
+    result = layer(hidden)
+    assert int(result.stats.dropped.sum()) > 0  # capacity is at work
+    torch.autograd.backward([result.output, result.aux_loss], [batch.grad, None])
+    experts = [p.grad for p in layer.experts.parameters()]
+    return [result.output.detach(), hidden.grad, layer.gate_weight.grad, *experts]
+
+
+SPLITS = [
+    (1, {}, "ragged"),
+    (2, {"ep": 2}, "ragged"),
+    (2, {"tp": 2, "ep": 2}, "zigzag"),
+    (2, {"tp": 2, "etp": 2}, "zigzag"),
+    (4, {"cp": 2, "ep": 2, "etp": 2}, "shuffled"),
+    (4, {"tp": 2, "cp": 2, "ep": 4}, "shuffled"),
+    (4, {"tp": 2, "ep": 2}, "zigzag"),
+    (4, {"etp": 4}, "ragged"),
+]
+
+
+def check(num_ranks: int, sizes: dict[str, int], order_name: str, **options: Any) -> None:
+    results = run_on_ranks(layer_on_rank, num_ranks, sizes, order_name, options)
+    order = ORDERS[order_name](NUM_TOKENS, num_ranks)
+    ep, etp = sizes.get("ep", 1), sizes.get("etp", 1)
+    topology = ExpertTopology(num_ranks, ep=ep, etp=etp)
+    replicas = topology.edp
+    actual = [assemble([r[i] for r in results], order) for i in (0, 1)]
+    actual.append(results[0][2])
+    for i, name in ((3, "w13"), (4, "w2")):
+        parts = [result[i] / replicas for result in results]  # summed over them on each already
+        actual.append(assemble_expert(parts, name, topology))
+    for name, tensor, expected in zip(NAMES, actual, plain_results(), strict=True):
+        assert_equal_to_rounding(tensor, expected, what=name)
+
+
+@pytest.mark.parametrize(("num_ranks", "sizes", "order_name"), SPLITS)
+def test_equals_the_plain_layer(num_ranks, sizes, order_name) -> None:
+    check(num_ranks, sizes, order_name)
+
+
+def test_loss_per_token() -> None:
+    check(4, {"cp": 2, "ep": 2}, "zigzag", calculate_per_token_loss=True)
+
+
+def test_recomputed() -> None:
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    check(2, {"ep": 2}, "zigzag", **recompute)

@@ -4,7 +4,7 @@
 
     torch.cuda.current_device      where Megatron makes its buffers: the CPU
     torch.cuda's RNG calls         Megatron's tracker saves and restores the CPU generator
-    te_general_gemm                a name that 0.16 without TransformerEngine reads, undefined
+    torch.cuda.synchronize         before a checkpoint is written: nothing to wait for
 
 Nothing here is imported by the library; on a GPU none of it is needed.
 """
@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 def run_on_cpu() -> None:
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda *_: None
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()

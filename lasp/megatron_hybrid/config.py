@@ -1,0 +1,99 @@
+"""What a hybrid layer needs beside Megatron's config, and what of that it refuses."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lasp.decay import Variant
+from lasp.megatron import require
+
+
+class ResidualScale(NamedTuple):
+    """``alpha * residual + beta * f(x)``."""
+
+    alpha: float = 1.0
+    beta: float = 1.0
+
+
+_NO_SCALE = ResidualScale()
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+    """What a hybrid layer needs beside Megatron's TransformerConfig.
+
+    Attributes:
+        residual: ``post``, the residual is the *normed* input (MiniMax-01), or ``pre``.
+        lightning: residual weights around lightning attention.
+        softmax: around softmax attention.
+        mlp: around the experts or the dense MLP.
+        rotary_dim: rotated dims of each head in softmax layers.
+        rope_base: of the wavelengths.
+        decay: formula of the decay rates in lightning layers.
+        expert_init_gain: factor of the experts' initial standard deviation.
+    """
+
+    residual: Literal["pre", "post"] = "pre"
+    lightning: ResidualScale = _NO_SCALE
+    softmax: ResidualScale = _NO_SCALE
+    mlp: ResidualScale = _NO_SCALE
+    rotary_dim: int = 0
+    rope_base: float = 10_000.0
+    decay: Variant = "minimax"
+    expert_init_gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.residual not in ("pre", "post"):
+            raise ValueError(f"residual must be 'pre' or 'post', got {self.residual!r}")
+
+    @classmethod
+    def deepnorm(cls, num_layers: int, **fields: Any) -> HybridConfig:
+        """Post-norm with alpha = (2 N)^(1/4), beta 1 and experts drawn (8 N)^(-1/4) smaller."""
+        scale = ResidualScale(alpha=math.pow(2 * num_layers, 0.25))
+        gain = math.pow(8 * num_layers, -0.25)
+        return cls("post", scale, scale, scale, expert_init_gain=gain, **fields)
+
+
+PRE_NORM = HybridConfig()
+MINIMAX_TEXT_01 = HybridConfig.deepnorm(80, rotary_dim=64, rope_base=10_000_000.0)
+
+
+def is_softmax(pattern: str, layer_index: int) -> bool:
+    """Whether layer ``layer_index``, from 0, is softmax attention: "7:1" is seven lightning first.
+
+    Raises:
+        ValueError: unless the pattern is two counts, not both zero.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    lightning, softmax = map(int, match.groups()) if match else (0, 0)
+    if lightning + softmax == 0:
+        raise ValueError(
+            f"pattern must be 'lightning layers:softmax layers' such as '7:1', got {pattern!r}"
+        )
+    return layer_index % (lightning + softmax) >= lightning
+
+
+def check_config(config: TransformerConfig) -> None:
+    """Raise ValueError, naming the option, for what hybrid layers do not support."""
+    part = "hybrid layers"
+    require(config, part, hidden_dropout=0.0, attention_dropout=0.0, mtp_num_layers=None)
+    require(config, part, apply_residual_connection_post_layernorm=False, cuda_graph_impl="none")
+    require(config, part, fp32_residual_connection=False, overlap_moe_expert_parallel_comm=False)
+    require(config, part, fine_grained_activation_offloading=False, heterogeneous_block_specs=False)
+    require(config, part, moe_layer_freq=1)
+    modules = set(config.recompute_modules or ()) if config.recompute_granularity else set()
+    if config.recompute_granularity == "selective" and not modules <= {"core_attn", "moe"}:
+        raise ValueError(
+            "config.recompute_modules must be among ['core_attn', 'moe'] for hybrid layers, got"
+            f" {sorted(modules)}"
+        )
+    if config.linear_attention_freq is None and not config.hetereogenous_dist_checkpoint:
+        raise ValueError(
+            "config.linear_attention_freq must be set for hybrid layers, got None: it gives the"
+            " layers of a checkpoint keys of their own; set 8 for the pattern '7:1'"
+        )

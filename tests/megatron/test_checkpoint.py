@@ -1,0 +1,148 @@
+"""A checkpoint written under one parallel layout is the same model under another."""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+
+from moe_parallel.megatron import expert_parallel_moe_spec
+from tests.megatron.attention import parallel_config
+from tests.megatron.cpu import initialize
+from tests.megatron.test_hybrid import build_block, cuts, global_name, megatron_names, plain_model
+from tests.megatron.test_moe_parallel import OPTIONS, load_plain, plain
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.megatron
+
+
+def save(sharded: dict[str, Any], directory: Path) -> None:
+    # Megatron writes from processes of its own, which a daemon such as a rank may not have.
+    multiprocessing.current_process()._config["daemon"] = False
+    options = {}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        options["async_strategy"] = "mcore"  # from 0.17 another package by default
+    dist_checkpointing.save(sharded, str(directory), **options)
+
+
+def save_block(sizes: dict[str, int], directory: Path) -> None:
+    block = build_block(sizes, initialize(**sizes))
+    save(block.sharded_state_dict("decoder."), directory)
+
+
+def load_block(sizes: dict[str, int], directory: Path) -> None:
+    """Every parameter is its part of the plain model's, bit for bit."""
+    groups = initialize(**sizes)
+    block = build_block(sizes, groups)
+    for parameter in block.parameters():
+        parameter.data.fill_(torch.nan)
+    sharded = block.sharded_state_dict("decoder.")
+    loaded = dist_checkpointing.load(sharded, str(directory))
+    loaded = {name.removeprefix("decoder."): value for name, value in loaded.items()}
+    missing, unexpected = block.load_state_dict(loaded, strict=False)
+    assert not unexpected
+    assert all(name.endswith("_extra_state") for name in missing), missing
+    weights = megatron_names(dict(plain_model().named_parameters()))
+    for name, parameter in block.named_parameters():
+        part = weights[global_name(name, block)]
+        for group, dim in cuts(name, groups):
+            part = part.chunk(group.size(), dim)[group.rank()]
+        assert torch.equal(parameter, part), name
+
+
+LAYOUTS = [
+    (1, {}),
+    (2, {"tp": 2, "ep": 2}),
+    (4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2}),
+    (4, {"pp": 2, "cp": 2, "etp": 2}),
+]
+
+
+def test_loads_under_every_other_layout(tmp_path: Path) -> None:
+    for number, (num_ranks, sizes) in enumerate(LAYOUTS):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        run_on_ranks(save_block, num_ranks, sizes, directory)
+        others, other_sizes = LAYOUTS[number - 1]
+        run_on_ranks(load_block, others, other_sizes, directory)
+
+
+def megatrons_layer(sizes: dict[str, int], groups: ProcessGroupCollection) -> Any:
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = ModuleSpec(SequentialMLP, submodules=linears)
+    spec = ModuleSpec(MoELayer, submodules=MoESubmodules(experts=experts))
+    # The dispatcher that makes no CUDA stream; it has no capacity.
+    dispatcher = {"moe_token_dispatcher_type": "allgather", "moe_expert_capacity_factor": None}
+    options = parallel_config(sizes, **(OPTIONS | dispatcher))
+    return build_module(spec, config=options, pg_collection=groups)
+
+
+def our_layer(sizes: dict[str, int], groups: ProcessGroupCollection) -> Any:
+    options = parallel_config(sizes, **OPTIONS)
+    return build_module(expert_parallel_moe_spec(), config=options, pg_collection=groups)
+
+
+def save_layer(theirs: bool, sizes: dict[str, int], directory: Path) -> None:
+    groups = initialize(**sizes)
+    if theirs:
+        layer = megatrons_layer(sizes, groups)
+        copy_to_megatrons(layer, groups)
+    else:
+        layer = our_layer(sizes, groups)
+        load_plain(layer, groups)
+    save(layer.sharded_state_dict("mlp."), directory)
+
+
+def parts_of(groups: ProcessGroupCollection) -> tuple[Any, Any]:
+    """This rank's w13 and w2 of the plain layer."""
+    whole = plain().experts
+    return tuple(
+        getattr(whole, name)
+        .chunk(groups.ep.size(), ep_dim)[groups.ep.rank()]
+        .chunk(groups.expt_tp.size(), etp_dim)[groups.expt_tp.rank()]
+        for name, (ep_dim, etp_dim) in whole.sharding().items()
+    )
+
+
+def copy_to_megatrons(layer: Any, groups: ProcessGroupCollection) -> None:
+    layer.router.weight.data.copy_(plain().gate_weight)
+    for w13, w2, expert in zip(*parts_of(groups), layer.experts.local_experts, strict=True):
+        expert.linear_fc1.weight.data.copy_(w13.flatten(0, 1))
+        expert.linear_fc2.weight.data.copy_(w2)
+
+
+def load_layer(theirs: bool, sizes: dict[str, int], directory: Path) -> None:
+    groups = initialize(**sizes)
+    layer = (megatrons_layer if theirs else our_layer)(sizes, groups)
+    for parameter in layer.parameters():
+        parameter.data.fill_(torch.nan)
+    loaded = dist_checkpointing.load(layer.sharded_state_dict("mlp."), str(directory))
+    layer.load_state_dict({n.removeprefix("mlp."): v for n, v in loaded.items()}, strict=False)
+    gate = layer.router.weight if theirs else layer.moe.gate_weight
+    assert torch.equal(gate, plain().gate_weight)
+    w13, w2 = parts_of(groups)
+    if theirs:
+        for index, expert in enumerate(layer.experts.local_experts):
+            assert torch.equal(expert.linear_fc1.weight, w13[index].flatten(0, 1))
+            assert torch.equal(expert.linear_fc2.weight, w2[index])
+    else:
+        assert torch.equal(layer.moe.experts.w13, w13)
+        assert torch.equal(layer.moe.experts.w2, w2)
+
+
+@pytest.mark.parametrize("theirs_first", [True, False])
+def test_experts_interchange_with_megatrons(tmp_path: Path, theirs_first: bool) -> None:
+    first, second = (2, {"ep": 2}), (2, {"tp": 2, "etp": 2})
+    run_on_ranks(save_layer, first[0], theirs_first, first[1], tmp_path)
+    run_on_ranks(load_layer, second[0], not theirs_first, second[1], tmp_path)

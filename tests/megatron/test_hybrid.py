@@ -1,0 +1,241 @@
+"""Hybrid layers in Megatron are lasp.hybrid.HybridModel's, over any ranks and stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from lasp.hybrid import AttentionConfig, HybridModel, pack_batch
+from lasp.hybrid import HybridConfig as PlainConfig
+from lasp.megatron_hybrid import HybridConfig, hybrid_block_spec, is_softmax, pack_sequences
+from moe_parallel import MoEConfig
+from tests.closeness import assert_equal_to_rounding
+from tests.megatron import test_lasp, test_ring
+from tests.megatron.attention import CUT, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, parallel_config
+from tests.megatron.cpu import gathered, initialize, summed
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.megatron
+
+PACKS = ((13, 1, 0, 20, 6), (2, 37, 1))
+TOKENS = sum(map(sum, PACKS))
+LAYERS, PATTERN = 4, "1:1"
+HYBRID = HybridConfig.deepnorm(LAYERS, rotary_dim=4, rope_base=100.0)
+OPTIONS = {
+    "num_layers": LAYERS,
+    "linear_attention_freq": 2,
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 8,
+    "moe_aux_loss_coeff": 0.1,
+    "moe_router_load_balancing_type": "global_aux_loss",
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_expert_capacity_factor": 1.0,
+    "moe_token_drop_policy": "position",
+    "pipeline_dtype": torch.float64,
+}
+
+
+def plain_model() -> HybridModel:
+    config = PlainConfig(
+        num_layers=LAYERS,
+        vocab_size=7,
+        attention=AttentionConfig(HEADS, KV_HEADS, HEAD_DIM, rotary_dim=4, rope_base=100.0),
+        moe=MoEConfig(HIDDEN, 8, 4, 2, capacity_factor=1.0, aux_loss_coefficient=0.1),
+        softmax_period=2,
+    )
+    model = HybridModel(config, dtype=torch.float64)
+    model.reset_parameters(0)
+    return model
+
+
+def megatron_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values of the plain model's decoder layers under the names of Megatron's block."""
+    named = {"final_layernorm.weight": values["final_norm.weight"]}
+    for index in range(LAYERS):
+        prefix = f"layers.{index}."
+        part = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
+        mixer = {n.removeprefix("attention."): v for n, v in part.items()}
+        names = test_ring if is_softmax(PATTERN, index) else test_lasp
+        inner = {f"self_attention.{n}": v for n, v in names.megatron_names(mixer).items()}
+        inner["input_layernorm.weight"] = part["attention_norm.weight"]
+        inner["pre_mlp_layernorm.weight"] = part["moe_norm.weight"]
+        inner |= {f"mlp.{n}": v for n, v in part.items() if n.startswith("moe.")}
+        named |= {prefix + n: v for n, v in inner.items()}
+    return named
+
+
+def plain_results() -> dict[str, Tensor]:
+    model = plain_model()
+    batch = pack_batch([PACKS[0] + PACKS[1]], dp_rank=0, num_ranks=1, order="contiguous")
+    hidden = random_input().requires_grad_()
+    x, aux = hidden, 0.0
+    for layer in model.decoder_layers():
+        x, aux_loss, _ = layer(x, batch)
+        aux = aux + aux_loss
+    output = model.final_norm(x)
+    torch.autograd.backward([output, aux], [output.detach().cos(), None])
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": output.detach(), "input": hidden.grad, **megatron_names(grads)}
+
+
+def random_input() -> Tensor:
+    return torch.randn(
+        TOKENS, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+    )
+
+
+def cuts(name: str, groups: Any) -> list[tuple[Any, int]]:
+    """How a parameter is cut: pairs of a process group and a dim."""
+    if ".experts.w" in name:
+        return [(groups.ep, 0), (groups.expt_tp, 2)]
+    for part, dim in CUT.items():
+        if f".{part}." in name:
+            return [(groups.tp, dim)]
+    return []
+
+
+def build_block(sizes: dict[str, int], groups: Any, **options: Any) -> TransformerBlock:
+    config = parallel_config(sizes, **(OPTIONS | options))
+    stage, stages = groups.pp.rank(), groups.pp.size()
+    block = TransformerBlock(
+        config,
+        hybrid_block_spec(config, PATTERN, hybrid=HYBRID),
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
+        pg_collection=groups,
+    )
+    weights = megatron_names(dict(plain_model().named_parameters()))
+    for name, parameter in block.named_parameters():
+        part = weights[global_name(name, block)]
+        for group, dim in cuts(name, groups):
+            part = part.chunk(group.size(), dim)[group.rank()]
+        assert part.shape == parameter.shape, name
+        parameter.data.copy_(part)
+    return block
+
+
+def global_name(name: str, block: TransformerBlock) -> str:
+    head, _, rest = name.partition(".")
+    if head != "layers":
+        return name
+    local, _, rest = rest.partition(".")
+    return f"layers.{block.layers[int(local)].layer_number - 1}.{rest}"
+
+
+def whole_gradient(name: str, parameter: torch.nn.Parameter, groups: Any) -> Tensor:
+    """Summed over replicas and joined, as Megatron's DDP and finalize_model_grads sum it."""
+    expert = ".experts.w" in name
+    apart = groups.ep.size() > 1 or groups.expt_tp.size() != groups.tp.size()
+    assert getattr(parameter, "allreduce", True) != (expert and apart)
+    grad = summed(parameter.grad, groups.expt_dp if expert else groups.dp_cp)
+    if getattr(parameter, "sequence_parallel", False):
+        grad = summed(grad, groups.tp)
+    for group, dim in reversed(cuts(name, groups)):
+        grad = torch.cat(gathered(grad, group), dim)
+    return grad
+
+
+def block_on_rank(sizes: dict[str, int], order: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    groups = initialize(**sizes)
+    block = build_block(sizes, groups, **options)
+    dp_rank, dp = groups.dp.rank(), groups.dp.size()
+    tp, cp = groups.tp.size(), groups.cp.size()
+    lengths = [PACKS[0] + PACKS[1]] if dp == 1 else list(PACKS)
+    packed = pack_sequences(lengths, dp_rank=dp_rank, cp_size=cp, tp_size=tp, order=order)
+    layout = packed.layout
+    pack = random_input().split([sum(of_replica) for of_replica in lengths])[dp_rank]
+    # A loss of every rank's own; dp cp times it, for DDP's mean, and the schedule's factor of cp.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([float(cp)]))
+
+    padded = torch.nn.functional.pad(pack, (0, 0, 0, layout.num_tokens - len(pack)))
+    local = layout.shard(padded, groups.cp.rank()).chunk(tp)[groups.tp.rank()]
+    hidden = local.unsqueeze(1).clone()
+    stage, stages = groups.pp.rank(), groups.pp.size()
+    neighbours = dist.get_process_group_ranks(groups.pp)
+    if stage > 0:
+        dist.recv(hidden, neighbours[stage - 1])
+    hidden.requires_grad_()
+    block.set_input_tensor(hidden)
+    output = block(hidden, attention_mask=None, packed_seq_params=packed)
+    if stage < stages - 1:
+        dist.send(output.detach().contiguous(), neighbours[stage + 1])
+        grad = torch.empty_like(output)
+        dist.recv(grad, neighbours[stage + 1])
+    else:
+        mask = torch.zeros(layout.num_tokens, dtype=torch.float64)
+        mask[: len(pack)] = 1.0
+        mask = layout.shard(mask, groups.cp.rank()).chunk(tp)[groups.tp.rank()].view(-1, 1, 1)
+        grad = output.detach().cos() * mask * (dp * cp)
+    output.backward(grad)
+    if stage > 0:
+        dist.send(hidden.grad.contiguous(), neighbours[stage - 1])
+
+    def join(x: Tensor) -> Tensor:
+        whole = layout.unshard(gathered(torch.cat(gathered(x.squeeze(1), groups.tp)), groups.cp))
+        return whole[: len(pack)]
+
+    result = {
+        global_name(name, block): whole_gradient(name, p, groups) / (dp * cp)
+        for name, p in block.named_parameters()
+    }
+    if stage == stages - 1:
+        result["output"] = join(output.detach())
+    if stage == 0:
+        result["input"] = join(hidden.grad) / (dp * cp)
+    return {**result, "dp_rank": dp_rank}
+
+
+def check(num_ranks: int, sizes: dict[str, int], order: str, **options: Any) -> None:
+    expected = plain_results()
+    results = run_on_ranks(block_on_rank, num_ranks, sizes, order, options)
+    seen = set()
+    for result in results:
+        dp_rank = result.pop("dp_rank")
+        for name, tensor in result.items():
+            whole = expected[name]
+            if name in ("output", "input") and len(tensor) < TOKENS:
+                whole = whole.split([sum(pack) for pack in PACKS])[dp_rank]
+            assert_equal_to_rounding(tensor, whole, what=name)
+            seen.add(name)
+    assert seen == expected.keys()
+
+
+SPLITS = [
+    (1, {}, "contiguous"),
+    (2, {"tp": 2, "etp": 2}, "contiguous"),
+    (2, {"cp": 2, "ep": 2}, "zigzag"),
+    (2, {"pp": 2}, "contiguous"),
+    (4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2}, "fold"),
+    (4, {"pp": 2, "cp": 2, "ep": 2}, "zigzag"),
+    (4, {"cp": 2, "ep": 4}, "fold"),
+    (4, {"cp": 4, "ep": 2}, "zigzag"),
+    (4, {"tp": 2, "ep": 4}, "zigzag"),
+    (4, {"tp": 2, "pp": 2, "ep": 2}, "contiguous"),
+]
+
+
+@pytest.mark.parametrize(("num_ranks", "sizes", "order"), SPLITS)
+def test_equals_the_plain_hybrid(num_ranks, sizes, order) -> None:
+    check(num_ranks, sizes, order)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
+        {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    ],
+)
+def test_recomputed(recompute: dict[str, Any]) -> None:
+    check(2, {"cp": 2, "ep": 2}, "zigzag", **recompute)

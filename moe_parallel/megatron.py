@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
+    make_sharded_object_for_checkpoint,
     make_sharded_tensors_for_checkpoint,
 )
 from torch import Tensor, nn
@@ -221,21 +221,40 @@ class ExpertParallelMoELayer(MoELayer):
             result[f"{prefix}moe.experts.{name}"] = self._expert_factory(
                 name, f"{prefix}experts.experts.{key}.weight", tuple(sharded_offsets)
             )
+            # Megatron's linear layers save an empty extra state each and ask for it when loading.
+            for index in range(self.num_local_experts):
+                result[f"{prefix}moe.experts.{name}.{index}._extra_state"] = (
+                    make_sharded_object_for_checkpoint(
+                        None,
+                        f"{prefix}experts.experts.{key}._extra_state",
+                        (*sharded_offsets, self._expert_offset(len(sharded_offsets), index)),
+                        replica_id=(0, self.groups.expt_tp.rank(), self.groups.expt_dp.rank()),
+                    )
+                )
         return result
+
+    def _expert_offset(self, axis: int, index: int) -> tuple[int, int, int]:
+        """Where a local expert is along the axis of all experts."""
+        first = self.groups.ep.rank() * self.num_local_experts
+        return axis, first + index, self.moe.config.num_experts
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Drop the extra states, which hold nothing."""
+        for name in [n for n in state_dict if n.startswith(prefix) and n.endswith("_extra_state")]:
+            del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _expert_factory(self, name: str, key: str, offsets: tuple[Any, ...]) -> Any:
         """Pieces of ``w13`` or ``w2`` in the whole ``[E, 2 F, hidden]`` or ``[E, hidden, F]``.
 
         Megatron has the gates of all ETP ranks before their ups, along the same dim.
         """
-        ep, etp = self.groups.ep, self.groups.expt_tp
-        experts, first, axes = self.moe.config.num_experts, ep.rank(), len(offsets)
-        local = self.num_local_experts
+        etp, axes = self.groups.expt_tp, len(offsets)
 
         def build(key: str, data: Tensor, replica_id: Any, flattened_range: Any) -> list[Any]:
             pieces = []
-            for index in range(local):
-                expert = (axes, first * local + index, experts)
+            for index in range(self.num_local_experts):
+                expert = self._expert_offset(axes, index)
                 if name == "w13":
                     cuts = [
                         (
@@ -274,4 +293,4 @@ def expert_parallel_moe_spec(*, init_gain: float = 1.0) -> ModuleSpec:
     return ModuleSpec(module=ExpertParallelMoELayer, params={"init_gain": init_gain})
 
 
-__all__ = ["ExpertParallelMoELayer", "dist", "expert_parallel_moe_spec", "moe_config"]
+__all__ = ["ExpertParallelMoELayer", "expert_parallel_moe_spec", "moe_config"]

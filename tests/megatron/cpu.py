@@ -32,7 +32,7 @@ _parallel: dict[str, int] | None = None
 
 
 def initialize(device: str = "cpu", **sizes: int) -> ProcessGroupCollection:
-    """Megatron's parallel state of these sizes (tp, cp, pp, ep, etp), kept while they stay.
+    """Megatron's parallel state of these sizes (tp, cp, pp, vpp, ep, etp), kept while they stay.
 
     Communicators of a former call are left to die with the pool.
     """
@@ -44,6 +44,7 @@ def initialize(device: str = "cpu", **sizes: int) -> ProcessGroupCollection:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=sizes.get("tp", 1),
             pipeline_model_parallel_size=sizes.get("pp", 1),
+            virtual_pipeline_model_parallel_size=sizes.get("vpp"),
             context_parallel_size=sizes.get("cp", 1),
             expert_model_parallel_size=sizes.get("ep", 1),
             expert_tensor_parallel_size=sizes.get("etp", 1),

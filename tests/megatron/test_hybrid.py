@@ -11,10 +11,20 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from lasp.decay import decay_rates
 from lasp.hybrid import AttentionConfig, HybridModel, pack_batch
 from lasp.hybrid import HybridConfig as PlainConfig
-from lasp.megatron_hybrid import HybridConfig, hybrid_block_spec, is_softmax, pack_sequences
+from lasp.megatron_hybrid import (
+    MINIMAX_TEXT_01,
+    HybridConfig,
+    ResidualScale,
+    hybrid_block_spec,
+    is_softmax,
+    minimax_layer_spec,
+    pack_sequences,
+)
 from moe_parallel import MoEConfig
+from ring.megatron import RingSelfAttention
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron import test_lasp, test_ring
 from tests.megatron.attention import CUT, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, parallel_config
@@ -209,15 +219,15 @@ def check(num_ranks: int, sizes: dict[str, int], order: str, **options: Any) -> 
 
 SPLITS = [
     (1, {}, "contiguous"),
-    (2, {"tp": 2, "etp": 2}, "contiguous"),
-    (2, {"cp": 2, "ep": 2}, "zigzag"),
+    pytest.param(2, {"tp": 2, "etp": 2}, "contiguous", marks=pytest.mark.slow),
+    pytest.param(2, {"cp": 2, "ep": 2}, "zigzag", marks=pytest.mark.slow),
     (2, {"pp": 2}, "contiguous"),
     (4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2}, "fold"),
     (4, {"pp": 2, "cp": 2, "ep": 2}, "zigzag"),
-    (4, {"cp": 2, "ep": 4}, "fold"),
-    (4, {"cp": 4, "ep": 2}, "zigzag"),
-    (4, {"tp": 2, "ep": 4}, "zigzag"),
-    (4, {"tp": 2, "pp": 2, "ep": 2}, "contiguous"),
+    pytest.param(4, {"cp": 2, "ep": 4}, "fold", marks=pytest.mark.slow),
+    pytest.param(4, {"cp": 4, "ep": 2}, "zigzag", marks=pytest.mark.slow),
+    pytest.param(4, {"tp": 2, "ep": 4}, "zigzag", marks=pytest.mark.slow),
+    pytest.param(4, {"tp": 2, "pp": 2, "ep": 2}, "contiguous", marks=pytest.mark.slow),
 ]
 
 
@@ -239,3 +249,160 @@ def test_equals_the_plain_hybrid(num_ranks, sizes, order) -> None:
 )
 def test_recomputed(recompute: dict[str, Any]) -> None:
     check(2, {"cp": 2, "ep": 2}, "zigzag", **recompute)
+
+
+def dense_on_rank(sizes: dict[str, int]) -> list[Tensor]:
+    """Pre-norm layers with a dense MLP: output and input gradient; by hand too on one rank."""
+    groups = initialize(**sizes)
+    config = parallel_config(sizes, num_layers=3, linear_attention_freq=2)
+    scale = ResidualScale(alpha=0.5, beta=2.0)
+    hybrid = HybridConfig(rotary_dim=4, softmax=scale, mlp=scale._replace(beta=3.0))
+    torch.manual_seed(6)  # weights are drawn whole on the CPU and cut
+    block = TransformerBlock(
+        config, hybrid_block_spec(config, PATTERN, hybrid=hybrid), pg_collection=groups
+    )
+    packed = pack_sequences(
+        [(12, 20)], dp_rank=0, cp_size=groups.cp.size(), tp_size=groups.tp.size(), order="zigzag"
+    )
+    pack = random_input()[:32]
+    local = packed.layout.shard(pack, groups.cp.rank()).chunk(groups.tp.size())[groups.tp.rank()]
+    hidden = local.unsqueeze(1).clone().requires_grad_()
+    output = block(hidden, attention_mask=None, packed_seq_params=packed)
+    output.backward(output.detach().cos())
+    if groups.tp.size() * groups.cp.size() == 1:
+        by_hand = hidden
+        for layer, (alpha, beta) in zip(block.layers, ((1.0, 1.0), scale, (1.0, 1.0))):
+            normed = rms(by_hand, layer.input_layernorm.weight)
+            mixed, _ = layer.self_attention(normed, packed_seq_params=packed)
+            by_hand = alpha * by_hand + beta * mixed
+            normed = rms(by_hand, layer.pre_mlp_layernorm.weight)
+            gate, up = (normed @ layer.mlp.linear_fc1.weight.T).chunk(2, dim=-1)
+            mixed = (torch.nn.functional.silu(gate) * up) @ layer.mlp.linear_fc2.weight.T
+            by_hand = 0.5 * by_hand + 3.0 * mixed
+        assert_equal_to_rounding(output, rms(by_hand, block.final_layernorm.weight))
+    tensors = (output.detach(), hidden.grad)
+    wholes = (torch.cat(gathered(x.squeeze(1), groups.tp)) for x in tensors)
+    return [packed.layout.unshard(gathered(whole, groups.cp)) for whole in wholes]
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+
+
+@pytest.mark.parametrize(("num_ranks", "sizes"), [(2, {"tp": 2}), (4, {"tp": 2, "cp": 2})])
+def test_dense_layers_with_pre_norm(num_ranks: int, sizes: dict[str, int]) -> None:
+    (expected,) = run_on_ranks(dense_on_rank, 1, {})
+    for actual, whole in zip(run_on_ranks(dense_on_rank, num_ranks, sizes)[0], expected):
+        assert_equal_to_rounding(actual, whole)
+
+
+def layers_of_stages() -> list[tuple[int, bool, Tensor | None]]:
+    """Number, kind and decay rates of the layers on this rank: 2 stages of 2 virtual ones."""
+    groups = initialize(pp=2, vpp=2)
+    options = {"virtual_pipeline_model_parallel_size": 2, "num_layers": 8}
+    config = parallel_config({"pp": 2}, **(OPTIONS | options | {"linear_attention_freq": 3}))
+    found = []
+    for vp_stage in range(2):
+        block = TransformerBlock(
+            config,
+            hybrid_block_spec(config, "2:1", vp_stage),
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        for layer in block.layers:
+            softmax = isinstance(layer.self_attention, RingSelfAttention)
+            rates = None if softmax else layer.self_attention.rates
+            found.append((layer.layer_number - 1, softmax, rates))
+    return found
+
+
+def test_layers_of_virtual_stages_have_their_global_kind_and_rates() -> None:
+    first, second = run_on_ranks(layers_of_stages, 2)
+    assert [index for index, _, _ in first] == [0, 1, 4, 5]
+    assert [index for index, _, _ in second] == [2, 3, 6, 7]
+    for index, softmax, rates in first + second:
+        assert softmax == (index in (2, 5))
+        if not softmax:
+            assert torch.equal(rates, decay_rates(HEADS, index, 8))
+
+
+def static_spec_on_rank() -> list[bool]:
+    groups = initialize()
+    config = parallel_config({}, **(OPTIONS | {"num_layers": 9, "kv_channels": 64}))
+    block = TransformerBlock(config, minimax_layer_spec, pg_collection=groups)
+    return [isinstance(layer.self_attention, RingSelfAttention) for layer in block.layers]
+
+
+def test_one_static_spec_serves_every_layer() -> None:
+    """What ``--spec lasp.megatron_hybrid minimax_layer_spec`` imports."""
+    (kinds,) = run_on_ranks(static_spec_on_rank, 1)
+    assert kinds == [False] * 7 + [True, False]
+
+
+def refusals() -> None:
+    groups = initialize()
+
+    def build(hybrid: HybridConfig = HYBRID, **options: Any) -> TransformerBlock:
+        config = parallel_config({}, **(OPTIONS | options))
+        spec = hybrid_block_spec(config, PATTERN, hybrid=hybrid)
+        return TransformerBlock(config, spec, pg_collection=groups)
+
+    with pytest.raises(ValueError, match=r"config\.hidden_dropout must be 0\.0"):
+        build(hidden_dropout=0.1)
+    with pytest.raises(ValueError, match=r"config\.linear_attention_freq must be set"):
+        build(linear_attention_freq=None)
+    with pytest.raises(ValueError, match=r"config\.mtp_num_layers must be None"):
+        build(mtp_num_layers=1)
+    with pytest.raises(ValueError, match=r"config\.recompute_modules must be among"):
+        build(recompute_granularity="selective", recompute_modules=["layernorm"])
+    with pytest.raises(ValueError, match="rotary_dim must be even"):
+        build(HybridConfig(rotary_dim=99))
+    layer, hidden = build().layers[0], torch.zeros(4, 1, HIDDEN, dtype=torch.float64)
+    with pytest.raises(ValueError, match="context and padding_mask must be None"):
+        layer(hidden, context=hidden)
+    with pytest.raises(ValueError, match="rotary_pos_emb must be None"):
+        layer(hidden, rotary_pos_emb=hidden)
+    with pytest.raises(ValueError, match="inference_context must be None"):
+        layer(hidden, inference_context=object())
+
+
+def test_options_that_are_not_supported_are_refused() -> None:
+    run_on_ranks(refusals, 1)
+    with pytest.raises(ValueError, match="residual must be"):
+        HybridConfig(residual="middle")
+    for pattern in ("7", "0:0", "a:b", "-1:2"):
+        with pytest.raises(ValueError, match="pattern must be"):
+            is_softmax(pattern, 0)
+
+
+def test_minimax_has_the_residuals_of_deepnorm() -> None:
+    assert abs(MINIMAX_TEXT_01.mlp.alpha - 3.5565588200778455) < 1e-12
+    assert MINIMAX_TEXT_01.lightning == MINIMAX_TEXT_01.softmax == MINIMAX_TEXT_01.mlp
+    assert MINIMAX_TEXT_01.residual == "post"
+
+
+def test_packs_divide_over_sequence_parallel_ranks() -> None:
+    """Every real token has one place in the order, in pack order over the replicas."""
+    for lengths in ([(5, 3, 1), (4, 9)], [(1,), (30, 0)], [(17, 2), (0, 19)]):
+        for order in ("contiguous", "zigzag", "fold"):
+            packs = [
+                pack_sequences(lengths, dp_rank=dp, cp_size=2, tp_size=2, order=order)
+                for dp in range(2)
+            ]
+            token_order = packs[0].token_order
+            assert token_order == packs[1].token_order
+            first = 0
+            for dp_rank, packed in enumerate(packs):
+                real = sum(lengths[dp_rank])
+                places = torch.full((packed.layout.num_tokens,), -1)
+                places[:real] = torch.arange(first, first + real)
+                first += real
+                for cp_rank in range(2):
+                    chunks = packed.layout.shard(places, cp_rank).chunk(2)
+                    for tp_rank, chunk in enumerate(chunks):
+                        rank = dp_rank * 4 + cp_rank * 2 + tp_rank
+                        expected = torch.full_like(chunk, -1)
+                        for start, offset, length in token_order.segments[rank]:
+                            expected[offset : offset + length] = torch.arange(start, start + length)
+                        assert torch.equal(chunk, expected)
+                        assert token_order.rows_per_rank[rank] == len(chunk)

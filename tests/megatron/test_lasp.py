@@ -88,10 +88,10 @@ def check(
 SPLITS = [
     (1, {}, "contiguous"),
     (2, {"tp": 2}, "contiguous"),
-    (2, {"cp": 2}, "zigzag"),
+    pytest.param(2, {"cp": 2}, "zigzag", marks=pytest.mark.slow),
     (4, {"tp": 2, "cp": 2}, "fold"),
-    (4, {"cp": 4}, "zigzag"),
-    (4, {"tp": 4}, "contiguous"),
+    pytest.param(4, {"cp": 4}, "zigzag", marks=pytest.mark.slow),
+    pytest.param(4, {"tp": 4}, "contiguous", marks=pytest.mark.slow),
 ]
 
 

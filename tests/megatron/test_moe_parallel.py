@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig
 from moe_parallel.megatron import ExpertParallelMoELayer, expert_parallel_moe_spec
 from tests.closeness import assert_equal_to_rounding
-from tests.megatron.attention import parallel_config
+from tests.megatron.attention import config, parallel_config
 from tests.megatron.cpu import initialize, summed
 from tests.moe_parallel.batch import ORDERS, assemble, assemble_expert, local_rows, random_batch
 from tests.ranks import run_on_ranks
@@ -90,12 +91,12 @@ def plain_results() -> list[Tensor]:
 SPLITS = [
     (1, {}, "ragged"),
     (2, {"ep": 2}, "ragged"),
-    (2, {"tp": 2, "ep": 2}, "zigzag"),
+    pytest.param(2, {"tp": 2, "ep": 2}, "zigzag", marks=pytest.mark.slow),
     (2, {"tp": 2, "etp": 2}, "zigzag"),
     (4, {"cp": 2, "ep": 2, "etp": 2}, "shuffled"),
-    (4, {"tp": 2, "cp": 2, "ep": 4}, "shuffled"),
-    (4, {"tp": 2, "ep": 2}, "zigzag"),
-    (4, {"etp": 4}, "ragged"),
+    pytest.param(4, {"tp": 2, "cp": 2, "ep": 4}, "shuffled", marks=pytest.mark.slow),
+    pytest.param(4, {"tp": 2, "ep": 2}, "zigzag", marks=pytest.mark.slow),
+    pytest.param(4, {"etp": 4}, "ragged", marks=pytest.mark.slow),
 ]
 
 
@@ -126,3 +127,64 @@ def test_loss_per_token() -> None:
 def test_recomputed() -> None:
     recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     check(2, {"ep": 2}, "zigzag", **recompute)
+
+
+def refusals() -> None:
+    groups = initialize()
+
+    def build(pg_collection: ProcessGroupCollection = groups, **options: Any) -> MoELayer:
+        spec, wanted = expert_parallel_moe_spec(), config(**(OPTIONS | options))
+        return build_module(spec, config=wanted, pg_collection=pg_collection)
+
+    for name, value in (
+        ("moe_z_loss_coeff", 0.1),
+        ("moe_router_score_function", "sigmoid"),
+        ("moe_router_pre_softmax", True),
+        ("moe_shared_expert_intermediate_size", 8),
+        ("gated_linear_unit", False),
+        ("add_bias_linear", True),
+    ):
+        with pytest.raises(ValueError, match=rf"config\.{name} must be"):
+            build(**{name: value})
+    with pytest.raises(ValueError, match="must be 'global_aux_loss' or 'none'"):
+        build(moe_router_load_balancing_type="aux_loss")
+    build(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.0)
+    with pytest.raises(ValueError, match="pg_collection must have"):
+        build(ProcessGroupCollection(tp=groups.tp, cp=groups.cp))
+    layer, hidden = build(), torch.zeros(4, 1, 10, dtype=torch.float64)
+    assert isinstance(layer, MoELayer)  # what TransformerLayer asks
+    with pytest.raises(ValueError, match="padding_mask must be None"):
+        layer(hidden, padding_mask=torch.zeros(4, 1, dtype=torch.bool))
+
+
+def refusal_without_sequence_parallel() -> None:
+    groups = initialize(tp=2)
+    options = parallel_config({"tp": 2}, **OPTIONS)
+    options.sequence_parallel = False
+    with pytest.raises(ValueError, match=r"config\.sequence_parallel must be True"):
+        build_module(expert_parallel_moe_spec(), config=options, pg_collection=groups)
+
+
+def test_options_that_are_not_supported_are_refused() -> None:
+    run_on_ranks(refusals, 1)
+    run_on_ranks(refusal_without_sequence_parallel, 2)
+
+
+def initial_values(sizes: dict[str, int]) -> list[Tensor]:
+    groups = initialize(**sizes)
+    layer = build_module(
+        expert_parallel_moe_spec(init_gain=0.5),
+        config=parallel_config(sizes, **OPTIONS),
+        pg_collection=groups,
+    )
+    return [parameter.detach() for parameter in layer.moe.parameters()]
+
+
+def test_initial_values_do_not_depend_on_the_ranks() -> None:
+    ((gate, w13, w2),) = run_on_ranks(initial_values, 1, {})
+    results = run_on_ranks(initial_values, 2, {"ep": 2})
+    assert all(torch.equal(result[0], gate) for result in results)
+    assert torch.equal(torch.cat([result[1] for result in results]), w13)
+    assert torch.equal(torch.cat([result[2] for result in results]), w2)
+    std = 0.5 * (2 / (10 + 12)) ** 0.5
+    assert 0.8 * std < w13.std() < 1.2 * std

@@ -77,9 +77,9 @@ def check(num_ranks: int, sizes: dict[str, int], lengths, order: str = "contiguo
 SPLITS = [
     (1, {}, "contiguous"),
     (2, {"tp": 2}, "contiguous"),
-    (2, {"cp": 2}, "zigzag"),
+    pytest.param(2, {"cp": 2}, "zigzag", marks=pytest.mark.slow),
     (4, {"tp": 2, "cp": 2}, "fold"),
-    (4, {"cp": 4}, "zigzag"),
+    pytest.param(4, {"cp": 4}, "zigzag", marks=pytest.mark.slow),
 ]
 
 

@@ -5,6 +5,7 @@
     torch.cuda.current_device      where Megatron makes its buffers: the CPU
     torch.cuda's RNG calls         Megatron's tracker saves and restores the CPU generator
     torch.cuda.synchronize         before a checkpoint is written: nothing to wait for
+    get_pos_emb_on_this_cp_rank    the same slices, without pinned memory and a copy to the GPU
 
 Nothing here is imported by the library; on a GPU none of it is needed.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import random as megatron_random
 
@@ -26,6 +28,13 @@ def run_on_cpu() -> None:
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    for module in (rope_utils, rotary_pos_embedding):
+        module.get_pos_emb_on_this_cp_rank = _rows_of_this_rank
+
+
+def _rows_of_this_rank(pos_emb: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    chunks = pos_emb.chunk(2 * group.size(), dim)
+    return torch.cat((chunks[group.rank()], chunks[2 * group.size() - 1 - group.rank()]), dim)
 
 
 _parallel: dict[str, int] | None = None

@@ -161,7 +161,7 @@ class ExpertParallelMoELayer(MoELayer):
             intermediate_tensors: must be None.
             padding_mask: must be None: padding is what ``token_order`` leaves out.
             token_order: see :class:`moe_parallel.TokenOrder`, over the tp x cp x dp ranks; None:
-                every rank holds as many tokens, in rank order, none of them padding.
+                every rank holds as many tokens, in rank order and in that of the rows, none padding.
 
         Returns:
             As ``hidden_states``, and None for the bias.
@@ -173,7 +173,6 @@ class ExpertParallelMoELayer(MoELayer):
             )
 
         def compute(hidden: Tensor) -> Tensor:
-            # Copied: token order counts rows of [T, B], which must not be a view for recompute.
             result = self.moe(hidden.flatten(0, 1), token_order=token_order)
             output: Tensor = result.output.view_as(hidden)
             if self.training and self.moe.config.aux_loss_coefficient:

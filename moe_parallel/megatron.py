@@ -161,7 +161,7 @@ class ExpertParallelMoELayer(MoELayer):
             intermediate_tensors: must be None.
             padding_mask: must be None: padding is what ``token_order`` leaves out.
             token_order: see :class:`moe_parallel.TokenOrder`, over the tp x cp x dp ranks; None:
-                every rank holds as many tokens, in rank order and in that of the rows, none padding.
+                every rank holds as many tokens, in rank order and that of the rows, none padding.
 
         Returns:
             As ``hidden_states``, and None for the bias.

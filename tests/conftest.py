@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.ranks import close_pools
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
@@ -22,3 +24,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Rank pools end with their folder, in tests/megatron with their file.
+
+    Process groups are not freed and each keeps polling threads: hundreds of them from tests long
+    done would take the cores from the tests that run.
+    """
+    if nextitem is None:
+        return  # they end with the process
+    here, there = (
+        i.path if "megatron" in i.path.parts else i.path.parent for i in (item, nextitem)
+    )
+    if here != there:
+        close_pools()

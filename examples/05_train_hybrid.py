@@ -67,7 +67,7 @@ class Options:
         sample_tokens: bytes to sample at the end.
     """
 
-    steps: int = 300
+    steps: int = 270
     cp: int = 2
     ep: int = 2
     etp: int = 2

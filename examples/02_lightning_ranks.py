@@ -17,7 +17,7 @@ rank, num_ranks = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)  # the same pack on every rank, for the comparison below
 lengths = (1000, 3, 0, 700, 345)
 pack = [torch.randn(sum(lengths), HEADS, DIM, dtype=torch.float64).to(device) for _ in range(3)]
-rates = decay_rates(HEADS, layer_index=3, num_layers=8).to(device)
+rates = decay_rates(HEADS, layer_index=3, num_layers=8)
 whole = lightning_attention(*pack, rates, layout=SequenceLayout(lengths, 1)).output
 
 for order in ("contiguous", "zigzag", "fold"):

@@ -12,7 +12,7 @@ is the same with time reversed: gradients of states flow from later runs to earl
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from lasp import ops
 from lasp.exchange import Wait, start_exchange
 from lasp.flow import Flow, flow_of
+from lasp.graphs import outside_graphs
 from lasp.layout import SequenceLayout
 from lasp.validation import (
     check_initial_state,
@@ -113,8 +114,7 @@ class _LightningAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, grad_initial, None
 
 
-# torch.compiler.disable, which this is, would load the compiler when lasp is imported.
-@torch._disable_dynamo  # type: ignore[attr-defined]
+@outside_graphs
 def lightning_attention(  # the operator: its arguments are its documentation
     q: Tensor,
     k: Tensor,
@@ -140,8 +140,10 @@ def lightning_attention(  # the operator: its arguments are its documentation
             strides.
         k: keys, as ``q``.
         v: values ``[T, H, V]`` or ``[B, T, H, V]``; V need not be K.
-        rates: decay rates ``[H]`` of this rank's heads, float32 or float64, finite and >= 0
-            (checked only on the CPU: a check on a GPU would stop it). See ``decay_rates``.
+        rates: decay rates ``[H]`` of this rank's heads, float32 or float64, finite and >= 0, see
+            ``decay_rates``. On the CPU, where a check costs nothing; rates on the device of ``q``
+            are taken too, but every call then waits for that device to read them. From the CPU
+            they are copied once and remembered by value.
         layout: who holds which tokens; by default one document of T tokens on one rank.
         cp_group: the context-parallel ranks, ``layout.num_ranks`` of them; None for one rank.
         scale: factor of the output; MiniMax uses 1, not K^-0.5.
@@ -181,7 +183,7 @@ def lightning_attention(  # the operator: its arguments are its documentation
     check_initial_state(initial_state, q, v, layout)
 
     call = _Call(layout, rank, cp_group, scale, exchange, output_final_state)
-    rates = rates.to(state_dtype(q.dtype))
+    rates = _on_device(rates, q)
     if q.dim() == 3:
         return LightningOutput(*_apply(q, k, v, rates, initial_state, call))
 
@@ -198,6 +200,19 @@ def lightning_attention(  # the operator: its arguments are its documentation
 
 def _apply(*args: Tensor | _Call | None) -> tuple[Tensor, Tensor | None]:
     return _LightningAttention.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _on_device(rates: Tensor, q: Tensor) -> Tensor:
+    dtype = state_dtype(q.dtype)
+    if rates.device == q.device:
+        return rates.to(dtype)
+    return _copied(tuple(rates.tolist()), dtype, q.device)
+
+
+@lru_cache(maxsize=1024)  # one entry a layer; copying in every call would wait each time
+def _copied(rates: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # else a model first run in inference mode could not train
+        return torch.tensor(rates, dtype=dtype, device=device)
 
 
 def _start(local_states: Tensor, rates: Tensor, flow: Flow, call: _Call) -> Wait:

@@ -35,7 +35,6 @@ def decay_rates(
     *,
     tp_rank: int = 0,
     tp_size: int = 1,
-    device: torch.device | str | None = None,
 ) -> Tensor:
     """Decay rate of each head of one layer, computed in fp64 and rounded once.
 
@@ -47,10 +46,10 @@ def decay_rates(
         variant: the formula, see the module.
         tp_rank: which slice of the heads to return; rates follow the global head index.
         tp_size: number of slices; must divide ``num_heads``.
-        device: where the result lives.
 
     Returns:
-        float32 ``[num_heads / tp_size]``, >= 0.
+        float32 ``[num_heads / tp_size]``, >= 0, on the CPU whatever the default device: the
+        operator reads rates on the host.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -70,7 +69,7 @@ def decay_rates(
     if variant not in get_args(Variant):
         raise ValueError(f"variant must be one of {get_args(Variant)}, got {variant!r}")
 
-    head = torch.arange(num_heads, dtype=torch.float64)
+    head = torch.arange(num_heads, dtype=torch.float64, device="cpu")
     last = num_layers - 1
     if variant == "minimax":
         slope = 2.0 ** (-8.0 * (head + 1) / num_heads)
@@ -82,7 +81,7 @@ def decay_rates(
     else:
         rates = -torch.log1p(-(2.0 ** (-5 - head)))
     heads = num_heads // tp_size
-    return rates[tp_rank * heads : (tp_rank + 1) * heads].to(device, torch.float32)
+    return rates[tp_rank * heads : (tp_rank + 1) * heads].to(torch.float32)
 
 
 def _alibi_slopes(num_heads: int) -> Tensor:
@@ -90,6 +89,7 @@ def _alibi_slopes(num_heads: int) -> Tensor:
     power = 2 ** (num_heads.bit_length() - 1)
 
     def slopes(count: int) -> Tensor:
-        return 2.0 ** (-8.0 * torch.arange(1, count + 1, dtype=torch.float64) / count)
+        head = torch.arange(1, count + 1, dtype=torch.float64, device="cpu")
+        return 2.0 ** (-8.0 * head / count)
 
     return torch.cat([slopes(power), slopes(2 * power)[0::2][: num_heads - power]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -32,15 +31,13 @@ class LightningAttention(nn.Module):
         decay: formula of the rates, see ``lasp.decay``.
         norm_eps: of the RMSNorm over all heads.
         exchange: how states cross ranks, see ``lasp.exchange``.
-        device: where the parameters live; ``meta`` works, rates are right after ``to_empty``.
-        dtype: of the parameters. The rates are a float32 buffer, not saved, which every cast or
-            move of the module makes anew in float32.
+        device: where the parameters live.
+        dtype: of the parameters. The rates are float32 and stay on the CPU, whatever the module is
+            cast or moved to: the operator reads them there.
 
     Source: MiniMax-01, arXiv:2501.08313, section 2; transformers 5.23
     ``models/minimax/modeling_minimax.py``.
     """
-
-    rates: Tensor
 
     def __init__(
         self,
@@ -60,9 +57,6 @@ class LightningAttention(nn.Module):
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.head_dim = head_dim
-        self.layer_index = layer_index
-        self.num_layers = num_layers
-        self.decay: Variant = decay
         self.exchange: Literal["all_gather", "serial"] = exchange
         inner_size = num_heads * head_dim
         self.qkv_proj = nn.Linear(
@@ -73,18 +67,7 @@ class LightningAttention(nn.Module):
         )
         self.norm = nn.RMSNorm(inner_size, eps=norm_eps, device=device, dtype=dtype)
         self.out_proj = nn.Linear(inner_size, hidden_size, bias=False, device=device, dtype=dtype)
-        self.register_buffer("rates", self._make_rates(device), persistent=False)
-
-    def _make_rates(self, device: torch.device | str | None) -> Tensor:
-        return decay_rates(
-            self.num_heads, self.layer_index, self.num_layers, self.decay, device=device
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LightningAttention:
-        """Every move and cast comes through here: keep the rates float32, fill them after meta."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.rates = self._make_rates(self.rates.device)
-        return self
+        self.rates = decay_rates(num_heads, layer_index, num_layers, decay)
 
     def forward(
         self,

@@ -1,9 +1,11 @@
-"""Checks of what callers pass, all on the host: shapes, dtypes and devices, never device values.
+"""Checks of what callers pass, all on the host: shapes, dtypes, devices and the values of rates.
 
 Every rank checks before the first collective, so that a wrong call raises instead of hanging.
 """
 
 from __future__ import annotations
+
+from math import inf
 
 import torch
 import torch.distributed as dist
@@ -51,7 +53,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_rates(rates: Tensor, q: Tensor) -> None:
-    """Raise ValueError unless rates is a constant [H] vector; values are read on the CPU only."""
+    """Raise ValueError unless rates is a constant [H] vector of finite rates >= 0."""
     num_heads = q.shape[-2]
     if rates.shape != (num_heads,):
         raise ValueError(
@@ -64,10 +66,14 @@ def check_rates(rates: Tensor, q: Tensor) -> None:
             f"rates must be float32 or float64, got {rates.dtype}: keep them out of casts such as"
             " module.to(torch.bfloat16)"
         )
-    _check_device("rates", rates, q)
+    if rates.is_meta or rates.device not in (torch.device("cpu"), q.device):
+        raise ValueError(
+            f"rates must be on the CPU, or on the device of q, {q.device}, and have values, got"
+            f" {rates.device}"
+        )
     if rates.requires_grad:
         raise ValueError("rates must not require grad, they get none: pass rates.detach()")
-    if rates.device.type == "cpu" and not bool((rates.isfinite() & (rates >= 0)).all()):
+    if not all(0 <= rate < inf for rate in rates.tolist()):
         raise ValueError(
             f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {rates.tolist()}"
         )

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lasp.graphs import outside_graphs
 from lasp.layout import SequenceLayout
 from ring.block import QKV, Block, Segments, resolve_block
 from ring.exchange import add_returned, fetch_kv, return_kv_gradients
@@ -30,8 +31,7 @@ class RingOutput(NamedTuple):
     lse: Tensor
 
 
-# torch.compiler.disable, which this is, would load the compiler when ring is imported.
-@torch._disable_dynamo  # type: ignore[attr-defined]
+@outside_graphs
 def ring_attention(
     q: Tensor,
     k: Tensor,

@@ -40,3 +40,28 @@ def test_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.0  # seconds beyond torch
+
+
+def test_operators_do_not_load_the_compiler_and_free_their_groups() -> None:
+    """Groups that exist while torch loads its compiler are never freed (torch 2.11 and 2.13).
+
+    Their threads may then drop a tensor while Python ends, which aborts a rank that had finished.
+    """
+    code = """
+import os, sys, tempfile, torch, torch.distributed as dist
+from lasp import LightningAttention
+from ring import RingAttention
+layers = [LightningAttention(8, 2, 4, 0, 2), RingAttention(8, 2, 1, 4, rotary_dim=2)]
+x = torch.ones(3, 8)
+for layer in layers:
+    layer(x).sum().backward()  # threads of torch, that stay
+threads = len(os.listdir("/proc/self/task"))
+dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/f", rank=0, world_size=1)
+for layer in layers:
+    layer(x, cp_group=dist.group.WORLD).sum().backward()
+del layer
+dist.destroy_process_group()
+print("torch._dynamo" in sys.modules, len(os.listdir("/proc/self/task")) - threads)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "0"]

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+
+# torch's optimizers load it when they are made. Process groups alive at that moment are never
+# freed, and their threads may abort a rank that has finished: so it comes before the groups.
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor
 

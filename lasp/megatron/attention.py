@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from lasp.attention import lightning_attention
 from lasp.decay import Variant, decay_rates
 from lasp.megatron.batch import layout_of
-from lasp.megatron.common import groups_of, parameter_device, require
+from lasp.megatron.common import groups_of, require
 from lasp.megatron.norm import HeadsNorm
 
 
@@ -60,8 +59,6 @@ class LightningSelfAttention(MegatronModule):
         ValueError: for heads that tp does not divide and options that are not supported.
     """
 
-    rates: Tensor
-
     # Megatron's arguments of a self-attention, then ours.
     def __init__(
         self,
@@ -85,7 +82,7 @@ class LightningSelfAttention(MegatronModule):
             raise ValueError(
                 f"num_attention_heads must divide over {tp_size} tensor-parallel ranks, got {heads}"
             )
-        self.head_dim, self.layer_number, self.decay = config.kv_channels, layer_number, decay
+        self.head_dim = config.kv_channels
         inner = heads * self.head_dim
         linear = {"config": config, "bias": False, "skip_bias_add": True, "is_expert": False}
         self.in_proj = build_module(
@@ -109,26 +106,14 @@ class LightningSelfAttention(MegatronModule):
             tp_group=self.tp_group,
             **linear,
         )
-        self.register_buffer("rates", self._make_rates(parameter_device(config)), persistent=False)
-
-    def _make_rates(self, device: torch.device) -> Tensor:
-        return decay_rates(
-            self.config.num_attention_heads,
-            self.layer_number - 1,
-            self.config.num_layers,
-            self.decay,
+        self.rates = decay_rates(  # float32 on the CPU, whatever the module is cast or moved to
+            heads,
+            layer_number - 1,
+            config.num_layers,
+            decay,
             tp_rank=self.tp_group.rank(),
-            tp_size=self.tp_group.size(),
-            device=device,
+            tp_size=tp_size,
         )
-
-    def _apply(
-        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
-    ) -> LightningSelfAttention:
-        """Keep the rates float32 through every cast, as :class:`lasp.LightningAttention` does."""
-        super()._apply(fn, recurse)
-        self.rates = self._make_rates(self.rates.device)
-        return self
 
     def forward(
         self,

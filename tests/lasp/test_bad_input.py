@@ -110,6 +110,14 @@ def call_good() -> torch.Size:
     return lightning_attention(*tensors, **arguments).output.shape
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rates_of_a_gpu_call_are_checked_wherever_they_are(device: str) -> None:
+    x = torch.zeros(T, H, K, device="cuda")
+    with pytest.raises(ValueError, match="rates must be finite"):
+        lightning_attention(x, x, x, rates_with(float("nan")).to(device))
+
+
 @pytest.fixture(scope="module")
 def said() -> list[dict[str, str]]:
     assert run_on_ranks(call_good, 2) == [(T, H, V)] * 2

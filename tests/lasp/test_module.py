@@ -97,18 +97,26 @@ def test_ranks_equal_one_rank(order: Order) -> None:
         assert_equal_to_rounding(results[0][index], single[index])
 
 
-def test_rates_stay_float32_and_survive_meta() -> None:
+def test_rates_stay_float32_on_the_cpu() -> None:
     expected = decay_rates(HEADS, 2, 6)
     module = make_module().to(torch.bfloat16)
     assert module.qkv_proj.weight.dtype == torch.bfloat16
     assert torch.equal(module.rates, expected)
     assert torch.equal(copy.deepcopy(module).half().rates, expected)
     assert module(torch.randn(5, HIDDEN, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    meta = make_module(device="meta")
-    assert meta.rates.device.type == "meta"
-    assert torch.equal(meta.to_empty(device="cpu").rates, expected)
-    outer = torch.nn.Sequential(make_module(device="meta")).to_empty(device="cpu").bfloat16()
-    assert torch.equal(outer[0].rates, expected)
+    with torch.device("meta"):
+        meta = make_module()
+    assert meta.qkv_proj.weight.is_meta
+    assert torch.equal(meta.rates, expected)
+    assert torch.equal(meta.to_empty(device="cpu").bfloat16().rates, expected)
+
+
+def test_a_module_first_run_in_inference_mode_can_train() -> None:
+    module, x = make_module(decay="retnet"), torch.randn(5, HIDDEN, dtype=torch.float64)
+    with torch.inference_mode():
+        module(x)
+    module(x).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
 
 
 def test_norm_is_computed_in_float32() -> None:

@@ -1,11 +1,11 @@
 """Block kernels: softmax attention of some rows over some keys, forward and backward.
 
-Four kinds behind one interface (:class:`Block`). Each has a dense form, for the rectangles of the
-schedule, and a varlen form, for the fragments of a rank. ``causal`` appears only where queries and
-keys are the same tokens, so that the two conventions for unequal lengths never matter.
+Four kinds behind one interface (:class:`Block`): dense, for the rectangles of the schedule, and
+varlen, for the fragments of a rank. Only where queries and keys are the same tokens is there
+``causal``: its conventions for unequal lengths never matter.
 
-A backward gets the *merged* output and lse of its rows, so exp(score - lse) is the probability
-over all keys: the dq of the blocks add up, and dk and dv are final contributions of the rows.
+A backward gets the *merged* output and lse of its rows, so exp(score - lse) is a probability over
+all keys: the dq of the blocks add up, dk and dv are final contributions of the rows.
 """
 
 from __future__ import annotations
@@ -243,9 +243,8 @@ def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
 class _Cudnn(_Flash):
     """cuDNN for rectangles, FlashAttention-2 for the fragments (cuDNN's varlen form is slower).
 
-    On H100 cuDNN runs rectangles 1.6 to 2 times as fast, but builds a plan, about 0.1 s, for any
-    new (rows, keys) and direction: where every batch brings new, small ones ``flash`` is faster.
-    Thin rectangles go to FlashAttention-2: cuDNN refuses a single key.
+    cuDNN runs rectangles faster, but builds a plan for any new (rows, keys) and direction: where
+    every batch brings new, small ones choose ``flash``. Thin ones go to it: cuDNN wants two keys.
     """
 
     name = "cudnn"

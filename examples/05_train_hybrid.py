@@ -39,7 +39,18 @@ from moe_parallel import ExpertTopology, MoEConfig
 PROMPT = b"def main("
 # Options that a resumed run may change: all others decide what the loss curve is.
 NOT_THE_CURVE = (
-    *("cp", "ep", "etp", "order", "out", "save_every", "resume", "stop_after", "sample_tokens"),
+    *(
+        "cp",
+        "ep",
+        "etp",
+        "order",
+        "impl",
+        "out",
+        "save_every",
+        "resume",
+        "stop_after",
+        "sample_tokens",
+    ),
 )
 
 
@@ -59,6 +70,7 @@ class Options:
         drop_policy: which tokens a full expert drops.
         learning_rate: peak of the schedule.
         dtype: of parameters and activations; 16-bit ones have float32 master weights.
+        impl: who computes lightning attention; triton needs a GPU.
         seed: of the weights and of the order of the corpus.
         out: folder of metrics, plot and checkpoints.
         save_every: steps between checkpoints.
@@ -78,6 +90,7 @@ class Options:
     drop_policy: Literal["position", "probability"] = "position"
     learning_rate: float = 6e-3
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    impl: Literal["eager", "triton"] = "eager"
     seed: int = 0
     out: Path = Path("runs/hybrid")
     save_every: int = 100
@@ -101,6 +114,7 @@ def model_config(options: Options) -> HybridConfig:
             drop_policy=options.drop_policy,
             aux_loss_coefficient=0.01,
         ),
+        lightning_impl=options.impl,
     )
 
 

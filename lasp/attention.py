@@ -12,7 +12,7 @@ is the same with time reversed: gradients of states flow from later runs to earl
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,16 +21,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp import ops
-from lasp.exchange import Wait, start_exchange
-from lasp.flow import Flow, flow_of
+from lasp.call import Call, start
+from lasp.flow import flow_of
 from lasp.graphs import outside_graphs
 from lasp.layout import SequenceLayout
 from lasp.validation import (
+    Impl,
     check_initial_state,
     check_layout,
     check_names,
     check_qkv,
     check_rates,
+    check_triton,
     state_dtype,
 )
 
@@ -47,17 +49,6 @@ class LightningOutput(NamedTuple):
     final_state: Tensor | None
 
 
-class _Call(NamedTuple):
-    """Everything about a call that is not a tensor."""
-
-    layout: SequenceLayout
-    rank: int
-    cp_group: dist.ProcessGroup | None
-    scale: float
-    exchange: str
-    with_final_state: bool
-
-
 class _LightningAttention(torch.autograd.Function):
     """q, k: [T, H, K], v: [T, H, V], rates: [H] and initial_state: [N, H, K, V] in state dtype."""
 
@@ -69,12 +60,12 @@ class _LightningAttention(torch.autograd.Function):
         v: Tensor,
         rates: Tensor,
         initial_state: Tensor | None,
-        call: _Call,
+        call: Call,
     ) -> tuple[Tensor, Tensor | None]:
         flow = flow_of(call.layout, call.rank)
         with torch.autocast(q.device.type, enabled=False):
             local_states = ops.run_states(k, v, rates, flow, given=initial_state)
-            wait = _start(local_states, rates, flow, call)
+            wait = start(local_states, rates, flow, call)
             scaled_q = _scaled(q, call.scale, rates)
             output, final_state = ops.scan(
                 scaled_q, k, v, rates, flow, given=initial_state, with_result=call.with_final_state
@@ -99,7 +90,7 @@ class _LightningAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             do = _scaled(grad_output, call.scale, rates)
             local_states = ops.run_states(q, do, rates, back, given=grad_final)
-            wait = _start(local_states, rates, back, call)
+            wait = start(local_states, rates, back, call)
             # dq needs only states of the forward pass: it runs under the exchange too.
             dq, _ = ops.scan(
                 do, v, k, rates, flow, given=_transpose(initial_state), incoming=incoming.mT
@@ -126,8 +117,9 @@ def lightning_attention(  # the operator: its arguments are its documentation
     scale: float = 1.0,
     initial_state: Tensor | None = None,
     exchange: Literal["all_gather", "serial"] = "all_gather",
-    impl: Literal["eager"] = "eager",
+    impl: Impl = "eager",
     output_final_state: bool = True,
+    state_eps: float = 2.0**-32,
 ) -> LightningOutput:
     """Causal linear attention with constant decay, over packed documents and over ranks.
 
@@ -151,8 +143,12 @@ def lightning_attention(  # the operator: its arguments are its documentation
             float32, or float64 with fp64 inputs; default zero. Row n is read on the rank that
             holds the first token of document n, on rank 0 for an empty document.
         exchange: how states cross ranks, see ``lasp.exchange``.
-        impl: who computes: ``eager``, plain torch.
-        output_final_state: False saves ``N H K V`` elements a rank.
+        impl: who computes: ``eager``, plain torch; ``triton``, kernels for GPUs: bf16, fp16 or
+            fp32, K and V up to 256 (fastest at 64 and 128), any strides of tokens and heads.
+        output_final_state: False saves ``N H K V`` elements a rank, and with ``triton`` a cut of
+            the work at the end of each document.
+        state_eps: ``triton`` leaves tokens out of a state that crosses segments or ranks once they
+            have decayed below this; 0 keeps all, as ``eager`` does.
 
     Returns:
         The output and the final states, float32 (float64 with fp64 inputs). Row n is the state
@@ -176,49 +172,45 @@ def lightning_attention(  # the operator: its arguments are its documentation
     """
     check_names(exchange, impl)
     check_qkv(q, k, v)
-    check_rates(rates, q)
+    if impl == "triton":
+        check_triton(q, v)
+    values = check_rates(rates, q)
     if layout is None:
         layout = SequenceLayout((q.shape[-3],), num_ranks=1)
     rank = check_layout(layout, cp_group, q)
     check_initial_state(initial_state, q, v, layout)
 
-    call = _Call(layout, rank, cp_group, scale, exchange, output_final_state)
-    rates = _on_device(rates, q)
+    rows = q.shape[0] if q.dim() == 4 else 1
+    call = Call(
+        layout, rank, cp_group, scale, exchange, output_final_state, state_eps, values * rows
+    )
+    rates = rates if rates.device == q.device else _copied(values, q.device)
+    rates = rates.to(state_dtype(q.dtype))
     if q.dim() == 3:
-        return LightningOutput(*_apply(q, k, v, rates, initial_state, call))
+        return LightningOutput(*_apply(impl, q, k, v, rates, initial_state, call))
 
     # Heads are independent and rows share one layout: B rows of H heads are B H heads.
-    rows = q.shape[0]
     q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))
     if initial_state is not None:
         initial_state = initial_state.flatten(0, 1).unsqueeze(0)
-    output, final_state = _apply(q, k, v, rates.repeat(rows), initial_state, call)
+    output, final_state = _apply(impl, q, k, v, rates.repeat(rows), initial_state, call)
     if final_state is not None:
         final_state = final_state.squeeze(0).unflatten(0, (rows, -1))
     return LightningOutput(output.unflatten(1, (rows, -1)).transpose(0, 1), final_state)
 
 
-def _apply(*args: Tensor | _Call | None) -> tuple[Tensor, Tensor | None]:
-    return _LightningAttention.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
+def _apply(impl: str, *args: Tensor | Call | None) -> tuple[Tensor, Tensor | None]:
+    if impl == "eager":
+        return _LightningAttention.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
+    from lasp.fused import FusedLightningAttention  # needs triton
 
-
-def _on_device(rates: Tensor, q: Tensor) -> Tensor:
-    dtype = state_dtype(q.dtype)
-    if rates.device == q.device:
-        return rates.to(dtype)
-    return _copied(tuple(rates.tolist()), dtype, q.device)
+    return FusedLightningAttention.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
 
 
 @lru_cache(maxsize=1024)  # one entry a layer; copying in every call would wait each time
-def _copied(rates: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _copied(rates: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # else a model first run in inference mode could not train
-        return torch.tensor(rates, dtype=dtype, device=device)
-
-
-def _start(local_states: Tensor, rates: Tensor, flow: Flow, call: _Call) -> Wait:
-    decay = cache(lambda length: ops.decay_over(rates, length))
-    transitions = [decay(hop.length) if hop.passes else None for hop in flow.hops]
-    return start_exchange(call.exchange, local_states, flow, transitions, call.cp_group)
+        return torch.tensor(rates, dtype=torch.float64, device=device)
 
 
 def _scaled(x: Tensor, scale: float, rates: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lasp.attention import lightning_attention
 from lasp.decay import Variant, decay_rates
 from lasp.layout import SequenceLayout
+from lasp.validation import Impl
 
 
 class LightningAttention(nn.Module):
@@ -31,6 +32,7 @@ class LightningAttention(nn.Module):
         decay: formula of the rates, see ``lasp.decay``.
         norm_eps: of the RMSNorm over all heads.
         exchange: how states cross ranks, see ``lasp.exchange``.
+        impl: who computes, see :func:`lasp.lightning_attention`.
         device: where the parameters live.
         dtype: of the parameters. The rates are float32 and stay on the CPU, whatever the module is
             cast or moved to: the operator reads them there.
@@ -50,6 +52,7 @@ class LightningAttention(nn.Module):
         decay: Variant = "minimax",
         norm_eps: float = 1e-6,
         exchange: Literal["all_gather", "serial"] = "all_gather",
+        impl: Impl = "eager",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -58,6 +61,7 @@ class LightningAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.exchange: Literal["all_gather", "serial"] = exchange
+        self.impl: Impl = impl
         inner_size = num_heads * head_dim
         self.qkv_proj = nn.Linear(
             hidden_size, 3 * inner_size, bias=False, device=device, dtype=dtype
@@ -107,6 +111,7 @@ class LightningAttention(nn.Module):
             cp_group=cp_group,
             initial_state=initial_state,
             exchange=self.exchange,
+            impl=self.impl,
             output_final_state=False,
         ).output
         gated = torch.sigmoid(self.output_gate(hidden)) * self.norm(mixed.flatten(-2))

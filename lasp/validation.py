@@ -5,7 +5,9 @@ Every rank checks before the first collective, so that a wrong call raises inste
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from math import inf
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from torch import Tensor
 from lasp.exchange import STRATEGIES
 from lasp.layout import SequenceLayout
 
-IMPLEMENTATIONS = ("eager",)
+Impl = Literal["eager", "triton"]
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,8 +28,8 @@ def check_names(exchange: str, impl: str) -> None:
     """Raise ValueError for a name that is not offered."""
     if exchange not in STRATEGIES:
         raise ValueError(f"exchange must be one of {tuple(STRATEGIES)}, got {exchange!r}")
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -52,8 +54,17 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         _check_device(name, tensor, q)
 
 
-def check_rates(rates: Tensor, q: Tensor) -> None:
-    """Raise ValueError unless rates is a constant [H] vector of finite rates >= 0."""
+def check_triton(q: Tensor, v: Tensor) -> None:
+    """Raise ValueError if triton is missing or its kernels do not take these tensors."""
+    if find_spec("triton") is None:
+        raise ValueError("impl must be 'eager' without triton: install triton for impl='triton'")
+    from lasp.launch import check_inputs
+
+    check_inputs(q, v)
+
+
+def check_rates(rates: Tensor, q: Tensor) -> tuple[float, ...]:
+    """The rates; raise ValueError unless they are a constant [H] vector of finite numbers >= 0."""
     num_heads = q.shape[-2]
     if rates.shape != (num_heads,):
         raise ValueError(
@@ -73,10 +84,12 @@ def check_rates(rates: Tensor, q: Tensor) -> None:
         )
     if rates.requires_grad:
         raise ValueError("rates must not require grad, they get none: pass rates.detach()")
-    if not all(0 <= rate < inf for rate in rates.tolist()):
+    values: list[float] = rates.tolist()
+    if not all(0 <= rate < inf for rate in values):
         raise ValueError(
-            f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {rates.tolist()}"
+            f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {values}"
         )
+    return tuple(values)
 
 
 def check_layout(layout: SequenceLayout, cp_group: dist.ProcessGroup | None, q: Tensor) -> int:

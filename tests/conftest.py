@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from tests.ranks import close_pools
+
+if not torch.cuda.is_available():
+    # Kernels are interpreted, here and in rank processes; triton reads this when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lasp.validation import Impl
 from moe_parallel import MoEConfig
 
 
@@ -30,6 +31,7 @@ class HybridConfig:
         moe: the expert layer in every decoder layer; its ``hidden_size`` is the model's.
         softmax_period: layer l is softmax attention where (l + 1) divides by it, else lightning.
         norm_eps: of the residual norms.
+        lightning_impl: who computes lightning attention, see :func:`lasp.lightning_attention`.
 
     Raises:
         ValueError: if ``num_layers``, ``vocab_size`` or ``softmax_period`` is below 1.
@@ -41,6 +43,7 @@ class HybridConfig:
     moe: MoEConfig
     softmax_period: int = 8
     norm_eps: float = 1e-5
+    lightning_impl: Impl = "eager"
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "vocab_size", "softmax_period"):

@@ -61,6 +61,7 @@ class HybridLayer(nn.Module):
                 heads.head_dim,
                 layer_index,
                 config.num_layers,
+                impl=config.lightning_impl,
                 device=device,
                 dtype=dtype,
             )

@@ -41,6 +41,7 @@ class Case(NamedTuple):
     with_states: bool = True
     dtype: torch.dtype = torch.float64
     pad_value: float = 0.0
+    impl: str = "eager"
 
     @property
     def layout(self) -> SequenceLayout:
@@ -102,6 +103,7 @@ def attend(
         scale=case.scale,
         initial_state=initial_state,
         exchange=case.exchange,
+        impl=case.impl,
         output_final_state=case.with_states,
     )
     results, leaves = [output], [q, k, v]

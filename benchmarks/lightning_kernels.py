@@ -1,0 +1,168 @@
+"""How close do the lightning kernels come to the memory floor of one GPU, and to their peers?
+
+The floor of the forward pass is the bytes of q, k, v and o over the bandwidth of a device copy
+measured in the same process; of the backward, those of q, k, v, do, dq, dk and dv. Times are of
+whole calls of the operator, launches and states included. Layer 0 of 80 decays fastest; in layer 78
+hardly anything is forgotten, and all tokens of a segment count for its state.
+
+The baseline is FLA's ``chunk_simple_gla(g_gamma=-rates, scale=1.0)``, if flash-linear-attention is
+installed.
+
+Run: python -m benchmarks.lightning_kernels --commit $(git rev-parse HEAD)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import copy_bytes_per_s, environment, measure_ms, write_rows
+from lasp import SequenceLayout, decay_rates, lightning_attention
+
+SHAPES = [(64, 131072), (16, 1048576), (8, 131072), (8, 524288)]
+HEAD_DIM, LAYERS = 128, 80
+
+Forward = Callable[..., Tensor]
+
+
+class Case(NamedTuple):
+    """What is measured."""
+
+    heads: int
+    tokens: int
+    layer_index: int = 0
+    documents: int = 1
+
+    def lengths(self) -> tuple[int, ...]:
+        """Log-normal document lengths."""
+        if self.documents == 1:
+            return (self.tokens,)
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(self.documents, generator=generator).mul(1.5).exp()
+        cuts = (weights.cumsum(0) / weights.sum() * self.tokens).long().tolist()[:-1]
+        return tuple(b - a for a, b in zip((0, *cuts), (*cuts, self.tokens)))
+
+
+def ours(case: Case, rates: Tensor) -> Forward:
+    """The operator."""
+    layout = SequenceLayout(case.lengths(), 1)
+    return lambda q, k, v: (
+        lightning_attention(
+            q, k, v, rates, layout=layout, impl="triton", output_final_state=False
+        ).output
+    )
+
+
+def fla(case: Case, rates: Tensor) -> Forward:
+    """flash-linear-attention on the same tensors."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    gamma = -rates.cuda()
+    return lambda q, k, v: chunk_simple_gla(
+        q[None], k[None], v[None], g_gamma=gamma, scale=1.0
+    )[0][0]  # fmt: skip
+
+
+def check(build: Callable[[Case, Tensor], Forward], name: str) -> None:
+    """Right before fast: output and gradients against eager in float64."""
+    case = Case(heads=4, tokens=3000)
+    rates = decay_rates(case.heads, 0, LAYERS)
+    q, k, v, do = (
+        torch.randn(case.tokens, case.heads, HEAD_DIM, device="cuda").bfloat16() for _ in range(4)
+    )
+
+    def run(forward: Forward, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        output = forward(*leaves)
+        return [output.detach(), *torch.autograd.grad(output, leaves, do.to(dtype))]
+
+    exact = run(lambda *qkv: lightning_attention(*qkv, rates).output, torch.float64)
+    for what, actual, true in zip(
+        ("output", "dq", "dk", "dv"), run(build(case, rates), torch.bfloat16), exact
+    ):
+        error = ((actual.double() - true).norm() / true.norm()).item()
+        print(f"{name}: {what} relative error {error:.1e}", flush=True)
+        if not error < 1e-2:
+            raise SystemExit(f"{name} is wrong here: {what}")
+
+
+def measure(
+    case: Case, impl: str, build: Callable[[Case, Tensor], Forward], bandwidth: float
+) -> list[dict[str, Any]]:
+    """Rows of forward and backward time, and of the memory that both need besides the tensors."""
+    q, k, v, do = (
+        torch.randn(case.tokens, case.heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        for _ in range(4)
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    forward = build(case, decay_rates(case.heads, case.layer_index, LAYERS))
+    tensor_bytes = q.numel() * q.element_size()
+
+    torch.autograd.grad(forward(*leaves), leaves, do)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(forward(*leaves), leaves, do)
+    peak = torch.cuda.max_memory_allocated() - before
+    output = forward(*leaves)
+    forward_ms = measure_ms(lambda: forward(*leaves))
+    backward_ms = measure_ms(lambda: torch.autograd.grad(output, leaves, do, retain_graph=True))
+
+    base = {
+        "benchmark": "lightning_kernels",
+        "impl": impl,
+        "case": case._asdict() | {"head_dim": HEAD_DIM, "num_layers": LAYERS, "dtype": "bfloat16"},
+    }
+    floor_ms = tensor_bytes / bandwidth * 1e3
+    times = {"forward_ms": (4, *forward_ms), "backward_ms": (7, *backward_ms)}
+    rows = [
+        base | {"metric": metric, "p20": p20, "p50": p50, "p80": p80, "unit": "ms",
+                "bound": tensors * floor_ms, "bound_name": f"{tensors} tensors at copy bandwidth",
+                "samples": None}
+        for metric, (tensors, p20, p50, p80) in times.items()
+    ]  # fmt: skip
+    extra = peak - 4 * tensor_bytes  # the output and three gradients are the caller's
+    share = {"p20": None, "p50": extra / (8 * tensor_bytes), "p80": None, "unit": "share"}
+    bound = {"bound": None, "bound_name": None, "samples": 1}
+    return [*rows, base | {"metric": "extra_memory"} | share | bound]
+
+
+def cases(peer: bool) -> list[Case]:
+    """Shapes, decays and packs; peers get one decay, theirs does not depend on it."""
+    layers = (0,) if peer else (0, 40, 78)
+    plain = [Case(*shape, layer) for shape in SHAPES for layer in layers]
+    return plain if peer else [*plain, Case(16, 32768), Case(16, 1048576, documents=1000)]
+
+
+def main() -> None:
+    """Measure everything and append the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commit", required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    impls = {"lasp triton": ours}
+    if importlib.util.find_spec("fla"):
+        version = importlib.metadata.version("flash-linear-attention")
+        impls[f"fla {version} chunk_simple_gla"] = fla
+    common, bandwidth = environment(options.commit), copy_bytes_per_s()
+    rows = []
+    for impl, build in impls.items():
+        check(build, impl)
+        for case in cases(peer=build is fla):
+            for row in measure(case, impl, build, bandwidth):
+                rows.append(row | common)
+                ratio = f"= {row['p50'] / row['bound']:.2f} x floor" if row["bound"] else ""
+                print(f"{impl:12} H={case.heads:3} N={case.tokens:8} layer {case.layer_index:2}"
+                      f" documents {case.documents:4} {row['metric']:12} {row['p50']:8.3f} {ratio}",
+                      flush=True)  # fmt: skip
+    print(write_rows(rows, options.out))
+
+
+if __name__ == "__main__":
+    main()

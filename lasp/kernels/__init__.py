@@ -1,0 +1,1 @@
+"""Triton kernels of lightning attention; imported only when ``impl="triton"`` is asked for."""

@@ -10,9 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from tests.closeness import assert_within_budget
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # A small batch in float64, so that 20 steps agree to far below what anyone could read off a plot.
@@ -24,12 +21,11 @@ def run(script: str, *args: str, num_ranks: int = 1) -> str:
     if num_ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*launcher, "--nproc-per-node", str(num_ranks), *command[1:]]
-    path = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -141,16 +137,3 @@ def test_resume_refuses_another_curve_or_nothing_to_resume(tmp_path) -> None:
         train(tmp_path, **one)
     with pytest.raises(AssertionError, match="seed must be 0 as in the run to resume, got 1"):
         train(tmp_path, "--resume", "--seed", "1", **one)
-
-
-@pytest.mark.gpu
-def test_training_with_triton_is_as_exact_as_with_eager(tmp_path) -> None:
-    def losses(impl: str, dtype: str) -> torch.Tensor:
-        out = tmp_path / f"{impl}-{dtype}"
-        flags = ("--steps", "20", "--dtype", dtype, "--impl", impl, "--out", str(out))
-        run("05_train_hybrid.py", *flags, "--cp", "1", "--ep", "1", "--etp", "1")
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        return torch.tensor([row["loss"] for row in rows], dtype=getattr(torch, dtype))
-
-    exact = losses("eager", "float64")
-    assert_within_budget(losses("triton", "float32"), exact, losses("eager", "float32"))

@@ -13,7 +13,7 @@ is the same with time reversed: gradients of states flow from later runs to earl
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,14 +22,15 @@ from torch.autograd.function import once_differentiable
 
 from lasp import ops
 from lasp.call import Call, start
+from lasp.exchange import Exchange, resolve_exchange
 from lasp.flow import flow_of
 from lasp.graphs import outside_graphs
 from lasp.layout import SequenceLayout
 from lasp.validation import (
     Impl,
+    check_impl,
     check_initial_state,
     check_layout,
-    check_names,
     check_qkv,
     check_rates,
     check_triton,
@@ -116,7 +117,7 @@ def lightning_attention(  # the operator: its arguments are its documentation
     cp_group: dist.ProcessGroup | None = None,
     scale: float = 1.0,
     initial_state: Tensor | None = None,
-    exchange: Literal["all_gather", "serial"] = "all_gather",
+    exchange: Exchange = "all_gather",
     impl: Impl = "eager",
     output_final_state: bool = True,
     state_eps: float = 2.0**-32,
@@ -147,8 +148,8 @@ def lightning_attention(  # the operator: its arguments are its documentation
             fp32, K and V up to 256 (fastest at 64 and 128), any strides of tokens and heads.
         output_final_state: False saves ``N H K V`` elements a rank, and with ``triton`` a cut of
             the work at the end of each document.
-        state_eps: ``triton`` leaves tokens out of a state that crosses segments or ranks once they
-            have decayed below this; 0 keeps all, as ``eager`` does.
+        state_eps: what has decayed below this may be left out of a state that crosses segments
+            (``triton``) or passes through a rank (``one_hop``); 0 keeps all.
 
     Returns:
         The output and the final states, float32 (float64 with fp64 inputs). Row n is the state
@@ -162,7 +163,7 @@ def lightning_attention(  # the operator: its arguments are its documentation
 
     Communication: forward and backward each exchange states once, and only if a document is cut:
     ``all_gather`` receives ``(P - 1) * runs * H * K * V * 4`` bytes (runs: the most sending ones of
-    a rank), under the local compute.
+    a rank), under the local compute; for the others see ``lasp.exchange``.
 
     Raises:
         ValueError: naming the argument, before any communication.
@@ -170,7 +171,7 @@ def lightning_attention(  # the operator: its arguments are its documentation
     Source: Lightning Attention-2, arXiv:2401.04658; LASP, arXiv:2404.02882; LASP+, MiniMax-01,
     arXiv:2501.08313, section 3.2.
     """
-    check_names(exchange, impl)
+    check_impl(impl)
     check_qkv(q, k, v)
     if impl == "triton":
         check_triton(q, v)
@@ -180,9 +181,11 @@ def lightning_attention(  # the operator: its arguments are its documentation
     rank = check_layout(layout, cp_group, q)
     check_initial_state(initial_state, q, v, layout)
 
+    flow, num_ranks = flow_of(layout, rank), layout.num_ranks
+    strategy = resolve_exchange(exchange, flow, num_ranks, values, state_eps)
     rows = q.shape[0] if q.dim() == 4 else 1
     call = Call(
-        layout, rank, cp_group, scale, exchange, output_final_state, state_eps, values * rows
+        layout, rank, cp_group, scale, strategy, output_final_state, state_eps, values * rows
     )
     rates = rates if rates.device == q.device else _copied(values, q.device)
     rates = rates.to(state_dtype(q.dtype))

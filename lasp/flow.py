@@ -76,6 +76,7 @@ class Flow(NamedTuple):
         pieces: fragments of this rank, in the order of the flow.
         num_runs: runs of this rank.
         num_slots: most sending runs of any one rank; 0 if no document is cut, the same on all.
+        shortest_pass: tokens of the shortest run of any rank that a state passes through, if any.
         num_documents: N.
         empty_documents: documents of no token whose states this rank keeps (rank 0 keeps all).
     """
@@ -86,6 +87,7 @@ class Flow(NamedTuple):
     pieces: tuple[Piece, ...]
     num_runs: int
     num_slots: int
+    shortest_pass: int | None
     num_documents: int
     empty_documents: tuple[int, ...]
 
@@ -102,6 +104,7 @@ def flow_of(layout: SequenceLayout, rank: int, *, reverse: bool = False) -> Flow
         pieces=_pieces(layout, rank, reverse),
         num_runs=len(layout.runs(rank)),
         num_slots=1 + max((hop.slot for hop in hops if hop.sends), default=-1),
+        shortest_pass=min((hop.length for hop in hops if hop.passes), default=None),
         num_documents=layout.num_documents,
         empty_documents=tuple(n for n, length in enumerate(lengths) if length == 0 and rank == 0),
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,6 +9,7 @@ from torch.nn import functional as F
 
 from lasp.attention import lightning_attention
 from lasp.decay import Variant, decay_rates
+from lasp.exchange import Exchange
 from lasp.layout import SequenceLayout
 from lasp.validation import Impl
 
@@ -51,7 +50,7 @@ class LightningAttention(nn.Module):
         *,
         decay: Variant = "minimax",
         norm_eps: float = 1e-6,
-        exchange: Literal["all_gather", "serial"] = "all_gather",
+        exchange: Exchange = "all_gather",
         impl: Impl = "eager",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -60,7 +59,7 @@ class LightningAttention(nn.Module):
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.head_dim = head_dim
-        self.exchange: Literal["all_gather", "serial"] = exchange
+        self.exchange: Exchange = exchange
         self.impl: Impl = impl
         inner_size = num_heads * head_dim
         self.qkv_proj = nn.Linear(

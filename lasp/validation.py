@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.exchange import STRATEGIES
 from lasp.layout import SequenceLayout
 
 Impl = Literal["eager", "triton"]
@@ -24,10 +23,8 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_names(exchange: str, impl: str) -> None:
+def check_impl(impl: str) -> None:
     """Raise ValueError for a name that is not offered."""
-    if exchange not in STRATEGIES:
-        raise ValueError(f"exchange must be one of {tuple(STRATEGIES)}, got {exchange!r}")
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
 

@@ -113,7 +113,14 @@ def attend_in_halves(case: Case) -> list[Tensor]:
     return attend(case, groups[dist.get_rank() % 2], dist.get_rank() // 2)
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "serial"])
+def test_one_hop_and_slices_equal_the_oracle() -> None:
+    fast = Case((3, 0, 200, 49, 300), 3, exchange="one_hop", rates=(4.0, 9.0))
+    slow = [Case(PACKS[name], 3, "fold", "sliced") for name in PACKS]
+    cases = [fast, fast._replace(order="zigzag", exchange="auto"), *slow]
+    check_against_oracle(cases, run_on_ranks(attend_on_rank, 3, cases))
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "sliced", "serial"])
 def test_strided_groups(exchange: str) -> None:
     case = Case(PACKS["chunks and empty ones"], 2, "zigzag", exchange)
     results = run_on_ranks(attend_in_halves, 4, case)

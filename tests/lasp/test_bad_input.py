@@ -86,6 +86,10 @@ TABLE: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         lambda: {"initial_state": torch.zeros(2, H, K, V).double()},
     ),
     "unknown exchange": ("exchange must", lambda: {"exchange": "ring"}),
+    "one_hop is not exact": (
+        "exchange must be another",
+        lambda: {"layout": SequenceLayout((12,), 2, "zigzag"), "exchange": "one_hop"},
+    ),
     "unknown impl": ("impl must", lambda: {"impl": "cuda"}),
 }
 

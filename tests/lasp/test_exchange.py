@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.exchange import STRATEGIES, _all_gather, start_exchange
+from lasp.exchange import STRATEGIES, _all_gather, resolve_exchange, start_exchange
 from lasp.flow import Flow, flow_of
 from lasp.layout import Order, SequenceLayout
 from tests.closeness import assert_equal_to_rounding
@@ -56,6 +57,7 @@ def exchange_on_rank(layouts: list[SequenceLayout], *group_ranks: int) -> list[d
                 {
                     name: start_exchange(name, states[rank], flow, transitions, group)()
                     for name in STRATEGIES
+                    if name != "one_hop" or flow.shortest_pass is None
                 }
             )
     return results
@@ -72,7 +74,7 @@ def test_strategies_give_the_prefix_in_the_same_bits(num_ranks: int) -> None:
             expected = expected_of(flow_of(layout, rank, reverse=reverse), num_ranks, rank)
             for name, incoming in result.items():
                 assert_equal_to_rounding(incoming, expected, what=f"{name} {layout} {reverse}")
-            assert torch.equal(result["all_gather"], result["serial"])
+                assert torch.equal(incoming, result["all_gather"]), name
 
 
 def exchange_in_halves(layout: SequenceLayout) -> list[dict[str, Tensor]]:
@@ -94,23 +96,66 @@ def test_ranks_are_ranks_of_the_group(order: Order) -> None:
             assert expected.any() or not any(h.receives for h in flow.hops if h.rank == flow.rank)
 
 
-def count_collectives(layout: SequenceLayout) -> list[tuple[int, ...]]:
-    """Shapes of what one all-gather exchange sends."""
-    sent: list[tuple[int, ...]] = []
+def count_elements(layout: SequenceLayout, name: str) -> int:
+    """Elements that this rank receives from others in both directions of one exchange."""
+    rank, received = dist.get_rank(), 0
 
-    def counting(output: Tensor, own: Tensor, **kwargs: object) -> object:
-        sent.append(tuple(own.shape))
+    def gather(output: Tensor, own: Tensor, **kwargs: Any) -> object:
+        nonlocal received
+        received += output.numel() - own.numel()
         return _all_gather(output, own, **kwargs)
 
-    with patch("lasp.exchange._all_gather", counting):
-        exchange_on_rank([layout])
-    return sent
+    def all_to_all(output: Tensor, own: Tensor, sizes: list[int], *rest: Any, **kw: Any) -> object:
+        nonlocal received
+        others = sum(size for source, size in enumerate(sizes) if source != rank)
+        received += others * output[0:1].numel() if sum(sizes) else 0
+        return single(output, own, sizes, *rest, **kw)
+
+    single = dist.all_to_all_single
+    with (
+        patch("lasp.exchange._all_gather", gather),
+        patch.object(dist, "all_to_all_single", all_to_all),
+    ):
+        for reverse in (False, True):
+            flow = flow_of(layout, rank, reverse=reverse)
+            states, transitions = inputs_of(flow, layout.num_ranks)
+            start_exchange(name, states[rank], flow, transitions, dist.group.WORLD)()
+    return received
 
 
-def test_bytes_are_those_of_cut_documents() -> None:
-    state = (HEADS, KEY, VALUE)
-    for lengths, expected in (((24, 24), []), ((25, 23), [(1, *state)] * 2)):
-        for sent in run_on_ranks(count_collectives, 2, SequenceLayout(lengths, 2)):
-            assert sent == expected  # forward and reverse
-    for sent in run_on_ranks(count_collectives, 3, SequenceLayout((48,), 3, "zigzag")):
-        assert sent == [(2, *state)] * 2
+STATE = HEADS * KEY * VALUE
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_ranks", "order", "name", "expected"),
+    [
+        ((24, 24), 2, "contiguous", "all_gather", [0, 0]),
+        ((24, 24), 2, "contiguous", "one_hop", [0, 0]),
+        ((25, 23), 2, "contiguous", "all_gather", [2 * STATE] * 2),
+        ((25, 23), 2, "contiguous", "one_hop", [STATE] * 2),  # each in one direction
+        ((48,), 3, "zigzag", "all_gather", [2 * 2 * 2 * STATE] * 3),
+        # 4 links a direction: rank 1 sends and receives 2 states, the others 1. A rank receives its
+        # third of what the others send, and two thirds of its own: (3 + 2) / 3 and (2 + 4) / 3.
+        ((48,), 3, "zigzag", "sliced", [n * STATE // 3 for n in (10, 12, 10)]),
+    ],
+)  # fmt: skip
+def test_bytes_are_those_of_the_formula(
+    lengths: tuple[int, ...], num_ranks: int, order: Order, name: str, expected: list[int]
+) -> None:
+    layout = SequenceLayout(lengths, num_ranks, order)
+    assert run_on_ranks(count_elements, num_ranks, layout, name) == expected
+
+
+def test_auto_takes_one_hop_where_it_is_exact() -> None:
+    def resolve(name: str, lengths: tuple[int, ...], ranks: int, *rates: float) -> str:
+        flow = flow_of(SequenceLayout(lengths, ranks), 0)
+        return resolve_exchange(name, flow, ranks, rates, 2.0**-32)
+
+    assert resolve("auto", (40, 40, 40, 40), 4, 0.0) == "one_hop"  # nothing passes
+    assert resolve("auto", (160,), 4, 0.5, 0.0) == "all_gather"  # one head keeps all
+    assert resolve("auto", (160,), 4, 0.5) == "all_gather"  # exp(-0.5 * 40) = 2e-9
+    assert resolve("auto", (160,), 4, 0.6, 8.0) == "one_hop"  # 4e-11
+    assert resolve("auto", (360,), 9, 0.5) == "sliced"
+    assert resolve("sliced", (160,), 4, 8.0) == "sliced"
+    with pytest.raises(ValueError, match="exchange must be another"):
+        resolve("one_hop", (160,), 4, 0.5)

@@ -1,0 +1,74 @@
+"""Megatron's training loop around the hybrid makes one loss curve, however it is split."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "megatron"))
+from pretrain_hybrid import Options, train
+
+from tests.megatron.cpu import checkpoints_from_ranks, initialize, train_on_cpu
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.megatron
+
+STEPS = 4
+OPTIONS = Options(steps=STEPS, pack_tokens=64, dtype="float64")
+SIZES = ("tp", "cp", "pp", "vpp", "ep", "etp")
+
+
+def train_on_rank(options: Options) -> list[dict[str, float]]:
+    initialize(**sizes_of(options))
+    with train_on_cpu(), checkpoints_from_ranks():
+        return train(options, torch.device("cpu"))
+
+
+def sizes_of(options: Options) -> dict[str, int]:
+    return {name: size for name in SIZES if (size := getattr(options, name)) is not None}
+
+
+def curve(num_ranks: int, out: Path, **changes: Any) -> list[dict[str, float]]:
+    options = replace(OPTIONS, out=out, **changes)
+    first, *others = run_on_ranks(train_on_rank, num_ranks, options, timeout_s=300)
+    for rows in others:
+        assert_same_curve(rows, first)
+    return first
+
+
+def assert_same_curve(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert [row["step"] for row in actual] == [row["step"] for row in expected]
+    for mine, theirs in zip(actual, expected):
+        for name in ("loss", "grad_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-9), (mine["step"], name)
+
+
+@pytest.fixture(scope="module")
+def curve_of_one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    return curve(1, tmp_path_factory.mktemp("one"))
+
+
+SPLITS = [
+    (2, {"pp": 2, "vpp": 2, "micro_batches": 2}),
+    (4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2, "distributed_optimizer": False}),
+    (4, {"tp": 2, "ep": 2, "recompute": "selective"}),
+    (2, {"tp": 2}),
+    (2, {"cp": 2, "ep": 2, "order": "fold"}),
+    (2, {"distributed_optimizer": False}),
+    (2, {"etp": 2}),
+    (2, {"pp": 2, "recompute": "full"}),
+    (4, {"pp": 2, "vpp": 2, "cp": 2, "ep": 2}),
+    (4, {"tp": 2, "pp": 2, "etp": 2}),
+    (4, {"pp": 2, "ep": 2, "recompute": "full"}),
+    (4, {"cp": 2, "ep": 4, "distributed_optimizer": False}),
+]
+
+
+@pytest.mark.parametrize(("num_ranks", "changes"), SPLITS)
+def test_steps_agree_over_parallel_sizes(num_ranks, changes, tmp_path, curve_of_one_rank) -> None:
+    assert_same_curve(curve(num_ranks, tmp_path, **changes), curve_of_one_rank)

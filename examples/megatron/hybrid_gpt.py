@@ -211,13 +211,37 @@ def load(
     scheduler: OptimizerParamScheduler,
 ) -> None:
     """Read ``<folder>/step-<step>``, whatever parallel layout wrote it."""
+    _set_adam_step(optimizer, step)
     state = dist_checkpointing.load(
         _state(chunks, optimizer, is_loading=True), str(folder / f"step-{step}")
     )
     for number, chunk in enumerate(chunks):
         chunk.module.load_state_dict(state[f"model{number}"])
-    optimizer.load_state_dict(state["optimizer"])
+    for number, part in enumerate(optimizer.chained_optimizers):  # of the dense, of the experts
+        of_part = state["optimizer"][number]
+        of_parameters = of_part.pop("param_state", None)
+        part.load_state_dict(of_part)
+        if of_parameters is not None:  # of the distributed optimizer; no step among them
+            for of_parameter in part.optimizer.state.values():
+                of_parameter.pop("step", None)
+            part.load_parameter_state_from_fully_reshardable(of_parameters)
+    _set_adam_step(optimizer, step)
     scheduler.step(increment=step)
+
+
+def _set_adam_step(optimizer: Any, step: int) -> None:
+    """Give torch's Adam, used without Apex and TransformerEngine, what Megatron expects of theirs.
+
+    Its distributed optimizer asks for moments before there are any, reads no step counters, and
+    shares one among all parameters, each of which would then advance it.
+    """
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                state = part.optimizer.state[parameter]
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(moment, torch.zeros_like(parameter))
+                state["step"] = torch.tensor(float(step))
 
 
 def _state(

@@ -62,7 +62,7 @@ class Options:
         dtype: of parameters and activations; bfloat16 has float32 gradients and master weights.
         seed: of the weights and of the order of the corpus.
         out: folder of metrics and checkpoints.
-        save_every: steps between checkpoints.
+        save_every: steps between checkpoints, of which one is at the end; 0: none.
         resume: go on from the newest checkpoint in ``out``.
         stop_after: end this invocation after that step of the schedule, as a crash would.
     """
@@ -206,8 +206,9 @@ def train(options: Options, device: torch.device) -> list[dict[str, float]]:
         row = {"step": step, "loss": loss, "grad_norm": grad_norm, "tokens_per_s": tokens / seconds}
         rows.append(row)
         report(row, options.out)
-        if (step + 1) % options.save_every == 0 or step + 1 == last_step:
-            save(options.out, step + 1, chunks, optimizer)
+        done = step + 1
+        if options.save_every and (done % options.save_every == 0 or done == last_step):
+            save(options.out, done, chunks, optimizer)
     return rows
 
 

@@ -5,6 +5,7 @@
     torch.cuda.current_device      where Megatron makes its buffers: the CPU
     torch.cuda's RNG calls         Megatron's tracker saves and restores the CPU generator
     torch.cuda.synchronize         before a checkpoint is written: nothing to wait for
+    torch.cuda.current_stream      of which gradient reductions ask the events to wait for: none
     get_pos_emb_on_this_cp_rank    the same slices, without pinned memory and a copy to the GPU
 
 ``train_on_cpu()`` rewrites, within its block, what Megatron's optimizer, schedules and loss write
@@ -35,6 +36,7 @@ def run_on_cpu() -> None:
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu
     torch.cuda.synchronize = lambda *_: None
+    torch.cuda.current_stream = lambda *_: None
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()

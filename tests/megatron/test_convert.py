@@ -114,11 +114,11 @@ def load_on_rank(options: Options, directory: Path) -> dict[str, Tensor]:
 
 
 def test_through_a_checkpoint_under_other_sizes(tmp_path: Path) -> None:
-    """Plain, cut over 4 ranks, saved, loaded in 2 stages, plain again."""
+    """Plain, cut over 4 ranks, saved, loaded in 2 stages of 2, plain again."""
     saved = replace(OPTIONS, tp=2, cp=2, ep=2, etp=2)
     run_on_ranks(save_on_rank, 4, saved, tmp_path)
     expected = dict(plain_model().named_parameters())
-    for weights in run_on_ranks(load_on_rank, 2, replace(OPTIONS, pp=2), tmp_path):
+    for weights in run_on_ranks(load_on_rank, 4, replace(OPTIONS, pp=2, etp=2), tmp_path):
         model = HybridModel(shape(OPTIONS), dtype=torch.float64)
         _, unexpected = model.load_state_dict(weights, strict=False)
         assert not unexpected

@@ -138,7 +138,7 @@ def loss_function(labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tenso
     ``finalize_model_grads`` divides them by the targets of all ranks and micro-batches.
     """
     targets = labels != NO_LABEL
-    total, count = losses[targets].sum(), targets.sum()
+    total, count = (losses * targets).sum(), targets.sum()
     return total, count.int(), torch.stack([total.detach().double(), count.double()])
 
 

@@ -17,6 +17,7 @@ Nothing here is imported by the library; on a GPU none of it is needed.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,18 +90,17 @@ def checkpoints_from_ranks() -> Iterator[None]:
 
 
 _parallel: dict[str, int] | None = None
+_groups: set[dist.ProcessGroup] = set()
 
 
 def initialize(device: str = "cpu", **sizes: int) -> ProcessGroupCollection:
-    """Megatron's parallel state of these sizes (tp, cp, pp, vpp, ep, etp), kept while they stay.
-
-    Communicators of a former call are left to die with the pool.
-    """
+    """Megatron's parallel state of these sizes (tp, cp, pp, vpp, ep, etp), kept while they stay."""
     global _parallel
     if device == "cpu":
         run_on_cpu()
     if _parallel != sizes:
-        parallel_state.destroy_model_parallel()
+        _destroy_groups()
+        others = _all_groups()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=sizes.get("tp", 1),
             pipeline_model_parallel_size=sizes.get("pp", 1),
@@ -109,9 +109,23 @@ def initialize(device: str = "cpu", **sizes: int) -> ProcessGroupCollection:
             expert_model_parallel_size=sizes.get("ep", 1),
             expert_tensor_parallel_size=sizes.get("etp", 1),
         )
+        _groups.update(_all_groups() - others)
         _parallel = dict(sizes)
     megatron_random.model_parallel_cuda_manual_seed(1)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _all_groups() -> set[dist.ProcessGroup]:
+    return set(dist.distributed_c10d._world.pg_map)
+
+
+def _destroy_groups() -> None:
+    """Of the former parallel state: each keeps polling threads."""
+    parallel_state.destroy_model_parallel()
+    for group in _groups & _all_groups():
+        dist.destroy_process_group(group)
+    _groups.clear()
+    gc.collect()  # the models that hold them
 
 
 def summed(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

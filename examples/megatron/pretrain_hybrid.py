@@ -59,7 +59,8 @@ class Options:
         pack_tokens: tokens of a pack.
         capacity_factor: of the experts; negative for dropless.
         learning_rate: peak of the schedule.
-        dtype: of parameters and activations; bfloat16 has float32 gradients and master weights.
+        dtype: of parameters and activations; bfloat16 has float32 gradients and master weights, and
+            no checkpoints: ``--save-every 0``.
         seed: of the weights and of the order of the corpus.
         out: folder of metrics and checkpoints.
         save_every: steps between checkpoints, of which one is at the end; 0: none.
@@ -82,7 +83,7 @@ class Options:
     pack_tokens: int = 2048
     capacity_factor: float = 1.5
     learning_rate: float = 6e-3
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     out: Path = Path("runs/megatron")
     save_every: int = 100
@@ -182,6 +183,11 @@ def train(options: Options, device: torch.device) -> list[dict[str, float]]:
     dp = parallel_state.get_data_parallel_world_size()
     if options.packs % dp:
         raise ValueError(f"packs must divide by dp {dp}, got {options.packs}: give more packs")
+    if options.dtype == "bfloat16" and options.save_every:
+        raise ValueError(
+            f"save_every must be 0 with bfloat16, got {options.save_every}: Megatron's optimizers"
+            " do not save parameters of two dtypes, and the routers stay float32"
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
     chunks = build_model(options, device)
     optimizer, scheduler = build_optimizer(options, chunks)

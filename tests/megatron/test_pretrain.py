@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples" / "megatron"))
 from pretrain_hybrid import Options, train
 
 from tests.megatron.cpu import checkpoints_from_ranks, initialize, train_on_cpu
-from tests.ranks import run_on_ranks
+from tests.ranks import RankError, run_on_ranks
 
 pytestmark = pytest.mark.megatron
 
@@ -99,3 +99,12 @@ def test_resume_under_other_sizes_continues_the_curve(
     # The distributed optimizer saves float32.
     rel = 1e-9 if "distributed_optimizer" in second[1] else torch.finfo(torch.float32).eps
     assert_same_curve(rows, curve_of_one_rank[2:], rel)
+
+
+@pytest.mark.slow
+def test_sixteen_bits_train(tmp_path: Path) -> None:
+    """Routers are float32 among bfloat16 parameters: Megatron keeps buffers of both."""
+    rows = curve(2, tmp_path, cp=2, ep=2, dtype="bfloat16", steps=8)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+    with pytest.raises(RankError, match="save_every must be 0 with bfloat16, got 1"):
+        curve(2, tmp_path, cp=2, ep=2, dtype="bfloat16", save_every=1)

@@ -135,9 +135,12 @@ class ExpertParallelMoELayer(MoELayer):
         )
         self.moe.experts.reset_parameters(int(torch.randint(2**31, ())), gain=init_gain)
         self.moe.gate_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        apart = groups.ep.size() > 1 or groups.expt_tp.size() != groups.tp.size()
         for parameter in self.moe.experts.parameters():
-            parameter.allreduce = not apart  # type: ignore[attr-defined]
+            # Reduced over the expert groups and stepped by an optimizer of their own, at any ep and
+            # etp: a checkpoint of the optimizer then has one form.
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            # No rank's are duplicates of another tensor parallel rank's: all count in the norm.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         self.recompute = config.recompute_granularity == "selective" and (
             "moe" in config.recompute_modules
         )

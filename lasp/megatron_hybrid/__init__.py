@@ -7,6 +7,12 @@ or, where Megatron wants one static object, ``--spec lasp.megatron_hybrid minima
 
 from lasp.megatron_hybrid.batch import pack_sequences
 from lasp.megatron_hybrid.config import MINIMAX_TEXT_01, HybridConfig, ResidualScale, is_softmax
+from lasp.megatron_hybrid.convert import (
+    load_plain_weights,
+    plain_weights,
+    to_megatron,
+    to_plain,
+)
 from lasp.megatron_hybrid.layer import (
     HybridLayer,
     HybridLayerSubmodules,
@@ -24,6 +30,10 @@ __all__ = [
     "hybrid_block_spec",
     "hybrid_layer_spec",
     "is_softmax",
+    "load_plain_weights",
     "minimax_layer_spec",
     "pack_sequences",
+    "plain_weights",
+    "to_megatron",
+    "to_plain",
 ]

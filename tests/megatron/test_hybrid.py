@@ -22,11 +22,11 @@ from lasp.megatron_hybrid import (
     is_softmax,
     minimax_layer_spec,
     pack_sequences,
+    to_megatron,
 )
 from moe_parallel import MoEConfig
 from ring.megatron import RingSelfAttention
 from tests.closeness import assert_equal_to_rounding
-from tests.megatron import test_lasp, test_ring
 from tests.megatron.attention import CUT, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, parallel_config
 from tests.megatron.cpu import gathered, initialize, summed
 from tests.ranks import run_on_ranks
@@ -67,18 +67,8 @@ def plain_model() -> HybridModel:
 
 def megatron_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Values of the plain model's decoder layers under the names of Megatron's block."""
-    named = {"final_layernorm.weight": values["final_norm.weight"]}
-    for index in range(LAYERS):
-        prefix = f"layers.{index}."
-        part = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
-        mixer = {n.removeprefix("attention."): v for n, v in part.items()}
-        names = test_ring if is_softmax(PATTERN, index) else test_lasp
-        inner = {f"self_attention.{n}": v for n, v in names.megatron_names(mixer).items()}
-        inner["input_layernorm.weight"] = part["attention_norm.weight"]
-        inner["pre_mlp_layernorm.weight"] = part["moe_norm.weight"]
-        inner |= {f"mlp.{n}": v for n, v in part.items() if n.startswith("moe.")}
-        named |= {prefix + n: v for n, v in inner.items()}
-    return named
+    named = to_megatron(values, num_heads=HEADS, num_kv_heads=KV_HEADS)
+    return {n.removeprefix("decoder."): v for n, v in named.items() if n.startswith("decoder.")}
 
 
 def plain_results() -> dict[str, Tensor]:
@@ -142,8 +132,7 @@ def global_name(name: str, block: TransformerBlock) -> str:
 def whole_gradient(name: str, parameter: torch.nn.Parameter, groups: Any) -> Tensor:
     """Summed over replicas and joined, as Megatron's DDP and finalize_model_grads sum it."""
     expert = ".experts.w" in name
-    apart = groups.ep.size() > 1 or groups.expt_tp.size() != groups.tp.size()
-    assert getattr(parameter, "allreduce", True) != (expert and apart)
+    assert getattr(parameter, "allreduce", True) != expert
     grad = summed(parameter.grad, groups.expt_dp if expert else groups.dp_cp)
     if getattr(parameter, "sequence_parallel", False):
         grad = summed(grad, groups.tp)

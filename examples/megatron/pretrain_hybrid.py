@@ -1,0 +1,247 @@
+"""Pretrain the hybrid as Megatron's GPTModel on the Python standard library's sources.
+
+    torchrun --standalone --nproc-per-node 8 examples/megatron/pretrain_hybrid.py \
+        --tp 2 --cp 2 --ep 2 --etp 2 --pp 2 --vpp 2 --out runs/megatron
+
+Megatron's DistributedDataParallel, optimizer (distributed or not), pipeline schedules and
+checkpoints; our layers, packs and expert parallelism. A GPU a rank, without TransformerEngine and
+Apex. The loss curve does not depend on tp, cp, pp, vpp, ep, etp, dp, recompute or the distributed
+optimizer; ``--resume`` goes on from the newest checkpoint, also under other ones of these (but
+``--distributed-optimizer``, which has a state of its own).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parent.parent))
+from hybrid_gpt import build_model, build_optimizer, load, newest_step, save
+from hybrid_training.corpus import NO_LABEL, Corpus
+from launch import init_distributed
+
+from lasp.layout import Order
+from lasp.megatron import PackedSequence
+from lasp.megatron_hybrid import pack_sequences
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of the run.
+
+    Attributes:
+        steps: optimizer steps of the schedule.
+        tp: tensor parallel ranks, with sequence parallelism.
+        cp: context parallel ranks; dp is what is left of the ranks.
+        pp: pipeline stages.
+        vpp: virtual stages of each, interleaved.
+        ep: ranks over which the experts are dealt out.
+        etp: ranks over which each expert is split.
+        distributed_optimizer: split the optimizer's state over the data parallel ranks.
+        recompute: activations in the backward; selective is the experts.
+        order: how a pack's tokens are laid over the cp ranks.
+        micro_batches: of a step.
+        packs: packs of a micro-batch, split over dp.
+        pack_tokens: tokens of a pack.
+        capacity_factor: of the experts; negative for dropless.
+        learning_rate: peak of the schedule.
+        dtype: of parameters and activations; bfloat16 has float32 gradients and master weights, and
+            no checkpoints: ``--save-every 0``.
+        seed: of the weights and of the order of the corpus.
+        out: folder of metrics and checkpoints.
+        save_every: steps between checkpoints, of which one is at the end; 0: none.
+        resume: go on from the newest checkpoint in ``out``.
+        stop_after: end this invocation after that step of the schedule, as a crash would.
+    """
+
+    steps: int = 270
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    ep: int = 1
+    etp: int = 1
+    distributed_optimizer: bool = True
+    recompute: Literal["none", "selective", "full"] = "none"
+    order: Order = "zigzag"
+    micro_batches: int = 2
+    packs: int = 2
+    pack_tokens: int = 2048
+    capacity_factor: float = 1.5
+    learning_rate: float = 6e-3
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    out: Path = Path("runs/megatron")
+    save_every: int = 100
+    resume: bool = False
+    stop_after: int | None = None
+
+
+class MicroBatch(NamedTuple):
+    """One micro-batch on this rank: ``[1, T / cp]`` tokens and labels, and the pack they are of."""
+
+    tokens: Tensor
+    labels: Tensor
+    packed: PackedSequence
+
+
+def micro_batch(options: Options, corpus: Corpus, index: int, device: torch.device) -> MicroBatch:
+    """The ``index``-th micro-batch of the run; its text does not depend on the ranks."""
+    dp, dp_rank = (
+        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    per_replica = options.packs // dp
+    packs = [
+        corpus.packs(
+            index,
+            per_step=options.packs,
+            share=range(replica * per_replica, (replica + 1) * per_replica),
+            num_tokens=options.pack_tokens,
+        )
+        for replica in range(dp)
+    ]
+    packed = pack_sequences(
+        [pack.document_lengths for pack in packs],
+        dp_rank=dp_rank,
+        cp_size=options.cp,
+        tp_size=options.tp,
+        order=options.order,
+    )
+    layout, mine = packed.layout, packs[dp_rank]
+    padding = (0, layout.num_tokens - len(mine.tokens))
+    cp_rank = parallel_state.get_context_parallel_rank()
+    tokens, labels = (
+        layout.shard(F.pad(values, padding, value=pad), cp_rank).unsqueeze(0).to(device)
+        for values, pad in ((mine.tokens, 0), (mine.labels, NO_LABEL))
+    )
+    return MicroBatch(tokens, labels, packed)
+
+
+def loss_function(labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses of this rank's targets, how many these are, and both for the report.
+
+    With ``calculate_per_token_loss`` Megatron's DDP only sums gradients, over dp x cp, and
+    ``finalize_model_grads`` divides them by the targets of all ranks and micro-batches.
+    """
+    targets = labels != NO_LABEL
+    total, count = (losses * targets).sum(), targets.sum()
+    return total, count.int(), torch.stack([total.detach().double(), count.double()])
+
+
+def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+    """One micro-batch through one (virtual) stage, as Megatron's schedules call it."""
+    tokens, labels, packed = next(batches)
+    output = model(tokens, None, None, labels=labels.clamp(min=0), packed_seq_params=packed)
+    return output, partial(loss_function, labels)
+
+
+def forward_backward(
+    options: Options, corpus: Corpus, step: int, chunks: list[Any], device: torch.device
+) -> float:
+    """Gradients of one step's micro-batches, reduced; returns the mean loss of all targets."""
+    first = step * options.micro_batches
+    batches = [
+        micro_batch(options, corpus, first + index, device)
+        for index in range(options.micro_batches)
+    ]
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    on_last_stage = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(batches) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(batches),
+        seq_length=batches[0].packed.layout.num_tokens,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for of_micro_batch in on_last_stage:
+        totals += of_micro_batch
+    dist.all_reduce(totals)  # over tp too, whose ranks have equal ones: the ratio stays
+    total, count = totals.tolist()
+    return total / count
+
+
+def train(options: Options, device: torch.device) -> list[dict[str, float]]:
+    """Train in Megatron's parallel state; returns the metrics of the steps, equal on all ranks."""
+    dp = parallel_state.get_data_parallel_world_size()
+    if options.packs % dp:
+        raise ValueError(f"packs must divide by dp {dp}, got {options.packs}: give more packs")
+    if options.dtype == "bfloat16" and options.save_every:
+        raise ValueError(
+            f"save_every must be 0 with bfloat16, got {options.save_every}: Megatron's optimizers"
+            " do not save parameters of two dtypes, and the routers stay float32"
+        )
+    tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
+    chunks = build_model(options, device)
+    optimizer, scheduler = build_optimizer(options, chunks)
+    newest = newest_step(options.out)
+    if (newest is not None) != options.resume:
+        raise ValueError(
+            f"out must hold checkpoints with --resume and none without, got {options.out} whose"
+            f" newest step is {newest}"
+        )
+    if newest is not None:
+        load(options.out, newest, chunks, optimizer, scheduler)
+    corpus = Corpus.from_standard_library(options.seed)
+    rows, last_step = [], min(options.steps, options.stop_after or options.steps)
+    for step in range(newest or 0, last_step):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = forward_backward(options, corpus, step, chunks, device)
+        scheduler.step(increment=1)
+        _, grad_norm, _ = optimizer.step()
+        seconds = time.perf_counter() - start
+        tokens = options.micro_batches * options.packs * options.pack_tokens
+        row = {"step": step, "loss": loss, "grad_norm": grad_norm, "tokens_per_s": tokens / seconds}
+        rows.append(row)
+        report(row, options.out)
+        done = step + 1
+        if options.save_every and (done % options.save_every == 0 or done == last_step):
+            save(options.out, done, chunks, optimizer)
+    return rows
+
+
+def report(row: dict[str, float], out: Path) -> None:
+    """A line on the terminal and in ``metrics.jsonl``."""
+    if dist.get_rank() == 0:
+        print(*(f"{name} {value:.6g}" for name, value in row.items()), sep="  ", flush=True)
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def main(options: Options) -> None:
+    device = init_distributed()
+    if device.type != "cuda":
+        raise ValueError("every rank must have a GPU: Megatron-Core trains on nothing else")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=options.tp,
+        context_parallel_size=options.cp,
+        pipeline_model_parallel_size=options.pp,
+        virtual_pipeline_model_parallel_size=options.vpp,
+        expert_model_parallel_size=options.ep,
+        expert_tensor_parallel_size=options.etp,
+    )
+    train(options, device)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":  # a checkpoint is written by processes that import this file again
+    main(tyro.cli(Options))

@@ -1,0 +1,161 @@
+"""The plain hybrid and Megatron's GPTModel are one model: weights go there and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from torch import Tensor
+
+from lasp.hybrid import HybridModel, next_token_loss, pack_batch
+from lasp.megatron_hybrid import load_plain_weights, plain_weights, to_megatron, to_plain
+from tests.closeness import assert_equal_to_rounding
+from tests.megatron.cpu import checkpoints_from_ranks, initialize, train_on_cpu
+from tests.megatron.test_checkpoint import save
+from tests.megatron.test_pretrain import OPTIONS, sizes_of
+from tests.ranks import run_on_ranks
+
+# After test_pretrain, which says where the examples are.
+from hybrid_gpt import build_model, shape  # isort: skip
+from hybrid_training.corpus import NO_LABEL, Corpus  # isort: skip
+from pretrain_hybrid import Options, forward_backward  # isort: skip
+
+pytestmark = pytest.mark.megatron
+
+CPU = torch.device("cpu")
+HEADS = {"num_heads": 6, "num_kv_heads": 2}
+# The sums of gradients are looked at, which the distributed optimizer has in pieces only.
+OPTIONS = replace(OPTIONS, distributed_optimizer=False)
+SPLITS = [
+    (1, {}),
+    (4, {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}),
+    pytest.param(2, {"cp": 2, "ep": 2}, marks=pytest.mark.slow),
+    pytest.param(4, {"etp": 2, "pp": 2}, marks=pytest.mark.slow),
+    pytest.param(4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2, "order": "fold"}, marks=pytest.mark.slow),
+]
+
+
+def plain_model() -> HybridModel:
+    model = HybridModel(shape(OPTIONS), dtype=torch.float64)
+    model.reset_parameters(OPTIONS.seed)
+    return model
+
+
+def plain_loss_and_gradients() -> tuple[float, dict[str, Tensor]]:
+    """Of the first step; the auxiliary loss weighs tokens / targets, as Megatron divides it."""
+    model, corpus, losses = plain_model(), Corpus.from_standard_library(OPTIONS.seed), []
+    packs = [
+        corpus.packs(
+            index,
+            per_step=OPTIONS.packs,
+            share=range(OPTIONS.packs),
+            num_tokens=OPTIONS.pack_tokens,
+        )
+        for index in range(OPTIONS.micro_batches)
+    ]
+    targets = sum(int((pack.labels != NO_LABEL).sum()) for pack in packs)
+    for pack in packs:
+        batch = pack_batch([pack.document_lengths], dp_rank=0, num_ranks=1, order="contiguous")
+        output = model(pack.tokens, batch)
+        losses.append(next_token_loss(output.logits, pack.labels, targets))
+        (losses[-1] + output.aux_loss * (len(pack.tokens) / targets)).backward()
+    return sum(losses).item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def loss_and_gradients(options: Options) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+    """Of the first step in Megatron, and the weights, by the names of the plain model."""
+    initialize(**sizes_of(options))
+    with train_on_cpu():
+        chunks = build_model(options, CPU)
+        stages = [chunk.module for chunk in chunks]
+        weights = plain_weights(stages)
+        corpus = Corpus.from_standard_library(options.seed)
+        loss = forward_backward(options, corpus, 0, chunks, CPU)
+        for stage in stages:
+            for parameter in stage.parameters():
+                parameter.data.copy_(parameter.main_grad)
+        return loss, plain_weights(stages), weights
+
+
+@pytest.mark.parametrize(("num_ranks", "changes"), SPLITS)
+def test_losses_and_gradients_equal_the_plain_models(num_ranks: int, changes: Any) -> None:
+    expected_loss, expected = plain_loss_and_gradients()
+    weights = dict(plain_model().named_parameters())
+    for loss, grads, converted in run_on_ranks(
+        loss_and_gradients, num_ranks, replace(OPTIONS, **changes)
+    ):
+        assert loss == pytest.approx(expected_loss, rel=1e-10)
+        assert grads.keys() == expected.keys() == converted.keys()
+        for name, grad in expected.items():
+            assert_equal_to_rounding(grads[name], grad, what=name)
+            assert torch.equal(converted[name], weights[name]), name
+
+
+def save_on_rank(options: Options, directory: Path) -> None:
+    initialize(**sizes_of(options))
+    with train_on_cpu(), checkpoints_from_ranks():
+        (chunk,) = build_model(options, CPU)
+        save(chunk.module.sharded_state_dict(), directory)
+
+
+def load_on_rank(options: Options, directory: Path) -> dict[str, Tensor]:
+    initialize(**sizes_of(options))
+    with train_on_cpu():
+        (chunk,) = build_model(options, CPU)
+        for parameter in chunk.module.parameters():
+            parameter.data.fill_(torch.nan)
+        loaded = dist_checkpointing.load(chunk.module.sharded_state_dict(), str(directory))
+        chunk.module.load_state_dict(loaded)
+        return plain_weights([chunk.module])
+
+
+def test_through_a_checkpoint_under_other_sizes(tmp_path: Path) -> None:
+    """Plain, cut over 4 ranks, saved, loaded in 2 stages of 2, plain again."""
+    saved = replace(OPTIONS, tp=2, cp=2, ep=2, etp=2)
+    run_on_ranks(save_on_rank, 4, saved, tmp_path)
+    expected = dict(plain_model().named_parameters())
+    for weights in run_on_ranks(load_on_rank, 4, replace(OPTIONS, pp=2, etp=2), tmp_path):
+        model = HybridModel(shape(OPTIONS), dtype=torch.float64)
+        _, unexpected = model.load_state_dict(weights, strict=False)
+        assert not unexpected
+        assert weights.keys() == expected.keys()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+
+
+def test_names_go_there_and_back() -> None:
+    weights = dict(plain_model().named_parameters())
+    named = to_megatron(weights, **HEADS)
+    assert len(named) < len(weights)
+    back = to_plain(named, **HEADS)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weight) for name, weight in weights.items())
+    some = {name: weight for name, weight in weights.items() if name.startswith("layers.7.")}
+    assert to_megatron(some, **HEADS).keys() == {
+        name for name in named if name.startswith("decoder.layers.7.")
+    }
+    with pytest.raises(ValueError, match=r"of lasp\.hybrid\.HybridModel, got \['bias'\] besides"):
+        to_megatron({**weights, "bias": weights["final_norm.weight"]}, **HEADS)
+    with pytest.raises(ValueError, match=r"layers with experts, got \['decoder.layers.0.mlp"):
+        to_plain({"decoder.layers.0.mlp.linear_fc1.weight": torch.ones(2)}, **HEADS)
+
+
+def refusals() -> None:
+    initialize()
+    with train_on_cpu():
+        (chunk,) = build_model(OPTIONS, CPU)
+    weights = dict(plain_model().named_parameters())
+    longer = {**weights, "embedding.weight": torch.zeros(300, 64)}
+    with pytest.raises(ValueError, match=r"must have shape \(256, 64\) on this rank, got \(300"):
+        load_plain_weights(chunk.module, longer)
+    del weights["head.weight"]
+    with pytest.raises(ValueError, match=r"weights must have output_layer\.weight"):
+        load_plain_weights(chunk.module, weights)
+
+
+def test_other_models_are_refused() -> None:
+    run_on_ranks(refusals, 1)

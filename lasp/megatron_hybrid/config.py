@@ -49,7 +49,9 @@ class HybridConfig:
 
     def __post_init__(self) -> None:
         if self.residual not in ("pre", "post"):
-            raise ValueError(f"residual must be 'pre' or 'post', got {self.residual!r}")
+            raise ValueError(
+                f"residual must be 'pre' or 'post', got {self.residual!r}: 'post' is MiniMax-01's"
+            )
 
     @classmethod
     def deepnorm(cls, num_layers: int, **fields: Any) -> HybridConfig:
@@ -73,7 +75,8 @@ def is_softmax(pattern: str, layer_index: int) -> bool:
     lightning, softmax = map(int, match.groups()) if match else (0, 0)
     if lightning + softmax == 0:
         raise ValueError(
-            f"pattern must be 'lightning layers:softmax layers' such as '7:1', got {pattern!r}"
+            f"pattern must be 'lightning layers:softmax layers', got {pattern!r}: MiniMax-01's is"
+            " '7:1'"
         )
     return layer_index % (lightning + softmax) >= lightning
 
@@ -81,8 +84,8 @@ def is_softmax(pattern: str, layer_index: int) -> bool:
 def check_config(config: TransformerConfig) -> None:
     """Raise ValueError, naming the option, for what hybrid layers do not support."""
     part = "hybrid layers"
-    require(config, part, hidden_dropout=0.0, attention_dropout=0.0, mtp_num_layers=None)
-    require(config, part, apply_residual_connection_post_layernorm=False, cuda_graph_impl="none")
+    require(config, part, hidden_dropout=0.0, attention_dropout=0.0)
+    require(config, part, apply_residual_connection_post_layernorm=False)
     require(config, part, fp32_residual_connection=False, overlap_moe_expert_parallel_comm=False)
     require(config, part, fine_grained_activation_offloading=False, heterogeneous_block_specs=False)
     require(config, part, moe_layer_freq=1)
@@ -90,7 +93,7 @@ def check_config(config: TransformerConfig) -> None:
     if config.recompute_granularity == "selective" and not modules <= {"core_attn", "moe"}:
         raise ValueError(
             "config.recompute_modules must be among ['core_attn', 'moe'] for hybrid layers, got"
-            f" {sorted(modules)}"
+            f" {sorted(modules)}: name these alone, or set recompute_granularity 'full'"
         )
     if config.linear_attention_freq is None and not config.hetereogenous_dist_checkpoint:
         raise ValueError(

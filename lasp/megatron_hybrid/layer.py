@@ -23,7 +23,12 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from lasp.megatron import ResidualNorm, lightning_attention_spec
+from lasp.megatron import (
+    ResidualNorm,
+    groups_of,
+    lightning_attention_spec,
+    refuse_arguments,
+)
 from lasp.megatron_hybrid.config import (
     MINIMAX_TEXT_01,
     PRE_NORM,
@@ -86,9 +91,10 @@ class HybridLayer(TransformerLayer):
         **optional: Any,
     ) -> None:
         check_config(config)
+        pp_group, *_ = groups_of(pg_collection, "hybrid layers", "pp", "tp", "cp")
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-        offset = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
+        offset = get_transformer_layer_offset(config, vp_stage, pp_group.rank())
         self_is_softmax = is_softmax(pattern, offset + layer_number - 1)
         with_experts = config.num_moe_experts is not None
         parts = copy(submodules)
@@ -121,21 +127,19 @@ class HybridLayer(TransformerLayer):
         rotary_pos_emb: Tensor | None = None,
         attention_bias: Tensor | None = None,
         inference_context: object = None,
+        inference_params: object = None,
         packed_seq_params: Any = None,
         padding_mask: Tensor | None = None,
         **_: object,
     ) -> tuple[Tensor, None]:
         """One layer over this rank's tokens ``[T, B, hidden]``; no context comes back."""
-        if context is not None or padding_mask is not None:
-            raise ValueError(
-                "context and padding_mask must be None: hybrid layers have no cross attention, and"
-                " padding is what a PackedSequence leaves out"
-            )
-        if rotary_pos_emb is not None:
-            raise ValueError(
-                "rotary_pos_emb must be None: build the model with position_embedding_type='none'"
-                " and set HybridConfig.rotary_dim"
-            )
+        refuse_arguments(
+            "hybrid layers",
+            context=context,
+            padding_mask=padding_mask,
+            rotary_pos_emb=rotary_pos_emb,
+            inference_params=inference_params,
+        )
         normed = self.input_layernorm(hidden_states)
         mixed = self.self_attention(
             normed,
@@ -217,6 +221,8 @@ def hybrid_block_spec(
         ValueError: for options that hybrid layers do not support.
     """
     check_config(config)
+    if pp_rank is None:
+        pp_rank = groups_of(None, "hybrid layers", "pp")[0].rank()
     layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     spec = hybrid_layer_spec(config, pattern, hybrid)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=ResidualNorm)

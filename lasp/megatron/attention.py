@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,8 @@ class LightningSelfAttention(MegatronModule):
         pg_collection: its tp and cp groups; of the parallel state if None.
         decay: formula of the decay rates, see ``lasp.decay``.
         norm_eps: of the norm over all heads.
+        decay_layers: numbers of the layers that the decay formula counts; None: all. A HybridModel
+            numbers MLPs too.
 
     Communication: Megatron's of two linear layers, that of :func:`lasp.lightning_attention` over
     cp, that of :class:`HeadsNorm` over tp.
@@ -70,6 +73,7 @@ class LightningSelfAttention(MegatronModule):
         *,
         decay: Variant = "minimax",
         norm_eps: float = 1e-6,
+        decay_layers: Sequence[int] | None = None,
         **_: object,
     ) -> None:
         super().__init__(config=config)
@@ -107,10 +111,11 @@ class LightningSelfAttention(MegatronModule):
             tp_group=self.tp_group,
             **linear,
         )
+        counted = range(1, config.num_layers + 1) if decay_layers is None else decay_layers
         self.rates = decay_rates(  # float32 on the CPU, whatever the module is cast or moved to
             heads,
-            layer_number - 1,
-            config.num_layers,
+            counted.index(layer_number),
+            len(counted),
             decay,
             tp_rank=self.tp_group.rank(),
             tp_size=tp_size,
@@ -175,12 +180,17 @@ class LightningSelfAttention(MegatronModule):
         """Nothing is delayed: the weight gradients are part of the backward."""
 
 
-def lightning_attention_spec(*, decay: Variant = "minimax", norm_eps: float = 1e-6) -> ModuleSpec:
+def lightning_attention_spec(
+    *,
+    decay: Variant = "minimax",
+    norm_eps: float = 1e-6,
+    decay_layers: Sequence[int] | None = None,
+) -> ModuleSpec:
     """Spec of a ``self_attention`` for ``TransformerLayerSubmodules``."""
     return ModuleSpec(
         module=LightningSelfAttention,
         submodules=LightningSelfAttentionSubmodules(),
-        params={"decay": decay, "norm_eps": norm_eps},
+        params={"decay": decay, "norm_eps": norm_eps, "decay_layers": decay_layers},
     )
 
 

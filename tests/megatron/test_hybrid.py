@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -365,6 +367,14 @@ def test_patterns_and_residuals_that_are_none() -> None:
     for pattern in ("7", "0:0", "a:b", "-1:2"):
         with pytest.raises(ValueError, match="pattern must be"):
             is_softmax(pattern, 0)
+
+
+def test_a_stack_needs_hybrid_model() -> None:
+    """In another interpreter: this one may have it."""
+    code = "import sys; sys.modules['megatron.core.models.hybrid'] = None; "
+    code += "import lasp.megatron_hybrid.stack"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: megatron-core must be >= 0.18 for HybridModel, got" in done.stderr
 
 
 def test_minimax_has_the_residuals_of_deepnorm() -> None:

@@ -33,7 +33,7 @@ def require(config: TransformerConfig, part: str, **wanted: object) -> None:
     """
     for name, value in (_NOWHERE | wanted).items():
         actual = getattr(config, name, value)
-        if actual != value and not (actual is None and not value):
+        if actual != value and (actual or value):
             raise ValueError(
                 f"config.{name} must be {value!r} for {part}, got {actual!r}: set {value!r}, or use"
                 " a module of Megatron's that has it"

@@ -182,8 +182,8 @@ class ExpertParallelMoELayer(MoELayer):
 
         Returns:
             For the T routed tokens by global position, best expert first: ``probs`` ``[T, k]``, in
-            the dtype of the gate, and ``routing_map`` ``[T, k]`` int64, the expert, or -1 if the
-            assignment is dropped.
+            the dtype of the gate, and ``routing_map`` ``[T, k]`` int64, the expert. Of a dropped
+            assignment they are 0 and -1.
 
         Communication: one all-gather over tp x cp x dp, see :func:`moe_parallel.route.route`.
         """
@@ -207,7 +207,8 @@ class ExpertParallelMoELayer(MoELayer):
             drop_policy=config.drop_policy,
             aux_loss_coefficient=config.aux_loss_coefficient,
         )
-        probs = routing.weights
+        # New memory: dispatch's arguments are freed after it, and the softmax keeps its output.
+        probs = routing.weights.masked_fill(~routing.kept, 0.0)
         if self.training and config.aux_loss_coefficient:
             scale = aux_loss_scale(self.config, self.groups, order.num_tokens)
             probs = MoEAuxLossAutoScaler.apply(probs, routing.aux_loss * scale)
@@ -221,12 +222,11 @@ class ExpertParallelMoELayer(MoELayer):
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Rows ``[A, hidden]`` of the kept assignments by expert; ``probs``, 0 where dropped."""
-        call, kept_Tk = self._under_way(), routing_map >= 0
-        call.rows = row_order(routing_map, kept_Tk, sum(call.plan.dispatch_rows))
+        """Rows ``[A, hidden]`` of the kept assignments, by expert; ``probs`` are passed on."""
+        call = self._under_way()
+        call.rows = row_order(routing_map, routing_map >= 0, sum(call.plan.dispatch_rows))
         x_TM = call.order.take(hidden_states.flatten(0, 1), self.moe.mesh.token_rank)
-        # In new memory: dispatch's arguments are freed after it, and route's softmax keeps probs.
-        return permute(x_TM, call.rows), probs.masked_fill(~kept_Tk, 0.0)
+        return permute(x_TM, call.rows), probs
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Rows to the ranks of their experts; ``probs`` stay with their tokens.

@@ -371,8 +371,11 @@ def test_patterns_and_residuals_that_are_none() -> None:
 
 def test_a_stack_needs_hybrid_model() -> None:
     """In another interpreter: this one may have it."""
-    code = "import sys; sys.modules['megatron.core.models.hybrid'] = None; "
-    code += "import lasp.megatron_hybrid.stack"
+    code = (
+        "import sys, lasp.megatron_hybrid\n"
+        "sys.modules['megatron.core.models.hybrid.hybrid_block'] = None\n"
+        "import lasp.megatron_hybrid.stack"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ImportError: megatron-core must be >= 0.18 for HybridModel, got" in done.stderr
 

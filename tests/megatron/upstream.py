@@ -342,10 +342,10 @@ def main() -> int:
                     run_on_ranks(on_rank, check.ranks, checkout, *arguments, backend=backend)
                 except RankError as error:
                     outcome, why = "failed", str(error)
+            close_pools()  # process groups are never freed, and their threads keep polling
         counts[outcome] += 1
         lines.append(f"{outcome:8}{check.name}{': ' * bool(why)}{why}")
         print(lines[-1], flush=True)
-    close_pools()
     # Once more, below what Megatron has written.
     print("\n".join(lines), ", ".join(f"{n} {outcome}" for outcome, n in counts.items()), sep="\n")
     return counts["failed"]

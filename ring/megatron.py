@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lasp.megatron import groups_of, layout_of, require
+from lasp.megatron import groups_of, layout_of, refuse_arguments, require
 from ring.attention import ring_attention
 from ring.rope import apply_rotary, check_rotary_dim
 
@@ -62,13 +62,14 @@ class RingCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         part = "ring attention"
-        require(config, part, attention_dropout=0.0, fp8=None, fp4=None, mtp_num_layers=None)
-        require(config, part, window_size=None, softmax_type="vanilla", qk_clip=False)
+        require(config, part, attention_dropout=0.0, window_size=None, softmax_type="vanilla")
+        require(config, part, qk_clip=False, log_max_attention_logit=False)
         require(config, part, apply_query_key_layer_scaling=False, multi_latent_attention=False)
         if attention_dropout or attention_type != "self":
             raise ValueError(
                 "ring attention must be self-attention without dropout, got attention_type"
-                f" {attention_type!r}, attention_dropout {attention_dropout}"
+                f" {attention_type!r}, attention_dropout {attention_dropout}: leave dropout at 0,"
+                " and cross attention to Megatron's modules"
             )
         self._check_mask_type(attn_mask_type)
         (self.cp_group,) = groups_of(pg_collection, part, "cp")
@@ -108,8 +109,7 @@ class RingCoreAttention(MegatronModule):
         Returns:
             ``[T, B, heads * D]``, or ``[T, heads * D]`` for a pack.
         """
-        if attention_bias is not None:
-            raise ValueError("attention_bias must be None: ring attention has no additive bias")
+        refuse_arguments("ring attention", attention_bias=attention_bias)
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         self._check_mask_type(mask_type)
         layout = layout_of(packed_seq_params, query.shape[0], self.cp_group.size())
@@ -163,14 +163,16 @@ class RingSelfAttention(SelfAttention):
     ) -> None:
         part = "ring self-attention"
         require(config, part, apply_rope_fusion=False, rotary_interleaved=False, no_rope_freq=None)
-        require(config, part, attention_output_gate=False)
+        require(config, part, attention_output_gate=False, fused_single_qkv_rope=False)
+        require(config, part, qk_layernorm=False, qk_l2_norm=False)
         check_rotary_dim(rotary_dim, config.kv_channels)
         tp_group, _ = groups_of(pg_collection, part, "tp", "cp")
         groups = config.num_query_groups
         if groups % tp_group.size() or config.num_attention_heads % tp_group.size():
             raise ValueError(
                 f"num_attention_heads and num_query_groups must divide over {tp_group.size()}"
-                f" tensor-parallel ranks, got {config.num_attention_heads} and {groups}"
+                f" tensor-parallel ranks, got {config.num_attention_heads} and {groups}: choose"
+                " another tensor_model_parallel_size"
             )
         super().__init__(
             config,
@@ -187,7 +189,9 @@ class RingSelfAttention(SelfAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        key_value_states: Tensor | None = None,
         inference_context: object = None,
+        inference_params: object = None,
         rotary_pos_emb: object = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
@@ -198,7 +202,9 @@ class RingSelfAttention(SelfAttention):
         Args:
             hidden_states: ``[T / tp if sequence parallel else T, B, hidden]``, B is 1 for packs.
             attention_mask: not read.
+            key_value_states: must be None.
             inference_context: must be None.
+            inference_params: must be None.
             rotary_pos_emb: must be None: GPTModel(position_embedding_type="none").
             attention_bias: must be None.
             packed_seq_params: see :func:`lasp.megatron.layout_of`.
@@ -206,13 +212,13 @@ class RingSelfAttention(SelfAttention):
         Returns:
             The output as ``hidden_states``, and the bias of the projection, not added.
         """
-        if inference_context is not None:
-            raise ValueError("inference_context must be None: ring attention only trains")
-        if rotary_pos_emb is not None:
-            raise ValueError(
-                "rotary_pos_emb must be None: ring self-attention rotates by itself; build the"
-                " model with position_embedding_type='none' and give rotary_dim in the spec"
-            )
+        refuse_arguments(
+            "ring self-attention",
+            key_value_states=key_value_states,
+            inference_context=inference_context,
+            inference_params=inference_params,
+            rotary_pos_emb=rotary_pos_emb,
+        )
         query, key, value = self.get_query_key_value_tensors(hidden_states, None)
         cp_group = self.core_attention.cp_group
         layout = layout_of(packed_seq_params, query.shape[0], cp_group.size())

@@ -17,7 +17,7 @@ from lasp.megatron.attention import (
     split_projections,
 )
 from lasp.megatron.batch import PackedSequence, layout_of
-from lasp.megatron.common import groups_of, parameter_device, require
+from lasp.megatron.common import groups_of, parameter_device, refuse_arguments, require
 from lasp.megatron.norm import HeadsNorm, ResidualNorm
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "lightning_attention_spec",
     "merge_projections",
     "parameter_device",
+    "refuse_arguments",
     "require",
     "split_projections",
 ]

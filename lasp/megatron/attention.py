@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from lasp.attention import lightning_attention
 from lasp.decay import Variant, decay_rates
 from lasp.megatron.batch import layout_of
-from lasp.megatron.common import groups_of, require
+from lasp.megatron.common import groups_of, refuse_arguments, require
 from lasp.megatron.norm import HeadsNorm
 
 
@@ -51,6 +52,8 @@ class LightningSelfAttention(MegatronModule):
         pg_collection: its tp and cp groups; of the parallel state if None.
         decay: formula of the decay rates, see ``lasp.decay``.
         norm_eps: of the norm over all heads.
+        decay_layers: numbers of the layers that the decay formula counts; None: all. A HybridModel
+            numbers MLPs too.
 
     Communication: Megatron's of two linear layers, that of :func:`lasp.lightning_attention` over
     cp, that of :class:`HeadsNorm` over tp.
@@ -70,17 +73,19 @@ class LightningSelfAttention(MegatronModule):
         *,
         decay: Variant = "minimax",
         norm_eps: float = 1e-6,
+        decay_layers: Sequence[int] | None = None,
         **_: object,
     ) -> None:
         super().__init__(config=config)
         part = "lightning attention"
-        require(config, part, attention_dropout=0.0, fp8=None, fp4=None, mtp_num_layers=None)
-        require(config, part, multi_latent_attention=False, qk_clip=False)
+        require(config, part, attention_dropout=0.0, multi_latent_attention=False, qk_clip=False)
+        require(config, part, attention_output_gate=False)
         self.tp_group, self.cp_group = groups_of(pg_collection, part, "tp", "cp")
         heads, tp_size = config.num_attention_heads, self.tp_group.size()
         if heads % tp_size:
             raise ValueError(
-                f"num_attention_heads must divide over {tp_size} tensor-parallel ranks, got {heads}"
+                f"num_attention_heads must divide over {tp_size} tensor-parallel ranks, got"
+                f" {heads}: choose another tensor_model_parallel_size"
             )
         self.head_dim = config.kv_channels
         inner = heads * self.head_dim
@@ -106,10 +111,11 @@ class LightningSelfAttention(MegatronModule):
             tp_group=self.tp_group,
             **linear,
         )
+        counted = range(1, config.num_layers + 1) if decay_layers is None else decay_layers
         self.rates = decay_rates(  # float32 on the CPU, whatever the module is cast or moved to
             heads,
-            layer_number - 1,
-            config.num_layers,
+            counted.index(layer_number),
+            len(counted),
             decay,
             tp_rank=self.tp_group.rank(),
             tp_size=tp_size,
@@ -120,7 +126,10 @@ class LightningSelfAttention(MegatronModule):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        key_value_states: Tensor | None = None,
         inference_context: object = None,
+        inference_params: object = None,
+        attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         **_: object,
     ) -> tuple[Tensor, None]:
@@ -129,14 +138,22 @@ class LightningSelfAttention(MegatronModule):
         Args:
             hidden_states: ``[T / tp if sequence parallel else T, B, hidden]``, B is 1 for packs.
             attention_mask: not read.
+            key_value_states: must be None.
             inference_context: must be None.
+            inference_params: must be None.
+            attention_bias: must be None.
             packed_seq_params: see :func:`layout_of`.
 
         Returns:
             As ``hidden_states``, and None for the bias.
         """
-        if inference_context is not None:
-            raise ValueError("inference_context must be None: lightning attention only trains")
+        refuse_arguments(
+            "lightning attention",
+            key_value_states=key_value_states,
+            inference_context=inference_context,
+            inference_params=inference_params,
+            attention_bias=attention_bias,
+        )
         mixed, _bias = self.in_proj(hidden_states)
         layout = layout_of(packed_seq_params, mixed.shape[0], self.cp_group.size())
         packed = packed_seq_params is not None
@@ -163,12 +180,17 @@ class LightningSelfAttention(MegatronModule):
         """Nothing is delayed: the weight gradients are part of the backward."""
 
 
-def lightning_attention_spec(*, decay: Variant = "minimax", norm_eps: float = 1e-6) -> ModuleSpec:
+def lightning_attention_spec(
+    *,
+    decay: Variant = "minimax",
+    norm_eps: float = 1e-6,
+    decay_layers: Sequence[int] | None = None,
+) -> ModuleSpec:
     """Spec of a ``self_attention`` for ``TransformerLayerSubmodules``."""
     return ModuleSpec(
         module=LightningSelfAttention,
         submodules=LightningSelfAttentionSubmodules(),
-        params={"decay": decay, "norm_eps": norm_eps},
+        params={"decay": decay, "norm_eps": norm_eps, "decay_layers": decay_layers},
     )
 
 

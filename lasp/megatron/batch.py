@@ -66,10 +66,17 @@ def layout_of(
         cp_size: context-parallel ranks.
 
     Raises:
-        ValueError: for per-document zigzag packs, which are no layout.
+        ValueError: for per-document zigzag packs, which are no layout, and packs with a
+            context-parallel group of their own.
     """
     if packed_seq_params is None:
         return _one_document(num_tokens * cp_size, cp_size)
+    if packed_seq_params.local_cp_size is not None:
+        raise ValueError(
+            "packed_seq_params.local_cp_size must be None, got"
+            f" {packed_seq_params.local_cp_size}: a pack has no group of its own here; cut all"
+            " packs over the one context-parallel group"
+        )
     layout = getattr(packed_seq_params, "layout", None)
     if layout is None and cp_size > 1:
         raise ValueError(
@@ -85,7 +92,8 @@ def layout_of(
         )
     if layout.num_ranks != cp_size:
         raise ValueError(
-            f"layout must be for the {cp_size} context-parallel ranks, got {layout.num_ranks}"
+            f"layout must be for the {cp_size} context-parallel ranks, got {layout.num_ranks}:"
+            " build it with num_ranks of the context-parallel group"
         )
     checked: SequenceLayout = layout
     return checked

@@ -9,17 +9,57 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+# What none of our parts has, by the value that leaves it out.
+_NOWHERE: dict[str, object] = {
+    "batch_invariant_mode": False,
+    "cpu_offloading": False,
+    "cuda_graph_impl": "none",
+    "fp4": None,
+    "fp8": None,
+    "hybrid_context_parallel": False,  # every pack would bring a group of its own
+    "mtp_num_layers": None,
+    "tp_comm_overlap": False,
+    "use_kitchen": False,
+    "use_mup": False,
+    "use_transformer_engine_op_fuser": False,
+}
+
 
 def require(config: TransformerConfig, part: str, **wanted: object) -> None:
     """Raise ValueError for the first option of ``config`` that is set and differs from ``wanted``.
 
-    Options that this Megatron version does not have are not checked.
+    Options that no part of ours has are checked too; those that this Megatron version does not
+    have are not.
     """
-    for name, value in wanted.items():
+    for name, value in (_NOWHERE | wanted).items():
         actual = getattr(config, name, value)
-        if actual != value and not (actual is None and not value):
+        if actual != value and (actual or value):
             raise ValueError(
-                f"config.{name} must be {value!r} for {part}, got {actual!r}: it is not supported"
+                f"config.{name} must be {value!r} for {part}, got {actual!r}: set {value!r}, or use"
+                " a module of Megatron's that has it"
+            )
+
+
+_WHY_NONE = {
+    "attention_bias": "there is no additive bias",
+    "context": "there is no cross attention",
+    "inference_context": "it only trains; build the model of inference from Megatron's own modules",
+    "inference_params": "it only trains; build the model of inference from Megatron's own modules",
+    "intermediate_tensors": "CUDA graphs are not supported",
+    "key_value_states": "there is no cross attention",
+    "padding_mask": "padding is what the token_order of a PackedSequence leaves out",
+    "rotary_pos_emb": "it rotates by itself; build the model with position_embedding_type='none'"
+    " and give rotary_dim to the spec",
+    "shared_expert_output": "there are no shared experts",
+}
+
+
+def refuse_arguments(part: str, **arguments: object) -> None:
+    """Raise ValueError for the first of these arguments of ``part``'s forward that is not None."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None for {part}, got {type(value).__name__}: {_WHY_NONE[name]}"
             )
 
 
@@ -39,7 +79,10 @@ def groups_of(pg_collection: ProcessGroupCollection | None, part: str, *names: s
     groups = [getattr(pg_collection, name, None) for name in names]
     missing = [name for name, group in zip(names, groups) if group is None]
     if missing:
-        raise ValueError(f"pg_collection must have {missing} for {part}: set these groups")
+        raise ValueError(
+            f"pg_collection must have {list(names)} for {part}, got none for {missing}: set these"
+            " groups"
+        )
     return groups
 
 

@@ -49,7 +49,9 @@ class HybridConfig:
 
     def __post_init__(self) -> None:
         if self.residual not in ("pre", "post"):
-            raise ValueError(f"residual must be 'pre' or 'post', got {self.residual!r}")
+            raise ValueError(
+                f"residual must be 'pre' or 'post', got {self.residual!r}: 'post' is MiniMax-01's"
+            )
 
     @classmethod
     def deepnorm(cls, num_layers: int, **fields: Any) -> HybridConfig:
@@ -73,25 +75,33 @@ def is_softmax(pattern: str, layer_index: int) -> bool:
     lightning, softmax = map(int, match.groups()) if match else (0, 0)
     if lightning + softmax == 0:
         raise ValueError(
-            f"pattern must be 'lightning layers:softmax layers' such as '7:1', got {pattern!r}"
+            f"pattern must be 'lightning layers:softmax layers', got {pattern!r}: MiniMax-01's is"
+            " '7:1'"
         )
     return layer_index % (lightning + softmax) >= lightning
 
 
-def check_config(config: TransformerConfig) -> None:
+PART = "hybrid layers"
+
+
+def check_layers(config: TransformerConfig) -> None:
     """Raise ValueError, naming the option, for what hybrid layers do not support."""
-    part = "hybrid layers"
-    require(config, part, hidden_dropout=0.0, attention_dropout=0.0, mtp_num_layers=None)
-    require(config, part, apply_residual_connection_post_layernorm=False, cuda_graph_impl="none")
-    require(config, part, fp32_residual_connection=False, overlap_moe_expert_parallel_comm=False)
-    require(config, part, fine_grained_activation_offloading=False, heterogeneous_block_specs=False)
-    require(config, part, moe_layer_freq=1)
+    require(config, PART, hidden_dropout=0.0, attention_dropout=0.0)
+    require(config, PART, apply_residual_connection_post_layernorm=False)
+    require(config, PART, fp32_residual_connection=False, overlap_moe_expert_parallel_comm=False)
+    require(config, PART, fine_grained_activation_offloading=False, heterogeneous_block_specs=False)
+    require(config, PART, moe_layer_freq=1)
     modules = set(config.recompute_modules or ()) if config.recompute_granularity else set()
     if config.recompute_granularity == "selective" and not modules <= {"core_attn", "moe"}:
         raise ValueError(
             "config.recompute_modules must be among ['core_attn', 'moe'] for hybrid layers, got"
-            f" {sorted(modules)}"
+            f" {sorted(modules)}: name these alone, or set recompute_granularity 'full'"
         )
+
+
+def check_config(config: TransformerConfig) -> None:
+    """The same for layers of a TransformerBlock, whose checkpoint keys an option decides."""
+    check_layers(config)
     if config.linear_attention_freq is None and not config.hetereogenous_dist_checkpoint:
         raise ValueError(
             "config.linear_attention_freq must be set for hybrid layers, got None: it gives the"

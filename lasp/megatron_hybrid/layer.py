@@ -8,31 +8,32 @@ from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
-from torch import Tensor
 
-from lasp.megatron import ResidualNorm, lightning_attention_spec
+from lasp.megatron import (
+    ResidualNorm,
+    groups_of,
+    lightning_attention_spec,
+)
 from lasp.megatron_hybrid.config import (
     MINIMAX_TEXT_01,
     PRE_NORM,
     HybridConfig,
-    ResidualScale,
     check_config,
     is_softmax,
 )
-from moe_parallel.megatron import ExpertParallelMoELayer, expert_parallel_moe_spec
+from lasp.megatron_hybrid.residual import ScaledLayer
+from moe_parallel.megatron import expert_parallel_moe_spec
 from ring.megatron import ring_attention_spec
 
 
@@ -49,14 +50,8 @@ class HybridLayerSubmodules(TransformerLayerSubmodules):
     softmax: ModuleSpec | None = None
 
 
-class HybridLayer(TransformerLayer):
-    """A decoder layer whose attention is lightning or softmax by its global layer number.
-
-    ``post``: ``h = norm(x); y = alpha h + beta attention(h); g = norm(y); alpha g + beta mlp(g)``.
-    ``pre``: the same with x and y for the residuals h and g.
-
-    The MoE layer gets the process groups of this layer in every Megatron version, and the token
-    order of a :class:`lasp.megatron.PackedSequence`.
+class HybridLayer(ScaledLayer):
+    """A :class:`ScaledLayer` whose attention is lightning or softmax by its global layer number.
 
     Args:
         config: Megatron's.
@@ -86,82 +81,22 @@ class HybridLayer(TransformerLayer):
         **optional: Any,
     ) -> None:
         check_config(config)
-        if pg_collection is None:
-            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-        offset = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
-        self_is_softmax = is_softmax(pattern, offset + layer_number - 1)
-        with_experts = config.num_moe_experts is not None
+        pp_group, *_ = groups_of(pg_collection, "hybrid layers", "pp", "tp", "cp")
+        offset = get_transformer_layer_offset(config, vp_stage, pp_group.rank())
+        softmax = is_softmax(pattern, offset + layer_number - 1)
         parts = copy(submodules)
-        parts.self_attention = submodules.softmax if self_is_softmax else submodules.lightning
-        if with_experts:
-            # Built below: TransformerLayer of 0.16 gives groups to Megatron's own MoELayer only.
-            parts.mlp = IdentityOp
+        parts.self_attention = submodules.softmax if softmax else submodules.lightning
         super().__init__(
             config,
             parts,
             layer_number,
-            pg_collection=pg_collection,
+            pg_collection,
             vp_stage=vp_stage,
+            residual=hybrid.residual,
+            attention_scale=hybrid.softmax if softmax else hybrid.lightning,
+            mlp_scale=hybrid.mlp,
             **optional,
         )
-        if with_experts:
-            self.mlp = build_module(submodules.mlp, config=config, pg_collection=pg_collection)
-            self.mlp.set_layer_number(self.layer_number)
-            self.is_moe_layer = True
-        self.post_norm = hybrid.residual == "post"
-        self.attention_scale = hybrid.softmax if self_is_softmax else hybrid.lightning
-        self.mlp_scale = hybrid.mlp
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        context: Tensor | None = None,
-        *,
-        rotary_pos_emb: Tensor | None = None,
-        attention_bias: Tensor | None = None,
-        inference_context: object = None,
-        packed_seq_params: Any = None,
-        padding_mask: Tensor | None = None,
-        **_: object,
-    ) -> tuple[Tensor, None]:
-        """One layer over this rank's tokens ``[T, B, hidden]``; no context comes back."""
-        if context is not None or padding_mask is not None:
-            raise ValueError(
-                "context and padding_mask must be None: hybrid layers have no cross attention, and"
-                " padding is what a PackedSequence leaves out"
-            )
-        if rotary_pos_emb is not None:
-            raise ValueError(
-                "rotary_pos_emb must be None: build the model with position_embedding_type='none'"
-                " and set HybridConfig.rotary_dim"
-            )
-        normed = self.input_layernorm(hidden_states)
-        mixed = self.self_attention(
-            normed,
-            attention_mask,
-            attention_bias=attention_bias,
-            inference_context=inference_context,
-            packed_seq_params=packed_seq_params,
-        )
-        residual = normed if self.post_norm else hidden_states
-        hidden_states = _add(residual, mixed, self.attention_scale)
-
-        normed = self.pre_mlp_layernorm(hidden_states)
-        if isinstance(self.mlp, ExpertParallelMoELayer):
-            order = getattr(packed_seq_params, "token_order", None)
-            mixed = self.mlp(normed, token_order=order)
-        else:
-            mixed = self.mlp(normed)
-        residual = normed if self.post_norm else hidden_states
-        return _add(residual, mixed, self.mlp_scale), None
-
-
-def _add(residual: Tensor, part: tuple[Tensor, Tensor | None], scale: ResidualScale) -> Tensor:
-    output, bias = part
-    if bias is not None:
-        output = output + bias
-    return scale.alpha * residual + scale.beta * output
 
 
 def hybrid_layer_spec(
@@ -217,6 +152,8 @@ def hybrid_block_spec(
         ValueError: for options that hybrid layers do not support.
     """
     check_config(config)
+    if pp_rank is None:
+        pp_rank = groups_of(None, "hybrid layers", "pp")[0].rank()
     layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     spec = hybrid_layer_spec(config, pattern, hybrid)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=ResidualNorm)

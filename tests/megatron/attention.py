@@ -1,20 +1,31 @@
-"""One attention layer of Megatron on ranks, its results put together again."""
+"""An attention part of Megatron on ranks against the plain module on one."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lasp.layout import SequenceLayout
 from lasp.megatron import PackedSequence
+from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.megatron.cpu import gathered, initialize, summed
+from tests.ranks import run_on_ranks
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 10, 4, 2, 6, 5
+LENGTHS = (13, 1, 0, 20, 6)
+SPLITS = [
+    (1, {}, "contiguous"),
+    (2, {"tp": 2}, "contiguous"),
+    pytest.param(2, {"cp": 2}, "zigzag", marks=pytest.mark.slow),
+    (4, {"tp": 2, "cp": 2}, "fold"),
+    pytest.param(4, {"cp": 4}, "zigzag", marks=pytest.mark.slow),
+]
 
 
 def config(**options: Any) -> TransformerConfig:
@@ -44,15 +55,15 @@ def config(**options: Any) -> TransformerConfig:
 
 def parallel_config(sizes: dict[str, int], **options: Any) -> TransformerConfig:
     tp = sizes.get("tp", 1)
-    return config(
-        tensor_model_parallel_size=tp,
-        context_parallel_size=sizes.get("cp", 1),
-        pipeline_model_parallel_size=sizes.get("pp", 1),
-        expert_model_parallel_size=sizes.get("ep", 1),
-        expert_tensor_parallel_size=sizes.get("etp", 1),
-        sequence_parallel=tp > 1,
-        **options,
-    )
+    parallel = {
+        "tensor_model_parallel_size": tp,
+        "context_parallel_size": sizes.get("cp", 1),
+        "pipeline_model_parallel_size": sizes.get("pp", 1),
+        "expert_model_parallel_size": sizes.get("ep", 1),
+        "expert_tensor_parallel_size": sizes.get("etp", 1),
+        "sequence_parallel": tp > 1,
+    }
+    return config(**(parallel | options))
 
 
 # Which dim of a parameter is cut over tp; others are whole on every rank.
@@ -98,10 +109,8 @@ def attention_on_rank(
     ``pack`` is [S, hidden]; with ``lengths`` None it is [S, B, hidden], a batch of B rows.
     """
     groups = initialize(device, **sizes)
-    options = parallel_config(sizes)
-    options.sequence_parallel = sequence_parallel and sizes.get("tp", 1) > 1
-    dtype = pack.dtype
-    options.params_dtype = dtype
+    sequence_parallel = sequence_parallel and sizes.get("tp", 1) > 1
+    options = parallel_config(sizes, sequence_parallel=sequence_parallel, params_dtype=pack.dtype)
     module = build_module(spec, config=options, layer_number=3, pg_collection=groups).to(device)
     load(module, weights, groups.tp)
     packed = None
@@ -114,9 +123,7 @@ def attention_on_rank(
 
     def cut(x: Tensor) -> Tensor:
         local = layout.shard(x, groups.cp.rank())
-        return (
-            local.chunk(groups.tp.size())[groups.tp.rank()] if options.sequence_parallel else local
-        )
+        return local.chunk(groups.tp.size())[groups.tp.rank()] if sequence_parallel else local
 
     hidden = cut(pack).to(device).requires_grad_()
     output, bias = module(hidden, packed_seq_params=packed)
@@ -124,15 +131,68 @@ def attention_on_rank(
     output.backward(cut(pack.cos()).to(device))
 
     def join(x: Tensor) -> Tensor:
-        local = torch.cat(gathered(x, groups.tp)) if options.sequence_parallel else x
+        local = torch.cat(gathered(x, groups.tp)) if sequence_parallel else x
         return layout.unshard(gathered(local, groups.cp)).cpu()
 
-    grad = hidden.grad
     return {
         "output": join(output.detach()),
-        "input": join(grad),
+        "input": join(hidden.grad),
         **whole_gradients(module, groups),
     }
 
 
-__all__ = ["PackedSeqParams", "attention_on_rank", "config", "load", "parallel_config"]
+class Case(NamedTuple):
+    """A part and the plain module that it must equal.
+
+    Attributes:
+        spec: of the part.
+        plain: the module, of one value whatever the dtype.
+        names: values of the module's parameters under the names of the part's.
+    """
+
+    spec: ModuleSpec
+    plain: Callable[[torch.dtype], torch.nn.Module]
+    names: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+    def weights(self) -> dict[str, Tensor]:
+        parameters = self.plain(torch.float64).named_parameters()
+        return self.names({name: parameter.detach() for name, parameter in parameters})
+
+    def expected(self, pack: Tensor, lengths: tuple[int, ...] | None) -> dict[str, Tensor]:
+        """What :func:`attention_on_rank` returns, of the plain module on one rank."""
+        module = self.plain(pack.dtype)
+        hidden = pack.clone().requires_grad_()
+        if lengths is None:  # [S, B, hidden]
+            output = module(hidden.transpose(0, 1)).transpose(0, 1)
+        else:
+            output = module(hidden, layout=SequenceLayout(lengths, 1)).unsqueeze(1)
+        output.backward(pack.cos().view_as(output))
+        grads = self.names({name: p.grad for name, p in module.named_parameters()})
+        return {"output": output.detach(), "input": hidden.grad.view_as(output), **grads}
+
+    def check(
+        self,
+        num_ranks: int,
+        sizes: dict[str, int],
+        lengths: tuple[int, ...] | None,
+        order: str = "contiguous",
+        **options: bool,
+    ) -> None:
+        """float64 on every rank: equal to rounding."""
+        shape = (sum(LENGTHS), HIDDEN) if lengths else (16, 3, HIDDEN)
+        pack = torch.randn(shape, dtype=torch.float64)
+        expected = self.expected(pack, lengths)
+        args = (self.spec, sizes, lengths, order, self.weights(), pack)
+        for result in run_on_ranks(attention_on_rank, num_ranks, *args, **options):
+            assert result.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert_equal_to_rounding(result[name], tensor, what=name)
+
+    def check_float32(self, num_ranks: int, sizes: dict[str, int], order: str) -> None:
+        """float32: errors of the size of the plain module's own."""
+        pack = torch.randn(sum(LENGTHS), HIDDEN)
+        oracle, honest = self.expected(pack.double(), LENGTHS), self.expected(pack, LENGTHS)
+        args = (self.spec, sizes, LENGTHS, order, self.weights(), pack)
+        result = run_on_ranks(attention_on_rank, num_ranks, *args)[0]
+        for name in oracle:
+            assert_within_budget(result[name], oracle[name], honest[name], what=name)

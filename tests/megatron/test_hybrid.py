@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -240,10 +242,12 @@ def test_recomputed(recompute: dict[str, Any]) -> None:
     check(2, {"cp": 2, "ep": 2}, "zigzag", **recompute)
 
 
-def dense_on_rank(sizes: dict[str, int]) -> list[Tensor]:
-    """Pre-norm layers with a dense MLP: output and input gradient; by hand too on one rank."""
+def dense_on_rank(sizes: dict[str, int], sequence_parallel: bool = True) -> dict[str, Tensor]:
+    """Pre-norm layers with a dense MLP: output and gradients; the output by hand on one rank."""
     groups = initialize(**sizes)
-    config = parallel_config(sizes, num_layers=3, linear_attention_freq=2)
+    sequence_parallel = sequence_parallel and groups.tp.size() > 1
+    options = {"num_layers": 3, "linear_attention_freq": 2, "sequence_parallel": sequence_parallel}
+    config = parallel_config(sizes, **options)
     scale = ResidualScale(alpha=0.5, beta=2.0)
     hybrid = HybridConfig(rotary_dim=4, softmax=scale, mlp=scale._replace(beta=3.0))
     torch.manual_seed(6)  # weights are drawn whole on the CPU and cut
@@ -254,7 +258,9 @@ def dense_on_rank(sizes: dict[str, int]) -> list[Tensor]:
         [(12, 20)], dp_rank=0, cp_size=groups.cp.size(), tp_size=groups.tp.size(), order="zigzag"
     )
     pack = random_input()[:32]
-    local = packed.layout.shard(pack, groups.cp.rank()).chunk(groups.tp.size())[groups.tp.rank()]
+    local = packed.layout.shard(pack, groups.cp.rank())
+    if sequence_parallel:
+        local = local.chunk(groups.tp.size())[groups.tp.rank()]
     hidden = local.unsqueeze(1).clone().requires_grad_()
     output = block(hidden, attention_mask=None, packed_seq_params=packed)
     output.backward(output.detach().cos())
@@ -269,20 +275,36 @@ def dense_on_rank(sizes: dict[str, int]) -> list[Tensor]:
             mixed = (torch.nn.functional.silu(gate) * up) @ layer.mlp.linear_fc2.weight.T
             by_hand = 0.5 * by_hand + 3.0 * mixed
         assert_equal_to_rounding(output, rms(by_hand, block.final_layernorm.weight))
-    tensors = (output.detach(), hidden.grad)
-    wholes = (torch.cat(gathered(x.squeeze(1), groups.tp)) for x in tensors)
-    return [packed.layout.unshard(gathered(whole, groups.cp)) for whole in wholes]
+
+    def join(x: Tensor) -> Tensor:
+        x = torch.cat(gathered(x, groups.tp)) if sequence_parallel else x
+        return packed.layout.unshard(gathered(x.squeeze(1), groups.cp))
+
+    # Of the MLP each rank has rows of gates and of ups: joined they are in another order.
+    gradients = {
+        name: whole_gradient(name, parameter, groups)
+        for name, parameter in block.named_parameters()
+        if ".mlp." not in name
+    }
+    return {"output": join(output.detach()), "input": join(hidden.grad), **gradients}
 
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
 
 
-@pytest.mark.parametrize(("num_ranks", "sizes"), [(2, {"tp": 2}), (4, {"tp": 2, "cp": 2})])
-def test_dense_layers_with_pre_norm(num_ranks: int, sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "sizes", "sequence_parallel"),
+    [(2, {"tp": 2}, True), (2, {"tp": 2}, False), (4, {"tp": 2, "cp": 2}, True)],
+)
+def test_dense_layers_with_pre_norm(
+    num_ranks: int, sizes: dict[str, int], sequence_parallel: bool
+) -> None:
     (expected,) = run_on_ranks(dense_on_rank, 1, {})
-    for actual, whole in zip(run_on_ranks(dense_on_rank, num_ranks, sizes)[0], expected):
-        assert_equal_to_rounding(actual, whole)
+    for result in run_on_ranks(dense_on_rank, num_ranks, sizes, sequence_parallel):
+        assert result.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert_equal_to_rounding(result[name], tensor, what=name)
 
 
 def layers_of_stages() -> list[tuple[int, bool, Tensor | None]]:
@@ -328,40 +350,23 @@ def test_one_static_spec_serves_every_layer() -> None:
     assert kinds == [False] * 7 + [True, False]
 
 
-def refusals() -> None:
-    groups = initialize()
-
-    def build(hybrid: HybridConfig = HYBRID, **options: Any) -> TransformerBlock:
-        config = parallel_config({}, **(OPTIONS | options))
-        spec = hybrid_block_spec(config, PATTERN, hybrid=hybrid)
-        return TransformerBlock(config, spec, pg_collection=groups)
-
-    with pytest.raises(ValueError, match=r"config\.hidden_dropout must be 0\.0"):
-        build(hidden_dropout=0.1)
-    with pytest.raises(ValueError, match=r"config\.linear_attention_freq must be set"):
-        build(linear_attention_freq=None)
-    with pytest.raises(ValueError, match=r"config\.mtp_num_layers must be None"):
-        build(mtp_num_layers=1)
-    with pytest.raises(ValueError, match=r"config\.recompute_modules must be among"):
-        build(recompute_granularity="selective", recompute_modules=["layernorm"])
-    with pytest.raises(ValueError, match="rotary_dim must be even"):
-        build(HybridConfig(rotary_dim=99))
-    layer, hidden = build().layers[0], torch.zeros(4, 1, HIDDEN, dtype=torch.float64)
-    with pytest.raises(ValueError, match="context and padding_mask must be None"):
-        layer(hidden, context=hidden)
-    with pytest.raises(ValueError, match="rotary_pos_emb must be None"):
-        layer(hidden, rotary_pos_emb=hidden)
-    with pytest.raises(ValueError, match="inference_context must be None"):
-        layer(hidden, inference_context=object())
-
-
-def test_options_that_are_not_supported_are_refused() -> None:
-    run_on_ranks(refusals, 1)
+def test_patterns_and_residuals_that_are_none() -> None:
     with pytest.raises(ValueError, match="residual must be"):
         HybridConfig(residual="middle")
     for pattern in ("7", "0:0", "a:b", "-1:2"):
         with pytest.raises(ValueError, match="pattern must be"):
             is_softmax(pattern, 0)
+
+
+def test_a_stack_needs_hybrid_model() -> None:
+    """In another interpreter: this one may have it."""
+    code = (
+        "import sys, lasp.megatron_hybrid\n"
+        "sys.modules['megatron.core.models.hybrid.hybrid_block'] = None\n"
+        "import lasp.megatron_hybrid.stack"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: megatron-core must be >= 0.18 for HybridModel, got" in done.stderr
 
 
 def test_minimax_has_the_residuals_of_deepnorm() -> None:

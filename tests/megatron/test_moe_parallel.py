@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig
+from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder
 from moe_parallel.megatron import ExpertParallelMoELayer, expert_parallel_moe_spec
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import config, parallel_config
@@ -51,7 +52,63 @@ def load_plain(layer: ExpertParallelMoELayer, groups: ProcessGroupCollection) ->
         getattr(experts, name).data.copy_(weight)
 
 
-def layer_on_rank(sizes: dict[str, int], order_name: str, options: dict[str, Any]) -> list[Tensor]:
+def in_one_call(layer: ExpertParallelMoELayer, hidden: Tensor, order: TokenOrder, grad: Tensor):
+    """Output and input gradient."""
+    output, bias = layer(hidden, token_order=order)
+    assert bias is None
+    output.backward(grad)
+    return output.detach(), hidden.grad
+
+
+class Step:
+    """A step of Megatron's 1F1B schedule: its arguments are cut out of the graph.
+
+    The first ``freed`` of them lose their memory after it, and with them what the step before has
+    given out: as should_free_input of Megatron's schedule says.
+    """
+
+    def __init__(self, stage: Callable[..., Any], arguments: Sequence[Tensor], freed: int = 0):
+        self.leaves = [a.detach().requires_grad_(a.requires_grad) for a in arguments]
+        self.outputs = stage(*self.leaves)
+        for leaf in self.leaves[:freed]:
+            leaf.untyped_storage().resize_(0)
+
+    def backward(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        torch.autograd.backward(self.outputs, grads)
+        return [leaf.grad for leaf in self.leaves]
+
+
+def in_stages(layer: ExpertParallelMoELayer, hidden: Tensor, order: TokenOrder, grad: Tensor):
+    """The same, stage by stage as the schedule calls them."""
+
+    def before_dispatch(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        assert layer.shared_experts_compute(hidden) is None
+        return layer.preprocess(hidden, *layer.route(hidden, token_order=order))
+
+    def experts(tokens: Tensor, probs: Tensor) -> list[Tensor]:
+        output, bias = layer.routed_experts_compute(tokens, probs)
+        assert bias is None
+        return [output]
+
+    def combine(output: Tensor) -> list[Tensor]:
+        return [layer.postprocess(layer.combine(output), None)]
+
+    steps: list[Step] = []
+    arguments: Sequence[Tensor] = [hidden]
+    # The probs of the experts live on: the schedule keeps them beside their arguments.
+    for stage, freed in ((before_dispatch, 0), (layer.dispatch, 2), (experts, 1), (combine, 1)):
+        steps.append(Step(stage, arguments, freed))
+        arguments = steps[-1].outputs
+    grads: Sequence[Tensor] = [grad]
+    for step in reversed(steps):
+        grads = step.backward(grads)
+    layer.backward_dw(routed_experts=True)
+    return steps[-1].outputs[0].detach(), grads[0]
+
+
+def layer_on_rank(
+    sizes: dict[str, int], order_name: str, options: dict[str, Any], run: Callable = in_one_call
+) -> list[Tensor]:
     """Output, input gradient, and what Megatron's scaling makes of the parameter gradients."""
     groups = initialize(**sizes)
     spec = expert_parallel_moe_spec()
@@ -70,12 +127,10 @@ def layer_on_rank(sizes: dict[str, int], order_name: str, options: dict[str, Any
     divisor = NUM_TOKENS if options.get("calculate_per_token_loss") else dp * cp
     scale = 1.0 if options.get("calculate_per_token_loss") else float(cp)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([scale]))
-    output, bias = layer(hidden, token_order=order)
-    assert bias is None
-    output.backward(grad * divisor)
+    output, hidden_grad = run(layer, hidden, order, grad * divisor)
     gate = summed(layer.moe.gate_weight.grad, groups.tp_dp_cp) / divisor
     experts = [summed(p.grad, groups.expt_dp) / divisor for p in layer.moe.experts.parameters()]
-    return [output.detach().squeeze(1), hidden.grad.squeeze(1) / divisor, gate, *experts]
+    return [output.squeeze(1), hidden_grad.squeeze(1) / divisor, gate, *experts]
 
 
 def plain_results() -> list[Tensor]:
@@ -120,6 +175,17 @@ def test_equals_the_plain_layer(num_ranks, sizes, order_name) -> None:
     check(num_ranks, sizes, order_name)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "order_name"), [({"ep": 2, "etp": 2}, "ragged"), ({"ep": 4, "cp": 2}, "shuffled")]
+)
+def test_stages_one_by_one_are_the_forward(sizes: dict[str, int], order_name: str) -> None:
+    whole = run_on_ranks(layer_on_rank, 4, sizes, order_name, {})
+    staged = run_on_ranks(layer_on_rank, 4, sizes, order_name, {}, in_stages)
+    for rank, results in enumerate(zip(whole, staged, strict=True)):
+        for name, expected, actual in zip(NAMES, *results, strict=True):
+            assert torch.equal(actual, expected), f"{name} of rank {rank}"
+
+
 def test_loss_per_token() -> None:
     check(4, {"cp": 2, "ep": 2}, "zigzag", calculate_per_token_loss=True)
 
@@ -129,45 +195,21 @@ def test_recomputed() -> None:
     check(2, {"ep": 2}, "zigzag", **recompute)
 
 
-def refusals() -> None:
-    groups = initialize()
-
-    def build(pg_collection: ProcessGroupCollection = groups, **options: Any) -> MoELayer:
-        spec, wanted = expert_parallel_moe_spec(), config(**(OPTIONS | options))
-        return build_module(spec, config=wanted, pg_collection=pg_collection)
-
-    for name, value in (
-        ("moe_z_loss_coeff", 0.1),
-        ("moe_router_score_function", "sigmoid"),
-        ("moe_router_pre_softmax", True),
-        ("moe_shared_expert_intermediate_size", 8),
-        ("gated_linear_unit", False),
-        ("add_bias_linear", True),
-    ):
-        with pytest.raises(ValueError, match=rf"config\.{name} must be"):
-            build(**{name: value})
-    with pytest.raises(ValueError, match="must be 'global_aux_loss' or 'none'"):
-        build(moe_router_load_balancing_type="aux_loss")
-    build(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.0)
-    with pytest.raises(ValueError, match="pg_collection must have"):
-        build(ProcessGroupCollection(tp=groups.tp, cp=groups.cp))
-    layer, hidden = build(), torch.zeros(4, 1, 10, dtype=torch.float64)
-    assert isinstance(layer, MoELayer)  # what TransformerLayer asks
-    with pytest.raises(ValueError, match="padding_mask must be None"):
-        layer(hidden, padding_mask=torch.zeros(4, 1, dtype=torch.bool))
+def other_balancers() -> None:
+    """Losses of coefficient 0 are none; TransformerLayer asks for a MoELayer."""
+    for kind in ("aux_loss", "none"):
+        options = OPTIONS | {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": 0.0}
+        spec, groups = expert_parallel_moe_spec(), initialize()
+        layer = build_module(spec, config=config(**options), pg_collection=groups)
+        assert isinstance(layer, MoELayer)
+        assert layer.moe.config.aux_loss_coefficient == 0.0
+        hidden = torch.zeros(4, 1, 10, dtype=torch.float64)
+        with pytest.raises(ValueError, match="route must be called before the other stages"):
+            layer.combine(hidden)
 
 
-def refusal_without_sequence_parallel() -> None:
-    groups = initialize(tp=2)
-    options = parallel_config({"tp": 2}, **OPTIONS)
-    options.sequence_parallel = False
-    with pytest.raises(ValueError, match=r"config\.sequence_parallel must be True"):
-        build_module(expert_parallel_moe_spec(), config=options, pg_collection=groups)
-
-
-def test_options_that_are_not_supported_are_refused() -> None:
-    run_on_ranks(refusals, 1)
-    run_on_ranks(refusal_without_sequence_parallel, 2)
+def test_other_balancers_without_a_loss() -> None:
+    run_on_ranks(other_balancers, 1)
 
 
 def initial_values(sizes: dict[str, int]) -> list[Tensor]:

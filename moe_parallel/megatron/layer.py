@@ -1,0 +1,296 @@
+"""The layer: MoELayer's six stages, and forward as their composition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from lasp.megatron import groups_of, parameter_device, refuse_arguments
+from moe_parallel import exchange
+from moe_parallel.agreement import check_counts, check_order
+from moe_parallel.layer import ExpertParallelMoE
+from moe_parallel.megatron.checkpoint import sharded_experts
+from moe_parallel.megatron.config import PART, aux_loss_scale, check_groups, moe_config
+from moe_parallel.order import TokenOrder
+from moe_parallel.permute import RowOrder, permute, row_order, unpermute
+from moe_parallel.route import route
+from moe_parallel.topology import ExpertGroups
+
+_GROUPS = ("tp", "cp", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_dp_cp")
+
+
+@dataclass
+class _Call:
+    """What the stages of one call hand on beside the tensors that Megatron passes.
+
+    Attributes:
+        order: where the tokens of every rank stand.
+        shape: of this rank's hidden states.
+        plan: who sends how many rows to whom.
+        rows: which row is whose; from ``preprocess`` on.
+        probs: weights of the rows; from ``routed_experts_compute`` on.
+    """
+
+    order: TokenOrder
+    shape: torch.Size
+    plan: exchange.ExchangePlan
+    rows: RowOrder = field(init=False)
+    probs: Tensor = field(init=False)
+
+
+class ExpertParallelMoELayer(MoELayer):
+    """:class:`moe_parallel.ExpertParallelMoE` in the place of Megatron's MoELayer.
+
+    It has the stages of MoELayer, which Megatron's 1F1B schedule calls one by one::
+
+        probs, routing_map = route(hidden)          experts of every token, over all ranks
+        tokens, probs = preprocess(hidden, probs, routing_map)      rows by expert
+        tokens, probs = dispatch(tokens, probs)     all-to-all over EP
+        output, _ = routed_experts_compute(tokens, probs)           over ETP: gather, scatter
+        output = combine(output)                    all-to-all over EP
+        output = postprocess(output, None)          weighted sum of each token's rows
+
+    As in Megatron a call ends before the next one of the same layer starts, gradients flow through
+    the arguments alone, so that each may be detached between stages, and what a stage is given may
+    be freed after it.
+
+    Args:
+        config: Megatron's, see :func:`moe_config`; ``moe_token_dispatcher_type`` is not read.
+        submodules: not read: the parts of this layer are its own.
+        layer_number: not read.
+        pg_collection: its groups; of the parallel state if None. TransformerLayer of 0.16 and 0.17
+            passes none to a subclass of MoELayer: with a collection of your own use
+            ``lasp.megatron_hybrid.HybridLayer``, which passes it in every version.
+        init_gain: factor of the experts' initial standard deviation, which is Xavier's
+            sqrt(2 / (fan in + fan out)); DeepNorm's beta. Values do not depend on the ranks.
+
+    Gradients: the auxiliary loss is added to the gradients as Megatron's own, scaled so that the
+    sum over ranks is that of one loss over all tokens, averaged over micro-batches (weighted by
+    their routed tokens with ``calculate_per_token_loss``).
+
+    Raises:
+        ValueError: for options that are not supported and missing groups.
+    """
+
+    # Megatron's arguments of a MoELayer, then ours.
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: object = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        init_gain: float = 1.0,
+        **_: object,
+    ) -> None:
+        moe = moe_config(config)
+        self_groups = groups_of(pg_collection, PART, *_GROUPS)
+        groups = ProcessGroupCollection(**dict(zip(_GROUPS, self_groups)))
+        check_groups(moe, groups)
+        # Not MoELayer.__init__: it would build a router, a dispatcher and experts of its own.
+        BaseMoELayer.__init__(self, config, layer_number, groups)
+        self.groups = groups
+        several = {
+            name: group if group.size() > 1 else None
+            for name, group in vars(groups).items()
+            if name in _GROUPS
+        }
+        self.moe = ExpertParallelMoE(
+            moe,
+            groups=ExpertGroups(
+                several["tp_dp_cp"], several["ep"], several["expt_tp"], several["tp_ep"]
+            ),
+            # Megatron seeds the CPU generator alike on the ranks of a stage.
+            seed=int(torch.randint(2**31, ())),
+            device=parameter_device(config),
+            dtype=config.params_dtype,
+        )
+        self.moe.experts.reset_parameters(int(torch.randint(2**31, ())), gain=init_gain)
+        self.moe.gate_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        for parameter in self.moe.experts.parameters():
+            # Reduced over the expert groups and stepped by an optimizer of their own, at any ep and
+            # etp: a checkpoint of the optimizer then has one form.
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            # No rank's are duplicates of another tensor parallel rank's: all count in the norm.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.recompute = config.recompute_granularity == "selective" and (
+            "moe" in config.recompute_modules
+        )
+        self._call: _Call | None = None
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron's hook."""
+        self.layer_number = layer_number
+
+    def backward_dw(self, routed_experts: bool = True, shared_experts: bool = False) -> None:
+        """Nothing is delayed: the weight gradients are part of the backward."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: object = None,
+        padding_mask: Tensor | None = None,
+        *,
+        token_order: TokenOrder | None = None,
+    ) -> tuple[Tensor, None]:
+        """The six stages.
+
+        Args:
+            hidden_states: ``[T / tp, B, hidden]``, this rank's tokens.
+            intermediate_tensors: must be None.
+            padding_mask: must be None: padding is what ``token_order`` leaves out.
+            token_order: see :class:`moe_parallel.TokenOrder`, over the tp x cp x dp ranks; None:
+                every rank holds as many tokens, in rank order and that of the rows, none padding.
+
+        Returns:
+            As ``hidden_states``, and None for the bias.
+        """
+        refuse_arguments(PART, intermediate_tensors=intermediate_tensors)
+
+        def compute(hidden: Tensor) -> Tensor:
+            probs, routing_map = self.route(hidden, padding_mask, token_order=token_order)
+            tokens, probs = self.preprocess(hidden, probs, routing_map)
+            tokens, probs = self.dispatch(tokens, probs)
+            output, _ = self.routed_experts_compute(tokens, probs)
+            return self.postprocess(self.combine(output), None)
+
+        if self.recompute:
+            return tensor_parallel.checkpoint(compute, False, hidden_states), None
+        return compute(hidden_states), None
+
+    # ---- the stages --------------------------------------------------------------------------
+
+    def route(
+        self,
+        hidden_states: Tensor,
+        padding_mask: Tensor | None = None,
+        *,
+        token_order: TokenOrder | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the experts of every token, over the tokens of all ranks.
+
+        Args:
+            hidden_states: as :meth:`forward`'s.
+            padding_mask: must be None.
+            token_order: as :meth:`forward`'s.
+
+        Returns:
+            For the T routed tokens by global position, best expert first: ``probs`` ``[T, k]``, in
+            the dtype of the gate, and ``routing_map`` ``[T, k]`` int64, the expert. Of a dropped
+            assignment they are 0 and -1.
+
+        Communication: one all-gather over tp x cp x dp, see :func:`moe_parallel.route.route`.
+        """
+        refuse_arguments(PART, padding_mask=padding_mask)
+        config, mesh, group = self.moe.config, self.moe.mesh, self.moe.groups.token
+        rows = hidden_states.flatten(0, 1)
+        capacity_factor = config.capacity_factor if self.training else None
+        by_probability = capacity_factor is not None and config.drop_policy == "probability"
+        order = token_order
+        if order is None:
+            order = TokenOrder.contiguous([rows.shape[0]] * mesh.num_token_ranks)
+        if token_order is not None or by_probability:
+            check_order(order, rows.shape[0], group, rows.device)
+        routing = route(
+            order.take(rows, mesh.token_rank),
+            self.moe.gate_weight,
+            top_k=config.top_k,
+            order=order,
+            token_group=group,
+            capacity_factor=capacity_factor,
+            drop_policy=config.drop_policy,
+            aux_loss_coefficient=config.aux_loss_coefficient,
+        )
+        # New memory: dispatch's arguments are freed after it, and the softmax keeps its output.
+        probs = routing.weights.masked_fill(~routing.kept, 0.0)
+        if self.training and config.aux_loss_coefficient:
+            scale = aux_loss_scale(self.config, self.groups, order.num_tokens)
+            probs = MoEAuxLossAutoScaler.apply(probs, routing.aux_loss * scale)
+        # The one device-to-host copy: the collectives and buffers below need sizes on the host.
+        assigned_RE, kept_RE = torch.stack(routing.counts).tolist()
+        check_counts(assigned_RE, config.top_k, order)
+        plan = exchange.plan_exchange(kept_RE, mesh)
+        self._call = _Call(order, hidden_states.shape, plan)
+        return probs, routing.experts.masked_fill(~routing.kept, -1)
+
+    def preprocess(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows ``[A, hidden]`` of the kept assignments, by expert; ``probs`` are passed on."""
+        call = self._under_way()
+        call.rows = row_order(routing_map, routing_map >= 0, sum(call.plan.dispatch_rows))
+        x_TM = call.order.take(hidden_states.flatten(0, 1), self.moe.mesh.token_rank)
+        return permute(x_TM, call.rows), probs
+
+    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows to the ranks of their experts; ``probs`` stay with their tokens.
+
+        Communication: see :func:`moe_parallel.exchange.dispatch`.
+        """
+        rows = exchange.dispatch(hidden_states, self._under_way().plan, self.moe.groups.ep)
+        return rows, probs.clone()
+
+    def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """The local experts' rows, computed; None for the bias.
+
+        Communication: see :func:`moe_parallel.exchange.gather_etp` and ``scatter_etp``.
+        """
+        call, etp_group = self._under_way(), self.moe.groups.etp
+        call.probs, plan = probs, call.plan
+        rows = exchange.gather_etp(hidden_states, plan, etp_group)
+        rows = self.moe.experts(exchange.group_by_expert(rows, plan), plan.expert_rows)
+        rows = exchange.scatter_etp(exchange.group_by_source(rows, plan), plan, etp_group)
+        return rows, None
+
+    def combine(self, output: Tensor) -> Tensor:
+        """Rows back to the ranks of their tokens.
+
+        Communication: see :func:`moe_parallel.exchange.combine`.
+        """
+        return exchange.combine(output, self._under_way().plan, self.moe.groups.ep)
+
+    def shared_experts_compute(self, hidden_states: Tensor) -> None:
+        """Nothing: options for shared experts are refused."""
+
+    def postprocess(self, output: Tensor, shared_expert_output: None) -> Tensor:
+        """The weighted sum of each token's rows, shaped as the hidden states; ends the call."""
+        refuse_arguments(PART, shared_expert_output=shared_expert_output)
+        call, self._call = self._under_way(), None  # it keeps no graph alive
+        tokens = unpermute(output, call.probs, call.rows)
+        return call.order.put(tokens, self.moe.mesh.token_rank).view(call.shape)
+
+    def _under_way(self) -> _Call:
+        if self._call is None:
+            raise ValueError(
+                "route must be called before the other stages, got no call under way: call the"
+                " stages in order, once each"
+            )
+        return self._call
+
+    # ---- checkpoints -------------------------------------------------------------------------
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Under the keys and the shapes of MoELayer with SequentialMLP, at any EP and ETP."""
+        return sharded_experts(self.moe, self.groups, prefix, tuple(sharded_offsets), metadata)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Drop the extra states, which hold nothing."""
+        for name in [n for n in state_dict if n.startswith(prefix) and n.endswith("_extra_state")]:
+            del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def expert_parallel_moe_spec(*, init_gain: float = 1.0) -> ModuleSpec:
+    """Spec of an ``mlp`` for ``TransformerLayerSubmodules``."""
+    return ModuleSpec(module=ExpertParallelMoELayer, params={"init_gain": init_gain})

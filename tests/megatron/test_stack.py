@@ -1,0 +1,138 @@
+"""The hybrid model as Megatron's HybridModel is the one as GPTModel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
+
+from lasp.decay import decay_rates
+from lasp.megatron_hybrid import HybridConfig, hybrid_block_spec, pack_sequences
+from tests.closeness import assert_equal_to_rounding
+from tests.megatron.attention import HEADS, parallel_config
+from tests.megatron.cpu import initialize, summed
+from tests.megatron.test_hybrid import OPTIONS
+from tests.ranks import run_on_ranks
+
+stack = pytest.importorskip("lasp.megatron_hybrid.stack", exc_type=ImportError)
+hybrid_model = pytest.importorskip("megatron.core.models.hybrid.hybrid_model")
+
+pytestmark = pytest.mark.megatron
+
+LAYERS, VOCAB = 4, 24
+LENGTHS = (13, 1, 0, 20, 6)
+HYBRID = HybridConfig.deepnorm(LAYERS, rotary_dim=4, rope_base=100.0)
+DENSE = {name: value for name, value in OPTIONS.items() if "moe" not in name}
+
+
+def build(symbols: str, sizes: dict[str, int], groups: Any) -> tuple[torch.nn.Module, ...]:
+    """GPTModel of ``LAYERS`` decoder layers, HybridModel of twice as many, the same weights."""
+    options = OPTIONS if "E" in symbols else DENSE
+    shared = {
+        "vocab_size": VOCAB,
+        "max_sequence_length": sum(LENGTHS),
+        "position_embedding_type": "none",
+        "share_embeddings_and_output_weights": False,
+        "pg_collection": groups,
+    }
+    config = parallel_config(sizes, **options)
+    torch.manual_seed(9)
+    block = hybrid_block_spec(config, "1:1", hybrid=HYBRID)
+    gpt = GPTModel(config, block, **shared).double()
+    config = parallel_config(sizes, **(options | {"num_layers": 2 * LAYERS}))
+    spec = stack.hybrid_stack_spec(symbols, hybrid=HYBRID)
+    hybrid = hybrid_model.HybridModel(config, spec, hybrid_layer_pattern=symbols, **shared).double()
+    weights = dict(gpt.named_parameters())
+    for name, parameter in hybrid.named_parameters():
+        parameter.data.copy_(weights.pop(name_in_gpt(name)))
+    assert not weights
+    return gpt, hybrid
+
+
+def name_in_gpt(name: str) -> str:
+    if not name.startswith("decoder.layers."):
+        return name.replace("decoder.final_norm.", "decoder.final_layernorm.")
+    decoder, layers, index, rest = name.split(".", 3)
+    return f"{decoder}.{layers}.{int(index) // 2}.{rest}"
+
+
+def losses_of_a_step(symbols: str, sizes: dict[str, int]) -> list[tuple[Tensor, Tensor]]:
+    """Of both models, the loss before and after a step of gradient descent."""
+    groups = initialize(**sizes)
+    tp, cp = groups.tp.size(), groups.cp.size()
+    packed = pack_sequences([LENGTHS], dp_rank=0, cp_size=cp, tp_size=tp, order="zigzag")
+    layout = packed.layout
+    generator = torch.Generator().manual_seed(8)
+    batch = torch.randint(VOCAB, (2, 1, layout.num_tokens), generator=generator)
+    tokens, labels = layout.shard(batch, groups.cp.rank(), dim=2)
+    positions = layout.position_ids(groups.cp.rank()).expand_as(tokens)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    results = []
+    for model in build(symbols, sizes, groups):
+        losses = []
+        for _ in range(2):
+            loss = model(tokens, positions, None, labels=labels, packed_seq_params=packed).mean()
+            losses.append(summed(loss.detach(), groups.cp))
+            model.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.02 * parameter.grad
+        results.append(tuple(losses))
+    return results
+
+
+@pytest.mark.parametrize("symbols", ["GE*E" * 2, "G-*-" * 2])
+@pytest.mark.parametrize(
+    ("num_ranks", "sizes"), [(1, {}), (4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2})]
+)
+def test_trains_as_gpt_model(symbols: str, num_ranks: int, sizes: dict[str, int]) -> None:
+    if "E" not in symbols:
+        sizes = {name: size for name, size in sizes.items() if not name.startswith("e")}
+    for gpt, hybrid in run_on_ranks(losses_of_a_step, num_ranks, symbols, sizes):
+        for actual, expected in zip(hybrid, gpt, strict=True):
+            assert_equal_to_rounding(actual, expected)
+        assert hybrid[1] < hybrid[0]
+
+
+def lightning_layers(symbols: str) -> dict[int, Tensor]:
+    """Decay rates of the lightning layers on this pipeline stage, by layer number."""
+    groups = initialize(pp=2)
+    config = parallel_config({"pp": 2}, **(OPTIONS | {"num_layers": 6}))
+    model = hybrid_model.HybridModel(
+        config,
+        stack.hybrid_stack_spec(symbols, hybrid=HYBRID),
+        vocab_size=VOCAB,
+        max_sequence_length=8,
+        hybrid_layer_pattern=symbols,
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == 1,
+        share_embeddings_and_output_weights=False,
+        pg_collection=groups,
+    )
+    keys = {value.key for value in model.sharded_state_dict().values()}
+    assert any(key.endswith("mlp.router.weight") for key in keys)
+    assert hasattr(model.decoder, "final_norm") == (groups.pp.rank() == 1)
+    return {
+        layer.layer_number: layer.self_attention.rates
+        for layer, symbol in zip(model.decoder.layers, model.decoder.layer_type_list, strict=True)
+        if symbol == "G"
+    }
+
+
+def test_decay_counts_attention_layers_over_pipeline_stages() -> None:
+    first, second = run_on_ranks(lightning_layers, 2, "GE*E|GE")
+    assert list(first) == [1]
+    assert list(second) == [5]
+    assert torch.equal(first[1], decay_rates(HEADS, 0, 3))
+    assert torch.equal(second[5], decay_rates(HEADS, 2, 3))
+
+
+@pytest.mark.parametrize("pattern", ["", "GE/GE", "MEGE", "G-D-"])
+def test_other_layers_are_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="pattern must be of the layers"):
+        stack.hybrid_stack_spec(pattern)

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from lasp.attention import lightning_attention
 from lasp.decay import Variant, decay_rates
+from lasp.exchange import Exchange
 from lasp.megatron.batch import layout_of
 from lasp.megatron.common import groups_of, refuse_arguments, require
 from lasp.megatron.norm import HeadsNorm
+from lasp.validation import Impl
 
 
 @dataclass
@@ -54,6 +56,8 @@ class LightningSelfAttention(MegatronModule):
         norm_eps: of the norm over all heads.
         decay_layers: numbers of the layers that the decay formula counts; None: all. A HybridModel
             numbers MLPs too.
+        impl: who computes, see :func:`lasp.lightning_attention`.
+        exchange: how states cross the context-parallel ranks, see ``lasp.exchange``.
 
     Communication: Megatron's of two linear layers, that of :func:`lasp.lightning_attention` over
     cp, that of :class:`HeadsNorm` over tp.
@@ -74,6 +78,8 @@ class LightningSelfAttention(MegatronModule):
         decay: Variant = "minimax",
         norm_eps: float = 1e-6,
         decay_layers: Sequence[int] | None = None,
+        impl: Impl = "eager",
+        exchange: Exchange = "all_gather",
         **_: object,
     ) -> None:
         super().__init__(config=config)
@@ -87,7 +93,7 @@ class LightningSelfAttention(MegatronModule):
                 f"num_attention_heads must divide over {tp_size} tensor-parallel ranks, got"
                 f" {heads}: choose another tensor_model_parallel_size"
             )
-        self.head_dim = config.kv_channels
+        self.head_dim, self.impl, self.exchange = config.kv_channels, impl, exchange
         inner = heads * self.head_dim
         linear = {"config": config, "bias": False, "skip_bias_add": True, "is_expert": False}
         self.in_proj = build_module(
@@ -169,6 +175,8 @@ class LightningSelfAttention(MegatronModule):
             self.rates,
             layout=layout,
             cp_group=self.cp_group,
+            exchange=self.exchange,
+            impl=self.impl,
             output_final_state=False,
         ).output
         gated = torch.sigmoid(gate.flatten(-2)) * self.out_norm(output.flatten(-2))
@@ -185,12 +193,20 @@ def lightning_attention_spec(
     decay: Variant = "minimax",
     norm_eps: float = 1e-6,
     decay_layers: Sequence[int] | None = None,
+    impl: Impl = "eager",
+    exchange: Exchange = "all_gather",
 ) -> ModuleSpec:
     """Spec of a ``self_attention`` for ``TransformerLayerSubmodules``."""
     return ModuleSpec(
         module=LightningSelfAttention,
         submodules=LightningSelfAttentionSubmodules(),
-        params={"decay": decay, "norm_eps": norm_eps, "decay_layers": decay_layers},
+        params={
+            "decay": decay,
+            "norm_eps": norm_eps,
+            "decay_layers": decay_layers,
+            "impl": impl,
+            "exchange": exchange,
+        },
     )
 
 

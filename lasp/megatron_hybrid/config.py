@@ -10,7 +10,9 @@ from typing import Any, Literal, NamedTuple
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lasp.decay import Variant
+from lasp.exchange import Exchange
 from lasp.megatron import require
+from lasp.validation import Impl
 
 
 class ResidualScale(NamedTuple):
@@ -35,6 +37,8 @@ class HybridConfig:
         rotary_dim: rotated dims of each head in softmax layers.
         rope_base: of the wavelengths.
         decay: formula of the decay rates in lightning layers.
+        impl: who computes lightning attention, see :func:`lasp.lightning_attention`.
+        exchange: how its states cross the context-parallel ranks, see ``lasp.exchange``.
         expert_init_gain: factor of the experts' initial standard deviation.
     """
 
@@ -45,6 +49,8 @@ class HybridConfig:
     rotary_dim: int = 0
     rope_base: float = 10_000.0
     decay: Variant = "minimax"
+    impl: Impl = "eager"
+    exchange: Exchange = "all_gather"
     expert_init_gain: float = 1.0
 
     def __post_init__(self) -> None:

@@ -124,7 +124,9 @@ def hybrid_layer_spec(
             input_layernorm=ResidualNorm,
             pre_mlp_layernorm=ResidualNorm,
             mlp=mlp,
-            lightning=lightning_attention_spec(decay=hybrid.decay),
+            lightning=lightning_attention_spec(
+                decay=hybrid.decay, impl=hybrid.impl, exchange=hybrid.exchange
+            ),
             softmax=ring_attention_spec(rotary_dim=hybrid.rotary_dim, rope_base=hybrid.rope_base),
         ),
         params={"pattern": pattern, "hybrid": hybrid},

@@ -68,7 +68,9 @@ def hybrid_stack_spec(pattern: str, *, hybrid: HybridConfig = PRE_NORM) -> Modul
             " layers from Megatron's own stack spec; there is no MTP"
         )
     mixers = tuple(number for number, symbol in enumerate(symbols, 1) if symbol in "G*")
-    lightning = lightning_attention_spec(decay=hybrid.decay, decay_layers=mixers)
+    lightning = lightning_attention_spec(
+        decay=hybrid.decay, decay_layers=mixers, impl=hybrid.impl, exchange=hybrid.exchange
+    )
     softmax = ring_attention_spec(rotary_dim=hybrid.rotary_dim, rope_base=hybrid.rope_base)
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     experts = expert_parallel_moe_spec(init_gain=hybrid.expert_init_gain)

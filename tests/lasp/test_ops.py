@@ -19,7 +19,7 @@ def random(*shape: int) -> Tensor:
 
 def one_piece(length: int, *, receives: bool, sends: bool, reverse: bool) -> Flow:
     piece = Piece(0, length, 0, 0, receives, sends)
-    return Flow(0, reverse, (), (piece,), 1, int(sends), 1, ())
+    return Flow(0, reverse, (), (piece,), 1, int(sends), None, 1, ())
 
 
 def by_tokens(q: Tensor, k: Tensor, v: Tensor, state: Tensor, reverse: bool) -> tuple:

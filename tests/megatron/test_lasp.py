@@ -77,6 +77,12 @@ def test_float32_over_ranks_within_budget() -> None:
     CASE.check_float32(4, {"tp": 2, "cp": 2}, "zigzag")
 
 
+def test_kernels_and_exchange_are_picked_by_spec() -> None:
+    pytest.importorskip("triton", reason="the kernels need triton")
+    spec = lightning_attention_spec(impl="triton", exchange="sliced")
+    CASE._replace(spec=spec).check_float32(2, {"cp": 2}, "zigzag")
+
+
 def test_projections_merge_and_split() -> None:
     qkv, gate = torch.randn(3 * HEADS * HEAD_DIM, HIDDEN), torch.randn(HEADS * HEAD_DIM, HIDDEN)
     for actual, expected in zip(

@@ -57,10 +57,13 @@ def resolve_exchange(
         eps: what has decayed below this need not be sent on.
 
     Raises:
-        ValueError: for an unknown name, and for ``one_hop`` where more would have to pass.
+        ValueError: for an unknown name, an eps that is no share of a state, and for ``one_hop``
+            where more would have to pass.
     """
     if name not in ("auto", *STRATEGIES):
         raise ValueError(f"exchange must be one of {('auto', *STRATEGIES)}, got {name!r}")
+    if not 0 <= eps < 1:
+        raise ValueError(f"state_eps must be in [0, 1), got {eps}: 0 keeps all")
     shortest = flow.shortest_pass
     kept = 0.0 if shortest is None else math.exp(-min(rates) * shortest)
     one_hop = kept == 0 or kept < eps

@@ -32,7 +32,7 @@ class RingOutput(NamedTuple):
 
 
 @outside_graphs
-def ring_attention(
+def ring_attention(  # the operator: its arguments are its documentation
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -118,6 +118,11 @@ class LightningSelfAttention(MegatronModule):
             **linear,
         )
         counted = range(1, config.num_layers + 1) if decay_layers is None else decay_layers
+        if layer_number not in counted:
+            raise ValueError(
+                f"layer_number must be one of decay_layers {list(counted)}, got {layer_number}:"
+                " list every attention layer of the model"
+            )
         self.rates = decay_rates(  # float32 on the CPU, whatever the module is cast or moved to
             heads,
             counted.index(layer_number),

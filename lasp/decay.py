@@ -19,6 +19,8 @@ retnet       ``-log(1 - 2^(-5-h))`` in every layer.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import inf
 from typing import Literal, get_args
 
 import torch
@@ -82,6 +84,28 @@ def decay_rates(
         rates = -torch.log1p(-(2.0 ** (-5 - head)))
     heads = num_heads // tp_size
     return rates[tp_rank * heads : (tp_rank + 1) * heads].to(torch.float32)
+
+
+def rates_on(rates: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The rates on ``device``, without waiting for it.
+
+    From the CPU they are checked, copied once and remembered by value; on the device of a GPU they
+    are taken as they are.
+    """
+    if rates.device == device and device.type != "cpu":
+        return rates.to(dtype)
+    return rates_by_value(tuple(rates.tolist()), device, dtype)
+
+
+@lru_cache(maxsize=1024)  # one entry a layer
+def rates_by_value(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The rates as a tensor that every call with these values shares."""
+    if not all(0 <= rate < inf for rate in values):
+        raise ValueError(
+            f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {values}"
+        )
+    with torch.inference_mode(False):  # else a model first run in inference mode could not train
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _alibi_slopes(num_heads: int) -> Tensor:

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, ClassVar, Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
@@ -53,7 +53,12 @@ class SequenceLayout:
     Raises:
         ValueError: naming the argument, if a length is negative, all are zero, ``num_ranks`` is
             below 1 or the order is unknown.
+
+    Attributes:
+        lengths_tensor: the lengths ``[N]``, int64, on the CPU: for compiled graphs data, not code.
     """
+
+    lengths_tensor: ClassVar[Tensor]  # each layout has its own; no field, so not compared
 
     document_lengths: tuple[int, ...]
     num_ranks: int
@@ -79,6 +84,12 @@ class SequenceLayout:
             )
         if self.order not in get_args(Order):
             raise ValueError(f"order must be one of {get_args(Order)}, got {self.order!r}")
+        self._make_lengths_tensor()
+
+    def _make_lengths_tensor(self) -> None:
+        with torch.inference_mode(False):  # a layout made in inference mode may be trained with
+            tensor = torch.tensor(self.document_lengths, dtype=torch.int64, device="cpu")
+        object.__setattr__(self, "lengths_tensor", tensor)
 
     @classmethod
     def from_cu_seqlens(
@@ -263,7 +274,8 @@ class SequenceLayout:
     def _cached(self, name: str, rank: int, device: torch.device | str, build: Any) -> Tensor:
         key = (name, rank, torch.device(device))
         if key not in self._tensors:
-            self._tensors[key] = build().to(device)
+            with torch.inference_mode(False):  # remembered, and used in training too
+                self._tensors[key] = build().to(device)
         return self._tensors[key]
 
     def _check_rank(self, rank: int) -> None:
@@ -279,6 +291,7 @@ class SequenceLayout:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._make_lengths_tensor()
 
 
 def _integers(name: str, values: Iterable[SupportsIndex]) -> tuple[int, ...]:

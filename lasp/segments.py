@@ -4,7 +4,7 @@ A segment is a stretch of tokens that one program a head walks chunk by chunk; m
 the GPU when heads are few. Cuts lie where a state must come in or go out: before a fragment that
 receives a state or starts from a given one, after a fragment that sends one or whose result is
 asked for, and around the tail padding. In between, cuts lie where they balance the work, whatever
-the documents: those are masks, see ``lasp.kernels.chunk_output``.
+the documents: those are masks, see ``lasp.kernels.chunk``.
 
 Example: documents of 3 and 5 tokens on one rank, no states asked for, segments of 4::
 
@@ -67,7 +67,6 @@ class Plan(NamedTuple):
         table: the segments ``[segments, 10]``, int32, on the device.
         reach: int32 ``[T]``: tokens of its document before each token in the order of the flow; a
             state that comes in or is given counts as one.
-        packed: some document starts inside of a segment, so that ``reach`` must be read.
         state_lengths: of the segments.
     """
 
@@ -75,7 +74,6 @@ class Plan(NamedTuple):
     segments: tuple[Segment, ...]
     table: Tensor
     reach: Tensor
-    packed: bool
     state_lengths: tuple[int, ...]
 
 
@@ -102,7 +100,7 @@ def plan_of(
         length: tokens of a segment, at most.
     """
     flow = flow_of(layout, rank, reverse=reverse)
-    spans = list(_spans(flow, given, result))
+    spans = _spans(flow, given, result)
     segments: list[Segment] = []
     for span in spans:
         for segment in _cut(span, flow, given, result, length):
@@ -111,9 +109,8 @@ def plan_of(
     return Plan(
         flow,
         tuple(segments),
-        _to_device(torch.tensor(segments, dtype=torch.int32), device),
+        _to_device(torch.tensor(segments, dtype=torch.int32, device="cpu"), device),
         _to_device(reach, device),
-        any(len(span) > 1 for span in spans),
         tuple(segment.state_length for segment in segments),
     )
 
@@ -152,7 +149,7 @@ def parts_of(
     counts = [-(-min(longest, reach) // length) for reach in reaches]
     rows = [(head, index) for head, count in enumerate(counts) for index in range(count)]
     first = [0, *accumulate(counts)]
-    tensors = (torch.tensor(x, dtype=torch.int32) for x in (rows, first, reaches))
+    tensors = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in (rows, first, reaches))
     return Parts(length, *(_to_device(x, device) for x in tensors))
 
 
@@ -239,7 +236,9 @@ def _row(piece: Piece) -> int:
 
 
 def _reach(piece: Piece, reverse: bool, given: bool) -> Tensor:
-    reach = torch.arange(piece.length, dtype=torch.int32) + int(_has_origin(piece, given))
+    reach = torch.arange(piece.length, dtype=torch.int32, device="cpu") + int(
+        _has_origin(piece, given)
+    )
     return reach.flip(0) if reverse else reach
 
 

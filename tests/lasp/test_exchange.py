@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-from typing import Any
-from unittest.mock import patch
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.exchange import STRATEGIES, _all_gather, resolve_exchange, start_exchange
+from benchmarks.wire import counted
+from lasp.exchange import STRATEGIES, Choice, start_exchange
+from lasp.exchange.cost import StateSize, received_bytes, traffic_of
 from lasp.flow import Flow, flow_of
 from lasp.layout import Order, SequenceLayout
 from tests.closeness import assert_equal_to_rounding
@@ -45,36 +44,70 @@ def expected_of(flow: Flow, num_ranks: int, rank: int) -> Tensor:
     return incoming
 
 
-def exchange_on_rank(layouts: list[SequenceLayout], *group_ranks: int) -> list[dict[str, Tensor]]:
+ALL = tuple(range(HEADS))
+# Every strategy for all heads; unequal blocks; heads apart, in a row or not.
+CHOICES: dict[str, tuple[Choice, ...]] = {name: (Choice(name, ALL),) for name in STRATEGIES} | {
+    "scan 3": (Choice("scan", ALL, 3),),
+    "apart": (Choice("scan", (0, 2), 3), Choice("all_gather", (1,))),
+    "in a row": (Choice("sliced", (1, 2)), Choice("serial", (0,))),
+}
+
+
+def exchange(
+    choices: tuple[Choice, ...],
+    flow: Flow,
+    num_ranks: int,
+    group: dist.ProcessGroup,
+    device: str = "cpu",
+) -> Tensor:
+    states, transitions = inputs_of(flow, num_ranks)
+    states = states.to(device)
+    transitions = [None if t is None else t.to(device) for t in transitions]
+    passed = [
+        [None if t is None else t[list(choice.heads)] for t in transitions] for choice in choices
+    ]
+    return start_exchange(choices, states[flow.rank], flow, passed, group)().cpu()
+
+
+def exchange_on_rank(
+    layouts: list[SequenceLayout], *group_ranks: int, device: str = "cpu"
+) -> list[dict[str, Tensor]]:
     group = subgroup(*group_ranks) if group_ranks else dist.group.WORLD
     rank = dist.get_rank(group)
     results = []
     for layout in layouts:
         for reverse in (False, True):
             flow = flow_of(layout, rank, reverse=reverse)
-            states, transitions = inputs_of(flow, layout.num_ranks)
             results.append(
                 {
-                    name: start_exchange(name, states[rank], flow, transitions, group)()
-                    for name in STRATEGIES
-                    if name != "one_hop" or flow.shortest_pass is None
+                    name: exchange(choices, flow, layout.num_ranks, group, device)
+                    for name, choices in CHOICES.items()
                 }
             )
     return results
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_strategies_give_the_prefix_in_the_same_bits(num_ranks: int) -> None:
+def check_prefixes(num_ranks: int, **options: str) -> None:
     layouts = [
         SequenceLayout(lengths, num_ranks, order) for lengths in PACKS.values() for order in ORDERS
     ]
-    for rank, results in enumerate(run_on_ranks(exchange_on_rank, num_ranks, layouts)):
+    for rank, results in enumerate(run_on_ranks(exchange_on_rank, num_ranks, layouts, **options)):
         for index, result in enumerate(results):
             layout, reverse = layouts[index // 2], bool(index % 2)
             expected = expected_of(flow_of(layout, rank, reverse=reverse), num_ranks, rank)
             for name, incoming in result.items():
                 assert_equal_to_rounding(incoming, expected, what=f"{name} {layout} {reverse}")
                 assert torch.equal(incoming, result["all_gather"]), name
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_strategies_give_the_prefix_in_the_same_bits(num_ranks: int) -> None:
+    check_prefixes(num_ranks)
+
+
+@pytest.mark.multi_gpu
+def test_two_gpus_give_the_prefix_in_the_same_bits() -> None:
+    check_prefixes(2, device="cuda", backend="nccl")
 
 
 def exchange_in_halves(layout: SequenceLayout) -> list[dict[str, Tensor]]:
@@ -96,34 +129,18 @@ def test_ranks_are_ranks_of_the_group(order: Order) -> None:
             assert expected.any() or not any(h.receives for h in flow.hops if h.rank == flow.rank)
 
 
-def count_elements(layout: SequenceLayout, name: str) -> int:
-    """Elements that this rank receives from others in both directions of one exchange."""
-    rank, received = dist.get_rank(), 0
-
-    def gather(output: Tensor, own: Tensor, **kwargs: Any) -> object:
-        nonlocal received
-        received += output.numel() - own.numel()
-        return _all_gather(output, own, **kwargs)
-
-    def all_to_all(output: Tensor, own: Tensor, sizes: list[int], *rest: Any, **kw: Any) -> object:
-        nonlocal received
-        others = sum(size for source, size in enumerate(sizes) if source != rank)
-        received += others * output[0:1].numel() if sum(sizes) else 0
-        return single(output, own, sizes, *rest, **kw)
-
-    single = dist.all_to_all_single
-    with (
-        patch("lasp.exchange._all_gather", gather),
-        patch.object(dist, "all_to_all_single", all_to_all),
-    ):
-        for reverse in (False, True):
-            flow = flow_of(layout, rank, reverse=reverse)
-            states, transitions = inputs_of(flow, layout.num_ranks)
-            start_exchange(name, states[rank], flow, transitions, dist.group.WORLD)()
-    return received
+def count_bytes(layout: SequenceLayout, choice: Choice) -> list[int]:
+    """Bytes that this rank receives from others, forward and reverse."""
+    counts = []
+    for reverse in (False, True):
+        flow = flow_of(layout, dist.get_rank(), reverse=reverse)
+        with counted() as received:
+            exchange((choice,), flow, layout.num_ranks, dist.group.WORLD)
+        counts.append(received.bytes)
+    return counts
 
 
-STATE = HEADS * KEY * VALUE
+STATE = StateSize(HEADS, KEY, VALUE, itemsize=8)
 
 
 @pytest.mark.parametrize(
@@ -131,31 +148,24 @@ STATE = HEADS * KEY * VALUE
     [
         ((24, 24), 2, "contiguous", "all_gather", [0, 0]),
         ((24, 24), 2, "contiguous", "one_hop", [0, 0]),
-        ((25, 23), 2, "contiguous", "all_gather", [2 * STATE] * 2),
-        ((25, 23), 2, "contiguous", "one_hop", [STATE] * 2),  # each in one direction
-        ((48,), 3, "zigzag", "all_gather", [2 * 2 * 2 * STATE] * 3),
-        # 4 links a direction: rank 1 sends and receives 2 states, the others 1. A rank receives its
-        # third of what the others send, and two thirds of its own: (3 + 2) / 3 and (2 + 4) / 3.
-        ((48,), 3, "zigzag", "sliced", [n * STATE // 3 for n in (10, 12, 10)]),
+        ((25, 23), 2, "contiguous", "all_gather", [1, 1]),
+        ((25, 23), 2, "contiguous", "one_hop", [0, 1]),
+        ((25, 23), 2, "contiguous", "serial", [0, 1]),
+        ((48,), 3, "zigzag", "all_gather", [4, 4, 4]),
+        ((48,), 3, "zigzag", "scan", [1, 2, 1]),
+        # 4 links: rank 1 sends and receives 2 states, the others 1. A rank receives its third of
+        # what the others send, and two thirds of its own.
+        ((48,), 3, "zigzag", "sliced", [(3 + 2) / 3, (2 + 4) / 3, (3 + 2) / 3]),
     ],
-)  # fmt: skip
+)
 def test_bytes_are_those_of_the_formula(
-    lengths: tuple[int, ...], num_ranks: int, order: Order, name: str, expected: list[int]
+    lengths: tuple[int, ...], num_ranks: int, order: Order, name: str, expected: list[float]
 ) -> None:
     layout = SequenceLayout(lengths, num_ranks, order)
-    assert run_on_ranks(count_elements, num_ranks, layout, name) == expected
-
-
-def test_auto_takes_one_hop_where_it_is_exact() -> None:
-    def resolve(name: str, lengths: tuple[int, ...], ranks: int, *rates: float) -> str:
-        flow = flow_of(SequenceLayout(lengths, ranks), 0)
-        return resolve_exchange(name, flow, ranks, rates, 2.0**-32)
-
-    assert resolve("auto", (40, 40, 40, 40), 4, 0.0) == "one_hop"  # nothing passes
-    assert resolve("auto", (160,), 4, 0.5, 0.0) == "all_gather"  # one head keeps all
-    assert resolve("auto", (160,), 4, 0.5) == "all_gather"  # exp(-0.5 * 40) = 2e-9
-    assert resolve("auto", (160,), 4, 0.6, 8.0) == "one_hop"  # 4e-11
-    assert resolve("auto", (360,), 9, 0.5) == "sliced"
-    assert resolve("sliced", (160,), 4, 8.0) == "sliced"
-    with pytest.raises(ValueError, match="exchange must be another"):
-        resolve("one_hop", (160,), 4, 0.5)
+    counted = run_on_ranks(count_bytes, num_ranks, layout, Choice(name, ALL, 1 + (name == "scan")))
+    for rank, (forward, backward) in enumerate(counted):
+        flows = [flow_of(layout, rank, reverse=reverse) for reverse in (False, True)]
+        traffic = [traffic_of(flow.hops, num_ranks, lambda length: True) for flow in flows]
+        assert forward == received_bytes(name, traffic[0], STATE, rank)
+        assert backward == received_bytes(name, traffic[1], STATE, rank)
+        assert forward == expected[rank] * STATE.bytes

@@ -180,6 +180,7 @@ def test_equal_layouts_hash_equal_and_pickle_without_their_caches() -> None:
     assert copy == layout
     assert hash(copy) == hash(SequenceLayout((5, 3), 2, "fold"))
     assert copy.runs(1) == layout.runs(1)
+    assert copy.lengths_tensor.tolist() == [5, 3]
     with pytest.raises(AttributeError):
         layout.order = "zigzag"  # type: ignore[misc]
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lasp import LightningAttention, SequenceLayout, decay_rates, lightning_attention, ops
-from lasp import exchange as exchange_module
+from lasp.exchange import strategies
 from tests.ranks import run_on_ranks
 
 
@@ -28,7 +28,7 @@ class RecordedWork:
 def events_of_one_call() -> tuple[list[str], list[str]]:
     """What happened in forward and backward, in order, on this rank."""
     events: list[str] = []
-    gather, scan = exchange_module._all_gather, ops.scan
+    gather, scan = strategies.all_gather, ops.scan
 
     def recorded_gather(*args: Any, **kwargs: Any) -> RecordedWork:
         assert kwargs["async_op"]
@@ -42,7 +42,7 @@ def events_of_one_call() -> tuple[list[str], list[str]]:
     layout = SequenceLayout((40,), dist.get_world_size())
     q, k, v = (torch.randn(20, 2, 4, requires_grad=True) for _ in range(3))
     with (
-        mock.patch.object(exchange_module, "_all_gather", recorded_gather),
+        mock.patch.object(strategies, "all_gather", recorded_gather),
         mock.patch.object(ops, "scan", recorded_scan),
     ):
         rates = decay_rates(2, 0, 2)

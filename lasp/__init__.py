@@ -2,6 +2,7 @@
 
 from lasp.attention import LightningOutput, lightning_attention
 from lasp.decay import decay_rates
+from lasp.decode import lightning_decode
 from lasp.layout import SequenceLayout
 from lasp.module import LightningAttention
 
@@ -11,4 +12,5 @@ __all__ = [
     "SequenceLayout",
     "decay_rates",
     "lightning_attention",
+    "lightning_decode",
 ]

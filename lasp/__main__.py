@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from lasp import SequenceLayout, decay_rates, lightning_attention
+from lasp.exchange import resolve_exchange
 from lasp.reference import recurrent_lightning_attention
 from moe_parallel import ExpertParallelMoE, MoEConfig
 from moe_parallel.reference import reference_moe
@@ -33,6 +34,20 @@ def environment() -> dict[str, str]:
     return rows
 
 
+def exchange_rule() -> dict[str, str]:
+    """What ``exchange="auto"`` takes for layers of MiniMax-01: 64 heads of 128, 80 layers."""
+    rows, tokens = {}, 32768
+    for num_ranks in (2, 8, 64):
+        layout = SequenceLayout((tokens * num_ranks,), num_ranks)
+        for layer in (0, 70, 78):
+            rates = tuple(decay_rates(64, layer, 80).tolist())
+            choices = resolve_exchange("auto", layout, rates, 2.0**-32, 128, 128)
+            rows[f"lasp exchange='auto' P={num_ranks} layer {layer}"] = ", ".join(
+                f"{choice.strategy} ({len(choice.heads)} heads)" for choice in choices
+            )
+    return rows
+
+
 def self_check() -> dict[str, float]:
     """Largest difference of each operator from its oracle, in float64 on the CPU."""
     torch.manual_seed(0)
@@ -54,9 +69,9 @@ def self_check() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    for name, value in environment().items():
-        print(f"{name:32} {value}")
+    for name, value in (environment() | exchange_rule()).items():
+        print(f"{name:36} {value}")
     for name, error in self_check().items():
-        print(f"{name:32} largest difference from the oracle {error:.1e}")
+        print(f"{name:36} largest difference from the oracle {error:.1e}")
         if not error < 1e-10:
             raise SystemExit(f"{name} is wrong here")

@@ -12,7 +12,6 @@ is the same with time reversed: gradients of states flow from later runs to earl
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,21 +20,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp import ops
-from lasp.call import Call, start
-from lasp.exchange import Exchange, resolve_exchange
+from lasp.call import (
+    Call,
+    heads_of_rows,
+    rows_of_heads,
+    start,
+    states_of_heads,
+    states_of_rows,
+)
+from lasp.decay import rates_by_value
+from lasp.exchange import Exchange, HostGroups
 from lasp.flow import flow_of
 from lasp.graphs import outside_graphs
 from lasp.layout import SequenceLayout
-from lasp.validation import (
-    Impl,
-    check_impl,
-    check_initial_state,
-    check_layout,
-    check_qkv,
-    check_rates,
-    check_triton,
-    state_dtype,
-)
+from lasp.validation import Impl, check_impl, check_qkv, checked_call, require_triton, state_dtype
 
 
 class LightningOutput(NamedTuple):
@@ -106,7 +104,6 @@ class _LightningAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, grad_initial, None
 
 
-@outside_graphs
 def lightning_attention(  # the operator: its arguments are its documentation
     q: Tensor,
     k: Tensor,
@@ -117,7 +114,7 @@ def lightning_attention(  # the operator: its arguments are its documentation
     cp_group: dist.ProcessGroup | None = None,
     scale: float = 1.0,
     initial_state: Tensor | None = None,
-    exchange: Exchange = "all_gather",
+    exchange: Exchange | HostGroups = "all_gather",
     impl: Impl = "eager",
     output_final_state: bool = True,
     state_eps: float = 2.0**-32,
@@ -143,13 +140,13 @@ def lightning_attention(  # the operator: its arguments are its documentation
         initial_state: state before each document ``[N, H, K, V]`` (``[B, H, K, V]`` batched),
             float32, or float64 with fp64 inputs; default zero. Row n is read on the rank that
             holds the first token of document n, on rank 0 for an empty document.
-        exchange: how states cross ranks, see ``lasp.exchange``.
+        exchange: how states cross ranks, a name or the ranks by host, see ``lasp.exchange``.
         impl: who computes: ``eager``, plain torch; ``triton``, kernels for GPUs: bf16, fp16 or
             fp32, K and V up to 256 (fastest at 64 and 128), any strides of tokens and heads.
         output_final_state: False saves ``N H K V`` elements a rank, and with ``triton`` a cut of
             the work at the end of each document.
         state_eps: what has decayed below this may be left out of a state that crosses segments
-            (``triton``) or passes through a rank (``one_hop``); 0 keeps all.
+            (``triton``) or passes through a run on its way between ranks; 0 keeps all.
 
     Returns:
         The output and the final states, float32 (float64 with fp64 inputs). Row n is the state
@@ -158,62 +155,59 @@ def lightning_attention(  # the operator: its arguments are its documentation
         own and has no row.
 
     Gradients: to ``q``, ``k``, ``v`` and ``initial_state`` (nonzero where it is read), from both
-    results. None to ``rates``. Every rank must run the backward. Saved for it: the inputs and the
-    incoming state of each run, fp32.
+    results. None to ``rates``. Every rank must run the backward. Saved for it: the inputs, the
+    incoming state of each run and, with ``triton``, that of each segment, fp32.
 
     Communication: forward and backward each exchange states once, and only if a document is cut:
     ``all_gather`` receives ``(P - 1) * runs * H * K * V * 4`` bytes (runs: the most sending ones of
-    a rank), under the local compute; for the others see ``lasp.exchange``.
+    a rank); for the others see ``lasp.exchange``. In the forward ``eager`` computes under it and
+    ``triton`` waits for it, in the backward dq is computed under it.
 
     Raises:
         ValueError: naming the argument, before any communication.
+        lasp.exchange.ExchangeError: if a rank is gone, see ``lasp.exchange.failure``.
 
     Source: Lightning Attention-2, arXiv:2401.04658; LASP, arXiv:2404.02882; LASP+, MiniMax-01,
     arXiv:2501.08313, section 3.2.
     """
     check_impl(impl)
-    check_qkv(q, k, v)
-    if impl == "triton":
-        check_triton(q, v)
-    values = check_rates(rates, q)
-    if layout is None:
-        layout = SequenceLayout((q.shape[-3],), num_ranks=1)
-    rank = check_layout(layout, cp_group, q)
-    check_initial_state(initial_state, q, v, layout)
-
-    flow, num_ranks = flow_of(layout, rank), layout.num_ranks
-    strategy = resolve_exchange(exchange, flow, num_ranks, values, state_eps)
-    rows = q.shape[0] if q.dim() == 4 else 1
-    call = Call(
-        layout, rank, cp_group, scale, strategy, output_final_state, state_eps, values * rows
-    )
-    rates = rates if rates.device == q.device else _copied(values, q.device)
-    rates = rates.to(state_dtype(q.dtype))
-    if q.dim() == 3:
-        return LightningOutput(*_apply(impl, q, k, v, rates, initial_state, call))
-
-    # Heads are independent and rows share one layout: B rows of H heads are B H heads.
-    q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))
-    if initial_state is not None:
-        initial_state = initial_state.flatten(0, 1).unsqueeze(0)
-    output, final_state = _apply(impl, q, k, v, rates.repeat(rows), initial_state, call)
-    if final_state is not None:
-        final_state = final_state.squeeze(0).unflatten(0, (rows, -1))
-    return LightningOutput(output.unflatten(1, (rows, -1)).transpose(0, 1), final_state)
-
-
-def _apply(impl: str, *args: Tensor | Call | None) -> tuple[Tensor, Tensor | None]:
+    settings: dict[str, Any] = {
+        "scale": scale,
+        "exchange": exchange,
+        "output_final_state": output_final_state,
+        "state_eps": state_eps,
+    }
     if impl == "eager":
-        return _LightningAttention.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
-    from lasp.fused import FusedLightningAttention  # needs triton
+        return _attend(q, k, v, rates, initial_state, layout, cp_group, settings)
+    require_triton()
+    from lasp.fused_attention import attend  # which checks the rest when it runs
 
-    return FusedLightningAttention.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
+    return LightningOutput(*attend(q, k, v, rates, initial_state, layout, cp_group, **settings))
 
 
-@lru_cache(maxsize=1024)  # one entry a layer; copying in every call would wait each time
-def _copied(rates: tuple[float, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # else a model first run in inference mode could not train
-        return torch.tensor(rates, dtype=torch.float64, device=device)
+@outside_graphs
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    initial_state: Tensor | None,
+    layout: SequenceLayout | None,
+    cp_group: dist.ProcessGroup | None,
+    settings: dict[str, Any],
+) -> LightningOutput:
+    check_qkv(q, k, v)
+    call = checked_call(q, v, rates, initial_state, layout, cp_group, **settings)
+    if initial_state is not None:
+        initial_state = states_of_heads(initial_state, q)
+    tensors = [heads_of_rows(x) for x in (q, k, v)]
+    on_device = rates_by_value(call.rates, q.device, state_dtype(q.dtype))
+    output, final_state = _LightningAttention.apply(  # type: ignore[no-untyped-call]
+        *tensors, on_device, initial_state, call
+    )
+    if final_state is not None:
+        final_state = states_of_rows(final_state, q)
+    return LightningOutput(rows_of_heads(output, q), final_state)
 
 
 def _scaled(x: Tensor, scale: float, rates: Tensor) -> Tensor:

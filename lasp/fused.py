@@ -8,107 +8,129 @@ under dq, which needs only states of the forward pass.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp import launch
-from lasp.call import Call, start
-from lasp.segments import plan_of, reaches_of
+from lasp.call import (
+    Call,
+    heads_of_rows,
+    rows_of_heads,
+    start,
+    states_of_heads,
+    states_of_rows,
+)
+from lasp.decay import rates_by_value
+from lasp.flow import Flow
+from lasp.segments import Plan, plan_of, reaches_of
 
 
-class FusedLightningAttention(torch.autograd.Function):
-    """q, k: [T, H, K], v: [T, H, V], rates: [H] and initial_state: [N, H, K, V] in float32."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, final states, and what the backward needs of states; empty where there is none."""
+    like, rates = q, _rates(call, q)
+    q, k, v = (_rows(x) for x in (q, k, v))
+    given = _given(initial_state, like)
+    plan = _plan(call, q, v, given is not None)
+    states, outgoing = launch.run_states(
+        k, v, rates, plan, reaches_of(call.rates, call.state_eps), given=given, scale=1.0
+    )
+    incoming = _start(outgoing, rates, plan.flow, call)()
+    final_state = None
+    if call.with_final_state:
+        final_state = _results(q, v, plan.flow.num_documents, given, plan.flow.empty_documents)
+    output = launch.output(
+        q, k, v, rates, plan, states,
+        given=given, incoming=incoming, result=final_state, scale=call.scale,
+    )  # fmt: skip
+    return (
+        rows_of_heads(output, like),
+        states.new_empty(0) if final_state is None else states_of_rows(final_state, like),
+        states.view(-1),
+        states.new_empty(0) if incoming is None else incoming.view(-1),
+    )
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rates: Tensor,
-        initial_state: Tensor | None,
-        call: Call,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Output and final state."""
-        q, k, v = (_rows(x) for x in (q, k, v))
-        given = None if initial_state is None else initial_state.contiguous()
-        reaches = reaches_of(call.rates, call.state_eps)
-        cut = launch.segment_cut(q, v, reaches)
-        plan = plan_of(
-            call.layout, call.rank, q.device, reverse=False, given=given is not None,
-            result=call.with_final_state, length=cut.length,
-        )  # fmt: skip
-        states, outgoing = launch.run_states(k, v, rates, plan, reaches, given=given, scale=1.0)
-        incoming = _received(start(outgoing, rates, plan.flow, call)(), plan.flow.num_slots)
-        final_state = None
-        if call.with_final_state:
-            final_state = _results(q, v, plan.flow.num_documents, given, plan.flow.empty_documents)
-        output = launch.output(
-            q, k, v, rates, plan, states,
-            given=given, incoming=incoming, result=final_state, scale=call.scale, wide=cut.wide,
-        )  # fmt: skip
-        ctx.save_for_backward(q, k, v, rates, given, states, incoming)
-        ctx.call, ctx.plan, ctx.cut = call, plan, cut
-        ctx.set_materialize_grads(False)
-        return output, final_state
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v and the initial state."""
-        q, k, v, rates, given, states, incoming = ctx.saved_tensors
-        call = ctx.call
-        if grad_output is None:  # only the final state was used, on this rank
-            grad_output = torch.zeros_like(v)
-        do = _rows(grad_output)
-        given_back = None if grad_final is None else grad_final.contiguous()
-        needs_initial = ctx.needs_input_grad[4]
-        back = plan_of(
-            call.layout, call.rank, q.device, reverse=True, given=given_back is not None,
-            result=needs_initial, length=ctx.cut.length,
-        )  # fmt: skip
-        states_back, outgoing = launch.run_states(
-            q, do, rates, back, reaches_of(call.rates, call.state_eps),
-            given=given_back, scale=call.scale,
-        )  # fmt: skip
-        wait = start(outgoing, rates, back.flow, call)
-        dq = launch.output(
-            do, v, k, rates, ctx.plan, states,
-            given=given, incoming=incoming, scale=call.scale, wide=ctx.cut.wide,
-            transposed=True,
-        )  # fmt: skip
-        grad_initial = None
-        if needs_initial:
-            grad_initial = _results(
-                q, v, back.flow.num_documents, given_back, back.flow.empty_documents
-            )
-        incoming_back = _received(wait(), back.flow.num_slots)
-        dk = launch.output(
-            v, do, q, rates, back, states_back,
-            given=given_back, incoming=incoming_back, scale=call.scale, wide=ctx.cut.wide,
-            transposed=True,
-        )  # fmt: skip
-        dv = launch.output(
-            k, q, do, rates, back, states_back,
-            given=given_back, incoming=incoming_back, result=grad_initial, scale=call.scale,
-            wide=ctx.cut.wide,
-        )  # fmt: skip
-        return dq, dk, dv, None, grad_initial, None
+def backward(
+    grad_output: Tensor | None,
+    grad_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    states: Tensor,
+    incoming: Tensor,
+    needs_initial: bool,
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the initial state; the latter empty if not asked for."""
+    like, rates = q, _rates(call, q)
+    if grad_output is None:  # only the final state was used, on this rank
+        grad_output = torch.zeros_like(v)
+    q, k, v, do = (_rows(x) for x in (q, k, v, grad_output))
+    given, given_back = _given(initial_state, like), _given(grad_final, like)
+    received = incoming if incoming.numel() else None
+    plan = _plan(call, q, v, given is not None)
+    back = _plan(call, q, v, given_back is not None, reverse=True, result=needs_initial)
+    states_back, outgoing = launch.run_states(
+        q, do, rates, back, reaches_of(call.rates, call.state_eps),
+        given=given_back, scale=call.scale,
+    )  # fmt: skip
+    wait = _start(outgoing, rates, back.flow, call)
+    dq = launch.output(
+        do, v, k, rates, plan, states,
+        given=given, incoming=received, scale=call.scale, transposed=True,
+    )  # fmt: skip
+    grad_initial = None
+    if needs_initial:
+        flow = back.flow
+        grad_initial = _results(q, v, flow.num_documents, given_back, flow.empty_documents)
+    incoming_back = wait()
+    dk, dv = launch.key_value_gradients(
+        q, k, v, do, rates, back, states_back,
+        given=given_back, incoming=incoming_back, result=grad_initial, scale=call.scale,
+    )  # fmt: skip
+    return (
+        rows_of_heads(dq, like),
+        rows_of_heads(dk, like),
+        rows_of_heads(dv, like),
+        states.new_empty(0) if grad_initial is None else states_of_rows(grad_initial, like),
+    )
+
+
+def _plan(
+    call: Call, q: Tensor, v: Tensor, given: bool, *, reverse: bool = False, result: bool = False
+) -> Plan:
+    length = launch.segment_length(q, v, reaches_of(call.rates, call.state_eps))
+    return plan_of(
+        call.layout, call.rank, q.device, reverse=reverse, given=given,
+        result=result if reverse else call.with_final_state, length=length,
+    )  # fmt: skip
+
+
+def _rates(call: Call, q: Tensor) -> Tensor:
+    return rates_by_value(call.rates, q.device, torch.float32)
 
 
 def _rows(x: Tensor) -> Tensor:
     """Kernels take any strides of tokens and heads, but rows of a head lie in one piece."""
+    x = heads_of_rows(x)
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _received(incoming: Tensor, num_slots: int) -> Tensor | None:
-    """None if no document is cut: nothing to load then."""
-    return incoming.contiguous() if num_slots else None
+def _given(states: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if states is None else states_of_heads(states, q).contiguous()
+
+
+def _start(outgoing: Tensor, rates: Tensor, flow: Flow, call: Call) -> Callable[[], Tensor | None]:
+    """As ``start``; None comes in if no document is cut: nothing to load then."""
+    if flow.num_slots == 0:
+        return lambda: None
+    wait = start(outgoing, rates, flow, call)
+    return lambda: wait().contiguous()
 
 
 def _results(

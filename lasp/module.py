@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lasp.attention import lightning_attention
+from lasp.attention import LightningOutput, lightning_attention
 from lasp.decay import Variant, decay_rates
+from lasp.decode import lightning_decode
 from lasp.exchange import Exchange
+from lasp.layers import norm_gate, silu_split
 from lasp.layout import SequenceLayout
 from lasp.validation import Impl
 
@@ -31,7 +32,8 @@ class LightningAttention(nn.Module):
         decay: formula of the rates, see ``lasp.decay``.
         norm_eps: of the RMSNorm over all heads.
         exchange: how states cross ranks, see ``lasp.exchange``.
-        impl: who computes, see :func:`lasp.lightning_attention`.
+        impl: who computes, see :func:`lasp.lightning_attention`: ``triton`` has kernels for the
+            activation, the norm and the gate too, see ``lasp.layers``.
         device: where the parameters live.
         dtype: of the parameters. The rates are float32 and stay on the CPU, whatever the module is
             cast or moved to: the operator reads them there.
@@ -61,6 +63,7 @@ class LightningAttention(nn.Module):
         self.head_dim = head_dim
         self.exchange: Exchange = exchange
         self.impl: Impl = impl
+        self.norm_eps = norm_eps
         inner_size = num_heads * head_dim
         self.qkv_proj = nn.Linear(
             hidden_size, 3 * inner_size, bias=False, device=device, dtype=dtype
@@ -94,14 +97,68 @@ class LightningAttention(nn.Module):
 
         Communication: that of :func:`lasp.lightning_attention`.
         """
-        if hidden.dim() not in (2, 3) or hidden.shape[-1] != self.hidden_size:
+        return self._mix(hidden, layout, cp_group, initial_state, output_final_state=False).output
+
+    def prefill(
+        self,
+        hidden: Tensor,
+        *,
+        layout: SequenceLayout | None = None,
+        cp_group: dist.ProcessGroup | None = None,
+        initial_state: Tensor | None = None,
+    ) -> LightningOutput:
+        """As :meth:`forward`, and the states that the documents leave, for :meth:`step`.
+
+        Prompts, parts of prompts and single tokens are documents of any lengths of one pack, each
+        with its initial state.
+
+        Args:
+            hidden: see :meth:`forward`.
+            layout: likewise.
+            cp_group: likewise.
+            initial_state: likewise.
+
+        Returns:
+            Output as ``hidden``, and final states as of :func:`lasp.lightning_attention`.
+
+        Communication: that of :func:`lasp.lightning_attention`.
+        """
+        return self._mix(hidden, layout, cp_group, initial_state, output_final_state=True)
+
+    @torch.no_grad()
+    def step(self, hidden: Tensor, state: Tensor, *, in_place: bool = False) -> LightningOutput:
+        """Mix the next tokens of each sequence, without gradients.
+
+        Args:
+            hidden: ``[B, T, hidden_size]``, the T next tokens (one, or a few) of B sequences.
+            state: ``[B, H, head_dim, head_dim]``, from :meth:`prefill` or the step before.
+            in_place: see :func:`lasp.lightning_decode`.
+
+        Returns:
+            Output as ``hidden``, and the states after these tokens.
+        """
+        if hidden.dim() != 3:
             raise ValueError(
-                f"hidden must be [T, {self.hidden_size}] or [B, T, {self.hidden_size}], got"
+                f"hidden must be [B, T, {self.hidden_size}], T new tokens a sequence, got"
                 f" {tuple(hidden.shape)}"
             )
-        qkv = F.silu(self.qkv_proj(hidden)).unflatten(-1, (self.num_heads, 3 * self.head_dim))
-        q, k, v = qkv.split(self.head_dim, dim=-1)
-        mixed = lightning_attention(
+        q, k, v = self._project(hidden)
+        mixed, new_state = lightning_decode(
+            q, k, v, self.rates, state, in_place=in_place, impl=self.impl
+        )
+        return LightningOutput(self._gate(hidden, mixed), new_state)
+
+    def _mix(
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout | None,
+        cp_group: dist.ProcessGroup | None,
+        initial_state: Tensor | None,
+        *,
+        output_final_state: bool,
+    ) -> LightningOutput:
+        q, k, v = self._project(hidden)
+        mixed, final_state = lightning_attention(
             q,
             k,
             v,
@@ -111,8 +168,23 @@ class LightningAttention(nn.Module):
             initial_state=initial_state,
             exchange=self.exchange,
             impl=self.impl,
-            output_final_state=False,
-        ).output
-        gated = torch.sigmoid(self.output_gate(hidden)) * self.norm(mixed.flatten(-2))
+            output_final_state=output_final_state,
+        )
+        return LightningOutput(self._gate(hidden, mixed), final_state)
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[..., H, head_dim]``."""
+        if hidden.dim() not in (2, 3) or hidden.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden must be [T, {self.hidden_size}] or [B, T, {self.hidden_size}], got"
+                f" {tuple(hidden.shape)}"
+            )
+        qkv = self.qkv_proj(hidden).unflatten(-1, (self.num_heads, 3 * self.head_dim))
+        return silu_split(qkv, self.head_dim, self.head_dim, impl=self.impl)
+
+    def _gate(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """The output of the layer, from that of the attention."""
+        mixed, gate = mixed.flatten(-2), self.output_gate(hidden)
+        gated = norm_gate(mixed, gate, self.norm.weight, eps=self.norm_eps, impl=self.impl)
         projected: Tensor = self.out_proj(gated)
         return projected

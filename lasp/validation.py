@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp.call import Call
+from lasp.exchange import Exchange, HostGroups, check_hosts, resolve_exchange
 from lasp.layout import SequenceLayout
 
 Impl = Literal["eager", "triton"]
@@ -51,17 +53,67 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         _check_device(name, tensor, q)
 
 
-def check_triton(q: Tensor, v: Tensor) -> None:
-    """Raise ValueError if triton is missing or its kernels do not take these tensors."""
-    if find_spec("triton") is None:
-        raise ValueError("impl must be 'eager' without triton: install triton for impl='triton'")
-    from lasp.launch import check_inputs
+def checked_call(  # the operator's arguments
+    q: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    initial_state: Tensor | None,
+    layout: SequenceLayout | None,
+    cp_group: dist.ProcessGroup | None,
+    *,
+    scale: float,
+    exchange: Exchange | HostGroups,
+    output_final_state: bool,
+    state_eps: float,
+) -> Call:
+    """The call; raise ValueError for what does not fit ``q`` and ``v``."""
+    check_kinds(rates, q, layout, cp_group, exchange)
+    values = check_rates(rates)
+    if layout is None:
+        layout = SequenceLayout((q.shape[-3],), num_ranks=1)
+    rank = check_layout(layout, cp_group, q)
+    check_initial_state(initial_state, q, v, layout)
+    values *= q.shape[0] if q.dim() == 4 else 1  # rows are heads to those below
+    hosts = exchange if isinstance(exchange, HostGroups) else None
+    if hosts is not None and cp_group is not None:
+        check_hosts(hosts, cp_group)
+    name = "all_gather" if isinstance(exchange, HostGroups) else exchange
+    choices = resolve_exchange(name, layout, values, state_eps, q.shape[-1], v.shape[-1])
+    return Call(
+        layout, rank, cp_group, scale, choices, output_final_state, state_eps, values, hosts
+    )
 
-    check_inputs(q, v)
+
+def check_kinds(
+    rates: Tensor,
+    q: Tensor,
+    layout: SequenceLayout | None,
+    cp_group: dist.ProcessGroup | None,
+    exchange: Exchange | HostGroups,
+) -> None:
+    """Raise ValueError for arguments that are no rates, layout, group or exchange of a call.
+
+    Values, and whether they belong together, are not looked at.
+    """
+    _check_rates_kind(rates, q)
+    if layout is not None and not isinstance(layout, SequenceLayout):
+        raise ValueError(f"layout must be a SequenceLayout, got {layout!r}: build one from lengths")
+    _check_group(cp_group)
+    if isinstance(exchange, HostGroups):
+        if cp_group is None:
+            raise ValueError(
+                "exchange must be a name without cp_group, got host groups: pass the group that"
+                " they were made of"
+            )
+    elif exchange not in get_args(Exchange):
+        raise ValueError(
+            f"exchange must be one of {get_args(Exchange)} or host_groups(...), got {exchange!r}"
+        )
 
 
-def check_rates(rates: Tensor, q: Tensor) -> tuple[float, ...]:
-    """The rates; raise ValueError unless they are a constant [H] vector of finite numbers >= 0."""
+def _check_rates_kind(rates: Tensor, q: Tensor) -> None:
+    if not isinstance(rates, Tensor):
+        raise ValueError(f"rates must be a tensor [H], got {rates!r}: see decay_rates")
     num_heads = q.shape[-2]
     if rates.shape != (num_heads,):
         raise ValueError(
@@ -81,6 +133,10 @@ def check_rates(rates: Tensor, q: Tensor) -> tuple[float, ...]:
         )
     if rates.requires_grad:
         raise ValueError("rates must not require grad, they get none: pass rates.detach()")
+
+
+def check_rates(rates: Tensor) -> tuple[float, ...]:
+    """The rates; raise ValueError unless they are finite numbers >= 0."""
     values: list[float] = rates.tolist()
     if not all(0 <= rate < inf for rate in values):
         raise ValueError(
@@ -91,11 +147,7 @@ def check_rates(rates: Tensor, q: Tensor) -> tuple[float, ...]:
 
 def check_layout(layout: SequenceLayout, cp_group: dist.ProcessGroup | None, q: Tensor) -> int:
     """Raise ValueError unless layout, group and q belong together; this rank within the group."""
-    if cp_group is not None and not isinstance(cp_group, dist.ProcessGroup):
-        raise ValueError(
-            f"cp_group must be a process group that holds this rank, got {cp_group!r}: call the"
-            " operator on the members of the group only"
-        )
+    _check_group(cp_group)
     num_ranks = 1 if cp_group is None else cp_group.size()
     if layout.num_ranks != num_ranks:
         raise ValueError(
@@ -113,6 +165,14 @@ def check_layout(layout: SequenceLayout, cp_group: dist.ProcessGroup | None, q: 
             f" {layout.num_documents}: pack the rows end to end as [T, H, K]"
         )
     return 0 if cp_group is None else cp_group.rank()
+
+
+def _check_group(cp_group: dist.ProcessGroup | None) -> None:
+    if cp_group is not None and not isinstance(cp_group, dist.ProcessGroup):
+        raise ValueError(
+            f"cp_group must be a process group that holds this rank, got {cp_group!r}: call the"
+            " operator on the members of the group only"
+        )
 
 
 def check_initial_state(
@@ -139,3 +199,12 @@ def check_initial_state(
 def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
     if tensor.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+
+
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def require_triton() -> None:
+    """Raise ValueError if triton is missing; ``torch.compile`` sees through it."""
+    if not _HAS_TRITON:
+        raise ValueError("impl must be 'eager' without triton: install triton for impl='triton'")

@@ -146,14 +146,17 @@ def combine_states_kernel(
         kept = tl.minimum(state_length, reach)
         rows = sums + (s.to(tl.int64) * num_parts + first_part)[:, None] * SIZE + cols[None, :]
         own = tl.zeros([GROUP, BLOCK], dtype=tl.float32)
-        for part in range(0, head_parts):
+        for part in tl.range(0, head_parts, loop_unroll_factor=4):  # loads in flight together
             there = inside & (kept > part * part_length)[:, None]
             own += tl.load(rows + part * SIZE, mask=there, other=0.0)
 
         linked = (s[None, :] < s[:, None]) & (s[None, :] >= chain[:, None])
         between = begin[:, None] - (begin + length)[None, :]
         weights = tl.exp2(tl.where(linked, -rate * between.to(tl.float32), float("-inf")))
-        entering = tl.dot(weights, own, input_precision="ieee")
+        if GROUP < 16:  # too few rows for a matrix product
+            entering = tl.sum(weights[:, :, None] * own[None, :, :], axis=1)
+        else:
+            entering = tl.dot(weights, own, input_precision="ieee")
         since = begin - tl.load(table + first * COLUMNS + BEGIN)
         decay = tl.exp2(tl.where(chain < first, -rate * since.to(tl.float32), float("-inf")))
         entering += decay[:, None] * carry[None, :]

@@ -4,7 +4,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 
 
 class Blocks(NamedTuple):
@@ -15,29 +14,19 @@ class Blocks(NamedTuple):
         columns: output columns of a program, a power of two.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
+        max_registers: of a thread; None for as many as there are.
     """
 
     chunk: int
     columns: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
-class Cut(NamedTuple):
-    """How the tokens of a rank and the columns of a head are dealt out to programs.
-
-    Attributes:
-        length: tokens of a segment.
-        wide: a program has 128 columns rather than 64, where there are so many.
-    """
-
-    length: int
-    wide: bool
-
-
-# One token of a wide program, and of a state of 128 columns, in tokens of a narrow program: 35, 16
-# and 19.5 ns on an H200, bf16, 128 x 128.
-WIDE_COST, STATE_COST = 1.8, 0.8
+# One token of a state, in tokens of an output program; benchmarks.tune_kernels measures it.
+STATE_COST = 0.6
+START_COST = 256  # to fill the pipeline and to fetch the state, in the same unit
 SHORTEST_SEGMENT = 2048  # tokens: its states are then a few percent of its bytes
 SHORTEST_PART, LONGEST_PART = 256, 4096  # tokens
 
@@ -45,60 +34,74 @@ SHORTEST_PART, LONGEST_PART = 256, 4096  # tokens
 HOPPER_SHARED_BYTES = 220 * 1024
 
 
+def power_of_2(n: int) -> int:
+    """The next one: Triton's own is written for kernels and takes microseconds on the host."""
+    return 1 << (n - 1).bit_length()
+
+
+def padded(dim: int) -> int:
+    """Columns of an operand: products of fewer than 64 are wrong in Triton 3.6."""
+    return max(64, power_of_2(dim))
+
+
+@lru_cache(maxsize=1024)
 def output_blocks(
-    dim_in: int,
-    dim_out: int,
-    dtype: torch.dtype,
-    wide: bool,
-    shared_bytes: int = HOPPER_SHARED_BYTES,
+    dim_in: int, dim_out: int, dtype: torch.dtype, shared_bytes: int = HOPPER_SHARED_BYTES
 ) -> Blocks:
     """For the output kernel: query and key have ``dim_in``, value and output ``dim_out``.
 
-    A group of 4 warps holds 64 columns of the state; ``wide`` programs have two, which share one
-    read of queries and keys. The pipeline is as deep as the shared memory of the device allows.
+    Two groups of 4 warps hold the state, one if it is small: then no registers are spilled. The
+    pipeline is as deep as the shared memory of the device allows.
     """
-    block_in = max(64, triton.next_power_of_2(dim_in))
+    block_in = padded(dim_in)
     if dtype != torch.bfloat16:  # operands of four bytes
         return Blocks(32 if dim_in > 128 else 64, 64, 8, 1)
     chunk = 64
-    wide = wide and dim_in <= 128 and dim_out > 64
-    columns = 128 if wide else 64
+    columns = 128 if dim_in <= 128 and dim_out > 64 else 64
     stage_bytes = 2 * chunk * (2 * block_in + columns)
-    left_bytes = shared_bytes - 2 * chunk * (chunk + columns)  # scores, and the output on its way
-    stages = max(1, min(3 if wide else 4, left_bytes // stage_bytes))
-    return Blocks(chunk, columns, columns // 16, stages)
+    # Less the scores, the weighted values, and the output on its way.
+    left_bytes = shared_bytes - 2 * chunk * (chunk + 2 * columns)
+    stages = max(1, min(4 if columns == 64 else 3, left_bytes // stage_bytes))
+    return Blocks(chunk, columns, 8 if columns == 128 or dim_in > 64 else 4, stages)
 
 
 def state_blocks(
     key_dim: int, value_dim: int, dtype: torch.dtype, shared_bytes: int = HOPPER_SHARED_BYTES
 ) -> Blocks:
-    """For the states of segments."""
-    blocks = output_blocks(key_dim, value_dim, dtype, True, shared_bytes)
-    return blocks._replace(num_stages=min(3, blocks.num_stages))
+    """For the states of segments: two programs to a multiprocessor, if that spills nothing."""
+    blocks = output_blocks(key_dim, value_dim, dtype, shared_bytes)
+    two_fit = dtype == torch.bfloat16 and key_dim <= 128 and blocks.num_warps == 8
+    return blocks._replace(
+        num_stages=min(3, blocks.num_stages), max_registers=128 if two_fit else None
+    )
+
+
+def combine_blocks(num_segments: int) -> tuple[int, int]:
+    """Segments, and elements of a state, that a program combines at a time: 2048 numbers."""
+    group = min(32, power_of_2(num_segments))
+    return group, 2048 // group
 
 
 @lru_cache(maxsize=1024)  # one entry a layer
-def segment_cut(num_tokens: int, value_dim: int, num_sms: int, reaches: tuple[int, ...]) -> Cut:
-    """Programs that fill the GPU, with states that cost little.
+def segment_length(num_tokens: int, blocks: int, num_sms: int, reaches: tuple[int, ...]) -> int:
+    """Tokens of a segment: programs that fill the GPU, with states that cost little.
 
     Args:
         num_tokens: T.
-        value_dim: V.
+        blocks: programs of a segment and head.
         num_sms: multiprocessors; one program fills one.
         reaches: for each head, how many tokens at the end of a segment its state takes.
     """
 
-    def cost(cut: Cut) -> float:
-        """What the busiest multiprocessor does, in tokens of a narrow program."""
-        count = -(-num_tokens // cut.length)
-        programs = count * len(reaches) * -(-value_dim // (128 if cut.wide else 64))
-        output = -(-programs // num_sms) * cut.length * (WIDE_COST if cut.wide else 1)
-        states = sum(min(cut.length, reach) for reach in reaches) * (count - 1)
-        return output + STATE_COST * states * value_dim / 128 / num_sms
+    def cost(length: int) -> float:
+        """What the busiest multiprocessor does, in tokens of an output program."""
+        count = -(-num_tokens // length)
+        output = -(-count * len(reaches) * blocks // num_sms) * (length + START_COST)
+        states = sum(min(length, reach) for reach in reaches) * (count - 1)
+        return output + STATE_COST * states * blocks / num_sms
 
     most = max(1, min(num_tokens // SHORTEST_SEGMENT, 4 * num_sms // len(reaches) + 1))
-    lengths = [-(-num_tokens // count // 64) * 64 for count in range(1, most + 1)]
-    return min((Cut(n, wide) for n in lengths for wide in (True, False)), key=cost)
+    return min((-(-num_tokens // n // 64) * 64 for n in range(1, most + 1)), key=cost)
 
 
 @lru_cache(maxsize=1024)
@@ -118,3 +121,48 @@ def part_length(
     )
     length = -(-total // (2 * num_sms) // 64) * 64
     return max(SHORTEST_PART, min(length, LONGEST_PART))
+
+
+# ---- decoding and the layer around the attention ------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """How a kernel over rows is cut.
+
+    Attributes:
+        rows: rows of a program, or of one step of it, a power of two.
+        blocks: columns of a row, or of each part of it, powers of two.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline over steps.
+    """
+
+    rows: int
+    blocks: tuple[int, ...]
+    num_warps: int
+    num_stages: int = 1
+
+
+DECODE_COLUMNS, DECODE_WARPS = 32, 4  # few columns, so that a batch of one fills the GPU
+WIDEST_ROW = 16384  # features that one program holds in registers
+NORM_BACKWARD_PROGRAMS = 1  # for each multiprocessor
+
+
+@lru_cache(maxsize=1024)
+def split_rows(key_dim: int, value_dim: int) -> Rows:
+    """For SiLU and the head split: 2048 elements of each of q, k and v."""
+    blocks = power_of_2(key_dim), power_of_2(value_dim)
+    return Rows(max(1, 2048 // max(blocks)), blocks, 4)
+
+
+@lru_cache(maxsize=1024)
+def norm_rows(width: int) -> Rows:
+    """For the norm and the gate: 32 elements a thread."""
+    block = power_of_2(width)
+    return Rows(max(1, 8192 // block), (block,), min(32, max(8, block // 1024)))
+
+
+@lru_cache(maxsize=1024)
+def norm_backward_rows(width: int) -> Rows:
+    """For the backward: 16 elements a thread, and the loads of the next rows under way."""
+    block = power_of_2(width)
+    return Rows(max(1, 8192 // block), (block,), min(32, max(16, block // 512)), 2)

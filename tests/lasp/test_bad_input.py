@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,10 +13,15 @@ import torch.distributed as dist
 
 from lasp.attention import lightning_attention
 from lasp.decay import decay_rates
+from lasp.exchange import HostGroups
 from lasp.layout import SequenceLayout
 from tests.ranks import run_on_ranks, subgroup
 
 T, H, K, V = 6, 4, 3, 5
+NEEDS_TRITON = {
+    "condition": find_spec("triton") is None or torch.cuda.is_available(),
+    "reason": "needs triton, interpreted",
+}
 
 
 def good() -> dict[str, Any]:
@@ -93,12 +99,23 @@ TABLE: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "state_eps is NaN": ("state_eps must", lambda: {"state_eps": float("nan")}),
     "state_eps is negative": ("state_eps must", lambda: {"state_eps": -1e-9}),
     "state_eps keeps nothing": ("state_eps must", lambda: {"state_eps": 1.0}),
+    "exchange is no name": ("exchange must", lambda: {"exchange": None}),
+    "host groups of no group": (
+        "exchange must be a name without cp_group",
+        lambda: {
+            "layout": SequenceLayout((6,), 1),
+            "cp_group": None,
+            "exchange": HostGroups(dist.group.WORLD, dist.group.WORLD),
+        },
+    ),
+    "rates are a list": ("rates must", lambda: {"rates": [0.1] * H}),
+    "layout is a list": ("layout must", lambda: {"layout": [7, 5]}),
     "unknown impl": ("impl must", lambda: {"impl": "cuda"}),
 }
 
 
-def call(row: str) -> str:
-    arguments = good() | TABLE[row][1]()
+def call(row: str, impl: str) -> str:
+    arguments = good() | {"impl": impl} | TABLE[row][1]()
     tensors = [arguments.pop(name) for name in ("q", "k", "v", "rates")]
     try:
         lightning_attention(*tensors, **arguments)
@@ -107,8 +124,8 @@ def call(row: str) -> str:
     return "nothing was raised"
 
 
-def call_all() -> dict[str, str]:
-    return {row: call(row) for row in TABLE}
+def call_all(impl: str) -> dict[str, str]:
+    return {row: call(row, impl) for row in TABLE}
 
 
 def call_good() -> torch.Size:
@@ -125,10 +142,13 @@ def test_rates_of_a_gpu_call_are_checked_wherever_they_are(device: str) -> None:
         lightning_attention(x, x, x, rates_with(float("nan")).to(device))
 
 
-@pytest.fixture(scope="module")
-def said() -> list[dict[str, str]]:
+@pytest.fixture(
+    scope="module",
+    params=["eager", pytest.param("triton", marks=pytest.mark.skipif(**NEEDS_TRITON))],
+)
+def said(request: pytest.FixtureRequest) -> list[dict[str, str]]:
     assert run_on_ranks(call_good, 2) == [(T, H, V)] * 2
-    return run_on_ranks(call_all, 2)
+    return run_on_ranks(call_all, 2, request.param)
 
 
 @pytest.mark.parametrize("row", TABLE)

@@ -44,7 +44,7 @@ def small_blocks(segment: int = 32) -> Iterator[None]:
         tuning,
         output_blocks=lambda *_: blocks,
         state_blocks=lambda *_: blocks,
-        segment_cut=lambda *_: tuning.Cut(segment, wide=True),
+        segment_length=lambda *_: segment,
         part_length=lambda *_: 16,
     ):
         yield

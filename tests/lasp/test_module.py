@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from lasp.decay import decay_rates
 from lasp.layout import Order, SequenceLayout
 from lasp.module import LightningAttention
 from lasp.reference import recurrent_lightning_attention
-from tests.closeness import assert_equal_to_rounding
+from lasp.validation import Impl
+from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.lasp.cases import ORDERS
 from tests.ranks import run_on_ranks
 
@@ -40,7 +42,7 @@ def by_the_paper(module: LightningAttention, hidden: Tensor, borders: tuple[int,
 
 def results_of(output: Tensor, module: LightningAttention, hidden: Tensor) -> list[Tensor]:
     torch.manual_seed(2)
-    weight = torch.randn(output.shape, dtype=output.dtype)
+    weight = torch.randn(output.shape).to(output)
     leaves = [hidden, *module.parameters()]
     return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
 
@@ -70,6 +72,55 @@ def test_batched_rows_equal_documents() -> None:
     hidden = torch.randn(3, 20, HIDDEN, dtype=torch.float64)
     packed = module(hidden.flatten(0, 1), layout=SequenceLayout((20, 20, 20), 1))
     assert_equal_to_rounding(module(hidden).flatten(0, 1), packed)
+
+
+def test_generation_equals_the_whole_sequence() -> None:
+    """A prompt, two drafted tokens of which one is accepted, then one by one in place."""
+    module = make_module()
+    hidden = torch.randn(3, 40, HIDDEN, dtype=torch.float64)
+    expected = module(hidden)
+    output, state = module.prefill(hidden[:, :36])
+    assert_equal_to_rounding(output, expected[:, :36])
+    drafted = hidden[:, 36:38].clone()
+    drafted[:, 1] = 1.0
+    assert_equal_to_rounding(module.step(drafted, state).output[:, 0], expected[:, 36])
+    for token in range(36, 40):
+        output, new_state = module.step(hidden[:, token : token + 1], state, in_place=True)
+        assert new_state is state
+        assert_equal_to_rounding(output[:, 0], expected[:, token])
+
+
+def test_prompts_beside_single_tokens_continue_from_their_states() -> None:
+    module = make_module()
+    hidden = torch.randn(20, HIDDEN, dtype=torch.float64)
+    expected = module(hidden, layout=SequenceLayout((9, 11), 1))
+    _, state = module.prefill(hidden[[*range(8), *range(9, 13)]], layout=SequenceLayout((8, 4), 1))
+    output, state = module.prefill(
+        hidden[[8, *range(13, 19)]], layout=SequenceLayout((1, 6), 1), initial_state=state
+    )
+    assert_equal_to_rounding(output, expected[[8, *range(13, 19)]])
+    assert_equal_to_rounding(module.step(hidden[None, 19:], state[1:]).output[0], expected[19:])
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="it has no wheel here")
+@pytest.mark.parametrize("batched", [False, True])
+def test_kernels_within_budget(batched: bool) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden = torch.randn(2, 30, HIDDEN, device=device)
+    layout = None if batched else SequenceLayout((20, 0, 40), 1)
+    shape = hidden.shape if batched else (60, HIDDEN)
+
+    def run(impl: Impl, dtype: torch.dtype) -> list[Tensor]:
+        module = make_module(impl=impl).to(device=device, dtype=dtype)
+        x = hidden.view(shape).to(dtype).requires_grad_()
+        results = results_of(module(x, layout=layout), module, x)
+        if batched:
+            results += module.step(x[:, :2], module.prefill(x).final_state)
+        return results
+
+    kernels, honest = run("triton", torch.float32), run("eager", torch.float32)
+    for actual, fair, exact in zip(kernels, honest, run("eager", torch.float64), strict=True):
+        assert_within_budget(actual.detach(), exact.detach(), fair.detach())
 
 
 def run_module(layout: SequenceLayout, pack: Tensor) -> list[Tensor]:
@@ -134,3 +185,5 @@ def test_decay_variant_and_bad_input() -> None:
     for shape in ((5,), (5, HIDDEN + 1), (1, 1, 5, HIDDEN)):
         with pytest.raises(ValueError, match="hidden"):
             module(torch.randn(shape, dtype=torch.float64))
+    with pytest.raises(ValueError, match="new tokens"):
+        module.step(torch.randn(5, HIDDEN), torch.zeros(5, HEADS, DIM, DIM))

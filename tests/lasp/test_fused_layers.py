@@ -1,0 +1,308 @@
+"""SiLU with head split, and norm with gate: eager and kernels, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.layers import norm_gate, silu_split
+from tests.closeness import assert_equal_to_rounding, assert_within_budget
+from tests.ranks import run_on_ranks
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-6
+NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="it has no wheel here")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+def results_of(function: Function, *inputs: Tensor) -> list[Tensor]:
+    """Outputs, and gradients for random gradients of them."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, grads)]
+
+
+def check(actual: Function, honest: Function, exact: Function, *inputs: Tensor) -> None:
+    """``actual`` as close to ``exact`` in float64 as ``honest``, in the dtype of the inputs."""
+    wide = results_of(exact, *(x.double() for x in inputs))
+    fair, results = results_of(honest, *inputs), results_of(actual, *inputs)
+    for index, (a, f, w) in enumerate(zip(results, fair, wide, strict=True)):
+        assert a.dtype == f.dtype
+        assert a.shape == f.shape
+        if a.numel():
+            assert_within_budget(a, w, f, what=f"result {index}")
+
+
+@pytest.mark.gpu
+def test_heads_far_apart() -> None:
+    heads, stride = 65, 2**25
+    memory = torch.empty(heads * stride, dtype=torch.bfloat16, device="cuda")
+    x = memory.as_strided((3, heads, 6), (6, stride, 1)).normal_()
+    exact, honest = (silu_split(y, 2, 2) for y in (x.double(), x))
+    for actual, true, fair in zip(silu_split(x, 2, 2, impl="triton"), exact, honest):
+        assert_within_budget(actual, true, fair)
+
+
+def split_with(impl: str, key_dim: int, value_dim: int) -> Function:
+    return lambda x: silu_split(x, key_dim, value_dim, impl=impl)
+
+
+def norm_with(impl: str) -> Function:
+    return lambda x, gate, weight: (norm_gate(x, gate, weight, eps=EPS, impl=impl),)
+
+
+def written_out_split(x: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, ...]:
+    y = x / (1 + torch.exp(-x))
+    return y[..., :key_dim], y[..., key_dim : 2 * key_dim], y[..., 2 * key_dim :]
+
+
+def written_out_norm(x: Tensor, gate: Tensor, weight: Tensor) -> tuple[Tensor]:
+    root = (x.square().sum(-1, keepdim=True) / x.shape[-1] + EPS).sqrt()
+    return (x / root * weight / (1 + torch.exp(-gate)),)
+
+
+def norm_inputs(*shape: int, dtype: torch.dtype = torch.float32, on: str = DEVICE) -> list[Tensor]:
+    x, gate = (torch.randn(shape, device=on).to(dtype) for _ in range(2))
+    return [x * 3, gate, torch.randn(shape[-1], device=on).to(dtype)]
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (2, 5, 3), (0, 3), (3,)])
+def test_eager_is_what_it_says(shape: tuple[int, ...]) -> None:
+    fused = torch.randn(*shape, 2 * 4 + 5, dtype=torch.float64)
+    pairs = [
+        (split_with("eager", 4, 5), lambda x: written_out_split(x, 4, 5), [fused]),
+        (norm_with("eager"), written_out_norm, norm_inputs(*shape, 10, dtype=torch.float64)),
+    ]
+    for eager, written_out, inputs in pairs:
+        for a, e in zip(results_of(eager, *inputs), results_of(written_out, *inputs)):
+            assert_equal_to_rounding(a, e)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "key_dim", "value_dim"), [(7, 3, 5, 33), (50, 2, 96, 64), (1, 1, 1, 2)]
+)
+def test_split_within_budget(
+    tokens: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(tokens, heads, 2 * key_dim + value_dim, device=DEVICE).mul(4).to(dtype)
+    check(
+        split_with("triton", key_dim, value_dim),
+        split_with("eager", key_dim, value_dim),
+        lambda x: written_out_split(x, key_dim, value_dim),
+        x,
+    )
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(5, 96), (50, 200), (1, 1), (7, 2100)])
+def test_norm_within_budget(rows: int, width: int, dtype: torch.dtype) -> None:
+    inputs = norm_inputs(rows, width, dtype=dtype)
+    check(norm_with("triton"), norm_with("eager"), written_out_norm, *inputs)
+
+
+@NEEDS_TRITON
+def test_far_from_zero() -> None:
+    """No sigmoid overflows, and a row of zeros is one of zeros."""
+    x = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], device=DEVICE).repeat(3, 4, 1)
+    check(split_with("triton", 2, 1), *[split_with("eager", 2, 1)] * 2, x)
+    gate, weight = x.flatten(1), torch.ones(20, device=DEVICE)
+    zero = torch.zeros_like(gate)
+    for a in results_of(norm_with("triton"), zero, gate, weight):
+        assert a.isfinite().all()
+    assert not norm_gate(zero, gate, weight, eps=EPS, impl="triton").any()
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("shape", [(2, 5, 3), (0, 3), (3,)])
+def test_any_leading_dims(shape: tuple[int, ...]) -> None:
+    x = torch.randn(*shape, 14, device=DEVICE)
+    check(split_with("triton", 4, 6), *[split_with("eager", 4, 6)] * 2, x)
+    check(*map(norm_with, ("triton", "eager", "eager")), *norm_inputs(*shape, 10))
+
+
+@NEEDS_TRITON
+def test_views_give_the_same_bits() -> None:
+    """Slices of a wider projection, transposed batches, and gradients of any strides."""
+    wide = torch.randn(6, 3, 20, device=DEVICE)
+    views = [wide[..., :14], wide.transpose(0, 1)[..., 2:16], wide.transpose(1, 2)[:, :14].mT]
+    for x in views:
+        split = split_with("triton", 4, 6)
+        strided, contiguous = (results_of(split, t) for t in (x, x.contiguous()))
+        assert all(torch.equal(a, e) for a, e in zip(strided, contiguous))
+    gates = torch.randn(6, 80, device=DEVICE)
+    weight = torch.randn(40, device=DEVICE)[::2]
+    one, two, three, four = gates[:, 3:23], gates[:, 30:50].clone(), gates[:, 1::4], gates[:, ::4]
+
+    def gradients(*tensors: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in tensors[:3]]
+        y = norm_gate(*leaves, eps=EPS, impl="triton")
+        return [y.detach(), *torch.autograd.grad(y, leaves, tensors[3])]
+
+    for x, gate, dy in ((one, two, two), (two, one, two), (two, two, one), (three, four, three)):
+        strided = gradients(x, gate, weight, dy)
+        contiguous = gradients(*(t.contiguous() for t in (x, gate, weight, dy)))
+        assert all(torch.equal(a, e) for a, e in zip(strided, contiguous))
+    x = wide[..., :14].contiguous().requires_grad_()
+    q, k, _v = silu_split(x, 4, 6, impl="triton")
+    one = torch.ones((), device=DEVICE).expand_as(q)  # and no gradient for v, and none for k
+    (from_q,) = torch.autograd.grad(q, x, one, retain_graph=True)
+    (from_both,) = torch.autograd.grad((q, k), x, (one.contiguous(), torch.zeros_like(k)))
+    assert torch.equal(from_q, from_both)
+
+
+@NEEDS_TRITON
+def test_the_weight_may_be_wider() -> None:
+    x, gate, weight = norm_inputs(9, 40, dtype=torch.bfloat16)
+    weight = weight.float()
+    kernels, eager = (results_of(norm_with(impl), x, gate, weight) for impl in ("triton", "eager"))
+    exact = results_of(written_out_norm, *(t.double() for t in (x, gate, weight)))
+    for a, f, e in zip(kernels, eager, exact):
+        assert a.dtype == f.dtype
+        assert_within_budget(a, e, f)
+
+
+@NEEDS_TRITON
+def test_the_same_bits_every_time_and_no_second_derivative() -> None:
+    inputs = norm_inputs(70, 96)
+    first, second = (results_of(norm_with("triton"), *inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    x = inputs[0].requires_grad_()
+    y = norm_gate(*inputs, eps=EPS, impl="triton")
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="impl='eager'"):
+        torch.autograd.grad(dx.sum(), x)
+
+
+def norm_on_rank(impl: str, device: str = "cpu") -> list[Tensor]:
+    """Rank function: this rank's features, outputs and gradients."""
+    inputs = norm_inputs(9, 24, on="cpu")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    shares = [t.unflatten(-1, (size, -1))[..., rank, :].to(device) for t in inputs]
+    group = dist.group.WORLD
+
+    def function(*tensors: Tensor) -> tuple[Tensor]:
+        return (norm_gate(*tensors, eps=EPS, tp_group=group, impl=impl),)
+
+    leaves = [x.detach().requires_grad_() for x in shares]
+    (y,) = function(*leaves)
+    dy = inputs[0].cos().unflatten(-1, (size, -1))[..., rank, :].to(device)
+    return [t.detach().cpu() for t in (y, *torch.autograd.grad(y, leaves, dy))]
+
+
+def check_ranks(results: list[list[Tensor]]) -> None:
+    torch.manual_seed(0)
+    inputs = norm_inputs(9, 24, on="cpu")
+    exact = [t.double().requires_grad_() for t in inputs]
+    (y,) = written_out_norm(*exact)
+    wide = [y.detach(), *torch.autograd.grad(y, exact, inputs[0].double().cos())]
+    leaves = [t.requires_grad_() for t in inputs]
+    y = norm_gate(*leaves, eps=EPS)
+    fair = [y.detach(), *torch.autograd.grad(y, leaves, inputs[0].detach().cos())]
+    for index, (w, f) in enumerate(zip(wide, fair)):
+        together = torch.cat([result[index] for result in results], dim=-1)
+        assert_within_budget(together, w, f, what=f"result {index}")
+
+
+def seeded(impl: str, device: str = "cpu") -> list[Tensor]:
+    torch.manual_seed(0)
+    return norm_on_rank(impl, device)
+
+
+@pytest.mark.parametrize("impl", ["eager", pytest.param("triton", marks=NEEDS_TRITON)])
+def test_over_tensor_parallel_ranks(impl: str) -> None:
+    if impl == "triton" and DEVICE == "cuda":
+        pytest.skip("needs a machine without GPUs: kernels interpreted on gloo ranks")
+    check_ranks(run_on_ranks(seeded, 2, impl))
+
+
+def test_bad_input() -> None:
+    x, gate, weight = norm_inputs(4, 6)
+    for match, call in (
+        ("impl", lambda: silu_split(x, 2, 2, impl="cuda")),
+        ("x must be", lambda: silu_split(x, 2, 3)),
+        ("x must be", lambda: silu_split(x[0], 2, 2)),
+        ("x must be", lambda: silu_split(x, 3, 0)),
+        ("impl", lambda: norm_gate(x, gate, weight, eps=EPS, impl="cuda")),
+        ("gate", lambda: norm_gate(x, gate[:2], weight, eps=EPS)),
+        ("gate", lambda: norm_gate(x, gate.double(), weight, eps=EPS)),
+        ("weight", lambda: norm_gate(x, gate, weight[:2], eps=EPS)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+@NEEDS_TRITON
+def test_what_the_kernels_do_not_do() -> None:
+    wide = [t.double() for t in norm_inputs(4, 6)]
+    with pytest.raises(ValueError, match="eager"):
+        norm_gate(*wide, eps=EPS, impl="triton")
+    with pytest.raises(ValueError, match="eager"):
+        silu_split(wide[0], 2, 2, impl="triton")
+    with pytest.raises(ValueError, match="features"):
+        norm_gate(*norm_inputs(1, 16385), eps=EPS, impl="triton")
+
+
+# ---- compiled -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads_and_dim", [(64, 128), (8, 96), (3, 192), (16, 256), (128, 128)])
+def test_on_a_gpu(heads_and_dim: tuple[int, int], dtype: torch.dtype) -> None:
+    heads, dim = heads_and_dim
+    x = torch.randn(1003, heads, 3 * dim, device=DEVICE).to(dtype)
+    check(split_with("triton", dim, dim), split_with("eager", dim, dim),
+          lambda x: written_out_split(x, dim, dim), x)  # fmt: skip
+    inputs = norm_inputs(1003, heads * dim, dtype=dtype)
+    check(norm_with("triton"), norm_with("eager"), written_out_norm, *inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["split", "norm"])
+def test_offsets_past_two_to_the_31(name: str) -> None:
+    """The last rows of many, and their gradients where those of the outputs are the outputs."""
+    last = slice(-64, None)
+
+    def run(
+        impl: str, x: Tensor, *others: Tensor, grads: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        function = split_with(impl, 128, 128) if name == "split" else norm_with(impl)
+        outputs = function(x, *others)
+        grads = grads or [y.detach() for y in outputs]
+        return [
+            *(y.detach()[last] for y in outputs),
+            torch.autograd.grad(outputs, x, grads)[0][last],
+        ]
+
+    heads, width = 64, 384 if name == "split" else 128
+    x = torch.randn(2**31 // (heads * width) + 100, heads, width, device=DEVICE).bfloat16()
+    others = []
+    if name == "norm":
+        x = x.flatten(1)
+        others = [torch.randn_like(x), torch.randn(heads * width, device=DEVICE).bfloat16()]
+    results = run("triton", x, *others)
+    x, others = x[last].clone(), [t[last] if t.dim() == 2 else t for t in others]
+    grads = results[:-1]
+    fair = run("eager", x, *others, grads=grads)
+    wide = [[t.double() for t in ts] for ts in ([x, *others], grads)]
+    exact = run("eager", *wide[0], grads=wide[1])
+    for a, f, e in zip(results, fair, exact):
+        assert_within_budget(a, e, f)
+
+
+@pytest.mark.multi_gpu
+def test_over_tensor_parallel_gpus() -> None:
+    check_ranks(run_on_ranks(seeded, 2, "triton", "cuda", backend="nccl"))

@@ -18,15 +18,14 @@ import torch
 import torch.distributed as dist
 import tyro
 from hybrid_training.checkpoint import Checkpointer
-from hybrid_training.corpus import NO_LABEL, VOCAB_SIZE, Corpus
+from hybrid_training.corpus import NO_LABEL, Corpus
+from hybrid_training.model import small_hybrid
 from hybrid_training.optimizer import Trainer
 from hybrid_training.report import Report
 from hybrid_training.sample import sample
 from launch import init_distributed
 
 from lasp.hybrid import (
-    AttentionConfig,
-    HybridConfig,
     HybridModel,
     HybridOutput,
     next_token_loss,
@@ -34,7 +33,7 @@ from lasp.hybrid import (
     reduce_gradients,
 )
 from lasp.layout import Order
-from moe_parallel import ExpertTopology, MoEConfig
+from moe_parallel import ExpertTopology
 
 PROMPT = b"def main("
 # Options that a resumed run may change: all others decide what the loss curve is.
@@ -99,25 +98,6 @@ class Options:
     sample_tokens: int = 160
 
 
-def model_config(options: Options) -> HybridConfig:
-    """The small model: MiniMax-Text-01's shape at hidden size 64."""
-    return HybridConfig(
-        num_layers=8,
-        vocab_size=VOCAB_SIZE,
-        attention=AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=16, rotary_dim=8),
-        moe=MoEConfig(
-            hidden_size=64,
-            ffn_size=64,
-            num_experts=8,
-            top_k=2,
-            capacity_factor=None if options.capacity_factor < 0 else options.capacity_factor,
-            drop_policy=options.drop_policy,
-            aux_loss_coefficient=0.01,
-        ),
-        lightning_impl=options.impl,
-    )
-
-
 class Job:
     """The model and data of one run on one rank."""
 
@@ -126,16 +106,13 @@ class Job:
         self.topology = ExpertTopology(
             dist.get_world_size(), cp=options.cp, ep=options.ep, etp=options.etp
         )
-        if options.packs % self.topology.dp:
-            raise ValueError(
-                f"packs must divide by dp {self.topology.dp}, got {options.packs}: give more packs"
-                " a step or a larger cp"
-            )
         at = self.topology.dense_coordinates(dist.get_rank())
         self.dp_rank, self.cp_rank = at.dp, at.cp
         self.corpus = Corpus.from_standard_library(options.seed)
         self.model = HybridModel(
-            model_config(options),
+            small_hybrid(
+                options.capacity_factor, drop_policy=options.drop_policy, impl=options.impl
+            ),
             groups=self.topology.build_groups(),
             device=device,
             dtype=getattr(torch, options.dtype),
@@ -144,17 +121,13 @@ class Job:
 
     def forward_backward(self, step: int) -> dict[str, Any]:
         """Gradients of one step's batch, reduced; returns its metrics, equal on every rank."""
-        options, dp = self.options, self.topology.dp
-        per_replica = options.packs // dp
-        packs = [
-            self.corpus.packs(
-                step,
-                per_step=options.packs,
-                share=range(replica * per_replica, (replica + 1) * per_replica),
-                num_tokens=options.pack_tokens,
-            )
-            for replica in range(dp)
-        ]
+        options = self.options
+        packs = self.corpus.replicas(
+            step,
+            num_replicas=self.topology.dp,
+            per_step=options.packs,
+            num_tokens=options.pack_tokens,
+        )
         batch = pack_batch(
             [pack.document_lengths for pack in packs],
             dp_rank=self.dp_rank,

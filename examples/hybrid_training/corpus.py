@@ -96,11 +96,21 @@ class Corpus:
         labels[ends] = NO_LABEL
         return Pack(tokens, labels, lengths)
 
-    def packs(self, step: int, *, per_step: int, share: range, num_tokens: int) -> Pack:
-        """Packs ``share`` of the ``per_step`` packs of a step, laid end to end as one pack."""
-        packs = [self.pack(step * per_step + index, num_tokens) for index in share]
-        return Pack(
-            torch.cat([pack.tokens for pack in packs]),
-            torch.cat([pack.labels for pack in packs]),
-            tuple(length for pack in packs for length in pack.document_lengths),
-        )
+    def replicas(
+        self, step: int, *, num_replicas: int, per_step: int, num_tokens: int
+    ) -> list[Pack]:
+        """The ``per_step`` packs of a step dealt out: for each replica its own, end to end."""
+        if per_step % num_replicas:
+            raise ValueError(
+                f"packs of a step must divide by dp {num_replicas}, got {per_step}: give more packs"
+                " or a larger cp"
+            )
+        share, replicas = per_step // num_replicas, []
+        for first in range(step * per_step, (step + 1) * per_step, share):
+            packs = [self.pack(index, num_tokens) for index in range(first, first + share)]
+            tokens, labels = (
+                torch.cat(parts) for parts in zip(*((pack.tokens, pack.labels) for pack in packs))
+            )
+            lengths = tuple(length for pack in packs for length in pack.document_lengths)
+            replicas.append(Pack(tokens, labels, lengths))
+        return replicas

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hybrid_training.corpus import VOCAB_SIZE
+from hybrid_training.model import small_hybrid
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -21,10 +21,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lasp.hybrid import AttentionConfig, HybridConfig, HybridModel
+from lasp.hybrid import HybridConfig, HybridModel
 from lasp.megatron_hybrid import HybridConfig as MegatronHybridConfig
 from lasp.megatron_hybrid import hybrid_block_spec, load_plain_weights
-from moe_parallel import MoEConfig
 
 if TYPE_CHECKING:
     from pretrain_hybrid import Options
@@ -36,25 +35,8 @@ METADATA = {
 }
 
 
-def shape(options: Options) -> HybridConfig:
-    """The small model: MiniMax-Text-01's shape at hidden size 64, the same as without Megatron."""
-    return HybridConfig(
-        num_layers=8,
-        vocab_size=VOCAB_SIZE,
-        attention=AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=16, rotary_dim=8),
-        moe=MoEConfig(
-            hidden_size=64,
-            ffn_size=64,
-            num_experts=8,
-            top_k=2,
-            capacity_factor=None if options.capacity_factor < 0 else options.capacity_factor,
-            aux_loss_coefficient=0.01,
-        ),
-    )
-
-
 def megatron_config(options: Options, model: HybridConfig) -> TransformerConfig:
-    """The same in Megatron's words, and how it is split."""
+    """The model in Megatron's words, and how it is split."""
     dtype = getattr(torch, options.dtype)
     selective = options.recompute == "selective"
     return TransformerConfig(
@@ -88,7 +70,7 @@ def megatron_config(options: Options, model: HybridConfig) -> TransformerConfig:
         expert_model_parallel_size=options.ep,
         expert_tensor_parallel_size=options.etp,
         recompute_granularity=None if options.recompute == "none" else options.recompute,
-        recompute_modules=["moe"] if selective else None,
+        recompute_modules=["core_attn", "moe"] if selective else None,
         recompute_method="uniform" if options.recompute == "full" else None,
         recompute_num_layers=1 if options.recompute == "full" else None,
         params_dtype=dtype,
@@ -110,7 +92,7 @@ def build_model(options: Options, device: torch.device) -> list[DistributedDataP
 
     Every rank draws the whole plain model on its host and takes its part: small models only.
     """
-    model = shape(options)
+    model = small_hybrid(options.capacity_factor)
     config = megatron_config(options, model)
     plain = HybridModel(model)
     plain.reset_parameters(options.seed)

@@ -23,7 +23,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import tyro
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -35,7 +34,7 @@ from hybrid_training.corpus import NO_LABEL, Corpus
 from launch import init_distributed
 
 from lasp.layout import Order
-from lasp.megatron import PackedSequence
+from lasp.megatron import PackedSequence, shard_batch
 from lasp.megatron_hybrid import pack_sequences
 
 
@@ -52,7 +51,7 @@ class Options:
         ep: ranks over which the experts are dealt out.
         etp: ranks over which each expert is split.
         distributed_optimizer: split the optimizer's state over the data parallel ranks.
-        recompute: activations in the backward; selective is the experts.
+        recompute: activations in the backward; selective is core attention and experts.
         order: how a pack's tokens are laid over the cp ranks.
         micro_batches: of a step.
         packs: packs of a micro-batch, split over dp.
@@ -92,29 +91,24 @@ class Options:
 
 
 class MicroBatch(NamedTuple):
-    """One micro-batch on this rank: ``[1, T / cp]`` tokens and labels, and the pack they are of."""
+    """One micro-batch on this rank, each tensor ``[1, S / cp]``, and the pack they are of."""
 
     tokens: Tensor
     labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
     packed: PackedSequence
 
 
 def micro_batch(options: Options, corpus: Corpus, index: int, device: torch.device) -> MicroBatch:
     """The ``index``-th micro-batch of the run; its text does not depend on the ranks."""
-    dp, dp_rank = (
-        parallel_state.get_data_parallel_world_size(),
-        parallel_state.get_data_parallel_rank(),
+    dp_rank = parallel_state.get_data_parallel_rank()
+    packs = corpus.replicas(
+        index,
+        num_replicas=parallel_state.get_data_parallel_world_size(),
+        per_step=options.packs,
+        num_tokens=options.pack_tokens,
     )
-    per_replica = options.packs // dp
-    packs = [
-        corpus.packs(
-            index,
-            per_step=options.packs,
-            share=range(replica * per_replica, (replica + 1) * per_replica),
-            num_tokens=options.pack_tokens,
-        )
-        for replica in range(dp)
-    ]
     packed = pack_sequences(
         [pack.document_lengths for pack in packs],
         dp_rank=dp_rank,
@@ -122,32 +116,35 @@ def micro_batch(options: Options, corpus: Corpus, index: int, device: torch.devi
         tp_size=options.tp,
         order=options.order,
     )
-    layout, mine = packed.layout, packs[dp_rank]
-    padding = (0, layout.num_tokens - len(mine.tokens))
-    cp_rank = parallel_state.get_context_parallel_rank()
-    tokens, labels = (
-        layout.shard(F.pad(values, padding, value=pad), cp_rank).unsqueeze(0).to(device)
-        for values, pad in ((mine.tokens, 0), (mine.labels, NO_LABEL))
+    mine = packs[dp_rank]
+    batch = {
+        "tokens": mine.tokens,
+        "labels": mine.labels.clamp(min=0),
+        "loss_mask": (mine.labels != NO_LABEL).float(),
+    }
+    local = shard_batch(
+        {name: values.unsqueeze(0) for name, values in batch.items()},
+        packed,
+        cp_rank=parallel_state.get_context_parallel_rank(),
     )
-    return MicroBatch(tokens, labels, packed)
+    return MicroBatch(**{name: x.to(device) for name, x in local.items()}, packed=packed)
 
 
-def loss_function(labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the losses of this rank's targets, how many these are, and both for the report.
 
     With ``calculate_per_token_loss`` Megatron's DDP only sums gradients, over dp x cp, and
     ``finalize_model_grads`` divides them by the targets of all ranks and micro-batches.
     """
-    targets = labels != NO_LABEL
-    total, count = (losses * targets).sum(), targets.sum()
+    total, count = (losses * loss_mask).sum(), loss_mask.sum()
     return total, count.int(), torch.stack([total.detach().double(), count.double()])
 
 
 def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
     """One micro-batch through one (virtual) stage, as Megatron's schedules call it."""
-    tokens, labels, packed = next(batches)
-    output = model(tokens, None, None, labels=labels.clamp(min=0), packed_seq_params=packed)
-    return output, partial(loss_function, labels)
+    tokens, labels, loss_mask, position_ids, packed = next(batches)
+    output = model(tokens, position_ids, None, labels=labels, packed_seq_params=packed)
+    return output, partial(loss_function, loss_mask)
 
 
 def forward_backward(
@@ -180,9 +177,6 @@ def forward_backward(
 
 def train(options: Options, device: torch.device) -> list[dict[str, float]]:
     """Train in Megatron's parallel state; returns the metrics of the steps, equal on all ranks."""
-    dp = parallel_state.get_data_parallel_world_size()
-    if options.packs % dp:
-        raise ValueError(f"packs must divide by dp {dp}, got {options.packs}: give more packs")
     if options.dtype == "bfloat16" and options.save_every:
         raise ValueError(
             f"save_every must be 0 with bfloat16, got {options.save_every}: Megatron's optimizers"

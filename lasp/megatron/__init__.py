@@ -16,7 +16,7 @@ from lasp.megatron.attention import (
     merge_projections,
     split_projections,
 )
-from lasp.megatron.batch import PackedSequence, layout_of
+from lasp.megatron.batch import PackedSequence, layout_of, shard_batch
 from lasp.megatron.common import groups_of, parameter_device, refuse_arguments, require
 from lasp.megatron.norm import HeadsNorm, ResidualNorm
 
@@ -33,5 +33,6 @@ __all__ = [
     "parameter_device",
     "refuse_arguments",
     "require",
+    "shard_batch",
     "split_projections",
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
 
 from lasp.layout import SequenceLayout
 
@@ -25,12 +28,16 @@ class PackedSequence(PackedSeqParams):
         token_order: a ``moe_parallel.TokenOrder`` over the ranks of all tensor, context and data
             parallel ranks, for capacity by position and for the auxiliary loss without padding.
             See ``lasp.megatron_hybrid.pack_sequences``.
+        padding: tokens at the end of the last document that are none of the pack, beside the
+            layout's own padding: sequence parallelism needs a length that tp divides too.
 
     The fields of PackedSeqParams are filled from the layout, cumulative lengths on the CPU.
     """
 
-    layout: SequenceLayout | None = None
+    # Required; a field after others with defaults must have one.
+    layout: SequenceLayout = None  # type: ignore[assignment]
     token_order: Any = None
+    padding: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, SequenceLayout):
@@ -45,6 +52,58 @@ class PackedSequence(PackedSeqParams):
         inherited = getattr(super(), "__post_init__", None)  # there from 0.17
         if inherited is not None:
             inherited()
+
+
+def shard_batch(
+    batch: Mapping[str, Tensor | None], packed: PackedSequence, *, cp_rank: int
+) -> dict[str, Tensor | None]:
+    """The part of a pack that a context-parallel rank holds: get_batch_on_this_cp_rank of a layout.
+
+    Megatron's function of that name cuts rows in its zigzag order, and packs with a kernel of
+    TransformerEngine that needs every document padded to a multiple of 2 cp. Here the layout says
+    who holds what, and the only padding is zeros at the tail of the pack: its ``loss_mask`` too.
+
+    Args:
+        batch: by name, as Megatron's ``get_batch`` has it: ``tokens``, ``labels``, ``loss_mask``
+            and any other ``[1, S]`` of the whole pack, with or without the padding. What a
+            pipeline stage does not need is None and stays None.
+        packed: of the batch.
+        cp_rank: rank within the context-parallel group.
+
+    Returns:
+        The same names, ``[1, T]`` each, and as ``position_ids`` those within the documents, int64
+        ``[1, T]``, whatever came; none if the batch has no tensor.
+
+    Raises:
+        ValueError: for an attention mask, labels that would be padded without a loss mask, and
+            tensors that are not of this pack.
+    """
+    layout, cut = packed.layout, dict(batch)
+    num_tokens = layout.num_real_tokens - packed.padding
+    if batch.get("attention_mask") is not None:
+        raise ValueError(
+            "attention_mask must be None, got a tensor: the documents of the pack are the mask;"
+            " give none (in Megatron's training --no-create-attention-mask-in-dataloader)"
+        )
+    labels, loss_mask = batch.get("labels"), batch.get("loss_mask")
+    if labels is not None and loss_mask is None and num_tokens < layout.num_tokens:
+        raise ValueError(
+            f"loss_mask must come with labels whose {num_tokens} tokens are padded to"
+            f" {layout.num_tokens}, got None: give ones, the padding gets zeros"
+        )
+    for name, values in batch.items():
+        if values is not None and name != "position_ids":
+            if values.shape not in ((1, num_tokens), (1, layout.num_tokens)):
+                raise ValueError(
+                    f"{name} must be [1, {num_tokens}], or [1, {layout.num_tokens}] with padding,"
+                    f" got {list(values.shape)}: is this the PackedSequence of this batch?"
+                )
+            padded = F.pad(values, (0, layout.num_tokens - values.shape[1]))
+            cut[name] = layout.shard(padded, cp_rank, dim=1)
+    devices = [values.device for values in batch.values() if values is not None]
+    if devices:
+        cut["position_ids"] = layout.position_ids(cp_rank, devices[0]).unsqueeze(0)
+    return cut
 
 
 @lru_cache(maxsize=64)

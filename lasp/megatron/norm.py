@@ -14,6 +14,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
+from lasp.layers import sum_over_ranks
 from lasp.megatron.common import parameter_device, require
 
 
@@ -34,23 +35,6 @@ class ResidualNorm(nn.RMSNorm):
             hidden_size, eps, device=parameter_device(config), dtype=config.params_dtype
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose result every rank uses in its own way: the gradients are summed too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
 
 
 class HeadsNorm(MegatronModule):
@@ -78,7 +62,7 @@ class HeadsNorm(MegatronModule):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         squares = wide.square().sum(-1, keepdim=True)
         if self.tp_group.size() > 1:
-            squares = _SumOverRanks.apply(squares, self.tp_group)  # type: ignore[no-untyped-call]
+            squares = sum_over_ranks(squares, self.tp_group)
         return (wide * torch.rsqrt(squares / self.size + self.eps) * self.weight).to(x.dtype)
 
     def sharded_state_dict(

@@ -21,7 +21,7 @@ def pack_sequences(
     """This replica's layout and the router's order over all ranks, for one micro-batch.
 
     With ``tp_size`` > 1 the pack is padded to tokens that divide over sequence parallelism, by a
-    last document that no expert sees: pad tokens and labels to ``layout.num_tokens`` first.
+    last document that no expert sees; :func:`lasp.megatron.shard_batch` pads the tensors.
 
     Args:
         document_lengths: for every data-parallel replica the lengths of its documents.
@@ -41,7 +41,9 @@ def pack_sequences(
                 segments.append(_segments(layout, cp_rank, window, first, tokens))
                 rows.append(length)
     token_order = TokenOrder(tuple(segments), tuple(rows))
-    return PackedSequence(layout=layouts[dp_rank], token_order=token_order)
+    layout = layouts[dp_rank]
+    padding = layout.num_real_tokens - real[dp_rank]
+    return PackedSequence(layout=layout, token_order=token_order, padding=padding)
 
 
 def _divisible(

@@ -5,27 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lasp.layout import SequenceLayout
-from lasp.megatron import PackedSequence
+from lasp.megatron import PackedSequence, lightning_attention_spec, merge_projections
+from lasp.module import LightningAttention
+from ring.megatron import ring_attention_spec
+from ring.module import RingAttention
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.megatron.cpu import gathered, initialize, summed
 from tests.ranks import run_on_ranks
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 10, 4, 2, 6, 5
 LENGTHS = (13, 1, 0, 20, 6)
-SPLITS = [
-    (1, {}, "contiguous"),
-    (2, {"tp": 2}, "contiguous"),
-    pytest.param(2, {"cp": 2}, "zigzag", marks=pytest.mark.slow),
-    (4, {"tp": 2, "cp": 2}, "fold"),
-    pytest.param(4, {"cp": 4}, "zigzag", marks=pytest.mark.slow),
-]
+ROTARY = {"rotary_dim": 4, "rope_base": 100.0}
 
 
 def config(**options: Any) -> TransformerConfig:
@@ -196,3 +192,41 @@ class Case(NamedTuple):
         result = run_on_ranks(attention_on_rank, num_ranks, *args)[0]
         for name in oracle:
             assert_within_budget(result[name], oracle[name], honest[name], what=name)
+
+
+def plain_lightning(dtype: torch.dtype = torch.float64) -> LightningAttention:
+    torch.manual_seed(3)
+    module = LightningAttention(HIDDEN, HEADS, HEAD_DIM, 2, LAYERS, dtype=torch.float64)
+    torch.nn.init.normal_(module.norm.weight)
+    return module.to(dtype)
+
+
+def lightning_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        "in_proj.weight": merge_projections(
+            values["qkv_proj.weight"], values["output_gate.weight"], HEADS
+        ),
+        "out_norm.weight": values["norm.weight"],
+        "out_proj.weight": values["out_proj.weight"],
+    }
+
+
+def plain_ring(dtype: torch.dtype = torch.float64) -> RingAttention:
+    torch.manual_seed(3)
+    module = RingAttention(HIDDEN, HEADS, KV_HEADS, HEAD_DIM, dtype=torch.float64, **ROTARY)
+    return module.to(dtype)
+
+
+def ring_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Megatron lays q, k and v out group by group: the query heads of a key head, k, v."""
+    q, k, v = (
+        values[f"{name}_proj.weight"].unflatten(0, (KV_HEADS, -1)) for name in ("q", "k", "v")
+    )
+    return {
+        "linear_qkv.weight": torch.cat((q, k, v), dim=1).flatten(0, 1),
+        "linear_proj.weight": values["o_proj.weight"],
+    }
+
+
+LIGHTNING = Case(lightning_attention_spec(), plain_lightning, lightning_names)
+RING = Case(ring_attention_spec(**ROTARY), plain_ring, ring_names)

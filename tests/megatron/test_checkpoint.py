@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from moe_parallel.megatron import expert_parallel_moe_spec
 from tests.megatron.attention import parallel_config
-from tests.megatron.cpu import initialize
-from tests.megatron.test_hybrid import build_block, cuts, global_name, megatron_names, plain_model
+from tests.megatron.block import build_block, cuts, global_name, megatron_names, plain_model
+from tests.megatron.cpu import checkpoints_from_ranks, initialize
 from tests.megatron.test_moe_parallel import OPTIONS, load_plain, plain
 from tests.ranks import run_on_ranks
 
@@ -28,12 +27,11 @@ pytestmark = pytest.mark.megatron
 
 
 def save(sharded: dict[str, Any], directory: Path) -> None:
-    # Megatron writes from processes of its own, which a daemon such as a rank may not have.
-    multiprocessing.current_process()._config["daemon"] = False
     options = {}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         options["async_strategy"] = "mcore"  # from 0.17 another package by default
-    dist_checkpointing.save(sharded, str(directory), **options)
+    with checkpoints_from_ranks():
+        dist_checkpointing.save(sharded, str(directory), **options)
 
 
 def save_block(sizes: dict[str, int], directory: Path) -> None:

@@ -14,14 +14,15 @@ from torch import Tensor
 from lasp.hybrid import HybridModel, next_token_loss, pack_batch
 from lasp.megatron_hybrid import load_plain_weights, plain_weights, to_megatron, to_plain
 from tests.closeness import assert_equal_to_rounding
-from tests.megatron.cpu import checkpoints_from_ranks, initialize, train_on_cpu
+from tests.megatron.cpu import initialize, train_on_cpu
 from tests.megatron.test_checkpoint import save
 from tests.megatron.test_pretrain import OPTIONS, sizes_of
 from tests.ranks import run_on_ranks
 
 # After test_pretrain, which says where the examples are.
-from hybrid_gpt import build_model, shape  # isort: skip
+from hybrid_gpt import build_model  # isort: skip
 from hybrid_training.corpus import NO_LABEL, Corpus  # isort: skip
+from hybrid_training.model import small_hybrid  # isort: skip
 from pretrain_hybrid import Options, forward_backward  # isort: skip
 
 pytestmark = pytest.mark.megatron
@@ -40,7 +41,7 @@ SPLITS = [
 
 
 def plain_model() -> HybridModel:
-    model = HybridModel(shape(OPTIONS), dtype=torch.float64)
+    model = HybridModel(small_hybrid(OPTIONS.capacity_factor), dtype=torch.float64)
     model.reset_parameters(OPTIONS.seed)
     return model
 
@@ -48,14 +49,9 @@ def plain_model() -> HybridModel:
 def plain_loss_and_gradients() -> tuple[float, dict[str, Tensor]]:
     """Of the first step; the auxiliary loss weighs tokens / targets, as Megatron divides it."""
     model, corpus, losses = plain_model(), Corpus.from_standard_library(OPTIONS.seed), []
+    sizes = {"per_step": OPTIONS.packs, "num_tokens": OPTIONS.pack_tokens}
     packs = [
-        corpus.packs(
-            index,
-            per_step=OPTIONS.packs,
-            share=range(OPTIONS.packs),
-            num_tokens=OPTIONS.pack_tokens,
-        )
-        for index in range(OPTIONS.micro_batches)
+        corpus.replicas(index, num_replicas=1, **sizes)[0] for index in range(OPTIONS.micro_batches)
     ]
     targets = sum(int((pack.labels != NO_LABEL).sum()) for pack in packs)
     for pack in packs:
@@ -97,7 +93,7 @@ def test_losses_and_gradients_equal_the_plain_models(num_ranks: int, changes: An
 
 def save_on_rank(options: Options, directory: Path) -> None:
     initialize(**sizes_of(options))
-    with train_on_cpu(), checkpoints_from_ranks():
+    with train_on_cpu():
         (chunk,) = build_model(options, CPU)
         save(chunk.module.sharded_state_dict(), directory)
 
@@ -119,7 +115,7 @@ def test_through_a_checkpoint_under_other_sizes(tmp_path: Path) -> None:
     run_on_ranks(save_on_rank, 4, saved, tmp_path)
     expected = dict(plain_model().named_parameters())
     for weights in run_on_ranks(load_on_rank, 4, replace(OPTIONS, pp=2, etp=2), tmp_path):
-        model = HybridModel(shape(OPTIONS), dtype=torch.float64)
+        model = HybridModel(small_hybrid(OPTIONS.capacity_factor), dtype=torch.float64)
         _, unexpected = model.load_state_dict(weights, strict=False)
         assert not unexpected
         assert weights.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""Ring self-attention in Megatron is ring.RingAttention, over any ranks."""
+"""Ring attention as the core of Megatron's own self-attention; see test_attention.py too."""
 
 from __future__ import annotations
 
@@ -11,63 +11,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
-from ring.megatron import RingCoreAttention, ring_attention_spec
-from ring.module import RingAttention
+from ring.megatron import RingCoreAttention
 from tests.closeness import assert_equal_to_rounding
-from tests.megatron.attention import (
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
-    KV_HEADS,
-    LENGTHS,
-    SPLITS,
-    Case,
-    config,
-)
+from tests.megatron.attention import HEAD_DIM, HIDDEN, config
 from tests.megatron.cpu import initialize
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.megatron
-
-ROTARY = {"rotary_dim": 4, "rope_base": 100.0}
-
-
-def plain(dtype: torch.dtype = torch.float64) -> RingAttention:
-    torch.manual_seed(3)
-    module = RingAttention(HIDDEN, HEADS, KV_HEADS, HEAD_DIM, dtype=torch.float64, **ROTARY)
-    return module.to(dtype)
-
-
-def megatron_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Megatron lays q, k and v out group by group: the query heads of a key head, k, v."""
-    q, k, v = (
-        values[f"{name}_proj.weight"].unflatten(0, (KV_HEADS, -1)) for name in ("q", "k", "v")
-    )
-    return {
-        "linear_qkv.weight": torch.cat((q, k, v), dim=1).flatten(0, 1),
-        "linear_proj.weight": values["o_proj.weight"],
-    }
-
-
-CASE = Case(ring_attention_spec(**ROTARY), plain, megatron_names)
-
-
-@pytest.mark.parametrize(("num_ranks", "sizes", "order"), SPLITS)
-def test_packs_equal_the_plain_module(num_ranks, sizes, order) -> None:
-    CASE.check(num_ranks, sizes, LENGTHS, order)
-
-
-@pytest.mark.parametrize(("num_ranks", "sizes", "order"), SPLITS)
-def test_rows_in_megatrons_order_equal_the_plain_module(num_ranks, sizes, order) -> None:
-    CASE.check(num_ranks, sizes, None)
-
-
-def test_tensor_parallel_without_sequence_parallel() -> None:
-    CASE.check(2, {"tp": 2}, LENGTHS, sequence_parallel=False)
-
-
-def test_float32_over_ranks_within_budget() -> None:
-    CASE.check_float32(4, {"tp": 2, "cp": 2}, "zigzag")
 
 
 def core_in_megatrons_attention(core: type, mask: str) -> list[Tensor]:

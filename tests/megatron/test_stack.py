@@ -14,8 +14,8 @@ from lasp.decay import decay_rates
 from lasp.megatron_hybrid import HybridConfig, hybrid_block_spec, pack_sequences
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import HEADS, parallel_config
+from tests.megatron.block import OPTIONS
 from tests.megatron.cpu import initialize, summed
-from tests.megatron.test_hybrid import OPTIONS
 from tests.ranks import run_on_ranks
 
 stack = pytest.importorskip("lasp.megatron_hybrid.stack", exc_type=ImportError)

@@ -1,0 +1,103 @@
+"""The hybrid block of the tests: its config, its plain twin, the same weights over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from lasp.hybrid import AttentionConfig, HybridModel
+from lasp.hybrid import HybridConfig as PlainConfig
+from lasp.megatron_hybrid import HybridConfig, hybrid_block_spec, to_megatron
+from moe_parallel import MoEConfig
+from tests.megatron.attention import CUT, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, parallel_config
+from tests.megatron.cpu import gathered, summed
+
+PACKS = ((13, 1, 0, 20, 6), (2, 37, 1))
+TOKENS = sum(map(sum, PACKS))
+LAYERS, PATTERN = 4, "1:1"
+HYBRID = HybridConfig.deepnorm(LAYERS, rotary_dim=4, rope_base=100.0)
+OPTIONS = {
+    "num_layers": LAYERS,
+    "linear_attention_freq": 2,
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 8,
+    "moe_aux_loss_coeff": 0.1,
+    "moe_router_load_balancing_type": "global_aux_loss",
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_expert_capacity_factor": 1.0,
+    "moe_token_drop_policy": "position",
+    "pipeline_dtype": torch.float64,
+}
+
+
+def plain_model() -> HybridModel:
+    config = PlainConfig(
+        num_layers=LAYERS,
+        vocab_size=7,
+        attention=AttentionConfig(HEADS, KV_HEADS, HEAD_DIM, rotary_dim=4, rope_base=100.0),
+        moe=MoEConfig(HIDDEN, 8, 4, 2, capacity_factor=1.0, aux_loss_coefficient=0.1),
+        softmax_period=2,
+    )
+    model = HybridModel(config, dtype=torch.float64)
+    model.reset_parameters(0)
+    return model
+
+
+def megatron_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values of the plain model's decoder layers under the names of Megatron's block."""
+    named = to_megatron(values, num_heads=HEADS, num_kv_heads=KV_HEADS)
+    return {n.removeprefix("decoder."): v for n, v in named.items() if n.startswith("decoder.")}
+
+
+def cuts(name: str, groups: Any) -> list[tuple[Any, int]]:
+    """How a parameter is cut: pairs of a process group and a dim."""
+    if ".experts.w" in name:
+        return [(groups.ep, 0), (groups.expt_tp, 2)]
+    for part, dim in CUT.items():
+        if f".{part}." in name:
+            return [(groups.tp, dim)]
+    return []
+
+
+def build_block(sizes: dict[str, int], groups: Any, **options: Any) -> TransformerBlock:
+    config = parallel_config(sizes, **(OPTIONS | options))
+    stage, stages = groups.pp.rank(), groups.pp.size()
+    block = TransformerBlock(
+        config,
+        hybrid_block_spec(config, PATTERN, hybrid=HYBRID),
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
+        pg_collection=groups,
+    )
+    weights = megatron_names(dict(plain_model().named_parameters()))
+    for name, parameter in block.named_parameters():
+        part = weights[global_name(name, block)]
+        for group, dim in cuts(name, groups):
+            part = part.chunk(group.size(), dim)[group.rank()]
+        assert part.shape == parameter.shape, name
+        parameter.data.copy_(part)
+    return block
+
+
+def global_name(name: str, block: TransformerBlock) -> str:
+    head, _, rest = name.partition(".")
+    if head != "layers":
+        return name
+    local, _, rest = rest.partition(".")
+    return f"layers.{block.layers[int(local)].layer_number - 1}.{rest}"
+
+
+def whole_gradient(name: str, parameter: torch.nn.Parameter, groups: Any) -> Tensor:
+    """Summed over replicas and joined, as Megatron's DDP and finalize_model_grads sum it."""
+    expert = ".experts.w" in name
+    assert getattr(parameter, "allreduce", True) != expert
+    grad = summed(parameter.grad, groups.expt_dp if expert else groups.dp_cp)
+    if getattr(parameter, "sequence_parallel", False):
+        grad = summed(grad, groups.tp)
+    for group, dim in reversed(cuts(name, groups)):
+        grad = torch.cat(gathered(grad, group), dim)
+    return grad

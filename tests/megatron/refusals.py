@@ -1,0 +1,241 @@
+"""What the Megatron parts refuse: a part, what is set or passed, what the message must name.
+
+The rows are the refusals of docs/megatron.md; tests/megatron/test_refusals.py runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lasp.layout import SequenceLayout
+from lasp.megatron import PackedSequence, ResidualNorm, lightning_attention_spec
+from lasp.megatron_hybrid import HybridConfig, hybrid_block_spec, hybrid_layer_spec
+from moe_parallel.megatron import expert_parallel_moe_spec
+from ring.megatron import RingCoreAttention, ring_attention_spec
+from tests.megatron.attention import HIDDEN
+from tests.megatron.block import OPTIONS as HYBRID
+from tests.megatron.test_moe_parallel import OPTIONS as EXPERTS
+
+RANKS = 2
+
+
+def lightning(config: TransformerConfig, groups: Any) -> torch.nn.Module:
+    spec = lightning_attention_spec()
+    return build_module(spec, config=config, layer_number=1, pg_collection=groups)
+
+
+def core(config: TransformerConfig, groups: Any, **arguments: Any) -> torch.nn.Module:
+    chosen = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self"} | arguments
+    return RingCoreAttention(config, 1, **chosen, pg_collection=groups)
+
+
+def ring(config: TransformerConfig, groups: Any, rotary_dim: int = 4) -> torch.nn.Module:
+    spec = ring_attention_spec(rotary_dim=rotary_dim)
+    return build_module(spec, config=config, layer_number=1, pg_collection=groups)
+
+
+def experts(config: TransformerConfig, groups: Any) -> torch.nn.Module:
+    return build_module(expert_parallel_moe_spec(), config=config, pg_collection=groups)
+
+
+def hybrid(config: TransformerConfig, groups: Any, pattern: str = "1:1") -> torch.nn.Module:
+    spec = hybrid_layer_spec(config, pattern, HybridConfig(rotary_dim=4))
+    return build_module(spec, config=config, layer_number=1, pg_collection=groups)
+
+
+def block(config: TransformerConfig, groups: Any, pattern: str = "1:1") -> Any:
+    return hybrid_block_spec(config, pattern)
+
+
+def norm(config: TransformerConfig, groups: Any) -> torch.nn.Module:
+    return ResidualNorm(config, HIDDEN)
+
+
+BASE = {experts: EXPERTS, hybrid: HYBRID, block: HYBRID}
+
+
+@dataclass
+class Row:
+    """A part that is refused: when built, or, with ``passed``, when called.
+
+    Attributes:
+        build: the part.
+        options: of the config.
+        arguments: of ``build``.
+        passed: arguments of the call.
+        names: what the message must have, a regular expression; by default the option.
+        sizes: of the parallel state.
+        without: this group of the collection; ``all``: no collection and no parallel state.
+    """
+
+    build: Callable[..., Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    passed: dict[str, Any] = field(default_factory=dict)
+    names: str = ""
+    sizes: dict[str, int] = field(default_factory=lambda: {"cp": RANKS})
+    without: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            (name,) = self.options or self.arguments or self.passed
+            self.names = rf"config\.{name} must" if self.options else f"{name} must"
+
+    def __str__(self) -> str:
+        named = "-".join([*self.options, *self.arguments, *self.passed, self.without])
+        return f"{self.build.__name__}-{named.strip('-')}"
+
+
+def options(build: Callable[..., Any], **values: Any) -> list[Row]:
+    return [Row(build, {name: value}) for name, value in values.items()]
+
+
+def calls(build: Callable[..., Any], **values: Any) -> list[Row]:
+    return [Row(build, passed={name: value}) for name, value in values.items()]
+
+
+EVERYWHERE = {
+    "batch_invariant_mode": True,
+    "cpu_offloading": True,
+    "cuda_graph_impl": "local",
+    "fp4": "e2m1",
+    "fp8": "hybrid",
+    "hybrid_context_parallel": True,
+    "mtp_num_layers": 1,
+    "tp_comm_overlap": True,
+    "use_kitchen": True,
+    "use_mup": True,
+    "use_transformer_engine_op_fuser": True,
+}
+SOFTMAX = {
+    "apply_query_key_layer_scaling": True,
+    "attention_dropout": 0.1,
+    "log_max_attention_logit": True,
+    "multi_latent_attention": True,
+    "qk_clip": True,
+    "softmax_type": "learnable",
+    "window_size": (4, 0),
+}
+OWN_POSITIONS = {
+    "apply_rope_fusion": True,
+    "attention_output_gate": True,
+    "fused_single_qkv_rope": True,
+    "no_rope_freq": 2,
+    "qk_l2_norm": True,
+    "qk_layernorm": True,
+    "rotary_interleaved": True,
+}
+ANY = torch.zeros(1)
+TP = {"tp": RANKS}
+OTHER_RANKS = PackedSequence(layout=SequenceLayout((4,), 2 * RANKS))
+BORDERS = torch.tensor([0, 8], dtype=torch.int32)
+MEGATRONS = {"qkv_format": "thd", "cu_seqlens_q": BORDERS, "cu_seqlens_kv": BORDERS}
+PER_DOCUMENT = PackedSeqParams(**MEGATRONS)
+OWN_GROUP = PackedSeqParams(**MEGATRONS, local_cp_size=1)
+PACKS = [(OTHER_RANKS, "layout must be for"), (PER_DOCUMENT, "PackedSequence")]
+PACKS += [(OWN_GROUP, "local_cp_size must be None")]
+
+ROWS = [
+    *(
+        row
+        for part in (lightning, core, ring, experts, hybrid)
+        for row in options(part, **EVERYWHERE)
+    ),
+    # lightning
+    *options(lightning, attention_dropout=0.1, multi_latent_attention=True, qk_clip=True),
+    *options(lightning, attention_output_gate=True),
+    Row(lightning, {"num_attention_heads": 3}, names="num_attention_heads must divide", sizes=TP),
+    *calls(lightning, attention_bias=ANY, inference_context=ANY, inference_params=ANY),
+    *calls(lightning, key_value_states=ANY),
+    # ring core attention
+    *options(core, **SOFTMAX),
+    Row(core, arguments={"attention_dropout": 0.1}, names="without dropout"),
+    Row(core, arguments={"attention_type": "cross"}, names="must be self-attention"),
+    Row(core, arguments={"attn_mask_type": AttnMaskType.padding}),
+    *calls(core, attention_bias=ANY, attn_mask_type=AttnMaskType.padding),
+    # ring self-attention
+    *options(ring, **SOFTMAX, **OWN_POSITIONS),
+    Row(ring, arguments={"rotary_dim": 3}),
+    Row(ring, {"num_attention_heads": 3}, names="num_attention_heads and num_q", sizes=TP),
+    Row(ring, {"num_query_groups": 1}, names="num_query_groups must divide", sizes=TP),
+    *calls(ring, attention_bias=ANY, inference_context=ANY, inference_params=ANY),
+    *calls(ring, key_value_states=ANY, rotary_pos_emb=ANY),
+    # experts
+    *options(experts, activation_func=torch.nn.functional.gelu, activation_func_clamp_value=7.0),
+    *options(experts, add_bias_linear=True, gated_linear_unit=False, glu_linear_offset=1.0),
+    *options(experts, moe_apply_probs_on_input=True, moe_enable_routing_replay=True),
+    *options(experts, moe_expert_rank_capacity_factor=1.0, moe_input_jitter_eps=0.1),
+    *options(experts, moe_latent_size=4, moe_mlp_glu_interleave_size=32, moe_paged_stash=True),
+    *options(experts, moe_pad_expert_input_to_capacity=True, moe_permute_fusion=True),
+    *options(experts, moe_router_enable_expert_bias=True),
+    Row(
+        experts,
+        {"moe_router_dtype": "fp64", "params_dtype": torch.float32},
+        names="moe_router_dtype must",
+    ),
+    *options(experts, moe_router_force_biased=1.0, moe_router_force_load_balancing=True),
+    *options(experts, moe_router_fusion=True, moe_router_group_topk=1, moe_router_num_groups=2),
+    *options(experts, moe_router_padding_for_quantization=True, moe_router_pre_softmax=True),
+    *options(experts, moe_router_score_function="sigmoid", moe_router_topk_limited_devices=2),
+    *options(experts, moe_router_topk_scaling_factor=2.0, moe_shared_expert_intermediate_size=8),
+    *options(experts, moe_z_loss_coeff=0.1, overlap_dispatch_backward_with_experts_wgrad=True),
+    *options(experts, overlap_moe_expert_parallel_comm=True),
+    *options(experts, moe_router_load_balancing_type="aux_loss"),
+    *options(experts, moe_router_load_balancing_type="sinkhorn"),
+    Row(experts, {"moe_aux_loss_coeff": [0.1]}, names=r"moe_router_load_balancing_type must"),
+    Row(
+        experts,
+        {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+        names=r"config\.recompute_modules must be without 'moe_act'",
+    ),
+    Row(experts, {"sequence_parallel": False}, sizes=TP),
+    Row(experts, {"num_moe_experts": 3}, sizes={"ep": RANKS}),
+    Row(experts, {"moe_ffn_hidden_size": 13}, sizes={"tp": RANKS, "etp": RANKS}),
+    *calls(experts, intermediate_tensors=ANY, padding_mask=ANY),
+    # hybrid layers
+    *options(hybrid, apply_residual_connection_post_layernorm=True, attention_dropout=0.1),
+    *options(hybrid, fine_grained_activation_offloading=True, fp32_residual_connection=True),
+    *options(hybrid, heterogeneous_block_specs=True, hidden_dropout=0.1, moe_layer_freq=2),
+    *options(hybrid, linear_attention_freq=None, overlap_moe_expert_parallel_comm=True),
+    Row(
+        hybrid,
+        {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+        names=r"config\.recompute_modules must be among",
+    ),
+    *(Row(part, arguments={"pattern": "7"}) for part in (hybrid, block)),
+    *options(block, hidden_dropout=0.1, linear_attention_freq=None),
+    *calls(hybrid, attention_bias=ANY, context=ANY, inference_context=ANY, inference_params=ANY),
+    *calls(hybrid, padding_mask=ANY, rotary_pos_emb=ANY),
+    # norm
+    *options(norm, layernorm_zero_centered_gamma=True, normalization="LayerNorm"),
+    # groups
+    *(
+        Row(part, names=rf"pg_collection must have .*'{group}'", without=group)
+        for part, missing in (
+            (lightning, ("tp", "cp")),
+            (core, ("cp",)),
+            (ring, ("tp", "cp")),
+            (experts, ("tp", "cp", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_dp_cp")),
+            (hybrid, ("pp", "tp", "cp", "ep")),
+        )
+        for group in missing
+    ),
+    *(
+        Row(part, names="pg_collection must be given", without="all")
+        for part in (lightning, core, ring, experts, hybrid, block)
+    ),
+    # batches
+    *(
+        Row(part, passed={"packed_seq_params": pack}, names=names)
+        for part in (lightning, core, ring, hybrid)
+        for pack, names in PACKS
+    ),
+]

@@ -145,23 +145,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--commit", required=True)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--heads", type=int, help="only the cases of so many heads")
     options = parser.parse_args()
     impls = {"lasp triton": ours}
     if importlib.util.find_spec("fla"):
         version = importlib.metadata.version("flash-linear-attention")
         impls[f"fla {version} chunk_simple_gla"] = fla
     common, bandwidth = environment(options.commit), copy_bytes_per_s()
-    rows = []
     for impl, build in impls.items():
         check(build, impl)
         for case in cases(peer=build is fla):
-            for row in measure(case, impl, build, bandwidth):
-                rows.append(row | common)
+            if options.heads not in (None, case.heads):
+                continue
+            rows = [row | common for row in measure(case, impl, build, bandwidth)]
+            path = write_rows(rows, options.out)  # at once: what comes later may fail
+            for row in rows:
                 ratio = f"= {row['p50'] / row['bound']:.2f} x floor" if row["bound"] else ""
                 print(f"{impl:12} H={case.heads:3} N={case.tokens:8} layer {case.layer_index:2}"
                       f" documents {case.documents:4} {row['metric']:12} {row['p50']:8.3f} {ratio}",
                       flush=True)  # fmt: skip
-    print(write_rows(rows, options.out))
+    print(path)
 
 
 if __name__ == "__main__":

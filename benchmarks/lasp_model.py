@@ -1,0 +1,257 @@
+"""What does the cost model of the state exchange say up to 1024 ranks, and does it hold?
+
+Prints microseconds and megabytes of one exchange by strategy and number of ranks, for one document
+over contiguous ranks in whose runs nothing decays, over NVLink and over a network; what ``auto``
+takes for MiniMax's layers; and the model beside every measured ``exchange_ms`` of the committed
+rows, with the link that fits those rows best. ``--plot`` draws both.
+
+Run: python -m benchmarks.lasp_model --plot docs/lasp_model.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lasp import SequenceLayout, decay_rates
+from lasp.exchange import resolve_exchange
+from lasp.exchange.choice import EXACT, Choice, kept_over
+from lasp.exchange.cost import (
+    NETWORK,
+    NVLINK,
+    Link,
+    StateSize,
+    Traffic,
+    exchange_us,
+    received_bytes,
+    scan_blocks,
+    slice_rows,
+    traffic_of,
+)
+from lasp.flow import flow_of
+
+LINKS = {"NVLink": NVLINK, "network": NETWORK}
+RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+STRATEGIES = (*EXACT, "one_hop", "serial")
+EPS = 2.0**-32
+
+
+def one_document(num_ranks: int, one_hop: bool = False) -> Traffic:
+    """Traffic of one document that all runs pass on, or none."""
+    hops = flow_of(SequenceLayout((num_ranks,), num_ranks), 0).hops
+    return traffic_of(hops, num_ranks, lambda length: not one_hop)
+
+
+def predicted_us(name: str, num_ranks: int, size: StateSize, link: Link) -> float:
+    """Of one document."""
+    traffic = one_document(num_ranks, name == "one_hop")
+    blocks = scan_blocks(traffic, size, link) if name == "scan" else 1
+    return exchange_us(name, traffic, size, link, blocks)
+
+
+def two_level_us(num_ranks: int, size: StateSize, per_host: int = 8) -> float:
+    """Of one document, hosts over NVLink and the network between them, see ``lasp.exchange.hosts``.
+
+    The last gather is of slices: what it moves is that of a gather of whole states over the host,
+    divided by its ranks.
+    """
+    within, between = one_document(per_host), one_document(num_ranks // per_host)
+    slices = StateSize(1, slice_rows(size, per_host), size.value_dim)
+    outer = min(
+        exchange_us(name, between, slices, NETWORK, scan_blocks(between, slices, NETWORK))
+        for name in EXACT
+    )
+    return (
+        exchange_us("all_gather", within, size, NVLINK)
+        + outer
+        + exchange_us("all_gather", within, slices, NVLINK)
+    )
+
+
+class Measured(NamedTuple):
+    """A measured exchange."""
+
+    impl: str
+    ranks: int
+    heads: int
+    order: str
+    documents: int
+    layer_index: int
+    tokens: int
+    device: str
+    us: float
+    parts: tuple[tuple[Choice, Traffic, StateSize], ...]
+
+    def model_us(self, link: Link) -> float:
+        """By the model, over this link."""
+        return sum(
+            exchange_us(choice.strategy, traffic, size, link, choice.num_blocks)
+            for choice, traffic, size in self.parts
+        )
+
+
+def read(paths: Sequence[Path]) -> list[Measured]:
+    """Rows of ``lasp_ranks`` about the exchange alone, over NCCL."""
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return [
+        _measured(row)
+        for row in rows
+        if row["benchmark"] == "lasp_ranks" and row["metric"] == "exchange_ms" and row["nccl"]
+    ]
+
+
+def _measured(row: dict[str, Any]) -> Measured:
+    from benchmarks.lightning_kernels import Case  # needs triton
+
+    case = row["case"]
+    ranks, dim = case["ranks"], case["head_dim"]
+    pack = Case(case["heads"], case["tokens"] * ranks, documents=case["documents"])
+    layout = SequenceLayout(pack.lengths(), ranks, case["order"])
+    rates = decay_rates(case["heads"], case["layer_index"], case["num_layers"]).tolist()
+    parts, left = [], list(range(case["heads"]))
+    for strategy, heads, blocks in case["strategies"]:
+        # The slow heads come first where heads go apart, and rates fall with the head.
+        apart = len(case["strategies"]) > 1 and strategy != "one_hop"
+        some = left[-heads:] if apart else left[:heads]
+        left = [head for head in left if head not in some]
+        slowest = min(rates[head] for head in some)
+        traffic = traffic_of(
+            flow_of(layout, 0).hops,
+            ranks,
+            lambda length, rate=slowest: kept_over(rate, length, EPS) > 0,
+        )
+        parts.append((Choice(strategy, tuple(some), blocks), traffic, StateSize(heads, dim, dim)))
+    return Measured(
+        row["impl"], ranks, case["heads"], case["order"], case["documents"], case["layer_index"],
+        case["tokens"], row["device"], 1e3 * row["p50"], tuple(parts),
+    )  # fmt: skip
+
+
+def fitted(rows: Sequence[Measured], start: Link) -> Link:
+    """The link with the least squares of relative errors; the model is linear in its numbers.
+
+    What the rows do not tell apart stays in the proportions of ``start``: over 2 ranks a launch
+    and a latency always come together.
+    """
+    units = (
+        Link(start.latency_us, math.inf, 0, 0),
+        Link(0, start.gb_per_s, 0, 0),
+        Link(0, math.inf, start.launch_us, 0),
+        Link(0, math.inf, 0, start.rank_us),
+    )
+    shares = [[row.model_us(unit) / row.us for unit in units] for row in rows]
+    terms = torch.tensor(shares, dtype=torch.float64)
+    error = 1 - terms.sum(1, keepdim=True)
+    change = torch.linalg.lstsq(terms, error, driver="gelsd").solution.flatten()
+    latency, per_byte, launch, rank = (1 + change).tolist()
+    return Link(
+        latency * start.latency_us, start.gb_per_s / per_byte, launch * start.launch_us,
+        rank * start.rank_us,
+    )  # fmt: skip
+
+
+def print_model(heads: int, head_dim: int) -> None:
+    """Tables of the model."""
+    size = StateSize(heads, head_dim, head_dim)
+    print(f"One state: {heads} heads of {head_dim} x {head_dim} float32, {size.bytes / 1e6:.2f} MB")
+    head = "".join(f"{name:>12}" for name in STRATEGIES)
+    for name, link in LINKS.items():
+        print(f"\n{name}: {link}\n   P, us    {head}")
+        for ranks in RANKS:
+            times = (predicted_us(strategy, ranks, size, link) for strategy in STRATEGIES)
+            print(f"{ranks:8}    " + "".join(f"{us:12.0f}" for us in times))
+    two_level = (f"{ranks}: {two_level_us(ranks, size):.0f}" for ranks in RANKS if ranks > 8)
+    print("\ntwo levels, hosts of 8, us    " + "   ".join(two_level))
+    print(f"\n   P, MB    {head}")
+    for ranks in RANKS:
+        volumes = (
+            max(received_bytes(strategy, one_document(ranks), size, r) for r in range(ranks))
+            for strategy in STRATEGIES
+        )
+        print(f"{ranks:8}    " + "".join(f"{volume / 1e6:12.2f}" for volume in volumes))
+    print("\nauto, 32768 tokens a rank, MiniMax's decay, layer of 80")
+    for ranks in RANKS:
+        layout = SequenceLayout((32768 * ranks,), ranks)
+        for layer in (0, 40, 70, 78):
+            rates = tuple(decay_rates(heads, layer, 80).tolist())
+            choices = resolve_exchange("auto", layout, rates, EPS, head_dim, head_dim)
+            text = ", ".join(f"{choice.strategy} {len(choice.heads)}" for choice in choices)
+            print(f"P {ranks:5}  layer {layer:2}  {text} heads")
+
+
+def print_check(rows: Sequence[Measured]) -> None:
+    """The model beside what was measured."""
+    if not rows:
+        print("\nNo measured exchange_ms in the rows.")
+        return
+    link = fitted(rows, NVLINK)
+    print(f"\n{len(rows)} measured exchanges; fitted {link}\n{'':64}measured   model  fitted, us")
+    for row in sorted(rows, key=lambda row: (row.device, row.ranks, row.heads, row.impl)):
+        case = (
+            f"{row.device} P={row.ranks} H={row.heads} {row.order} documents={row.documents}"
+            f" layer={row.layer_index} {row.impl}"
+        )
+        print(f"{case:64}{row.us:8.0f}{row.model_us(NVLINK):8.0f}{row.model_us(link):8.0f}")
+
+
+def plot(path: Path, rows: Sequence[Measured], heads: int, head_dim: int) -> None:
+    """Lines of the model, dots of what was measured for one document."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    size = StateSize(heads, head_dim, head_dim)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for axis, (link_name, link) in zip(axes, LINKS.items()):
+        for index, name in enumerate(STRATEGIES):
+            times = [predicted_us(name, ranks, size, link) / 1e3 for ranks in RANKS]
+            axis.loglog(RANKS, times, label=name, color=f"C{index}")
+            dots = [
+                (row.ranks, row.us / 1e3)
+                for row in rows
+                if row.impl == name and row.heads == heads and row.documents == 1
+                and row.order == "contiguous" and link is NVLINK
+            ]  # fmt: skip
+            if dots:
+                axis.scatter(*zip(*dots), color=f"C{index}", zorder=3)
+        if link is NETWORK:
+            large = [ranks for ranks in RANKS if ranks > 8]
+            times = [two_level_us(ranks, size) / 1e3 for ranks in large]
+            axis.loglog(large, times, label="two levels, hosts of 8", color="black", ls="--")
+            axis.legend()
+        axis.set_title(f"{link_name}, {link.gb_per_s:.0f} GB/s: model (lines), measured (dots)")
+        axis.set_xticks(RANKS, [str(ranks) for ranks in RANKS])
+        axis.minorticks_off()
+        axis.set_xlabel("ranks")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"ms of one exchange, {heads} heads of {head_dim}")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"\n{path}")
+
+
+def main() -> None:
+    """Print, and draw if asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--heads", type=int, default=64)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    rows = read(sorted(options.results.glob("*.jsonl")))
+    print_model(options.heads, options.head_dim)
+    print_check(rows)
+    if options.plot:
+        plot(options.plot, rows, options.heads, options.head_dim)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Count what the collectives of a rank receive from others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.exchange import strategies
+
+
+class Received:
+    """How many bytes so far."""
+
+    bytes = 0
+
+
+@contextmanager
+def counted() -> Iterator[Received]:
+    """Count the collectives that exchanges are made of."""
+    received = Received()
+    gather, single, receive = strategies.all_gather, dist.all_to_all_single, dist.recv
+
+    def count_gather(output: Tensor, own: Tensor, **kwargs: Any) -> Any:
+        received.bytes += output.nbytes - own.nbytes
+        return gather(output, own, **kwargs)
+
+    def count_single(
+        output: Tensor,
+        own: Tensor,
+        sizes: list[int] | None = None,
+        own_sizes: list[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        group = kwargs.get("group") or dist.group.WORLD
+        shares = sizes or [1] * group.size()
+        others = sum(shares) - shares[group.rank()]
+        received.bytes += output.nbytes * others // max(sum(shares), 1)
+        return single(output, own, sizes, own_sizes, **kwargs)
+
+    def count_recv(output: Tensor, **kwargs: Any) -> Any:
+        received.bytes += output.nbytes
+        return receive(output, **kwargs)
+
+    with (
+        patch.object(strategies, "all_gather", count_gather),
+        patch.object(dist, "all_to_all_single", count_single),
+        patch.object(dist, "recv", count_recv),
+    ):
+        yield received

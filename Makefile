@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 4
+WORKERS ?= 2
 ARGS ?=
 
 .PHONY: train test test-slow lint wheel clean
@@ -18,10 +19,10 @@ train: $(VENV)/.installed
 		--out runs/$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/pytest --slow $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --slow $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

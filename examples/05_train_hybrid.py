@@ -156,8 +156,7 @@ class Job:
         }
 
 
-def main(options: Options) -> None:
-    device = init_distributed()
+def main(options: Options, device: torch.device) -> None:
     torch.set_num_threads(1)
     job = Job(options, device)
     trainer = Trainer(
@@ -199,8 +198,8 @@ def main(options: Options) -> None:
     )
     if report is not None:
         report.close(text.decode(errors="replace"), job.corpus.unigram_entropy)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(tyro.cli(Options), init_distributed())
+    dist.destroy_process_group()  # after the model is gone: its groups would outlive this

@@ -234,6 +234,7 @@ def main(options: Options) -> None:
         expert_tensor_parallel_size=options.etp,
     )
     train(options, device)
+    parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 

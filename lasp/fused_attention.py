@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
-from lasp import fused, launch
+from lasp import fused, launch, operators
 from lasp.call import Call
 from lasp.exchange import Exchange, HostGroups
 from lasp.layout import Order, SequenceLayout
@@ -25,12 +25,11 @@ _SETTINGS = (
     "Tensor lengths, int num_ranks, str order, str[] groups,"
     " float scale, str exchange, bool output_final_state, float state_eps"
 )
-_LIBRARY = torch.library.Library("lasp", "FRAGMENT")
-_LIBRARY.define(
+_SCHEMA = (
     f"attention(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor? initial_state, {_SETTINGS})"
     " -> (Tensor output, Tensor final_state, Tensor states, Tensor incoming)"
 )
-_LIBRARY.define(
+_BACKWARD_SCHEMA = (
     "attention_backward(Tensor? grad_output, Tensor? grad_final, Tensor q, Tensor k, Tensor v,"
     " Tensor rates, Tensor? initial_state, Tensor states, Tensor incoming, bool needs_initial,"
     f" {_SETTINGS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor grad_initial)"
@@ -148,10 +147,6 @@ def _gradients(
     return dq, dk, dv, None, grad_initial if needs_initial else None, *(None,) * 8
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("gradients of the triton kernels cannot be differentiated: use impl='eager'")
-
-
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, rates: Tensor, initial_state: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -195,9 +190,7 @@ def _fake_backward(
     return _fake_rows(q, q), _fake_rows(q, k), _fake_rows(q, v), initial
 
 
-_LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
-_LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("lasp::attention", _fake, lib=_LIBRARY)
-torch.library.register_fake("lasp::attention_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd("lasp::attention", _gradients, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd("lasp::attention_backward", _no_second_derivative, lib=_LIBRARY)
+operators.define(_SCHEMA, _attention, _fake)
+operators.define(_BACKWARD_SCHEMA, _attention_backward, _fake_backward)
+operators.differentiate("attention", _gradients, _save)
+operators.refuse_second_derivative("attention_backward")

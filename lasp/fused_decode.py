@@ -1,8 +1,4 @@
-"""``lightning_decode(impl="triton")``: one launch, as two operators of ``torch.ops.lasp``.
-
-Registered with torch's plain library interface: ``torch.library.custom_op`` loads the compiler at
-its first call and costs several times a launch.
-"""
+"""``lightning_decode(impl="triton")``: one launch, as two operators of ``torch.ops.lasp``."""
 
 from __future__ import annotations
 
@@ -11,19 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lasp import operators
 from lasp.decay import rates_on
 from lasp.kernels import tuning
 from lasp.kernels.decode import decode_kernel
 from lasp.launch import check_inputs
-
-_LIBRARY = torch.library.Library("lasp", "FRAGMENT")
-_LIBRARY.define(
-    "decode(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor state, float scale)"
-    " -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "decode_(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor(a!) state, float scale) -> Tensor"
-)
 
 
 def decode(
@@ -84,13 +72,14 @@ def _fake_output(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[3])
 
 
-_LIBRARY.impl("decode", decode, "CompositeExplicitAutograd")
-_LIBRARY.impl("decode_", decode_, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "lasp::decode",
+operators.define(
+    "decode(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor state, float scale)"
+    " -> (Tensor, Tensor)",
+    decode,
     lambda q, k, v, rates, state, scale: (_fake_output(q, v), state.new_empty(state.shape)),
-    lib=_LIBRARY,
 )
-torch.library.register_fake(
-    "lasp::decode_", lambda q, k, v, rates, state, scale: _fake_output(q, v), lib=_LIBRARY
+operators.define(
+    "decode_(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor(a!) state, float scale) -> Tensor",
+    decode_,
+    lambda q, k, v, rates, state, scale: _fake_output(q, v),
 )

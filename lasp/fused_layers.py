@@ -1,7 +1,6 @@
 """``impl="triton"`` of ``lasp.layers``: launches, as operators of ``torch.ops.lasp``.
 
-Registered with torch's plain library interface: ``torch.library.custom_op`` loads the compiler at
-its first call. Backward passes are operators too, so that a compiler sees through to them.
+Backward passes are operators too, so that a compiler sees through to them.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
+from lasp import operators
 from lasp.kernels import tuning
 from lasp.kernels.norm_gate import (
     norm_gate_backward_kernel,
@@ -23,18 +23,6 @@ from lasp.kernels.norm_gate import (
 )
 from lasp.kernels.silu_split import silu_split_backward_kernel, silu_split_kernel
 from lasp.launch import check_tensor
-
-_LIBRARY = torch.library.Library("lasp", "FRAGMENT")
-_LIBRARY.define("silu_split(Tensor x, int key_dim, int value_dim) -> (Tensor, Tensor, Tensor)")
-_LIBRARY.define("silu_split_backward(Tensor x, Tensor dq, Tensor dk, Tensor dv) -> Tensor")
-_LIBRARY.define(
-    "norm_gate(Tensor x, Tensor gate, Tensor weight, float eps, str tp_group) -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "norm_gate_backward(Tensor dy, Tensor x, Tensor gate, Tensor weight, Tensor rstd, str tp_group)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-
 
 # ---- SiLU and head split ------------------------------------------------------------------------
 
@@ -230,22 +218,28 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("gradients of the triton kernels cannot be differentiated: use impl='eager'")
-
-
-for _name, _function, _fake in (
-    ("silu_split", silu_split, _fake_split),
-    ("silu_split_backward", silu_split_backward, lambda x, *_: x.new_empty(x.shape)),
-    ("norm_gate", norm_gate, _fake_norm),
-    ("norm_gate_backward", norm_gate_backward, _fake_norm_backward),
-):
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lasp::{_name}", _fake, lib=_LIBRARY)
-for _name, _gradients, _save in (
-    ("silu_split", _split_gradients, _save_split),
-    ("silu_split_backward", _no_second_derivative, None),
-    ("norm_gate", _norm_gradients, _save_norm),
-    ("norm_gate_backward", _no_second_derivative, None),
-):
-    torch.library.register_autograd(f"lasp::{_name}", _gradients, setup_context=_save, lib=_LIBRARY)
+operators.define(
+    "silu_split(Tensor x, int key_dim, int value_dim) -> (Tensor, Tensor, Tensor)",
+    silu_split,
+    _fake_split,
+)
+operators.define(
+    "silu_split_backward(Tensor x, Tensor dq, Tensor dk, Tensor dv) -> Tensor",
+    silu_split_backward,
+    lambda x, *_: x.new_empty(x.shape),
+)
+operators.define(
+    "norm_gate(Tensor x, Tensor gate, Tensor weight, float eps, str tp_group) -> (Tensor, Tensor)",
+    norm_gate,
+    _fake_norm,
+)
+operators.define(
+    "norm_gate_backward(Tensor dy, Tensor x, Tensor gate, Tensor weight, Tensor rstd, str tp_group)"
+    " -> (Tensor, Tensor, Tensor)",
+    norm_gate_backward,
+    _fake_norm_backward,
+)
+operators.differentiate("silu_split", _split_gradients, _save_split)
+operators.differentiate("norm_gate", _norm_gradients, _save_norm)
+operators.refuse_second_derivative("silu_split_backward")
+operators.refuse_second_derivative("norm_gate_backward")

@@ -3,6 +3,7 @@
 from moe_parallel.layer import ExpertParallelMoE, MoEConfig, MoEOutput
 from moe_parallel.order import TokenOrder, TokenSegment
 from moe_parallel.route import RoutingStats
+from moe_parallel.timeline import Timeline
 from moe_parallel.topology import ExpertGroups, ExpertTopology, ParallelGroups
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "MoEOutput",
     "ParallelGroups",
     "RoutingStats",
+    "Timeline",
     "TokenOrder",
     "TokenSegment",
 ]

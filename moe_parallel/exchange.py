@@ -47,17 +47,22 @@ class ExchangePlan(NamedTuple):
         return tuple(sum(rows) for rows in zip(*self.chunk_rows))
 
 
-def plan_exchange(kept_RE: Sequence[Sequence[int]], mesh: ExpertMesh) -> ExchangePlan:
+def plan_exchange(
+    kept_RE: Sequence[Sequence[int]], mesh: ExpertMesh, local: range | None = None
+) -> ExchangePlan:
     """Split sizes for this rank out of the counts of all ranks.
 
     Args:
         kept_RE: rows each rank of the token group sends to each expert, on the host.
         mesh: the EP x ETP block of this rank.
+        local: only the rows of these experts of each rank, counted on the rank; None: of all.
     """
     num_local = len(kept_RE[0]) // mesh.ep_size
+    local = range(num_local) if local is None else local
 
     def rows(token_rank: int, ep_rank: int) -> tuple[int, ...]:
-        return tuple(kept_RE[token_rank][ep_rank * num_local : (ep_rank + 1) * num_local])
+        first = ep_rank * num_local
+        return tuple(kept_RE[token_rank][first + local.start : first + local.stop])
 
     chunk_rows = tuple(
         rows(token_rank, mesh.ep_rank)
@@ -141,6 +146,8 @@ def group_by_source(rows_AM: Tensor, plan: ExchangePlan) -> Tensor:
 def _transpose_chunks(rows_AM: Tensor, chunk_rows: Sequence[Sequence[int]]) -> Tensor:
     """Chunks (i, j), i slowest, to (j, i), j slowest."""
     outer, inner = len(chunk_rows), len(chunk_rows[0])
+    if 1 in (outer, inner):
+        return rows_AM
     chunks = rows_AM.split([rows for row in chunk_rows for rows in row])
     return torch.cat([chunks[i * inner + j] for j, i in product(range(inner), range(outer))])
 

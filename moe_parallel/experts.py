@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-Gemm = Literal["auto", "loop", "grouped"]
-
-GROUPED_ALIGNMENT_BYTES = 16  # grouped_mm rejects rows whose stride is no multiple of this
+from moe_parallel.exchange import group_by_expert, group_by_source
+from moe_parallel.gemm import (
+    GROUPED_ALIGNMENT_BYTES,
+    ChosenGemm,
+    Gemm,
+    backward_product,
+    forward_product,
+    weight_product,
+)
+from moe_parallel.overlap import Pipeline, local_pipeline
+from moe_parallel.swiglu import swiglu, swiglu_backward
 
 
 class ShardedDims(NamedTuple):
@@ -24,7 +31,7 @@ class ShardedDims(NamedTuple):
 
 
 class Experts(nn.Module):
-    """This rank's part of E SwiGLU experts: rows in, rows out, no communication.
+    """This rank's part of E SwiGLU experts: rows in, rows out.
 
     Row x of expert e: y = w2[e] (silu(w13[e, 0] x) * w13[e, 1] x). With ``etp_size`` > 1 each rank
     holds F / etp_size of the FFN dimension, and y is this rank's term of the sum over ETP.
@@ -122,7 +129,7 @@ class Experts(nn.Module):
             self.w13[local].copy_(w13.normal_(0, std, generator=generator)[:, part])
             self.w2[local].copy_(w2.normal_(0, std, generator=generator)[:, part])
 
-    def chosen_gemm(self) -> Literal["loop", "grouped"]:
+    def chosen_gemm(self) -> ChosenGemm:
         """What ``gemm`` comes to for the parameters as they are now.
 
         Raises:
@@ -145,7 +152,7 @@ class Experts(nn.Module):
         return self.gemm
 
     def forward(self, rows_AM: Tensor, counts: Sequence[int]) -> Tensor:
-        """Apply each expert to its rows.
+        """Apply each expert to its rows, without communication.
 
         Args:
             rows_AM: ``[A, hidden]``, rows of local expert 0 first, then 1, ...
@@ -154,46 +161,96 @@ class Experts(nn.Module):
         Returns:
             ``[A, hidden]``, in the same order.
 
-        Gradients: to rows, ``w13`` and ``w2``; exact zeros for an expert without rows.
-
-        The host does not wait for the device; ``grouped`` queues a copy of E_local x 4 bytes to it.
+        Gradients: see :meth:`over_ranks`.
         """
-        if self.chosen_gemm() == "grouped":
-            return self._grouped(rows_AM, counts)
-        outputs = []
-        # unbind, not w[e]: the backward is then one stack, not a full-size zero tensor an expert.
-        # An expert without rows is multiplied too, so that every rank builds the same graph.
-        for x, w13, w2 in zip(rows_AM.split(list(counts)), self.w13.unbind(), self.w2.unbind()):
-            gate, up = (x @ w13.flatten(0, 1).T).chunk(2, dim=-1)
-            outputs.append((F.silu(gate) * up) @ w2.T)
-        return torch.cat(outputs)
+        return self.over_ranks(rows_AM, local_pipeline(counts))
 
-    def _grouped(self, rows_AM: Tensor, counts: Sequence[int]) -> Tensor:
-        # grouped_mm leaves rows beyond the last end uninitialised: A must be exactly the sum.
-        # Pinned, so that the copy is queued behind the kernels before it: the host does not wait.
-        ends = torch.tensor(
-            list(accumulate(counts)), dtype=torch.int32, pin_memory=rows_AM.is_cuda
-        ).to(rows_AM.device, non_blocking=True)
-        grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public from torch 2.10
-        hidden = grouped_mm(rows_AM, self.w13.flatten(1, 2).transpose(1, 2), offs=ends)
-        gate, up = hidden.chunk(2, dim=-1)
-        output: Tensor = grouped_mm(F.silu(gate) * up, self.w2.transpose(1, 2), offs=ends)
-        output = _ContiguousGrad.apply(output)  # type: ignore[no-untyped-call]
-        return output
+    def over_ranks(self, rows_AM: Tensor, pipeline: Pipeline) -> Tensor:
+        """Send rows to their experts on other ranks, apply these, and bring the results back.
+
+        Args:
+            rows_AM: ``[A, hidden]``, in the order of :meth:`moe_parallel.overlap.Pipeline.run`.
+            pipeline: who sends what, in which groups.
+
+        Returns:
+            ``[A, hidden]``, in the same order.
+
+        Gradients: to rows, ``w13`` and ``w2``; exact zeros for an expert without rows. Kept for
+        the backward of each row that an expert takes: it and both halves of its first product,
+        hidden + 2 F_local elements. Autocast does not reach in: products are in the parameters'
+        dtype.
+
+        Communication: of :meth:`moe_parallel.overlap.Pipeline.run`, in the backward again. The host
+        does not wait for the device; ``grouped`` queues small copies to it.
+        """
+        results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
+            rows_AM, self.w13, self.w2, pipeline, self.chosen_gemm()
+        )
+        return results
+
+
+class _OverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_AM: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        pipeline: Pipeline,
+        gemm: ChosenGemm,
+    ) -> Tensor:
+        kept: list[Tensor] = []
+
+        def compute(g: int, rows: Tensor) -> Tensor:
+            plan, own = pipeline.plans[g], _slice(pipeline.experts[g])
+            x = group_by_expert(rows, plan)
+            hidden = forward_product(x, w13[own].flatten(1, 2), plan.expert_rows, gemm)
+            y = forward_product(swiglu(hidden), w2[own], plan.expert_rows, gemm)
+            kept.extend((x, hidden))
+            return group_by_source(y, plan)
+
+        with torch.autocast(rows_AM.device.type, enabled=False):
+            results = pipeline.run(rows_AM, compute)
+        ctx.save_for_backward(w13, w2, *kept)
+        ctx.arguments = (pipeline, gemm)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
+        w13, w2, *kept = ctx.saved_tensors
+        pipeline, gemm = ctx.arguments
+        dw13, dw2 = torch.empty_like(w13), torch.empty_like(w2)
+        # Of each group what its weight gradients are made of, once the rows are on their way.
+        made: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def compute(g: int, rows: Tensor) -> Tensor:
+            plan, own = pipeline.plans[g], _slice(pipeline.experts[g])
+            dy = group_by_expert(rows, plan)
+            dact = backward_product(dy, w2[own], plan.expert_rows, gemm)
+            dhidden, act = swiglu_backward(dact, kept[2 * g + 1])
+            made.append((dy, dhidden, act))
+            dx = backward_product(dhidden, w13[own].flatten(1, 2), plan.expert_rows, gemm)
+            return group_by_source(dx, plan)
+
+        def weights() -> None:
+            for g, (dy, dhidden, act) in enumerate(made):
+                counts, own = pipeline.plans[g].expert_rows, _slice(pipeline.experts[g])
+                with pipeline.computing("weights", g, dy.device):
+                    weight_product(dhidden, kept[2 * g], counts, gemm, dw13[own].flatten(1, 2))
+                    weight_product(dy, act, counts, gemm, dw2[own])
+
+        with torch.autocast(grad_AM.device.type, enabled=False):
+            # An expanded gradient has strides that products reject.
+            wanted = any(ctx.needs_input_grad[1:3])
+            drows = pipeline.run(grad_AM.contiguous(), compute, weights if wanted else None)
+        return drows, *((dw13, dw2) if wanted else (None, None)), None, None
+
+
+def _slice(experts: range) -> slice:
+    return slice(experts.start, experts.stop)
 
 
 def generator_of(seed: int) -> torch.Generator:
     """A CPU generator at the start of a seed's sequence."""
     return torch.Generator("cpu").manual_seed(seed)
-
-
-class _ContiguousGrad(torch.autograd.Function):
-    """Identity whose gradient is contiguous: grouped_mm's backward rejects an expanded one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()

@@ -10,19 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from moe_parallel.agreement import check_counts, check_order
-from moe_parallel.exchange import (
-    combine,
-    dispatch,
-    gather_etp,
-    group_by_expert,
-    group_by_source,
-    plan_exchange,
-    scatter_etp,
-)
-from moe_parallel.experts import Experts, Gemm, generator_of
+from moe_parallel.experts import Experts, generator_of
+from moe_parallel.gemm import Gemm
 from moe_parallel.order import TokenOrder
+from moe_parallel.overlap import Pipeline, dispatch_places, plan_pipeline
 from moe_parallel.permute import permute, row_order, unpermute
 from moe_parallel.route import DropPolicy, RoutingStats, check_drop, gate_dtype, route
+from moe_parallel.timeline import Timeline
 from moe_parallel.topology import ExpertGroups, check_sizes, expert_mesh
 
 
@@ -41,6 +35,10 @@ class MoEConfig:
             those of highest ``probability``.
         aux_loss_coefficient: weight of the load-balancing loss (:func:`moe_parallel.route.route`).
         gemm: how the experts multiply (:class:`moe_parallel.experts.Experts`).
+        overlap_groups: into how many groups a rank's experts are cut, so that the communication of
+            one runs under the products of another (:mod:`moe_parallel.overlap`); at most the
+            experts of a rank. None: by the rule of :func:`moe_parallel.overlap.plan_pipeline`.
+            Results have the same bits for any number.
 
     Raises:
         ValueError: naming the argument.
@@ -54,9 +52,12 @@ class MoEConfig:
     drop_policy: DropPolicy = "position"
     aux_loss_coefficient: float = 0.01
     gemm: Gemm = "auto"
+    overlap_groups: int | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self, "hidden_size", "ffn_size", "num_experts", "top_k")
+        if self.overlap_groups is not None:
+            check_sizes(self, "overlap_groups")
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k must be at most num_experts {self.num_experts}, got {self.top_k}"
@@ -112,7 +113,8 @@ class ExpertParallelMoE(nn.Module):
     and ``gate_weight`` over the token group. Run backward on every rank, also one without tokens.
 
     Communication, per call: one all-gather over the token group (:mod:`moe_parallel.route`); two
-    all-to-alls over EP and two over ETP (:mod:`moe_parallel.exchange`), twice that with backward.
+    all-to-alls over EP and two over ETP for each of ``overlap_groups`` groups of experts, under the
+    products of another (:mod:`moe_parallel.overlap`), twice that with backward.
     One device-to-host copy of ranks x E counts. Once for a ``token_order``, at the first layer that
     sees it, ranks compare it: 16 bytes each, and one more copy (:mod:`moe_parallel.agreement`).
 
@@ -135,6 +137,7 @@ class ExpertParallelMoE(nn.Module):
         self.config = config
         self.groups = groups
         self.mesh = expert_mesh(groups)
+        self._places_of: dict[tuple[int, torch.device], Tensor] = {}
         self.gate_weight = nn.Parameter(
             torch.empty(
                 config.num_experts, config.hidden_size, device=device, dtype=gate_dtype(dtype)
@@ -152,6 +155,11 @@ class ExpertParallelMoE(nn.Module):
             device=device,
             dtype=dtype,
         )
+        if (config.overlap_groups or 1) > self.experts.num_local:
+            raise ValueError(
+                f"overlap_groups must be at most the {self.experts.num_local} experts of a rank,"
+                f" got {config.overlap_groups}: None takes as many as pay"
+            )
         self.reset_parameters(seed)
 
     @torch.no_grad()
@@ -172,7 +180,13 @@ class ExpertParallelMoE(nn.Module):
             gate = torch.empty(self.gate_weight.shape, device="cpu", dtype=torch.float32)
             self.gate_weight.copy_(gate.normal_(0, std, generator=generator_of(for_gate)))
 
-    def forward(self, hidden: Tensor, *, token_order: TokenOrder | None = None) -> MoEOutput:
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        token_order: TokenOrder | None = None,
+        timeline: Timeline | None = None,
+    ) -> MoEOutput:
         """Route, dispatch, compute, combine.
 
         Args:
@@ -181,6 +195,7 @@ class ExpertParallelMoE(nn.Module):
                 the token group, equal on all of them; tokens it leaves out are padding. None, on
                 all ranks or on none: every rank holds as many tokens as this one, in rank order;
                 an order is then built a call, and with drops by probability compared a call.
+            timeline: takes down what runs when, forward and backward; None costs nothing.
 
         Returns:
             :class:`MoEOutput`.
@@ -215,17 +230,30 @@ class ExpertParallelMoE(nn.Module):
         # The one device-to-host copy: the collectives and buffers below need sizes on the host.
         assigned_RE, kept_RE = torch.stack(routing.counts).tolist()
         check_counts(assigned_RE, config.top_k, token_order)
-        plan = plan_exchange(kept_RE, mesh)
-        order = row_order(routing.experts, routing.kept, sum(plan.dispatch_rows))
-
-        rows_AM = dispatch(permute(x_TM, order), plan, groups.ep)
-        rows_AM = gather_etp(rows_AM, plan, groups.etp)
-        rows_AM = self.experts(group_by_expert(rows_AM, plan), plan.expert_rows)
-        rows_AM = scatter_etp(group_by_source(rows_AM, plan), plan, groups.etp)
-        rows_AM = combine(rows_AM, plan, groups.ep)
+        experts, plans = plan_pipeline(
+            kept_RE,
+            mesh,
+            row_bytes=x_TM.element_size() * config.hidden_size,
+            num_groups=config.overlap_groups,
+        )
+        chosen = routing.experts
+        if len(plans) > 1:
+            chosen = self._places(experts, chosen.device)[chosen]
+        order = row_order(chosen, routing.kept, sum(sum(plan.dispatch_rows) for plan in plans))
+        pipeline = Pipeline(experts, plans, groups.ep, groups.etp, timeline)
+        rows_AM = self.experts.over_ranks(permute(x_TM, order), pipeline)
         output_TM = unpermute(rows_AM, routing.weights, order)
         output = token_order.put(output_TM, mesh.token_rank).view_as(hidden)
         return MoEOutput(output, routing.aux_loss, routing.stats)
+
+    def _places(self, experts: tuple[range, ...], device: torch.device) -> Tensor:
+        """The place of each expert in the order in which groups leave; kept on the device."""
+        key = (len(experts), device)
+        if key not in self._places_of:
+            places = dispatch_places(self.config.num_experts, self.mesh.ep_size, experts)
+            on_host = torch.tensor(places, pin_memory=device.type == "cuda", device="cpu")
+            self._places_of[key] = on_host.to(device, non_blocking=True)
+        return self._places_of[key]
 
     def _check_hidden(self, hidden: Tensor) -> None:
         weight = self.experts.w13

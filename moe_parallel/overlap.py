@@ -1,0 +1,257 @@
+"""Rows to the experts and back, with the communication under the products.
+
+The experts of a rank are cut into groups. While one group is computed, rows of the next are on
+their way to it (D), and results of the one before are on their way back (C)::
+
+    ep       D0 D1 ....... C0 D2 ...... C1 ....... C2
+    compute  .. E0 E0 E0 E0   E1 E1 E1 E1  E2 E2 E2 E2
+
+With ETP there are two more stages, over a group of their own, beside EP's: each rank of the block
+gathers the rows (A), and what it computes of them is summed where they came from (S)::
+
+    ep       D0 D1 D2 .... D3 ......... C0 D4 ..... C1
+    etp      .. A0 A1 .... S0 A2 ......... S1 A3
+    compute  ..... E0 E0 E0   E1 E1 E1 E1    E2 E2 E2
+
+Groups are of experts, not of tokens: each expert is multiplied once, with all its rows, so results
+have the same bits for any number of groups, and no weight gradient is added up from parts. The
+backward is the same pipeline with gradients for rows; weight gradients come last, under the way
+home of the last group.
+
+All collectives are started by one thread, in an order that follows from the number of groups alone:
+it is the same on every rank, across both process groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_parallel.exchange import ExchangePlan, plan_exchange
+from moe_parallel.timeline import Lane, Timeline
+from moe_parallel.topology import ExpertMesh
+
+# What one all-to-all should carry at least: at 300 GB/s a few times the latency of one.
+LEAST_BYTES = 16 * 2**20
+
+Compute = Callable[[int, Tensor], Tensor]
+
+
+class _Transfer(NamedTuple):
+    """Rows on their way.
+
+    Attributes:
+        rows: those that arrive, to be read after ``wait``.
+        sent: held until then.
+        work: None where nothing had to move.
+        mark: its number in the timeline.
+    """
+
+    rows: Tensor
+    sent: Tensor
+    work: dist.Work | None
+    mark: int = -1
+
+
+class Pipeline(NamedTuple):
+    """One call's way to the experts and back.
+
+    Attributes:
+        experts: of each group, which of the rank's experts.
+        plans: of each group, who sends how many rows to whom.
+        ep_group: ranks that hold different experts; None is one rank.
+        etp_group: ranks that hold different parts of the same experts; likewise.
+        timeline: marks what ran when, or None.
+    """
+
+    experts: tuple[range, ...]
+    plans: tuple[ExchangePlan, ...]
+    ep_group: dist.ProcessGroup | None = None
+    etp_group: dist.ProcessGroup | None = None
+    timeline: Timeline | None = None
+
+    def run(
+        self, rows_AM: Tensor, compute: Compute, last: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Send rows to their experts, compute, and send the results back.
+
+        Args:
+            rows_AM: ``[A, hidden]``, group by group, in each by EP rank, in each by expert.
+            compute: of the number of a group and its rows, as ``chunk_rows`` of its plan lists
+                them, to this rank's terms of the results, in the same order. With ETP the terms of
+                all its ranks are summed.
+            last: computes what no rank waits for, while the last results travel.
+
+        Returns:
+            ``[A, hidden]``, the results, in the order of ``rows_AM``.
+
+        Communication: for each group an all-to-all over EP there and one back, of the rows for
+        other ranks; with ETP one over it there and one back, the rows times (etp_size - 1).
+        """
+        if self.ep_group is None and self.etp_group is None and len(self.plans) == 1:
+            results = self._computed(compute, 0, rows_AM)
+            if last is not None:
+                last()
+            return results
+        results, count = torch.empty_like(rows_AM), len(self.plans)
+        sizes = [sum(plan.dispatch_rows) for plan in self.plans]
+        departing, returning = rows_AM.split(sizes), results.split(sizes)
+        lag = 0 if self.etp_group is None else 1  # the stages of ETP are one group ahead or behind
+        dispatched: dict[int, _Transfer] = {}
+        gathered: dict[int, _Transfer] = {}
+        scattered: dict[int, _Transfer] = {}
+        combined = []
+        # A round starts dispatch d, gather a, computes g and starts combine c; the first rounds
+        # compute nothing, the last start nothing.
+        for g in range(-1 - lag, count + lag):
+            d, a, c = g + 1 + lag, g + lag, g - lag
+            if d < count:
+                dispatched[d] = self._dispatch(d, departing[d])
+            if 0 <= a < count:
+                gathered[a] = self._gather(a, self._arrived(dispatched.pop(a)))
+            if 0 <= g < count:
+                terms = self._computed(compute, g, self._arrived(gathered.pop(g)))
+                scattered[g] = self._scatter(g, terms)
+            if c >= 0:
+                rows = self._summed(c, scattered.pop(c))
+                combined.append(self._combine(c, rows, returning[c]))
+        if last is not None:
+            last()
+        for transfer in combined:
+            self._arrived(transfer)
+        return results
+
+    def _computed(self, compute: Compute, group: int, rows: Tensor) -> Tensor:
+        with self.computing("experts", group, rows.device):
+            return compute(group, rows)
+
+    def computing(
+        self, name: str, group: int, device: torch.device
+    ) -> AbstractContextManager[None]:
+        """Marks compute in the timeline, if there is one."""
+        if self.timeline is None:
+            return nullcontext()
+        return self.timeline.computing(name, group, device)
+
+    # ---- stages: what is started, and what it takes ----------------------------------------------
+
+    def _dispatch(self, g: int, rows: Tensor) -> _Transfer:
+        plan = self.plans[g]
+        return self._start("ep", "dispatch", g, rows, plan.dispatch_rows, plan.receive_rows)
+
+    def _gather(self, g: int, rows: Tensor) -> _Transfer:
+        if self.etp_group is None:
+            return _Transfer(rows, rows, None)
+        receive = self.plans[g].etp_rows
+        repeated = rows.expand(len(receive), *rows.shape).flatten(0, 1)
+        send = (rows.shape[0],) * len(receive)
+        return self._start("etp", "all-gather", g, repeated, send, receive)
+
+    def _scatter(self, g: int, terms: Tensor) -> _Transfer:
+        if self.etp_group is None:
+            return _Transfer(terms, terms, None)
+        send = self.plans[g].etp_rows
+        receive = (sum(self.plans[g].receive_rows),) * len(send)
+        return self._start("etp", "scatter", g, terms, send, receive)
+
+    def _summed(self, g: int, transfer: _Transfer) -> Tensor:
+        """The terms of the ETP ranks, added in their order and rounded once."""
+        terms = self._arrived(transfer)
+        if self.etp_group is None:
+            return terms
+        return terms.view(len(self.plans[g].etp_rows), -1, terms.shape[1]).sum(0)
+
+    def _combine(self, g: int, rows: Tensor, into: Tensor) -> _Transfer:
+        plan = self.plans[g]
+        return self._start("ep", "combine", g, rows, plan.receive_rows, plan.dispatch_rows, into)
+
+    def _start(
+        self,
+        lane: Lane,
+        name: str,
+        g: int,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        into: Tensor | None = None,
+    ) -> _Transfer:  # an all-to-all needs its two splits and its place
+        group = self.ep_group if lane == "ep" else self.etp_group
+        if group is None:
+            return _Transfer(rows if into is None else into.copy_(rows), rows, None)
+        arriving = rows.new_empty(sum(receive), rows.shape[1]) if into is None else into
+        mark = -1
+        if self.timeline is not None:
+            mark = self.timeline.queued(lane, name, g, rows.device)
+        departing = rows.contiguous()
+        work = dist.all_to_all_single(
+            arriving, departing, list(receive), list(send), group=group, async_op=True
+        )
+        if self.timeline is not None and rows.is_cuda:
+            self.timeline.over(mark, work, rows.device)
+        return _Transfer(arriving, departing, work, mark)
+
+    def _arrived(self, transfer: _Transfer) -> Tensor:
+        """The rows, once they are there: on a GPU the stream waits, not the host."""
+        if transfer.work is not None:
+            transfer.work.wait()
+            if self.timeline is not None and not transfer.rows.is_cuda:
+                self.timeline.over(transfer.mark, transfer.work, transfer.rows.device)
+        return transfer.rows
+
+
+def expert_groups(num_local: int, num_groups: int) -> tuple[range, ...]:
+    """The rank's experts in groups as equal as can be, in order."""
+    cuts = [num_local * group // num_groups for group in range(num_groups + 1)]
+    return tuple(range(*cut) for cut in pairwise(cuts))
+
+
+def plan_pipeline(
+    kept_RE: Sequence[Sequence[int]],
+    mesh: ExpertMesh,
+    *,
+    row_bytes: int,
+    num_groups: int | None,
+) -> tuple[tuple[range, ...], tuple[ExchangePlan, ...]]:
+    """The groups of experts and the split sizes of each, equal on every rank where they must be.
+
+    As many groups as there are local experts, but so few that an all-to-all of a group carries
+    ``LEAST_BYTES`` on the average rank; one where nothing travels.
+
+    Args:
+        kept_RE: rows each rank of the token group sends to each expert, on the host.
+        mesh: the EP x ETP block of this rank.
+        row_bytes: of one row.
+        num_groups: how many, whatever the rule says; None for the rule.
+    """
+    num_local = len(kept_RE[0]) // mesh.ep_size
+    if num_groups is None:
+        rows = sum(map(sum, kept_RE)) // len(kept_RE)
+        several = mesh.ep_size * mesh.etp_size > 1
+        num_groups = min(num_local, max(1, rows * row_bytes // LEAST_BYTES)) if several else 1
+    experts = expert_groups(num_local, num_groups)
+    return experts, tuple(plan_exchange(kept_RE, mesh, local) for local in experts)
+
+
+def local_pipeline(counts: Sequence[int], timeline: Timeline | None = None) -> Pipeline:
+    """Of rows that are with their experts already, ``counts`` for each."""
+    total = (sum(counts),)
+    plan = ExchangePlan(total, total, total, (tuple(counts),))
+    return Pipeline((range(len(counts)),), (plan,), timeline=timeline)
+
+
+def dispatch_places(num_experts: int, ep_size: int, experts: Sequence[range]) -> list[int]:
+    """Of each expert of all ranks, its place in the order of :meth:`Pipeline.run`."""
+    num_local = num_experts // ep_size
+    order = [
+        ep * num_local + local for group in experts for ep in range(ep_size) for local in group
+    ]
+    places = [0] * num_experts
+    for place, expert in enumerate(order):
+        places[expert] = place
+    return places

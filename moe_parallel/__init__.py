@@ -1,6 +1,7 @@
 """Mixture-of-experts layers over EP x ETP ranks."""
 
-from moe_parallel.layer import ExpertParallelMoE, MoEConfig, MoEOutput
+from moe_parallel.config import MoEConfig
+from moe_parallel.layer import ExpertParallelMoE, MoEOutput
 from moe_parallel.order import TokenOrder, TokenSegment
 from moe_parallel.route import RoutingStats
 from moe_parallel.timeline import Timeline

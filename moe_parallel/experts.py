@@ -19,6 +19,7 @@ from moe_parallel.gemm import (
     forward_product,
     weight_product,
 )
+from moe_parallel.impl import ChosenImpl, Impl, chosen_impl
 from moe_parallel.overlap import Pipeline, local_pipeline
 from moe_parallel.swiglu import swiglu, swiglu_backward
 
@@ -50,6 +51,7 @@ class Experts(nn.Module):
         gemm: ``loop``, one matrix product an expert, any dtype; ``grouped``, one
             ``torch.nn.functional.grouped_mm`` for all experts, not float64, rows of 16-byte
             multiples; ``auto``, grouped for bfloat16 on CUDA with such rows, else loop.
+        impl: of the activation between them, see :func:`moe_parallel.impl.chosen_impl`.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -71,6 +73,7 @@ class Experts(nn.Module):
         etp_rank: int = 0,
         etp_size: int = 1,
         gemm: Gemm = "auto",
+        impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -90,11 +93,14 @@ class Experts(nn.Module):
         self.ep_rank, self.etp_rank = ep_rank, etp_rank
         self.num_local, self.ffn_local = num_experts // ep_size, ffn_size // etp_size
         self.gemm: Gemm = gemm
+        self.impl: Impl = impl
         shape_w13 = (self.num_local, 2, self.ffn_local, hidden_size)
         shape_w2 = (self.num_local, hidden_size, self.ffn_local)
         self.w13 = nn.Parameter(torch.empty(shape_w13, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(shape_w2, device=device, dtype=dtype))
-        self.chosen_gemm()  # raises here, not between two collectives
+        # These raise here, not between two collectives.
+        self.chosen_gemm()
+        chosen_impl(impl, self.w13.device, self.w13.dtype)
 
     @staticmethod
     def sharding() -> dict[str, ShardedDims]:
@@ -183,8 +189,9 @@ class Experts(nn.Module):
         Communication: of :meth:`moe_parallel.overlap.Pipeline.run`, in the backward again. The host
         does not wait for the device; ``grouped`` queues small copies to it.
         """
+        how = (self.chosen_gemm(), chosen_impl(self.impl, rows_AM.device, rows_AM.dtype))
         results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
-            rows_AM, self.w13, self.w2, pipeline, self.chosen_gemm()
+            rows_AM, self.w13, self.w2, pipeline, *how
         )
         return results
 
@@ -198,6 +205,7 @@ class _OverRanks(torch.autograd.Function):
         w2: Tensor,
         pipeline: Pipeline,
         gemm: ChosenGemm,
+        impl: ChosenImpl,
     ) -> Tensor:
         kept: list[Tensor] = []
 
@@ -205,21 +213,21 @@ class _OverRanks(torch.autograd.Function):
             plan, own = pipeline.plans[g], _slice(pipeline.experts[g])
             x = group_by_expert(rows, plan)
             hidden = forward_product(x, w13[own].flatten(1, 2), plan.expert_rows, gemm)
-            y = forward_product(swiglu(hidden), w2[own], plan.expert_rows, gemm)
+            y = forward_product(swiglu(hidden, impl), w2[own], plan.expert_rows, gemm)
             kept.extend((x, hidden))
             return group_by_source(y, plan)
 
         with torch.autocast(rows_AM.device.type, enabled=False):
             results = pipeline.run(rows_AM, compute)
         ctx.save_for_backward(w13, w2, *kept)
-        ctx.arguments = (pipeline, gemm)
+        ctx.arguments = (pipeline, gemm, impl)
         return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
         w13, w2, *kept = ctx.saved_tensors
-        pipeline, gemm = ctx.arguments
+        pipeline, gemm, impl = ctx.arguments
         dw13, dw2 = torch.empty_like(w13), torch.empty_like(w2)
         # Of each group what its weight gradients are made of, once the rows are on their way.
         made: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -228,7 +236,7 @@ class _OverRanks(torch.autograd.Function):
             plan, own = pipeline.plans[g], _slice(pipeline.experts[g])
             dy = group_by_expert(rows, plan)
             dact = backward_product(dy, w2[own], plan.expert_rows, gemm)
-            dhidden, act = swiglu_backward(dact, kept[2 * g + 1])
+            dhidden, act = swiglu_backward(dact, kept[2 * g + 1], impl)
             made.append((dy, dhidden, act))
             dx = backward_product(dhidden, w13[own].flatten(1, 2), plan.expert_rows, gemm)
             return group_by_source(dx, plan)
@@ -244,7 +252,7 @@ class _OverRanks(torch.autograd.Function):
             # An expanded gradient has strides that products reject.
             wanted = any(ctx.needs_input_grad[1:3])
             drows = pipeline.run(grad_AM.contiguous(), compute, weights if wanted else None)
-        return drows, *((dw13, dw2) if wanted else (None, None)), None, None
+        return drows, *((dw13, dw2) if wanted else (None, None)), None, None, None
 
 
 def _slice(experts: range) -> slice:

@@ -3,72 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moe_parallel.agreement import check_counts, check_order
+from moe_parallel.config import MoEConfig
 from moe_parallel.experts import Experts, generator_of
-from moe_parallel.gemm import Gemm
+from moe_parallel.impl import chosen_impl
 from moe_parallel.order import TokenOrder
 from moe_parallel.overlap import Pipeline, dispatch_places, plan_pipeline
-from moe_parallel.permute import permute, row_order, unpermute
-from moe_parallel.route import DropPolicy, RoutingStats, check_drop, gate_dtype, route
+from moe_parallel.permute import RowOrder, permute, row_order, unpermute
+from moe_parallel.route import RoutingStats, gate_dtype, route
 from moe_parallel.timeline import Timeline
-from moe_parallel.topology import ExpertGroups, check_sizes, expert_mesh
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """What an expert layer computes, whatever the ranks.
-
-    Args:
-        hidden_size: width of a token.
-        ffn_size: F, the FFN width of a whole expert.
-        num_experts: E.
-        top_k: k, experts a token.
-        capacity_factor: in training mode an expert keeps at most ceil(factor * N * k / E)
-            assignments of the N tokens of all ranks; None keeps all, as eval mode does.
-        drop_policy: which assignments stay when an expert is full: the first by ``position``, or
-            those of highest ``probability``.
-        aux_loss_coefficient: weight of the load-balancing loss (:func:`moe_parallel.route.route`).
-        gemm: how the experts multiply (:class:`moe_parallel.experts.Experts`).
-        overlap_groups: into how many groups a rank's experts are cut, so that the communication of
-            one runs under the products of another (:mod:`moe_parallel.overlap`); at most the
-            experts of a rank. None: by the rule of :func:`moe_parallel.overlap.plan_pipeline`.
-            Results have the same bits for any number.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-
-    hidden_size: int
-    ffn_size: int
-    num_experts: int
-    top_k: int
-    capacity_factor: float | None = None
-    drop_policy: DropPolicy = "position"
-    aux_loss_coefficient: float = 0.01
-    gemm: Gemm = "auto"
-    overlap_groups: int | None = None
-
-    def __post_init__(self) -> None:
-        check_sizes(self, "hidden_size", "ffn_size", "num_experts", "top_k")
-        if self.overlap_groups is not None:
-            check_sizes(self, "overlap_groups")
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k must be at most num_experts {self.num_experts}, got {self.top_k}"
-            )
-        if not 0 <= self.aux_loss_coefficient < math.inf:
-            raise ValueError(
-                f"aux_loss_coefficient must be >= 0 and finite, got {self.aux_loss_coefficient}"
-            )
-        if self.gemm not in get_args(Gemm):
-            raise ValueError(f"gemm must be one of {get_args(Gemm)}, got {self.gemm!r}")
-        check_drop(self.capacity_factor, self.drop_policy)
+from moe_parallel.topology import ExpertGroups, expert_mesh
 
 
 class MoEOutput(NamedTuple):
@@ -152,6 +102,7 @@ class ExpertParallelMoE(nn.Module):
             etp_rank=self.mesh.etp_rank,
             etp_size=self.mesh.etp_size,
             gemm=config.gemm,
+            impl=config.impl,
             device=device,
             dtype=dtype,
         )
@@ -230,21 +181,50 @@ class ExpertParallelMoE(nn.Module):
         # The one device-to-host copy: the collectives and buffers below need sizes on the host.
         assigned_RE, kept_RE = torch.stack(routing.counts).tolist()
         check_counts(assigned_RE, config.top_k, token_order)
+        impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
+        rows_AM, order = self.through_experts(
+            x_TM, routing.experts, routing.kept, kept_RE, timeline=timeline
+        )
+        output_TM = unpermute(rows_AM, routing.weights, order, impl)
+        output = token_order.put(output_TM, mesh.token_rank).view_as(hidden)
+        return MoEOutput(output, routing.aux_loss, routing.stats)
+
+    def through_experts(
+        self,
+        x_TM: Tensor,
+        experts_Tk: Tensor,
+        kept_Tk: Tensor,
+        kept_RE: Sequence[Sequence[int]],
+        *,
+        timeline: Timeline | None = None,
+    ) -> tuple[Tensor, RowOrder]:
+        """Send each kept assignment's token to its expert and bring the result back.
+
+        Args:
+            x_TM: this rank's routed tokens.
+            experts_Tk: their experts; of assignments that are not kept any number.
+            kept_Tk: which assignments are kept.
+            kept_RE: how many each rank of the token group keeps for each expert, on the host.
+            timeline: see :meth:`forward`.
+
+        Returns:
+            The results ``[A, hidden]``, and which row is whose.
+
+        Communication: see :meth:`moe_parallel.overlap.Pipeline.run`.
+        """
+        config, mesh = self.config, self.mesh
         experts, plans = plan_pipeline(
             kept_RE,
             mesh,
             row_bytes=x_TM.element_size() * config.hidden_size,
             num_groups=config.overlap_groups,
         )
-        chosen = routing.experts
         if len(plans) > 1:
-            chosen = self._places(experts, chosen.device)[chosen]
-        order = row_order(chosen, routing.kept, sum(sum(plan.dispatch_rows) for plan in plans))
-        pipeline = Pipeline(experts, plans, groups.ep, groups.etp, timeline)
-        rows_AM = self.experts.over_ranks(permute(x_TM, order), pipeline)
-        output_TM = unpermute(rows_AM, routing.weights, order)
-        output = token_order.put(output_TM, mesh.token_rank).view_as(hidden)
-        return MoEOutput(output, routing.aux_loss, routing.stats)
+            experts_Tk = self._places(experts, x_TM.device)[experts_Tk]
+        order = row_order(experts_Tk, kept_Tk, sum(sum(plan.dispatch_rows) for plan in plans))
+        pipeline = Pipeline(experts, plans, self.groups.ep, self.groups.etp, timeline)
+        impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
+        return self.experts.over_ranks(permute(x_TM, order, impl), pipeline), order
 
     def _places(self, experts: tuple[range, ...], device: torch.device) -> Tensor:
         """The place of each expert in the order in which groups leave; kept on the device."""

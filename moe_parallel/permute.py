@@ -2,6 +2,7 @@
 
 Both directions are gathers, forward and backward: each reads from a known place, so that sums run
 in slot order and results are bit-identical from run to run (a scatter on a GPU adds with atomics).
+With ``impl="triton"`` a sum reads each row once (:mod:`moe_parallel.kernels.slots`).
 
 Example: 3 tokens, k = 2, the assignment of token 1 to expert 0 dropped::
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_parallel.impl import ChosenImpl
 from moe_parallel.route import gate_dtype
 
 
@@ -50,23 +52,26 @@ def row_order(experts_Tk: Tensor, kept_Tk: Tensor, num_rows: int) -> RowOrder:
     return RowOrder(assignment_A, row_Tk.view_as(experts_Tk))
 
 
-def permute(x_TM: Tensor, order: RowOrder) -> Tensor:
+def permute(x_TM: Tensor, order: RowOrder, impl: ChosenImpl = "eager") -> Tensor:
     """Rows ``[A, hidden]``: a copy of its token for every kept assignment.
 
     Gradients: a token's is the sum of its rows' in slot order, in float32 or wider.
     """
-    rows: Tensor = _Permute.apply(x_TM, *order)  # type: ignore[no-untyped-call]
+    rows: Tensor = _Permute.apply(x_TM, *order, impl)  # type: ignore[no-untyped-call]
     return rows
 
 
-def unpermute(rows_AM: Tensor, weights_Tk: Tensor, order: RowOrder) -> Tensor:
+def unpermute(
+    rows_AM: Tensor, weights_Tk: Tensor, order: RowOrder, impl: ChosenImpl = "eager"
+) -> Tensor:
     """Tokens ``[T, hidden]``: the weighted sum of each token's rows, zero if it has none.
 
     Sums in slot order in float32 or wider, rounded once to the dtype of the rows.
 
     Gradients: to rows and weights; a dropped assignment's weight gets zero.
     """
-    tokens: Tensor = _Unpermute.apply(rows_AM, weights_Tk, *order)  # type: ignore[no-untyped-call]
+    arguments = (rows_AM, weights_Tk, *order, impl)
+    tokens: Tensor = _Unpermute.apply(*arguments)  # type: ignore[no-untyped-call]
     return tokens
 
 
@@ -79,27 +84,44 @@ def _slot_rows(rows_AM: Tensor, row_T: Tensor) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TM: Tensor, assignment_A: Tensor, row_Tk: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_TM: Tensor, assignment_A: Tensor, row_Tk: Tensor, impl: ChosenImpl
+    ) -> Tensor:
         ctx.save_for_backward(row_Tk)
+        ctx.impl = impl
         return x_TM[assignment_A // row_Tk.shape[1]]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor, None, None, None]:
         (row_Tk,) = ctx.saved_tensors
+        if ctx.impl == "triton":
+            from moe_parallel import launch
+
+            return launch.sum_slots(grad_AM, None, row_Tk), None, None, None
         dtype = gate_dtype(grad_AM.dtype)
         grad_TM = grad_AM.new_zeros(row_Tk.shape[0], grad_AM.shape[1], dtype=dtype)
         for row_T in row_Tk.unbind(1):
             grad_TM += _slot_rows(grad_AM, row_T)
-        return grad_TM.to(grad_AM.dtype), None, None
+        return grad_TM.to(grad_AM.dtype), None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_AM: Tensor, weights_Tk: Tensor, assignment_A: Tensor, row_Tk: Tensor
+        ctx: Any,
+        rows_AM: Tensor,
+        weights_Tk: Tensor,
+        assignment_A: Tensor,
+        row_Tk: Tensor,
+        impl: ChosenImpl,
     ) -> Tensor:
         ctx.save_for_backward(rows_AM, weights_Tk, assignment_A, row_Tk)
+        ctx.impl = impl
+        if impl == "triton":
+            from moe_parallel import launch
+
+            return launch.sum_slots(rows_AM, weights_Tk, row_Tk)
         dtype = torch.promote_types(gate_dtype(rows_AM.dtype), weights_Tk.dtype)
         output_TM = rows_AM.new_zeros(row_Tk.shape[0], rows_AM.shape[1], dtype=dtype)
         for weight_T, row_T in zip(weights_Tk.unbind(1), row_Tk.unbind(1)):
@@ -108,8 +130,13 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows_AM, weights_Tk, assignment_A, row_Tk = ctx.saved_tensors
+        if ctx.impl == "triton":
+            from moe_parallel import launch
+
+            grads = launch.sum_slots_backward(grad_TM, rows_AM, weights_Tk, row_Tk)
+            return *grads, None, None, None
         grad_rows = grad_TM[assignment_A // row_Tk.shape[1]]
         grad_rows = grad_rows * weights_Tk.flatten()[assignment_A].unsqueeze(1)
         wide_TM = grad_TM.to(torch.promote_types(gate_dtype(rows_AM.dtype), weights_Tk.dtype))
@@ -117,6 +144,7 @@ class _Unpermute(torch.autograd.Function):
         return (
             grad_rows.to(rows_AM.dtype),
             torch.stack(grad_weights, 1).to(weights_Tk.dtype),
+            None,
             None,
             None,
         )

@@ -10,20 +10,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_parallel.impl import ChosenImpl
 
-def swiglu(hidden_A2F: Tensor) -> Tensor:
+
+def swiglu(hidden_A2F: Tensor, impl: ChosenImpl = "eager") -> Tensor:
     """``[A, F]``, computed in float32 or wider and rounded once."""
+    if impl == "triton":
+        from moe_parallel import launch
+
+        return launch.swiglu(hidden_A2F)
     gate, up = _wide(hidden_A2F).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(hidden_A2F.dtype)
 
 
-def swiglu_backward(grad_AF: Tensor, hidden_A2F: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(
+    grad_AF: Tensor, hidden_A2F: Tensor, impl: ChosenImpl = "eager"
+) -> tuple[Tensor, Tensor]:
     """The gradient of ``hidden_A2F``, and the activation ``[A, F]`` again.
 
     With s = sigmoid(gate)::
 
         dgate = grad up s (1 + gate (1 - s))        dup = grad gate s
     """
+    if impl == "triton":
+        from moe_parallel import launch
+
+        return launch.swiglu_backward(grad_AF, hidden_A2F)
     gate, up = _wide(hidden_A2F).chunk(2, dim=-1)
     grad, s = _wide(grad_AF), torch.sigmoid(gate)
     silu = gate * s

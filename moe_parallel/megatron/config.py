@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from lasp.megatron import require
-from moe_parallel.layer import MoEConfig
+from moe_parallel.config import MoEConfig
 from moe_parallel.route import DropPolicy
 
 PART = "the expert-parallel MoE layer"

@@ -17,6 +17,7 @@ from torch import Tensor
 from lasp.megatron import groups_of, parameter_device, refuse_arguments
 from moe_parallel import exchange
 from moe_parallel.agreement import check_counts, check_order
+from moe_parallel.impl import ChosenImpl, chosen_impl
 from moe_parallel.layer import ExpertParallelMoE
 from moe_parallel.megatron.checkpoint import sharded_experts
 from moe_parallel.megatron.config import PART, aux_loss_scale, check_groups, moe_config
@@ -35,14 +36,18 @@ class _Call:
     Attributes:
         order: where the tokens of every rank stand.
         shape: of this rank's hidden states.
+        kept: how many assignments each rank keeps for each expert.
         plan: who sends how many rows to whom.
+        impl: of what lies around the experts.
         rows: which row is whose; from ``preprocess`` on.
         probs: weights of the rows; from ``routed_experts_compute`` on.
     """
 
     order: TokenOrder
     shape: torch.Size
+    kept: list[list[int]]
     plan: exchange.ExchangePlan
+    impl: ChosenImpl
     rows: RowOrder = field(init=False)
     probs: Tensor = field(init=False)
 
@@ -59,9 +64,8 @@ class ExpertParallelMoELayer(MoELayer):
         output = combine(output)                    all-to-all over EP
         output = postprocess(output, None)          weighted sum of each token's rows
 
-    As in Megatron a call ends before the next one of the same layer starts, gradients flow through
-    the arguments alone, so that each may be detached between stages, and what a stage is given may
-    be freed after it.
+    A call ends before the next one starts, gradients flow through the arguments alone, so that each
+    may be detached between stages, and what a stage is given may be freed after it.
 
     Args:
         config: Megatron's, see :func:`moe_config`; ``moe_token_dispatcher_type`` is not read.
@@ -142,7 +146,7 @@ class ExpertParallelMoELayer(MoELayer):
         *,
         token_order: TokenOrder | None = None,
     ) -> tuple[Tensor, None]:
-        """The six stages.
+        """The six stages, in the same bits; 2 to 5 as a pipeline: :mod:`moe_parallel.overlap`.
 
         Args:
             hidden_states: ``[T / tp, B, hidden]``, this rank's tokens.
@@ -158,10 +162,13 @@ class ExpertParallelMoELayer(MoELayer):
 
         def compute(hidden: Tensor) -> Tensor:
             probs, routing_map = self.route(hidden, padding_mask, token_order=token_order)
-            tokens, probs = self.preprocess(hidden, probs, routing_map)
-            tokens, probs = self.dispatch(tokens, probs)
-            output, _ = self.routed_experts_compute(tokens, probs)
-            return self.postprocess(self.combine(output), None)
+            call = self._under_way()
+            x_TM = call.order.take(hidden.flatten(0, 1), self.moe.mesh.token_rank)
+            call.probs = probs
+            output, call.rows = self.moe.through_experts(
+                x_TM, routing_map, routing_map >= 0, call.kept
+            )
+            return self.postprocess(output, None)
 
         if self.recompute:
             return tensor_parallel.checkpoint(compute, False, hidden_states), None
@@ -219,7 +226,8 @@ class ExpertParallelMoELayer(MoELayer):
         assigned_RE, kept_RE = torch.stack(routing.counts).tolist()
         check_counts(assigned_RE, config.top_k, order)
         plan = exchange.plan_exchange(kept_RE, mesh)
-        self._call = _Call(order, hidden_states.shape, plan)
+        impl = chosen_impl(config.impl, rows.device, rows.dtype)
+        self._call = _Call(order, hidden_states.shape, kept_RE, plan, impl)
         return probs, routing.experts.masked_fill(~routing.kept, -1)
 
     def preprocess(
@@ -229,7 +237,7 @@ class ExpertParallelMoELayer(MoELayer):
         call = self._under_way()
         call.rows = row_order(routing_map, routing_map >= 0, sum(call.plan.dispatch_rows))
         x_TM = call.order.take(hidden_states.flatten(0, 1), self.moe.mesh.token_rank)
-        return permute(x_TM, call.rows), probs
+        return permute(x_TM, call.rows, call.impl), probs
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Rows to the ranks of their experts; ``probs`` stay with their tokens.
@@ -265,7 +273,7 @@ class ExpertParallelMoELayer(MoELayer):
         """The weighted sum of each token's rows, shaped as the hidden states; ends the call."""
         refuse_arguments(PART, shared_expert_output=shared_expert_output)
         call, self._call = self._under_way(), None  # it keeps no graph alive
-        tokens = unpermute(output, call.probs, call.rows)
+        tokens = unpermute(output, call.probs, call.rows, call.impl)
         return call.order.put(tokens, self.moe.mesh.token_rank).view(call.shape)
 
     def _under_way(self) -> _Call:

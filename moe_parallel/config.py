@@ -1,0 +1,69 @@
+"""What an expert layer computes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+from moe_parallel.gemm import Gemm
+from moe_parallel.impl import Impl
+from moe_parallel.route import DropPolicy, check_drop
+from moe_parallel.topology import check_sizes
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """What an expert layer computes, whatever the ranks.
+
+    Args:
+        hidden_size: width of a token.
+        ffn_size: F, the FFN width of a whole expert.
+        num_experts: E.
+        top_k: k, experts a token.
+        capacity_factor: in training mode an expert keeps at most ceil(factor * N * k / E)
+            assignments of the N tokens of all ranks; None keeps all, as eval mode does.
+        drop_policy: which assignments stay when an expert is full: the first by ``position``, or
+            those of highest ``probability``.
+        aux_loss_coefficient: weight of the load-balancing loss (:func:`moe_parallel.route.route`).
+        gemm: how the experts multiply (:class:`moe_parallel.experts.Experts`).
+        overlap_groups: into how many groups a rank's experts are cut, so that the communication of
+            one runs under the products of another (:mod:`moe_parallel.overlap`); at most the
+            experts of a rank. None: by the rule of :func:`moe_parallel.overlap.plan_pipeline`.
+            Results have the same bits for any number.
+        impl: of the activation and the sums of a token's rows: ``eager`` is plain torch, ``triton``
+            a kernel each, ``auto`` triton on CUDA but for float64
+            (:func:`moe_parallel.impl.chosen_impl`).
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    hidden_size: int
+    ffn_size: int
+    num_experts: int
+    top_k: int
+    capacity_factor: float | None = None
+    drop_policy: DropPolicy = "position"
+    aux_loss_coefficient: float = 0.01
+    gemm: Gemm = "auto"
+    overlap_groups: int | None = None
+    impl: Impl = "auto"
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "hidden_size", "ffn_size", "num_experts", "top_k")
+        if self.overlap_groups is not None:
+            check_sizes(self, "overlap_groups")
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k must be at most num_experts {self.num_experts}, got {self.top_k}"
+            )
+        if not 0 <= self.aux_loss_coefficient < math.inf:
+            raise ValueError(
+                f"aux_loss_coefficient must be >= 0 and finite, got {self.aux_loss_coefficient}"
+            )
+        if self.gemm not in get_args(Gemm):
+            raise ValueError(f"gemm must be one of {get_args(Gemm)}, got {self.gemm!r}")
+        if self.impl not in get_args(Impl):
+            raise ValueError(f"impl must be one of {get_args(Impl)}, got {self.impl!r}")
+        check_drop(self.capacity_factor, self.drop_policy)

@@ -1,0 +1,1 @@
+"""Triton kernels around the experts' matrix products. They import nothing but triton."""

@@ -55,7 +55,7 @@ class _Call:
 class ExpertParallelMoELayer(MoELayer):
     """:class:`moe_parallel.ExpertParallelMoE` in the place of Megatron's MoELayer.
 
-    It has the stages of MoELayer, which Megatron's 1F1B schedule calls one by one::
+    The stages of MoELayer, which Megatron's 1F1B schedule calls one by one::
 
         probs, routing_map = route(hidden)          experts of every token, over all ranks
         tokens, probs = preprocess(hidden, probs, routing_map)      rows by expert
@@ -240,30 +240,24 @@ class ExpertParallelMoELayer(MoELayer):
         return permute(x_TM, call.rows, call.impl), probs
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows to the ranks of their experts; ``probs`` stay with their tokens.
-
-        Communication: see :func:`moe_parallel.exchange.dispatch`.
-        """
+        """Rows to their experts by :func:`moe_parallel.exchange.dispatch`; ``probs`` stay."""
         rows = exchange.dispatch(hidden_states, self._under_way().plan, self.moe.groups.ep)
         return rows, probs.clone()
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """The local experts' rows, computed; None for the bias.
-
-        Communication: see :func:`moe_parallel.exchange.gather_etp` and ``scatter_etp``.
-        """
+        """The local experts' rows, over ETP, computed; None for the bias."""
         call, etp_group = self._under_way(), self.moe.groups.etp
         call.probs, plan = probs, call.plan
         rows = exchange.gather_etp(hidden_states, plan, etp_group)
-        rows = self.moe.experts(exchange.group_by_expert(rows, plan), plan.expert_rows)
+        rows = exchange.group_by_expert(rows, plan)
+        if rows is hidden_states:
+            rows = rows.clone()  # the experts keep them, and hidden_states may be freed
+        rows = self.moe.experts(rows, plan.expert_rows)
         rows = exchange.scatter_etp(exchange.group_by_source(rows, plan), plan, etp_group)
         return rows, None
 
     def combine(self, output: Tensor) -> Tensor:
-        """Rows back to the ranks of their tokens.
-
-        Communication: see :func:`moe_parallel.exchange.combine`.
-        """
+        """Rows back to the ranks of their tokens: :func:`moe_parallel.exchange.combine`."""
         return exchange.combine(output, self._under_way().plan, self.moe.groups.ep)
 
     def shared_experts_compute(self, hidden_states: Tensor) -> None:

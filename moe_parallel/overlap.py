@@ -43,7 +43,7 @@ LEAST_BYTES = 16 * 2**20
 Compute = Callable[[int, Tensor], Tensor]
 
 
-class _Transfer(NamedTuple):
+class Transfer(NamedTuple):
     """Rows on their way.
 
     Attributes:
@@ -103,9 +103,9 @@ class Pipeline(NamedTuple):
         sizes = [sum(plan.dispatch_rows) for plan in self.plans]
         departing, returning = rows_AM.split(sizes), results.split(sizes)
         lag = 0 if self.etp_group is None else 1  # the stages of ETP are one group ahead or behind
-        dispatched: dict[int, _Transfer] = {}
-        gathered: dict[int, _Transfer] = {}
-        scattered: dict[int, _Transfer] = {}
+        dispatched: dict[int, Transfer] = {}
+        gathered: dict[int, Transfer] = {}
+        scattered: dict[int, Transfer] = {}
         combined = []
         # A round starts dispatch d, gather a, computes g and starts combine c; the first rounds
         # compute nothing, the last start nothing.
@@ -141,37 +141,37 @@ class Pipeline(NamedTuple):
 
     # ---- stages: what is started, and what it takes ----------------------------------------------
 
-    def _dispatch(self, g: int, rows: Tensor) -> _Transfer:
+    def _dispatch(self, g: int, rows: Tensor) -> Transfer:
         plan = self.plans[g]
-        return self._start("ep", "dispatch", g, rows, plan.dispatch_rows, plan.receive_rows)
+        return self.start("ep", "dispatch", g, rows, plan.dispatch_rows, plan.receive_rows)
 
-    def _gather(self, g: int, rows: Tensor) -> _Transfer:
+    def _gather(self, g: int, rows: Tensor) -> Transfer:
         if self.etp_group is None:
-            return _Transfer(rows, rows, None)
+            return Transfer(rows, rows, None)
         receive = self.plans[g].etp_rows
         repeated = rows.expand(len(receive), *rows.shape).flatten(0, 1)
         send = (rows.shape[0],) * len(receive)
-        return self._start("etp", "all-gather", g, repeated, send, receive)
+        return self.start("etp", "all-gather", g, repeated, send, receive)
 
-    def _scatter(self, g: int, terms: Tensor) -> _Transfer:
+    def _scatter(self, g: int, terms: Tensor) -> Transfer:
         if self.etp_group is None:
-            return _Transfer(terms, terms, None)
+            return Transfer(terms, terms, None)
         send = self.plans[g].etp_rows
         receive = (sum(self.plans[g].receive_rows),) * len(send)
-        return self._start("etp", "scatter", g, terms, send, receive)
+        return self.start("etp", "scatter", g, terms, send, receive)
 
-    def _summed(self, g: int, transfer: _Transfer) -> Tensor:
+    def _summed(self, g: int, transfer: Transfer) -> Tensor:
         """The terms of the ETP ranks, added in their order and rounded once."""
         terms = self._arrived(transfer)
         if self.etp_group is None:
             return terms
         return terms.view(len(self.plans[g].etp_rows), -1, terms.shape[1]).sum(0)
 
-    def _combine(self, g: int, rows: Tensor, into: Tensor) -> _Transfer:
+    def _combine(self, g: int, rows: Tensor, into: Tensor) -> Transfer:
         plan = self.plans[g]
-        return self._start("ep", "combine", g, rows, plan.receive_rows, plan.dispatch_rows, into)
+        return self.start("ep", "combine", g, rows, plan.receive_rows, plan.dispatch_rows, into)
 
-    def _start(
+    def start(
         self,
         lane: Lane,
         name: str,
@@ -180,10 +180,11 @@ class Pipeline(NamedTuple):
         send: Sequence[int],
         receive: Sequence[int],
         into: Tensor | None = None,
-    ) -> _Transfer:  # an all-to-all needs its two splits and its place
+    ) -> Transfer:  # an all-to-all needs its two splits and its place
+        """Start one all-to-all over EP or ETP; rows stay where they are if that is one rank."""
         group = self.ep_group if lane == "ep" else self.etp_group
         if group is None:
-            return _Transfer(rows if into is None else into.copy_(rows), rows, None)
+            return Transfer(rows if into is None else into.copy_(rows), rows, None)
         arriving = rows.new_empty(sum(receive), rows.shape[1]) if into is None else into
         mark = -1
         if self.timeline is not None:
@@ -194,9 +195,9 @@ class Pipeline(NamedTuple):
         )
         if self.timeline is not None and rows.is_cuda:
             self.timeline.over(mark, work, rows.device)
-        return _Transfer(arriving, departing, work, mark)
+        return Transfer(arriving, departing, work, mark)
 
-    def _arrived(self, transfer: _Transfer) -> Tensor:
+    def _arrived(self, transfer: Transfer) -> Tensor:
         """The rows, once they are there: on a GPU the stream waits, not the host."""
         if transfer.work is not None:
             transfer.work.wait()

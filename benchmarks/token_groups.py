@@ -1,0 +1,97 @@
+"""Two groups of tokens in the place of groups of experts: the baseline of ``moe_overlap``.
+
+Every group holds half of a rank's tokens and goes to all experts: these read their weights once a
+group, multiply half the rows at a time, and add up their weight gradients from two parts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_parallel import ExpertParallelMoE, TokenOrder
+from moe_parallel.exchange import group_by_expert, group_by_source, plan_exchange
+from moe_parallel.gemm import backward_product, forward_product, weight_product
+from moe_parallel.impl import chosen_impl
+from moe_parallel.overlap import Pipeline
+from moe_parallel.permute import permute, row_order, unpermute
+from moe_parallel.route import route
+from moe_parallel.swiglu import swiglu, swiglu_backward
+
+
+def token_groups(layer: ExpertParallelMoE, x_TM: Tensor) -> Tensor:
+    """The output of the layer for tokens that choose all experts alike, half of them at a time."""
+    config, mesh, groups = layer.config, layer.mesh, layer.groups
+    order = TokenOrder.contiguous([x_TM.shape[0]] * mesh.num_token_ranks)
+    routing = route(
+        x_TM, layer.gate_weight, top_k=config.top_k, order=order, token_group=groups.token
+    )
+    _, kept_RE = torch.stack(routing.counts).tolist()
+    halves_RE = [[count // 2 for count in kept_E] for kept_E in kept_RE]
+    plan = plan_exchange(halves_RE, mesh)
+    later = torch.arange(x_TM.shape[0], device=x_TM.device) >= x_TM.shape[0] // 2
+    place_Tk = routing.experts + config.num_experts * later.unsqueeze(1)
+    rows = row_order(place_Tk, routing.kept, 2 * sum(plan.dispatch_rows))
+    everybody = range(layer.experts.num_local)
+    pipeline = Pipeline((everybody,) * 2, (plan,) * 2, groups.ep, groups.etp)
+    impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
+    experts = layer.experts
+    results = _TokenGroups.apply(
+        permute(x_TM, rows, impl), experts.w13, experts.w2, pipeline, experts.chosen_gemm(), impl
+    )
+    return unpermute(results, routing.weights, rows, impl)
+
+
+class _TokenGroups(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_AM: Tensor, w13: Tensor, w2: Tensor, pipeline: Pipeline, gemm: Any, impl: Any
+    ) -> Tensor:
+        kept: list[Tensor] = []
+
+        def compute(g: int, rows: Tensor) -> Tensor:
+            plan = pipeline.plans[g]
+            x = group_by_expert(rows, plan)
+            hidden = forward_product(x, w13.flatten(1, 2), plan.expert_rows, gemm)
+            kept.extend((x, hidden))
+            y = forward_product(swiglu(hidden, impl), w2, plan.expert_rows, gemm)
+            return group_by_source(y, plan)
+
+        results = pipeline.run(rows_AM, compute)
+        ctx.save_for_backward(w13, w2, *kept)
+        ctx.arguments = (pipeline, gemm, impl)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_AM: Tensor) -> tuple[Any, ...]:
+        w13, w2, *kept = ctx.saved_tensors
+        pipeline, gemm, impl = ctx.arguments
+        sums = [torch.zeros_like(w13), torch.zeros_like(w2)]
+        parts = [torch.empty_like(w13), torch.empty_like(w2)]
+        made: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def compute(g: int, rows: Tensor) -> Tensor:
+            plan = pipeline.plans[g]
+            dy = group_by_expert(rows, plan)
+            dact = backward_product(dy, w2, plan.expert_rows, gemm)
+            dhidden, act = swiglu_backward(dact, kept[2 * g + 1], impl)
+            made.append((dy, dhidden, act))
+            dx = backward_product(dhidden, w13.flatten(1, 2), plan.expert_rows, gemm)
+            return group_by_source(dx, plan)
+
+        def weights() -> None:
+            for g, (dy, dhidden, act) in enumerate(made):
+                counts = pipeline.plans[g].expert_rows
+                into13, into2 = sums if g == 0 else parts
+                weight_product(dhidden, kept[2 * g], counts, gemm, into13.flatten(1, 2))
+                weight_product(dy, act, counts, gemm, into2)
+                if g:
+                    for total, part in zip(sums, parts):
+                        total += part
+
+        drows = pipeline.run(grad_AM.contiguous(), compute, weights)
+        return drows, *sums, None, None, None

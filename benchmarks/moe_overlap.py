@@ -5,9 +5,9 @@ Exposed communication of a layer in G groups of experts, by time medians of call
     E = (t(G groups) - t(1 group, nothing sent)) / t(only what is sent, 1 group)
 
 ``nothing sent`` is the same layer with every all-to-all of the experts left out: rows come from a
-buffer of the same shape. ``only sent`` is those all-to-alls back to back, without products. E of one
-group is what a layer without overlap shows, about 1. The router, its counts and the copy to the host
-are in all of them. Routing is planted: each expert gets as many tokens from every rank.
+buffer of the same shape. ``only sent`` is those all-to-alls back to back, without products. E of
+one group is what a layer without overlap shows, about 1. The router, its counts and the copy to
+the host are in all of them. Routing is planted: each expert gets as many tokens from every rank.
 
 Baselines: one group of experts; two groups of *tokens*, the scheme of MiniMax-01's figure 9, with
 the same pipeline; experts cut over all ranks (ETP alone), which is plain tensor parallelism.

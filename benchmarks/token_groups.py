@@ -72,26 +72,25 @@ class _TokenGroups(torch.autograd.Function):
         pipeline, gemm, impl = ctx.arguments
         sums = [torch.zeros_like(w13), torch.zeros_like(w2)]
         parts = [torch.empty_like(w13), torch.empty_like(w2)]
-        made: list[tuple[Tensor, Tensor, Tensor]] = []
+        made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
         def compute(g: int, rows: Tensor) -> Tensor:
             plan = pipeline.plans[g]
             dy = group_by_expert(rows, plan)
             dact = backward_product(dy, w2, plan.expert_rows, gemm)
             dhidden, act = swiglu_backward(dact, kept[2 * g + 1], impl)
-            made.append((dy, dhidden, act))
+            made[g] = (dy, dhidden, act)
             dx = backward_product(dhidden, w13.flatten(1, 2), plan.expert_rows, gemm)
             return group_by_source(dx, plan)
 
-        def weights() -> None:
-            for g, (dy, dhidden, act) in enumerate(made):
-                counts = pipeline.plans[g].expert_rows
-                into13, into2 = sums if g == 0 else parts
-                weight_product(dhidden, kept[2 * g], counts, gemm, into13.flatten(1, 2))
-                weight_product(dy, act, counts, gemm, into2)
-                if g:
-                    for total, part in zip(sums, parts):
-                        total += part
+        def weights(g: int) -> None:
+            (dy, dhidden, act), counts = made.pop(g), pipeline.plans[g].expert_rows
+            into13, into2 = sums if g == 0 else parts
+            weight_product(dhidden, kept[2 * g], counts, gemm, into13.flatten(1, 2))
+            weight_product(dy, act, counts, gemm, into2)
+            if g:
+                for total, part in zip(sums, parts):
+                    total += part
 
         drows = pipeline.run(grad_AM.contiguous(), compute, weights)
         return drows, *sums, None, None, None

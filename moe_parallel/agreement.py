@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from moe_parallel.order import TokenOrder
 from moe_parallel.route import all_gather
+from moe_parallel.topology import ExpertMesh
 
 
 def check_order(
@@ -77,4 +78,27 @@ def check_counts(assigned_RE: Sequence[Sequence[int]], top_k: int, order: TokenO
             raise ValueError(
                 f"token_order must be equal on every rank, got {expected} tokens for rank {rank},"
                 f" which routed {routed}: pass it if ranks hold different numbers of tokens"
+            )
+
+
+def check_rows(kept_RE: Sequence[Sequence[int]], max_rows: int | None, mesh: ExpertMesh) -> None:
+    """Raise ValueError, on every rank of the EP x ETP block alike, if one would take too many rows.
+
+    Args:
+        kept_RE: rows each rank of the token group sends to each expert, on the host.
+        max_rows: most rows for the experts of one rank; None for any number.
+        mesh: the block of this rank.
+    """
+    if max_rows is None:
+        return
+    num_local = len(kept_RE[0]) // mesh.ep_size
+    sources = [rank for ranks in mesh.token_ranks for rank in ranks]
+    for ep_rank in range(mesh.ep_size):
+        experts = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
+        rows = sum(sum(kept_RE[source][experts]) for source in sources)
+        if rows > max_rows:
+            raise ValueError(
+                f"max_rows must be at least the rows that the experts of EP rank {ep_rank} are to"
+                f" take, got {max_rows} for {rows}: set a capacity_factor, route fewer tokens a"
+                " call, or allow more"
             )

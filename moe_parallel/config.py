@@ -31,6 +31,9 @@ class MoEConfig:
             one runs under the products of another (:mod:`moe_parallel.overlap`); at most the
             experts of a rank. None: by the rule of :func:`moe_parallel.overlap.plan_pipeline`.
             Results have the same bits for any number.
+        max_rows: most rows (kept assignments) that the experts of one rank may take in a call; more
+            raise on every rank of its EP x ETP block, before any row travels. None: as many as come
+            (docs/moe.md has what they take of memory).
         impl: of the activation and the sums of a token's rows: ``eager`` is plain torch, ``triton``
             a kernel each, ``auto`` triton on CUDA but for float64
             (:func:`moe_parallel.impl.chosen_impl`).
@@ -48,12 +51,15 @@ class MoEConfig:
     aux_loss_coefficient: float = 0.01
     gemm: Gemm = "auto"
     overlap_groups: int | None = None
+    max_rows: int | None = None
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
         check_sizes(self, "hidden_size", "ffn_size", "num_experts", "top_k")
-        if self.overlap_groups is not None:
-            check_sizes(self, "overlap_groups")
+        check_sizes(
+            self,
+            *(name for name in ("overlap_groups", "max_rows") if getattr(self, name) is not None),
+        )
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k must be at most num_experts {self.num_experts}, got {self.top_k}"

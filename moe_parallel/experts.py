@@ -229,24 +229,23 @@ class _OverRanks(torch.autograd.Function):
         w13, w2, *kept = ctx.saved_tensors
         pipeline, gemm, impl = ctx.arguments
         dw13, dw2 = torch.empty_like(w13), torch.empty_like(w2)
-        # Of each group what its weight gradients are made of, once the rows are on their way.
-        made: list[tuple[Tensor, Tensor, Tensor]] = []
+        made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what weight gradients are made of
 
         def compute(g: int, rows: Tensor) -> Tensor:
             plan, own = pipeline.plans[g], _slice(pipeline.experts[g])
             dy = group_by_expert(rows, plan)
             dact = backward_product(dy, w2[own], plan.expert_rows, gemm)
             dhidden, act = swiglu_backward(dact, kept[2 * g + 1], impl)
-            made.append((dy, dhidden, act))
+            made[g] = (dy, dhidden, act)
             dx = backward_product(dhidden, w13[own].flatten(1, 2), plan.expert_rows, gemm)
             return group_by_source(dx, plan)
 
-        def weights() -> None:
-            for g, (dy, dhidden, act) in enumerate(made):
-                counts, own = pipeline.plans[g].expert_rows, _slice(pipeline.experts[g])
-                with pipeline.computing("weights", g, dy.device):
-                    weight_product(dhidden, kept[2 * g], counts, gemm, dw13[own].flatten(1, 2))
-                    weight_product(dy, act, counts, gemm, dw2[own])
+        def weights(g: int) -> None:
+            dy, dhidden, act = made.pop(g)
+            counts, own = pipeline.plans[g].expert_rows, _slice(pipeline.experts[g])
+            with pipeline.computing("weights", g, dy.device):
+                weight_product(dhidden, kept[2 * g], counts, gemm, dw13[own].flatten(1, 2))
+                weight_product(dy, act, counts, gemm, dw2[own])
 
         with torch.autocast(grad_AM.device.type, enabled=False):
             # An expanded gradient has strides that products reject.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_parallel.agreement import check_counts, check_order
+from moe_parallel.agreement import check_counts, check_order, check_rows
 from moe_parallel.config import MoEConfig
 from moe_parallel.experts import Experts, generator_of
 from moe_parallel.impl import chosen_impl
@@ -211,8 +211,12 @@ class ExpertParallelMoE(nn.Module):
             The results ``[A, hidden]``, and which row is whose.
 
         Communication: see :meth:`moe_parallel.overlap.Pipeline.run`.
+
+        Raises:
+            ValueError: if a rank of the block would take more than ``max_rows``.
         """
         config, mesh = self.config, self.mesh
+        check_rows(kept_RE, config.max_rows, mesh)
         experts, plans = plan_pipeline(
             kept_RE,
             mesh,

@@ -15,8 +15,8 @@ gathers the rows (A), and what it computes of them is summed where they came fro
 
 Groups are of experts, not of tokens: each expert is multiplied once, with all its rows, so results
 have the same bits for any number of groups, and no weight gradient is added up from parts. The
-backward is the same pipeline with gradients for rows; weight gradients come last, under the way
-home of the last group.
+backward is the same pipeline with gradients for rows. No rank waits for weight gradients: those of
+a group come two groups later, and the last ones under the way home of the last rows.
 
 All collectives are started by one thread, in an order that follows from the number of groups alone:
 it is the same on every rank, across both process groups.
@@ -39,6 +39,9 @@ from moe_parallel.topology import ExpertMesh
 
 # What one all-to-all should carry at least: at 300 GB/s a few times the latency of one.
 LEAST_BYTES = 16 * 2**20
+
+# Groups between rows and weights in a backward: so many of them hold what weights are made of.
+BESIDE_LAG = 2
 
 Compute = Callable[[int, Tensor], Tensor]
 
@@ -77,7 +80,7 @@ class Pipeline(NamedTuple):
     timeline: Timeline | None = None
 
     def run(
-        self, rows_AM: Tensor, compute: Compute, last: Callable[[], None] | None = None
+        self, rows_AM: Tensor, compute: Compute, beside: Callable[[int], None] | None = None
     ) -> Tensor:
         """Send rows to their experts, compute, and send the results back.
 
@@ -86,7 +89,7 @@ class Pipeline(NamedTuple):
             compute: of the number of a group and its rows, as ``chunk_rows`` of its plan lists
                 them, to this rank's terms of the results, in the same order. With ETP the terms of
                 all its ranks are summed.
-            last: computes what no rank waits for, while the last results travel.
+            beside: of the number of a group that was computed, computes what no rank waits for.
 
         Returns:
             ``[A, hidden]``, the results, in the order of ``rows_AM``.
@@ -96,8 +99,8 @@ class Pipeline(NamedTuple):
         """
         if self.ep_group is None and self.etp_group is None and len(self.plans) == 1:
             results = self._computed(compute, 0, rows_AM)
-            if last is not None:
-                last()
+            if beside is not None:
+                beside(0)
             return results
         results, count = torch.empty_like(rows_AM), len(self.plans)
         sizes = [sum(plan.dispatch_rows) for plan in self.plans]
@@ -121,8 +124,11 @@ class Pipeline(NamedTuple):
             if c >= 0:
                 rows = self._summed(c, scattered.pop(c))
                 combined.append(self._combine(c, rows, returning[c]))
-        if last is not None:
-            last()
+            if beside is not None and g >= BESIDE_LAG:
+                beside(g - BESIDE_LAG)
+        if beside is not None:
+            for g in range(max(0, count + lag - BESIDE_LAG), count):
+                beside(g)
         for transfer in combined:
             self._arrived(transfer)
         return results

@@ -56,10 +56,9 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, "hidden_size", "ffn_size", "num_experts", "top_k")
-        check_sizes(
-            self,
-            *(name for name in ("overlap_groups", "max_rows") if getattr(self, name) is not None),
-        )
+        for name in ("overlap_groups", "max_rows"):
+            if getattr(self, name) is not None:
+                check_sizes(self, name)
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k must be at most num_experts {self.num_experts}, got {self.top_k}"

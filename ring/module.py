@@ -7,8 +7,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp.layout import SequenceLayout
-from ring.attention import locate, ring_attention
+from ring.attention import ring_attention
 from ring.rope import apply_rotary, check_rotary_dim
+from ring.validation import locate
 
 
 class RingAttention(nn.Module):

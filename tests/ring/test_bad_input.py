@@ -9,10 +9,10 @@ import torch.distributed as dist
 from lasp.layout import SequenceLayout
 from lasp.validation import check_layout
 from ring import RingAttention, ring_attention
-from ring.attention import locate
 from ring.block import BLOCKS
 from ring.rope import apply_rotary
 from ring.schedule import plan_ring
+from ring.validation import locate
 from tests.ranks import run_on_ranks
 
 LAYOUT = SequenceLayout((5, 7), 2)  # 6 tokens a rank; the border cuts the second document

@@ -1,0 +1,80 @@
+"""Every way and number of stages gives the attention of one rank, in the same bits every time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lasp.layout import SequenceLayout
+from ring.stages import StageRule
+from tests.ranks import run_on_ranks
+from tests.ring.cases import (
+    HEADS,
+    NAMES,
+    ORDERS,
+    PACKS,
+    RULES,
+    assert_all_equal,
+    assert_all_within_budget,
+    forward_backward,
+    on_world,
+    oracle,
+    planned_by,
+    random_tensors,
+    unshard_all,
+)
+
+
+def cases_on_world(cases) -> list[list[Tensor]]:
+    results = []
+    for tensors, layout, rule, kwargs in cases:
+        with planned_by(rule):
+            results.append(on_world(tensors, layout, **kwargs))
+    return results
+
+
+def on_ranks(cases, num_ranks: int) -> list[list[Tensor]]:
+    """Results of the whole pack, for each case."""
+    by_rank = run_on_ranks(cases_on_world, num_ranks, cases)
+    return [unshard_all(case[1], some) for case, *some in zip(cases, *by_rank)]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_output_and_gradients_in_float64(num_ranks: int, order, causal: bool) -> None:
+    cases = []
+    for index, lengths in enumerate(PACKS):
+        tensors = random_tensors(sum(lengths), *HEADS[index % len(HEADS)], 4, torch.float64)
+        layout = SequenceLayout(lengths, num_ranks, order)
+        for number, rule in enumerate(RULES):
+            kwargs = {"causal": causal, "keep_kv": bool((index + number) % 2)}
+            cases.append((tensors, layout, rule, kwargs))
+    for (tensors, layout, _, _), actual in zip(cases, on_ranks(cases, num_ranks)):
+        assert_all_equal(actual, oracle(tensors, layout.document_lengths, causal))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("causal", [True, False])
+def test_lower_precision_within_the_error_of_one_eager_rank(dtype, causal: bool) -> None:
+    lengths = (90, 1, 37)
+    tensors = random_tensors(128, 4, 2, 16, dtype)
+    one = SequenceLayout(lengths, 1)
+    honest = forward_backward(tensors, layout=one, causal=causal, block="eager")
+    layout = SequenceLayout(lengths, 4, "zigzag")
+    cases = [(tensors, layout, rule, {"causal": causal}) for rule in RULES]
+    for actual in on_ranks(cases, 4):
+        assert_all_within_budget(actual, oracle(tensors, lengths, causal), honest, dtype)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_bits_are_the_same_in_two_runs_and_with_kept_keys(rule: StageRule, dtype) -> None:
+    tensors = random_tensors(120, 4, 2, 8, dtype)
+    layout = SequenceLayout((100, 20), 4, "fold")
+    cases = [(tensors, layout, rule, {"keep_kv": keep}) for keep in (False, False, True)]
+    first, *others = on_ranks(cases, 4)
+    for other in others:
+        for name, a, b in zip(NAMES, first, other, strict=True):
+            assert torch.equal(a, b), name

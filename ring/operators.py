@@ -16,7 +16,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 
 from lasp.layout import Order, SequenceLayout
 from ring import passes
-from ring.block import QKV, resolve_block
+from ring.block import resolve_block
+from ring.interface import QKV
 from ring.merge import Partial
 from ring.schedule import plan_ring
 from ring.validation import locate
@@ -90,8 +91,8 @@ def _attention_backward(
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor) -> QKV:
-    """Kernels take any strides but that of the head dim."""
-    return QKV(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)))
+    """Contiguous: dense kernels would copy strided rows tile by tile."""
+    return QKV(*(x.contiguous() for x in (q, k, v)))
 
 
 def _call(

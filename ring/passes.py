@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring.block import QKV, Block, Segments
 from ring.exchange import DKV, Arrivals, Transfer, add_returned, give_back, make_slabs
-from ring.merge import Partial, merge_into
+from ring.interface import QKV, Block, Segments
+from ring.merge import Partial
 from ring.schedule import RingSchedule, Stage, Tile
 
 
@@ -66,8 +66,7 @@ def forward(qkv: QKV, call: Call, *, keep_kv: bool) -> tuple[Partial, Tensor]:
     def attend(tiles: Iterable[Tile], k: Tensor, v: Tensor) -> None:
         for tile in tiles:
             part = _of_tile(tile, qkv.q, k, v, schedule)
-            outside = block.forward(part, causal=False, scale=call.scale)
-            merge_into(into[tile.rectangle], outside)
+            block.forward_into(into[tile.rectangle], part, scale=call.scale)
 
     attend(schedule.own_tiles, qkv.k, qkv.v)
     for stage, slab in arrivals:

@@ -11,8 +11,10 @@ Example: out_a = (4, 0) with lse_a = 0 and out_b = (0, 8) with lse_b = log 3 bec
 lse = log 4.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -60,14 +62,22 @@ def merge_kernel(
     tl.store(into_lse, m + tl.log(total), mask=inside)
 
 
-def merge_into(into_output, into_lse, output, lse) -> None:
-    """Launch; arguments as those of the kernel, the last dim of both outputs contiguous."""
+def merge_into(into_output: Tensor, into_lse: Tensor, output: Tensor, lse: Tensor) -> None:
+    """Launch on the current stream of their device; tensors as those of the kernel.
+
+    Raises:
+        ValueError: if the last dim of an output is not contiguous.
+    """
     if into_output.stride(-1) != 1 or output.stride(-1) != 1:
-        raise ValueError("the last dim of both outputs must be contiguous: a kernel made another")
+        raise ValueError(
+            "the last dim of both outputs must be contiguous, got strides"
+            f" {into_output.stride()} and {output.stride()}: copy them with .contiguous()"
+        )
     tokens, num_heads, head_dim = output.shape
-    block = 8  # times 128 columns: 8 elements a thread
-    merge_kernel[(triton.cdiv(tokens * num_heads, block),)](
-        into_output, into_lse, output, lse, tokens * num_heads, num_heads,
-        *into_output.stride()[:2], *into_lse.stride(), *output.stride()[:2], *lse.stride(),
-        D=head_dim, BLOCK=block, BLOCK_D=triton.next_power_of_2(head_dim),
-    )  # fmt: skip
+    block = 8  # of 128 columns: 8 elements a thread
+    with torch.cuda.device_of(output):
+        merge_kernel[(triton.cdiv(tokens * num_heads, block),)](
+            into_output, into_lse, output, lse, tokens * num_heads, num_heads,
+            *into_output.stride()[:2], *into_lse.stride(), *output.stride()[:2], *lse.stride(),
+            D=head_dim, BLOCK=block, BLOCK_D=triton.next_power_of_2(head_dim),
+        )  # fmt: skip

@@ -33,7 +33,7 @@ def test_what_the_local_attention_hides_comes_in_equal_stages() -> None:
 
 
 def test_stages_grow_where_the_local_attention_is_short() -> None:
-    sizes = stage_tokens(400_000, 2048 * 1400, 4200, RULE)
+    sizes = stage_tokens(400_000, 2048 * 1400, 4200, RULE._replace(min_tokens=2048))
     assert sizes == [2048, 6144, 16384, 400_000 - 2048 - 6144 - 16384]
 
 

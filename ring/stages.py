@@ -33,16 +33,17 @@ def stage_tokens(needed: int, local_pairs: int, rows: int, rule: StageRule) -> l
     """Tokens that a rank receives in each stage when it may choose; they sum to ``needed``.
 
     A stage brings what arrives under the work before it: the first under the local attention of
-    ``local_pairs`` pairs, each next one under its predecessor's tile of ``rows`` queries. It brings
-    no more than an equal share, so that two receive buffers hold half of it all, and no less than
-    ``rule.min_tokens``. Sizes are cut down to :func:`bucket`, so that shapes of tiles recur. The
-    last stage brings the rest.
+    ``local_pairs`` pairs, each next one under its predecessor's tile of ``rows`` queries. But no
+    more than an equal share of what is left, so that two receive buffers hold about half of it all;
+    and no less than half an equal share of the whole, nor than ``rule.min_tokens``. Sizes are cut
+    down to :func:`bucket`, so that shapes of tiles recur. The last stage brings the rest.
     """
     sizes: list[int] = []
     left, hidden = needed, local_pairs // rule.pairs_per_token
-    share = -(-needed // rule.max_stages)
+    least = max(rule.min_tokens, needed // (2 * rule.max_stages))
     while left:
-        size = bucket(max(min(hidden, share), rule.min_tokens))
+        share = -(-left // (rule.max_stages - len(sizes)))
+        size = bucket(max(min(hidden, share), least))
         if len(sizes) == rule.max_stages - 1 or left <= size:
             size = left
         sizes.append(size)

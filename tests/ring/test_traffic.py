@@ -34,7 +34,9 @@ def test_what_the_local_attention_hides_comes_in_equal_stages() -> None:
 
 def test_stages_grow_where_the_local_attention_is_short() -> None:
     sizes = stage_tokens(400_000, 2048 * 1400, 4200, RULE._replace(min_tokens=2048))
-    assert sizes == [2048, 6144, 16384, 400_000 - 2048 - 6144 - 16384]
+    assert sizes == [49152, 114688, 114688, 400_000 - 49152 - 2 * 114688]
+    sizes = stage_tokens(400_000, 2048 * 1400, 0, RULE)
+    assert sizes == [49152, 49152, 49152, 400_000 - 3 * 49152]
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
@@ -92,6 +94,17 @@ def test_a_document_over_two_ranks_goes_to_the_neighbour_directly() -> None:
         for d in traffic.deliveries(piece, rank)
     ]
     assert edges == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_documents_over_three_ranks_make_a_truncated_ring() -> None:
+    traffic = forced(SequenceLayout((30, 30), 6), "direct")
+    edges = {
+        (d.consumer - d.sender, d.consumer % 3)
+        for rank in range(6)
+        for piece in traffic.needed_by(rank)
+        for d in traffic.deliveries(piece, rank)
+    }
+    assert edges == {(1, 1), (1, 2), (2, 2)}
 
 
 def test_sources_come_in_ring_order_backwards() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lasp.layout import SequenceLayout
 from ring.operators import attend
-from ring.validation import check_tensors
+from ring.validation import check_kinds, check_tensors
 
 
 class RingOutput(NamedTuple):
@@ -89,13 +89,7 @@ def ring_attention(  # the operator: its arguments are its documentation
     varlen over the whole pack: MiniMax-01, arXiv:2501.08313, section 3.2.1.
     """
     check_tensors(q, k, v)
-    if layout is not None and not isinstance(layout, SequenceLayout):
-        raise ValueError(f"layout must be a SequenceLayout, got {layout!r}: build one from lengths")
-    if cp_group is not None and not isinstance(cp_group, dist.ProcessGroup):
-        raise ValueError(
-            f"cp_group must be a process group that holds this rank, got {cp_group!r}: call the"
-            " operator on the members of the group only"
-        )
+    check_kinds(layout, cp_group)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.ndim == 4 and layout is not None and layout.num_documents != 1:
         raise ValueError(

@@ -23,10 +23,8 @@ from ring.schedule import plan_ring
 from ring.validation import locate
 
 # Of the group the name; of one rank, without a group, no name.
-_SETTINGS = (
-    "Tensor lengths, int num_ranks, str order, str group, bool causal, float scale, str block,"
-    " bool keep_kv"
-)
+_WHERE = "Tensor lengths, int num_ranks, str order, str group"
+_SETTINGS = f"{_WHERE}, bool causal, float scale, str block, bool keep_kv"
 _LIBRARY = torch.library.Library("ring", "FRAGMENT")
 _LIBRARY.define(
     f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS})"
@@ -36,6 +34,8 @@ _LIBRARY.define(
     "attention_backward(Tensor doutput, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse,"
     f" Tensor kept, {_SETTINGS}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
+
+_LIBRARY.define(f"positions(Tensor hidden, {_WHERE}) -> Tensor")
 
 
 def attend(
@@ -51,16 +51,33 @@ def attend(
     keep_kv: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse of packed tokens ``[T, H, D]``; arguments as those of ``ring_attention``."""
-    if layout is None:
-        lengths = torch.full((1,), q.shape[0], dtype=torch.int64, device="cpu")
-        num_ranks, order = 1, "contiguous"
-    else:
-        lengths, num_ranks, order = layout.lengths_tensor, layout.num_ranks, layout.order
-    group = "" if cp_group is None else cp_group.group_name
-    output, lse, _ = torch.ops.ring.attention(
-        q, k, v, lengths, num_ranks, order, group, causal, scale, block, keep_kv
-    )
+    where = _where(q.shape[0], layout, cp_group)
+    output, lse, _ = torch.ops.ring.attention(q, k, v, *where, causal, scale, block, keep_kv)
     return output, lse
+
+
+def positions(
+    hidden: Tensor, layout: SequenceLayout | None, cp_group: dist.ProcessGroup | None
+) -> Tensor:
+    """Position of each token of ``hidden [..., T, C]`` within its document: int64 ``[T]``.
+
+    Raises:
+        ValueError: as :func:`ring.validation.locate`.
+    """
+    where = _where(hidden.shape[-2], layout, cp_group)
+    found: Tensor = torch.ops.ring.positions(hidden, *where)
+    return found
+
+
+def _where(
+    num_tokens: int, layout: SequenceLayout | None, cp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, int, str, str]:
+    """Layout and group as a schema takes them."""
+    group = "" if cp_group is None else cp_group.group_name
+    if layout is None:
+        lengths = torch.full((1,), num_tokens, dtype=torch.int64, device="cpu")
+        return lengths, 1, "contiguous", group
+    return layout.lengths_tensor, layout.num_ranks, layout.order, group
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,10 +124,22 @@ def _call(
     keep_kv: bool,
 ) -> tuple[passes.Call, bool]:
     """The call, checked: what a graph does not know is checked here, before any communication."""
-    cp_group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
-    layout, rank = locate("q", q, -3, _layout(tuple(lengths.tolist()), num_ranks, order), cp_group)
+    cp_group = _group(group)
+    layout = _layout(tuple(lengths.tolist()), num_ranks, order)
+    rank = locate("q", q, -3, layout, cp_group)
     kernel = resolve_block(block, q.device, q.dtype, q.shape[-1])
     return passes.Call(plan_ring(layout, rank, causal), cp_group, kernel, scale), keep_kv
+
+
+def _positions(hidden: Tensor, lengths: Tensor, num_ranks: int, order: Order, group: str) -> Tensor:
+    layout = _layout(tuple(lengths.tolist()), num_ranks, order)
+    rank = locate("hidden", hidden, -2, layout, _group(group))
+    # A copy: compiled code may write over the results of operators that it no longer needs.
+    return layout.position_ids(rank, hidden.device).clone()
+
+
+def _group(name: str) -> dist.ProcessGroup | None:
+    return _resolve_process_group(name) if name else None  # type: ignore[arg-type]
 
 
 # A few batches in flight: what is derived from a layout is cached on the object.
@@ -157,5 +186,11 @@ _LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("ring::attention", _fake, lib=_LIBRARY)
 torch.library.register_fake("ring::attention_backward", _fake_backward, lib=_LIBRARY)
+_LIBRARY.impl("positions", _positions, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "ring::positions",
+    lambda hidden, *_: hidden.new_empty(hidden.shape[-2], dtype=torch.int64),
+    lib=_LIBRARY,
+)
 torch.library.register_autograd("ring::attention", _gradients, setup_context=_save, lib=_LIBRARY)
 torch.library.register_autograd("ring::attention_backward", _no_second_derivative, lib=_LIBRARY)

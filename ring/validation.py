@@ -9,26 +9,30 @@ from torch import Tensor
 from lasp.layout import SequenceLayout
 
 
-def locate(
-    name: str,
-    x: Tensor,
-    token_dim: int,
-    layout: SequenceLayout | None,
-    cp_group: dist.ProcessGroup | None,
-) -> tuple[SequenceLayout, int]:
-    """The layout of the tokens of ``x``, the argument ``name``, and the rank within ``cp_group``.
-
-    Raises:
-        ValueError: if the layout is of another length or of another number of ranks.
-    """
+def check_kinds(layout: SequenceLayout | None, cp_group: dist.ProcessGroup | None) -> None:
+    """Raise ValueError for what is no layout or no group that holds this rank."""
+    if layout is not None and not isinstance(layout, SequenceLayout):
+        raise ValueError(f"layout must be a SequenceLayout, got {layout!r}: build one from lengths")
     if cp_group is not None and not isinstance(cp_group, dist.ProcessGroup):
         raise ValueError(
             f"cp_group must be a process group that holds this rank, got {cp_group!r}: call the"
             " operator on the members of the group only"
         )
+
+
+def locate(
+    name: str,
+    x: Tensor,
+    token_dim: int,
+    layout: SequenceLayout,
+    cp_group: dist.ProcessGroup | None,
+) -> int:
+    """The rank within ``cp_group`` that holds the tokens of ``x``, the argument ``name``.
+
+    Raises:
+        ValueError: if the layout is of another length or of another number of ranks.
+    """
     num_tokens = x.shape[token_dim]
-    if layout is None:
-        layout = SequenceLayout((num_tokens,), num_ranks=1)
     num_ranks = 1 if cp_group is None else cp_group.size()
     if layout.num_ranks != num_ranks:
         raise ValueError(
@@ -41,7 +45,7 @@ def locate(
             f" {layout.num_local_tokens}: is this the layout of this batch, and {name} sharded"
             " by it?"
         )
-    return layout, 0 if cp_group is None else cp_group.rank()
+    return 0 if cp_group is None else cp_group.rank()
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lasp.layout import SequenceLayout
-from ring import ring_attention
+from ring import RingAttention, ring_attention
 from ring.block import BLOCKS
 from tests.ranks import run_on_ranks
 from tests.ring.cases import random_tensors
@@ -84,6 +84,21 @@ def test_one_graph_over_ranks() -> None:
 
 def make_inputs_detached(tokens: int) -> list[Tensor]:
     return [x.detach() for x in make_inputs(tokens)]
+
+
+def test_positions_are_well_registered() -> None:
+    arguments = (torch.zeros(2, 12, 3), torch.tensor([5, 7]), 1, "contiguous", "")
+    torch.library.opcheck(torch.ops.ring.positions.default, arguments)
+    assert torch.ops.ring.positions(*arguments).tolist() == [*range(5), *range(7)]
+
+
+def test_the_layer_is_one_graph() -> None:
+    torch._dynamo.reset()
+    layer = RingAttention(8, 2, 1, 4, rotary_dim=2)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for lengths in ((12,), (5, 7), (1, 2, 9)):
+        x, layout = torch.randn(12, 8), SequenceLayout(lengths, 1)
+        assert torch.equal(compiled(x, layout=layout), layer(x, layout=layout))
 
 
 def test_a_graph_checks_its_arguments_when_it_runs() -> None:

@@ -187,9 +187,3 @@ def test_padding_cut_by_a_rank_border_does_not_move(causal: bool) -> None:
     layout = SequenceLayout((1,), 8)
     assert layout.num_padding_tokens == 7
     assert not plan_ring(layout, 5, causal).stages
-
-
-@pytest.mark.parametrize("rank", [-1, 2])
-def test_a_rank_that_is_none_is_refused(rank: int) -> None:
-    with pytest.raises(ValueError, match="rank must be in"):
-        plan_ring(SequenceLayout((8,), 2), rank, True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lasp.layout import SequenceLayout
 from ring import passes, ring_attention
 from ring.block import BLOCKS, QKV
+from ring.merge import Partial, merge
 from ring.schedule import Interval, RingSchedule, Tile, plan_ring
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
@@ -161,6 +162,22 @@ def tile_a_key() -> RingSchedule:
     schedule = plan_ring(SequenceLayout((64,), 2, "zigzag"), 0, True)
     tiles = tuple(Tile(0, (Interval(s, s + 1),)) for s in range(16))
     return replace(schedule, own_tiles=tiles, stages=())
+
+
+def test_rows_are_merged_over_tiles_in_float32() -> None:
+    *qkv, _ = random_tensors(32, 4, 2, 8, torch.bfloat16)
+    q, k, v = qkv = QKV(*qkv)
+    schedule, block = tile_a_key(), BLOCKS["cpu_flash"]
+    (output, lse), _ = passes.forward(qkv, passes.Call(schedule, None, block, 1.0), keep_kv=False)
+    local = block.forward_varlen(qkv, passes._segments(schedule, q.device), scale=1.0)
+    assert local.output.dtype == torch.bfloat16
+    merged = Partial(local.output[16:].float(), local.lse[16:])
+    for s in range(16):
+        key = QKV(q[16:], k[s : s + 1], v[s : s + 1])
+        merged = merge(merged, block.forward(key, causal=False, scale=1.0))
+    assert torch.equal(output[16:], merged.output.bfloat16())
+    assert torch.equal(lse[16:], merged.lse)
+    assert torch.equal(output[:16], local.output[:16])
 
 
 def test_dq_is_summed_over_tiles_in_float32() -> None:

@@ -39,6 +39,7 @@ from ring.merge import Partial, merge_into
 from ring.stages import bucket
 
 MIN_SIDE = 1024  # of a dense tile
+MAX_SIDE = 65536  # likewise: offsets within 64 heads of 128 stay far below 2^31
 MIN_SQUARE = 4096  # of a fragment that leaves the varlen call
 
 
@@ -65,10 +66,10 @@ class Local(NamedTuple):
 
 
 def cut_side(length: int, smallest: int) -> list[int]:
-    """Buckets of at least ``smallest``, then the rest if there is one; they sum to ``length``."""
+    """Buckets from ``smallest`` to ``MAX_SIDE``, then the rest if any; they sum to ``length``."""
     sizes = []
     while length >= smallest:
-        sizes.append(bucket(length))
+        sizes.append(min(bucket(length), MAX_SIDE))
         length -= sizes[-1]
     return [*sizes, length] if length else sizes
 

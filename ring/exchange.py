@@ -26,11 +26,13 @@ class Transfer(NamedTuple):
     """An exchange under way.
 
     Attributes:
+        exchange: what it is.
         received: ``[2, tokens, Hkv, D]``, to be read after :meth:`wait`.
         sent: what is being sent, held until the transfer is over.
         works: of the collectives.
     """
 
+    exchange: Exchange
     received: Tensor
     sent: tuple[Tensor, ...]
     works: tuple[dist.Work, ...]
@@ -127,17 +129,16 @@ def give_back(stage: Stage, dslab: Tensor, cp_group: dist.ProcessGroup | None) -
     return _start(exchange, sent, received, cp_group)
 
 
-def add_returned(exchange: Exchange, returned: Tensor, dkv: DKV, dslab: DKV) -> None:
-    """Add what came back, source by source: a fixed order.
+def add_returned(transfer: Transfer, dkv: DKV, dslab: DKV) -> None:
+    """Wait for what comes back and add it, source by source: a fixed order.
 
     Args:
-        exchange: the ``give_back`` of the stage.
-        returned: what :func:`give_back` received.
+        transfer: that :func:`give_back` started.
         dkv: of own tokens; changed.
         dslab: of the *next* stage, whose gradients a chain brings here first; changed.
     """
-    lengths = [part.tokens.tokens for part in exchange.receives]
-    for part, gradients in zip(exchange.receives, returned.split(lengths, 1)):
+    returned, parts = transfer.wait(), transfer.exchange.receives
+    for part, gradients in zip(parts, returned.split([part.tokens.tokens for part in parts], 1)):
         for into, gradient in zip(dslab if part.of_slab else dkv, gradients):
             into[slice(*part.tokens)] += gradient
 
@@ -163,4 +164,4 @@ def _start(
         )
         for into, of in zip(received.unbind(0), sent)
     )  # fmt: skip
-    return Transfer(received, sent, works)
+    return Transfer(exchange, received, sent, works)

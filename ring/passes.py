@@ -108,25 +108,23 @@ def backward(doutput: Tensor, merged: Partial, qkv: QKV, call: Call, kept: Tenso
     def differentiate(tiles: Iterable[Tile], k: Tensor, v: Tensor, into: DKV) -> None:
         for tile in tiles:
             rows = slice(*schedule.rows[tile.rectangle])
-            of_rows, part = (
-                Partial(*(x[rows] for x in merged)),
-                _of_tile(tile, qkv.q, k, v, schedule),
-            )
+            of_rows = Partial(*(x[rows] for x in merged))
+            part = _of_tile(tile, qkv.q, k, v, schedule)
             outside = block.backward(doutput[rows], of_rows, part, causal=False, scale=call.scale)
             dq[rows] += outside.q
             _scatter_add(tile, outside, into)
 
     differentiate(schedule.own_tiles, qkv.k, qkv.v, dkv)
-    before: tuple[Stage, Transfer] | None = None
+    returning: Transfer | None = None
     for stage, slab in arrivals:
         dslab = torch.zeros_like(slab, dtype=wide, memory_format=torch.contiguous_format)
         k, v = slab
         differentiate(stage.tiles, k, v, dslab)
-        if before is not None:
-            add_returned(before[0].give_back, before[1].wait(), dkv, dslab)
-        before = stage, give_back(stage, dslab, call.cp_group)
-    if before is not None:
-        add_returned(before[0].give_back, before[1].wait(), dkv, dkv)  # none is for a next slab
+        if returning is not None:
+            add_returned(returning, dkv, dslab)
+        returning = give_back(stage, dslab, call.cp_group)
+    if returning is not None:
+        add_returned(returning, dkv, dkv)  # there is no next slab, and nothing for one
     return QKV(dq.to(qkv.q.dtype), *(x.to(qkv.k.dtype) for x in dkv))
 
 

@@ -54,16 +54,17 @@ def make_block() -> tuple[CutBlock, Noting, Noting]:
     return CutBlock("cut", dense, other), dense, other
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**6), st.sampled_from([1, 4, 1024]))
 def test_sides_are_buckets_and_one_rest(length: int, smallest: int) -> None:
     sizes = cut_side(length, smallest)
     assert sum(sizes) == length
-    assert all(bucket(n) == n >= smallest for n in sizes[:-1])
+    assert all(bucket(n) == n >= smallest and n <= 65536 for n in sizes[:-1])
     assert 0 < sizes[-1] < smallest or bucket(sizes[-1]) == sizes[-1]
-    assert len(sizes) <= 10
+    assert len(sizes) <= length // 65536 + 10
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90))
 def test_tiles_cover_each_pair_once_and_dense_ones_are_of_few_shapes(rows: int, keys: int) -> None:
     count = torch.zeros(rows, keys, dtype=torch.int64)
@@ -75,7 +76,7 @@ def test_tiles_cover_each_pair_once_and_dense_ones_are_of_few_shapes(rows: int, 
     assert bool((count == 1).all())
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.booleans())
 def test_local_parts_cover_each_pair_once(lengths: list[int], causal: bool) -> None:
     borders = tuple(accumulate(lengths, initial=0))

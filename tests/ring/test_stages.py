@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,9 +36,9 @@ def cases_on_world(cases) -> list[list[Tensor]]:
     return results
 
 
-def on_ranks(cases, num_ranks: int) -> list[list[Tensor]]:
+def on_ranks(cases, num_ranks: int, backend: str = "gloo") -> list[list[Tensor]]:
     """Results of the whole pack, for each case."""
-    by_rank = run_on_ranks(cases_on_world, num_ranks, cases)
+    by_rank = run_on_ranks(cases_on_world, num_ranks, cases, backend=backend)
     return [unshard_all(case[1], some) for case, *some in zip(cases, *by_rank)]
 
 
@@ -78,3 +80,38 @@ def test_bits_are_the_same_in_two_runs_and_with_kept_keys(rule: StageRule, dtype
     for other in others:
         for name, a, b in zip(NAMES, first, other, strict=True):
             assert torch.equal(a, b), name
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_float64_over_gpus(order, causal: bool) -> None:
+    lengths = (40, 1, 0, 70, 12)
+    tensors = random_tensors(sum(lengths), 6, 2, 5, torch.float64)
+    layout = SequenceLayout(lengths, 2, order)
+    cases = [
+        (tensors, layout, rule, {"causal": causal, "keep_kv": keep})
+        for rule in RULES
+        for keep in (False, True)
+    ]
+    for actual in on_ranks(cases, 2, "nccl"):
+        assert_all_equal(actual, oracle(tensors, lengths, causal))
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("order", ["zigzag", "fold"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiles_of_cudnn_over_gpus(order, causal: bool) -> None:
+    """Long enough for dense tiles, squares and what is left of them, in several stages."""
+    lengths = (9000, 1, 300, 3000)
+    tensors = random_tensors(sum(lengths), 2, 1, 64, torch.bfloat16)
+    one = SequenceLayout(lengths, 1)
+    honest, expected = (
+        forward_backward(x, layout=one, device="cuda", causal=causal, block="eager")
+        for x in (tensors, [x.double() for x in tensors])
+    )
+    layout = SequenceLayout(lengths, 2, order)
+    rule = StageRule(3, 1500, 10, chain_gain=math.inf)
+    cases = [(tensors, layout, rule, {"causal": causal, "block": "cudnn"})]
+    (actual,) = on_ranks(cases, 2, "nccl")
+    assert_all_within_budget(actual, expected, honest, torch.bfloat16)

@@ -198,42 +198,35 @@ def _tiles(rectangles: list[Rectangle], held: _Held) -> tuple[Tile, ...]:
 def _stages(traffic: Traffic, rank: int, rectangles: list[Rectangle]) -> tuple[Stage, ...]:
     incoming, sent, returned = _deliveries(traffic, rank)
     own = _Held(traffic.layout.runs(rank))
-    # What a rank sends or receives in a stage goes by peer, then by position in the pack.
     slabs = [
         _Held(Interval(d.start, d.stop) for d in _in_order(incoming, s, "sender"))
         for s in range(traffic.num_stages)
     ]
     slabs.append(_Held(()))  # nothing is forwarded after the last stage
 
-    def exchange(
-        sends: list[Delivery], to: str, held: _Held, receives: list[Delivery], by: str, into: _Held
-    ) -> Exchange:
-        def parts(deliveries: list[Delivery], slab: _Held) -> tuple[Part, ...]:
-            joined: list[Part] = []
-            for d in deliveries:
-                of_slab = d.owner != rank
-                start, stop = (slab if of_slab else own).find(d.start, d.stop)
-                if joined and joined[-1].of_slab == of_slab and joined[-1].tokens.stop == start:
-                    start = joined.pop().tokens.start
-                joined.append(Part(of_slab, Interval(start, stop)))
-            return tuple(joined)
-
-        def tokens(deliveries: list[Delivery], peer: str) -> tuple[int, ...]:
-            counts = [0] * traffic.layout.num_ranks
-            for d in deliveries:
-                counts[getattr(d, peer)] += d.stop - d.start
-            return tuple(counts)
-
-        return Exchange(
-            parts(sends, held), tokens(sends, to), parts(receives, into), tokens(receives, by)
-        )
+    def side(
+        deliveries: list[Delivery], stage: int, peer: str, slab: _Held
+    ) -> tuple[tuple[Part, ...], tuple[int, ...]]:
+        """What goes to, or comes from, each ``peer`` in a stage: where it lies, and how much."""
+        parts: list[Part] = []
+        tokens = [0] * traffic.layout.num_ranks
+        for d in _in_order(deliveries, stage, peer):
+            tokens[getattr(d, peer)] += d.stop - d.start
+            of_slab = d.owner != rank
+            start, stop = (slab if of_slab else own).find(d.start, d.stop)
+            if parts and parts[-1].of_slab == of_slab and parts[-1].tokens.stop == start:
+                start = parts.pop().tokens.start
+            parts.append(Part(of_slab, Interval(start, stop)))
+        return tuple(parts), tuple(tokens)
 
     stages = []
     for s, slab in enumerate(slabs[:-1]):
-        to, come = _in_order(sent, s, "consumer"), _in_order(incoming, s, "sender")
-        back, home = _in_order(incoming, s, "returns_to"), _in_order(returned, s, "consumer")
-        fetch = exchange(to, "consumer", slabs[s - 1], come, "sender", slab)
-        give_back = exchange(back, "returns_to", slab, home, "consumer", slabs[s + 1])
+        fetch = Exchange(
+            *side(sent, s, "consumer", slabs[s - 1]), *side(incoming, s, "sender", slab)
+        )
+        give_back = Exchange(
+            *side(incoming, s, "returns_to", slab), *side(returned, s, "consumer", slabs[s + 1])
+        )
         stages.append(Stage(slab.intervals, fetch, _tiles(rectangles, slab), give_back))
     return tuple(stages)
 
@@ -256,6 +249,7 @@ def _deliveries(
 
 
 def _in_order(deliveries: list[Delivery], stage: int, peer: str) -> list[Delivery]:
+    """Those of a stage, by peer, then by position: the order of an all-to-all on both sides."""
     some = (d for d in deliveries if d.stage == stage)
     return sorted(some, key=lambda d: (getattr(d, peer), d.start))
 

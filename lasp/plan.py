@@ -3,13 +3,20 @@
 One period of a hybrid model is ``lightning_layers`` lightning layers and one softmax layer. Every
 order gives each rank the same tokens, so only three times differ: the attention work of the busiest
 rank, the keys and values it must receive (hidden under that work where they fit), and the lightning
-states exchanged, which grow with the number of runs.
+states exchanged, which grow with the number of runs that continue a document.
+
+Keys and values are counted as ring attention moves them: each token that a rank needs and does not
+hold, once. States as the cheaper of two exchanges moves them: gathered whole, ``(P - 1) s`` states
+where a rank sends the states of up to s runs; or in slices, ``(n + (P - 1) m) / P`` states, where n
+runs send in all and up to m of a rank receive.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, get_args
 
 from lasp.layout import Order, SequenceLayout
@@ -45,15 +52,19 @@ class LayoutCost(NamedTuple):
 
     Attributes:
         layout: what was estimated.
+        balance: attention work of the busiest rank over the mean.
+        most_runs: runs of the rank that has most.
         attention_ms: softmax attention of the busiest rank.
         kv_ms: receipt of keys and values by the neediest rank.
-        state_ms: all-gather of the lightning states, all lightning layers of the period.
+        state_ms: exchange of the lightning states, all lightning layers of the period.
         kv_bytes: what the neediest rank receives in the softmax layer.
-        state_bytes: what every rank receives in one lightning layer.
+        state_bytes: what a rank receives in one lightning layer.
         total_ms: max(attention, kv) + state.
     """
 
     layout: SequenceLayout
+    balance: float
+    most_runs: int
     attention_ms: float
     kv_ms: float
     state_ms: float
@@ -93,18 +104,38 @@ def layout_costs(
 
 def _cost(layout: SequenceLayout, model: CostModel) -> LayoutCost:
     ranks = range(layout.num_ranks)
+    work = [layout.work(rank) for rank in ranks]
     # A (query, key) pair costs 4 d floating-point operations a query head: q k^T and p v.
-    flop = max(layout.work(rank) for rank in ranks) * 4 * model.query_heads * model.head_dim
+    flop = max(work) * 4 * model.query_heads * model.head_dim
     token_bytes = 2 * model.kv_heads * model.head_dim * model.activation_bytes
     kv_bytes = token_bytes * max(_tokens_received(layout, rank) for rank in ranks)
-    most_runs = max(len(layout.runs(rank)) for rank in ranks)
-    state = model.lightning_heads * model.head_dim**2 * 4
-    state_bytes = (layout.num_ranks - 1) * most_runs * state
+    state_bytes = int(_states_received(layout) * model.lightning_heads * model.head_dim**2 * 4)
     attention_ms = 1e3 * flop / model.flop_per_s
     kv_ms = 1e3 * kv_bytes / model.link_bytes_per_s
     state_ms = 1e3 * model.lightning_layers * state_bytes / model.link_bytes_per_s
-    total_ms = max(attention_ms, kv_ms) + state_ms
-    return LayoutCost(layout, attention_ms, kv_ms, state_ms, kv_bytes, state_bytes, total_ms)
+    return LayoutCost(
+        layout,
+        balance=max(work) * layout.num_ranks / sum(work),
+        most_runs=max(len(layout.runs(rank)) for rank in ranks),
+        attention_ms=attention_ms,
+        kv_ms=kv_ms,
+        state_ms=state_ms,
+        kv_bytes=kv_bytes,
+        state_bytes=state_bytes,
+        total_ms=max(attention_ms, kv_ms) + state_ms,
+    )
+
+
+def _states_received(layout: SequenceLayout) -> float:
+    """States that a rank receives in one lightning layer, by the exchange that moves fewer."""
+    links, num_ranks = layout.run_links, layout.num_ranks
+    receiving = Counter(link.rank for link in links if link.continues)
+    sending = Counter(link.rank for link, after in pairwise(links) if after.continues)
+    if not receiving:
+        return 0.0
+    gathered = (num_ranks - 1) * max(sending.values())
+    sliced = (sending.total() + (num_ranks - 1) * max(receiving.values())) / num_ranks
+    return min(float(gathered), sliced)
 
 
 def _tokens_received(layout: SequenceLayout, rank: int) -> int:

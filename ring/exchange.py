@@ -1,110 +1,167 @@
 """Moving keys and values to the ranks that need them, and their gradients back.
 
-One all-to-all-v carries k and v in one slab ``[tokens, 2, Hkv, D]``: exactly the tokens of the
-schedule, each once for each receiver, key heads unexpanded. If the schedule says that nothing moves
-on any rank, no collective is started: all ranks know it, from the layout.
+An exchange is two all-to-all-v, one for k and one for v (or dk and dv): exactly the tokens of the
+schedule, key heads unexpanded. Received k and v are each contiguous, as dense kernels want them;
+what lies in one piece is sent from where it lies. If nothing moves on any rank there are no stages
+and no collective is started: all ranks know it, from the layout.
+
+All ranks start the same exchanges in the same order: those with nothing to send or receive too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring.schedule import Interval, RingSchedule
+from ring.schedule import Exchange, Part, RingSchedule, Stage
+
+DKV = Tensor | tuple[Tensor, Tensor]  # dk and dv, [tokens, Hkv, D] each
 
 
 class Transfer(NamedTuple):
-    """An all-to-all under way.
+    """An exchange under way.
 
     Attributes:
-        received: the receive buffer, to be read after :meth:`wait`.
-        sent: the send buffer, held until the transfer is over.
-        work: None where no collective was started.
+        exchange: what it is.
+        received: ``[2, tokens, Hkv, D]``, to be read after :meth:`wait`.
+        sent: what is being sent, held until the transfer is over.
+        works: of the collectives.
     """
 
+    exchange: Exchange
     received: Tensor
-    sent: Tensor
-    work: dist.Work | None
+    sent: tuple[Tensor, ...]
+    works: tuple[dist.Work, ...]
 
     def wait(self) -> Tensor:
-        """The receive buffer; on CUDA its transfer is then ordered before later kernels."""
-        if self.work is not None:
-            self.work.wait()
+        """What was received; on CUDA its transfer is then ordered before later kernels."""
+        for work in self.works:
+            work.wait()
         return self.received
 
 
-def fetch_kv(
-    k: Tensor, v: Tensor, schedule: RingSchedule, cp_group: dist.ProcessGroup | None
-) -> Transfer:
-    """Start bringing the keys and values that this rank's rectangles need.
+class Arrivals:
+    """The stages of a schedule with their slabs, each transferred while its predecessor is used.
+
+    The first transfer starts here, the next ones as a stage is taken: what is queued between two
+    stages runs beside the transfer of the second.
 
     Args:
-        k: ``[T, Hkv, D]``.
-        v: ``[T, Hkv, D]``.
+        k: ``[T, Hkv, D]``, last dim contiguous.
+        v: as ``k``.
         schedule: of this rank.
+        cp_group: the context-parallel group; may be None where nothing moves.
+        slabs: one for each stage, see :func:`make_slabs`.
+
+    Communication: for each stage two all-to-all-v; in all ``2 R Hkv D`` elements received, R =
+    ``schedule.received_tokens``.
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        schedule: RingSchedule,
+        cp_group: dist.ProcessGroup | None,
+        slabs: Sequence[Tensor],
+    ) -> None:
+        self._own, self._stages, self._group, self._slabs = (k, v), schedule.stages, cp_group, slabs
+        self._transfer = self._start(0) if self._stages else None
+
+    def __iter__(self) -> Iterator[tuple[Stage, Tensor]]:
+        for number, stage in enumerate(self._stages):
+            assert self._transfer is not None
+            slab = self._transfer.wait()
+            # Its target is the other buffer: the last kernels that read that are queued before it.
+            later = number + 1 < len(self._stages)
+            self._transfer = self._start(number + 1) if later else None
+            yield stage, slab
+
+    def _start(self, number: int) -> Transfer:
+        # The first stage forwards nothing: what stands for the slab before it is not looked at.
+        fetch, before = self._stages[number].fetch, self._slabs[max(0, number - 1)]
+        sent = tuple(_packed(fetch.sends, own, before[i]) for i, own in enumerate(self._own))
+        return _start(fetch, sent, self._slabs[number], self._group)
+
+
+def make_slabs(k: Tensor, schedule: RingSchedule, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """Memory that stages are received into.
+
+    Args:
+        k: dtype, device and shape ``[T, Hkv, D]``.
+        schedule: of this rank.
+        keep: every stage has its own tokens of one tensor ``[2, R, Hkv, D]``; else stages take
+            turns in two buffers.
+
+    Returns:
+        That tensor, of no tokens if not kept, and for each stage a view ``[2, tokens, Hkv, D]``
+        whose k and v are each contiguous.
+    """
+    lengths = [stage.tokens for stage in schedule.stages]
+    if keep:
+        kept = k.new_empty(2, sum(lengths), *k.shape[1:])
+        return kept, list(kept.split(lengths, 1))
+    buffers = [k.new_empty(2, max(lengths[i::2], default=0), *k.shape[1:]) for i in (0, 1)]
+    slabs = [buffers[number % 2][:, :length] for number, length in enumerate(lengths)]
+    return k.new_empty(2, 0, *k.shape[1:]), slabs
+
+
+def give_back(stage: Stage, dslab: Tensor, cp_group: dist.ProcessGroup | None) -> Transfer:
+    """Start sending the gradients of a slab on: to the next rank of a chain, or to the owner.
+
+    Args:
+        stage: the stage they belong to.
+        dslab: dk and dv ``[2, tokens, Hkv, D]``, float32 or float64; not to be changed.
         cp_group: the context-parallel group.
 
     Returns:
-        A transfer of ``[R, 2, Hkv, D]``, R = ``sum(schedule.received_tokens)``, in the dtype of
-        ``k``; the tokens lie in the order of ``schedule.receives``.
+        A transfer of the gradients that come here after this stage, for :func:`add_returned`.
 
-    Communication: one all-to-all-v over ``cp_group``; receives 2 R Hkv D elements.
+    Communication: two all-to-all-v in the dtype of ``dslab``.
     """
-    sent = k.new_empty(sum(schedule.sent_tokens), 2, *k.shape[1:])
-    for (start, stop), piece in _sent_pieces(sent, schedule):
-        torch.stack((k[start:stop], v[start:stop]), dim=1, out=piece)
-    return _all_to_all(sent, schedule.sent_tokens, schedule.received_tokens, schedule, cp_group)
+    exchange = stage.give_back
+    sent = tuple(_packed(exchange.sends, dslab[i], dslab[i]) for i in (0, 1))
+    received = dslab.new_empty(2, sum(exchange.receive_tokens), *dslab.shape[2:])
+    return _start(exchange, sent, received, cp_group)
 
 
-def return_kv_gradients(
-    dkv_received: Tensor, schedule: RingSchedule, cp_group: dist.ProcessGroup | None
-) -> Transfer:
-    """Start sending the gradients of received keys and values to their owners.
+def add_returned(transfer: Transfer, dkv: DKV, dslab: DKV) -> None:
+    """Wait for what comes back and add it, source by source: a fixed order.
 
     Args:
-        dkv_received: ``[R, 2, Hkv, D]``, float32 or float64, laid out as :func:`fetch_kv` returned.
-        schedule: of this rank.
-        cp_group: the context-parallel group.
-
-    Returns:
-        A transfer of this rank's own tokens as every other rank used them, for
-        :func:`add_returned`.
-
-    Communication: one all-to-all-v over ``cp_group``, :func:`fetch_kv` reversed, in the dtype of
-    ``dkv_received``.
+        transfer: that :func:`give_back` started.
+        dkv: of own tokens; changed.
+        dslab: of the *next* stage, whose gradients a chain brings here first; changed.
     """
-    return _all_to_all(
-        dkv_received, schedule.received_tokens, schedule.sent_tokens, schedule, cp_group
-    )
+    returned, parts = transfer.wait(), transfer.exchange.receives
+    for part, gradients in zip(parts, returned.split([part.tokens.tokens for part in parts], 1)):
+        for into, gradient in zip(dslab if part.of_slab else dkv, gradients):
+            into[slice(*part.tokens)] += gradient
 
 
-def add_returned(dkv: Tensor, returned: Tensor, schedule: RingSchedule) -> None:
-    """Add what came back to ``dkv`` ``[T, 2, Hkv, D]`` in place, rank by rank: a fixed order."""
-    for (start, stop), part in _sent_pieces(returned, schedule):
-        dkv[start:stop] += part
+def _packed(parts: Sequence[Part], own: Tensor, slab: Tensor) -> Tensor:
+    """Tokens end to end; a view where they lie so."""
+    pieces = [(slab if part.of_slab else own)[slice(*part.tokens)] for part in parts]
+    if len(pieces) == 1 and pieces[0].is_contiguous():
+        return pieces[0]
+    return torch.cat(pieces) if pieces else own.new_empty(0, *own.shape[1:])
 
 
-def _sent_pieces(slab: Tensor, schedule: RingSchedule) -> Iterator[tuple[Interval, Tensor]]:
-    """The intervals that this rank sends, each with its view of a slab that holds them in order."""
-    intervals = [interval for sent in schedule.sends for interval in sent]
-    return zip(intervals, slab.split([interval.tokens for interval in intervals]))
-
-
-def _all_to_all(
-    sent: Tensor,
-    send_tokens: list[int],
-    receive_tokens: list[int],
-    schedule: RingSchedule,
+def _start(
+    exchange: Exchange,
+    sent: tuple[Tensor, ...],
+    received: Tensor,
     cp_group: dist.ProcessGroup | None,
 ) -> Transfer:
-    received = sent.new_empty(sum(receive_tokens), *sent.shape[1:])
-    work = None
-    if schedule.moves:
-        work = dist.all_to_all_single(
-            received, sent, receive_tokens, send_tokens, group=cp_group, async_op=True
+    works = tuple(
+        dist.all_to_all_single(
+            into, of, list(exchange.receive_tokens), list(exchange.send_tokens),
+            group=cp_group, async_op=True,
         )
-    return Transfer(received, sent, work)
+        for into, of in zip(received.unbind(0), sent)
+    )  # fmt: skip
+    return Transfer(exchange, received, sent, works)

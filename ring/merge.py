@@ -45,3 +45,19 @@ def merge(a: Partial, b: Partial) -> Partial:
     share_a_TH1 = (weight_a_TH / total_TH.clamp(min=1.0)).unsqueeze(-1)
     share_b_TH1 = (weight_b_TH / total_TH.clamp(min=1.0)).unsqueeze(-1)
     return Partial(share_a_TH1 * a.output + share_b_TH1 * b.output, m_TH + total_TH.log())
+
+
+def merge_into(into: Partial, part: Partial) -> None:
+    """:func:`merge` in place: ``into``, float32 or float64, becomes the union.
+
+    Float32 accumulators on NVIDIA GPUs are changed by one kernel of :mod:`ring.kernels.merge` that
+    reads and writes them once; all others by plain torch.
+    """
+    if into.output.is_cuda and into.output.dtype == torch.float32:
+        from ring.kernels import merge as kernels
+
+        kernels.merge_into(*into, *part)
+        return
+    merged = merge(into, part)
+    into.output.copy_(merged.output)
+    into.lse.copy_(merged.lse)

@@ -7,8 +7,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp.layout import SequenceLayout
-from ring.attention import locate, ring_attention
+from ring.attention import ring_attention
+from ring.operators import positions
 from ring.rope import apply_rotary, check_rotary_dim
+from ring.validation import check_kinds
 
 
 class RingAttention(nn.Module):
@@ -103,8 +105,8 @@ class RingAttention(nn.Module):
                 f"hidden must be [T, {hidden_size}] or [B, T, {hidden_size}] with at least one"
                 f" token, got {tuple(hidden.shape)}: drop empty batches"
             )
-        layout, rank = locate("hidden", hidden, -2, layout, cp_group)
-        position_ids = layout.position_ids(rank, hidden.device)
+        check_kinds(layout, cp_group)
+        position_ids = positions(hidden, layout, cp_group)
         q, k, v = (
             projection(hidden).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from lasp.layout import SequenceLayout
-from lasp.plan import CostModel, _tokens_received, layout_costs, plan_layout
+from lasp.plan import CostModel, _states_received, _tokens_received, layout_costs, plan_layout
+from ring.schedule import plan_ring
 from tests.lasp.distributions import document_lengths as distribution
 
 
@@ -17,6 +18,28 @@ def test_tokens_received_counts_the_keys_that_other_ranks_hold(order, lengths) -
         mine = [t for t, r in owner.items() if r == rank and t < sum(lengths)]
         needed = {k for t in mine for k in range(t) if document[k] == document[t]}
         assert _tokens_received(layout, rank) == sum(owner[k] != rank for k in needed)
+
+
+@pytest.mark.parametrize("name", ["A", "B", "C"])
+@pytest.mark.parametrize("order", ["contiguous", "zigzag", "fold"])
+def test_tokens_received_are_those_of_ring_attention(name: str, order) -> None:
+    layout = SequenceLayout(distribution(name, 2**17, 2), 8, order)
+    for rank in range(8):
+        assert _tokens_received(layout, rank) == plan_ring(layout, rank, True).received_tokens
+
+
+def test_states_received_are_the_fewer_of_gathered_and_sliced() -> None:
+    assert _states_received(SequenceLayout((8,), 4)) == (3 + 3 * 1) / 4  # gathered: 3
+    assert _states_received(SequenceLayout((8,), 2)) == 1  # sliced: (1 + 1) / 2; one either way
+    assert _states_received(SequenceLayout((8, 8), 2)) == 0
+    assert _states_received(SequenceLayout((16,), 4, "zigzag")) == (6 + 3 * 2) / 4  # gathered: 6
+
+
+def test_costs_say_why() -> None:
+    first, *others = layout_costs(distribution("A", 2**18, 0), 8)
+    assert first.balance < 1.03
+    assert all(other.balance > 1.5 for other in others)
+    assert {cost.layout.order: cost.most_runs for cost in others} == {"contiguous": 1, "zigzag": 2}
 
 
 def test_one_long_document_goes_zigzag() -> None:

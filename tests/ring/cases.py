@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from itertools import accumulate, pairwise
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -11,6 +14,8 @@ from torch import Tensor
 from lasp.layout import SequenceLayout
 from ring import ring_attention
 from ring.reference import dense_attention
+from ring.schedule import plan_ring
+from ring.stages import RULE, StageRule
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.ranks import run_on_ranks
 
@@ -30,6 +35,12 @@ PACKS = (
 )
 HEADS = ((4, 2), (6, 2), (3, 1), (5, 5))
 ORDERS = ("contiguous", "zigzag", "fold")
+# Each way in each number of stages, and what is planned when nobody asks.
+RULES = (
+    *(StageRule(n, 1, 10, chain_gain=math.inf) for n in (1, 2, 3, 4)),
+    *(StageRule(n, 1, 10, chain_gain=0.0) for n in (2, 3, 4)),
+    RULE,
+)
 NAMES = ("output", "lse", "dq", "dk", "dv")
 
 
@@ -82,6 +93,11 @@ def on_world(tensors, layout, **kwargs) -> list[Tensor]:
     return forward_backward(
         tensors, layout=layout, cp_group=dist.group.WORLD, rank=rank, device=device, **kwargs
     )
+
+
+def planned_by(rule: StageRule):
+    """While it is in force, schedules follow ``rule``."""
+    return patch("ring.operators.plan_ring", partial(plan_ring, rule=rule))
 
 
 def unshard_all(layout: SequenceLayout, results: list[list[Tensor]]) -> list[Tensor]:

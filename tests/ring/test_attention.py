@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.layout import SequenceLayout
-from ring import ring_attention
-from ring.attention import _attend
+from ring import passes, ring_attention
 from ring.block import BLOCKS, QKV
-from ring.schedule import Interval, RingSchedule, plan_ring
+from ring.merge import Partial, merge
+from ring.schedule import Interval, RingSchedule, Tile, plan_ring
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
 from tests.ring.cases import (
@@ -157,36 +157,49 @@ def test_autocast_does_not_reach_the_blocks(block: str) -> None:
         assert torch.equal(a, b), name
 
 
-def rectangle_a_key() -> RingSchedule:
+def tile_a_key() -> RingSchedule:
     """Of a rank with two runs, without the other rank: its second run sees the first key by key."""
     schedule = plan_ring(SequenceLayout((64,), 2, "zigzag"), 0, True)
-    (rectangle,) = schedule.rectangles
-    stages = tuple(rectangle._replace(own_keys=(Interval(s, s + 1),)) for s in range(16))
-    alone = {"sends": ((), ()), "receives": ((), ()), "moves": False}
-    return replace(
-        schedule, rectangles=tuple(r._replace(received_keys=()) for r in stages), **alone
-    )
+    tiles = tuple(Tile(0, (Interval(s, s + 1),)) for s in range(16))
+    return replace(schedule, own_tiles=tiles, stages=())
 
 
-def test_dq_is_summed_over_stages_in_float32() -> None:
+def test_rows_are_merged_over_tiles_in_float32() -> None:
+    *qkv, _ = random_tensors(32, 4, 2, 8, torch.bfloat16)
+    q, k, v = qkv = QKV(*qkv)
+    schedule, block = tile_a_key(), BLOCKS["cpu_flash"]
+    (output, lse), _ = passes.forward(qkv, passes.Call(schedule, None, block, 1.0), keep_kv=False)
+    local = block.forward_varlen(qkv, passes._segments(schedule, q.device), scale=1.0)
+    assert local.output.dtype == torch.bfloat16
+    merged = Partial(local.output[16:].float(), local.lse[16:])
+    for s in range(16):
+        key = QKV(q[16:], k[s : s + 1], v[s : s + 1])
+        merged = merge(merged, block.forward(key, causal=False, scale=1.0))
+    assert torch.equal(output[16:], merged.output.bfloat16())
+    assert torch.equal(lse[16:], merged.lse)
+    assert torch.equal(output[:16], local.output[:16])
+
+
+def test_dq_is_summed_over_tiles_in_float32() -> None:
     *qkv, doutput = random_tensors(32, 4, 2, 8, torch.bfloat16)
-    qkv, block = [x.requires_grad_() for x in qkv], BLOCKS["cpu_flash"]
+    block = BLOCKS["cpu_flash"]
     parts = []
 
     def recorded(*args, **kwargs) -> QKV:
         parts.append(type(block).backward(block, *args, **kwargs))
         return QKV(*(x.clone() for x in parts[-1]))
 
-    output, _ = _attend(*qkv, rectangle_a_key(), None, block, 1.0)
+    call = passes.Call(tile_a_key(), None, block, 1.0)
+    merged, _ = passes.forward(QKV(*qkv), call, keep_kv=False)
     with patch.object(block, "backward", recorded):  # the varlen form calls it for each fragment
-        output.backward(doutput)
+        dq, _, _ = passes.backward(doutput, merged, QKV(*qkv), call, None)
     assert {part.q.dtype for part in parts} == {torch.bfloat16}
-    local, stages = parts[:2], parts[2:]
-    assert len(stages) == 16
+    local, tiles = parts[:2], parts[2:]
+    assert len(tiles) == 16
     expected = torch.cat([part.q for part in local]).float()
-    for part in stages:
+    for part in tiles:
         expected[16:] += part.q
-    assert torch.equal(qkv[0].grad, expected.bfloat16())
+    assert torch.equal(dq, expected.bfloat16())
 
 
 @pytest.mark.parametrize("causal", [True, False])

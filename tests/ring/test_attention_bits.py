@@ -30,7 +30,7 @@ def leaky_plan(layout: SequenceLayout, rank: int, causal: bool) -> RingSchedule:
 
 
 def planned_by(planted: bool):
-    return patch("ring.attention.plan_ring", leaky_plan if planted else plan_ring)
+    return patch("ring.operators.plan_ring", leaky_plan if planted else plan_ring)
 
 
 @pytest.mark.parametrize("block", ["cpu_flash", "eager"])

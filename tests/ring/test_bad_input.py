@@ -9,7 +9,6 @@ import torch.distributed as dist
 from lasp.layout import SequenceLayout
 from lasp.validation import check_layout
 from ring import RingAttention, ring_attention
-from ring.attention import locate
 from ring.block import BLOCKS
 from ring.rope import apply_rotary
 from ring.schedule import plan_ring
@@ -46,6 +45,7 @@ TABLE = {
         for block in ("auto", *BLOCKS)
     },
     "two devices": ({"v": ((6, 2, 8), "float32", "meta")}, "on one device"),
+    "no SequenceLayout": ({"layout": (5, 7)}, "layout must be a SequenceLayout, got (5, 7)"),
     "no layout": ({"layout": None}, "layout must be for the 2 ranks of cp_group, got num_ranks 1"),
     "layout for other ranks": ({"layout": SequenceLayout((5, 7), 3)}, "layout must be for the 2"),
     "layout, but no group": ({"cp_group": None}, "layout must be for the 1"),
@@ -121,7 +121,7 @@ def test_mistakes_in_the_layout_read_as_in_lasp(layout, cp_group) -> None:
     messages = []
     for check in (
         lambda: check_layout(layout, cp_group, q),
-        lambda: locate("q", q, -3, layout, cp_group),
+        lambda: ring_attention(q, q, q, layout=layout, cp_group=cp_group),
     ):
         with pytest.raises(ValueError) as error:
             check()

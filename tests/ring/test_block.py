@@ -146,7 +146,9 @@ def test_cpu_flash_needs_a_cpu() -> None:
 
 
 @pytest.mark.parametrize("name", CUDA_BLOCKS)
-@pytest.mark.parametrize(("rows", "keys"), [(1, 300), (130, 1), (130, 257), (257, 257)])
+@pytest.mark.parametrize(
+    ("rows", "keys"), [(1, 300), (130, 1), (257, 257), (1024, 1536), (2500, 9999), (9000, 9000)]
+)
 def test_cuda_kernels_take_these_arguments(name: str, rows: int, keys: int) -> None:
     """Their signatures, and the shapes they return, on tensors without data."""
     tensors = [x.to("meta") for x in rectangle(rows, keys, (6, 2), 64, torch.bfloat16)]
@@ -156,10 +158,12 @@ def test_cuda_kernels_take_these_arguments(name: str, rows: int, keys: int) -> N
     partial = block.forward(qkv, causal=False, scale=0.1)
     results.append((partial, block.backward(doutput, partial, qkv, causal=False, scale=0.1)))
     if rows == keys:
-        segments = Segments((0, 5, rows), torch.empty(3, dtype=torch.int32, device="meta"), True)
-        partial = block.forward_varlen(qkv, segments, scale=0.1)
-        gradients = block.backward_varlen(doutput, partial, qkv, segments, scale=0.1)
-        results.append((partial, gradients))
+        cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta")
+        for causal in (True, False):
+            segments = Segments((0, 5, rows), cu_seqlens, causal)
+            partial = block.forward_varlen(qkv, segments, scale=0.1)
+            gradients = block.backward_varlen(doutput, partial, qkv, segments, scale=0.1)
+            results.append((partial, gradients))
     for partial, gradients in results:
         assert partial.output.shape == qkv.q.shape
         assert partial.lse.shape == qkv.q.shape[:2]
@@ -172,7 +176,9 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("name", CUDA_BLOCKS)
     @pytest.mark.parametrize("heads", [(8, 1), (6, 2), (5, 5)])
-    @pytest.mark.parametrize(("rows", "keys"), [(1, 300), (77, 1), (130, 513), (513, 130)])
+    @pytest.mark.parametrize(
+        ("rows", "keys"), [(1, 300), (77, 1), (130, 513), (513, 130), (1100, 1600), (2048, 1024)]
+    )
     def test_rectangle(self, name, dtype, heads, rows, keys) -> None:
         tensors = rectangle(rows, keys, heads, 64, dtype)
         honest = run_dense(BLOCKS["eager"], tensors, False, "cuda")
@@ -188,7 +194,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("name", CUDA_BLOCKS)
     @pytest.mark.parametrize("causal", [True, False])
-    @pytest.mark.parametrize("lengths", [(100, 1, 333, 2), (1,) * 7, (257,)])
+    @pytest.mark.parametrize("lengths", [(100, 1, 333, 2), (1,) * 7, (257,), (5, 4200, 7)])
     def test_varlen(self, name, dtype, causal, lengths) -> None:
         tensors = random_tensors(sum(lengths), 6, 2, 128, dtype)
         honest = run_varlen(BLOCKS["eager"], tensors, lengths, causal, "cuda")

@@ -1,0 +1,128 @@
+"""What does ring attention cost on packs, by distribution of document lengths and by layout?
+
+The distributions are A, B and C of ``tests.lasp.distributions``. Each is laid out as
+``plan_layout`` picks, contiguous, and zigzag; and there is a pack of equal documents, one a rank,
+that no rank border cuts. The bound is the time of the whole pack on one GPU, by the same kernels in
+the same run, over the number of ranks. The peer is ring_flash_attn's llama3; its zigzag needs every
+document to divide by 2 P.
+
+Besides times and counted bytes there are rows of the plan: ``balance``, work of the busiest rank
+over the mean; ``needed_bytes``, keys and values that the neediest rank must receive forward, to be
+compared with ``forward_bytes``; ``tile_fill``, the share of 128 x 128 tiles of scores that is used.
+
+Run: torchrun --nproc-per-node 4 -m benchmarks.ring_packed --commit $(git rev-parse HEAD)
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from benchmarks.ring_cases import (
+    OURS,
+    Case,
+    Machine,
+    arguments,
+    compare,
+    inputs,
+    measured_bytes,
+    ours,
+    peers,
+    row,
+    run,
+    timed,
+)
+from benchmarks.ring_peers import Forward
+from lasp import SequenceLayout
+from lasp.plan import plan_layout
+from ring import ring_attention
+from ring.schedule import plan_ring
+
+NAME, WHOLE, TILE = "ring_packed", "whole pack on one GPU", 128
+
+
+def whole_pack(case: Case) -> Forward:
+    """All tokens of all ranks, on each rank."""
+    layout = SequenceLayout(case.lengths(), 1)
+    return lambda q, k, v: ring_attention(q, k, v, layout=layout, causal=case.causal).output
+
+
+def planned(case: Case, item_bytes: int) -> Iterator[dict[str, Any]]:
+    """Rows of what the plan says, for all ranks."""
+    layout = case.layout()
+    ranks = range(layout.num_ranks)
+    work = [layout.work(rank) for rank in ranks]
+    schedules = [plan_ring(layout, rank, case.causal) for rank in ranks]
+    needed = max(schedule.received_tokens for schedule in schedules)
+    token_bytes = 2 * case.kv_heads * case.head_dim * item_bytes
+    filled = [tile_fill(layout, rank, case.causal) for rank in ranks]
+    for metric, value, unit in (
+        ("balance", max(work) * len(work) / sum(work), "ratio"),
+        ("needed_bytes", float(needed * token_bytes), "bytes"),
+        ("tile_fill", sum(used for used, _ in filled) / sum(of for _, of in filled), "share"),
+    ):
+        yield row(NAME, case, OURS, metric, [value], unit) | {"p20": None, "samples": None}
+
+
+def tile_fill(layout: SequenceLayout, rank: int, causal: bool) -> tuple[int, int]:
+    """Scores of a rank that are used, and scores of the tiles that hold them."""
+    schedule = plan_ring(layout, rank, causal)
+    used = held = 0
+    for fragment in layout.fragments(rank):
+        length = fragment.stop - fragment.start
+        side = -(-length // TILE)
+        used += length * (length + 1) // 2 if causal else length**2
+        held += TILE**2 * (side * (side + 1) // 2 if causal else side**2)
+    for tile in (*schedule.own_tiles, *(t for stage in schedule.stages for t in stage.tiles)):
+        rows, keys = schedule.rows[tile.rectangle].tokens, sum(k.tokens for k in tile.keys)
+        used += rows * keys
+        held += TILE**2 * -(-rows // TILE) * -(-keys // TILE)
+    return used, held
+
+
+def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
+    """Rows of one pack under one layout, and whether that is the planned one."""
+    best = plan_layout(case.lengths(), dist.get_world_size()).order
+    for result in _measure(case, machine):
+        result["case"]["planned"] = case.order == best
+        yield result
+
+
+def _measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
+    yield from planned(case, machine.dtype.itemsize)
+    layout = case.layout()
+    leaves, do = inputs(case, machine, layout.num_local_tokens)
+    yield from measured_bytes(NAME, case, machine, ours(case), leaves, do)
+    forwards = {OURS: ours(case), **peers(case, machine.device)}
+    calls = {name: timed(forward, leaves, do) for name, forward in forwards.items()}
+    calls[WHOLE] = timed(whole_pack(case), *inputs(case, machine, sum(case.lengths())))
+    share = 1 / layout.num_ranks
+    yield from compare(NAME, case, calls, machine, (WHOLE, share, f"{WHOLE} / P"))
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Each distribution under the planned layout and the two simple ones; the planned is first."""
+    found = []
+    shape = (options.heads, options.kv_heads, options.head_dim)
+    for documents in options.documents:
+        case = Case(options.tokens, *shape, True, documents, "contiguous")
+        best = plan_layout(case.lengths(), dist.get_world_size()).order
+        orders = dict.fromkeys((best, "contiguous", "zigzag"))
+        found += [case._replace(order=order) for order in orders]
+    return found
+
+
+def main() -> None:
+    """Three distributions, 131072 tokens over 4 GPUs."""
+    parser = arguments(__doc__)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--documents", nargs="+", default=["A", "B", "C", "equal"])
+    options = parser.parse_args()
+    run(options, lambda: cases(options), measure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Ring attention as operators of torch: one graph for every pack, and checkpoints that keep it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from lasp.layout import SequenceLayout
+from ring import RingAttention, ring_attention
+from ring.block import BLOCKS
+from tests.ranks import run_on_ranks
+from tests.ring.cases import random_tensors
+
+PACKS = [(30, 20), (10, 40), (7, 0, 13), (5,), (5, 6, 7, 8)]
+
+
+def make_inputs(tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [x.requires_grad_() for x in random_tensors(tokens, 4, 2, 8, dtype)[:3]]
+
+
+@pytest.mark.parametrize("keep_kv", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_operators_are_well_registered(dtype: torch.dtype, keep_kv: bool) -> None:
+    inputs = make_inputs(12, dtype)
+    settings = (torch.tensor([5, 7]), 1, "contiguous", "", True, 0.3, "auto", keep_kv)
+    torch.library.opcheck(torch.ops.ring.attention.default, (*inputs, *settings))
+    qkv = [x.detach() for x in inputs]
+    results = torch.ops.ring.attention(*qkv, *settings)
+    doutput = torch.randn_like(results[0])
+    arguments = (doutput, *qkv, *results, *settings)
+    torch.library.opcheck(torch.ops.ring.attention_backward.default, arguments)
+
+
+def loss(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, group: Any = None) -> Tensor:
+    output, lse = ring_attention(q, k, v, layout=layout, cp_group=group)
+    return output.square().sum() + 0 * lse.sum()
+
+
+def loss_and_gradients(function: Any, inputs: list[Tensor], *args: Any) -> list[Tensor]:
+    value = function(*inputs, *args)
+    return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+
+def counting(counted: list[int]) -> Any:
+    eager = torch._dynamo.lookup_backend("aot_eager")
+
+    def compile_graph(graph: Any, inputs: Any) -> Any:
+        counted.append(1)
+        return eager(graph, inputs)
+
+    return compile_graph
+
+
+def test_one_graph_for_every_pack() -> None:
+    torch._dynamo.reset()
+    graphs: list[int] = []
+    compiled = torch.compile(loss, fullgraph=True, backend=counting(graphs))
+    for lengths in PACKS:
+        layout, inputs = SequenceLayout(lengths, 1), make_inputs(sum(lengths))
+        results = [loss_and_gradients(f, inputs, layout) for f in (compiled, loss)]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert len(graphs) == 3  # of the first sizes, of any, and of one document
+
+
+def compiled_on_world(tensors, lengths) -> bool:
+    layout, rank = SequenceLayout(lengths, 2, "zigzag"), dist.get_rank()
+    inputs = [layout.shard(x, rank).detach().requires_grad_() for x in tensors]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    group = dist.group.WORLD
+    results = [loss_and_gradients(f, inputs, layout, group) for f in (compiled, loss)]
+    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_one_graph_over_ranks() -> None:
+    assert all(run_on_ranks(compiled_on_world, 2, make_inputs_detached(20), (13, 7)))
+
+
+def make_inputs_detached(tokens: int) -> list[Tensor]:
+    return [x.detach() for x in make_inputs(tokens)]
+
+
+def test_positions_are_well_registered() -> None:
+    arguments = (torch.zeros(2, 12, 3), torch.tensor([5, 7]), 1, "contiguous", "")
+    torch.library.opcheck(torch.ops.ring.positions.default, arguments)
+    assert torch.ops.ring.positions(*arguments).tolist() == [*range(5), *range(7)]
+
+
+def test_the_layer_is_one_graph() -> None:
+    torch._dynamo.reset()
+    layer = RingAttention(8, 2, 1, 4, rotary_dim=2)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for lengths in ((12,), (5, 7), (1, 2, 9)):
+        x, layout = torch.randn(12, 8), SequenceLayout(lengths, 1)
+        assert torch.equal(compiled(x, layout=layout), layer(x, layout=layout))
+
+
+def test_a_graph_checks_its_arguments_when_it_runs() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="layout must hold the 20 tokens"):
+        compiled(*make_inputs(20), SequenceLayout((19,), 1))
+
+
+def test_no_second_derivative() -> None:
+    q, k, v = make_inputs(6)
+    value = loss(q, k, v, SequenceLayout((6,), 1))
+    (dq,) = torch.autograd.grad(value, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        dq.sum().backward()
+
+
+KEPT = partial(create_selective_checkpoint_contexts, [torch.ops.ring.attention.default])
+
+
+@pytest.mark.parametrize(("context_fn", "forwards"), [(KEPT, 1), (None, 2)])
+def test_a_checkpoint_that_keeps_the_operator_does_not_run_it_again(context_fn, forwards) -> None:
+    calls, block = [], BLOCKS["cpu_flash"]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return type(block).forward_varlen(block, *args, **kwargs)
+
+    def layer(x: Tensor, weight: Tensor) -> Tensor:
+        q, k, v = (x @ weight).unflatten(-1, (4, 3 * 8)).split(8, -1)
+        return ring_attention(q, k, v).output.flatten(1)
+
+    x, weight = torch.randn(9, 32), torch.randn(32, 96, requires_grad=True)
+    layer(x, weight).square().sum().backward()
+    expected, weight.grad = weight.grad, None
+    options = {} if context_fn is None else {"context_fn": context_fn}
+    with patch.object(block, "forward_varlen", counted):
+        output = checkpoint(layer, x, weight, use_reentrant=False, **options)
+        output.square().sum().backward()
+    assert len(calls) == forwards
+    assert torch.equal(weight.grad, expected)

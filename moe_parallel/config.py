@@ -34,6 +34,10 @@ class MoEConfig:
         max_rows: most rows (kept assignments) that the experts of one rank may take in a call; more
             raise on every rank of its EP x ETP block, before any row travels. None: as many as come
             (docs/moe.md has what they take of memory).
+        pad_to_capacity: in training mode every rank sends as many rows to every expert, so that no
+            shape depends on the routing and nothing is copied to the host; capacity is then counted
+            on each rank, see :mod:`moe_parallel.capacity`. Needs a ``capacity_factor`` and drops by
+            position.
         impl: of the activation and the sums of a token's rows: ``eager`` is plain torch, ``triton``
             a kernel each, ``auto`` triton on CUDA but for float64
             (:func:`moe_parallel.impl.chosen_impl`).
@@ -52,6 +56,7 @@ class MoEConfig:
     gemm: Gemm = "auto"
     overlap_groups: int | None = None
     max_rows: int | None = None
+    pad_to_capacity: bool = False
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
@@ -72,3 +77,9 @@ class MoEConfig:
         if self.impl not in get_args(Impl):
             raise ValueError(f"impl must be one of {get_args(Impl)}, got {self.impl!r}")
         check_drop(self.capacity_factor, self.drop_policy)
+        by_position = self.capacity_factor is not None and self.drop_policy == "position"
+        if self.pad_to_capacity and not by_position:
+            raise ValueError(
+                "pad_to_capacity needs a capacity_factor and drop_policy 'position', got"
+                f" {self.capacity_factor} and {self.drop_policy!r}: padding needs a size"
+            )

@@ -66,11 +66,11 @@ def sum_slots(rows_AM: Tensor, weights_Tk: Tensor | None, row_Tk: Tensor) -> Ten
 
 
 def sum_slots_backward(
-    grad_TM: Tensor, rows_AM: Tensor, weights_Tk: Tensor, row_Tk: Tensor
+    grad_TM: Tensor, rows_AM: Tensor, weights_Tk: Tensor, row_Tk: Tensor, *, padded: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of rows and weights; each row must belong to one slot."""
+    """Gradients of rows and weights; each row belongs to one slot, or to none if ``padded``."""
     (tokens, top_k), width = row_Tk.shape, rows_AM.shape[1]
-    drows = rows_AM.new_empty(rows_AM.shape)
+    drows = (rows_AM.new_zeros if padded else rows_AM.new_empty)(rows_AM.shape)
     dweights = torch.empty_like(weights_Tk, memory_format=torch.contiguous_format)
     if tokens:
         with torch.cuda.device_of(drows):

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_parallel.agreement import check_counts, check_order, check_rows
+from moe_parallel.capacity import drop_by_rank, padded_order
 from moe_parallel.config import MoEConfig
 from moe_parallel.experts import Experts, generator_of
 from moe_parallel.impl import chosen_impl
 from moe_parallel.order import TokenOrder
 from moe_parallel.overlap import Pipeline, dispatch_places, plan_pipeline
 from moe_parallel.permute import RowOrder, permute, row_order, unpermute
-from moe_parallel.route import RoutingStats, gate_dtype, route
+from moe_parallel.route import Routing, RoutingStats, expert_capacity, gate_dtype, route
 from moe_parallel.timeline import Timeline
 from moe_parallel.topology import ExpertGroups, expert_mesh
 
@@ -65,8 +66,9 @@ class ExpertParallelMoE(nn.Module):
     Communication, per call: one all-gather over the token group (:mod:`moe_parallel.route`); two
     all-to-alls over EP and two over ETP for each of ``overlap_groups`` groups of experts, under the
     products of another (:mod:`moe_parallel.overlap`), twice that with backward.
-    One device-to-host copy of ranks x E counts. Once for a ``token_order``, at the first layer that
-    sees it, ranks compare it: 16 bytes each, and one more copy (:mod:`moe_parallel.agreement`).
+    One device-to-host copy of ranks x E counts, none with ``pad_to_capacity``. Once for a
+    ``token_order``, at the first layer that sees it, ranks compare it: 16 bytes each, and one more
+    copy (:mod:`moe_parallel.agreement`).
 
     Raises:
         ValueError: naming the argument, on every rank and before any collective, if the sizes do
@@ -158,9 +160,15 @@ class ExpertParallelMoE(nn.Module):
         config, mesh, groups = self.config, self.mesh, self.groups
         self._check_hidden(hidden)
         rows = hidden.reshape(-1, config.hidden_size)
-        capacity_factor = config.capacity_factor if self.training else None
+        padded = config.pad_to_capacity and self.training
+        capacity_factor = config.capacity_factor if self.training and not padded else None
         by_probability = capacity_factor is not None and config.drop_policy == "probability"
         given = token_order is not None
+        if padded and not given and mesh.num_token_ranks > 1:
+            raise ValueError(
+                "token_order must be given with pad_to_capacity on several ranks, got None: without"
+                " it the ranks compare their numbers of tokens on the host; keep one for all calls"
+            )
         if token_order is None:
             token_order = TokenOrder.contiguous([rows.shape[0]] * mesh.num_token_ranks)
         # Otherwise what the router gathers is 1 x E counts, whatever a rank believes of the others.
@@ -178,13 +186,16 @@ class ExpertParallelMoE(nn.Module):
             drop_policy=config.drop_policy,
             aux_loss_coefficient=config.aux_loss_coefficient,
         )
-        # The one device-to-host copy: the collectives and buffers below need sizes on the host.
-        assigned_RE, kept_RE = torch.stack(routing.counts).tolist()
-        check_counts(assigned_RE, config.top_k, token_order)
         impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
-        rows_AM, order = self.through_experts(
-            x_TM, routing.experts, routing.kept, kept_RE, timeline=timeline
-        )
+        if padded:
+            routing, rows_AM, order = self._padded(x_TM, routing, token_order, timeline)
+        else:
+            # The one device-to-host copy: collectives and buffers below need sizes on the host.
+            assigned_RE, kept_RE = torch.stack(routing.counts).tolist()
+            check_counts(assigned_RE, config.top_k, token_order)
+            rows_AM, order = self.through_experts(
+                x_TM, routing.experts, routing.kept, kept_RE, timeline=timeline
+            )
         output_TM = unpermute(rows_AM, routing.weights, order, impl)
         output = token_order.put(output_TM, mesh.token_rank).view_as(hidden)
         return MoEOutput(output, routing.aux_loss, routing.stats)
@@ -215,20 +226,42 @@ class ExpertParallelMoE(nn.Module):
         Raises:
             ValueError: if a rank of the block would take more than ``max_rows``.
         """
-        config, mesh = self.config, self.mesh
-        check_rows(kept_RE, config.max_rows, mesh)
+        pipeline, places = self._pipeline(kept_RE, x_TM, timeline)
+        num_rows = sum(sum(plan.dispatch_rows) for plan in pipeline.plans)
+        order = row_order(experts_Tk if places is None else places[experts_Tk], kept_Tk, num_rows)
+        impl = chosen_impl(self.config.impl, x_TM.device, x_TM.dtype)
+        return self.experts.over_ranks(permute(x_TM, order, impl), pipeline), order
+
+    def _padded(
+        self, x_TM: Tensor, routing: Routing, token_order: TokenOrder, timeline: Timeline | None
+    ) -> tuple[Routing, Tensor, RowOrder]:
+        """As :meth:`through_experts`, with as many rows for every expert: no host copies."""
+        config = self.config
+        num_experts, factor = config.num_experts, config.capacity_factor or 0.0
+        capacity = expert_capacity(factor, token_order.max_local_tokens, config.top_k, num_experts)
+        routing, number_Tk = drop_by_rank(routing, capacity)
+        rows_RE = [[capacity] * num_experts] * self.mesh.num_token_ranks
+        pipeline, places = self._pipeline(rows_RE, x_TM, timeline)
+        chosen = routing.experts if places is None else places[routing.experts]
+        order = padded_order(chosen, number_Tk, capacity, num_experts)
+        impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
+        rows_AM = self.experts.over_ranks(permute(x_TM, order, impl), pipeline)
+        return routing, rows_AM, order
+
+    def _pipeline(
+        self, kept_RE: Sequence[Sequence[int]], x_TM: Tensor, timeline: Timeline | None
+    ) -> tuple[Pipeline, Tensor | None]:
+        """For so many rows of each rank and expert; the experts' places if they are no identity."""
+        config = self.config
+        check_rows(kept_RE, config.max_rows, self.mesh)
         experts, plans = plan_pipeline(
             kept_RE,
-            mesh,
+            self.mesh,
             row_bytes=x_TM.element_size() * config.hidden_size,
             num_groups=config.overlap_groups,
         )
-        if len(plans) > 1:
-            experts_Tk = self._places(experts, x_TM.device)[experts_Tk]
-        order = row_order(experts_Tk, kept_Tk, sum(sum(plan.dispatch_rows) for plan in plans))
         pipeline = Pipeline(experts, plans, self.groups.ep, self.groups.etp, timeline)
-        impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
-        return self.experts.over_ranks(permute(x_TM, order, impl), pipeline), order
+        return pipeline, self._places(experts, x_TM.device) if len(plans) > 1 else None
 
     def _places(self, experts: tuple[range, ...], device: torch.device) -> Tensor:
         """The place of each expert in the order in which groups leave; kept on the device."""

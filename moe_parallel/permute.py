@@ -30,10 +30,12 @@ class RowOrder(NamedTuple):
     Attributes:
         assignment: ``[A]``, for each row its assignment, token * k + slot; by expert, then token.
         row: ``[T, k]``, for each assignment its row, -1 if it was dropped.
+        padded: some rows have no assignment, -1: they are zero.
     """
 
     assignment: Tensor
     row: Tensor
+    padded: bool = False
 
 
 def row_order(experts_Tk: Tensor, kept_Tk: Tensor, num_rows: int) -> RowOrder:
@@ -75,6 +77,16 @@ def unpermute(
     return tokens
 
 
+def _token_rows(x_TM: Tensor, assignment_A: Tensor, top_k: int, padded: bool) -> Tensor:
+    """``[A, hidden]``: the token of each row, zero for a row without one."""
+    token_A = assignment_A.div(top_k, rounding_mode="floor")
+    if not padded:
+        return x_TM[token_A]
+    if x_TM.shape[0] == 0:
+        return x_TM.new_zeros(len(token_A), x_TM.shape[1])
+    return x_TM[token_A.clamp(min=0)].masked_fill(token_A.unsqueeze(1) < 0, 0)
+
+
 def _slot_rows(rows_AM: Tensor, row_T: Tensor) -> Tensor:
     """``[T, hidden]``: the row of one slot of every token, zero where there is none."""
     if rows_AM.shape[0] == 0:
@@ -85,25 +97,30 @@ def _slot_rows(rows_AM: Tensor, row_T: Tensor) -> Tensor:
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TM: Tensor, assignment_A: Tensor, row_Tk: Tensor, impl: ChosenImpl
+        ctx: Any,
+        x_TM: Tensor,
+        assignment_A: Tensor,
+        row_Tk: Tensor,
+        padded: bool,
+        impl: ChosenImpl,
     ) -> Tensor:
         ctx.save_for_backward(row_Tk)
         ctx.impl = impl
-        return x_TM[assignment_A // row_Tk.shape[1]]
+        return _token_rows(x_TM, assignment_A, row_Tk.shape[1], padded)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
         (row_Tk,) = ctx.saved_tensors
         if ctx.impl == "triton":
             from moe_parallel import launch
 
-            return launch.sum_slots(grad_AM, None, row_Tk), None, None, None
+            return launch.sum_slots(grad_AM, None, row_Tk), None, None, None, None
         dtype = gate_dtype(grad_AM.dtype)
         grad_TM = grad_AM.new_zeros(row_Tk.shape[0], grad_AM.shape[1], dtype=dtype)
         for row_T in row_Tk.unbind(1):
             grad_TM += _slot_rows(grad_AM, row_T)
-        return grad_TM.to(grad_AM.dtype), None, None, None
+        return grad_TM.to(grad_AM.dtype), None, None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -114,10 +131,12 @@ class _Unpermute(torch.autograd.Function):
         weights_Tk: Tensor,
         assignment_A: Tensor,
         row_Tk: Tensor,
+        padded: bool,
         impl: ChosenImpl,
     ) -> Tensor:
+        weights_Tk = weights_Tk.contiguous()
         ctx.save_for_backward(rows_AM, weights_Tk, assignment_A, row_Tk)
-        ctx.impl = impl
+        ctx.padded, ctx.impl = padded, impl
         if impl == "triton":
             from moe_parallel import launch
 
@@ -130,20 +149,21 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
         rows_AM, weights_Tk, assignment_A, row_Tk = ctx.saved_tensors
         if ctx.impl == "triton":
             from moe_parallel import launch
 
-            grads = launch.sum_slots_backward(grad_TM, rows_AM, weights_Tk, row_Tk)
-            return *grads, None, None, None
-        grad_rows = grad_TM[assignment_A // row_Tk.shape[1]]
-        grad_rows = grad_rows * weights_Tk.flatten()[assignment_A].unsqueeze(1)
+            tensors = (grad_TM, rows_AM, weights_Tk, row_Tk)
+            return *launch.sum_slots_backward(*tensors, padded=ctx.padded), None, None, None, None
+        grad_rows = _token_rows(grad_TM, assignment_A, row_Tk.shape[1], ctx.padded)
+        grad_rows = grad_rows * _token_rows(weights_Tk.view(-1, 1), assignment_A, 1, ctx.padded)
         wide_TM = grad_TM.to(torch.promote_types(gate_dtype(rows_AM.dtype), weights_Tk.dtype))
         grad_weights = [(wide_TM * _slot_rows(rows_AM, row)).sum(1) for row in row_Tk.unbind(1)]
         return (
             grad_rows.to(rows_AM.dtype),
             torch.stack(grad_weights, 1).to(weights_Tk.dtype),
+            None,
             None,
             None,
             None,

@@ -1,0 +1,70 @@
+"""Padding to capacity: shapes that nothing but the batch's size decides.
+
+Every rank sends C rows to every expert, C = ceil(factor T k / E) with T the most tokens of a rank.
+Where an assignment goes is known without asking the others::
+
+    row = place of its expert * C + its number among the rank's assignments to this expert
+
+Assignments numbered C and more are dropped, so capacity is counted on each rank by itself, not over
+all as without padding. Rows that nobody fills are zero, and so is what the experts make of them. No
+size depends on the routing: nothing is copied to the host.
+
+Example: E = 2, C = 2, k = 1, experts (0, 1, 0, 0) of 4 tokens::
+
+    row of token      0, 2, 1, dropped (-1)
+    token of row      0, 2, 1, none (-1)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_parallel.permute import RowOrder
+from moe_parallel.route import AssignmentCounts, Routing, RoutingStats
+
+
+def drop_by_rank(routing: Routing, capacity: int) -> tuple[Routing, Tensor]:
+    """Keep the first ``capacity`` assignments of every (rank, expert), by position.
+
+    Args:
+        routing: dropless.
+        capacity: C, the same on every rank.
+
+    Returns:
+        The routing with these drops, counts and stats of all ranks included; and ``[T, k]`` int64,
+        the number of each assignment among the rank's to its expert.
+
+    Communication: none; what each rank keeps follows from the counts they have gathered.
+    """
+    assigned_RE = routing.counts.assigned
+    chosen_TE = routing.experts.new_zeros(routing.experts.shape[0], assigned_RE.shape[1])
+    chosen_TE.scatter_(1, routing.experts, 1)
+    number_Tk = (chosen_TE.cumsum(0) - chosen_TE).gather(1, routing.experts)
+    kept_RE = assigned_RE.clamp(max=capacity)
+    dropped_E = (assigned_RE - kept_RE).sum(0)
+    dropped = routing._replace(
+        kept=number_Tk < capacity,
+        counts=AssignmentCounts(assigned_RE, kept_RE),
+        stats=RoutingStats(routing.stats.assigned, dropped_E),
+    )
+    return dropped, number_Tk
+
+
+def padded_order(places_Tk: Tensor, number_Tk: Tensor, capacity: int, num_experts: int) -> RowOrder:
+    """``C`` rows for every expert, those that nobody fills -1.
+
+    Args:
+        places_Tk: of each assignment's expert, in the order in which rows leave.
+        number_Tk: of :func:`drop_by_rank`.
+        capacity: C.
+        num_experts: E.
+    """
+    num_rows = num_experts * capacity
+    row_Tk = places_Tk * capacity + number_Tk
+    row_Tk = row_Tk.masked_fill(number_Tk >= capacity, -1)
+    # Dropped assignments are written beyond the end, and cut off.
+    assignment_A = row_Tk.new_full((num_rows + 1,), -1)
+    target = row_Tk.masked_fill(row_Tk < 0, num_rows).flatten()
+    assignment_A.scatter_(0, target, torch.arange(target.shape[0], device=target.device))
+    return RowOrder(assignment_A[:num_rows], row_Tk, padded=True)

@@ -228,7 +228,7 @@ class _OverRanks(torch.autograd.Function):
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
         w13, w2, *kept = ctx.saved_tensors
         pipeline, gemm, impl = ctx.arguments
-        dw13, dw2 = torch.empty_like(w13), torch.empty_like(w2)
+        dw13, dw2 = w13.new_empty(w13.shape), w2.new_empty(w2.shape)  # written as views
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what weight gradients are made of
 
         def compute(g: int, rows: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ it is the same on every rank, across both process groups.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -109,7 +110,7 @@ class Pipeline(NamedTuple):
         dispatched: dict[int, Transfer] = {}
         gathered: dict[int, Transfer] = {}
         scattered: dict[int, Transfer] = {}
-        combined = []
+        combined: deque[Transfer] = deque()
         # A round starts dispatch d, gather a, computes g and starts combine c; the first rounds
         # compute nothing, the last start nothing.
         for g in range(-1 - lag, count + lag):
@@ -124,6 +125,8 @@ class Pipeline(NamedTuple):
             if c >= 0:
                 rows = self._summed(c, scattered.pop(c))
                 combined.append(self._combine(c, rows, returning[c]))
+                if len(combined) > 2:  # long over: what was sent need not be held any more
+                    self._arrived(combined.popleft())
             if beside is not None and g >= BESIDE_LAG:
                 beside(g - BESIDE_LAG)
         if beside is not None:

@@ -93,7 +93,7 @@ def rates_on(rates: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     are taken as they are.
     """
     if rates.device == device and device.type != "cpu":
-        return rates.to(dtype)
+        return rates.to(dtype).contiguous()  # kernels read them one after the other
     return rates_by_value(tuple(rates.tolist()), device, dtype)
 
 

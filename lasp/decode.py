@@ -73,9 +73,10 @@ def lightning_decode(
     new_state = state if in_place else state.clone()
     decay_H11 = torch.exp(-rates_on(rates, q.device, state.dtype))[:, None, None]
     outputs = []
-    for q_BHK, k_BHK, v_BHV in zip(*(x.to(state.dtype).unbind(1) for x in (q, k, v))):
-        new_state.mul_(decay_H11).addcmul_(k_BHK.unsqueeze(3), v_BHV.unsqueeze(2))
-        outputs.append(scale * (q_BHK.unsqueeze(2) @ new_state).squeeze(2))
+    with torch.autocast(q.device.type, enabled=False):  # states and what reads them stay wide
+        for q_BHK, k_BHK, v_BHV in zip(*(x.to(state.dtype).unbind(1) for x in (q, k, v))):
+            new_state.mul_(decay_H11).addcmul_(k_BHK.unsqueeze(3), v_BHV.unsqueeze(2))
+            outputs.append(scale * (q_BHK.unsqueeze(2) @ new_state).squeeze(2))
     return LightningOutput(torch.stack(outputs, dim=1).to(q.dtype), new_state)
 
 

@@ -59,7 +59,8 @@ class ScaledLayer(TransformerLayer):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         parts = copy(submodules)
-        with_experts = getattr(submodules.mlp, "module", None) is ExpertParallelMoELayer
+        module = getattr(submodules.mlp, "module", None)
+        with_experts = isinstance(module, type) and issubclass(module, ExpertParallelMoELayer)
         if with_experts:
             # Built below: TransformerLayer of 0.16 gives groups to Megatron's own MoELayer only.
             parts.mlp = IdentityOp

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lasp import SequenceLayout, lightning_attention, lightning_decode
+from lasp.decay import rates_on
 from lasp.layers import norm_gate, silu_split
 from lasp.reference import recurrent_lightning_attention
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
@@ -270,3 +271,17 @@ def test_graph_capture_and_no_device_sync() -> None:
         graph.replay()
         assert torch.equal(output, true)
     assert torch.equal(state, expected_state)
+
+
+def test_rates_on_a_device_lie_one_after_the_other() -> None:
+    rates = torch.ones(8, device="meta")[::2]
+    assert rates_on(rates, rates.device, torch.float32).is_contiguous()
+
+
+def test_autocast_does_not_reach_the_states() -> None:
+    q, k, v = (torch.randn(2, 1, 3, 8) for _ in range(3))
+    state, rates = torch.randn(2, 3, 8, 8), torch.full((3,), 0.1)
+    plain = lightning_decode(q, k, v, rates, state)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = lightning_decode(q, k, v, rates, state)
+    assert all(torch.equal(a, b) for a, b in zip(plain, under_autocast))

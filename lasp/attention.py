@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp import ops
 from lasp.call import (
@@ -77,31 +76,58 @@ class _LightningAttention(torch.autograd.Function):
         return output.to(q.dtype), final_state
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, rates, initial_state, incoming = ctx.saved_tensors
-        call = ctx.call
-        flow, back = (flow_of(call.layout, call.rank, reverse=r) for r in (False, True))
-        if grad_output is None:  # only the final state was used, on this rank
-            grad_output = v.new_zeros(()).expand_as(v)
-        with torch.autocast(q.device.type, enabled=False):
-            do = _scaled(grad_output, call.scale, rates)
-            local_states = ops.run_states(q, do, rates, back, given=grad_final)
-            wait = start(local_states, rates, back, call)
-            # dq needs only states of the forward pass: it runs under the exchange too.
-            dq, _ = ops.scan(
-                do, v, k, rates, flow, given=_transpose(initial_state), incoming=incoming.mT
-            )
-            dk, _ = ops.scan(v, do, q, rates, back, given=_transpose(grad_final))
-            dv, grad_initial = ops.scan(
-                k, q, do, rates, back, given=grad_final, with_result=ctx.needs_input_grad[4]
-            )
-            grad_incoming = wait()
-            ops.add_incoming(dk, v, rates, back, grad_incoming.mT)
-            ops.add_incoming(dv, k, rates, back, grad_incoming, result=grad_initial)
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, grad_initial, None
+        with torch.no_grad():
+            gradients = _gradients(ctx, grad_output, grad_final)
+        # once_differentiable cuts the graph without a word where the gradients that come in need
+        # none themselves: a penalty on gradients would then do nothing.
+        if torch.is_grad_enabled():
+            gradients = _NoSecondDerivative.apply(*ctx.saved_tensors[:3], *gradients)  # type: ignore[no-untyped-call]
+        dq, dk, dv, grad_initial = gradients
+        return dq, dk, dv, None, grad_initial, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Hands on gradients; its own backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *gradients: Tensor | None) -> Any:
+        return tuple(None if x is None else x.view_as(x) for x in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "gradients of lightning_attention cannot be differentiated: use"
+            " lasp.reference.recurrent_lightning_attention"
+        )
+
+
+def _gradients(
+    ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, rates, initial_state, incoming = ctx.saved_tensors
+    call = ctx.call
+    flow, back = (flow_of(call.layout, call.rank, reverse=r) for r in (False, True))
+    if grad_output is None:  # only the final state was used, on this rank
+        grad_output = v.new_zeros(()).expand_as(v)
+    with torch.autocast(q.device.type, enabled=False):
+        do = _scaled(grad_output, call.scale, rates)
+        local_states = ops.run_states(q, do, rates, back, given=grad_final)
+        wait = start(local_states, rates, back, call)
+        # dq needs only states of the forward pass: it runs under the exchange too.
+        dq, _ = ops.scan(
+            do, v, k, rates, flow, given=_transpose(initial_state), incoming=incoming.mT
+        )
+        dk, _ = ops.scan(v, do, q, rates, back, given=_transpose(grad_final))
+        dv, grad_initial = ops.scan(
+            k, q, do, rates, back, given=grad_final, with_result=ctx.needs_input_grad[4]
+        )
+        grad_incoming = wait()
+        ops.add_incoming(dk, v, rates, back, grad_incoming.mT)
+        ops.add_incoming(dv, k, rates, back, grad_incoming, result=grad_initial)
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), grad_initial
 
 
 def lightning_attention(  # the operator: its arguments are its documentation

@@ -193,4 +193,6 @@ def _fake_backward(
 operators.define(_SCHEMA, _attention, _fake)
 operators.define(_BACKWARD_SCHEMA, _attention_backward, _fake_backward)
 operators.differentiate("attention", _gradients, _save)
-operators.refuse_second_derivative("attention_backward")
+operators.refuse_second_derivative(
+    "attention_backward", "lasp.reference.recurrent_lightning_attention"
+)

@@ -65,12 +65,12 @@ def differentiate(
     _LIBRARY.impl(name, with_autograd, "Autograd")
 
 
-def refuse_second_derivative(name: str) -> None:
-    """Of an operator that computes gradients: its own raise RuntimeError."""
+def refuse_second_derivative(name: str, instead: str) -> None:
+    """Of an operator that computes gradients: its own raise RuntimeError, and say what to use."""
 
     def gradients(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            "gradients of the triton kernels cannot be differentiated: use impl='eager'"
+            f"gradients of the triton kernels cannot be differentiated: use {instead}"
         )
 
     differentiate(name, gradients, save=lambda *_: None)

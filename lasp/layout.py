@@ -32,7 +32,6 @@ from lasp.fold import WorkIndex, fold_runs
 from lasp.runs import Fragment, Run, RunLink, contiguous_runs, cut_at_borders, zigzag_runs
 
 __all__ = ["Fragment", "Order", "Run", "RunLink", "SequenceLayout"]
-
 Order = Literal["contiguous", "zigzag", "fold"]
 
 

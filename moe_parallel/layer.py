@@ -133,7 +133,7 @@ class ExpertParallelMoE(nn.Module):
             gate = torch.empty(self.gate_weight.shape, device="cpu", dtype=torch.float32)
             self.gate_weight.copy_(gate.normal_(0, std, generator=generator_of(for_gate)))
 
-    def forward(
+    def forward(  # the contract of the layer and its checks, then one call for each stage
         self,
         hidden: Tensor,
         *,

@@ -66,7 +66,7 @@ class LightningSelfAttention(MegatronModule):
         ValueError: for heads that tp does not divide and options that are not supported.
     """
 
-    # Megatron's arguments of a self-attention, then ours.
+    # Megatron's arguments of a self-attention, then ours; a part a line, so it is long.
     def __init__(
         self,
         config: TransformerConfig,

@@ -2,8 +2,10 @@
 
 The floor of the forward pass is the bytes of q, k, v and o over the bandwidth of a device copy
 measured in the same process; of the backward, those of q, k, v, do, dq, dk and dv. Times are of
-whole calls of the operator, launches and states included. Layer 0 of 80 decays fastest; in layer 78
-hardly anything is forgotten, and all tokens of a segment count for its state.
+whole calls of the operator, states included: as the host launches them, which for few tokens takes
+longer than the device, and as a CUDA graph replays them, which is the time of the device alone.
+Layer 0 of 80 decays fastest; in layer 78 hardly anything is forgotten, and all tokens of a segment
+count for its state.
 
 The baseline is FLA's ``chunk_simple_gla(g_gamma=-rates, scale=1.0)``, if flash-linear-attention is
 installed.
@@ -16,14 +18,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import copy_bytes_per_s, environment, measure_ms, write_rows
+from benchmarks.harness import copy_bytes_per_s, environment, graph_ms, measure_ms, write_rows
 from lasp import SequenceLayout, decay_rates, lightning_attention
 
 SHAPES = [(64, 131072), (16, 1048576), (8, 131072), (8, 524288)]
@@ -93,6 +95,12 @@ def check(build: Callable[[Case, Tensor], Forward], name: str) -> None:
             raise SystemExit(f"{name} is wrong here: {what}")
 
 
+def both(forward: Forward, inputs: Sequence[Tensor], do: Tensor) -> tuple[Tensor, ...]:
+    """Forward and gradients."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.grad(forward(*leaves), leaves, do)
+
+
 def measure(
     case: Case, impl: str, build: Callable[[Case, Tensor], Forward], bandwidth: float
 ) -> list[dict[str, Any]]:
@@ -101,18 +109,26 @@ def measure(
         torch.randn(case.tokens, case.heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         for _ in range(4)
     )
-    leaves = [x.requires_grad_() for x in (q, k, v)]
     forward = build(case, decay_rates(case.heads, case.layer_index, LAYERS))
     tensor_bytes = q.numel() * q.element_size()
 
-    torch.autograd.grad(forward(*leaves), leaves, do)
+    both(forward, (q, k, v), do)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    torch.autograd.grad(forward(*leaves), leaves, do)
+    both(forward, (q, k, v), do)
     peak = torch.cuda.max_memory_allocated() - before
+    leaves = [x.requires_grad_() for x in (q, k, v)]
     output = forward(*leaves)
-    forward_ms = measure_ms(lambda: forward(*leaves))
-    backward_ms = measure_ms(lambda: torch.autograd.grad(output, leaves, do, retain_graph=True))
+    times = {
+        "forward_ms": (4, *measure_ms(lambda: forward(*leaves))),
+        "backward_ms": (
+            7,
+            *measure_ms(lambda: torch.autograd.grad(output, leaves, do, retain_graph=True)),
+        ),
+        "forward_graph_ms": (4, *graph_ms(lambda: forward(*leaves))),
+        # A backward runs on the streams of its forward and of its leaves: all are in the graph.
+        "both_graph_ms": (11, *graph_ms(lambda: both(forward, (q, k, v), do))),
+    }
 
     base = {
         "benchmark": "lightning_kernels",
@@ -120,7 +136,6 @@ def measure(
         "case": case._asdict() | {"head_dim": HEAD_DIM, "num_layers": LAYERS, "dtype": "bfloat16"},
     }
     floor_ms = tensor_bytes / bandwidth * 1e3
-    times = {"forward_ms": (4, *forward_ms), "backward_ms": (7, *backward_ms)}
     rows = [
         base | {"metric": metric, "p20": p20, "p50": p50, "p80": p80, "unit": "ms",
                 "bound": tensors * floor_ms, "bound_name": f"{tensors} tensors at copy bandwidth",

@@ -1,0 +1,93 @@
+"""Every Triton kernel of the project once, on small tensors: what compute-sanitizer watches.
+
+Ragged packs put document borders, cuts of segments and ends of tensors beside each other, and head
+dims are taken with tensor descriptors and without.
+
+Run: compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.sanitize
+     compute-sanitizer --tool racecheck --error-exitcode 1 python -m tests.sanitize
+"""
+
+from __future__ import annotations
+
+import argparse
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from lasp import lightning_decode
+from lasp.kernels import tuning
+from lasp.layers import norm_gate, silu_split
+from moe_parallel.permute import permute, row_order, unpermute
+from moe_parallel.swiglu import swiglu, swiglu_backward
+from ring.kernels.merge import merge_into
+from tests.lasp.cases import Case, attend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there with TRITON_INTERPRET=1
+DIMS = ((128, 128), (64, 64), (32, 96))  # descriptors and one launch for dk and dv; neither
+LENGTHS = (200, 0, 65, 1, 130)
+
+
+def attention(key_dim: int, value_dim: int, with_states: bool) -> None:
+    """Forward and backward of a pack."""
+    case = Case(
+        LENGTHS, 1, rates=(0.0, 0.25), key_dim=key_dim, value_dim=value_dim,
+        with_states=with_states, dtype=torch.bfloat16, impl="triton",
+    )  # fmt: skip
+    with patch.object(tuning, "segment_length", lambda *_: 128):
+        attend(case, None, 0, DEVICE)
+
+
+def layers() -> None:
+    """Decoding in place and not, and what is around the attention."""
+    q, k, v = torch.randn(3, 3, 2, 2, 128, device=DEVICE).bfloat16()
+    state = torch.randn(3, 2, 128, 128, device=DEVICE)
+    for in_place in (False, True):
+        lightning_decode(q, k, v, torch.rand(2), state, in_place=in_place, impl="triton")
+    x = torch.randn(37, 3, 2 * 32 + 64, device=DEVICE).bfloat16().requires_grad_()
+    sum(part.sum() for part in silu_split(x, 32, 64, impl="triton")).backward()
+    y, gate = torch.randn(2, 37, 192, device=DEVICE).bfloat16().requires_grad_().unbind()
+    weight = torch.ones(192, device=DEVICE, requires_grad=True)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for group in (None, dist.group.WORLD):
+        norm_gate(
+            y, gate, weight, eps=1e-6, tp_group=group, impl="triton"
+        ).sum().backward(retain_graph=True)  # fmt: skip
+    dist.destroy_process_group()
+
+
+def experts() -> None:
+    """SwiGLU, and rows to slots and back."""
+    hidden = torch.randn(13, 2 * 72, device=DEVICE).bfloat16()
+    swiglu_backward(swiglu(hidden, "triton"), hidden, "triton")
+    chosen = torch.randint(0, 5, (11, 2), device=DEVICE)
+    kept = torch.ones_like(chosen, dtype=torch.bool)
+    kept[3] = False
+    order = row_order(chosen, kept, int(kept.sum()))
+    x = torch.randn(11, 200, device=DEVICE).bfloat16().requires_grad_()
+    weights = torch.rand(11, 2, device=DEVICE, requires_grad=True)
+    unpermute(permute(x, order, "triton"), weights, order, "triton").sum().backward()
+
+
+def merging() -> None:
+    """Parts of softmax attention."""
+    outputs, lses = torch.randn(2, 11, 3, 96, device=DEVICE), torch.randn(2, 11, 3, device=DEVICE)
+    merge_into(outputs[0], lses[0], outputs[1], lses[1])
+
+
+def run_all() -> None:
+    """All of them."""
+    for key_dim, value_dim in DIMS:
+        for with_states in (False, True):
+            attention(key_dim, value_dim, with_states)
+    layers()
+    experts()
+    merging()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    run_all()
+    print("ran every kernel")

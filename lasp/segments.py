@@ -44,6 +44,7 @@ class Segment(NamedTuple):
         result_row: the document that ends here and whose result is asked for, or -1.
         slot: which sending run ends here, or -1.
         begin: tokens of the rank before it, in the order of the flow.
+        sum_row: which row of the sums of pass A is its own, or -1 if ``state_length`` is 0.
     """
 
     first: int
@@ -56,6 +57,7 @@ class Segment(NamedTuple):
     result_row: int
     slot: int
     begin: int
+    sum_row: int
 
 
 class Plan(NamedTuple):
@@ -64,7 +66,8 @@ class Plan(NamedTuple):
     Attributes:
         flow: where states come from and go to.
         segments: in the order of the flow.
-        table: the segments ``[segments, 10]``, int32, on the device.
+        table: the segments ``[segments, 11]``, int32, on the device.
+        summed: the rows of the table whose state somebody needs ``[sums, 11]``, in its order.
         reach: int32 ``[T]``: tokens of its document before each token in the order of the flow; a
             state that comes in or is given counts as one.
         state_lengths: of the segments.
@@ -73,6 +76,7 @@ class Plan(NamedTuple):
     flow: Flow
     segments: tuple[Segment, ...]
     table: Tensor
+    summed: Tensor
     reach: Tensor
     state_lengths: tuple[int, ...]
 
@@ -102,14 +106,18 @@ def plan_of(
     flow = flow_of(layout, rank, reverse=reverse)
     spans = _spans(flow, given, result)
     segments: list[Segment] = []
+    summed: list[Segment] = []
     for span in spans:
         for segment in _cut(span, flow, given, result, length):
-            segments.append(_placed(segment, segments))
+            segments.append(_placed(segment, segments, len(summed)))
+            if segment.state_length:
+                summed.append(segments[-1])
     reach = torch.cat([_reach(piece, reverse, given) for piece in sorted_by_offset(flow)])
     return Plan(
         flow,
         tuple(segments),
-        _to_device(torch.tensor(segments, dtype=torch.int32, device="cpu"), device),
+        _table(segments, device),
+        _table(summed, device),
         _to_device(reach, device),
         tuple(segment.state_length for segment in segments),
     )
@@ -209,18 +217,20 @@ def _cut(
             result_row=_row(span[last]) if leaves else -1,
             slot=slots.index(span[last].offset) if goes_on and stop == ends[last] else -1,
             begin=-1,
+            sum_row=-1,
         )
 
 
-def _placed(segment: Segment, before: list[Segment]) -> Segment:
-    """``segment`` with what depends on those before it."""
+def _placed(segment: Segment, before: list[Segment], num_sums: int) -> Segment:
+    """``segment`` with what depends on those before it, so many of which have sums."""
     index = len(before)
     begin = before[-1].begin + before[-1].length if before else 0
     chain = index
     if segment.distance > 0:
         whole = before[-1].state_length == before[-1].length
         chain = before[-1].chain if whole else index - 1
-    return segment._replace(chain=chain, begin=begin)
+    sum_row = num_sums if segment.state_length else -1
+    return segment._replace(chain=chain, begin=begin, sum_row=sum_row)
 
 
 def _has_origin(piece: Piece, given: bool) -> bool:
@@ -242,5 +252,11 @@ def _reach(piece: Piece, reverse: bool, given: bool) -> Tensor:
     return reach.flip(0) if reverse else reach
 
 
+def _table(segments: list[Segment], device: torch.device) -> Tensor:
+    return _to_device(torch.tensor(segments, dtype=torch.int32, device="cpu"), device)
+
+
 def _to_device(x: Tensor, device: torch.device) -> Tensor:
+    if x.numel() == 0:
+        return x.new_empty(x.shape, device=device)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

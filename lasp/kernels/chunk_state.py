@@ -32,16 +32,17 @@ DISTANCE = tl.constexpr(6)
 RESULT_ROW = tl.constexpr(7)
 SLOT = tl.constexpr(8)
 BEGIN = tl.constexpr(9)
-COLUMNS = tl.constexpr(10)
+SUM_ROW = tl.constexpr(10)
+COLUMNS = tl.constexpr(11)
 
 
 @triton.jit(do_not_specialize=["num_parts", "part_length"])
 def segment_states_kernel(
     key,  # [T, H, K], any strides but that of the last dim, which is 1
     value,  # [T, H, V]
-    sums,  # [segments, parts, K, V] float32, contiguous
+    sums,  # [sums, parts, K, V] float32, contiguous
     rates,  # [H] float32
-    table,  # [segments, COLUMNS] int32
+    table,  # [sums, COLUMNS] int32: of the segments whose state somebody needs
     parts,  # [parts, 2] int32: head, and how many parts of that head lie behind it
     reaches,  # [H] int32: tokens that matter to the state of a head
     num_parts,
@@ -60,12 +61,12 @@ def segment_states_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Pass A: one program a segment, part and block of value columns."""
+    """Pass A: one program a sum, part and block of value columns."""
     blocks = tl.cdiv(V, BLOCK_V)
     program = tl.program_id(0)
     block, row = program % blocks, program // blocks
-    part, segment = row % num_parts, row // num_parts
-    table += segment * COLUMNS
+    part, sum_row = row % num_parts, row // num_parts
+    table += sum_row * COLUMNS
     head = tl.load(parts + 2 * part)
     begin = tl.load(parts + 2 * part + 1) * part_length  # counted back from the border
     end = tl.minimum(tl.load(table + STATE_LENGTH), tl.load(reaches + head))
@@ -92,14 +93,14 @@ def segment_states_kernel(
             weight = tl.exp2(-rate * (distance + (STEP < 0)).to(tl.float32)) * scale
             weighted = (tl.trans(v).to(tl.float32) * weight[None, :]).to(OPERAND)
             state = tl.dot(weighted, k.to(OPERAND), state, input_precision=PRECISION)
-        sums += (segment.to(tl.int64) * num_parts + part) * (K * V)
+        sums += (sum_row.to(tl.int64) * num_parts + part) * (K * V)
         mask = (k_cols < K)[:, None] & (v_cols < V)[None, :]
         tl.store(sums + k_cols[:, None] * V + v_cols[None, :], tl.trans(state), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_heads", "num_parts", "part_length"])
 def combine_states_kernel(
-    sums,  # [segments, parts, K, V] float32: from pass A
+    sums,  # [sums, parts, K, V] float32: from pass A
     states,  # [segments, H, K, V] float32: the states that enter
     outgoing,  # [slots, H, K, V] float32: what the runs send on
     given,  # [N, H, K, V] float32 or None
@@ -142,9 +143,10 @@ def combine_states_kernel(
         chain = tl.load(row + CHAIN, mask=exists, other=2**30)
         begin = tl.load(row + BEGIN, mask=exists, other=0)
         slot = tl.load(row + SLOT, mask=exists, other=-1)
+        sum_row = tl.load(row + SUM_ROW, mask=exists, other=0).to(tl.int64)
         pointers = states + s.to(tl.int64)[:, None] * size + offsets
-        kept = tl.minimum(state_length, reach)
-        rows = sums + (s.to(tl.int64) * num_parts + first_part)[:, None] * SIZE + cols[None, :]
+        kept = tl.minimum(state_length, reach)  # 0 where there is no sum: nothing is loaded
+        rows = sums + (sum_row * num_parts + first_part)[:, None] * SIZE + cols[None, :]
         own = tl.zeros([GROUP, BLOCK], dtype=tl.float32)
         for part in tl.range(0, head_parts, loop_unroll_factor=4):  # loads in flight together
             there = inside & (kept > part * part_length)[:, None]

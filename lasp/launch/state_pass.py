@@ -71,14 +71,16 @@ def run_states(  # two launches, an argument a line: longer than our functions a
     length = tuning.part_length(plan.state_lengths, reaches, programs, num_sms)
     parts = parts_of(plan.state_lengths, reaches, length, key_THK.device)
     num_parts = parts.rows.shape[0]
-    sums = rates_H.new_empty(len(plan.segments), num_parts, key_dim, value_dim)
+    # Not one a segment: a document of its own has a segment, and mostly no state to hand on.
+    num_sums = plan.summed.shape[0]
+    sums = rates_H.new_empty(num_sums, num_parts, key_dim, value_dim)
     with torch.cuda.device_of(states):
-        segment_states_kernel[(len(plan.segments) * num_parts * programs,)](
+        segment_states_kernel[(num_sums * num_parts * programs,)](
             key_THK,
             value_THV,
             sums,
             rates_H,
-            plan.table,
+            plan.summed,
             parts.rows,
             parts.reaches,
             num_parts,

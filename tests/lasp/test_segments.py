@@ -1,0 +1,52 @@
+"""What the kernels are told about a pack, and what that costs."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
+
+from lasp.attention import lightning_attention
+from lasp.launch import state_pass
+from lasp.layout import SequenceLayout
+from lasp.segments import Plan, plan_of
+from tests.lasp.test_kernels import DEVICE, small_blocks
+
+
+def plan(lengths: tuple[int, ...], length: int, **options: bool) -> Plan:
+    options = {"reverse": False, "given": False, "result": True} | options
+    return plan_of(SequenceLayout(lengths, 1), 0, torch.device("cpu"), length=length, **options)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_only_segments_that_hand_a_state_on_have_sums(reverse: bool) -> None:
+    """A document whose final state is asked for is a segment of its own, and mostly the last."""
+    lengths = (5,) * 50 + (300,) + (7,) * 50
+    of_pack = plan(lengths, 128, reverse=reverse)
+    assert len(of_pack.segments) == 103
+    assert of_pack.summed.tolist() == [list(s) for s in of_pack.segments if s.state_length]
+    assert [s.sum_row for s in of_pack.segments if s.sum_row >= 0] == [0, 1]
+    assert plan((5,) * 4, 128).summed.shape[0] == 0
+
+
+def test_sums_and_programs_are_of_few_segments() -> None:
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*args: Any, **options: Any) -> Any:
+                launched.append((grid[0], args[2].shape[0]))
+                return kernel[grid](*args, **options)
+
+            return launch
+
+    kernel = state_pass.segment_states_kernel
+    x, rates = torch.randn(120, 1, 32, device=DEVICE), torch.zeros(1, device=DEVICE)
+    layout = SequenceLayout((4,) * 10 + (40,) + (4,) * 10, 1)
+    with small_blocks(), patch.object(state_pass, "segment_states_kernel", Kernel()):
+        lightning_attention(x, x, x, rates, layout=layout, impl="triton", output_final_state=True)
+    assert launched == [(2, 1)]  # two parts of the 32 tokens that end one segment of 22

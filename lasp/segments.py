@@ -45,6 +45,7 @@ class Segment(NamedTuple):
         slot: which sending run ends here, or -1.
         begin: tokens of the rank before it, in the order of the flow.
         sum_row: which row of the sums of pass A is its own, or -1 if ``state_length`` is 0.
+        state_row: which row of the states of pass B enters from segments before, or -1.
     """
 
     first: int
@@ -58,6 +59,7 @@ class Segment(NamedTuple):
     slot: int
     begin: int
     sum_row: int
+    state_row: int
 
 
 class Plan(NamedTuple):
@@ -66,11 +68,12 @@ class Plan(NamedTuple):
     Attributes:
         flow: where states come from and go to.
         segments: in the order of the flow.
-        table: the segments ``[segments, 11]``, int32, on the device.
-        summed: the rows of the table whose state somebody needs ``[sums, 11]``, in its order.
+        table: the segments ``[segments, 12]``, int32, on the device.
+        summed: the rows of the table whose state somebody needs ``[sums, 12]``, in its order.
         reach: int32 ``[T]``: tokens of its document before each token in the order of the flow; a
             state that comes in or is given counts as one.
         state_lengths: of the segments.
+        num_states: segments that a state enters from segments before.
     """
 
     flow: Flow
@@ -79,6 +82,7 @@ class Plan(NamedTuple):
     summed: Tensor
     reach: Tensor
     state_lengths: tuple[int, ...]
+    num_states: int
 
 
 @lru_cache(maxsize=64)  # a few batches in flight, both directions
@@ -107,9 +111,11 @@ def plan_of(
     spans = _spans(flow, given, result)
     segments: list[Segment] = []
     summed: list[Segment] = []
+    num_states = 0
     for span in spans:
         for segment in _cut(span, flow, given, result, length):
-            segments.append(_placed(segment, segments, len(summed)))
+            segments.append(_placed(segment, segments, len(summed), num_states))
+            num_states += segments[-1].state_row >= 0
             if segment.state_length:
                 summed.append(segments[-1])
     reach = torch.cat([_reach(piece, reverse, given) for piece in sorted_by_offset(flow)])
@@ -120,6 +126,7 @@ def plan_of(
         _table(summed, device),
         _to_device(reach, device),
         tuple(segment.state_length for segment in segments),
+        num_states,
     )
 
 
@@ -218,19 +225,24 @@ def _cut(
             slot=slots.index(span[last].offset) if goes_on and stop == ends[last] else -1,
             begin=-1,
             sum_row=-1,
+            state_row=-1,
         )
 
 
-def _placed(segment: Segment, before: list[Segment], num_sums: int) -> Segment:
-    """``segment`` with what depends on those before it, so many of which have sums."""
+def _placed(segment: Segment, before: list[Segment], num_sums: int, num_states: int) -> Segment:
+    """``segment`` with what depends on those before it: how many have sums, how many states."""
     index = len(before)
     begin = before[-1].begin + before[-1].length if before else 0
     chain = index
     if segment.distance > 0:
         whole = before[-1].state_length == before[-1].length
         chain = before[-1].chain if whole else index - 1
-    sum_row = num_sums if segment.state_length else -1
-    return segment._replace(chain=chain, begin=begin, sum_row=sum_row)
+    return segment._replace(
+        chain=chain,
+        begin=begin,
+        sum_row=num_sums if segment.state_length else -1,
+        state_row=num_states if chain < index else -1,
+    )
 
 
 def _has_origin(piece: Piece, given: bool) -> bool:

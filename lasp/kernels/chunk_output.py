@@ -10,7 +10,6 @@ import triton.language as tl
 
 from lasp.kernels.chunk import advance_chunk, weights
 from lasp.kernels.chunk_state import (
-    CHAIN,
     COLUMNS,
     DISTANCE,
     FIRST,
@@ -19,6 +18,7 @@ from lasp.kernels.chunk_state import (
     LENGTH,
     LOG2E,
     RESULT_ROW,
+    STATE_ROW,
 )
 
 
@@ -75,10 +75,9 @@ def _walk(
     state_offsets += head.to(tl.int64) * (D * E)
 
     # Where a state is absent no column is loaded: a mask of all False.
-    inside = e_inside[:, None] & (
-        d_cols[None, :] < tl.where(tl.load(table + CHAIN) < segment, D, 0)
-    )
-    state = tl.load(states + segment * size + state_offsets, mask=inside, other=0.0)
+    state_row = tl.load(table + STATE_ROW)
+    inside = e_inside[:, None] & (d_cols[None, :] < tl.where(state_row >= 0, D, 0))
+    state = tl.load(states + state_row * size + state_offsets, mask=inside, other=0.0)
     before = tl.exp2(-rate * distance.to(tl.float32))
     if given is not None:
         row = tl.load(table + GIVEN_ROW)
@@ -136,7 +135,7 @@ def output_kernel(
     value,  # [T, H, E]
     output,  # [T, H, E], contiguous
     output_tiles,  # its tensor descriptor, or None
-    states,  # [segments, H, K, V] float32: what enters each segment from the one before
+    states,  # [states, H, K, V] float32: what enters segments from those before
     given,  # [N, H, K, V] float32: what each document starts from, or None
     incoming,  # [runs, H, K, V] float32: what runs receive, or None
     result,  # [N, H, K, V] float32: what each document leaves, or None
@@ -189,7 +188,7 @@ def key_value_gradients_kernel(
     dv,  # [T, H, D], contiguous
     dk_tiles,  # their tensor descriptors, or None
     dv_tiles,
-    states,  # [segments, H, D, D] float32, and so on: see output_kernel
+    states,  # [states, H, D, D] float32, and so on: see output_kernel
     given,
     incoming,
     result,

@@ -33,7 +33,8 @@ RESULT_ROW = tl.constexpr(7)
 SLOT = tl.constexpr(8)
 BEGIN = tl.constexpr(9)
 SUM_ROW = tl.constexpr(10)
-COLUMNS = tl.constexpr(11)
+STATE_ROW = tl.constexpr(11)
+COLUMNS = tl.constexpr(12)
 
 
 @triton.jit(do_not_specialize=["num_parts", "part_length"])
@@ -101,7 +102,7 @@ def segment_states_kernel(
 @triton.jit(do_not_specialize=["num_segments", "num_heads", "num_parts", "part_length"])
 def combine_states_kernel(
     sums,  # [sums, parts, K, V] float32: from pass A
-    states,  # [segments, H, K, V] float32: the states that enter
+    states,  # [states, H, K, V] float32: the states that enter segments
     outgoing,  # [slots, H, K, V] float32: what the runs send on
     given,  # [N, H, K, V] float32 or None
     rates,  # [H]
@@ -144,7 +145,6 @@ def combine_states_kernel(
         begin = tl.load(row + BEGIN, mask=exists, other=0)
         slot = tl.load(row + SLOT, mask=exists, other=-1)
         sum_row = tl.load(row + SUM_ROW, mask=exists, other=0).to(tl.int64)
-        pointers = states + s.to(tl.int64)[:, None] * size + offsets
         kept = tl.minimum(state_length, reach)  # 0 where there is no sum: nothing is loaded
         rows = sums + (sum_row * num_parts + first_part)[:, None] * SIZE + cols[None, :]
         own = tl.zeros([GROUP, BLOCK], dtype=tl.float32)
@@ -162,7 +162,9 @@ def combine_states_kernel(
         since = begin - tl.load(table + first * COLUMNS + BEGIN)
         decay = tl.exp2(tl.where(chain < first, -rate * since.to(tl.float32), float("-inf")))
         entering += decay[:, None] * carry[None, :]
-        tl.store(pointers, entering, mask=inside & (chain < s)[:, None])
+        state_row = tl.load(row + STATE_ROW, mask=exists, other=-1)
+        pointers = states + state_row.to(tl.int64)[:, None] * size + offsets
+        tl.store(pointers, entering, mask=inside & (state_row >= 0)[:, None])
 
         through = tl.exp2(
             tl.where(state_length == length, -rate * length.to(tl.float32), float("-inf"))

@@ -17,8 +17,7 @@ class States(NamedTuple):
     """The states of one direction.
 
     Attributes:
-        entering: what enters each segment from the one before ``[segments, H, K, V]``; empty if
-            none is needed.
+        entering: what enters segments from those before ``[plan.num_states, H, K, V]``.
         outgoing: the local part of what runs send on ``[slots, H, K, V]``.
     """
 
@@ -62,7 +61,7 @@ def run_states(  # two launches, an argument a line: longer than our functions a
     outgoing = rates_H.new_zeros(plan.flow.num_slots, *shape)
     if not any(plan.state_lengths):
         return States(rates_H.new_empty(0), outgoing)
-    states = rates_H.new_empty(len(plan.segments), *shape)
+    states = rates_H.new_empty(plan.num_states, *shape)
     blocks = tuning.state_blocks(
         key_dim, value_dim, key_THK.dtype, device_limits(key_THK.device)[1]
     )

@@ -30,6 +30,8 @@ def test_only_segments_that_hand_a_state_on_have_sums(reverse: bool) -> None:
     assert len(of_pack.segments) == 103
     assert of_pack.summed.tolist() == [list(s) for s in of_pack.segments if s.state_length]
     assert [s.sum_row for s in of_pack.segments if s.sum_row >= 0] == [0, 1]
+    assert [s.state_row for s in of_pack.segments if s.state_row >= 0] == [0, 1]
+    assert of_pack.num_states == 2
     assert plan((5,) * 4, 128).summed.shape[0] == 0
 
 

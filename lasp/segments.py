@@ -112,8 +112,10 @@ def plan_of(
     segments: list[Segment] = []
     summed: list[Segment] = []
     num_states = 0
+    sending = (piece.offset for piece in flow.pieces if piece.sends)
+    slots = {offset: slot for slot, offset in enumerate(sending)}
     for span in spans:
-        for segment in _cut(span, flow, given, result, length):
+        for segment in _cut(span, slots, length, reverse, given, result):
             segments.append(_placed(segment, segments, len(summed), num_states))
             num_states += segments[-1].state_row >= 0
             if segment.state_length:
@@ -189,16 +191,16 @@ def _spans(flow: Flow, given: bool, result: bool) -> Iterator[list[Piece]]:
 
 
 def _cut(
-    span: list[Piece], flow: Flow, given: bool, result: bool, length: int
+    span: list[Piece], slots: dict[int, int], length: int, reverse: bool, given: bool, result: bool
 ) -> Iterator[Segment]:
+    """Segments of one span; ``slots`` are those of the pieces that send, by their offset."""
     total = sum(piece.length for piece in span)
     each = -(-total // -(-total // length))
     each = min(length, -(-each // 64) * 64)  # whole chunks, but for the last
     ends: list[int] = []  # of the pieces, counted from the start of the span
     for piece in span:
         ends.append(piece.length + (ends[-1] if ends else 0))
-    origin = span[0].offset + (span[0].length - 1 if flow.reverse else 0)
-    slots = [p.offset for p in flow.pieces if p.sends]
+    origin = span[0].offset + (span[0].length - 1 if reverse else 0)
     at = 0  # the piece that holds the first token of the segment
     for start in range(0, total, each):
         stop = min(start + each, total)
@@ -214,7 +216,7 @@ def _cut(
         has_origin = _has_origin(span[first], given)
         document, receives = span[first].document, span[first].receives
         yield Segment(
-            first=origin - start if flow.reverse else origin + start,
+            first=origin - start if reverse else origin + start,
             length=stop - start,
             state_length=min(own, stop - start) if goes_on else 0,
             chain=-1,
@@ -222,7 +224,7 @@ def _cut(
             incoming_row=span[first].run if receives else -1,
             distance=distance,
             result_row=_row(span[last]) if leaves else -1,
-            slot=slots.index(span[last].offset) if goes_on and stop == ends[last] else -1,
+            slot=slots[span[last].offset] if goes_on and stop == ends[last] else -1,
             begin=-1,
             sum_row=-1,
             state_row=-1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -10,7 +11,9 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
 
+from lasp import segments
 from lasp.attention import lightning_attention
+from lasp.flow import flow_of
 from lasp.launch import state_pass
 from lasp.layout import SequenceLayout
 from lasp.segments import Plan, plan_of
@@ -52,3 +55,29 @@ def test_sums_and_programs_are_of_few_segments() -> None:
     with small_blocks(), patch.object(state_pass, "segment_states_kernel", Kernel()):
         lightning_attention(x, x, x, rates, layout=layout, impl="triton", output_final_state=True)
     assert launched == [(2, 1)]  # two parts of the 32 tokens that end one segment of 22
+
+
+class Counted(tuple):
+    """Counts what is looked at."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for x in super().__iter__():
+            Counted.looks += 1
+            yield x
+
+
+@pytest.mark.parametrize("result", [False, True])
+def test_planning_looks_at_each_piece_a_few_times(result: bool) -> None:
+    """However many documents there are."""
+    layout = SequenceLayout((3,) * 300, 1)
+    flow = flow_of(layout, 0)
+    Counted.looks = 0
+    with patch.object(
+        segments, "flow_of", lambda *_, **__: flow._replace(pieces=Counted(flow.pieces))
+    ):
+        plan_of.__wrapped__(
+            layout, 0, torch.device("cpu"), reverse=False, given=False, result=result, length=64
+        )
+    assert 300 <= Counted.looks <= 4 * 300

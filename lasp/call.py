@@ -12,6 +12,7 @@ from torch import Tensor
 from lasp.exchange import Choice, HostGroups, Transitions, Wait, kept_over, start_exchange
 from lasp.flow import Flow
 from lasp.layout import SequenceLayout
+from lasp.transfer import to_device
 
 
 class Call(NamedTuple):
@@ -72,4 +73,4 @@ def _decay(
         return None
     with torch.inference_mode(False):  # remembered, and used in training too
         decay = torch.tensor(kept, dtype=torch.float64, device="cpu").to(dtype).view(-1, 1, 1)
-        return decay.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else decay
+        return to_device(decay, device)

@@ -26,6 +26,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lasp.transfer import to_device
+
 Variant = Literal["minimax", "alibi", "linear", "retnet"]
 
 
@@ -105,7 +107,7 @@ def rates_by_value(values: tuple[float, ...], device: torch.device, dtype: torch
             f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {values}"
         )
     with torch.inference_mode(False):  # else a model first run in inference mode could not train
-        return torch.tensor(values, dtype=dtype, device=device)
+        return to_device(torch.tensor(values, dtype=dtype, device="cpu"), device, wait=True)
 
 
 def _alibi_slopes(num_heads: int) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lasp.flow import Flow, Piece, flow_of
 from lasp.layout import SequenceLayout
+from lasp.transfer import to_device
 
 FAR = 2**30  # tokens: a head that does not decay
 
@@ -126,7 +127,7 @@ def plan_of(
         tuple(segments),
         _table(segments, device),
         _table(summed, device),
-        _to_device(reach, device),
+        to_device(reach, device),
         tuple(segment.state_length for segment in segments),
         num_states,
     )
@@ -167,7 +168,7 @@ def parts_of(
     rows = [(head, index) for head, count in enumerate(counts) for index in range(count)]
     first = [0, *accumulate(counts)]
     tensors = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in (rows, first, reaches))
-    return Parts(length, *(_to_device(x, device) for x in tensors))
+    return Parts(length, *(to_device(x, device) for x in tensors))
 
 
 def sorted_by_offset(flow: Flow) -> list[Piece]:
@@ -267,10 +268,4 @@ def _reach(piece: Piece, reverse: bool, given: bool) -> Tensor:
 
 
 def _table(segments: list[Segment], device: torch.device) -> Tensor:
-    return _to_device(torch.tensor(segments, dtype=torch.int32, device="cpu"), device)
-
-
-def _to_device(x: Tensor, device: torch.device) -> Tensor:
-    if x.numel() == 0:
-        return x.new_empty(x.shape, device=device)
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return to_device(torch.tensor(segments, dtype=torch.int32, device="cpu"), device)

@@ -15,6 +15,7 @@ from lasp.exchange.hosts import start_two_level
 from lasp.exchange.strategies import STRATEGIES
 from lasp.exchange.task import Finish, HostGroups, Task, Transitions
 from lasp.flow import Flow
+from lasp.transfer import to_device
 
 Wait = Callable[[], Tensor]
 # The one hop is one collective, which runs behind the caller's back anyway; the chain of LASP is to
@@ -147,5 +148,4 @@ def _index(heads: tuple[int, ...], device: torch.device) -> slice | Tensor:
     if last - first + 1 == len(heads):
         return slice(first, last + 1)
     with torch.inference_mode(False):
-        index = torch.tensor(heads, device="cpu")
-        return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
+        return to_device(torch.tensor(heads, device="cpu"), device)

@@ -104,7 +104,8 @@ def rates_by_value(values: tuple[float, ...], device: torch.device, dtype: torch
     """The rates as a tensor that every call with these values shares."""
     if not all(0 <= rate < inf for rate in values):
         raise ValueError(
-            f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {values}"
+            f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {values}: see"
+            " decay_rates"
         )
     with torch.inference_mode(False):  # else a model first run in inference mode could not train
         return to_device(torch.tensor(values, dtype=dtype, device="cpu"), device, wait=True)

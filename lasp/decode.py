@@ -85,7 +85,10 @@ def _check_step(
 ) -> None:
     """Raise ValueError for what does not belong together; values are not looked at."""
     if q.dim() != 4:
-        raise ValueError(f"q must be [B, T, H, K], T new tokens a sequence, got {tuple(q.shape)}")
+        raise ValueError(
+            f"q must be [B, T, H, K], T new tokens a sequence, got {tuple(q.shape)}: for one token"
+            " a sequence, T = 1, use q.unsqueeze(1)"
+        )
     if rates.shape != q.shape[2:3] or rates.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"rates must be [{q.shape[2]}], float32 or float64, got {tuple(rates.shape)} in"
@@ -93,13 +96,15 @@ def _check_step(
         )
     if rates.device.type != "cpu" and rates.device != q.device:
         raise ValueError(
-            f"rates must be on the CPU or the device of q, {q.device}, got {rates.device}"
+            f"rates must be on the CPU or the device of q, {q.device}, got {rates.device}: move"
+            " them with rates.to(q.device), or leave them on the CPU"
         )
     shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
     if state.shape != shape or state.dtype != state_dtype(q.dtype) or state.device != q.device:
         raise ValueError(
             f"state must be {shape} in {state_dtype(q.dtype)} on {q.device}, got"
-            f" {tuple(state.shape)} in {state.dtype} on {state.device}"
+            f" {tuple(state.shape)} in {state.dtype} on {state.device}: start from zeros of that"
+            " shape, or from the final_state of lightning_attention, [documents, H, K, V]"
         )
     if in_place and not state.is_contiguous():
         raise ValueError(

@@ -36,20 +36,29 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() not in (3, 4) or q.numel() == 0:
         raise ValueError(
             "q must be [T, H, K] or [B, T, H, K] with at least one element, got shape"
-            f" {tuple(q.shape)}"
+            f" {tuple(q.shape)}: split the heads into a dim of their own, x.unflatten(-1, (H, K))"
         )
     if k.shape != q.shape:
-        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
+        raise ValueError(
+            f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}: repeat heads that"
+            " several queries share, k.repeat_interleave(H // k.shape[-2], dim=-2)"
+        )
     if v.dim() != q.dim() or v.shape[:-1] != q.shape[:-1] or v.shape[-1] == 0:
         raise ValueError(
             f"v must be {tuple(q.shape[:-1])} + (V,), all but the last dim as in q, got"
-            f" {tuple(v.shape)}"
+            f" {tuple(v.shape)}: give it the tokens and heads of q, V may differ from K"
         )
     if not q.dtype.is_floating_point or torch.finfo(q.dtype).bits < 16:
-        raise ValueError(f"q must be bf16, fp16, fp32 or fp64, got {q.dtype}")
+        raise ValueError(
+            f"q must be bf16, fp16, fp32 or fp64, got {q.dtype}: convert q, k and v, for example"
+            " with q.to(torch.bfloat16)"
+        )
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
-            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+            raise ValueError(
+                f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}: convert one with"
+                " .to(dtype)"
+            )
         _check_device(name, tensor, q)
 
 
@@ -129,7 +138,7 @@ def _check_rates_kind(rates: Tensor, q: Tensor) -> None:
     if rates.is_meta or rates.device not in (torch.device("cpu"), q.device):
         raise ValueError(
             f"rates must be on the CPU, or on the device of q, {q.device}, and have values, got"
-            f" {rates.device}"
+            f" {rates.device}: pass what decay_rates returns as it is"
         )
     if rates.requires_grad:
         raise ValueError("rates must not require grad, they get none: pass rates.detach()")
@@ -140,7 +149,8 @@ def check_rates(rates: Tensor) -> tuple[float, ...]:
     values: list[float] = rates.tolist()
     if not all(0 <= rate < inf for rate in values):
         raise ValueError(
-            f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {values}"
+            f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {values}: see"
+            " decay_rates"
         )
     return tuple(values)
 
@@ -186,7 +196,7 @@ def check_initial_state(
     if initial_state.shape != shape:
         raise ValueError(
             f"initial_state must be {shape}: [documents, H, K, V], or [B, H, K, V] for batched q,"
-            f" got {tuple(initial_state.shape)}"
+            f" got {tuple(initial_state.shape)}: one state for each, that of empty documents too"
         )
     if initial_state.dtype != state_dtype(q.dtype):
         raise ValueError(
@@ -198,7 +208,10 @@ def check_initial_state(
 
 def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
     if tensor.device != q.device:
-        raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+        raise ValueError(
+            f"{name} must be on the device of q, {q.device}, got {tensor.device}: move one with"
+            " .to(device)"
+        )
 
 
 _HAS_TRITON = find_spec("triton") is not None

@@ -53,7 +53,8 @@ def host_groups(
     if ranks_per_host < 1 or cp_group.size() % ranks_per_host:
         raise ValueError(
             f"ranks_per_host must divide the {cp_group.size()} ranks of cp_group, got"
-            f" {ranks_per_host}"
+            f" {ranks_per_host}: pass the ranks that share a host, as many on each, or use another"
+            " exchange"
         )
     levels = _levels(cp_group, ranks_per_host)
     backend = dist.get_backend(cp_group)

@@ -49,23 +49,29 @@ def group_of_rank_0() -> Any:
 
 # name of the row -> (what must be said, what is passed instead)
 TABLE: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
-    "q has two dims": ("q must", lambda: {"q": torch.zeros(T, K)}),
-    "q is empty": ("q must", lambda: {"q": torch.zeros(0, H, K)}),
-    "q is integer": ("q must", lambda: {n: torch.zeros(T, H, 3, dtype=torch.long) for n in "qkv"}),
-    "k has another head dim": ("k must", lambda: {"k": torch.zeros(T, H, K + 1)}),
+    "q has two dims": ("q must.*: split the heads", lambda: {"q": torch.zeros(T, K)}),
+    "q is empty": ("q must.*: split the heads", lambda: {"q": torch.zeros(0, H, K)}),
+    "q is integer": (
+        "q must.*: convert",
+        lambda: {n: torch.zeros(T, H, 3, dtype=torch.long) for n in "qkv"},
+    ),
+    "k has another head dim": ("k must.*: repeat heads", lambda: {"k": torch.zeros(T, H, K + 1)}),
     "k has fewer heads": ("k must", lambda: {"k": torch.zeros(T, 1, K)}),
-    "k in another dtype": ("k must", lambda: {"k": torch.zeros(T, H, K).bfloat16()}),
-    "v has other tokens": ("v must", lambda: {"v": torch.zeros(T + 1, H, V)}),
+    "k in another dtype": ("k must.*: convert", lambda: {"k": torch.zeros(T, H, K).bfloat16()}),
+    "v has other tokens": ("v must.*: give it", lambda: {"v": torch.zeros(T + 1, H, V)}),
     "v is batched, q is not": ("v must", lambda: {"v": torch.zeros(1, T, H, V)}),
-    "v on another device": ("v must", lambda: {"v": torch.zeros(T, H, V, device="meta")}),
+    "v on another device": ("v must.*: move", lambda: {"v": torch.zeros(T, H, V, device="meta")}),
     "rates not sliced for TP": ("rates must.*tp_rank", lambda: {"rates": decay_rates(8, 0, 2)}),
     "rates have two dims": ("rates must", lambda: {"rates": torch.zeros(1, H)}),
     "rates in bf16": ("rates must", lambda: {"rates": torch.zeros(H).bfloat16()}),
-    "rates on another device": ("rates must", lambda: {"rates": torch.zeros(H, device="meta")}),
+    "rates on another device": (
+        "rates must.*: pass",
+        lambda: {"rates": torch.zeros(H, device="meta")},
+    ),
     "rates require grad": ("rates must", lambda: {"rates": torch.zeros(H, requires_grad=True)}),
     "rates are NaN": ("rates must", lambda: {"rates": rates_with(float("nan"))}),
     "rates are infinite": ("rates must", lambda: {"rates": rates_with(float("inf"))}),
-    "rates are negative": ("rates must", lambda: {"rates": rates_with(-0.1)}),
+    "rates are negative": ("rates must.*: see", lambda: {"rates": rates_with(-0.1)}),
     "layout of another length": ("layout must", lambda: {"layout": SequenceLayout((7, 9), 2)}),
     "layout for other ranks": ("layout must", lambda: {"layout": SequenceLayout((7, 5), 3)}),
     "layout missing": ("layout must", lambda: {"layout": None}),
@@ -80,7 +86,7 @@ TABLE: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         lambda: {"initial_state": torch.zeros(3, H, K, V)},
     ),
     "initial_state transposed": (
-        "initial_state must",
+        "initial_state must.*: one state",
         lambda: {"initial_state": torch.zeros(2, H, V, K)},
     ),
     "initial_state in bf16": (

@@ -111,7 +111,7 @@ def row(case: Case, impl: str, metric: str, values: list[float], unit: str) -> d
     }  # fmt: skip
 
 
-def most(count: int, machine: Machine) -> list[float]:
+def most(count: float, machine: Machine) -> list[float]:
     """The largest of all ranks."""
     value = torch.tensor([float(count)], dtype=torch.float64, device=machine.device)
     dist.all_reduce(value, dist.ReduceOp.MAX)

@@ -10,7 +10,9 @@ one group is what a layer without overlap shows, about 1. The router, its counts
 the host are in all of them. Routing is planted: each expert gets as many tokens from every rank.
 
 Baselines: one group of experts; two groups of *tokens*, the scheme of MiniMax-01's figure 9, with
-the same pipeline; experts cut over all ranks (ETP alone), which is plain tensor parallelism.
+the same pipeline; experts cut over all ranks (ETP alone), which is plain tensor parallelism; and
+the layer of Megatron-Core, if it is installed (``benchmarks.moe_megatron``). ``bare products`` are
+the experts' matrix products and nothing else, the bound of the other times.
 
 ``--max-ctas`` limits the thread blocks of EP's communicator: 1 or 2 make NVLink as slow as a
 network. A sample is as in ``benchmarks.lasp_ranks``.
@@ -21,149 +23,75 @@ Run: torchrun --nproc-per-node 2 -m benchmarks.moe_overlap --commit $(git rev-pa
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest.mock import patch
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks import moe_megatron
 from benchmarks.harness import write_rows
-from benchmarks.lasp_ranks import Machine, Timed, samples_ms, surroundings
-from benchmarks.token_groups import token_groups
-from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, MoEConfig, Timeline
-from moe_parallel.overlap import Pipeline, Transfer, plan_pipeline
+from benchmarks.lasp_ranks import Machine, Timed, most, samples_ms, surroundings
+from benchmarks.moe_cases import (
+    BARE,
+    SENT,
+    SILENT,
+    Case,
+    Way,
+    bare_products,
+    build,
+    inputs,
+    only_sent,
+    ways,
+)
+from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, Timeline
 from moe_parallel.reference import reference_moe
-
-PLANTED = 4.0  # what a token's features say of its experts, against features of size 1
-
-
-class Case(NamedTuple):
-    """What is measured; ``tokens`` are those of a rank."""
-
-    tokens: int
-    hidden: int = 6144
-    ffn: int = 9216
-    experts: int = 32
-    top_k: int = 2
-    ep: int = 1
-    etp: int = 1
-    max_ctas: int = 0
-
-    @property
-    def config(self) -> MoEConfig:
-        """Of the layer."""
-        return MoEConfig(self.hidden, self.ffn, self.experts, self.top_k)
-
-
-def build(case: Case, groups: ExpertGroups, machine: Machine) -> ExpertParallelMoE:
-    """A layer whose gate reads a token's experts off its first features."""
-    layer = ExpertParallelMoE(
-        case.config, groups=groups, device=machine.device, dtype=machine.dtype
-    )
-    with torch.no_grad():
-        layer.gate_weight.zero_()
-        layer.gate_weight[:, : case.experts] = torch.eye(case.experts)
-    return layer
-
-
-def inputs(case: Case, machine: Machine) -> tuple[Tensor, Tensor]:
-    """Hidden states that choose every expert alike, and the gradient of the output."""
-    generator = torch.Generator(machine.device).manual_seed(dist.get_rank())
-    x, grad = (
-        torch.randn(case.tokens, case.hidden, generator=generator, device=machine.device)
-        for _ in range(2)
-    )
-    x[:, : case.experts] *= 0.1
-    token = torch.arange(case.tokens, device=machine.device)
-    for slot in range(case.top_k):
-        x[token, (token * case.top_k + slot) % case.experts] = PLANTED + slot
-    return x.to(machine.dtype).requires_grad_(), grad.to(machine.dtype)
-
-
-def nothing_sent(machine: Machine) -> Any:
-    """In its block no row of experts travels: what would arrive is there."""
-    arrived: dict[int, Tensor] = {}
-
-    def start(
-        self: Pipeline,
-        lane: str,
-        name: str,
-        g: int,
-        rows: Tensor,
-        send: Sequence[int],
-        receive: Sequence[int],
-        into: Tensor | None = None,
-    ) -> Transfer:
-        count = sum(receive)
-        if into is None and len(arrived.get(rows.shape[1], ())) < count:
-            arrived[rows.shape[1]] = torch.randn(
-                count, rows.shape[1], device=machine.device, dtype=rows.dtype
-            )
-        there = arrived[rows.shape[1]][:count] if into is None else into
-        return Transfer(there, rows, None)
-
-    return patch.object(Pipeline, "start", start)
-
-
-def only_sent(layer: ExpertParallelMoE, x: Tensor, times: int) -> None:
-    """The all-to-alls of one group, ``times`` times there and back, on rows as they come."""
-    rows = x.detach().repeat(layer.config.top_k, 1)
-    per_rank = [[len(rows) // layer.config.num_experts] * layer.config.num_experts]
-    counts = per_rank * layer.mesh.num_token_ranks
-    experts, plans = plan_pipeline(counts, layer.mesh, row_bytes=1, num_groups=1)
-    pipeline = Pipeline(experts, plans, layer.groups.ep, layer.groups.etp)
-    for _ in range(times):
-        pipeline.run(rows, lambda g, arrived: arrived)
-
-
-def variants(layer: ExpertParallelMoE) -> dict[str, tuple[int | None, str]]:
-    """Name, number of groups and kind of each call."""
-    most = layer.experts.num_local
-    counts = sorted({1, 2, max(1, most // 2), most})
-    named = {f"lasp {g} groups": (g, "expert") for g in counts}
-    return {**named, "2 token groups": (2, "token"), "nothing sent": (1, "silent")}
 
 
 def calls(
-    layer: ExpertParallelMoE, x: Tensor, grad: Tensor, machine: Machine, *, backward: bool
+    layer: ExpertParallelMoE,
+    every: Mapping[str, Way],
+    x: Tensor,
+    grad: Tensor,
+    *,
+    backward: bool,
 ) -> dict[str, Timed]:
-    """Forward, or forward and backward, of every variant; and only what they send."""
-    leaves = [x, *layer.parameters()]
+    """Forward, or forward and backward, of every way; and parts of them alone."""
 
-    def call(num_groups: int | None, forward: Callable[[Tensor], Tensor]) -> None:
-        layer.config = replace(layer.config, overlap_groups=num_groups)
-        output = forward(x)
+    def call(way: Way) -> None:
+        output = way.forward(x)
         if backward:
-            torch.autograd.grad(output, leaves, grad, allow_unused=True)
+            torch.autograd.grad(output, [x, *way.parameters], grad, allow_unused=True)
 
-    timed = {}
-    for name, (num_groups, kind) in variants(layer).items():
-        forward = partial(token_groups, layer) if kind == "token" else lambda x: layer(x).output
-        in_force = nothing_sent(machine) if kind == "silent" else nullcontext()
-        timed[name] = Timed(partial(call, num_groups, forward), in_force)
-    timed["only sent"] = Timed(partial(only_sent, layer, x, 2 if backward else 1))
+    timed = {name: Timed(partial(call, way), way.in_force) for name, way in every.items()}
+    timed[SENT] = Timed(only_sent(layer, x, 2 if backward else 1))
+    timed[BARE] = Timed(bare_products(layer, x, backward=backward))
     return timed
 
 
-def measure(case: Case, groups: ExpertGroups, machine: Machine) -> Iterator[dict[str, Any]]:
-    """Rows of times, and of the share of communication that is exposed."""
-    layer = build(case, groups, machine)
+def measure(
+    case: Case, layer: ExpertParallelMoE, groups: ExpertGroups, machine: Machine
+) -> Iterator[dict[str, Any]]:
+    """Rows of times, bound by the bare products, and of the share of communication exposed."""
     x, grad = inputs(case, machine)
+    ours, peers = ways(layer, machine), moe_megatron.peers(case, layer, groups, machine)
     for direction in ("forward", "both"):
-        times = samples_ms(calls(layer, x, grad, machine, backward=direction == "both"), machine)
+        timed = calls(layer, ours | peers, x, grad, backward=direction == "both")
+        times = samples_ms(timed, machine)
         medians = {name: values[len(values) // 2] for name, values in times.items()}
         for name, values in times.items():
-            yield row(case, name, f"{direction}_ms", values, "ms")
-        silent, sent = medians["nothing sent"], medians["only sent"]
-        for name, median in medians.items():
-            if name not in ("nothing sent", "only sent") and groups != ExpertGroups():
-                yield row(case, name, f"{direction}_exposed", [(median - silent) / sent], "share")
+            result = row(case, name, f"{direction}_ms", values, "ms")
+            if name not in (BARE, SENT):
+                result |= {"bound": medians[BARE], "bound_name": BARE}
+            yield result
+        for name in ours:
+            if name != SILENT and (groups.ep or groups.etp):
+                share = (medians[name] - medians[SILENT]) / medians[SENT]
+                yield row(case, name, f"{direction}_exposed", [share], "share")
 
 
 def row(case: Case, impl: str, metric: str, values: list[float], unit: str) -> dict[str, Any]:
@@ -177,8 +105,12 @@ def row(case: Case, impl: str, metric: str, values: list[float], unit: str) -> d
     }  # fmt: skip
 
 
-def check(case: Case, groups: ExpertGroups, machine: Machine) -> None:
-    """Right before fast: output and input gradient of each variant against a loop in float64."""
+def check(case: Case, groups: ExpertGroups, machine: Machine) -> dict[str, float]:
+    """Right before fast: output and input gradient of each way against a loop in float64.
+
+    Returns:
+        By peer, the largest difference of its output from ours, over all ranks.
+    """
     layer = build(case, groups, machine)
     x, grad = inputs(case, machine)
     whole = ExpertParallelMoE(case.config, dtype=torch.float64)
@@ -190,16 +122,22 @@ def check(case: Case, groups: ExpertGroups, machine: Machine) -> None:
         top_k=case.top_k, capacity_factor=None, drop_policy="position", aux_loss_coefficient=0.0,
     ).output  # fmt: skip
     exact_grad = torch.autograd.grad(exact, exact_x, grad.double().cpu())[0]
-    for name, (num_groups, kind) in variants(layer).items():
-        if kind == "silent":
+    ours, peers = ways(layer, machine), moe_megatron.peers(case, layer, groups, machine)
+    first, differences = None, {}
+    for name, way in (ours | peers).items():
+        if name == SILENT:
             continue
-        layer.config = replace(layer.config, overlap_groups=num_groups)
-        output = token_groups(layer, x) if kind == "token" else layer(x).output
-        actual = (output.detach(), torch.autograd.grad(output, x, grad)[0])
+        with way.in_force:
+            output = way.forward(x)
+            actual = (output.detach(), torch.autograd.grad(output, x, grad)[0])
         for what, got, true in zip(("output", "dx"), actual, (exact.detach(), exact_grad)):
             error = ((got.double().cpu() - true).norm() / true.norm()).item()
             if not error < 1e-2:
                 raise SystemExit(f"{name} is wrong here: {what}, relative error {error:.1e}")
+        first = actual[0] if first is None else first
+        if name in peers:
+            (differences[name],) = most((actual[0] - first).abs().max().item(), machine)
+    return differences
 
 
 @contextmanager
@@ -266,17 +204,23 @@ def main() -> None:
     machine = Machine(options.device, "triton" if on_gpu else "eager", dtype, options.samples)
     common = surroundings(options.commit, machine)
     first = dist.get_rank() == 0
+    if first and (reason := moe_megatron.obstacle()) is not None:
+        print(f"left out: Megatron-Core's layer: {reason}")
     for case in cases(options, dist.get_world_size()):
         with groups_of(case) as groups:
             small = case._replace(tokens=8 * case.experts, hidden=64, ffn=128)
-            check(small, groups, machine)
-            for result in measure(case, groups, machine):
+            for name, difference in check(small, groups, machine).items():
+                if first:
+                    print(f"{name}: its output and ours differ by {difference:.1e} at most")
+            layer = build(case, groups, machine, on_device=True)
+            for result in measure(case, layer, groups, machine):
                 if first:
                     write_rows([result | common], options.out)
                     print(*case, result["impl"], result["metric"], f"{result['p50']:.4g}",
                           flush=True)  # fmt: skip
             timeline = Timeline()
-            layer, (x, grad) = build(case, groups, machine), inputs(case, machine)
+            x, grad = inputs(case, machine)
+            layer.config = case.config  # groups by the rule
             layer(x, timeline=timeline).output.backward(grad)
             if first:
                 print(timeline, flush=True)

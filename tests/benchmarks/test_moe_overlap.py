@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import moe_overlap
+from benchmarks import moe_cases, moe_megatron, moe_overlap, report
 from benchmarks.lasp_ranks import Machine
 from tests.ranks import run_on_ranks
 
@@ -19,8 +20,12 @@ CASE = moe_overlap.Case(32, hidden=24, ffn=16, experts=8)
 def rows_on_rank(case: moe_overlap.Case) -> list[dict[str, Any]]:
     machine = Machine("cpu", "eager", torch.float32, 2)
     with moe_overlap.groups_of(case) as groups:
-        moe_overlap.check(case, groups, machine)
-        return list(moe_overlap.measure(case, groups, machine))
+        differences = moe_overlap.check(case, groups, machine)
+        assert all(difference < 1e-5 for difference in differences.values())
+        layer = moe_cases.build(case, groups, machine, on_device=True)
+        rows = list(moe_overlap.measure(case, layer, groups, machine))
+    assert set(differences) == {row["impl"] for row in rows if "Megatron" in row["impl"]}
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -32,7 +37,13 @@ def test_every_variant_is_right_and_measured(case: moe_overlap.Case) -> None:
     for row in rows:
         metrics.setdefault(row["impl"], set()).add(row["metric"])
     times = {"forward_ms", "both_ms"}
-    assert metrics.pop("nothing sent") == metrics.pop("only sent") == times
+    for part in ("nothing sent", "only sent", "bare products"):
+        assert metrics.pop(part) == times
+    megatron = [name for name in metrics if name.startswith("Megatron-Core")]
+    assert len(megatron) == (moe_megatron.obstacle() is None)
+    assert all(metrics.pop(name) == times for name in megatron)
+    bounds = {row["impl"] for row in rows if row["bound"] is None and row["unit"] == "ms"}
+    assert bounds == {"only sent", "bare products"}
     groups = sorted({1, 2, 8 // case.ep // 2, 8 // case.ep})
     assert set(metrics) == {f"lasp {g} groups" for g in groups} | {"2 token groups"}
     exposed = {"forward_exposed", "both_exposed"}
@@ -45,7 +56,8 @@ def sent_on_rank(case: moe_overlap.Case) -> list[int]:
     with moe_overlap.groups_of(case) as groups:
         layer = moe_overlap.build(case, groups, machine)
         x, grad = moe_overlap.inputs(case, machine)
-        timed = moe_overlap.calls(layer, x, grad, machine, backward=True)
+        every = moe_cases.ways(layer, machine)
+        timed = moe_overlap.calls(layer, every, x, grad, backward=True)
         exchange = dist.all_to_all_single
         for name in ("lasp 1 groups", "nothing sent", "only sent"):
             with patch.object(dist, "all_to_all_single", wraps=exchange) as counting:
@@ -53,6 +65,28 @@ def sent_on_rank(case: moe_overlap.Case) -> list[int]:
                     timed[name].call()
                 counts.append(counting.call_count)
     return counts
+
+
+def products_on_rank(case: moe_overlap.Case) -> None:
+    machine = Machine("cpu", "eager", torch.float32, 1)
+    with moe_overlap.groups_of(case) as groups:
+        layer = moe_overlap.build(case, groups, machine)
+        x, grad = moe_overlap.inputs(case, machine)
+        timed = moe_overlap.calls(layer, moe_cases.ways(layer, machine), x, grad, backward=True)
+        shapes: dict[str, list[Any]] = {}
+        for name in ("lasp 1 groups", "bare products"):
+            with patch.object(torch, "mm", wraps=torch.mm) as counting:
+                timed[name].call()
+            shapes[name] = sorted(
+                [tuple(x.shape) for x in call.args] for call in counting.call_args_list
+            )
+    assert shapes["lasp 1 groups"] == shapes["bare products"]
+    assert len(shapes["bare products"]) == 6 * layer.experts.num_local
+
+
+@pytest.mark.parametrize("case", [CASE._replace(ep=2), CASE._replace(etp=2)])
+def test_bare_products_are_those_of_the_layer(case: moe_overlap.Case) -> None:
+    run_on_ranks(products_on_rank, 2, case)
 
 
 def test_what_is_left_out_is_what_is_sent() -> None:
@@ -70,3 +104,15 @@ def balanced_on_rank(case: moe_overlap.Case) -> None:
         layer = moe_overlap.build(case, groups, machine)
         stats = layer(moe_overlap.inputs(case, machine)[0]).stats
     assert len(set(stats.assigned.tolist())) == 1
+
+
+def test_megatron_is_left_out_where_it_is_missing() -> None:
+    with patch("importlib.util.find_spec", return_value=None):
+        assert "not installed" in (moe_megatron.obstacle() or "")
+
+
+def test_the_page_says_what_the_rows_say() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "moe.md").read_text()
+    assert report.rewrite(page, report.read_runs(root / report.RESULTS)) == page
+    assert [place[1] for place in report.PLACE.findall(page)] == ["moe_overlap"]

@@ -1,0 +1,165 @@
+"""The cases of ``moe_overlap``, and every way of ours to compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.lasp_ranks import Machine
+from benchmarks.token_groups import token_groups
+from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig
+from moe_parallel.gemm import backward_product, forward_product, weight_product
+from moe_parallel.overlap import Pipeline, Transfer, plan_pipeline
+
+PLANTED = 4.0  # what a token's features say of its experts, against features of size 1
+SILENT, SENT, BARE = "nothing sent", "only sent", "bare products"
+
+
+class Case(NamedTuple):
+    """What is measured; ``tokens`` are those of a rank."""
+
+    tokens: int
+    hidden: int = 6144
+    ffn: int = 9216
+    experts: int = 32
+    top_k: int = 2
+    ep: int = 1
+    etp: int = 1
+    max_ctas: int = 0
+
+    @property
+    def config(self) -> MoEConfig:
+        """Of the layer."""
+        return MoEConfig(self.hidden, self.ffn, self.experts, self.top_k)
+
+
+class Way(NamedTuple):
+    """One way to compute the layer: what to call, its parameters, what is in force meanwhile."""
+
+    forward: Callable[[Tensor], Tensor]
+    parameters: Iterable[Tensor]
+    in_force: AbstractContextManager[Any] = nullcontext()
+
+
+def build(
+    case: Case, groups: ExpertGroups, machine: Machine, *, on_device: bool = False
+) -> ExpertParallelMoE:
+    """A layer whose gate reads a token's experts off its first features.
+
+    The layer's own initial values are the same for any ranks, and drawn on the CPU: about a minute
+    for the experts of a GPU. With ``on_device`` they are drawn where they are, on each rank others.
+    """
+    device = "meta" if on_device else machine.device
+    layer = ExpertParallelMoE(case.config, groups=groups, device=device, dtype=machine.dtype)
+    if on_device:
+        layer.to_empty(device=machine.device)
+    with torch.no_grad():
+        if on_device:
+            generator = torch.Generator(machine.device).manual_seed(dist.get_rank())
+            std = (2 / (case.hidden + case.ffn)) ** 0.5
+            for weight in layer.experts.parameters():
+                weight.normal_(0, std, generator=generator)
+        layer.gate_weight.zero_()
+        layer.gate_weight[:, : case.experts] = torch.eye(case.experts)
+    return layer
+
+
+def inputs(case: Case, machine: Machine) -> tuple[Tensor, Tensor]:
+    """Hidden states that choose every expert alike, and the gradient of the output."""
+    generator = torch.Generator(machine.device).manual_seed(dist.get_rank())
+    x, grad = (
+        torch.randn(case.tokens, case.hidden, generator=generator, device=machine.device)
+        for _ in range(2)
+    )
+    x[:, : case.experts] *= 0.1
+    token = torch.arange(case.tokens, device=machine.device)
+    for slot in range(case.top_k):
+        x[token, (token * case.top_k + slot) % case.experts] = PLANTED + slot
+    return x.to(machine.dtype).requires_grad_(), grad.to(machine.dtype)
+
+
+def nothing_sent(machine: Machine) -> Any:
+    """In its block no row of experts travels: what would arrive is there."""
+    arrived: dict[int, Tensor] = {}
+
+    def start(
+        self: Pipeline,
+        lane: str,
+        name: str,
+        g: int,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        into: Tensor | None = None,
+    ) -> Transfer:
+        count = sum(receive)
+        if into is None and len(arrived.get(rows.shape[1], ())) < count:
+            arrived[rows.shape[1]] = torch.randn(
+                count, rows.shape[1], device=machine.device, dtype=rows.dtype
+            )
+        there = arrived[rows.shape[1]][:count] if into is None else into
+        return Transfer(there, rows, None)
+
+    return patch.object(Pipeline, "start", start)
+
+
+def only_sent(layer: ExpertParallelMoE, x: Tensor, times: int) -> Callable[[], None]:
+    """A call of the all-to-alls of one group, ``times`` there and back, on rows that are there."""
+    rows = x.detach().repeat(layer.config.top_k, 1)
+    per_rank = [[len(rows) // layer.config.num_experts] * layer.config.num_experts]
+    counts = per_rank * layer.mesh.num_token_ranks
+    experts, plans = plan_pipeline(counts, layer.mesh, row_bytes=1, num_groups=1)
+    pipeline = Pipeline(experts, plans, layer.groups.ep, layer.groups.etp)
+
+    def call() -> None:
+        for _ in range(times):
+            pipeline.run(rows, lambda g, arrived: arrived)
+
+    return call
+
+
+def bare_products(layer: ExpertParallelMoE, x: Tensor, *, backward: bool) -> Callable[[], None]:
+    """A call of nothing but the matrix products of this rank's experts."""
+    experts, num_rows = layer.experts, x.shape[0] * layer.config.top_k * layer.mesh.etp_size
+    counts, gemm = [num_rows // experts.num_local] * experts.num_local, experts.chosen_gemm()
+    w13, w2 = experts.w13.detach().flatten(1, 2), experts.w2.detach()
+    rows, hidden, act = (
+        torch.randn(sum(counts), width, device=x.device, dtype=x.dtype)
+        for width in (x.shape[1], w13.shape[1], w2.shape[2])
+    )
+    dw13, dw2 = torch.empty_like(w13), torch.empty_like(w2)
+
+    def call() -> None:
+        forward_product(rows, w13, counts, gemm)
+        forward_product(act, w2, counts, gemm)
+        if backward:
+            backward_product(rows, w2, counts, gemm)
+            backward_product(hidden, w13, counts, gemm)
+            weight_product(hidden, rows, counts, gemm, dw13)
+            weight_product(rows, act, counts, gemm, dw2)
+
+    return call
+
+
+def ways(layer: ExpertParallelMoE, machine: Machine) -> dict[str, Way]:
+    """Ours by name: in groups of experts, in two groups of tokens, and with nothing sent."""
+
+    def in_groups(num_groups: int, x: Tensor) -> Tensor:
+        layer.config = replace(layer.config, overlap_groups=num_groups)
+        return layer(x).output
+
+    parameters = tuple(layer.parameters())
+    most = layer.experts.num_local
+    counts = sorted({1, 2, max(1, most // 2), most})
+    found = {f"lasp {g} groups": Way(partial(in_groups, g), parameters) for g in counts}
+    found["2 token groups"] = Way(partial(token_groups, layer), parameters)
+    found[SILENT] = Way(partial(in_groups, 1), parameters, nothing_sent(machine))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -45,12 +46,13 @@ class Case(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """Where and how to compute."""
+    """Where and how to compute, how often, and the most seconds for calls that take turns."""
 
     device: str
     impl: str
     dtype: torch.dtype
     samples: int
+    seconds: float = math.inf
 
 
 def ours(case: Case, name: str, machine: Machine, eps: float = 2.0**-32) -> Forward:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import platform
 import shlex
 import sys
@@ -61,13 +62,22 @@ class Timed(NamedTuple):
 def samples_ms(timed: Mapping[str, Timed], machine: Machine) -> dict[str, list[float]]:
     """Times of each call by the slowest rank, sorted.
 
-    Calls take turns, so that clocks and heat are the same for all of them.
+    Calls take turns, so that clocks and heat are the same for all of them. There are as many
+    rounds as ``machine`` says, after one to warm up, or those that fit into its seconds, but three.
     """
     flag = torch.zeros(1, device=machine.device)
     on_gpu = machine.device == "cuda"
     flush = torch.empty(2**28 if on_gpu else 1, dtype=torch.int8, device=machine.device)
     spans: dict[str, list[Any]] = {name: [] for name in timed}
-    for _ in range(machine.samples + 1):  # one to warm up
+    number, rounds, begun = 0, machine.samples, 0.0
+    while number <= rounds:  # the first warms up, the second tells how long one takes
+        if number in (1, 2) and machine.seconds < math.inf:
+            if number == 2:
+                rounds = min(rounds, _affordable(begun, machine))
+            elif on_gpu:
+                torch.cuda.synchronize()
+            begun = time.perf_counter()
+        number += 1
         for name, (call, in_force) in timed.items():
             for _ in range(FLUSHES):
                 flush.zero_()
@@ -85,6 +95,15 @@ def samples_ms(timed: Mapping[str, Timed], machine: Machine) -> dict[str, list[f
     slowest = torch.tensor(times, dtype=torch.float64, device=machine.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return {name: sorted(some) for name, some in zip(timed, slowest.tolist())}
+
+
+def _affordable(begun: float, machine: Machine) -> int:
+    """Rounds that fit into the seconds of ``machine`` on the slowest rank, three at least."""
+    if machine.device == "cuda":
+        torch.cuda.synchronize()
+    took = torch.tensor([time.perf_counter() - begun], device=machine.device)
+    dist.all_reduce(took, dist.ReduceOp.MAX)
+    return max(3, int(machine.seconds / took.item()))
 
 
 def _now(on_gpu: bool) -> Any:

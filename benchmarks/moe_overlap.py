@@ -23,6 +23,7 @@ Run: torchrun --nproc-per-node 2 -m benchmarks.moe_overlap --commit $(git rev-pa
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -180,12 +181,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--max-ctas", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for a metric of a case")
+    parser.add_argument("--meshes", nargs="+", metavar="EPxETP", help="instead of all")
     return parser.parse_args()
 
 
 def cases(options: argparse.Namespace, ranks: int) -> list[Case]:
     """Every mesh; only EP is throttled."""
     meshes = [(ranks, 1), (1, ranks)] + [(ranks // 2, 2)] * (ranks >= 4)
+    if options.meshes:
+        meshes = [tuple(map(int, mesh.split("x"))) for mesh in options.meshes]
     return [
         Case(tokens, options.hidden, options.ffn, options.experts, options.top_k, ep, etp, ctas)
         for tokens in options.tokens for ep, etp in meshes for ctas in options.max_ctas
@@ -201,7 +206,8 @@ def main() -> None:
     if on_gpu:
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    machine = Machine(options.device, "triton" if on_gpu else "eager", dtype, options.samples)
+    impl = "triton" if on_gpu else "eager"
+    machine = Machine(options.device, impl, dtype, options.samples, options.seconds)
     common = surroundings(options.commit, machine)
     first = dist.get_rank() == 0
     if first and (reason := moe_megatron.obstacle()) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -54,11 +55,12 @@ class Case(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """Where to compute, in what, and how often."""
+    """Where to compute, in what, how often, and the most seconds for calls that take turns."""
 
     device: str
     dtype: torch.dtype
     samples: int
+    seconds: float = math.inf
 
 
 def ours(case: Case) -> Forward:
@@ -217,6 +219,7 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--samples", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for a metric of a case")
     return parser
 
 
@@ -235,7 +238,8 @@ def run(
     else:
         dist.init_process_group("gloo")
     # The peer is wrong in 32 bits: its buffers are its sums.
-    machine = Machine(options.device, torch.bfloat16 if on_gpu else torch.float16, options.samples)
+    dtype = torch.bfloat16 if on_gpu else torch.float16
+    machine = Machine(options.device, dtype, options.samples, options.seconds)
     first = dist.get_rank() == 0
     if first and (reason := ring_peers.obstacle()) is not None:
         print(f"skipped: {ring_peers.ZIGZAG} and {ring_peers.LLAMA3}: {reason}")

@@ -69,6 +69,16 @@ def test_lasp_ranks(num_ranks: int, tmp_path: Path) -> None:
     assert all(row.model_us(NVLINK) > 0 for row in exchanges)
 
 
+def samples_on_rank(seconds: float) -> int:
+    machine = lasp_ranks.Machine("cpu", "eager", torch.float32, 20, seconds)
+    return len(lasp_ranks.samples_ms({"nothing": lasp_ranks.Timed(int)}, machine)["nothing"])
+
+
+def test_samples_fit_into_seconds() -> None:
+    assert run_on_ranks(samples_on_rank, 2, 0.0) == [3, 3]
+    assert run_on_ranks(samples_on_rank, 2, 60.0) == [20, 20]
+
+
 def test_the_fit_finds_the_link_behind_the_rows() -> None:
     link = Link(latency_us=7.0, gb_per_s=200.0, launch_us=30.0, rank_us=2.0)
     sizes = [lasp_model.StateSize(heads, 128, 128) for heads in (8, 64)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -65,6 +66,16 @@ def sent_on_rank(case: moe_overlap.Case) -> list[int]:
                     timed[name].call()
                 counts.append(counting.call_count)
     return counts
+
+
+def test_meshes_may_be_named() -> None:
+    options = argparse.Namespace(
+        tokens=[64], hidden=8, ffn=8, experts=4, top_k=2, max_ctas=[0, 2], meshes=None
+    )
+    meshes = [(case.ep, case.etp, case.max_ctas) for case in moe_overlap.cases(options, 4)]
+    assert meshes == [(4, 1, 0), (4, 1, 2), (1, 4, 0), (2, 2, 0), (2, 2, 2)]
+    options.meshes = ["1x2"]
+    assert [(case.ep, case.etp) for case in moe_overlap.cases(options, 2)] == [(1, 2)]
 
 
 def products_on_rank(case: moe_overlap.Case) -> None:

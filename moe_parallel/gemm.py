@@ -14,6 +14,7 @@ launch for bfloat16; it rejects float64, and rows that are no multiples of 16 by
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -21,10 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_parallel.order import on_device
+
 Gemm = Literal["auto", "loop", "grouped"]
 ChosenGemm = Literal["loop", "grouped"]
 
 GROUPED_ALIGNMENT_BYTES = 16  # grouped_mm rejects rows whose stride is no multiple of this
+IN_PLACE = 2**22  # 16 MiB of bfloat16 to read and write: 6 us at 2.6 TB/s
 
 
 def forward_product(
@@ -48,9 +52,14 @@ def backward_product(
 def weight_product(
     rows_AN: Tensor, rows_AK: Tensor, counts: Sequence[int], gemm: ChosenGemm, out_ENK: Tensor
 ) -> None:
-    """``sum of row_N^T row_K`` over each expert's rows, into ``out_ENK``."""
-    if gemm == "grouped" and rows_AN.shape[0]:
-        out_ENK.copy_(_grouped_mm(rows_AN.T, rows_AK, offs=_ends(counts, rows_AN)))
+    """``sum of row_N^T row_K`` over each expert's rows, into ``out_ENK``.
+
+    ``grouped`` has no place for its result to give: it is copied. Matrices of ``IN_PLACE`` elements
+    and more, whose copy takes longer than a launch, are made in place, one product an expert.
+    """
+    small = out_ENK[0].numel() < IN_PLACE
+    if gemm == "grouped" and small and rows_AN.shape[0]:
+        out_ENK.copy_(_grouped_mm(rows_AN.T, rows_AK, offs=_ends(tuple(counts), rows_AN.device)))
         return
     for a, b, out in zip(rows_AN.split(list(counts)), rows_AK.split(list(counts)), out_ENK):
         torch.mm(a.T, b, out=out)
@@ -65,7 +74,7 @@ def _loop(rows_AK: Tensor, weight_EKN: Tensor, counts: Sequence[int]) -> Tensor:
 
 def _grouped(rows_AK: Tensor, weight_EKN: Tensor, counts: Sequence[int]) -> Tensor:
     # grouped_mm leaves rows beyond the last end uninitialised: A must be exactly the sum.
-    result: Tensor = _grouped_mm(rows_AK, weight_EKN, offs=_ends(counts, rows_AK))
+    result: Tensor = _grouped_mm(rows_AK, weight_EKN, offs=_ends(tuple(counts), rows_AK.device))
     return result
 
 
@@ -75,7 +84,12 @@ def _grouped_mm(*args: Any, **kwargs: Any) -> Tensor:
     return result
 
 
-def _ends(counts: Sequence[int], like: Tensor) -> Tensor:
-    # Pinned, so that the copy is queued behind the kernels before it: the host does not wait.
-    ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, pin_memory=like.is_cuda)
-    return ends.to(like.device, non_blocking=True)
+@lru_cache(maxsize=4096)
+def _ends(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    # Kept: all products of a call share it, and a CUDA graph must not copy it, since the host's
+    # memory that it would read at each replay is another's by then. The call before the capture,
+    # which graphs need anyway, makes it.
+    with torch.inference_mode(False):
+        return on_device(
+            torch.tensor([*accumulate(counts)], dtype=torch.int32, device="cpu"), device
+        )

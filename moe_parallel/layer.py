@@ -14,7 +14,7 @@ from moe_parallel.capacity import drop_by_rank, padded_order
 from moe_parallel.config import MoEConfig
 from moe_parallel.experts import Experts, generator_of
 from moe_parallel.impl import chosen_impl
-from moe_parallel.order import TokenOrder
+from moe_parallel.order import TokenOrder, on_device
 from moe_parallel.overlap import Pipeline, dispatch_places, plan_pipeline
 from moe_parallel.permute import RowOrder, permute, row_order, unpermute
 from moe_parallel.route import Routing, RoutingStats, expert_capacity, gate_dtype, route
@@ -268,8 +268,8 @@ class ExpertParallelMoE(nn.Module):
         key = (len(experts), device)
         if key not in self._places_of:
             places = dispatch_places(self.config.num_experts, self.mesh.ep_size, experts)
-            on_host = torch.tensor(places, pin_memory=device.type == "cuda", device="cpu")
-            self._places_of[key] = on_host.to(device, non_blocking=True)
+            with torch.inference_mode(False):  # remembered, and used in training too
+                self._places_of[key] = on_device(torch.tensor(places, device="cpu"), device)
         return self._places_of[key]
 
     def _check_hidden(self, hidden: Tensor) -> None:

@@ -170,8 +170,11 @@ class TokenOrder:
 
     def _rows(self, rank: int, device: torch.device) -> Tensor:
         def build() -> Tensor:
-            ranges = [torch.arange(s.offset, s.offset + s.length) for s in self.segments[rank]]
-            return torch.cat([torch.zeros(0, dtype=torch.int64), *ranges])
+            ranges = [
+                torch.arange(s.offset, s.offset + s.length, device="cpu")
+                for s in self.segments[rank]
+            ]
+            return torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *ranges])
 
         return self._cached("rows", rank, device, build)
 
@@ -182,7 +185,8 @@ class TokenOrder:
 
         def build() -> Tensor:
             ends = list(accumulate((s.length for s in self.segments[rank]), initial=0))
-            return torch.tensor(ends + ends[-1:] * (self.max_segments + 1 - len(ends)))
+            padded = ends + ends[-1:] * (self.max_segments + 1 - len(ends))
+            return torch.tensor(padded, device="cpu")
 
         return self._cached("bounds", rank, device, build)
 
@@ -200,7 +204,8 @@ class TokenOrder:
                 for index, segment in enumerate(rank_segments)
             }
             indices = range(self.num_ranks * width)
-            return torch.tensor(sorted(indices, key=lambda i: (i not in starts, starts.get(i, 0))))
+            by_start = sorted(indices, key=lambda i: (i not in starts, starts.get(i, 0)))
+            return torch.tensor(by_start, device="cpu")
 
         return self._cached("by_position", 0, device, build)
 
@@ -214,8 +219,10 @@ class TokenOrder:
                 for segment in rank_segments:
                     pieces.append((segment.start, first, segment.length))
                     first += segment.length
-            ranges = [torch.arange(first, first + n) for _, first, n in sorted(pieces)]
-            return torch.cat([torch.zeros(0, dtype=torch.int64), *ranges])
+            ranges = [
+                torch.arange(first, first + n, device="cpu") for _, first, n in sorted(pieces)
+            ]
+            return torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *ranges])
 
         return self._cached("tokens", 0, device, build)
 
@@ -230,7 +237,8 @@ class TokenOrder:
     ) -> Tensor:
         key = (name, rank, device)
         if key not in self._tensors:
-            self._tensors[key] = build().to(device)
+            with torch.inference_mode(False):  # remembered, and used in training too
+                self._tensors[key] = on_device(build(), device)
         return self._tensors[key]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -239,6 +247,13 @@ class TokenOrder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def on_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; on a GPU queued behind what it has to do: the host does not wait."""
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
 
 
 def _check_disjoint(intervals: Any, what: str) -> None:

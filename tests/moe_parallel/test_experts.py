@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_parallel import gemm as products
 from moe_parallel.experts import Experts
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 
@@ -39,6 +40,31 @@ def test_loop_is_the_formula(counts: tuple[int, ...]) -> None:
     expected_grads = torch.autograd.grad(expected, [rows, *experts.parameters()], grad)
     for actual, wanted in zip(run(experts, rows, grad, counts), [expected, *expected_grads]):
         assert_equal_to_rounding(actual, wanted)
+
+
+@pytest.mark.parametrize("counts", COUNT_CASES)
+def test_large_weight_gradients_are_made_in_place(
+    counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = experts_of("grouped", torch.float32)
+    rows = torch.randn(sum(counts), 16)
+    copied = run(experts, rows, rows.cos(), counts)
+    monkeypatch.setattr(products, "IN_PLACE", 2 * 24 * 16)  # those of w13
+    for actual, expected in zip(run(experts, rows, rows.cos(), counts), copied):
+        assert_equal_to_rounding(actual, expected)
+
+
+def test_what_inference_leaves_behind_serves_training() -> None:
+    """Ends of groups are remembered."""
+    products._ends.cache_clear()
+    experts = experts_of("grouped", torch.float32)
+    rows = torch.randn(sum(COUNTS), 16)
+    with torch.inference_mode():
+        expected = experts(rows, COUNTS)
+    found = products._ends.cache_info().misses
+    actual, *_ = run(experts, rows, rows.cos(), COUNTS)
+    assert torch.equal(actual, expected)
+    assert products._ends.cache_info().misses == found == 1
 
 
 def test_gradcheck() -> None:

@@ -63,6 +63,18 @@ def test_orders_hold_every_token_once(name: str, num_ranks: int, num_tokens: int
     assert torch.equal(torch.cat(padded)[order.tokens_by_position(CPU)], x)
 
 
+def test_what_inference_leaves_behind_serves_training() -> None:
+    order = TokenOrder(EXAMPLE.segments, EXAMPLE.rows_per_rank)
+    rows = torch.arange(6.0).unsqueeze(1)
+    with torch.inference_mode():
+        expected = order.take(rows, 0)
+    tokens = order.take(rows.requires_grad_(), 0)
+    assert torch.equal(tokens, expected)
+    order.put(tokens, 0).sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.flatten().tolist() == [1, 1, 0, 1, 1, 0]
+
+
 def test_pickle_leaves_tensors_behind() -> None:
     EXAMPLE.segment_bounds(0, CPU)
     copy = pickle.loads(pickle.dumps(EXAMPLE))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.lasp_ranks import Machine
 from benchmarks.token_groups import token_groups
 from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig
+from moe_parallel.exchange import Splits
 from moe_parallel.gemm import backward_product, forward_product, weight_product
 from moe_parallel.overlap import Pipeline, Transfer, plan_pipeline
 
@@ -96,11 +97,10 @@ def nothing_sent(machine: Machine) -> Any:
         name: str,
         g: int,
         rows: Tensor,
-        send: Sequence[int],
-        receive: Sequence[int],
+        splits: Splits,
         into: Tensor | None = None,
     ) -> Transfer:
-        count = sum(receive)
+        count = sum(splits.receive)
         if into is None and len(arrived.get(rows.shape[1], ())) < count:
             arrived[rows.shape[1]] = torch.randn(
                 count, rows.shape[1], device=machine.device, dtype=rows.dtype

@@ -25,6 +25,18 @@ from torch.autograd.function import once_differentiable
 from moe_parallel.topology import ExpertMesh
 
 
+class Splits(NamedTuple):
+    """Rows to and from each rank of a group in one all-to-all."""
+
+    send: tuple[int, ...]
+    receive: tuple[int, ...]
+
+    @property
+    def back(self) -> Splits:
+        """The other way."""
+        return Splits(self.receive, self.send)
+
+
 class ExchangePlan(NamedTuple):
     """Split sizes of one layer call, in rows; host data.
 
@@ -40,6 +52,25 @@ class ExchangePlan(NamedTuple):
     receive_rows: tuple[int, ...]
     etp_rows: tuple[int, ...]
     chunk_rows: tuple[tuple[int, ...], ...]
+
+    @property
+    def dispatch(self) -> Splits:
+        """Over EP; ``back`` is the combine."""
+        return Splits(self.dispatch_rows, self.receive_rows)
+
+    @property
+    def gather(self) -> Splits:
+        """Over ETP, of rows as :meth:`repeated` has them; ``back`` is the scatter of terms."""
+        return Splits((sum(self.receive_rows),) * len(self.etp_rows), self.etp_rows)
+
+    def repeated(self, rows_AM: Tensor) -> Tensor:
+        """Rows once for each ETP rank: what the gather sends."""
+        return rows_AM.expand(len(self.etp_rows), *rows_AM.shape).flatten(0, 1)
+
+    def summed(self, terms_AM: Tensor) -> Tensor:
+        """What the scatter brings, added in ETP rank order and rounded once."""
+        copies, rows = len(self.etp_rows), sum(self.receive_rows)
+        return terms_AM.view(copies, rows, *terms_AM.shape[1:]).sum(0)
 
     @property
     def expert_rows(self) -> tuple[int, ...]:
@@ -89,7 +120,7 @@ def dispatch(rows_AM: Tensor, plan: ExchangePlan, ep_group: dist.ProcessGroup | 
 
     Communication: all-to-all over ``ep_group``, the bytes of the rows for other ranks.
     """
-    return _all_to_all(rows_AM, plan.dispatch_rows, plan.receive_rows, ep_group)
+    return _all_to_all(rows_AM, plan.dispatch, ep_group)
 
 
 def gather_etp(rows_AM: Tensor, plan: ExchangePlan, etp_group: dist.ProcessGroup | None) -> Tensor:
@@ -101,9 +132,7 @@ def gather_etp(rows_AM: Tensor, plan: ExchangePlan, etp_group: dist.ProcessGroup
     """
     if etp_group is None:
         return rows_AM
-    copies = len(plan.etp_rows)
-    repeated = rows_AM.expand(copies, *rows_AM.shape).flatten(0, 1)
-    return _all_to_all(repeated, (rows_AM.shape[0],) * copies, plan.etp_rows, etp_group)
+    return _all_to_all(plan.repeated(rows_AM), plan.gather, etp_group)
 
 
 def scatter_etp(rows_AM: Tensor, plan: ExchangePlan, etp_group: dist.ProcessGroup | None) -> Tensor:
@@ -117,10 +146,7 @@ def scatter_etp(rows_AM: Tensor, plan: ExchangePlan, etp_group: dist.ProcessGrou
     """
     if etp_group is None:
         return rows_AM
-    copies = len(plan.etp_rows)
-    mine = sum(plan.receive_rows)
-    terms = _all_to_all(rows_AM, plan.etp_rows, (mine,) * copies, etp_group)
-    return terms.view(copies, mine, *rows_AM.shape[1:]).sum(0)
+    return plan.summed(_all_to_all(rows_AM, plan.gather.back, etp_group))
 
 
 def combine(rows_AM: Tensor, plan: ExchangePlan, ep_group: dist.ProcessGroup | None) -> Tensor:
@@ -130,7 +156,7 @@ def combine(rows_AM: Tensor, plan: ExchangePlan, ep_group: dist.ProcessGroup | N
 
     Communication: all-to-all over ``ep_group``, the bytes of the rows for other ranks.
     """
-    return _all_to_all(rows_AM, plan.receive_rows, plan.dispatch_rows, ep_group)
+    return _all_to_all(rows_AM, plan.dispatch.back, ep_group)
 
 
 def group_by_expert(rows_AM: Tensor, plan: ExchangePlan) -> Tensor:
@@ -152,16 +178,27 @@ def _transpose_chunks(rows_AM: Tensor, chunk_rows: Sequence[Sequence[int]]) -> T
     return torch.cat([chunks[i * inner + j] for j, i in product(range(inner), range(outer))])
 
 
-def _all_to_all(
-    rows_AM: Tensor,
-    send_rows: Sequence[int],
-    receive_rows: Sequence[int],
-    group: dist.ProcessGroup | None,
-) -> Tensor:
+def start_all_to_all(
+    rows_AM: Tensor, splits: Splits, group: dist.ProcessGroup, into: Tensor | None = None
+) -> tuple[Tensor, Tensor, dist.Work]:
+    """Start sending rows; they may be changed, and what arrives be read, once the work is over.
+
+    Returns:
+        What arrives, in ``into`` if it is given; what is sent, to be held until then; the work.
+    """
+    if into is None:
+        into = rows_AM.new_empty(sum(splits.receive), *rows_AM.shape[1:])
+    sent = rows_AM.contiguous()
+    work = dist.all_to_all_single(
+        into, sent, list(splits.receive), list(splits.send), group=group, async_op=True
+    )
+    return into, sent, work
+
+
+def _all_to_all(rows_AM: Tensor, splits: Splits, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return rows_AM
-    splits = (tuple(send_rows), tuple(receive_rows))
-    received: Tensor = _AllToAll.apply(rows_AM, *splits, group)  # type: ignore[no-untyped-call]
+    received: Tensor = _AllToAll.apply(rows_AM, splits, group)  # type: ignore[no-untyped-call]
     return received
 
 
@@ -169,32 +206,15 @@ class _AllToAll(torch.autograd.Function):
     """Uneven all-to-all of rows; its transpose is itself with the splits swapped."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows_AM: Tensor,
-        send_rows: tuple[int, ...],
-        receive_rows: tuple[int, ...],
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        ctx.splits = (send_rows, receive_rows)
-        ctx.group = group
-        return _exchange(rows_AM, send_rows, receive_rows, group)
+    def forward(ctx: Any, rows_AM: Tensor, splits: Splits, group: dist.ProcessGroup) -> Tensor:
+        ctx.splits, ctx.group = splits, group
+        received, _, work = start_all_to_all(rows_AM, splits, group)
+        work.wait()
+        return received
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor, None, None, None]:
-        send_rows, receive_rows = ctx.splits
-        return _exchange(grad_AM, receive_rows, send_rows, ctx.group), None, None, None
-
-
-def _exchange(
-    rows_AM: Tensor,
-    send_rows: tuple[int, ...],
-    receive_rows: tuple[int, ...],
-    group: dist.ProcessGroup,
-) -> Tensor:
-    received = rows_AM.new_empty(sum(receive_rows), *rows_AM.shape[1:])
-    dist.all_to_all_single(
-        received, rows_AM.contiguous(), list(receive_rows), list(send_rows), group=group
-    )
-    return received
+    def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor, None, None]:
+        received, _, work = start_all_to_all(grad_AM, ctx.splits.back, ctx.group)
+        work.wait()
+        return received, None, None

@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_parallel.exchange import ExchangePlan, plan_exchange
+from moe_parallel.exchange import ExchangePlan, Splits, plan_exchange, start_all_to_all
 from moe_parallel.timeline import Lane, Timeline
 from moe_parallel.topology import ExpertMesh
 
@@ -151,34 +151,25 @@ class Pipeline(NamedTuple):
     # ---- stages: what is started, and what it takes ----------------------------------------------
 
     def _dispatch(self, g: int, rows: Tensor) -> Transfer:
-        plan = self.plans[g]
-        return self.start("ep", "dispatch", g, rows, plan.dispatch_rows, plan.receive_rows)
+        return self.start("ep", "dispatch", g, rows, self.plans[g].dispatch)
 
     def _gather(self, g: int, rows: Tensor) -> Transfer:
         if self.etp_group is None:
             return Transfer(rows, rows, None)
-        receive = self.plans[g].etp_rows
-        repeated = rows.expand(len(receive), *rows.shape).flatten(0, 1)
-        send = (rows.shape[0],) * len(receive)
-        return self.start("etp", "all-gather", g, repeated, send, receive)
+        plan = self.plans[g]
+        return self.start("etp", "all-gather", g, plan.repeated(rows), plan.gather)
 
     def _scatter(self, g: int, terms: Tensor) -> Transfer:
         if self.etp_group is None:
             return Transfer(terms, terms, None)
-        send = self.plans[g].etp_rows
-        receive = (sum(self.plans[g].receive_rows),) * len(send)
-        return self.start("etp", "scatter", g, terms, send, receive)
+        return self.start("etp", "scatter", g, terms, self.plans[g].gather.back)
 
     def _summed(self, g: int, transfer: Transfer) -> Tensor:
-        """The terms of the ETP ranks, added in their order and rounded once."""
         terms = self._arrived(transfer)
-        if self.etp_group is None:
-            return terms
-        return terms.view(len(self.plans[g].etp_rows), -1, terms.shape[1]).sum(0)
+        return terms if self.etp_group is None else self.plans[g].summed(terms)
 
     def _combine(self, g: int, rows: Tensor, into: Tensor) -> Transfer:
-        plan = self.plans[g]
-        return self.start("ep", "combine", g, rows, plan.receive_rows, plan.dispatch_rows, into)
+        return self.start("ep", "combine", g, rows, self.plans[g].dispatch.back, into)
 
     def start(
         self,
@@ -186,25 +177,20 @@ class Pipeline(NamedTuple):
         name: str,
         g: int,
         rows: Tensor,
-        send: Sequence[int],
-        receive: Sequence[int],
+        splits: Splits,
         into: Tensor | None = None,
-    ) -> Transfer:  # an all-to-all needs its two splits and its place
+    ) -> Transfer:
         """Start one all-to-all over EP or ETP; rows stay where they are if that is one rank."""
         group = self.ep_group if lane == "ep" else self.etp_group
         if group is None:
             return Transfer(rows if into is None else into.copy_(rows), rows, None)
-        arriving = rows.new_empty(sum(receive), rows.shape[1]) if into is None else into
         mark = -1
         if self.timeline is not None:
             mark = self.timeline.queued(lane, name, g, rows.device)
-        departing = rows.contiguous()
-        work = dist.all_to_all_single(
-            arriving, departing, list(receive), list(send), group=group, async_op=True
-        )
+        arriving, sent, work = start_all_to_all(rows, splits, group, into)
         if self.timeline is not None and rows.is_cuda:
             self.timeline.over(mark, work, rows.device)
-        return Transfer(arriving, departing, work, mark)
+        return Transfer(arriving, sent, work, mark)
 
     def _arrived(self, transfer: Transfer) -> Tensor:
         """The rows, once they are there: on a GPU the stream waits, not the host."""

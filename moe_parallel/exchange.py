@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_parallel.topology import ExpertMesh
 
@@ -213,8 +212,5 @@ class _AllToAll(torch.autograd.Function):
         return received
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor, None, None]:
-        received, _, work = start_all_to_all(grad_AM, ctx.splits.back, ctx.group)
-        work.wait()
-        return received, None, None
+        return _all_to_all(grad_AM, ctx.splits.back, ctx.group), None, None

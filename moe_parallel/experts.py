@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from moe_parallel.derivatives import anchor, refuse_second_derivatives
 from moe_parallel.exchange import group_by_expert, group_by_source
 from moe_parallel.gemm import (
     GROUPED_ALIGNMENT_BYTES,
@@ -191,7 +191,7 @@ class Experts(nn.Module):
         """
         how = (self.chosen_gemm(), chosen_impl(self.impl, rows_AM.device, rows_AM.dtype))
         results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
-            rows_AM, self.w13, self.w2, pipeline, *how
+            rows_AM, self.w13, self.w2, anchor(rows_AM), pipeline, *how
         )
         return results
 
@@ -203,6 +203,7 @@ class _OverRanks(torch.autograd.Function):
         rows_AM: Tensor,
         w13: Tensor,
         w2: Tensor,
+        anchor_0M: Tensor,
         pipeline: Pipeline,
         gemm: ChosenGemm,
         impl: ChosenImpl,
@@ -219,14 +220,14 @@ class _OverRanks(torch.autograd.Function):
 
         with torch.autocast(rows_AM.device.type, enabled=False):
             results = pipeline.run(rows_AM, compute)
-        ctx.save_for_backward(w13, w2, *kept)
+        ctx.save_for_backward(anchor_0M, w13, w2, *kept)
         ctx.arguments = (pipeline, gemm, impl)
         return results
 
     @staticmethod
-    @once_differentiable
+    @refuse_second_derivatives
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
-        w13, w2, *kept = ctx.saved_tensors
+        _, w13, w2, *kept = ctx.saved_tensors
         pipeline, gemm, impl = ctx.arguments
         dw13, dw2 = w13.new_empty(w13.shape), w2.new_empty(w2.shape)  # written as views
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what weight gradients are made of
@@ -251,7 +252,7 @@ class _OverRanks(torch.autograd.Function):
             # An expanded gradient has strides that products reject.
             wanted = any(ctx.needs_input_grad[1:3])
             drows = pipeline.run(grad_AM.contiguous(), compute, weights if wanted else None)
-        return drows, *((dw13, dw2) if wanted else (None, None)), None, None, None
+        return drows, *((dw13, dw2) if wanted else (None, None)), None, None, None, None
 
 
 def _slice(experts: range) -> slice:

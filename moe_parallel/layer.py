@@ -62,6 +62,7 @@ class ExpertParallelMoE(nn.Module):
     Gradients: parameter gradients are this rank's. If the loss is the sum of the ranks' losses (a
     mean must divide by the global token count), the caller sums ``experts.*`` over the EDP group
     and ``gate_weight`` over the token group. Run backward on every rank, also one without tokens.
+    Differentiating gradients again raises RuntimeError.
 
     Communication, per call: one all-gather over the token group (:mod:`moe_parallel.route`); two
     all-to-alls over EP and two over ETP for each of ``overlap_groups`` groups of experts, under the

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moe_parallel.derivatives import refuse_second_derivatives
 from moe_parallel.impl import ChosenImpl
 from moe_parallel.route import gate_dtype
 
@@ -109,7 +109,7 @@ class _Permute(torch.autograd.Function):
         return _token_rows(x_TM, assignment_A, row_Tk.shape[1], padded)
 
     @staticmethod
-    @once_differentiable
+    @refuse_second_derivatives
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
         (row_Tk,) = ctx.saved_tensors
         if ctx.impl == "triton":
@@ -148,7 +148,7 @@ class _Unpermute(torch.autograd.Function):
         return output_TM.to(rows_AM.dtype)
 
     @staticmethod
-    @once_differentiable
+    @refuse_second_derivatives
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
         rows_AM, weights_Tk, assignment_A, row_Tk = ctx.saved_tensors
         if ctx.impl == "triton":

@@ -292,3 +292,30 @@ def test_meta_device_makes_no_values() -> None:
     layer = ExpertParallelMoE(config, device="meta", dtype=torch.bfloat16)
     numel = sum(parameter.numel() for parameter in layer.parameters())
     assert numel == 32 * 3 * 6144 * 9216 + 32 * 6144
+
+
+def penalties_on_rank(topology: ExpertTopology) -> list[str]:
+    """Which second derivatives, of gradients to which of gradients to what, do not raise."""
+    layer = ExpertParallelMoE(CONFIG, groups=groups_of(topology).experts, dtype=torch.float64)
+    x = random_batch(8, 10).x.requires_grad_()
+    leaves = {"x": x, **dict(layer.named_parameters())}
+    silent = []
+    for first in leaves:
+        for second in leaves:
+            output = layer(x).output
+            (gradient,) = torch.autograd.grad(output.sum(), leaves[first], create_graph=True)
+            try:
+                torch.autograd.grad(gradient.square().sum(), leaves[second])
+            except RuntimeError as error:
+                if "cannot be differentiated again" in str(error):
+                    continue
+            silent.append(f"{second} of the gradient to {first}")
+    return silent
+
+
+@pytest.mark.parametrize("topology", [ExpertTopology(1), ExpertTopology(2, ep=2)])
+def test_a_penalty_on_gradients_raises(topology: ExpertTopology) -> None:
+    """It would be a part of itself if the graph just ended somewhere."""
+    assert run_on_ranks(penalties_on_rank, topology.world_size, topology) == (
+        [[]] * topology.world_size
+    )

@@ -92,7 +92,8 @@ def measure(
         for name in ours:
             if name != SILENT and (groups.ep or groups.etp):
                 share = (medians[name] - medians[SILENT]) / medians[SENT]
-                yield row(case, name, f"{direction}_exposed", [share], "share")
+                of_medians = {"p20": None, "p80": None, "samples": None}
+                yield row(case, name, f"{direction}_exposed", [share], "share") | of_medians
 
 
 def row(case: Case, impl: str, metric: str, values: list[float], unit: str) -> dict[str, Any]:

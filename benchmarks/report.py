@@ -1,6 +1,6 @@
-"""Tables and figures of docs/performance.md, made of committed rows alone.
+"""Tables and figures of docs/performance.md, ring.md and moe.md, made of committed rows alone.
 
-Where the page says ``<!-- rows: NAME -->``, what the rows of that benchmark say replaces everything
+Where a page says ``<!-- rows: NAME -->``, what the rows of that benchmark say replaces everything
 up to ``<!-- end of rows -->``: a table for each run, newest first. A run is all rows of one day,
 commit and machine; ratios are of one run. ``lightning_length`` has figures too, and the length from
 which on ours is faster than the fastest softmax.
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 Row = dict[str, Any]
 
 RESULTS, PAGE, FIGURES = Path("benchmarks/results"), Path("docs/performance.md"), "figures"
+PAGES = (PAGE, Path("docs/ring.md"), Path("docs/moe.md"))
 PLACE = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 OURS, SOFTMAX = "lasp triton", "softmax"
 SWEEPS = ("lightning_length",)  # over lengths: they have figures
@@ -246,16 +247,19 @@ def rewrite(page: str, runs: dict[Run, list[Row]]) -> str:
 
 
 def main() -> None:
-    """Rewrite the page and draw its figures."""
+    """Rewrite the pages and draw their figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE, help="figures go beside it")
+    parser.add_argument("--page", type=Path, nargs="+", default=PAGES, help="figures go beside it")
     options = parser.parse_args()
     runs = read_runs(options.results)
-    options.page.write_text(rewrite(options.page.read_text(), runs))
-    for run, rows in runs.items():
-        for sweep in sweeps(run, rows) if run.benchmark in SWEEPS else ():
-            draw(run, sweep.rows, options.page.parent / FIGURES / sweep.figure)
+    for page in options.page:
+        text = page.read_text()
+        page.write_text(rewrite(text, runs))
+        places = {place[1] for place in PLACE.findall(text)}
+        for run, rows in runs.items():
+            for sweep in sweeps(run, rows) if run.benchmark in places.intersection(SWEEPS) else ():
+                draw(run, sweep.rows, page.parent / FIGURES / sweep.figure)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,15 @@ def test_megatron_is_left_out_where_it_is_missing() -> None:
         assert "not installed" in (moe_megatron.obstacle() or "")
 
 
+def test_rows_make_a_table() -> None:
+    facts = {"device": "GPU", "num_devices": 2, "nccl": "2", "torch": "2", "triton": "3"}
+    facts |= {"driver": "1", "date": "2026-01-01", "commit": "0" * 40, "command": "c"}
+    rows = [row | facts for row in run_on_ranks(rows_on_rank, 2, CASE._replace(ep=2))[0]]
+    text = report.table(rows)
+    assert "| lasp 2 groups |" in text
+    assert "Bounds: [1] bare products." in text
+
+
 def test_the_page_says_what_the_rows_say() -> None:
     root = Path(__file__).parents[2]
     page = (root / "docs" / "moe.md").read_text()

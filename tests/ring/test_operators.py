@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -109,11 +110,15 @@ def test_a_graph_checks_its_arguments_when_it_runs() -> None:
 
 
 def test_no_second_derivative() -> None:
-    q, k, v = make_inputs(6)
-    value = loss(q, k, v, SequenceLayout((6,), 1))
-    (dq,) = torch.autograd.grad(value, q, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        dq.sum().backward()
+    """Of the gradient to any of the three to any of them, whatever asks for it."""
+    for first, second in product(range(3), range(3)):
+        tensors = make_inputs(6)
+        value = loss(*tensors, SequenceLayout((6,), 1))
+        (gradient,) = torch.autograd.grad(value, tensors[first], create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.grad(gradient.sum(), tensors[second], retain_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            gradient.sum().backward()
 
 
 KEPT = partial(create_selective_checkpoint_contexts, [torch.ops.ring.attention.default])

@@ -58,8 +58,7 @@ class Options:
         pack_tokens: tokens of a pack.
         capacity_factor: of the experts; negative for dropless.
         learning_rate: peak of the schedule.
-        dtype: of parameters and activations; bfloat16 has float32 gradients and master weights, and
-            no checkpoints: ``--save-every 0``.
+        dtype: of parameters and activations; bfloat16 has float32 gradients and master weights.
         seed: of the weights and of the order of the corpus.
         out: folder of metrics and checkpoints.
         save_every: steps between checkpoints, of which one is at the end; 0: none.
@@ -177,11 +176,6 @@ def forward_backward(
 
 def train(options: Options, device: torch.device) -> list[dict[str, float]]:
     """Train in Megatron's parallel state; returns the metrics of the steps, equal on all ranks."""
-    if options.dtype == "bfloat16" and options.save_every:
-        raise ValueError(
-            f"save_every must be 0 with bfloat16, got {options.save_every}: Megatron's optimizers"
-            " do not save parameters of two dtypes, and the routers stay float32"
-        )
     tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
     chunks = build_model(options, device)
     optimizer, scheduler = build_optimizer(options, chunks)

@@ -119,6 +119,8 @@ class ExpertParallelMoELayer(MoELayer):
             dtype=config.params_dtype,
         )
         self.moe.experts.reset_parameters(int(torch.randint(2**31, ())), gain=init_gain)
+        # As Megatron's router: its optimizers save parameters of one dtype; route() computes wider.
+        self.moe.gate_weight.data = self.moe.gate_weight.data.to(config.params_dtype)
         self.moe.gate_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         for parameter in self.moe.experts.parameters():
             # Reduced over the expert groups and stepped by an optimizer of their own, at any ep and

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import build_module
@@ -230,3 +231,27 @@ def test_initial_values_do_not_depend_on_the_ranks() -> None:
     assert torch.equal(torch.cat([result[2] for result in results]), w2)
     std = 0.5 * (2 / (10 + 12)) ** 0.5
     assert 0.8 * std < w13.std() < 1.2 * std
+
+
+def layer_before_and_in_float16_module(dtype: torch.dtype) -> list[list[Tensor]]:
+    half = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    options = config(**OPTIONS, **half, params_dtype=dtype)
+    layer = build_module(expert_parallel_moe_spec(), config=options, pg_collection=initialize())
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    results, batch = [], random_batch(NUM_TOKENS, 10)
+    for module in (layer, Float16Module(options, layer)):
+        hidden = batch.x.to(dtype).unsqueeze(1).requires_grad_()
+        output, _ = module(hidden)
+        output.backward(batch.grad.unsqueeze(1).to(output.dtype))
+        grads = [parameter.grad for parameter in layer.parameters()]
+        results.append([output.detach().to(dtype), hidden.grad, *grads])
+        layer.zero_grad()
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float16_module_changes_nothing(dtype: torch.dtype) -> None:
+    """All parameters have config.params_dtype already, the gate too, as Megatron's router."""
+    ((before, wrapped),) = run_on_ranks(layer_before_and_in_float16_module, 1, dtype)
+    for name, actual, expected in zip(NAMES, wrapped, before, strict=True):
+        assert torch.equal(actual, expected), name

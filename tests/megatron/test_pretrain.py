@@ -15,7 +15,7 @@ from pretrain_hybrid import Options, train  # isort: skip  (it says where the ne
 from hybrid_training.corpus import Corpus  # isort: skip
 
 from tests.megatron.cpu import checkpoints_from_ranks, initialize, train_on_cpu
-from tests.ranks import RankError, run_on_ranks
+from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.megatron
 
@@ -103,12 +103,15 @@ def test_resume_under_other_sizes_continues_the_curve(
 
 
 @pytest.mark.slow
-def test_sixteen_bits_train(tmp_path: Path) -> None:
-    """Routers are float32 among bfloat16 parameters: Megatron keeps buffers of both."""
-    rows = curve(2, tmp_path, cp=2, ep=2, dtype="bfloat16", steps=8)
+@pytest.mark.parametrize("optimizer", [{}, WITHOUT], ids=["distributed", "whole"])
+def test_sixteen_bits_train_and_resume(optimizer: dict[str, bool], tmp_path: Path) -> None:
+    """Parameters of one dtype, the routers' too: Megatron's optimizers save no others."""
+    changes = {"cp": 2, "ep": 2, "dtype": "bfloat16", "steps": 8, **optimizer}
+    rows = curve(2, tmp_path / "whole", **changes)
     assert rows[-1]["loss"] < rows[0]["loss"] - 1
-    with pytest.raises(RankError, match="save_every must be 0 with bfloat16, got 1"):
-        curve(2, tmp_path, cp=2, ep=2, dtype="bfloat16", save_every=1)
+    curve(2, tmp_path / "parts", **changes, stop_after=4, save_every=4)
+    resumed = curve(2, tmp_path / "parts", **changes, resume=True)
+    assert_same_curve(resumed, rows[4:])
 
 
 def test_replicas_share_the_packs_of_a_step() -> None:

@@ -1,6 +1,6 @@
 """Ring attention as Megatron-Core layer parts.
 
-    SelfAttentionSubmodules.core_attention = RingCoreAttention     Megatron's own RoPE, [s, b, h]
+    SelfAttentionSubmodules.core_attention = RingCoreAttention     Megatron's RoPE, rows over ranks
     TransformerLayer.self_attention = ring_attention_spec(...)     packs in any order of the layout
 
 Megatron's own torch attention refuses context parallelism and packed sequences; this is both.
@@ -40,6 +40,10 @@ class RingCoreAttention(MegatronModule):
         cp_comm_type: not read: the ring schedule decides what travels.
         pg_collection: its cp group; of the parallel state if None.
 
+    ``positions_of_layout``: whether queries and keys come with the positions of the layout, or with
+    none. Megatron's SelfAttention rotates packs as if every document were cut alone, so packs over
+    several ranks are refused without it; :class:`RingSelfAttention` sets it.
+
     Recomputing it (``recompute_modules=["core_attn"]``) saves nothing: only q, k, v, the output and
     the log-sum-exp are kept anyway.
 
@@ -74,6 +78,7 @@ class RingCoreAttention(MegatronModule):
         self._check_mask_type(attn_mask_type)
         (self.cp_group,) = groups_of(pg_collection, part, "cp")
         self.attn_mask_type, self.softmax_scale = attn_mask_type, softmax_scale
+        self.positions_of_layout = False
 
     @staticmethod
     def _check_mask_type(mask_type: AttnMaskType) -> None:
@@ -113,6 +118,14 @@ class RingCoreAttention(MegatronModule):
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         self._check_mask_type(mask_type)
         layout = layout_of(packed_seq_params, query.shape[0], self.cp_group.size())
+        # Nothing here tells whether query and key were rotated.
+        if packed_seq_params is not None and layout.num_ranks > 1 and not self.positions_of_layout:
+            raise ValueError(
+                "core_attention.positions_of_layout must be True for packs over"
+                f" {layout.num_ranks} context-parallel ranks, got False: Megatron rotates every"
+                " document as if it were cut alone; take ring_attention_spec(rotary_dim=...),"
+                " or set it in a model without RoPE"
+            )
         batched = query.dim() == 4
         q, k, v = (x.transpose(0, 1) if batched else x for x in (query, key, value))
         output = ring_attention(
@@ -183,6 +196,7 @@ class RingSelfAttention(SelfAttention):
             **optional,
         )
         self.rotary_dim, self.rope_base = rotary_dim, rope_base
+        self.core_attention.positions_of_layout = True
 
     def forward(
         self,

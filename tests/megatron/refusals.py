@@ -141,6 +141,7 @@ MEGATRONS = {"qkv_format": "thd", "cu_seqlens_q": BORDERS, "cu_seqlens_kv": BORD
 PER_DOCUMENT = PackedSeqParams(**MEGATRONS)
 OWN_GROUP = PackedSeqParams(**MEGATRONS, local_cp_size=1)
 PACKS = [(OTHER_RANKS, "layout must be for"), (PER_DOCUMENT, "PackedSequence")]
+PACK = PackedSequence(layout=SequenceLayout((5, 3), RANKS))
 PACKS += [(OWN_GROUP, "local_cp_size must be None")]
 
 ROWS = [
@@ -161,6 +162,7 @@ ROWS = [
     Row(core, arguments={"attention_type": "cross"}, names="must be self-attention"),
     Row(core, arguments={"attn_mask_type": AttnMaskType.padding}),
     *calls(core, attention_bias=ANY, attn_mask_type=AttnMaskType.padding),
+    Row(core, passed={"packed_seq_params": PACK}, names="positions_of_layout must be True"),
     # ring self-attention
     *options(ring, **SOFTMAX, **OWN_POSITIONS),
     Row(ring, arguments={"rotary_dim": 3}),

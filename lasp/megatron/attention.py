@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -19,6 +18,7 @@ from torch import Tensor
 from lasp.attention import lightning_attention
 from lasp.decay import Variant, decay_rates
 from lasp.exchange import Exchange
+from lasp.layers import silu_split
 from lasp.megatron.batch import layout_of
 from lasp.megatron.common import groups_of, refuse_arguments, require
 from lasp.megatron.norm import HeadsNorm
@@ -42,7 +42,7 @@ class LightningSelfAttention(MegatronModule):
     """The token mixer of :class:`lasp.LightningAttention` over tensor-parallel ranks.
 
     Head by head, ``q, k, v, g = split(W_in x)``; ``o = lightning_attention(silu(q), silu(k),
-    silu(v))`` with scale 1; ``y = W_out (sigmoid(g) * HeadsNorm(o))``. It has no positions, no mask
+    silu(v))`` with scale 1; ``y = W_out (RMSNorm(o) * sigmoid(g))``. It has no positions, no mask
     and no biases: the arguments for them are ignored. ``W_in`` is laid out ``[H, 4, head_dim]``, so
     that a tensor-parallel slice is a range of heads, in a checkpoint too.
 
@@ -56,7 +56,8 @@ class LightningSelfAttention(MegatronModule):
         norm_eps: of the norm over all heads.
         decay_layers: numbers of the layers that the decay formula counts; None: all. A HybridModel
             numbers MLPs too.
-        impl: who computes, see :func:`lasp.lightning_attention`.
+        impl: who computes, see :func:`lasp.lightning_attention`: ``triton`` has kernels for the
+            activation, the norm and the gate too, see ``lasp.layers``.
         exchange: how states cross the context-parallel ranks, see ``lasp.exchange``.
 
     Communication: Megatron's of two linear layers, that of :func:`lasp.lightning_attention` over
@@ -172,7 +173,7 @@ class LightningSelfAttention(MegatronModule):
         qkv, gate = mixed.unflatten(-1, (-1, 4 * self.head_dim)).split(
             (3 * self.head_dim, self.head_dim), dim=-1
         )
-        q, k, v = F.silu(qkv).split(self.head_dim, dim=-1)
+        q, k, v = silu_split(qkv, self.head_dim, self.head_dim, impl=self.impl)
         output = lightning_attention(
             q,
             k,
@@ -184,7 +185,7 @@ class LightningSelfAttention(MegatronModule):
             impl=self.impl,
             output_final_state=False,
         ).output
-        gated = torch.sigmoid(gate.flatten(-2)) * self.out_norm(output.flatten(-2))
+        gated = self.out_norm(output.flatten(-2), gate.flatten(-2), impl=self.impl)
         projected: Tensor
         projected, _bias = self.out_proj(gated.unsqueeze(1) if packed else gated.transpose(0, 1))
         return projected, None

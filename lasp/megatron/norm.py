@@ -14,8 +14,9 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
-from lasp.layers import sum_over_ranks
+from lasp.layers import norm_gate
 from lasp.megatron.common import parameter_device, require
+from lasp.validation import Impl
 
 
 class ResidualNorm(nn.RMSNorm):
@@ -38,9 +39,7 @@ class ResidualNorm(nn.RMSNorm):
 
 
 class HeadsNorm(MegatronModule):
-    """RMSNorm over the features of all heads, of which each tensor-parallel rank holds a slice.
-
-    ``y = x / sqrt(sum over ranks of |x|^2 / size + eps) * weight``, float32 or wider inside.
+    """:func:`lasp.layers.norm_gate` and its weight: each tensor-parallel rank has a slice.
 
     Communication: one all-reduce of 4 bytes a token over tp, forward and backward.
     """
@@ -49,7 +48,7 @@ class HeadsNorm(MegatronModule):
         self, config: TransformerConfig, size: int, *, eps: float, tp_group: dist.ProcessGroup
     ) -> None:
         super().__init__(config=config)
-        self.size, self.eps, self.tp_group = size, eps, tp_group
+        self.eps, self.tp_group = eps, tp_group
         weight = torch.ones(
             size // tp_group.size(), device=parameter_device(config), dtype=config.params_dtype
         )
@@ -57,13 +56,10 @@ class HeadsNorm(MegatronModule):
         self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
         self.weight.partition_dim, self.weight.partition_stride = 0, 1  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., size / tp], this rank's features."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        squares = wide.square().sum(-1, keepdim=True)
-        if self.tp_group.size() > 1:
-            squares = sum_over_ranks(squares, self.tp_group)
-        return (wide * torch.rsqrt(squares / self.size + self.eps) * self.weight).to(x.dtype)
+    def forward(self, x: Tensor, gate: Tensor, *, impl: Impl) -> Tensor:
+        """``x`` and ``gate`` [..., size / tp], this rank's features."""
+        tp_group = self.tp_group if self.tp_group.size() > 1 else None
+        return norm_gate(x, gate, self.weight, eps=self.eps, tp_group=tp_group, impl=impl)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lasp.decay import decay_rates
 from lasp.megatron import (
@@ -28,6 +29,34 @@ def test_kernels_and_exchange_are_picked_by_spec() -> None:
     pytest.importorskip("triton", reason="the kernels need triton")
     spec = lightning_attention_spec(impl="triton", exchange="sliced")
     LIGHTNING._replace(spec=spec).check_float32(2, {"cp": 2}, "zigzag")
+
+
+class OperatorNames(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.called.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def operators_of_a_call(impl: str) -> set[str]:
+    spec = lightning_attention_spec(impl=impl)
+    options = config(params_dtype=torch.float32)
+    module = build_module(spec, config=options, layer_number=1, pg_collection=initialize())
+    with OperatorNames() as names:
+        output, _ = module(torch.randn(5, 1, HIDDEN, requires_grad=True))
+        output.sum().backward()
+    return {name.removesuffix(".default") for name in names.called if name.startswith("lasp.")}
+
+
+def test_kernels_compute_all_that_is_not_a_projection() -> None:
+    pytest.importorskip("triton", reason="the kernels need triton")
+    (called,) = run_on_ranks(operators_of_a_call, 1, "triton")
+    around = {"lasp.silu_split", "lasp.norm_gate"}
+    assert called >= around | {f"{name}_backward" for name in around}
+    assert run_on_ranks(operators_of_a_call, 1, "eager") == [set()]
 
 
 def test_projections_merge_and_split() -> None:

@@ -28,7 +28,18 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_impl(impl: str) -> None:
     """Raise ValueError for a name that is not offered."""
     if impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
+        raise ValueError(
+            f"impl must be one of {get_args(Impl)}, got {impl!r}: see lasp.lightning_attention"
+        )
+
+
+def check_exchange(exchange: Exchange | HostGroups) -> None:
+    """Raise ValueError for a name that is not offered; host groups were checked when made."""
+    if not isinstance(exchange, HostGroups) and exchange not in get_args(Exchange):
+        raise ValueError(
+            f"exchange must be one of {get_args(Exchange)} or host_groups(...), got {exchange!r}:"
+            " see lasp.exchange"
+        )
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -108,15 +119,11 @@ def check_kinds(
     if layout is not None and not isinstance(layout, SequenceLayout):
         raise ValueError(f"layout must be a SequenceLayout, got {layout!r}: build one from lengths")
     _check_group(cp_group)
-    if isinstance(exchange, HostGroups):
-        if cp_group is None:
-            raise ValueError(
-                "exchange must be a name without cp_group, got host groups: pass the group that"
-                " they were made of"
-            )
-    elif exchange not in get_args(Exchange):
+    check_exchange(exchange)
+    if isinstance(exchange, HostGroups) and cp_group is None:
         raise ValueError(
-            f"exchange must be one of {get_args(Exchange)} or host_groups(...), got {exchange!r}"
+            "exchange must be a name without cp_group, got host groups: pass the group that they"
+            " were made of"
         )
 
 

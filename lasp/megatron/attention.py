@@ -22,7 +22,7 @@ from lasp.layers import silu_split
 from lasp.megatron.batch import layout_of
 from lasp.megatron.common import groups_of, refuse_arguments, require
 from lasp.megatron.norm import HeadsNorm
-from lasp.validation import Impl
+from lasp.validation import Impl, check_exchange, check_impl
 
 
 @dataclass
@@ -64,7 +64,7 @@ class LightningSelfAttention(MegatronModule):
     cp, that of :class:`HeadsNorm` over tp.
 
     Raises:
-        ValueError: for heads that tp does not divide and options that are not supported.
+        ValueError: for heads that tp does not divide, names and options that are not supported.
     """
 
     # Megatron's arguments of a self-attention, then ours; a part a line, so it is long.
@@ -87,6 +87,8 @@ class LightningSelfAttention(MegatronModule):
         part = "lightning attention"
         require(config, part, attention_dropout=0.0, multi_latent_attention=False, qk_clip=False)
         require(config, part, attention_output_gate=False)
+        check_impl(impl)
+        check_exchange(exchange)
         self.tp_group, self.cp_group = groups_of(pg_collection, part, "tp", "cp")
         heads, tp_size = config.num_attention_heads, self.tp_group.size()
         if heads % tp_size:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lasp.decay import Variant
 from lasp.exchange import Exchange
 from lasp.megatron import require
-from lasp.validation import Impl
+from lasp.validation import Impl, check_exchange, check_impl
 
 
 class ResidualScale(NamedTuple):
@@ -58,6 +58,12 @@ class HybridConfig:
             raise ValueError(
                 f"residual must be 'pre' or 'post', got {self.residual!r}: 'post' is MiniMax-01's"
             )
+        check_impl(self.impl)
+        check_exchange(self.exchange)
+        if self.decay not in get_args(Variant):
+            raise ValueError(
+                f"decay must be one of {get_args(Variant)}, got {self.decay!r}: see lasp.decay"
+            )
 
     @classmethod
     def deepnorm(cls, num_layers: int, **fields: Any) -> HybridConfig:
@@ -68,7 +74,14 @@ class HybridConfig:
 
 
 PRE_NORM = HybridConfig()
-MINIMAX_TEXT_01 = HybridConfig.deepnorm(80, rotary_dim=64, rope_base=10_000_000.0)
+
+
+def minimax(num_layers: int) -> HybridConfig:
+    """MiniMax-Text-01's residuals and RoPE for a model of so many layers; it has 80."""
+    return HybridConfig.deepnorm(num_layers, rotary_dim=64, rope_base=10_000_000.0)
+
+
+MINIMAX_TEXT_01 = minimax(80)
 
 
 def is_softmax(pattern: str, layer_index: int) -> bool:
@@ -108,8 +121,11 @@ def check_layers(config: TransformerConfig) -> None:
 def check_config(config: TransformerConfig) -> None:
     """The same for layers of a TransformerBlock, whose checkpoint keys an option decides."""
     check_layers(config)
-    if config.linear_attention_freq is None and not config.hetereogenous_dist_checkpoint:
-        raise ValueError(
-            "config.linear_attention_freq must be set for hybrid layers, got None: it gives the"
-            " layers of a checkpoint keys of their own; set 8 for the pattern '7:1'"
-        )
+    freq = config.linear_attention_freq
+    if (isinstance(freq, list) or (freq or 0) > 1) or config.hetereogenous_dist_checkpoint:
+        return
+    raise ValueError(
+        f"config.linear_attention_freq must be above 1 or a list for hybrid layers, got {freq}: it"
+        " gives the layers of a checkpoint keys of their own; set 8 for the pattern '7:1', a list"
+        " for any other"
+    )

@@ -26,11 +26,11 @@ from lasp.megatron import (
     lightning_attention_spec,
 )
 from lasp.megatron_hybrid.config import (
-    MINIMAX_TEXT_01,
     PRE_NORM,
     HybridConfig,
     check_config,
     is_softmax,
+    minimax,
 )
 from lasp.megatron_hybrid.residual import ScaledLayer
 from moe_parallel.megatron import expert_parallel_moe_spec
@@ -161,4 +161,28 @@ def hybrid_block_spec(
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=ResidualNorm)
 
 
-minimax_layer_spec = hybrid_layer_spec(hybrid=MINIMAX_TEXT_01)
+class MiniMaxLayer(HybridLayer):
+    """MiniMax-Text-01's layer in a model of ``config.num_layers`` layers, its parts included.
+
+    With ``config.num_moe_experts`` None the MLP is dense.
+
+    Args:
+        config: Megatron's.
+        submodules: the parts; None: those of :func:`hybrid_layer_spec`.
+        optional: see :class:`HybridLayer`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: HybridLayerSubmodules | None = None,
+        *args: Any,
+        **optional: Any,
+    ) -> None:
+        hybrid = minimax(config.num_layers)
+        parts = submodules or hybrid_layer_spec(config, hybrid=hybrid).submodules
+        super().__init__(config, parts, *args, pattern="7:1", hybrid=hybrid, **optional)
+
+
+# Megatron's --spec imports an object, before there is a config.
+minimax_layer_spec = ModuleSpec(module=MiniMaxLayer)

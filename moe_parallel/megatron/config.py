@@ -55,6 +55,11 @@ def moe_config(config: TransformerConfig) -> MoEConfig:
     Raises:
         ValueError: for options that our layer does not have.
     """
+    if config.num_moe_experts is None:
+        raise ValueError(
+            f"config.num_moe_experts must be a number for {PART}, got None: set it, or take a spec"
+            " with a dense MLP"
+        )
     require(config, PART, **_WANTED)
     if config.moe_router_dtype == "fp64" and config.params_dtype != torch.float64:
         raise ValueError(

@@ -27,8 +27,8 @@ from tests.megatron.test_moe_parallel import OPTIONS as EXPERTS
 RANKS = 2
 
 
-def lightning(config: TransformerConfig, groups: Any) -> torch.nn.Module:
-    spec = lightning_attention_spec()
+def lightning(config: TransformerConfig, groups: Any, **arguments: Any) -> torch.nn.Module:
+    spec = lightning_attention_spec(**arguments)
     return build_module(spec, config=config, layer_number=1, pg_collection=groups)
 
 
@@ -153,6 +153,7 @@ ROWS = [
     # lightning
     *options(lightning, attention_dropout=0.1, multi_latent_attention=True, qk_clip=True),
     *options(lightning, attention_output_gate=True),
+    *(Row(lightning, arguments={name: "fast"}) for name in ("impl", "exchange")),
     Row(lightning, {"num_attention_heads": 3}, names="num_attention_heads must divide", sizes=TP),
     *calls(lightning, attention_bias=ANY, inference_context=ANY, inference_params=ANY),
     *calls(lightning, key_value_states=ANY),
@@ -200,20 +201,22 @@ ROWS = [
     ),
     Row(experts, {"sequence_parallel": False}, sizes=TP),
     Row(experts, {"num_moe_experts": 3}, sizes={"ep": RANKS}),
+    *options(experts, num_moe_experts=None),
     Row(experts, {"moe_ffn_hidden_size": 13}, sizes={"tp": RANKS, "etp": RANKS}),
     *calls(experts, intermediate_tensors=ANY, padding_mask=ANY),
     # hybrid layers
     *options(hybrid, apply_residual_connection_post_layernorm=True, attention_dropout=0.1),
     *options(hybrid, fine_grained_activation_offloading=True, fp32_residual_connection=True),
     *options(hybrid, heterogeneous_block_specs=True, hidden_dropout=0.1, moe_layer_freq=2),
-    *options(hybrid, linear_attention_freq=None, overlap_moe_expert_parallel_comm=True),
+    *(options(hybrid, linear_attention_freq=freq)[0] for freq in (None, 1)),
+    *options(hybrid, overlap_moe_expert_parallel_comm=True),
     Row(
         hybrid,
         {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
         names=r"config\.recompute_modules must be among",
     ),
     *(Row(part, arguments={"pattern": "7"}) for part in (hybrid, block)),
-    *options(block, hidden_dropout=0.1, linear_attention_freq=None),
+    *options(block, hidden_dropout=0.1, linear_attention_freq=1),
     *calls(hybrid, attention_bias=ANY, context=ANY, inference_context=ANY, inference_params=ANY),
     *calls(hybrid, padding_mask=ANY, rotary_pos_emb=ANY),
     # norm

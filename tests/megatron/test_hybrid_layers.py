@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from lasp.megatron_hybrid import (
     is_softmax,
     minimax_layer_spec,
 )
+from moe_parallel.megatron import ExpertParallelMoELayer
 from ring.megatron import RingSelfAttention
 from tests.megatron.attention import HEADS, parallel_config
 from tests.megatron.block import OPTIONS
@@ -57,22 +59,44 @@ def test_layers_of_virtual_stages_have_their_global_kind_and_rates() -> None:
             assert torch.equal(rates, decay_rates(HEADS, index, 8))
 
 
-def static_spec_on_rank() -> list[bool]:
+def static_spec_on_rank(**options: object) -> list[tuple[bool, float, type]]:
+    """Of every layer whether it is softmax, its alpha and its MLP."""
     groups = initialize()
-    config = parallel_config({}, **(OPTIONS | {"num_layers": 9, "kv_channels": 64}))
-    block = TransformerBlock(config, minimax_layer_spec, pg_collection=groups)
-    return [isinstance(layer.self_attention, RingSelfAttention) for layer in block.layers]
+    options = OPTIONS | {"num_layers": 9, "kv_channels": 64} | options
+    block = TransformerBlock(
+        parallel_config({}, **options), minimax_layer_spec, pg_collection=groups
+    )
+    return [
+        (
+            isinstance(layer.self_attention, RingSelfAttention),
+            layer.mlp_scale.alpha,
+            type(layer.mlp),
+        )
+        for layer in block.layers
+    ]
 
 
 def test_one_static_spec_serves_every_layer() -> None:
     """What ``--spec lasp.megatron_hybrid minimax_layer_spec`` imports."""
-    (kinds,) = run_on_ranks(static_spec_on_rank, 1)
-    assert kinds == [False] * 7 + [True, False]
+    (layers,) = run_on_ranks(static_spec_on_rank, 1)
+    softmax, alphas, mlps = zip(*layers, strict=True)
+    assert softmax == (False,) * 7 + (True, False)
+    assert set(alphas) == {(2 * 9) ** 0.25}
+    assert set(mlps) == {ExpertParallelMoELayer}
 
 
-def test_patterns_and_residuals_that_are_none() -> None:
+def test_the_static_spec_of_a_dense_config_has_dense_mlps() -> None:
+    dense = {"num_moe_experts": None, "moe_ffn_hidden_size": None}
+    (layers,) = run_on_ranks(static_spec_on_rank, 1, **dense)
+    assert {mlp for _, _, mlp in layers} == {MLP}
+
+
+def test_patterns_residuals_and_names_that_are_none() -> None:
     with pytest.raises(ValueError, match="residual must be"):
         HybridConfig(residual="middle")
+    for name in ("impl", "exchange", "decay"):
+        with pytest.raises(ValueError, match=f"{name} must be one of .*, got 'fast'"):
+            HybridConfig(**{name: "fast"})
     for pattern in ("7", "0:0", "a:b", "-1:2"):
         with pytest.raises(ValueError, match="pattern must be"):
             is_softmax(pattern, 0)

@@ -9,15 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_parallel.agreement import check_counts, check_order, check_rows
+from moe_parallel.agreement import check_rows
 from moe_parallel.capacity import drop_by_rank, padded_order
 from moe_parallel.config import MoEConfig
+from moe_parallel.decision import decide, kept_on_host
 from moe_parallel.experts import Experts, generator_of
 from moe_parallel.impl import chosen_impl
 from moe_parallel.order import TokenOrder, on_device
 from moe_parallel.overlap import Pipeline, dispatch_places, plan_pipeline
 from moe_parallel.permute import RowOrder, permute, row_order, unpermute
-from moe_parallel.route import Routing, RoutingStats, expert_capacity, gate_dtype, route
+from moe_parallel.route import Routing, RoutingStats, expert_capacity, gate_dtype
 from moe_parallel.timeline import Timeline
 from moe_parallel.topology import ExpertGroups, expert_mesh
 
@@ -158,47 +159,27 @@ class ExpertParallelMoE(nn.Module):
             ValueError: naming the argument, if it does not fit the layer; on every rank alike, if
                 the ranks hold different orders or, without one, different numbers of tokens.
         """
-        config, mesh, groups = self.config, self.mesh, self.groups
         self._check_hidden(hidden)
-        rows = hidden.reshape(-1, config.hidden_size)
-        padded = config.pad_to_capacity and self.training
-        capacity_factor = config.capacity_factor if self.training and not padded else None
-        by_probability = capacity_factor is not None and config.drop_policy == "probability"
-        given = token_order is not None
-        if padded and not given and mesh.num_token_ranks > 1:
-            raise ValueError(
-                "token_order must be given with pad_to_capacity on several ranks, got None: without"
-                " it the ranks compare their numbers of tokens on the host; keep one for all calls"
-            )
-        if token_order is None:
-            token_order = TokenOrder.contiguous([rows.shape[0]] * mesh.num_token_ranks)
-        # Otherwise what the router gathers is 1 x E counts, whatever a rank believes of the others.
-        if given or by_probability:
-            check_order(token_order, rows.shape[0], groups.token, rows.device)
-
-        x_TM = token_order.take(rows, mesh.token_rank)
-        routing = route(
-            x_TM,
+        rows = hidden.reshape(-1, self.config.hidden_size)
+        token_order, x_TM, routing = decide(
+            rows,
             self.gate_weight,
-            top_k=config.top_k,
-            order=token_order,
-            token_group=groups.token,
-            capacity_factor=capacity_factor,
-            drop_policy=config.drop_policy,
-            aux_loss_coefficient=config.aux_loss_coefficient,
+            token_order,
+            config=self.config,
+            mesh=self.mesh,
+            token_group=self.groups.token,
+            training=self.training,
         )
-        impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
-        if padded:
+        impl = chosen_impl(self.config.impl, x_TM.device, x_TM.dtype)
+        if self.config.pad_to_capacity and self.training:
             routing, rows_AM, order = self._padded(x_TM, routing, token_order, timeline)
         else:
-            # The one device-to-host copy: collectives and buffers below need sizes on the host.
-            assigned_RE, kept_RE = torch.stack(routing.counts).tolist()
-            check_counts(assigned_RE, config.top_k, token_order)
+            kept_RE = kept_on_host(routing, token_order)
             rows_AM, order = self.through_experts(
                 x_TM, routing.experts, routing.kept, kept_RE, timeline=timeline
             )
         output_TM = unpermute(rows_AM, routing.weights, order, impl)
-        output = token_order.put(output_TM, mesh.token_rank).view_as(hidden)
+        output = token_order.put(output_TM, self.mesh.token_rank).view_as(hidden)
         return MoEOutput(output, routing.aux_loss, routing.stats)
 
     def through_experts(

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from lasp.megatron import groups_of, parameter_device, refuse_arguments
 from moe_parallel import exchange
-from moe_parallel.agreement import check_counts, check_order
+from moe_parallel.decision import decide, kept_on_host
 from moe_parallel.impl import ChosenImpl, chosen_impl
 from moe_parallel.layer import ExpertParallelMoE
 from moe_parallel.megatron.checkpoint import sharded_experts
 from moe_parallel.megatron.config import PART, aux_loss_scale, check_groups, moe_config
 from moe_parallel.order import TokenOrder
 from moe_parallel.permute import RowOrder, permute, row_order, unpermute
-from moe_parallel.route import route
 from moe_parallel.topology import ExpertGroups
 
 _GROUPS = ("tp", "cp", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_dp_cp")
@@ -200,35 +199,23 @@ class ExpertParallelMoELayer(MoELayer):
         Communication: one all-gather over tp x cp x dp, see :func:`moe_parallel.route.route`.
         """
         refuse_arguments(PART, padding_mask=padding_mask)
-        config, mesh, group = self.moe.config, self.moe.mesh, self.moe.groups.token
-        rows = hidden_states.flatten(0, 1)
-        capacity_factor = config.capacity_factor if self.training else None
-        by_probability = capacity_factor is not None and config.drop_policy == "probability"
-        order = token_order
-        if order is None:
-            order = TokenOrder.contiguous([rows.shape[0]] * mesh.num_token_ranks)
-        if token_order is not None or by_probability:
-            check_order(order, rows.shape[0], group, rows.device)
-        routing = route(
-            order.take(rows, mesh.token_rank),
+        order, tokens, routing = decide(
+            hidden_states.flatten(0, 1),
             self.moe.gate_weight,
-            top_k=config.top_k,
-            order=order,
-            token_group=group,
-            capacity_factor=capacity_factor,
-            drop_policy=config.drop_policy,
-            aux_loss_coefficient=config.aux_loss_coefficient,
+            token_order,
+            config=self.moe.config,
+            mesh=self.moe.mesh,
+            token_group=self.moe.groups.token,
+            training=self.training,
         )
         # New memory: dispatch's arguments are freed after it, and the softmax keeps its output.
         probs = routing.weights.masked_fill(~routing.kept, 0.0)
-        if self.training and config.aux_loss_coefficient:
+        if self.training and self.moe.config.aux_loss_coefficient:
             scale = aux_loss_scale(self.config, self.groups, order.num_tokens)
             probs = MoEAuxLossAutoScaler.apply(probs, routing.aux_loss * scale)
-        # The one device-to-host copy: the collectives and buffers below need sizes on the host.
-        assigned_RE, kept_RE = torch.stack(routing.counts).tolist()
-        check_counts(assigned_RE, config.top_k, order)
-        plan = exchange.plan_exchange(kept_RE, mesh)
-        impl = chosen_impl(config.impl, rows.device, rows.dtype)
+        kept_RE = kept_on_host(routing, order)
+        plan = exchange.plan_exchange(kept_RE, self.moe.mesh)
+        impl = chosen_impl(self.moe.config.impl, tokens.device, tokens.dtype)
         self._call = _Call(order, hidden_states.shape, kept_RE, plan, impl)
         return probs, routing.experts.masked_fill(~routing.kept, -1)
 

@@ -8,7 +8,7 @@ TransformerEngine, no Apex, no patch of Megatron.
 
 from __future__ import annotations
 
-import lasp.megatron.version  # noqa: F401 (first: it refuses other versions of Megatron)
+from lasp.megatron.version import record_moe_loss  # isort: skip  (it refuses other versions)
 from lasp.megatron.attention import (
     LightningSelfAttention,
     LightningSelfAttentionSubmodules,
@@ -31,6 +31,7 @@ __all__ = [
     "lightning_attention_spec",
     "merge_projections",
     "parameter_device",
+    "record_moe_loss",
     "refuse_arguments",
     "require",
     "shard_batch",

@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lasp.megatron import groups_of, parameter_device, refuse_arguments
+from lasp.megatron import groups_of, parameter_device, record_moe_loss, refuse_arguments
 from moe_parallel import exchange
 from moe_parallel.decision import decide, kept_on_host
 from moe_parallel.impl import ChosenImpl, chosen_impl
@@ -69,7 +69,7 @@ class ExpertParallelMoELayer(MoELayer):
     Args:
         config: Megatron's, see :func:`moe_config`; ``moe_token_dispatcher_type`` is not read.
         submodules: not read: the parts of this layer are its own.
-        layer_number: not read.
+        layer_number: from 1, under which Megatron logs the auxiliary loss.
         pg_collection: its groups; of the parallel state if None. TransformerLayer of 0.16 and 0.17
             passes none to a subclass of MoELayer: with a collection of your own use
             ``lasp.megatron_hybrid.HybridLayer``, which passes it in every version.
@@ -213,11 +213,23 @@ class ExpertParallelMoELayer(MoELayer):
         if self.training and self.moe.config.aux_loss_coefficient:
             scale = aux_loss_scale(self.config, self.groups, order.num_tokens)
             probs = MoEAuxLossAutoScaler.apply(probs, routing.aux_loss * scale)
+            self._log(routing.aux_loss)
         kept_RE = kept_on_host(routing, order)
         plan = exchange.plan_exchange(kept_RE, self.moe.mesh)
         impl = chosen_impl(self.moe.config.impl, tokens.device, tokens.dtype)
         self._call = _Call(order, hidden_states.shape, kept_RE, plan, impl)
         return probs, routing.experts.masked_fill(~routing.kept, -1)
+
+    def _log(self, aux_loss: Tensor) -> None:
+        """As Megatron's router: without the coefficient, and once of a layer that is recomputed."""
+        if torch.is_grad_enabled():
+            record_moe_loss(
+                "global_load_balancing_loss",
+                aux_loss.detach() / self.moe.config.aux_loss_coefficient,
+                self.layer_number,
+                self.config.num_layers,
+                self.groups.tp_dp_cp,
+            )
 
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor

@@ -10,7 +10,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, track_moe_metrics
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
@@ -35,6 +35,7 @@ OPTIONS = {
     "moe_expert_capacity_factor": 1.0,
     "moe_token_drop_policy": "position",
 }
+MOE_RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 NAMES = ("output", "input", "gate_weight", "w13", "w2")
 
 
@@ -192,8 +193,7 @@ def test_loss_per_token() -> None:
 
 
 def test_recomputed() -> None:
-    recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
-    check(2, {"ep": 2}, "zigzag", **recompute)
+    check(2, {"ep": 2}, "zigzag", **MOE_RECOMPUTE)
 
 
 def other_balancers() -> None:
@@ -255,3 +255,33 @@ def test_float16_module_changes_nothing(dtype: torch.dtype) -> None:
     ((before, wrapped),) = run_on_ranks(layer_before_and_in_float16_module, 1, dtype)
     for name, actual, expected in zip(NAMES, wrapped, before, strict=True):
         assert torch.equal(actual, expected), name
+
+
+def logged(sizes: dict[str, int], options: dict[str, Any]) -> float:
+    """What Megatron logs of the auxiliary loss after two micro-batches of one layer of several."""
+    groups = initialize(**sizes)
+    spec, options = expert_parallel_moe_spec(), parallel_config(sizes, **OPTIONS, **options)
+    layer = build_module(spec, config=options, layer_number=2, pg_collection=groups)
+    load_plain(layer, groups)
+    order = ORDERS["ragged"](NUM_TOKENS, groups.tp_dp_cp.size())
+    batch, rank = random_batch(NUM_TOKENS, 10), groups.tp_dp_cp.rank()
+    rows = local_rows(batch.x, order, rank, padding=torch.nan)
+    track_moe_metrics(1.0, 0, num_layers=1)  # starts anew
+    for _ in range(2):
+        hidden = rows.unsqueeze(1).requires_grad_()
+        layer(hidden, token_order=order)[0].sum().backward()
+    losses: dict[str, Tensor] = {}
+    track_moe_metrics(1 / 2, 0, total_loss_dict=losses, num_layers=options.num_layers)
+    return losses["global_load_balancing_loss"].item() * options.num_layers
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "sizes", "options"),
+    [(1, {}, {}), (2, {"ep": 2}, {}), (2, {"tp": 2, "etp": 2}, MOE_RECOMPUTE)],
+    ids=["one", "ep-dp", "tp-recomputed"],
+)
+def test_megatron_logs_the_auxiliary_loss(num_ranks, sizes, options) -> None:
+    result = plain()(random_batch(NUM_TOKENS, 10).x)
+    expected = result.aux_loss.item() / OPTIONS["moe_aux_loss_coeff"]
+    for actual in run_on_ranks(logged, num_ranks, sizes, options):
+        assert actual == pytest.approx(expected, rel=1e-6)  # it logs float32

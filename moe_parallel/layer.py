@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe_parallel.agreement import check_rows
 from moe_parallel.capacity import drop_by_rank, padded_order
 from moe_parallel.config import MoEConfig
-from moe_parallel.decision import decide, kept_on_host
+from moe_parallel.decision import Decision, decide, kept_on_host
 from moe_parallel.experts import Experts, generator_of
 from moe_parallel.impl import chosen_impl
 from moe_parallel.order import TokenOrder, on_device
@@ -161,15 +161,7 @@ class ExpertParallelMoE(nn.Module):
         """
         self._check_hidden(hidden)
         rows = hidden.reshape(-1, self.config.hidden_size)
-        token_order, x_TM, routing = decide(
-            rows,
-            self.gate_weight,
-            token_order,
-            config=self.config,
-            mesh=self.mesh,
-            token_group=self.groups.token,
-            training=self.training,
-        )
+        token_order, x_TM, routing = self.decide(rows, token_order)
         impl = chosen_impl(self.config.impl, x_TM.device, x_TM.dtype)
         if self.config.pad_to_capacity and self.training:
             routing, rows_AM, order = self._padded(x_TM, routing, token_order, timeline)
@@ -181,6 +173,18 @@ class ExpertParallelMoE(nn.Module):
         output_TM = unpermute(rows_AM, routing.weights, order, impl)
         output = token_order.put(output_TM, self.mesh.token_rank).view_as(hidden)
         return MoEOutput(output, routing.aux_loss, routing.stats)
+
+    def decide(self, rows: Tensor, token_order: TokenOrder | None) -> Decision:
+        """Where this rank's tokens go, see :func:`moe_parallel.decision.decide`."""
+        return decide(
+            rows,
+            self.gate_weight,
+            token_order,
+            config=self.config,
+            mesh=self.mesh,
+            token_group=self.groups.token,
+            training=self.training,
+        )
 
     def through_experts(
         self,

@@ -13,6 +13,7 @@ from lasp.decay import Variant
 from lasp.exchange import Exchange
 from lasp.megatron import require
 from lasp.validation import Impl, check_exchange, check_impl
+from moe_parallel.megatron import ExpertOptions
 
 
 class ResidualScale(NamedTuple):
@@ -22,7 +23,7 @@ class ResidualScale(NamedTuple):
     beta: float = 1.0
 
 
-_NO_SCALE = ResidualScale()
+_NO_SCALE, _BY_RULES = ResidualScale(), ExpertOptions()
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class HybridConfig:
         impl: who computes lightning attention, see :func:`lasp.lightning_attention`.
         exchange: how its states cross the context-parallel ranks, see ``lasp.exchange``.
         expert_init_gain: factor of the experts' initial standard deviation.
+        experts: how the experts compute, see :class:`moe_parallel.megatron.ExpertOptions`.
     """
 
     residual: Literal["pre", "post"] = "pre"
@@ -52,6 +54,7 @@ class HybridConfig:
     impl: Impl = "eager"
     exchange: Exchange = "all_gather"
     expert_init_gain: float = 1.0
+    experts: ExpertOptions = _BY_RULES
 
     def __post_init__(self) -> None:
         if self.residual not in ("pre", "post"):

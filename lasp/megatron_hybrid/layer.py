@@ -117,7 +117,7 @@ def hybrid_layer_spec(
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         mlp = ModuleSpec(module=MLP, submodules=linears)
     else:
-        mlp = expert_parallel_moe_spec(init_gain=hybrid.expert_init_gain)
+        mlp = expert_parallel_moe_spec(init_gain=hybrid.expert_init_gain, options=hybrid.experts)
     return ModuleSpec(
         module=HybridLayer,
         submodules=HybridLayerSubmodules(

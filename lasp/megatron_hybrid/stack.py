@@ -73,7 +73,7 @@ def hybrid_stack_spec(pattern: str, *, hybrid: HybridConfig = PRE_NORM) -> Modul
     )
     softmax = ring_attention_spec(rotary_dim=hybrid.rotary_dim, rope_base=hybrid.rope_base)
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = expert_parallel_moe_spec(init_gain=hybrid.expert_init_gain)
+    experts = expert_parallel_moe_spec(init_gain=hybrid.expert_init_gain, options=hybrid.experts)
     return ModuleSpec(
         module=LocalHybridStack,
         submodules=HybridStackSubmodules(

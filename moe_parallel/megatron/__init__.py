@@ -6,7 +6,7 @@ The router, its capacity and its auxiliary loss see all tokens of a pipeline sta
 the keys of Megatron's own MoELayer with SequentialMLP and load either way.
 """
 
-from moe_parallel.megatron.config import moe_config
+from moe_parallel.megatron.config import ExpertOptions, moe_config
 from moe_parallel.megatron.layer import ExpertParallelMoELayer, expert_parallel_moe_spec
 
-__all__ = ["ExpertParallelMoELayer", "expert_parallel_moe_spec", "moe_config"]
+__all__ = ["ExpertOptions", "ExpertParallelMoELayer", "expert_parallel_moe_spec", "moe_config"]

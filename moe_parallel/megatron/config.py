@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -9,6 +11,8 @@ from torch import nn
 
 from lasp.megatron import require
 from moe_parallel.config import MoEConfig
+from moe_parallel.gemm import Gemm
+from moe_parallel.impl import Impl
 from moe_parallel.route import DropPolicy
 
 PART = "the expert-parallel MoE layer"
@@ -49,8 +53,28 @@ _WANTED: dict[str, object] = {
 }
 
 
-def moe_config(config: TransformerConfig) -> MoEConfig:
-    """What our layer computes, out of Megatron's options.
+@dataclass(frozen=True)
+class ExpertOptions:
+    """What Megatron has no options for: see :class:`moe_parallel.MoEConfig`, which checks them.
+
+    Attributes:
+        gemm: how the experts multiply.
+        overlap_groups: into how many groups a rank's experts are cut; None: by a rule.
+        max_rows: most rows that the experts of one rank may take; None: as many as come.
+        impl: of the activation and the sums of a token's rows.
+    """
+
+    gemm: Gemm = "auto"
+    overlap_groups: int | None = None
+    max_rows: int | None = None
+    impl: Impl = "auto"
+
+
+DEFAULT_OPTIONS = ExpertOptions()
+
+
+def moe_config(config: TransformerConfig, options: ExpertOptions = DEFAULT_OPTIONS) -> MoEConfig:
+    """What our layer computes, out of Megatron's options and ours.
 
     Raises:
         ValueError: for options that our layer does not have.
@@ -85,6 +109,7 @@ def moe_config(config: TransformerConfig) -> MoEConfig:
         capacity_factor=config.moe_expert_capacity_factor,
         drop_policy=_POLICIES[config.moe_token_drop_policy],
         aux_loss_coefficient=_aux_loss_coefficient(config),
+        **vars(options),
     )
 
 
@@ -113,17 +138,3 @@ def check_groups(moe: MoEConfig, groups: ProcessGroupCollection) -> None:
                 f"config.{what} must divide over {group.size()} ranks, got {size}: choose another"
                 " expert_model_parallel_size or expert_tensor_parallel_size"
             )
-
-
-def aux_loss_scale(
-    config: TransformerConfig, groups: ProcessGroupCollection, num_tokens: int
-) -> int:
-    """Undo what Megatron will divide gradients by, so that shares sum to one loss.
-
-    Without ``calculate_per_token_loss`` its scaler and its DDP leave a factor 1 / dp; with it
-    gradients are divided by the tokens of all ranks and micro-batches.
-    """
-    if config.calculate_per_token_loss:
-        return num_tokens
-    dp: int = groups.tp_dp_cp.size() // (groups.tp.size() * groups.cp.size())
-    return dp

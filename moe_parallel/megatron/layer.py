@@ -9,18 +9,24 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lasp.megatron import groups_of, parameter_device, record_moe_loss, refuse_arguments
+from lasp.megatron import groups_of, parameter_device, refuse_arguments
 from moe_parallel import exchange
-from moe_parallel.decision import decide, kept_on_host
+from moe_parallel.decision import kept_on_host
 from moe_parallel.impl import ChosenImpl, chosen_impl
 from moe_parallel.layer import ExpertParallelMoE
 from moe_parallel.megatron.checkpoint import sharded_experts
-from moe_parallel.megatron.config import PART, aux_loss_scale, check_groups, moe_config
+from moe_parallel.megatron.config import (
+    DEFAULT_OPTIONS,
+    PART,
+    ExpertOptions,
+    check_groups,
+    moe_config,
+)
+from moe_parallel.megatron.loss import attach_aux_loss
 from moe_parallel.order import TokenOrder
 from moe_parallel.permute import RowOrder, permute, row_order, unpermute
 from moe_parallel.topology import ExpertGroups
@@ -75,6 +81,7 @@ class ExpertParallelMoELayer(MoELayer):
             ``lasp.megatron_hybrid.HybridLayer``, which passes it in every version.
         init_gain: factor of the experts' initial standard deviation, which is Xavier's
             sqrt(2 / (fan in + fan out)); DeepNorm's beta. Values do not depend on the ranks.
+        options: what Megatron's config has no options for.
 
     Gradients: the auxiliary loss is added to the gradients as Megatron's own, scaled so that the
     sum over ranks is that of one loss over all tokens, averaged over micro-batches (weighted by
@@ -93,9 +100,10 @@ class ExpertParallelMoELayer(MoELayer):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         init_gain: float = 1.0,
+        options: ExpertOptions = DEFAULT_OPTIONS,
         **_: object,
     ) -> None:
-        moe = moe_config(config)
+        moe = moe_config(config, options)
         self_groups = groups_of(pg_collection, PART, *_GROUPS)
         groups = ProcessGroupCollection(**dict(zip(_GROUPS, self_groups)))
         check_groups(moe, groups)
@@ -199,37 +207,23 @@ class ExpertParallelMoELayer(MoELayer):
         Communication: one all-gather over tp x cp x dp, see :func:`moe_parallel.route.route`.
         """
         refuse_arguments(PART, padding_mask=padding_mask)
-        order, tokens, routing = decide(
-            hidden_states.flatten(0, 1),
-            self.moe.gate_weight,
-            token_order,
-            config=self.moe.config,
-            mesh=self.moe.mesh,
-            token_group=self.moe.groups.token,
-            training=self.training,
-        )
+        order, tokens, routing = self.moe.decide(hidden_states.flatten(0, 1), token_order)
         # New memory: dispatch's arguments are freed after it, and the softmax keeps its output.
         probs = routing.weights.masked_fill(~routing.kept, 0.0)
         if self.training and self.moe.config.aux_loss_coefficient:
-            scale = aux_loss_scale(self.config, self.groups, order.num_tokens)
-            probs = MoEAuxLossAutoScaler.apply(probs, routing.aux_loss * scale)
-            self._log(routing.aux_loss)
+            probs = attach_aux_loss(
+                probs,
+                routing.aux_loss,
+                config=self.config,
+                groups=self.groups,
+                num_tokens=order.num_tokens,
+                layer_number=self.layer_number,
+            )
         kept_RE = kept_on_host(routing, order)
         plan = exchange.plan_exchange(kept_RE, self.moe.mesh)
         impl = chosen_impl(self.moe.config.impl, tokens.device, tokens.dtype)
         self._call = _Call(order, hidden_states.shape, kept_RE, plan, impl)
         return probs, routing.experts.masked_fill(~routing.kept, -1)
-
-    def _log(self, aux_loss: Tensor) -> None:
-        """As Megatron's router: without the coefficient, and once of a layer that is recomputed."""
-        if torch.is_grad_enabled():
-            record_moe_loss(
-                "global_load_balancing_loss",
-                aux_loss.detach() / self.moe.config.aux_loss_coefficient,
-                self.layer_number,
-                self.config.num_layers,
-                self.groups.tp_dp_cp,
-            )
 
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
@@ -294,6 +288,9 @@ class ExpertParallelMoELayer(MoELayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def expert_parallel_moe_spec(*, init_gain: float = 1.0) -> ModuleSpec:
+def expert_parallel_moe_spec(
+    *, init_gain: float = 1.0, options: ExpertOptions = DEFAULT_OPTIONS
+) -> ModuleSpec:
     """Spec of an ``mlp`` for ``TransformerLayerSubmodules``."""
-    return ModuleSpec(module=ExpertParallelMoELayer, params={"init_gain": init_gain})
+    params = {"init_gain": init_gain, "options": options}
+    return ModuleSpec(module=ExpertParallelMoELayer, params=params)

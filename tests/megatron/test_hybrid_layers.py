@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lasp.decay import decay_rates
@@ -16,12 +20,13 @@ from lasp.megatron_hybrid import (
     MINIMAX_TEXT_01,
     HybridConfig,
     hybrid_block_spec,
+    hybrid_layer_spec,
     is_softmax,
     minimax_layer_spec,
 )
-from moe_parallel.megatron import ExpertParallelMoELayer
+from moe_parallel.megatron import ExpertOptions, ExpertParallelMoELayer
 from ring.megatron import RingSelfAttention
-from tests.megatron.attention import HEADS, parallel_config
+from tests.megatron.attention import HEADS, HIDDEN, parallel_config
 from tests.megatron.block import OPTIONS
 from tests.megatron.cpu import initialize
 from tests.ranks import run_on_ranks
@@ -117,3 +122,51 @@ def test_minimax_has_the_residuals_of_deepnorm() -> None:
     assert abs(MINIMAX_TEXT_01.mlp.alpha - 3.5565588200778455) < 1e-12
     assert MINIMAX_TEXT_01.lightning == MINIMAX_TEXT_01.softmax == MINIMAX_TEXT_01.mlp
     assert MINIMAX_TEXT_01.residual == "post"
+
+
+CHOSEN = HybridConfig(
+    impl="triton",
+    exchange="sliced",
+    decay="retnet",
+    expert_init_gain=0.25,
+    experts=ExpertOptions(gemm="loop", overlap_groups=2, max_rows=99, impl="eager"),
+)
+
+
+def choices_of_parts(build_parts: Callable[[TransformerConfig], tuple[Any, Any]]) -> list[Any]:
+    groups, options = initialize(), OPTIONS | {"linear_attention_freq": 2}
+    config = parallel_config({}, **options)
+    lightning, experts = (
+        build_module(spec, config=config, pg_collection=groups, layer_number=2)
+        for spec in build_parts(config)
+    )
+    moe, spread = experts.moe.config, experts.moe.experts.w13.std().item()
+    return [
+        (lightning.impl, lightning.exchange, lightning.rates),
+        ExpertOptions(moe.gemm, moe.overlap_groups, moe.max_rows, moe.impl),
+        spread,
+    ]
+
+
+def parts_of_layer(config: TransformerConfig) -> tuple[Any, Any]:
+    parts = hybrid_layer_spec(config, hybrid=CHOSEN).submodules
+    return parts.lightning, parts.mlp
+
+
+def parts_of_stack(config: TransformerConfig) -> tuple[Any, Any]:
+    from lasp.megatron_hybrid.stack import hybrid_stack_spec
+
+    parts = hybrid_stack_spec("EGEG", hybrid=CHOSEN).submodules
+    return parts.gdn_layer.submodules.self_attention, parts.moe_layer.submodules.mlp
+
+
+@pytest.mark.parametrize("parts", [parts_of_layer, parts_of_stack])
+def test_parts_get_what_is_chosen(parts: Callable[..., Any]) -> None:
+    if parts is parts_of_stack:
+        pytest.importorskip("megatron.core.models.hybrid.hybrid_block")
+    ((attention, experts, spread),) = run_on_ranks(choices_of_parts, 1, parts)
+    assert attention[:2] == ("triton", "sliced")
+    assert torch.equal(attention[2], decay_rates(HEADS, 0, 2, "retnet"))
+    assert experts == CHOSEN.experts
+    xavier = (2 / (HIDDEN + OPTIONS["moe_ffn_hidden_size"])) ** 0.5
+    assert spread == pytest.approx(0.25 * xavier, rel=0.2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lasp.megatron  # isort: skip  # noqa: F401 (first: it refuses other versions of Megatron)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -233,9 +234,11 @@ class RingSelfAttention(SelfAttention):
             inference_params=inference_params,
             rotary_pos_emb=rotary_pos_emb,
         )
-        query, key, value = self.get_query_key_value_tensors(hidden_states, None)
         cp_group = self.core_attention.cp_group
-        layout = layout_of(packed_seq_params, query.shape[0], cp_group.size())
+        gathered = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        num_tokens = hidden_states.shape[0] * gathered
+        layout = layout_of(packed_seq_params, num_tokens, cp_group.size())
+        query, key, value = self.get_query_key_value_tensors(hidden_states, None)
         positions = layout.position_ids(cp_group.rank(), query.device)
         query, key = (  # apply_rotary takes [..., T, H, D]
             apply_rotary(

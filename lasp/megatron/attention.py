@@ -168,8 +168,10 @@ class LightningSelfAttention(MegatronModule):
             inference_params=inference_params,
             attention_bias=attention_bias,
         )
+        gathered = self.tp_group.size() if self.config.sequence_parallel else 1
+        num_tokens = hidden_states.shape[0] * gathered
+        layout = layout_of(packed_seq_params, num_tokens, self.cp_group.size())
         mixed, _bias = self.in_proj(hidden_states)
-        layout = layout_of(packed_seq_params, mixed.shape[0], self.cp_group.size())
         packed = packed_seq_params is not None
         mixed = mixed.squeeze(1) if packed else mixed.transpose(0, 1)
         qkv, gate = mixed.unflatten(-1, (-1, 4 * self.head_dim)).split(

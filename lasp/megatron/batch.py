@@ -125,8 +125,8 @@ def layout_of(
         cp_size: context-parallel ranks.
 
     Raises:
-        ValueError: for per-document zigzag packs, which are no layout, and packs with a
-            context-parallel group of their own.
+        ValueError: for other formats than thd, per-document zigzag packs, which are no layout, and
+            packs with a context-parallel group of their own.
     """
     if packed_seq_params is None:
         return _one_document(num_tokens * cp_size, cp_size)
@@ -135,6 +135,11 @@ def layout_of(
             "packed_seq_params.local_cp_size must be None, got"
             f" {packed_seq_params.local_cp_size}: a pack has no group of its own here; cut all"
             " packs over the one context-parallel group"
+        )
+    if packed_seq_params.qkv_format != "thd":
+        raise ValueError(
+            f"packed_seq_params.qkv_format must be 'thd', got {packed_seq_params.qkv_format!r}:"
+            " pass rows [s, b, h] without packed_seq_params"
         )
     layout = getattr(packed_seq_params, "layout", None)
     if layout is None and cp_size > 1:

@@ -14,8 +14,10 @@ _NOWHERE: dict[str, object] = {
     "batch_invariant_mode": False,
     "cpu_offloading": False,
     "cuda_graph_impl": "none",
+    "expert_gtp_weight_remat_size": 1,  # weights are whole on every rank of a dp group
     "fp4": None,
     "fp8": None,
+    "gtp_weight_remat_size": 1,
     "hybrid_context_parallel": False,  # every pack would bring a group of its own
     "mtp_num_layers": None,
     "tp_comm_overlap": False,

@@ -155,13 +155,14 @@ class Case(NamedTuple):
         return self.names({name: parameter.detach() for name, parameter in parameters})
 
     def expected(self, pack: Tensor, lengths: tuple[int, ...] | None) -> dict[str, Tensor]:
-        """What :func:`attention_on_rank` returns, of the plain module on one rank."""
+        """What :func:`attention_on_rank` returns, of the plain module, each document alone."""
         module = self.plain(pack.dtype)
         hidden = pack.clone().requires_grad_()
         if lengths is None:  # [S, B, hidden]
-            output = module(hidden.transpose(0, 1)).transpose(0, 1)
+            output = torch.stack([module(row) for row in hidden.unbind(1)], dim=1)
         else:
-            output = module(hidden, layout=SequenceLayout(lengths, 1)).unsqueeze(1)
+            documents = [part for part in hidden.split(lengths) if len(part)]
+            output = torch.cat([module(part) for part in documents]).unsqueeze(1)
         output.backward(pack.cos().view_as(output))
         grads = self.names({name: p.grad for name, p in module.named_parameters()})
         return {"output": output.detach(), "input": hidden.grad.view_as(output), **grads}

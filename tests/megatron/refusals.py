@@ -107,7 +107,9 @@ EVERYWHERE = {
     "cpu_offloading": True,
     "cuda_graph_impl": "local",
     "fp4": "e2m1",
+    "expert_gtp_weight_remat_size": 2,
     "fp8": "hybrid",
+    "gtp_weight_remat_size": 2,
     "hybrid_context_parallel": True,
     "mtp_num_layers": 1,
     "tp_comm_overlap": True,
@@ -139,8 +141,10 @@ OTHER_RANKS = PackedSequence(layout=SequenceLayout((4,), 2 * RANKS))
 BORDERS = torch.tensor([0, 8], dtype=torch.int32)
 MEGATRONS = {"qkv_format": "thd", "cu_seqlens_q": BORDERS, "cu_seqlens_kv": BORDERS}
 PER_DOCUMENT = PackedSeqParams(**MEGATRONS)
+OTHER_FORMAT = PackedSeqParams(**(MEGATRONS | {"qkv_format": "sbhd"}))
 OWN_GROUP = PackedSeqParams(**MEGATRONS, local_cp_size=1)
 PACKS = [(OTHER_RANKS, "layout must be for"), (PER_DOCUMENT, "PackedSequence")]
+PACKS += [(OTHER_FORMAT, "qkv_format must be 'thd', got 'sbhd'")]
 PACK = PackedSequence(layout=SequenceLayout((5, 3), RANKS))
 PACKS += [(OWN_GROUP, "local_cp_size must be None")]
 

@@ -17,7 +17,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tests.megatron.attention import HEAD_DIM, HEADS, HIDDEN, parallel_config
 from tests.megatron.cpu import initialize
-from tests.megatron.refusals import BASE, RANKS, ROWS, Row, core
+from tests.megatron.refusals import (
+    BASE,
+    OTHER_RANKS,
+    RANKS,
+    ROWS,
+    Row,
+    core,
+    lightning,
+    ring,
+)
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.megatron
@@ -73,6 +82,29 @@ def test_refused(index: int) -> None:
 def not_refused(index: int) -> None:
     row = ROWS[index]
     build(Row(row.build, names="nothing", sizes=row.sizes))
+
+
+def no_collective(*_: Any) -> None:
+    raise AssertionError("the projection gathers tokens over tp, before the batch was looked at")
+
+
+def message_with_sequence_parallelism(build: Any, projection: str) -> str:
+    sizes = {"tp": RANKS}
+    module = build(parallel_config(sizes), initialize(**sizes))
+    getattr(module, projection).forward = no_collective
+    hidden = torch.zeros(4, 1, HIDDEN, dtype=torch.float64)
+    with pytest.raises(ValueError, match="layout must be for") as raised:
+        module(hidden, packed_seq_params=OTHER_RANKS)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "projection"),
+    [(lightning, "in_proj"), (ring, "linear_qkv")],
+    ids=["lightning", "ring"],
+)
+def test_batches_are_refused_before_the_gather_over_tp(part: Any, projection: str) -> None:
+    run_on_ranks(message_with_sequence_parallelism, RANKS, part, projection)
 
 
 def test_parts_are_built_without_what_is_refused() -> None:

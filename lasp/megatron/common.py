@@ -14,7 +14,7 @@ _NOWHERE: dict[str, object] = {
     "batch_invariant_mode": False,
     "cpu_offloading": False,
     "cuda_graph_impl": "none",
-    "expert_gtp_weight_remat_size": 1,  # weights are whole on every rank of a dp group
+    "expert_gtp_weight_remat_size": 1,  # cuts weights over ranks that hold other tokens
     "fp4": None,
     "fp8": None,
     "gtp_weight_remat_size": 1,

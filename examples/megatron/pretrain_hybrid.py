@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -36,6 +36,12 @@ from launch import init_distributed
 from lasp.layout import Order
 from lasp.megatron import PackedSequence, shard_batch
 from lasp.megatron_hybrid import pack_sequences
+
+# Options that a resumed run may change: all others decide the curve, or the optimizer's state.
+NOT_THE_CURVE = (
+    *("tp", "cp", "pp", "vpp", "ep", "etp", "recompute", "order"),
+    *("out", "save_every", "resume", "stop_after"),
+)
 
 
 @dataclass(frozen=True)
@@ -174,22 +180,49 @@ def forward_backward(
     return total / count
 
 
-def train(options: Options, device: torch.device) -> list[dict[str, float]]:
-    """Train in Megatron's parallel state; returns the metrics of the steps, equal on all ranks."""
-    tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
-    chunks = build_model(options, device)
-    optimizer, scheduler = build_optimizer(options, chunks)
-    newest = newest_step(options.out)
+def start_run(options: Options) -> int:
+    """Begin a run in ``out``, or go on from its newest checkpoint; returns the next step.
+
+    Raises:
+        ValueError: if there is nothing to resume, something in the way, or other options.
+    """
+    newest, record = newest_step(options.out), options.out / "options.json"
     if (newest is not None) != options.resume:
         raise ValueError(
             f"out must hold checkpoints with --resume and none without, got {options.out} whose"
-            f" newest step is {newest}"
+            f" newest step is {newest}: name another folder, or change --resume"
         )
+    curve = {name: value for name, value in asdict(options).items() if name not in NOT_THE_CURVE}
     if newest is not None:
-        load(options.out, newest, chunks, optimizer, scheduler)
+        for name, saved in json.loads(record.read_text()).items():
+            if curve[name] != saved:
+                raise ValueError(
+                    f"{name} must be {saved!r} as in the run to resume, got {curve[name]!r}: give"
+                    " the same, or name another folder"
+                )
+    if dist.get_rank() == 0:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if newest is None:  # else other ranks may be reading it
+            record.write_text(json.dumps(curve, indent=1))
+        metrics = options.out / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        # Steps after the checkpoint are done again.
+        kept = [line for line in lines if json.loads(line)["step"] < (newest or 0)]
+        metrics.write_text("".join(f"{line}\n" for line in kept))
+    return newest or 0
+
+
+def train(options: Options, device: torch.device) -> list[dict[str, float]]:
+    """Train in Megatron's parallel state; returns the metrics of the steps, equal on all ranks."""
+    first_step = start_run(options)
+    tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
+    chunks = build_model(options, device)
+    optimizer, scheduler = build_optimizer(options, chunks)
+    if options.resume:
+        load(options.out, first_step, chunks, optimizer, scheduler)
     corpus = Corpus.from_standard_library(options.seed)
     rows, last_step = [], min(options.steps, options.stop_after or options.steps)
-    for step in range(newest or 0, last_step):
+    for step in range(first_step, last_step):
         start = time.perf_counter()
         optimizer.zero_grad()
         loss = forward_backward(options, corpus, step, chunks, device)
@@ -210,7 +243,6 @@ def report(row: dict[str, float], out: Path) -> None:
     """A line on the terminal and in ``metrics.jsonl``."""
     if dist.get_rank() == 0:
         print(*(f"{name} {value:.6g}" for name, value in row.items()), sep="  ", flush=True)
-        out.mkdir(parents=True, exist_ok=True)
         with (out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 

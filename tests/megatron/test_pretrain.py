@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "megatron"))
-from pretrain_hybrid import Options, train  # isort: skip  (it says where the next one is)
+from pretrain_hybrid import Options, start_run, train  # isort: skip  (it says where the next one is)
 from hybrid_training.corpus import Corpus  # isort: skip
 
 from tests.megatron.cpu import checkpoints_from_ranks, initialize, train_on_cpu
@@ -100,6 +101,23 @@ def test_resume_under_other_sizes_continues_the_curve(
     # The distributed optimizer saves float32.
     rel = 1e-9 if "distributed_optimizer" in second[1] else torch.finfo(torch.float32).eps
     assert_same_curve(rows, curve_of_one_rank[2:], rel)
+
+
+def test_a_resumed_run_has_one_line_a_step_and_the_options_of_the_first(tmp_path: Path) -> None:
+    curve(1, tmp_path, stop_after=3, save_every=2)
+    (tmp_path / "step-3").rename(tmp_path / "lost")  # stopped between two checkpoints
+    rows = curve(1, tmp_path, resume=True)
+    assert [row["step"] for row in rows] == [2, 3]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    for changes, message in (
+        ({"resume": True, "learning_rate": 1e-3}, "learning_rate must be 0.006 as in the run"),
+        ({"resume": True, **WITHOUT}, "distributed_optimizer must be True as in the run"),
+        ({}, "out must hold checkpoints with --resume and none without"),
+        ({"resume": True, "out": tmp_path / "new"}, "out must hold checkpoints with --resume"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            start_run(replace(OPTIONS, **({"out": tmp_path} | changes)))
 
 
 @pytest.mark.slow

@@ -164,7 +164,9 @@ def hybrid_block_spec(
 class MiniMaxLayer(HybridLayer):
     """MiniMax-Text-01's layer in a model of ``config.num_layers`` layers, its parts included.
 
-    With ``config.num_moe_experts`` None the MLP is dense.
+    With ``config.num_moe_experts`` None the MLP is dense. The final norm of a model built of this
+    layer's spec is Megatron's own; its torch norm refuses sequence parallelism. For tensor parallel
+    ranks without TransformerEngine or Apex take :func:`hybrid_block_spec`.
 
     Args:
         config: Megatron's.

@@ -20,6 +20,7 @@ from tests.ranks import run_on_ranks
 
 stack = pytest.importorskip("lasp.megatron_hybrid.stack", exc_type=ImportError)
 hybrid_model = pytest.importorskip("megatron.core.models.hybrid.hybrid_model")
+moe_logging = pytest.importorskip("megatron.core.transformer.moe.moe_logging")
 
 pytestmark = pytest.mark.megatron
 
@@ -73,6 +74,7 @@ def losses_of_a_step(symbols: str, sizes: dict[str, int]) -> list[tuple[Tensor, 
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     results = []
     for model in build(symbols, sizes, groups):
+        moe_logging.destroy_moe_metrics_tracker()  # it is for models of one depth
         losses = []
         for _ in range(2):
             loss = model(tokens, positions, None, labels=labels, packed_seq_params=packed).mean()

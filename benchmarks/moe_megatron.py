@@ -10,7 +10,7 @@ share the memory of our layer's.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache, partial
 from typing import Any
@@ -26,13 +26,14 @@ from benchmarks.moe_cases import Case, Way
 from moe_parallel import ExpertGroups, ExpertParallelMoE
 
 
+@cache
 def obstacle() -> str | None:
     """Why Megatron-Core is left out; None if it can run."""
     try:
-        found = importlib.util.find_spec("megatron.core")
-    except ModuleNotFoundError:
-        found = None
-    return None if found else "megatron-core is not installed"
+        importlib.import_module("megatron.core.transformer.moe.moe_layer")
+    except ImportError as error:  # it, or what it needs
+        return str(error)
+    return None
 
 
 def peers(

@@ -11,6 +11,7 @@ share the memory of our layer's.
 from __future__ import annotations
 
 import importlib
+import os
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache, partial
 from typing import Any
@@ -47,7 +48,8 @@ def peers(
     in_force = nullcontext() if machine.device == "cuda" else _OnCpu()
     with in_force:
         module = _module(case, groups, machine)
-    fused = "fused" if module.config.bias_activation_fusion else "unfused"
+    compiled = os.environ.get("TORCH_COMPILE_DISABLE") != "1"
+    fused = "fused" if module.config.bias_activation_fusion and compiled else "unfused"
     name = f"Megatron-Core {megatron.core.__version__} alltoall, SequentialMLP, {fused} SwiGLU"
     with torch.no_grad():
         module.router.weight.data = layer.gate_weight.to(machine.dtype)

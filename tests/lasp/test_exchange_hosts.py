@@ -85,7 +85,7 @@ def test_the_operator_over_two_levels_equals_the_oracle() -> None:
 def refused() -> list[str]:
     x, rates = torch.ones(10, 1, 2), torch.ones(1)
     messages = []
-    with pytest.raises(ValueError, match="ranks_per_host must divide.*: pass the") as caught:
+    with pytest.raises(ValueError, match=r"ranks_per_host must divide.*: pass the") as caught:
         host_groups(dist.group.WORLD, 3)
     messages.append(str(caught.value))
     hosts = groups_of(2)

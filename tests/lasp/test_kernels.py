@@ -170,7 +170,7 @@ def test_state_eps_leaves_decayed_tokens_out_of_states() -> None:
     ("dim", "dtype", "match"), [(257, torch.float32, "head dim"), (32, torch.float64, "eager")]
 )
 def test_what_the_kernels_do_not_do(dim: int, dtype: torch.dtype, match: str) -> None:
-    x = torch.zeros(4, 1, dim, dtype=dtype)
+    x = torch.zeros(4, 1, dim, dtype=dtype, device=DEVICE)
     with pytest.raises(ValueError, match=match):
         lightning_attention(x, x, x, torch.ones(1), impl="triton")
 

@@ -177,22 +177,27 @@ def tune_for_many_heads() -> None:
     both(fla(case, decay_rates(case.heads, 0, LAYERS)), (q, k, v), do)
 
 
-def questions() -> Iterator[tuple[str, Callable[[Case, Tensor], Forward], Case]]:
+def questions(heads: int | None) -> Iterator[tuple[str, Callable[[Case, Tensor], Forward], Case]]:
     """Who computes what; what is to be done before is done in between."""
     check(ours, "lasp triton")
     for case in our_cases():
-        yield "lasp triton", ours, case
+        if heads in (None, case.heads):
+            yield "lasp triton", ours, case
     if not importlib.util.find_spec("fla"):
         print("flash-linear-attention is not installed: no rows of it")
         return
     name = f"fla {importlib.metadata.version('flash-linear-attention')} chunk_simple_gla"
     check(fla, name)
-    for case in (Case(*shape) for shape in SHAPES):  # its time does not depend on the decay
+    # Its time does not depend on the decay.
+    theirs = [Case(*shape) for shape in SHAPES if heads in (None, shape[0])]
+    for case in theirs:
         forget_tuning()
         yield name, fla, case
-        if case.heads < 16:
-            tune_for_many_heads()
-            yield f"{name}, tuned for {SHAPES[0][0]} heads", fla, case
+    few = [case for case in theirs if case.heads < 16]
+    if few:
+        tune_for_many_heads()
+    for case in few:
+        yield f"{name}, tuned for {SHAPES[0][0]} heads", fla, case
 
 
 def main() -> None:
@@ -203,9 +208,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, help="only the cases of so many heads")
     options = parser.parse_args()
     common, bandwidth = environment(options.commit), copy_bytes_per_s()
-    for impl, build, case in questions():
-        if options.heads not in (None, case.heads):
-            continue
+    for impl, build, case in questions(options.heads):
         rows = [row | common for row in measure(case, impl, build, bandwidth)]
         path = write_rows(rows, options.out)  # at once: what comes later may fail
         for row in rows:

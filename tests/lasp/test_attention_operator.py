@@ -58,6 +58,8 @@ def test_one_graph_for_every_pack(backend: str) -> None:
         for lengths in PACKS:
             layout, inputs = SequenceLayout(lengths, 1), make_inputs(sum(lengths), 2, 4)
             results = [loss_and_gradients(f, inputs, layout) for f in (compiled, attend)]
+            losses = [result.pop(0) for result in results]  # inductor sums in another order
+            torch.testing.assert_close(*losses)
             assert bits_equal(*results)
     assert len(graphs) <= 3  # the first, one for any numbers, one for a single document
 

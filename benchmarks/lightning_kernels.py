@@ -9,7 +9,7 @@ count for its state.
 
 The baseline is FLA's ``chunk_simple_gla(g_gamma=-rates, scale=1.0)``, if flash-linear-attention is
 installed. It tunes itself for the heads of its first call and keeps that for others: here it is
-tuned for each case, and cases of few heads are measured as a process with many has tuned it too.
+made to forget before each case, and is tuned for it.
 
 Run: python -m benchmarks.lightning_kernels --commit $(git rev-parse HEAD)
 """
@@ -169,14 +169,6 @@ def forget_tuning() -> None:
                 kernel = getattr(kernel, "fn", None)
 
 
-def tune_for_many_heads() -> None:
-    """As a process has it whose first call had the heads of the first shape."""
-    forget_tuning()
-    case = Case(SHAPES[0][0], 32768)
-    q, k, v, do = torch.randn(4, case.tokens, case.heads, HEAD_DIM, device="cuda").bfloat16()
-    both(fla(case, decay_rates(case.heads, 0, LAYERS)), (q, k, v), do)
-
-
 def questions(heads: int | None) -> Iterator[tuple[str, Callable[[Case, Tensor], Forward], Case]]:
     """Who computes what; what is to be done before is done in between."""
     check(ours, "lasp triton")
@@ -189,15 +181,9 @@ def questions(heads: int | None) -> Iterator[tuple[str, Callable[[Case, Tensor],
     name = f"fla {importlib.metadata.version('flash-linear-attention')} chunk_simple_gla"
     check(fla, name)
     # Its time does not depend on the decay.
-    theirs = [Case(*shape) for shape in SHAPES if heads in (None, shape[0])]
-    for case in theirs:
+    for case in (Case(*shape) for shape in SHAPES if heads in (None, shape[0])):
         forget_tuning()
         yield name, fla, case
-    few = [case for case in theirs if case.heads < 16]
-    if few:
-        tune_for_many_heads()
-    for case in few:
-        yield f"{name}, tuned for {SHAPES[0][0]} heads", fla, case
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Tables and figures of docs/performance.md, ring.md and moe.md, made of committed rows alone.
 
 Where a page says ``<!-- rows: NAME -->``, what the rows of that benchmark say replaces everything
-up to ``<!-- end of rows -->``: a table for each run, newest first. A run is all rows of one day,
+up to ``<!-- end of rows -->``: a table for each run, newest day first. A run is all rows of a day,
 commit and machine; ratios are of one run. ``lightning_length`` has figures too, and the length from
 which on ours is faster than the fastest softmax.
 
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
 
 def read_runs(folder: Path) -> dict[Run, list[Row]]:
-    """Rows by run, newest first; of two rows that measure the same in a run, the later."""
+    """Rows by run, newest day first; of two rows that measure the same in a run, the later."""
     found: dict[Run, dict[str, Row]] = defaultdict(dict)
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text().splitlines():
@@ -211,8 +211,10 @@ def draw(run: Run, rows: list[Row], path: Path) -> None:
             ax.set_yscale("symlog", linthresh=1)
             ax.set_ylim(bottom=-0.2)
         ax.set_xticks(lengths, [short(n) for n in lengths], fontsize=8)
-        tokens = crossover(curve(rows, OURS, metric), fastest_softmax(rows, metric))
-        if metric in TIMES and tokens is not None:
+        tokens = None
+        if metric in TIMES:  # memory may be nothing at all
+            tokens = crossover(curve(rows, OURS, metric), fastest_softmax(rows, metric))
+        if tokens is not None:
             ax.axvline(tokens, color="gray", linestyle=":")
             ax.annotate(
                 f" faster than softmax\n from {short(tokens)} tokens on", (tokens, 0.98),

@@ -40,8 +40,8 @@ class Link:
     rank_us: float
 
 
-# NVLink is what python -m benchmarks.lasp_model fits to 2 GPUs, rounded; 2 ranks hardly show rank_us.
-# The network was not measured.
+# NVLink is what python -m benchmarks.lasp_model fits to 2 GPUs, rounded; 2 ranks hardly show
+# rank_us. The network was not measured.
 NVLINK = Link(latency_us=5.0, gb_per_s=150.0, launch_us=17.0, rank_us=4.0)
 NETWORK = Link(latency_us=10.0, gb_per_s=50.0, launch_us=20.0, rank_us=4.0)
 HOST_RANKS = 8

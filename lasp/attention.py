@@ -84,17 +84,19 @@ class _LightningAttention(torch.autograd.Function):
         # once_differentiable cuts the graph without a word where the gradients that come in need
         # none themselves: a penalty on gradients would then do nothing.
         if torch.is_grad_enabled():
-            gradients = _NoSecondDerivative.apply(*ctx.saved_tensors[:3], *gradients)  # type: ignore[no-untyped-call]
+            q, k, v, _, initial_state, _ = ctx.saved_tensors
+            sources = (q, k, v, initial_state, grad_output, grad_final)
+            gradients = _NoSecondDerivative.apply(len(sources), *sources, *gradients)  # type: ignore[no-untyped-call]
         dq, dk, dv, grad_initial = gradients
         return dq, dk, dv, None, grad_initial, None
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Hands on gradients; its own backward raises."""
+    """Hands on the gradients that come after what they depend on; its own backward raises."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *gradients: Tensor | None) -> Any:
-        return tuple(None if x is None else x.view_as(x) for x in gradients)
+    def forward(ctx: Any, num_sources: int, *tensors: Tensor | None) -> Any:
+        return tuple(None if x is None else x.view_as(x) for x in tensors[num_sources:])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:

@@ -118,7 +118,7 @@ def norm_gate(
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of ``x`` over ``group``, which every rank uses in its own way.
 
-    Gradients: to ``x``, those of all ranks summed.
+    Gradients: to ``x``, those of all ranks summed; of any order.
 
     Communication: one all-reduce of ``x``, forward and backward.
     """
@@ -136,6 +136,4 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return sum_over_ranks(grad, ctx.group), None  # differentiable in its turn

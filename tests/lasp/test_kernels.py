@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="the kernels need triton, which has no whee
 
 from lasp.attention import lightning_attention
 from lasp.kernels import tuning
+from lasp.launch.output_pass import _describable
 from lasp.layout import SequenceLayout
 from tests.closeness import assert_within_budget
 from tests.lasp.cases import Case, attend, bits_equal, gather, names, oracle
@@ -141,14 +142,16 @@ def test_over_ranks(num_ranks: int, order: str, exchange: str) -> None:
 
 
 def test_views_of_a_fused_projection_give_the_same_bits() -> None:
-    fused = torch.randn(50, 2, 96, device=DEVICE)
+    fused = torch.randn(50, 2, 192, device=DEVICE)
     rates = torch.tensor([0.1, 0.0], device=DEVICE)
-    views = fused.split(32, dim=-1)
-    shifted = torch.randn(50, 2, 97, device=DEVICE)  # rows that no descriptor can describe
+    views = fused.split(64, dim=-1)
+    shifted = torch.randn(50, 2, 193, device=DEVICE)  # rows that no descriptor can describe
     shifted[..., 1:] = fused
+    assert all(_describable(x, 64) for x in views)
+    assert not _describable(shifted[..., 1:65], 64)
     with small_blocks():
         contiguous = lightning_attention(*(x.contiguous() for x in views), rates, impl="triton")
-        for x in (views, shifted[..., 1:].split(32, dim=-1)):
+        for x in (views, shifted[..., 1:].split(64, dim=-1)):
             assert bits_equal([lightning_attention(*x, rates, impl="triton").output],
                               [contiguous.output])  # fmt: skip
 

@@ -190,6 +190,7 @@ def _describable(x: Tensor, width: int) -> bool:
     unit = 16 // x.element_size()
     return (
         x.shape[2] % width == 0
+        and width * x.element_size() <= tuning.LONGEST_TILE_ROW
         and x.stride(0) % unit == 0
         and x.stride(1) % unit == 0
         and 0 < x.stride(1) * x.shape[1] <= x.stride(0)

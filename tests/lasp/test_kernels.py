@@ -194,6 +194,21 @@ def test_bf16_within_budget(dims: tuple[int, int]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_wider_operands_within_budget(dim: int, dtype: torch.dtype) -> None:
+    case = CASE._replace(key_dim=dim, value_dim=dim, dtype=dtype, scale=0.1, lengths=(300, 0, 65))
+    check(case, attend(case, None, 0, "cuda"))
+
+
+def test_descriptors_where_their_tiles_fit() -> None:
+    wide = torch.zeros(8, 2, 256)
+    assert not _describable(wide, 256)
+    assert _describable(wide[..., :128], 128)
+    assert _describable(wide.bfloat16(), 256)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
 def test_integers_are_exact(dim: int) -> None:
     """Every sum is an integer below 256, which bf16 holds: a wrong product shows as itself."""

@@ -9,17 +9,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.chunk import advance_chunk, weights
-from lasp.kernels.chunk_state import (
-    COLUMNS,
-    DISTANCE,
-    FIRST,
-    GIVEN_ROW,
-    INCOMING_ROW,
-    LENGTH,
-    LOG2E,
-    RESULT_ROW,
-    STATE_ROW,
-)
+from lasp.kernels.chunk_state import COLUMNS, FIRST, LENGTH, LOG2E
+from lasp.kernels.segment_state import entering_state, leave_state
 
 
 @triton.jit
@@ -29,10 +20,7 @@ def _walk(
     value,
     output,
     output_tiles,
-    states,
-    given,
-    incoming,
-    result,
+    state,  # before the segment
     rates,
     table,
     reach,
@@ -46,9 +34,6 @@ def _walk(
     key_stride_h,
     value_stride_t,
     value_stride_h,
-    state_stride_d,
-    state_stride_e,
-    leaves,  # the result
     D: tl.constexpr,
     E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -59,34 +44,13 @@ def _walk(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One segment of one head, a block of its columns: see :func:`output_kernel`."""
+    """One segment of one head, a block of its columns; the state after it."""
     head, segment = row % num_heads, row // num_heads
     table += segment * COLUMNS
     first = tl.load(table + FIRST)
     length = tl.load(table + LENGTH)
-    distance = tl.load(table + DISTANCE)
     rate = tl.load(rates + head) * LOG2E
-
-    d_cols = tl.arange(0, BLOCK_D)
     e_cols = block * BLOCK_E + tl.arange(0, BLOCK_E)
-    e_inside = e_cols < E
-    state_offsets = d_cols[None, :] * state_stride_d + e_cols[:, None] * state_stride_e
-    size = (num_heads * (D * E)).to(tl.int64)  # of one row of states
-    state_offsets += head.to(tl.int64) * (D * E)
-
-    # Where a state is absent no column is loaded: a mask of all False.
-    state_row = tl.load(table + STATE_ROW)
-    inside = e_inside[:, None] & (d_cols[None, :] < tl.where(state_row >= 0, D, 0))
-    state = tl.load(states + state_row * size + state_offsets, mask=inside, other=0.0)
-    before = tl.exp2(-rate * distance.to(tl.float32))
-    if given is not None:
-        row = tl.load(table + GIVEN_ROW)
-        inside = e_inside[:, None] & (d_cols[None, :] < tl.where(row >= 0, D, 0))
-        state += before * tl.load(given + row * size + state_offsets, mask=inside, other=0.0)
-    if incoming is not None:
-        row = tl.load(table + INCOMING_ROW)
-        inside = e_inside[:, None] & (d_cols[None, :] < tl.where(row >= 0, D, 0))
-        state += before * tl.load(incoming + row * size + state_offsets, mask=inside, other=0.0)
 
     query_column, key_column, value_column = 0, 0, block * BLOCK_E
     output_column = head * E + block * BLOCK_E
@@ -121,11 +85,7 @@ def _walk(
             query_column, key_column, value_column, output_column, e_cols,
             D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, True, TMA, OPERAND, PRECISION,
         )  # fmt: skip
-
-    if result is not None:
-        row = tl.load(table + RESULT_ROW)
-        inside = e_inside[:, None] & (d_cols[None, :] < tl.where(leaves & (row >= 0), D, 0))
-        tl.store(result + row * size + state_offsets, state, mask=inside)
+    return state
 
 
 @triton.jit(do_not_specialize=["num_heads"])
@@ -167,13 +127,19 @@ def output_kernel(
     """
     blocks = tl.cdiv(E, BLOCK_E)
     program = tl.program_id(0)
-    _walk(
-        query, key, value, output, output_tiles, states, given, incoming, result,
-        rates, table, reach, program // blocks, program % blocks, num_heads, scale,
+    row, block = program // blocks, program % blocks
+    state = entering_state(
+        states, given, incoming, rates, table, row, block, num_heads,
+        D, E, BLOCK_D, BLOCK_E, TRANSPOSED,
+    )  # fmt: skip
+    state = _walk(
+        query, key, value, output, output_tiles, state, rates, table, reach, row, block, num_heads,
+        scale,
         query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
-        1 if TRANSPOSED else E, D if TRANSPOSED else 1, True,
         D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, TMA, OPERAND, PRECISION,
     )  # fmt: skip
+    if result is not None:
+        leave_state(state, result, table, row, block, num_heads, D, E, BLOCK_D, BLOCK_E, TRANSPOSED)
 
 
 @triton.jit(do_not_specialize=["num_heads"])
@@ -219,23 +185,33 @@ def key_value_gradients_kernel(
     """
     blocks = tl.cdiv(D, BLOCK_E)
     program = tl.program_id(0)
-    block, row = program % (blocks * 2), program // (blocks * 2)
-    if block < blocks:
-        query, key, value, output, output_tiles = v, do, q_columns, dk, dk_tiles
-        query_stride_t, query_stride_h = v_stride_t, v_stride_h
-        key_stride_t, key_stride_h = do_stride_t, do_stride_h
-        value_stride_t, value_stride_h = q_stride_t, q_stride_h
-        state_stride_d, state_stride_e = 1, D
-    else:
+    row, block = program // (blocks * 2), program % (blocks * 2)
+    of_dv = block >= blocks
+    if of_dv:
+        block -= blocks
         query, key, value, output, output_tiles = k, q, do_columns, dv, dv_tiles
         query_stride_t, query_stride_h = k_stride_t, k_stride_h
         key_stride_t, key_stride_h = q_stride_t, q_stride_h
         value_stride_t, value_stride_h = do_stride_t, do_stride_h
-        state_stride_d, state_stride_e = D, 1
-    _walk(
-        query, key, value, output, output_tiles, states, given, incoming, result,
-        rates, table, reach, row, block % blocks, num_heads, scale,
+        state = entering_state(
+            states, given, incoming, rates, table, row, block, num_heads,
+            D, D, BLOCK_D, BLOCK_E, False,
+        )  # fmt: skip
+    else:
+        query, key, value, output, output_tiles = v, do, q_columns, dk, dk_tiles
+        query_stride_t, query_stride_h = v_stride_t, v_stride_h
+        key_stride_t, key_stride_h = do_stride_t, do_stride_h
+        value_stride_t, value_stride_h = q_stride_t, q_stride_h
+        state = entering_state(
+            states, given, incoming, rates, table, row, block, num_heads,
+            D, D, BLOCK_D, BLOCK_E, True,
+        )  # fmt: skip
+    state = _walk(
+        query, key, value, output, output_tiles, state, rates, table, reach, row, block, num_heads,
+        scale,
         query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
-        state_stride_d, state_stride_e, block >= blocks,
         D, D, BLOCK_D, BLOCK_E, CHUNK, -1, TMA, OPERAND, PRECISION,
     )  # fmt: skip
+    if result is not None:  # noqa: SIM102 (known when this is compiled, the other is not)
+        if of_dv:
+            leave_state(state, result, table, row, block, num_heads, D, D, BLOCK_D, BLOCK_E, False)

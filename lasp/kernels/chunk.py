@@ -21,6 +21,8 @@ Example: documents of 3 and 5 tokens, chunks of 4, no state given::
 import triton
 import triton.language as tl
 
+from lasp.kernels.chunk_state import as_operand
+
 
 @triton.jit
 def _load_rows(
@@ -163,8 +165,9 @@ def advance_chunk(
         reach_r = _load_reach(reach, token, rows, n, CHUNK, STEP, RAGGED)
         back = rows[None, :] - rows[:, None]  # [keys, queries]
         scores = tl.where(back <= reach_r[None, :], scores, 0.0)
-    scores = scores.to(OPERAND)
-    result = tl.dot(state.to(OPERAND), tl.trans(q), input_precision=PRECISION) * entering[None, :]
+    scores = as_operand(scores, OPERAND, PRECISION)
+    rounded = as_operand(state, OPERAND, PRECISION)
+    result = tl.dot(rounded, tl.trans(q), input_precision=PRECISION) * entering[None, :]
     result = tl.trans(tl.dot(tl.trans(v), scores, result, input_precision=PRECISION))
     result = result.to(output.dtype.element_ty)
     if TMA and not RAGGED:
@@ -178,5 +181,5 @@ def advance_chunk(
             tl.store(pointers, result)
         else:
             tl.store(pointers, result, mask=(e_cols < E)[None, :])
-    weighted = (tl.trans(v).to(tl.float32) * leaving[None, :]).to(OPERAND)
+    weighted = as_operand(tl.trans(v).to(tl.float32) * leaving[None, :], OPERAND, PRECISION)
     return tl.dot(weighted, k, state * across, input_precision=PRECISION)

@@ -37,6 +37,20 @@ STATE_ROW = tl.constexpr(11)
 COLUMNS = tl.constexpr(12)
 
 
+@triton.jit
+def as_operand(x, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """What was computed in float32, rounded for a matrix product.
+
+    For tf32 the tensor cores would cut off the last 13 bits instead, twice the error and all of it
+    towards zero. Inputs are not rounded: those of float16 have no more digits than tf32.
+    """
+    x = x.to(OPERAND)
+    if PRECISION == "tf32":
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # NaN stays
+    return x
+
+
 @triton.jit(do_not_specialize=["num_parts", "part_length"])
 def segment_states_kernel(
     key,  # [T, H, K], any strides but that of the last dim, which is 1
@@ -92,7 +106,7 @@ def segment_states_kernel(
             k = tl.load(key + token * key_stride_t + k_offsets, mask=k_mask, other=0.0)
             v = tl.load(value + token * value_stride_t + v_offsets, mask=v_mask, other=0.0)
             weight = tl.exp2(-rate * (distance + (STEP < 0)).to(tl.float32)) * scale
-            weighted = (tl.trans(v).to(tl.float32) * weight[None, :]).to(OPERAND)
+            weighted = as_operand(tl.trans(v).to(tl.float32) * weight[None, :], OPERAND, PRECISION)
             state = tl.dot(weighted, k.to(OPERAND), state, input_precision=PRECISION)
         sums += (sum_row.to(tl.int64) * num_parts + part) * (K * V)
         mask = (k_cols < K)[:, None] & (v_cols < V)[None, :]

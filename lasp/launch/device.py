@@ -51,7 +51,8 @@ def device_limits(device: torch.device) -> tuple[int, int]:
 def arithmetic(dtype: torch.dtype) -> dict[str, object]:
     """What matrix products take: fp16 goes as tf32, which has its digits and the range of states.
 
-    ``tf32x3`` adds three tf32 products: float32 to rounding.
+    ``tf32x3`` adds three tf32 products of high and low parts. Left out is that of the two low
+    parts, 2^-22 of a product: four roundings of float32.
     """
     if dtype == torch.bfloat16:
         return {"OPERAND": triton.language.bfloat16, "PRECISION": "ieee"}

@@ -66,18 +66,53 @@ class RoundedProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.products:
-            half, kept = 1 << self.bits - 1, -1 << self.bits
-            args = [(x.view(torch.int32) + half & kept).view(torch.float32) for x in args]
+            args = [self.rounded(x) for x in args]
         return func(*args, **(kwargs or {}))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """To nearest, ties away from zero."""
+        half, kept = 1 << self.bits - 1, -1 << self.bits
+        return (x.view(torch.int32) + half & kept).view(torch.float32)
+
+
+class ThreeProducts(RoundedProducts):
+    """Every matrix product of float32 is the sum of three tf32 products."""
+
+    def __init__(self) -> None:
+        super().__init__(13)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self.products:
+            return func(*args, **(kwargs or {}))
+        (a, low_a), (b, low_b) = ((x, x - self.rounded(x)) for x in args)
+        products = [super(ThreeProducts, self).__torch_dispatch__(func, types, some, kwargs)
+                    for some in ((low_a, b), (a, low_b), (a, b))]  # fmt: skip
+        return products[0] + products[1] + products[2]
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Float32 products on CUDA are products of tf32."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 @cache
 def honest_results(case: Case) -> list[Tensor]:
-    """An eager implementation of the precision of the kernels."""
-    if case.dtype == torch.float32:
+    """An eager implementation of the precision of the kernels; on a GPU, on its tensor cores.
+
+    Their sums are part of that precision: they cut off where float32 would round.
+    """
+    if case.dtype == torch.float32 and DEVICE == "cpu":  # the interpreter multiplies float32
         return oracle(case)
-    with RoundedProducts(16 if case.dtype == torch.bfloat16 else 13):
-        return attend(case._replace(impl="eager"), None, 0)
+    rounding = {torch.bfloat16: 16, torch.float16: 13}
+    products = RoundedProducts(rounding[case.dtype]) if case.dtype in rounding else ThreeProducts()
+    with products, tensor_cores():
+        return attend(case._replace(impl="eager"), None, 0, DEVICE)
 
 
 def check(case: Case, results: list[Tensor]) -> None:

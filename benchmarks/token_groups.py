@@ -34,7 +34,7 @@ def token_groups(layer: ExpertParallelMoE, x_TM: Tensor) -> Tensor:
     plan = plan_exchange(halves_RE, mesh)
     later = torch.arange(x_TM.shape[0], device=x_TM.device) >= x_TM.shape[0] // 2
     place_Tk = routing.experts + config.num_experts * later.unsqueeze(1)
-    rows = row_order(place_Tk, routing.kept, 2 * sum(plan.dispatch_rows))
+    rows = row_order(place_Tk, None, 2 * sum(plan.dispatch_rows), 2 * config.num_experts)
     everybody = range(layer.experts.num_local)
     pipeline = Pipeline((everybody,) * 2, (plan,) * 2, groups.ep, groups.etp)
     impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_parallel.counting import at_assignments, rows_before
 from moe_parallel.permute import RowOrder
 from moe_parallel.route import AssignmentCounts, Routing, RoutingStats
 
@@ -38,13 +39,13 @@ def drop_by_rank(routing: Routing, capacity: int) -> tuple[Routing, Tensor]:
     Communication: none; what each rank keeps follows from the counts they have gathered.
     """
     assigned_RE = routing.counts.assigned
-    chosen_TE = routing.experts.new_zeros(routing.experts.shape[0], assigned_RE.shape[1])
-    chosen_TE.scatter_(1, routing.experts, 1)
-    number_Tk = (chosen_TE.cumsum(0) - chosen_TE).gather(1, routing.experts)
+    before_ET = rows_before(routing.experts, assigned_RE.shape[1])
+    number_Tk = at_assignments(before_ET - before_ET[:, :1], routing.experts)
     kept_RE = assigned_RE.clamp(max=capacity)
     dropped_E = (assigned_RE - kept_RE).sum(0)
     dropped = routing._replace(
         kept=number_Tk < capacity,
+        dropless=False,
         counts=AssignmentCounts(assigned_RE, kept_RE),
         stats=RoutingStats(routing.stats.assigned, dropped_E),
     )

@@ -14,11 +14,12 @@ from moe_parallel.capacity import drop_by_rank, padded_order
 from moe_parallel.config import MoEConfig
 from moe_parallel.decision import Decision, decide, kept_on_host
 from moe_parallel.experts import Experts, generator_of
+from moe_parallel.gate import gate_dtype
 from moe_parallel.impl import chosen_impl
 from moe_parallel.order import TokenOrder, on_device
 from moe_parallel.overlap import Pipeline, dispatch_places, plan_pipeline
 from moe_parallel.permute import RowOrder, permute, row_order, unpermute
-from moe_parallel.route import Routing, RoutingStats, expert_capacity, gate_dtype
+from moe_parallel.route import Routing, RoutingStats, expert_capacity
 from moe_parallel.timeline import Timeline
 from moe_parallel.topology import ExpertGroups, expert_mesh
 
@@ -214,7 +215,12 @@ class ExpertParallelMoE(nn.Module):
         """
         pipeline, places = self._pipeline(kept_RE, x_TM, timeline)
         num_rows = sum(sum(plan.dispatch_rows) for plan in pipeline.plans)
-        order = row_order(experts_Tk if places is None else places[experts_Tk], kept_Tk, num_rows)
+        order = row_order(
+            experts_Tk if places is None else places[experts_Tk],
+            kept_Tk,
+            num_rows,
+            self.config.num_experts,
+        )
         impl = chosen_impl(self.config.impl, x_TM.device, x_TM.dtype)
         return self.experts.over_ranks(permute(x_TM, order, impl), pipeline), order
 

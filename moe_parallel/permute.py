@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_parallel.counting import at_assignments, rows_before
 from moe_parallel.derivatives import refuse_second_derivatives
+from moe_parallel.gate import gate_dtype
 from moe_parallel.impl import ChosenImpl
-from moe_parallel.route import gate_dtype
 
 
 class RowOrder(NamedTuple):
@@ -38,20 +39,32 @@ class RowOrder(NamedTuple):
     padded: bool = False
 
 
-def row_order(experts_Tk: Tensor, kept_Tk: Tensor, num_rows: int) -> RowOrder:
+def row_order(
+    experts_Tk: Tensor, kept_Tk: Tensor | None, num_rows: int, num_experts: int
+) -> RowOrder:
     """Group the kept assignments by expert; within an expert tokens keep their order.
 
     Args:
-        experts_Tk: chosen experts, int64.
-        kept_Tk: which assignments are kept.
+        experts_Tk: chosen experts, int64, each at most once a token; of dropped assignments any
+            number.
+        kept_Tk: which assignments are kept; None for all.
         num_rows: A, how many; known on the host, so that nothing here waits for the device.
+        num_experts: E.
     """
-    last = torch.iinfo(experts_Tk.dtype).max
-    keys = experts_Tk.masked_fill(~kept_Tk, last).flatten()
-    assignment_A = keys.argsort(stable=True)[:num_rows]
-    row_Tk = torch.full_like(keys, -1)
-    row_Tk[assignment_A] = torch.arange(num_rows, device=keys.device)
-    return RowOrder(assignment_A, row_Tk.view_as(experts_Tk))
+    if kept_Tk is None:
+        row_Tk = at_assignments(rows_before(experts_Tk, num_experts), experts_Tk)
+        return RowOrder(_assignments(row_Tk, num_rows), row_Tk)
+    # Dropped assignments queue behind those of the experts, and are cut off.
+    experts_Tk = experts_Tk.masked_fill(~kept_Tk, num_experts)
+    row_Tk = at_assignments(rows_before(experts_Tk, num_experts + 1), experts_Tk)
+    assignment_A = _assignments(row_Tk.clamp(max=num_rows), num_rows + 1)[:num_rows]
+    return RowOrder(assignment_A, row_Tk.masked_fill(~kept_Tk, -1))
+
+
+def _assignments(row_Tk: Tensor, num_rows: int) -> Tensor:
+    """Of each row its assignment."""
+    assignments = torch.arange(row_Tk.numel(), device=row_Tk.device)
+    return row_Tk.new_empty(num_rows).scatter_(0, row_Tk.flatten(), assignments)
 
 
 def permute(x_TM: Tensor, order: RowOrder, impl: ChosenImpl = "eager") -> Tensor:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_parallel.route import DropPolicy, expert_capacity, gate_dtype
+from moe_parallel.gate import gate_dtype
+from moe_parallel.route import DropPolicy, expert_capacity
 
 
 class ReferenceOutput(NamedTuple):

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_parallel.counting import at_assignments, rows_before
+from moe_parallel.gate import gate_logits
 from moe_parallel.order import TokenOrder
 
 DropPolicy = Literal["position", "probability"]
@@ -56,6 +58,7 @@ class Routing(NamedTuple):
         weights: ``[T, k]``, softmax over the k chosen logits, gate dtype, differentiable. Dropped
             assignments keep their weight here; the kept ones are not renormalised.
         kept: ``[T, k]``, False where the assignment is dropped.
+        dropless: no assignment can be dropped: known on the host, as their numbers then are.
         counts: of all ranks.
         aux_loss: this rank's share of the auxiliary loss, a scalar in the gate dtype.
         stats: balance over all ranks.
@@ -64,14 +67,10 @@ class Routing(NamedTuple):
     experts: Tensor
     weights: Tensor
     kept: Tensor
+    dropless: bool
     counts: AssignmentCounts
     aux_loss: Tensor
     stats: RoutingStats
-
-
-def gate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype the router computes in: float32, or float64 for float64 tokens."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
@@ -103,7 +102,8 @@ def route(  # longer than our functions are: its docstring is the contract of th
     """Route this rank's tokens under a decision shared by all ranks of ``token_group``.
 
     Gate: logits = x gate^T; the k largest are chosen (equal logits: the lower expert first), the
-    weights are the softmax over the chosen logits. In :func:`gate_dtype`, under autocast too.
+    weights are the softmax over the chosen logits. In float32 or wider, under autocast too, by
+    :func:`moe_parallel.gate.gate_logits`.
 
     Capacity: an expert keeps at most C = ceil(capacity_factor * N * k / E) assignments of the N
     tokens of all ranks. ``position`` keeps those that come first in the global order (an expert is
@@ -133,29 +133,25 @@ def route(  # longer than our functions are: its docstring is the contract of th
         :class:`Routing`. ``aux_loss`` is a share: its sum over the token group is the loss.
 
     Gradients:
-        ``weights_Tk`` and ``aux_loss`` to x and gate; counts have none. The gate's gradient is
-        whole once summed over the token group.
+        ``weights_Tk`` and ``aux_loss`` (with a coefficient of 0 a constant) to x and gate; counts
+        have none. The gate's gradient is whole once summed over the token group.
 
     Communication:
         one all-gather over ``token_group``, see the top of this file. No device-to-host copy.
     """
     rank = 0 if token_group is None else dist.get_rank(token_group)
     num_experts = gate_EM.shape[0]
-    dtype = gate_dtype(x_TM.dtype)
-    # Autocast would round tokens and gate to bfloat16 for the product.
-    with torch.autocast(x_TM.device.type, enabled=False):
-        logits_TE = x_TM.to(dtype) @ gate_EM.to(dtype).T
-        # topk leaves the order of equal values open; a stable sort does not.
-        sorted_TE, ranking_TE = logits_TE.sort(dim=1, descending=True, stable=True)
-        experts_Tk = ranking_TE[:, :top_k].contiguous()
-        weights_Tk = sorted_TE[:, :top_k].softmax(1)
-        probabilities_TE = logits_TE.softmax(1)
+    logits_TE = gate_logits(x_TM, gate_EM)
+    # topk leaves the order of equal values open; a stable sort does not.
+    sorted_TE, ranking_TE = logits_TE.sort(dim=1, descending=True, stable=True)
+    experts_Tk = ranking_TE[:, :top_k].contiguous()
+    weights_Tk = sorted_TE[:, :top_k].softmax(1)
 
     capacity = None
     if capacity_factor is not None:
         capacity = expert_capacity(capacity_factor, order.num_tokens, top_k, num_experts)
     if capacity is not None and drop_policy == "probability":
-        chosen_Tk = probabilities_TE.detach().gather(1, experts_Tk)
+        chosen_Tk = logits_TE.detach().softmax(1).gather(1, experts_Tk)
         kept_Tk, counts = _keep_by_probability(
             experts_Tk, chosen_Tk, num_experts, capacity, order, rank, token_group
         )
@@ -164,13 +160,15 @@ def route(  # longer than our functions are: its docstring is the contract of th
             experts_Tk, num_experts, capacity, order, rank, token_group
         )
 
-    tokens = max(order.num_tokens, 1)  # a batch without tokens has a loss of zero, not 0 / 0
     assigned_E = counts.assigned.sum(0)
-    fraction_E = assigned_E.to(dtype) / (tokens * top_k)
-    share_E = probabilities_TE.sum(0) / tokens
-    aux_loss = aux_loss_coefficient * num_experts * (fraction_E * share_E).sum()
+    aux_loss = logits_TE.new_zeros(())
+    if aux_loss_coefficient:
+        tokens = max(order.num_tokens, 1)  # a batch without tokens has a loss of zero, not 0 / 0
+        fraction_E = assigned_E.to(logits_TE.dtype) / (tokens * top_k)
+        share_E = logits_TE.softmax(1).sum(0) / tokens
+        aux_loss = aux_loss_coefficient * num_experts * (fraction_E * share_E).sum()
     stats = RoutingStats(assigned_E, assigned_E - counts.kept.sum(0))
-    return Routing(experts_Tk, weights_Tk, kept_Tk, counts, aux_loss, stats)
+    return Routing(experts_Tk, weights_Tk, kept_Tk, capacity is None, counts, aux_loss, stats)
 
 
 def _keep_by_position(
@@ -186,13 +184,10 @@ def _keep_by_position(
     The place of an assignment in its expert's queue is the count of the expert in all earlier
     segments, of any rank, plus the count so far in its own segment.
     """
-    tokens = experts_Tk.shape[0]
-    chosen_TE = experts_Tk.new_zeros(tokens, num_experts).scatter_(1, experts_Tk, 1)
-    before_TE = chosen_TE.new_zeros(tokens + 1, num_experts)  # row t: choices of tokens 0 .. t - 1
-    torch.cumsum(chosen_TE, 0, out=before_TE[1:])
+    before_ET = rows_before(experts_Tk, num_experts)
     bounds_J = order.segment_bounds(rank, experts_Tk.device)
-    at_bounds_JE = before_TE[bounds_J]
-    counts_RJE = all_gather(at_bounds_JE[1:] - at_bounds_JE[:-1], token_group)
+    at_bounds_JE = before_ET[:, bounds_J].T.long()
+    counts_RJE = all_gather(at_bounds_JE.diff(dim=0), token_group)
     assigned_RE = counts_RJE.sum(1)
     if capacity is None:
         kept_Tk = torch.ones_like(experts_Tk, dtype=torch.bool)
@@ -206,9 +201,12 @@ def _keep_by_position(
     kept_RE = torch.minimum(counts_RJE, (capacity - earlier_RJE).clamp(min=0)).sum(1)
 
     first_TE = torch.repeat_interleave(
-        earlier_RJE[rank] - at_bounds_JE[:-1], bounds_J.diff(), dim=0, output_size=tokens
+        earlier_RJE[rank] - at_bounds_JE[:-1],
+        bounds_J.diff(),
+        dim=0,
+        output_size=experts_Tk.shape[0],
     )
-    place_Tk = (first_TE + before_TE[:-1]).gather(1, experts_Tk)
+    place_Tk = first_TE.gather(1, experts_Tk) + at_assignments(before_ET, experts_Tk)
     return place_Tk < capacity, AssignmentCounts(assigned_RE, kept_RE)
 
 

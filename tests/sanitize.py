@@ -60,10 +60,10 @@ def experts() -> None:
     """SwiGLU, and rows to slots and back."""
     hidden = torch.randn(13, 2 * 72, device=DEVICE).bfloat16()
     swiglu_backward(swiglu(hidden, "triton"), hidden, "triton")
-    chosen = torch.randint(0, 5, (11, 2), device=DEVICE)
+    chosen = torch.rand(11, 5, device=DEVICE).argsort(1)[:, :2]
     kept = torch.ones_like(chosen, dtype=torch.bool)
     kept[3] = False
-    order = row_order(chosen, kept, int(kept.sum()))
+    order = row_order(chosen, kept, int(kept.sum()), 5)
     x = torch.randn(11, 200, device=DEVICE).bfloat16().requires_grad_()
     weights = torch.rand(11, 2, device=DEVICE, requires_grad=True)
     unpermute(permute(x, order, "triton"), weights, order, "triton").sum().backward()

@@ -230,7 +230,12 @@ class ExpertParallelMoELayer(MoELayer):
     ) -> tuple[Tensor, Tensor]:
         """Rows ``[A, hidden]`` of the kept assignments, by expert; ``probs`` are passed on."""
         call = self._under_way()
-        call.rows = row_order(routing_map, routing_map >= 0, sum(call.plan.dispatch_rows))
+        call.rows = row_order(
+            routing_map,
+            routing_map >= 0,
+            sum(call.plan.dispatch_rows),
+            self.moe.config.num_experts,
+        )
         x_TM = call.order.take(hidden_states.flatten(0, 1), self.moe.mesh.token_rank)
         return permute(x_TM, call.rows, call.impl), probs
 

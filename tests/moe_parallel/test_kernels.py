@@ -53,7 +53,7 @@ def rows_of(top_k: int, tokens: int = 11) -> RowOrder:
     experts = torch.stack([torch.randperm(7)[:top_k] for _ in range(tokens)]).to(DEVICE)
     kept = torch.rand(tokens, top_k, device=DEVICE) < 0.7
     kept[0] = False
-    return row_order(experts, kept, int(kept.sum()))
+    return row_order(experts, kept, int(kept.sum()), 7)
 
 
 def through(x: Tensor, weights: Tensor, order: RowOrder, impl: str, grad: Tensor) -> list[Tensor]:

@@ -12,7 +12,7 @@ KEPT = torch.tensor([[True, True], [False, True], [True, True]])
 
 
 def test_example_of_the_module() -> None:
-    order = row_order(EXPERTS, KEPT, 5)
+    order = row_order(EXPERTS, KEPT, 5, 3)
     assert order.assignment.tolist() == [1, 0, 5, 3, 4]
     assert order.row.tolist() == [[1, 0], [-1, 3], [4, 2]]
 
@@ -20,7 +20,7 @@ def test_example_of_the_module() -> None:
 def random_order(num_tokens: int, top_k: int) -> RowOrder:
     experts = torch.stack([torch.randperm(7)[:top_k] for _ in range(num_tokens)])
     kept = torch.rand(num_tokens, top_k) < 0.7
-    return row_order(experts, kept, int(kept.sum()))
+    return row_order(experts, kept, int(kept.sum()), 7)
 
 
 def dense(order: RowOrder, weights: Tensor | None = None) -> Tensor:
@@ -45,7 +45,7 @@ def test_permute_and_unpermute_are_the_linear_maps(top_k: int) -> None:
 
 @pytest.mark.parametrize("kept_none", [False, True])
 def test_gradcheck(kept_none: bool) -> None:
-    order = row_order(EXPERTS, KEPT & (not kept_none), 0 if kept_none else 5)
+    order = row_order(EXPERTS, KEPT & (not kept_none), 0 if kept_none else 5, 3)
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(len(order.assignment), 2, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
@@ -56,7 +56,7 @@ def test_gradcheck(kept_none: bool) -> None:
 
 
 def test_a_dropped_row_with_nan_elsewhere_stays_out() -> None:
-    order = row_order(EXPERTS, KEPT, 5)
+    order = row_order(EXPERTS, KEPT, 5, 3)
     rows = torch.ones(5, 2)
     rows[0] = torch.nan  # token 0, slot 1: the row a dropped assignment's -1 is clamped to
     out = unpermute(rows, torch.ones(3, 2), order)
@@ -65,7 +65,7 @@ def test_a_dropped_row_with_nan_elsewhere_stays_out() -> None:
 
 
 def test_sums_of_bfloat16_rows_round_once() -> None:
-    order = row_order(torch.tensor([[0, 1, 2]]), torch.ones(1, 3, dtype=torch.bool), 3)
+    order = row_order(torch.tensor([[0, 1, 2]]), None, 3, 3)
     rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)  # 256 + 1 rounds to 256
     assert unpermute(rows, torch.ones(1, 3), order).item() == 258
     x = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)

@@ -18,7 +18,7 @@ from benchmarks.token_groups import token_groups
 from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig
 from moe_parallel.exchange import Splits
 from moe_parallel.gemm import backward_product, forward_product, weight_product
-from moe_parallel.overlap import Pipeline, Transfer, plan_pipeline
+from moe_parallel.overlap import Pipeline, Transfer, expert_groups, plan_pipeline
 
 PLANTED = 4.0  # what a token's features say of its experts, against features of size 1
 SILENT, SENT, BARE = "nothing sent", "only sent", "bare products"
@@ -116,7 +116,8 @@ def only_sent(layer: ExpertParallelMoE, x: Tensor, times: int) -> Callable[[], N
     rows = x.detach().repeat(layer.config.top_k, 1)
     per_rank = [[len(rows) // layer.config.num_experts] * layer.config.num_experts]
     counts = per_rank * layer.mesh.num_token_ranks
-    experts, plans = plan_pipeline(counts, layer.mesh, row_bytes=1, num_groups=1)
+    experts = expert_groups(layer.experts.num_local, 1)
+    plans = plan_pipeline(counts, layer.mesh, experts)
     pipeline = Pipeline(experts, plans, layer.groups.ep, layer.groups.etp)
 
     def call() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_parallel.agreement import check_counts, check_order
 from moe_parallel.config import MoEConfig
-from moe_parallel.order import TokenOrder
+from moe_parallel.order import TokenOrder, to_host
 from moe_parallel.route import Routing, route
 from moe_parallel.topology import ExpertMesh
 
@@ -83,15 +83,46 @@ def decide(
     return Decision(token_order, x_TM, routing)
 
 
-def kept_on_host(routing: Routing, order: TokenOrder) -> list[list[int]]:
-    """How many assignments each rank keeps for each expert.
+class KeptCounts:
+    """How many assignments each rank keeps for each expert, on their way to the host.
 
-    The one device-to-host copy: collectives and buffers after it need sizes on the host.
+    The one device-to-host copy: collectives and buffers after it need sizes on the host. It starts
+    here. Sums over the experts are known before it arrives if nothing can be dropped: what needs no
+    more is queued meanwhile, so that the device has work while the host reads.
 
-    Raises:
-        ValueError: if the ranks assigned other numbers of tokens than the order has.
+    Args:
+        routing: whose counts.
+        order: where the tokens of every rank stand.
+
+    Attributes:
+        dropless: the routing's.
     """
-    assigned_RE, kept_RE = torch.stack(routing.counts).tolist()
-    check_counts(assigned_RE, routing.experts.shape[1], order)
-    kept: list[list[int]] = kept_RE
-    return kept
+
+    def __init__(self, routing: Routing, order: TokenOrder) -> None:
+        self.dropless = routing.dropless
+        self._order = order
+        self._top_k = routing.experts.shape[1]
+        self._copied = to_host(torch.stack(routing.counts))
+        self._kept_RE: list[list[int]] | None = None
+
+    def of_rank(self, rank: int) -> int:
+        """Assignments that a rank keeps; waits if some can be dropped."""
+        if self.dropless:
+            return self._order.num_local_tokens(rank) * self._top_k
+        return sum(self.wait()[rank])
+
+    def of_all(self) -> int:
+        """Assignments that all ranks keep; likewise."""
+        return sum(self.of_rank(rank) for rank in range(self._order.num_ranks))
+
+    def wait(self) -> list[list[int]]:
+        """For each rank and expert.
+
+        Raises:
+            ValueError: if the ranks assigned other numbers of tokens than the order has.
+        """
+        if self._kept_RE is None:
+            assigned_RE, kept_RE = self._copied().tolist()
+            check_counts(assigned_RE, self._top_k, self._order)
+            self._kept_RE = kept_RE
+        return self._kept_RE

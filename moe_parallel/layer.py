@@ -12,12 +12,18 @@ from torch import Tensor, nn
 from moe_parallel.agreement import check_rows
 from moe_parallel.capacity import drop_by_rank, padded_order
 from moe_parallel.config import MoEConfig
-from moe_parallel.decision import Decision, decide, kept_on_host
+from moe_parallel.decision import Decision, KeptCounts, decide
 from moe_parallel.experts import Experts, generator_of
 from moe_parallel.gate import gate_dtype
 from moe_parallel.impl import chosen_impl
 from moe_parallel.order import TokenOrder, on_device
-from moe_parallel.overlap import Pipeline, dispatch_places, plan_pipeline
+from moe_parallel.overlap import (
+    Pipeline,
+    dispatch_places,
+    expert_groups,
+    groups_that_pay,
+    plan_pipeline,
+)
 from moe_parallel.permute import RowOrder, permute, row_order, unpermute
 from moe_parallel.route import Routing, RoutingStats, expert_capacity
 from moe_parallel.timeline import Timeline
@@ -167,9 +173,9 @@ class ExpertParallelMoE(nn.Module):
         if self.config.pad_to_capacity and self.training:
             routing, rows_AM, order = self._padded(x_TM, routing, token_order, timeline)
         else:
-            kept_RE = kept_on_host(routing, token_order)
+            counts = KeptCounts(routing, token_order)
             rows_AM, order = self.through_experts(
-                x_TM, routing.experts, routing.kept, kept_RE, timeline=timeline
+                x_TM, routing.experts, routing.kept, counts, timeline=timeline
             )
         output_TM = unpermute(rows_AM, routing.weights, order, impl)
         output = token_order.put(output_TM, self.mesh.token_rank).view_as(hidden)
@@ -192,7 +198,7 @@ class ExpertParallelMoE(nn.Module):
         x_TM: Tensor,
         experts_Tk: Tensor,
         kept_Tk: Tensor,
-        kept_RE: Sequence[Sequence[int]],
+        counts: KeptCounts,
         *,
         timeline: Timeline | None = None,
     ) -> tuple[Tensor, RowOrder]:
@@ -202,7 +208,7 @@ class ExpertParallelMoE(nn.Module):
             x_TM: this rank's routed tokens.
             experts_Tk: their experts; of assignments that are not kept any number.
             kept_Tk: which assignments are kept.
-            kept_RE: how many each rank of the token group keeps for each expert, on the host.
+            counts: how many each rank of the token group keeps for each expert.
             timeline: see :meth:`forward`.
 
         Returns:
@@ -213,47 +219,61 @@ class ExpertParallelMoE(nn.Module):
         Raises:
             ValueError: if a rank of the block would take more than ``max_rows``.
         """
-        pipeline, places = self._pipeline(kept_RE, x_TM, timeline)
-        num_rows = sum(sum(plan.dispatch_rows) for plan in pipeline.plans)
+        experts = self._groups(counts.of_all(), x_TM)
         order = row_order(
-            experts_Tk if places is None else places[experts_Tk],
-            kept_Tk,
-            num_rows,
+            self._placed(experts_Tk, experts),
+            None if counts.dropless else kept_Tk,
+            counts.of_rank(self.mesh.token_rank),
             self.config.num_experts,
         )
         impl = chosen_impl(self.config.impl, x_TM.device, x_TM.dtype)
-        return self.experts.over_ranks(permute(x_TM, order, impl), pipeline), order
+        rows_AM = permute(x_TM, order, impl)
+        # Only here does a call without drops wait: the device meanwhile permutes.
+        return self._run(rows_AM, counts.wait(), experts, timeline), order
 
     def _padded(
         self, x_TM: Tensor, routing: Routing, token_order: TokenOrder, timeline: Timeline | None
     ) -> tuple[Routing, Tensor, RowOrder]:
         """As :meth:`through_experts`, with as many rows for every expert: no host copies."""
-        config = self.config
-        num_experts, factor = config.num_experts, config.capacity_factor or 0.0
+        config, num_experts = self.config, self.config.num_experts
+        factor = config.capacity_factor or 0.0
         capacity = expert_capacity(factor, token_order.max_local_tokens, config.top_k, num_experts)
         routing, number_Tk = drop_by_rank(routing, capacity)
         rows_RE = [[capacity] * num_experts] * self.mesh.num_token_ranks
-        pipeline, places = self._pipeline(rows_RE, x_TM, timeline)
-        chosen = routing.experts if places is None else places[routing.experts]
+        experts = self._groups(sum(map(sum, rows_RE)), x_TM)
+        chosen = self._placed(routing.experts, experts)
         order = padded_order(chosen, number_Tk, capacity, num_experts)
         impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
-        rows_AM = self.experts.over_ranks(permute(x_TM, order, impl), pipeline)
+        rows_AM = self._run(permute(x_TM, order, impl), rows_RE, experts, timeline)
         return routing, rows_AM, order
 
-    def _pipeline(
-        self, kept_RE: Sequence[Sequence[int]], x_TM: Tensor, timeline: Timeline | None
-    ) -> tuple[Pipeline, Tensor | None]:
-        """For so many rows of each rank and expert; the experts' places if they are no identity."""
-        config = self.config
-        check_rows(kept_RE, config.max_rows, self.mesh)
-        experts, plans = plan_pipeline(
-            kept_RE,
-            self.mesh,
-            row_bytes=x_TM.element_size() * config.hidden_size,
-            num_groups=config.overlap_groups,
-        )
+    def _groups(self, num_rows: int, x_TM: Tensor) -> tuple[range, ...]:
+        """The groups of a rank's experts for so many rows of all ranks."""
+        num_local, num_groups = self.experts.num_local, self.config.overlap_groups
+        if num_groups is None:
+            row_bytes = x_TM.element_size() * self.config.hidden_size
+            rank_bytes = num_rows // self.mesh.num_token_ranks * row_bytes
+            num_groups = groups_that_pay(num_local, rank_bytes, self.mesh)
+        return expert_groups(num_local, num_groups)
+
+    def _run(
+        self,
+        rows_AM: Tensor,
+        kept_RE: Sequence[Sequence[int]],
+        experts: tuple[range, ...],
+        timeline: Timeline | None,
+    ) -> Tensor:
+        """The results of rows, so many of each rank and expert, group by group."""
+        check_rows(kept_RE, self.config.max_rows, self.mesh)
+        plans = plan_pipeline(kept_RE, self.mesh, experts)
         pipeline = Pipeline(experts, plans, self.groups.ep, self.groups.etp, timeline)
-        return pipeline, self._places(experts, x_TM.device) if len(plans) > 1 else None
+        return self.experts.over_ranks(rows_AM, pipeline)
+
+    def _placed(self, experts_Tk: Tensor, experts: tuple[range, ...]) -> Tensor:
+        """Experts by their places in the order in which groups leave; one group leaves it."""
+        if len(experts) == 1:
+            return experts_Tk
+        return self._places(experts, experts_Tk.device)[experts_Tk]
 
     def _places(self, experts: tuple[range, ...], device: torch.device) -> Tensor:
         """The place of each expert in the order in which groups leave; kept on the device."""

@@ -256,6 +256,22 @@ def on_device(host: Tensor, device: torch.device) -> Tensor:
     return host.to(device)
 
 
+def to_host(x: Tensor) -> Callable[[], Tensor]:
+    """Start to copy to the host; what is returned waits for the copy, and for nothing behind it."""
+    if x.device.type != "cuda":
+        return lambda: x
+    host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(x.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
+
+
 def _check_disjoint(intervals: Any, what: str) -> None:
     for (start, length), (after, _) in pairwise(sorted(intervals)):
         if start + length > after:

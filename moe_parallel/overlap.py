@@ -207,31 +207,33 @@ def expert_groups(num_local: int, num_groups: int) -> tuple[range, ...]:
     return tuple(range(*cut) for cut in pairwise(cuts))
 
 
-def plan_pipeline(
-    kept_RE: Sequence[Sequence[int]],
-    mesh: ExpertMesh,
-    *,
-    row_bytes: int,
-    num_groups: int | None,
-) -> tuple[tuple[range, ...], tuple[ExchangePlan, ...]]:
-    """The groups of experts and the split sizes of each, equal on every rank where they must be.
+def groups_that_pay(num_local: int, rank_bytes: int, mesh: ExpertMesh) -> int:
+    """Into how many groups to cut the experts of a rank, the same number on every rank.
 
-    As many groups as there are local experts, but so few that an all-to-all of a group carries
-    ``LEAST_BYTES`` on the average rank; one where nothing travels.
+    As many as there are experts, but so few that an all-to-all of a group carries ``LEAST_BYTES``
+    on the average rank; one where nothing travels.
+
+    Args:
+        num_local: experts of a rank.
+        rank_bytes: of the rows that the average rank sends.
+        mesh: the EP x ETP block of this rank.
+    """
+    if mesh.ep_size * mesh.etp_size == 1:
+        return 1
+    return min(num_local, max(1, rank_bytes // LEAST_BYTES))
+
+
+def plan_pipeline(
+    kept_RE: Sequence[Sequence[int]], mesh: ExpertMesh, experts: Sequence[range]
+) -> tuple[ExchangePlan, ...]:
+    """The split sizes of each group of experts.
 
     Args:
         kept_RE: rows each rank of the token group sends to each expert, on the host.
         mesh: the EP x ETP block of this rank.
-        row_bytes: of one row.
-        num_groups: how many, whatever the rule says; None for the rule.
+        experts: of each group, which of a rank's experts.
     """
-    num_local = len(kept_RE[0]) // mesh.ep_size
-    if num_groups is None:
-        rows = sum(map(sum, kept_RE)) // len(kept_RE)
-        several = mesh.ep_size * mesh.etp_size > 1
-        num_groups = min(num_local, max(1, rows * row_bytes // LEAST_BYTES)) if several else 1
-    experts = expert_groups(num_local, num_groups)
-    return experts, tuple(plan_exchange(kept_RE, mesh, local) for local in experts)
+    return tuple(plan_exchange(kept_RE, mesh, local) for local in experts)
 
 
 def local_pipeline(counts: Sequence[int], timeline: Timeline | None = None) -> Pipeline:

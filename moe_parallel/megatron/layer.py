@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lasp.megatron import groups_of, parameter_device, refuse_arguments
 from moe_parallel import exchange
-from moe_parallel.decision import kept_on_host
+from moe_parallel.decision import KeptCounts
 from moe_parallel.impl import ChosenImpl, chosen_impl
 from moe_parallel.layer import ExpertParallelMoE
 from moe_parallel.megatron.checkpoint import sharded_experts
@@ -41,18 +41,18 @@ class _Call:
     Attributes:
         order: where the tokens of every rank stand.
         shape: of this rank's hidden states.
-        kept: how many assignments each rank keeps for each expert.
-        plan: who sends how many rows to whom.
+        counts: how many assignments each rank keeps for each expert.
         impl: of what lies around the experts.
+        plan: who sends how many rows to whom; from ``preprocess`` on.
         rows: which row is whose; from ``preprocess`` on.
         probs: weights of the rows; from ``routed_experts_compute`` on.
     """
 
     order: TokenOrder
     shape: torch.Size
-    kept: list[list[int]]
-    plan: exchange.ExchangePlan
+    counts: KeptCounts
     impl: ChosenImpl
+    plan: exchange.ExchangePlan = field(init=False)
     rows: RowOrder = field(init=False)
     probs: Tensor = field(init=False)
 
@@ -175,7 +175,7 @@ class ExpertParallelMoELayer(MoELayer):
             x_TM = call.order.take(hidden.flatten(0, 1), self.moe.mesh.token_rank)
             call.probs = probs
             output, call.rows = self.moe.through_experts(
-                x_TM, routing_map, routing_map >= 0, call.kept
+                x_TM, routing_map, routing_map >= 0, call.counts
             )
             return self.postprocess(output, None)
 
@@ -219,25 +219,22 @@ class ExpertParallelMoELayer(MoELayer):
                 num_tokens=order.num_tokens,
                 layer_number=self.layer_number,
             )
-        kept_RE = kept_on_host(routing, order)
-        plan = exchange.plan_exchange(kept_RE, self.moe.mesh)
         impl = chosen_impl(self.moe.config.impl, tokens.device, tokens.dtype)
-        self._call = _Call(order, hidden_states.shape, kept_RE, plan, impl)
+        self._call = _Call(order, hidden_states.shape, KeptCounts(routing, order), impl)
         return probs, routing.experts.masked_fill(~routing.kept, -1)
 
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Rows ``[A, hidden]`` of the kept assignments, by expert; ``probs`` are passed on."""
-        call = self._under_way()
-        call.rows = row_order(
-            routing_map,
-            routing_map >= 0,
-            sum(call.plan.dispatch_rows),
-            self.moe.config.num_experts,
-        )
-        x_TM = call.order.take(hidden_states.flatten(0, 1), self.moe.mesh.token_rank)
-        return permute(x_TM, call.rows, call.impl), probs
+        call, mesh = self._under_way(), self.moe.mesh
+        kept_Tk = None if call.counts.dropless else routing_map >= 0
+        num_rows = call.counts.of_rank(mesh.token_rank)
+        call.rows = row_order(routing_map, kept_Tk, num_rows, self.moe.config.num_experts)
+        x_TM = call.order.take(hidden_states.flatten(0, 1), mesh.token_rank)
+        rows = permute(x_TM, call.rows, call.impl)
+        call.plan = exchange.plan_exchange(call.counts.wait(), mesh)
+        return rows, probs
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Rows to their experts by :func:`moe_parallel.exchange.dispatch`; ``probs`` stay."""

@@ -9,7 +9,13 @@ import torch
 import torch.distributed as dist
 
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, Timeline
-from moe_parallel.overlap import LEAST_BYTES, dispatch_places, expert_groups, plan_pipeline
+from moe_parallel.overlap import (
+    LEAST_BYTES,
+    dispatch_places,
+    expert_groups,
+    groups_that_pay,
+    plan_pipeline,
+)
 from moe_parallel.topology import ExpertMesh
 from tests.moe_parallel.batch import ORDERS, groups_of
 from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, layer_on_rank, on_ranks
@@ -143,21 +149,22 @@ def test_nothing_is_marked_without_a_timeline() -> None:
 
 def test_groups_are_as_many_as_pay() -> None:
     mesh = ExpertMesh(0, 2, 0, 0, ((0, 1),))
-    row_bytes = LEAST_BYTES // 64
+    assert groups_that_pay(4, 0, mesh) == 1
+    assert groups_that_pay(4, LEAST_BYTES, mesh) == 1
+    assert groups_that_pay(4, 4 * LEAST_BYTES - 1, mesh) == 3
+    assert groups_that_pay(4, 400 * LEAST_BYTES, mesh) == 4  # the experts of a rank
+    alone = ExpertMesh(0, 2, 0, 0, ((0,),))
+    assert groups_that_pay(4, 400 * LEAST_BYTES, alone) == 1  # nothing travels
 
-    def groups(rows: int, num_groups: int | None = None, mesh: ExpertMesh = mesh) -> int:
-        kept = [[rows // 8] * 8, [rows // 8] * 8]
-        experts, plans = plan_pipeline(kept, mesh, row_bytes=row_bytes, num_groups=num_groups)
-        assert [e for group in experts for e in group] == list(range(8 // mesh.ep_size))
-        assert sum(sum(plan.dispatch_rows) for plan in plans) == rows
-        return len(plans)
 
-    assert groups(0) == 1
-    assert groups(64) == 1
-    assert groups(3 * 64) == 3
-    assert groups(400 * 64) == 4  # the experts of a rank
-    assert groups(0, num_groups=2) == 2
-    assert groups(400 * 64, mesh=ExpertMesh(0, 2, 0, 0, ((0,),))) == 1  # nothing travels
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 4])
+def test_groups_hold_every_expert_and_row_once(num_groups: int) -> None:
+    mesh = ExpertMesh(0, 2, 0, 0, ((0, 1),))
+    experts = expert_groups(4, num_groups)
+    assert [e for group in experts for e in group] == list(range(4))
+    plans = plan_pipeline([[*range(8)], [3] * 8], mesh, experts)
+    assert len(plans) == num_groups
+    assert sum(sum(plan.dispatch_rows) for plan in plans) == sum(range(8))
 
 
 def test_experts_leave_group_by_group() -> None:

@@ -113,7 +113,9 @@ class KeptCounts:
 
     def of_all(self) -> int:
         """Assignments that all ranks keep; likewise."""
-        return sum(self.of_rank(rank) for rank in range(self._order.num_ranks))
+        if self.dropless:
+            return self._order.num_tokens * self._top_k
+        return sum(map(sum, self.wait()))
 
     def wait(self) -> list[list[int]]:
         """For each rank and expert.

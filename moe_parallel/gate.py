@@ -5,8 +5,9 @@ bfloat16 ones, of 8 bits each, and the products of these are exact in float32::
 
     w = high + middle + low           logits = x low^T + x middle^T + x high^T
 
-so that only additions round, as in a float32 product, and tokens are neither copied to float32 nor
-kept in it for the backward. On the way back the gradient d of the logits is split too::
+so that only additions round, as in a float32 product (tensor cores cut off where float32 units
+round to nearest). Tokens are neither copied to float32 nor kept in it for the backward, which
+splits the gradient d of the logits too::
 
     dgate = d^T x, a product a part            dx = sum of d_i w_j, i + j <= 4, in one product
 

@@ -11,8 +11,8 @@ splits the gradient d of the logits too::
 
     dgate = d^T x, a product a part            dx = sum of d_i w_j, i + j <= 4, in one product
 
-What the sum leaves out, d_2 w_3 and smaller, is at most 2^-23 of |d| |w|: less than dx, rounded to
-bfloat16, can show.
+What the sum leaves out, d_2 w_3 and smaller, is less than 2^-23 of |d| |w|, which is what a float32
+product rounds; dx is then rounded to bfloat16.
 """
 
 from __future__ import annotations

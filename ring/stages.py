@@ -1,7 +1,17 @@
-"""In which stages a rank receives its keys: a rule of sizes, so that transfers hide under work."""
+"""In how many stages ranks receive their keys, and how much in each.
+
+All ranks have the same number of stages, as few as possible: each is a tile more to merge and a
+point more where ranks wait for each other. What a rank needs is cut so that its stages take equal
+*times*: all ranks then stay in step, and the transfer of a stage never waits for a rank whose stage
+before was longer.
+
+Example: one document of 2 T tokens, 2 ranks, zigzag. Rank 0 has T / 2 rows for the T tokens of rank
+1, and rank 1 has T rows for T / 2 tokens: one stage each, of T^2 / 2 (query, key) pairs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -10,9 +20,10 @@ class StageRule(NamedTuple):
 
     Attributes:
         max_stages: at most so many.
-        min_tokens: a stage brings at least so many tokens (the last one what is left). To merge a
-            tile of n keys moves 10 bytes for 4 n operations; at 2.6 TB/s and 580 TFLOP/s that is
-            560 / n of its time, 7 % at 8192.
+        min_tokens: a stage brings at least so many tokens; a rank that needs less than twice as
+            many has one stage. To merge a tile of n keys moves 8 bytes for 4 n operations; at
+            2.6 TB/s and 580 TFLOP/s that is 450 / n of its time, 11 % at 4096: less than it costs
+            to be out of step.
         pairs_per_token: (query, key) pairs that a rank computes in the time in which it receives
             the key and value of one token: ``Hkv / Hq * FLOP/s / (bytes/s)``. 1400 is 8 query
             heads for one key head, 500 TFLOP/s, 16-bit elements and a 45 GB/s network; NVLink
@@ -21,7 +32,7 @@ class StageRule(NamedTuple):
     """
 
     max_stages: int = 4
-    min_tokens: int = 8192
+    min_tokens: int = 4096
     pairs_per_token: int = 1400
     chain_gain: float = 1.25
 
@@ -29,26 +40,47 @@ class StageRule(NamedTuple):
 RULE = StageRule()
 
 
-def stage_tokens(needed: int, local_pairs: int, rows: int, rule: StageRule) -> list[int]:
-    """Tokens that a rank receives in each stage when it may choose; they sum to ``needed``.
+def stages_asked(needed: int, local_pairs: int, own_tokens: int, rule: StageRule) -> int:
+    """How few stages a rank could do with; the most that a rank asks for is the number of all.
 
-    A stage brings what arrives under the work before it: the first under the local attention of
-    ``local_pairs`` pairs, each next one under its predecessor's tile of ``rows`` queries. But no
-    more than an equal share of what is left, so that two receive buffers hold about half of it all;
-    and no less than half an equal share of the whole, nor than ``rule.min_tokens``. Sizes are cut
-    down to :func:`bucket`, so that shapes of tiles recur. The last stage brings the rest.
+    One, unless what it receives in a stage would be more than ``own_tokens``, those of the rank
+    itself, or more than arrives under its ``local_pairs``: the attention to keys it holds.
     """
-    sizes: list[int] = []
-    left, hidden = needed, local_pairs // rule.pairs_per_token
-    least = max(rule.min_tokens, needed // (2 * rule.max_stages))
-    while left:
-        share = -(-left // (rule.max_stages - len(sizes)))
-        size = bucket(max(min(hidden, share), least))
-        if len(sizes) == rule.max_stages - 1 or left <= size:
-            size = left
-        sizes.append(size)
-        left, hidden = left - size, size * rows // rule.pairs_per_token
-    return sizes
+    hidden = max(1, local_pairs // rule.pairs_per_token)
+    wanted = max(-(-needed // own_tokens), -(-needed // hidden))
+    return stages_filled(needed, min(wanted, rule.max_stages), rule)
+
+
+def stages_filled(needed: int, stages: int, rule: StageRule) -> int:
+    """Of so many stages those in which a rank receives something, the first ones."""
+    return max(1, min(stages, needed // rule.min_tokens))
+
+
+def stage_tokens(
+    needed: int, equal_cuts: Sequence[int], slab_tokens: int, rule: StageRule
+) -> list[int]:
+    """Tokens that a rank receives in each stage; they sum to ``needed``.
+
+    Every stage but the last is cut down to :func:`bucket`, so that shapes of tiles recur; the last
+    brings the rest. None brings less than ``rule.min_tokens``, and none more than ``slab_tokens``,
+    or than an equal share where that is more: cuts move for that, and are not rounded.
+
+    Args:
+        needed: by the rank.
+        equal_cuts: after how many tokens each stage but the last would end if all took the same
+            time; one fewer than :func:`stages_filled`.
+        slab_tokens: a stage of any rank should bring no more.
+        rule: of all ranks.
+    """
+    count, sizes, left = len(equal_cuts) + 1, [], needed
+    least, most = rule.min_tokens, max(slab_tokens, -(-needed // count))
+    for number, cut in enumerate(equal_cuts, 1):
+        low = max(least, left - (count - number) * most)
+        high = min(most, left - (count - number) * least)
+        size = min(max(cut - (needed - left), low), high)
+        sizes.append(bucket(size) if bucket(size) >= low else size)
+        left -= sizes[-1]
+    return [*sizes, left] if left else sizes
 
 
 def bucket(size: int) -> int:

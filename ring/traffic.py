@@ -2,15 +2,16 @@
 
 A fragment of a cut document is needed *whole* or not at all by another rank: causally, if that rank
 holds a later fragment of the document (whose rows see everything before it); without causality, if
-it holds any. So what moves is a table of fragments x ranks. It is made from the layout alone, with
-a few operations on CPU tensors, so that one long document on 256 ranks (65 thousand entries) takes
-milliseconds.
+it holds any. So what moves is a table of fragments x ranks: how many rows of a rank see a fragment.
+It is made from the layout alone, with a few operations on CPU tensors, so that one long document on
+256 ranks (65 thousand entries) takes milliseconds.
 
 There are two ways to move a fragment, and each receipt falls into one of 1 to 4 stages.
 
 direct
     The owner sends it to everyone who needs it. A receiver takes its sources in ring order, from
-    the rank before it backwards, and cuts the whole at tokens of its choice (:mod:`ring.stages`).
+    the rank before it backwards, and cuts the whole into stages that take the same time: of as many
+    (query, key) pairs each (:mod:`ring.stages`).
 chain
     The ranks that need it, in ring order after the owner, are dealt into chains of as many ranks as
     there are stages. The owner sends to the first of each chain; who got it in one stage sends it
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from lasp.layout import SequenceLayout
-from ring.stages import StageRule, stage_tokens
+from ring.stages import StageRule, stage_tokens, stages_asked, stages_filled
 
 
 class Piece(NamedTuple):
@@ -81,40 +82,39 @@ class Traffic:
     def __init__(self, layout: SequenceLayout, causal: bool, rule: StageRule) -> None:
         self.layout, self.causal, self.rule = layout, causal, rule
         self.pieces = _cut_documents(layout)
-        self._owners = torch.tensor([p.owner for p in self.pieces], device="cpu")
-        self._needs = self._who_needs_what()
-        lengths = torch.tensor([p.stop - p.start for p in self.pieces], device="cpu")
-        self._tokens = self._needs * lengths[:, None]  # [pieces, P], int64
+        self._owners, starts, stops, documents = (
+            torch.tensor(column, dtype=torch.int64, device="cpu")
+            for column in (zip(*self.pieces) if self.pieces else [()] * 4)
+        )
+        self._lengths = stops - starts
+        self._rows = self._rows_that_see(starts, documents)
+        ranks = torch.arange(layout.num_ranks, device="cpu")
+        self._needs = (self._rows > 0) & (self._owners[:, None] != ranks)  # bool [pieces, P]
+        self._tokens = self._needs * self._lengths[:, None]  # [pieces, P], int64
         self.way, self.num_stages = "none", 0
         if self.pieces and bool(self._needs.any()):
             self._cuts = self._stage_cuts()
-            self._offsets = self._direct_offsets()
+            self._offsets = self._offsets_of(self._tokens)
             self._turns = self._chain_turns()
             self.way, self.num_stages = self._choose()
 
     # ---- who needs what ----------------------------------------------------------------------
 
-    def _who_needs_what(self) -> Tensor:
-        """Whether a rank needs a piece that it does not hold: bool ``[pieces, P]``."""
-        numbers = {d: i for i, d in enumerate(dict.fromkeys(p.document for p in self.pieces))}
-        last_start = torch.full(
-            (len(numbers), self.layout.num_ranks), -1, dtype=torch.int64, device="cpu"
-        )
-        last: dict[tuple[int, int], int] = {}
-        for p in self.pieces:
-            key = (numbers[p.document], p.owner)
-            last[key] = max(last.get(key, -1), p.start)
-        if last:
-            index = torch.tensor(list(last), device="cpu").T
-            last_start[index[0], index[1]] = torch.tensor(list(last.values()), device="cpu")
-        documents = torch.tensor(
-            [numbers[p.document] for p in self.pieces], dtype=torch.int64, device="cpu"
-        )
-        starts = torch.tensor([p.start for p in self.pieces], dtype=torch.int64, device="cpu")
-        after = starts if self.causal else torch.full_like(starts, -1)
-        needs = last_start[documents] > after[:, None]
-        ranks = torch.arange(self.layout.num_ranks, device="cpu")
-        return needs & (self._owners[:, None] != ranks)
+    def _rows_that_see(self, starts: Tensor, documents: Tensor) -> Tensor:
+        """Rows of a rank outside a piece that attend to it, its owner's too: int64 ``[pieces, P]``.
+
+        Those of the same document, and if causal after it: sums over pieces sorted by position.
+        """
+        order = starts.argsort()
+        held = torch.zeros(
+            len(order), self.layout.num_ranks, dtype=torch.int64, device="cpu"
+        ).scatter_(1, self._owners[order, None], self._lengths[order, None])
+        from_here = torch.cat((held.flip(0).cumsum(0).flip(0), torch.zeros_like(held[:1])))
+        documents = documents[order]
+        first = torch.searchsorted(documents, documents)
+        end = torch.searchsorted(documents, documents, right=True)
+        rows = from_here[1:] if self.causal else from_here[first] - held
+        return torch.zeros_like(rows).index_copy_(0, order, rows - from_here[end])
 
     @cached_property
     def received(self) -> list[int]:
@@ -124,26 +124,57 @@ class Traffic:
 
     # ---- direct: offsets in the order of receipt, cut into stages ------------------------------
 
-    def _direct_offsets(self) -> Tensor:
+    def _offsets_of(self, amounts: Tensor) -> Tensor:
         """Where a piece begins in what a rank receives, int64 ``[pieces, P]``.
 
         Sources come from the rank before the receiver backwards: what lies behind in the order of
         owners, less all that later ranks own, round the ring.
+
+        Args:
+            amounts: of each piece for each rank, in tokens or in pairs, 0 where it is not needed.
         """
-        behind = self._tokens.flip(0).cumsum(0).flip(0) - self._tokens
+        behind = amounts.flip(0).cumsum(0).flip(0) - amounts
         ranks = torch.arange(self.layout.num_ranks, device="cpu")
-        later = (self._tokens * (self._owners[:, None] > ranks)).sum(0)
-        return (behind - later) % self._tokens.sum(0).clamp(min=1)
+        later = (amounts * (self._owners[:, None] > ranks)).sum(0)
+        return (behind - later) % amounts.sum(0).clamp(min=1)
 
     def _stage_cuts(self) -> Tensor:
         """Cumulative tokens of the stages of each rank, 0 first: int64 ``[stages + 1, P]``."""
-        stages = []
-        for rank, needed in enumerate(self.received):
-            local, rows = _local_work(self.layout, rank, self.causal)
-            stages.append(stage_tokens(needed, local, rows, self.rule))
-        count = max(map(len, stages))
-        padded = [[0, *sizes, *[0] * (count - len(sizes))] for sizes in stages]
-        return torch.tensor(padded, device="cpu").cumsum(1).T
+        own_tokens, rule = self.layout.num_local_tokens, self.rule
+        count = max(
+            stages_asked(needed, local, own_tokens, rule)
+            for needed, local in zip(self.received, self._local_pairs())
+        )
+        filled = [stages_filled(needed, count, rule) for needed in self.received]
+        pairs = self._tokens * self._rows
+        offsets, share = self._offsets_of(pairs), pairs.sum(0) // torch.tensor(filled, device="cpu")
+        # Before a cut lie whole pieces, a part of one, and nothing of those behind it.
+        equal_cuts = [
+            ((stage * share - offsets) // self._rows.clamp(min=1))
+            .clamp(min=0)
+            .minimum(self._tokens)
+            .sum(0)
+            .tolist()
+            for stage in range(1, count)
+        ]
+        slab_tokens = max(own_tokens, -(-max(self.received) // count))
+        cuts = []
+        for rank, (needed, stages) in enumerate(zip(self.received, filled)):
+            equal = [some[rank] for some in equal_cuts[: stages - 1]]
+            sizes = stage_tokens(needed, equal, slab_tokens, rule)
+            cuts.append([0, *sizes, *[0] * (count - len(sizes))])
+        return torch.tensor(cuts, device="cpu").cumsum(1).T
+
+    def _local_pairs(self) -> list[int]:
+        """(query, key) pairs of each rank whose keys it holds."""
+        by_rank = torch.zeros(self.layout.num_ranks, dtype=torch.int64, device="cpu")
+        seen_at_home = self._rows.gather(1, self._owners[:, None])[:, 0] * self._lengths
+        across: list[int] = by_rank.index_add_(0, self._owners, seen_at_home).tolist()
+        for rank in range(self.layout.num_ranks):
+            for fragment in self.layout.fragments(rank):
+                length = fragment.stop - fragment.start
+                across[rank] += length * (length + 1) // 2 if self.causal else length**2
+        return across
 
     def _direct_time(self) -> int:
         """Tokens on the busiest link of each stage, summed over the stages."""
@@ -238,15 +269,3 @@ def _cut_documents(layout: SequenceLayout) -> list[Piece]:
                 pieces.append(Piece(rank, *where, fragment.document))
                 counts[fragment.document] = counts.get(fragment.document, 0) + 1
     return [piece for piece in pieces if counts[piece.document] > 1]
-
-
-def _local_work(layout: SequenceLayout, rank: int, causal: bool) -> tuple[int, int]:
-    """(query, key) pairs within the fragments of a rank, and rows that see keys outside them."""
-    pairs = rows = 0
-    for document, start, stop, _, _ in layout.fragments(rank):
-        length = stop - start
-        pairs += length * (length + 1) // 2 if causal else length * length
-        if document < layout.num_documents:
-            whole = layout.borders[document + 1] - layout.borders[document]
-            rows += length if start > 0 or (not causal and stop < whole) else 0
-    return pairs, rows

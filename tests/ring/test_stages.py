@@ -19,6 +19,7 @@ from tests.ranks import run_on_ranks
 from tests.ring.cases import (
     HEADS,
     NAMES,
+    NOTHING_HIDES,
     ORDERS,
     PACKS,
     RULES,
@@ -139,7 +140,7 @@ def test_tiles_of_cudnn_over_gpus(order, causal: bool) -> None:
         for x in (tensors, [x.double() for x in tensors])
     )
     layout = SequenceLayout(lengths, 2, order)
-    rule = StageRule(3, 1500, 10, chain_gain=math.inf)
+    rule = StageRule(3, 1000, NOTHING_HIDES, chain_gain=math.inf)
     cases = [(tensors, layout, rule, {"causal": causal, "block": "cudnn"})]
     (actual,) = on_ranks(cases, 2, "nccl")
     assert_all_within_budget(actual, expected, honest, torch.bfloat16)
@@ -165,5 +166,8 @@ def syncs_on_world(tensors, layout: SequenceLayout, rule: StageRule, keep_kv: bo
 def test_the_host_never_waits(keep_kv: bool) -> None:
     lengths = (9000, 1, 300, 3000)
     tensors = random_tensors(sum(lengths), 4, 2, 64, torch.bfloat16)
-    layout, rule = SequenceLayout(lengths, 2, "fold"), StageRule(3, 1500, 10, chain_gain=math.inf)
+    layout, rule = (
+        SequenceLayout(lengths, 2, "fold"),
+        StageRule(3, 1000, NOTHING_HIDES, chain_gain=math.inf),
+    )
     run_on_ranks(syncs_on_world, 2, tensors, layout, rule, keep_kv, backend="nccl")

@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import combinations_with_replacement
 
 import pytest
 import torch
 
 from lasp.layout import SequenceLayout
 from ring.schedule import plan_ring
-from ring.stages import RULE, StageRule, bucket, stage_tokens
+from ring.stages import RULE, StageRule, bucket, stage_tokens, stages_asked, stages_filled
 from ring.traffic import Traffic, traffic_of
 from tests.lasp.distributions import document_lengths as distribution
-from tests.ring.cases import ORDERS
+from tests.ring.cases import NOTHING_HIDES, ORDERS
 
 # ---- stages ----------------------------------------------------------------------------------
 
@@ -23,30 +24,102 @@ def test_buckets_have_three_bits() -> None:
     assert all(bucket(n) <= n < 1.25 * bucket(n) for n in range(1024, 65537, 37))
 
 
-def test_little_comes_in_one_stage() -> None:
-    assert stage_tokens(0, 10**9, 10**4, RULE) == []
-    assert stage_tokens(2048, 0, 0, RULE) == [2048]
+def test_one_stage_where_it_hides_and_is_no_more_than_own_tokens() -> None:
+    hidden = 10**12
+    assert stages_asked(32768, hidden, 32768, RULE) == 1
+    assert stages_asked(32769, hidden, 32768, RULE) == 2
+    assert stages_asked(3 * 32768, hidden, 32768, RULE) == 3
+    assert stages_asked(63 * 32768, hidden, 32768, RULE) == RULE.max_stages
+    assert stages_asked(32768, 32768 * RULE.pairs_per_token, 32768, RULE) == 1
+    assert stages_asked(32768, 32768 * RULE.pairs_per_token - 1, 32768, RULE) == 2
+    assert stages_asked(32768, 0, 32768, RULE) == RULE.max_stages
 
 
-def test_what_the_local_attention_hides_comes_in_equal_stages() -> None:
-    assert stage_tokens(32768, 10**12, 10**6, RULE) == [8192] * 4
+def test_no_stage_of_less_than_the_least() -> None:
+    assert stages_asked(8191, 0, 10, RULE) == 1
+    assert [stages_filled(n, 4, RULE) for n in (0, 1, 8191, 8192, 12288, 10**6)] == [
+        1,
+        1,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert stage_tokens(0, [], 10, RULE) == []
+    assert stage_tokens(3, [], 10, RULE) == [3]
+    assert stage_tokens(8192, [1], 8192, RULE) == [4096, 4096]
+    assert stage_tokens(8192, [8000], 8192, RULE) == [4096, 4096]
 
 
-def test_stages_grow_where_the_local_attention_is_short() -> None:
-    sizes = stage_tokens(400_000, 2048 * 1400, 4200, RULE._replace(min_tokens=2048))
-    assert sizes == [49152, 114688, 114688, 400_000 - 49152 - 2 * 114688]
-    sizes = stage_tokens(400_000, 2048 * 1400, 0, RULE)
-    assert sizes == [49152, 49152, 49152, 400_000 - 3 * 49152]
+def test_cuts_move_and_are_not_rounded_to_keep_slabs_small() -> None:
+    assert stage_tokens(3 * 9000, [9000, 18000], 9000, RULE) == [9000] * 3
+    assert stage_tokens(3 * 9000, [9000, 18000], 9500, RULE) == [8192, 9500, 9308]
+    assert stage_tokens(3 * 9000, [5000, 7000], 10240, RULE) == [6520, 10240, 10240]
+    assert stage_tokens(3 * 9000, [9000, 18000], 20000, RULE) == [8192, 8192, 10616]
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
-def test_stages_sum_to_what_is_needed(stages: int) -> None:
+def test_stages_sum_to_what_is_needed_within_their_bounds(stages: int) -> None:
+    rule = StageRule(stages, 3, 10)
     for needed in (1, 2, 5, 1000, 12345):
-        for local in (0, 10**3, 10**9):
-            sizes = stage_tokens(needed, local, 77, StageRule(stages, 3, 10))
-            assert sum(sizes) == needed
-            assert 1 <= len(sizes) <= stages
-            assert min(sizes[:-1], default=3) >= 3
+        for slab in (1, 400, 10**5):
+            count = stages_filled(needed, stages, rule)
+            for cuts in combinations_with_replacement((0, 1, needed // 2, needed), count - 1):
+                sizes = stage_tokens(needed, cuts, slab, rule)
+                assert sum(sizes) == needed
+                assert len(sizes) == count
+                assert min(sizes) >= min(3, needed)
+                assert max(sizes) <= max(slab, -(-needed // count))
+
+
+def pairs_by_stage(layout: SequenceLayout, causal: bool) -> list[list[int]]:
+    """Of each rank."""
+    schedules = [plan_ring(layout, rank, causal) for rank in range(layout.num_ranks)]
+    return [
+        [
+            sum(s.rows[t.rectangle].tokens * sum(k.tokens for k in t.keys) for t in stage.tiles)
+            for stage in s.stages
+        ]
+        for s in schedules
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(2, 1), (3, 2), (4, 3), (8, 4), (16, 4)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_stages_of_one_document_keep_ranks_in_step(ranks: int, stages: int, causal: bool) -> None:
+    tokens = 32768
+    layout = SequenceLayout((ranks * tokens,), ranks, "zigzag")
+    assert forced(layout, "direct", causal).num_stages == stages
+    pairs = pairs_by_stage(layout, causal)
+    share = (ranks - 1) * tokens**2 // (2 if causal else 1) / stages
+    assert all(len(some) == stages for some in pairs)
+    # In three stages of 2.5 chunks and the like, as near as shapes that recur come to it.
+    assert all(0.75 * share <= x <= 1.25 * share for some in pairs for x in some)
+
+
+@pytest.mark.parametrize("pack", ["A", "B", "C", "one"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_slabs_are_no_larger_than_own_tokens_where_the_stages_allow_it(pack, order) -> None:
+    lengths = (2**20,) if pack == "one" else distribution(pack, 2**20, 0)
+    for ranks in (2, 4, 5, 16):
+        layout = SequenceLayout(lengths, ranks, order)
+        traffic = forced(layout, "direct")
+        schedules = [plan_ring(layout, r, True, traffic.rule) for r in range(ranks)]
+        assert {len(s.stages) for s in schedules} == {traffic.num_stages}
+        largest = max(stage.tokens for s in schedules for stage in s.stages)
+        share = -(-max(traffic.received) // traffic.num_stages)
+        assert largest <= max(layout.num_local_tokens, share)
+        assert share <= layout.num_local_tokens or traffic.num_stages == RULE.max_stages
+
+
+def test_the_attention_to_own_keys_hides_the_first_stage() -> None:
+    layout = SequenceLayout((2 * 8192,), 2, "zigzag")
+    traffic = traffic_of(layout, True, RULE)
+    # Rank 0: two fragments of 4096 and one over the other; rank 1: one fragment of 8192.
+    assert traffic._local_pairs() == [2 * (4096 * 4097 // 2) + 4096**2, 8192 * 8193 // 2]
+    for pairs_per_token, stages in ((4096, 1), (4097, 2), (8192, 2)):
+        rule = RULE._replace(pairs_per_token=pairs_per_token)
+        assert traffic_of(layout, True, rule).num_stages == stages
 
 
 # ---- ways ------------------------------------------------------------------------------------
@@ -129,7 +202,7 @@ def test_sources_come_in_ring_order_backwards() -> None:
 @pytest.mark.parametrize("way", ["direct", "chain"])
 def test_estimated_times_are_those_of_the_schedules(order, way: str) -> None:
     layout = SequenceLayout(distribution("C", 2**16, 3), 8, order)
-    rule = StageRule(3, 100, 10, chain_gain=0.0 if way == "chain" else math.inf)
+    rule = StageRule(3, 100, NOTHING_HIDES, chain_gain=0.0 if way == "chain" else math.inf)
     traffic = traffic_of(layout, True, rule)
     assert traffic.way == way
     schedules = [plan_ring(layout, rank, True, rule) for rank in range(8)]

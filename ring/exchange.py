@@ -1,15 +1,21 @@
 """Moving keys and values to the ranks that need them, and their gradients back.
 
-An exchange is two all-to-all-v, one for k and one for v (or dk and dv): exactly the tokens of the
-schedule, key heads unexpanded. Received k and v are each contiguous, as dense kernels want them;
-what lies in one piece is sent from where it lies. If nothing moves on any rank there are no stages
-and no collective is started: all ranks know it, from the layout.
+An exchange is one all-to-all-v of exactly the tokens of the schedule, key heads unexpanded. What
+goes from one rank to another is one message: all k, then all v (or dk and dv). So what a rank
+receives are rows ``[2 tokens, Hkv, D]``, for two peers::
+
+    k of peer 0 | v of peer 0 | k of peer 1 | v of peer 1
+
+One collective and not two: on a GPU a second one could be left waiting while attention kernels hold
+every multiprocessor, long after the first. If nothing moves on any rank there are no stages and no
+collective is started: all ranks know it, from the layout.
 
 All ranks start the same exchanges in the same order: those with nothing to send or receive too.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring.schedule import Exchange, Part, RingSchedule, Stage
+from ring.schedule import Exchange, Parts, RingSchedule, Stage
 
-DKV = Tensor | tuple[Tensor, Tensor]  # dk and dv, [tokens, Hkv, D] each
+KV = Tensor | tuple[Tensor, Tensor]  # k and v, or dk and dv, [tokens, Hkv, D] each
 
 
 class Transfer(NamedTuple):
@@ -27,37 +33,37 @@ class Transfer(NamedTuple):
 
     Attributes:
         exchange: what it is.
-        received: ``[2, tokens, Hkv, D]``, to be read after :meth:`wait`.
+        received: messages ``[2 tokens, Hkv, D]``, to be read after :meth:`wait`.
         sent: what is being sent, held until the transfer is over.
-        works: of the collectives.
+        work: of the collective.
     """
 
     exchange: Exchange
     received: Tensor
-    sent: tuple[Tensor, ...]
-    works: tuple[dist.Work, ...]
+    sent: Tensor
+    work: dist.Work
 
     def wait(self) -> Tensor:
         """What was received; on CUDA its transfer is then ordered before later kernels."""
-        for work in self.works:
-            work.wait()
+        self.work.wait()
         return self.received
 
 
 class Arrivals:
-    """The stages of a schedule with their slabs, each transferred while its predecessor is used.
+    """The stages of a schedule with their slabs, each transferred while others are used.
 
-    The first transfer starts here, the next ones as a stage is taken: what is queued between two
-    stages runs beside the transfer of the second.
+    Two transfers start here, each next one as soon as the buffer of one of them is free again. In a
+    chain a stage forwards what the one before brought: there one transfer starts here, and the next
+    one when the stage before it is taken. The order of transfers is that of the stages either way.
 
     Args:
         k: ``[T, Hkv, D]``, last dim contiguous.
         v: as ``k``.
         schedule: of this rank.
         cp_group: the context-parallel group; may be None where nothing moves.
-        slabs: one for each stage, see :func:`make_slabs`.
+        buffers: one for each stage, see :func:`make_buffers`.
 
-    Communication: for each stage two all-to-all-v; in all ``2 R Hkv D`` elements received, R =
+    Communication: for each stage one all-to-all-v; in all ``2 R Hkv D`` elements received, R =
     ``schedule.received_tokens``.
     """
 
@@ -67,47 +73,66 @@ class Arrivals:
         v: Tensor,
         schedule: RingSchedule,
         cp_group: dist.ProcessGroup | None,
-        slabs: Sequence[Tensor],
+        buffers: Sequence[Tensor],
     ) -> None:
-        self._own, self._stages, self._group, self._slabs = (k, v), schedule.stages, cp_group, slabs
-        self._transfer = self._start(0) if self._stages else None
+        self._own, self._stages, self._group = (k, v), schedule.stages, cp_group
+        self._buffers, self._started, self._transfers = buffers, 0, deque[Transfer]()
+        self._chain = schedule.way == "chain"  # not whether this rank forwards: all ranks as one
+        self._slab: tuple[Tensor, Tensor] = self._own  # the first stage forwards nothing
+        for _ in range(1 if self._chain else 2):
+            self._start_next()
+        give_way(*self._transfers)
 
-    def __iter__(self) -> Iterator[tuple[Stage, Tensor]]:
-        for number, stage in enumerate(self._stages):
-            assert self._transfer is not None
-            slab = self._transfer.wait()
-            # Its target is the other buffer: the last kernels that read that are queued before it.
-            later = number + 1 < len(self._stages)
-            self._transfer = self._start(number + 1) if later else None
-            yield stage, slab
+    def __iter__(self) -> Iterator[tuple[Stage, Tensor, Tensor]]:
+        """Each stage with k and v of its slab; :meth:`release` it before taking the next."""
+        for stage in self._stages:
+            slab = unpacked(self._transfers.popleft().wait(), stage.fetch.receive_tokens)
+            if self._chain:
+                self._slab = slab
+                self._start_next()
+            yield stage, *slab
 
-    def _start(self, number: int) -> Transfer:
-        # The first stage forwards nothing: what stands for the slab before it is not looked at.
-        fetch, before = self._stages[number].fetch, self._slabs[max(0, number - 1)]
-        sent = tuple(_packed(fetch.sends, own, before[i]) for i, own in enumerate(self._own))
-        return _start(fetch, sent, self._slabs[number], self._group)
+    def release(self) -> None:
+        """All that reads the slab taken last is queued: start what is received in its place."""
+        if not self._chain:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        number = self._started
+        if number < len(self._stages):
+            self._started, fetch = number + 1, self._stages[number].fetch
+            # Always a copy: no transfer reads a buffer that a later one is received into.
+            sent = packed(fetch.sends, self._own, self._slab)
+            self._transfers.append(_start(fetch, sent, self._buffers[number], self._group))
 
 
-def make_slabs(k: Tensor, schedule: RingSchedule, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
+def make_buffers(k: Tensor, schedule: RingSchedule, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
     """Memory that stages are received into.
 
     Args:
         k: dtype, device and shape ``[T, Hkv, D]``.
         schedule: of this rank.
-        keep: every stage has its own tokens of one tensor ``[2, R, Hkv, D]``; else stages take
-            turns in two buffers.
+        keep: every stage has its own rows of one tensor ``[2 R, Hkv, D]``; else stages take turns
+            in two buffers.
 
     Returns:
-        That tensor, of no tokens if not kept, and for each stage a view ``[2, tokens, Hkv, D]``
-        whose k and v are each contiguous.
+        That tensor, of no rows if not kept, and for each stage ``[2 tokens, Hkv, D]`` for its
+        messages.
     """
-    lengths = [stage.tokens for stage in schedule.stages]
+    rows = [2 * stage.tokens for stage in schedule.stages]
     if keep:
-        kept = k.new_empty(2, sum(lengths), *k.shape[1:])
-        return kept, list(kept.split(lengths, 1))
-    buffers = [k.new_empty(2, max(lengths[i::2], default=0), *k.shape[1:]) for i in (0, 1)]
-    slabs = [buffers[number % 2][:, :length] for number, length in enumerate(lengths)]
-    return k.new_empty(2, 0, *k.shape[1:]), slabs
+        kept = k.new_empty(sum(rows), *k.shape[1:])
+        return kept, list(kept.split(rows))
+    buffers = [k.new_empty(max(rows[i::2], default=0), *k.shape[1:]) for i in (0, 1)]
+    in_turn = [buffers[number % 2][:length] for number, length in enumerate(rows)]
+    return k.new_empty(0, *k.shape[1:]), in_turn
+
+
+def kept_slabs(kept: Tensor, schedule: RingSchedule) -> Iterator[tuple[Stage, Tensor, Tensor]]:
+    """What :class:`Arrivals` yielded, out of the tensor that :func:`make_buffers` kept."""
+    messages = kept.split([2 * stage.tokens for stage in schedule.stages])
+    for stage, received in zip(schedule.stages, messages):
+        yield stage, *unpacked(received, stage.fetch.receive_tokens)
 
 
 def give_back(stage: Stage, dslab: Tensor, cp_group: dist.ProcessGroup | None) -> Transfer:
@@ -121,15 +146,21 @@ def give_back(stage: Stage, dslab: Tensor, cp_group: dist.ProcessGroup | None) -
     Returns:
         A transfer of the gradients that come here after this stage, for :func:`add_returned`.
 
-    Communication: two all-to-all-v in the dtype of ``dslab``.
+    Communication: one all-to-all-v in the dtype of ``dslab``.
     """
     exchange = stage.give_back
-    sent = tuple(_packed(exchange.sends, dslab[i], dslab[i]) for i in (0, 1))
-    received = dslab.new_empty(2, sum(exchange.receive_tokens), *dslab.shape[2:])
-    return _start(exchange, sent, received, cp_group)
+    whole = [list(part.tokens) for parts in exchange.sends for part in parts]
+    if whole == [[0, stage.tokens]]:
+        sent = dslab.flatten(0, 1)  # to one rank, in order: it is the message
+    else:
+        sent = packed(exchange.sends, dslab, dslab)
+    received = dslab.new_empty(2 * sum(exchange.receive_tokens), *dslab.shape[2:])
+    transfer = _start(exchange, sent, received, cp_group)
+    give_way(transfer)
+    return transfer
 
 
-def add_returned(transfer: Transfer, dkv: DKV, dslab: DKV) -> None:
+def add_returned(transfer: Transfer, dkv: KV, dslab: KV) -> None:
     """Wait for what comes back and add it, source by source: a fixed order.
 
     Args:
@@ -137,31 +168,60 @@ def add_returned(transfer: Transfer, dkv: DKV, dslab: DKV) -> None:
         dkv: of own tokens; changed.
         dslab: of the *next* stage, whose gradients a chain brings here first; changed.
     """
-    returned, parts = transfer.wait(), transfer.exchange.receives
-    for part, gradients in zip(parts, returned.split([part.tokens.tokens for part in parts], 1)):
-        for into, gradient in zip(dslab if part.of_slab else dkv, gradients):
-            into[slice(*part.tokens)] += gradient
+    exchange = transfer.exchange
+    messages = transfer.wait().split([2 * tokens for tokens in exchange.receive_tokens])
+    for parts, tokens, message in zip(exchange.receives, exchange.receive_tokens, messages):
+        lengths = [part.tokens.tokens for part in parts]
+        for i, gradients in enumerate((message[:tokens], message[tokens:])):
+            for part, gradient in zip(parts, gradients.split(lengths)):
+                (dslab if part.of_slab else dkv)[i][slice(*part.tokens)] += gradient
 
 
-def _packed(parts: Sequence[Part], own: Tensor, slab: Tensor) -> Tensor:
-    """Tokens end to end; a view where they lie so."""
-    pieces = [(slab if part.of_slab else own)[slice(*part.tokens)] for part in parts]
-    if len(pieces) == 1 and pieces[0].is_contiguous():
-        return pieces[0]
-    return torch.cat(pieces) if pieces else own.new_empty(0, *own.shape[1:])
+def packed(sends: Sequence[Parts], own: KV, slab: KV) -> Tensor:
+    """Messages to each rank, end to end: ``[2 tokens, Hkv, D]``, a copy."""
+    rows = [
+        (slab if part.of_slab else own)[i][slice(*part.tokens)]
+        for parts in sends
+        for i in (0, 1)
+        for part in parts
+    ]
+    return torch.cat(rows) if rows else own[0].new_empty(0, *own[0].shape[1:])
+
+
+def unpacked(messages: Tensor, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[tokens, Hkv, D]`` of all peers; contiguous, of one peer views."""
+    sizes = [size for size in tokens if size for _ in "kv"]
+    if len(sizes) <= 2:
+        k, v = messages.tensor_split(2)
+        return k, v
+    rows = messages.split(sizes)
+    return torch.cat(rows[::2]), torch.cat(rows[1::2])
+
+
+def give_way(*transfers: Transfer) -> None:
+    """Let transfers that just started have multiprocessors before the next attention kernel.
+
+    cuDNN's kernels are persistent and take every multiprocessor at once. A transfer's kernel that
+    becomes ready at the same moment gets none until such a kernel ends, up to 85 ms later. So the
+    stream of the attention does nothing for about 20 us, on one thread: the transfer comes first.
+    """
+    moves = any(sum(t.exchange.send_tokens) + sum(t.exchange.receive_tokens) for t in transfers)
+    if moves and transfers[0].received.is_cuda:
+        torch.cuda._sleep(HEAD_START_CYCLES)
+
+
+HEAD_START_CYCLES = 40_000  # about 20 us at 1.98 GHz
 
 
 def _start(
-    exchange: Exchange,
-    sent: tuple[Tensor, ...],
-    received: Tensor,
-    cp_group: dist.ProcessGroup | None,
+    exchange: Exchange, sent: Tensor, received: Tensor, cp_group: dist.ProcessGroup | None
 ) -> Transfer:
-    works = tuple(
-        dist.all_to_all_single(
-            into, of, list(exchange.receive_tokens), list(exchange.send_tokens),
-            group=cp_group, async_op=True,
-        )
-        for into, of in zip(received.unbind(0), sent)
-    )  # fmt: skip
-    return Transfer(exchange, received, sent, works)
+    work = dist.all_to_all_single(
+        received,
+        sent,
+        [2 * tokens for tokens in exchange.receive_tokens],
+        [2 * tokens for tokens in exchange.send_tokens],
+        group=cp_group,
+        async_op=True,
+    )
+    return Transfer(exchange, received, sent, work)

@@ -167,12 +167,12 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    # How much is received depends on the documents.
-    tokens = torch.library.get_ctx().new_dynamic_size() if settings[-1] else 0
+    # How much is received depends on the documents: 2 R rows.
+    rows = torch.library.get_ctx().new_dynamic_size() if settings[-1] else 0
     return (
         q.new_empty(q.shape),
         q.new_empty(q.shape[:2], dtype=lse_dtype),
-        k.new_empty(2, tokens, *k.shape[1:]),
+        k.new_empty(rows, *k.shape[1:]),
     )
 
 

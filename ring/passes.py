@@ -19,10 +19,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring.exchange import DKV, Arrivals, Transfer, add_returned, give_back, make_slabs
+from ring.exchange import (
+    KV,
+    Arrivals,
+    Transfer,
+    add_returned,
+    give_back,
+    kept_slabs,
+    make_buffers,
+)
 from ring.interface import QKV, Block, Segments
 from ring.merge import Partial
-from ring.schedule import RingSchedule, Stage, Tile
+from ring.schedule import RingSchedule, Tile
 
 
 class Call(NamedTuple):
@@ -51,11 +59,11 @@ def forward(qkv: QKV, call: Call, *, keep_kv: bool) -> tuple[Partial, Tensor]:
 
     Returns:
         The output in the dtype of ``q`` and the lse in float32 (float64 for float64); and
-        ``[2, R, Hkv, D]``, R = 0 if not kept.
+        the messages of all stages ``[2 R, Hkv, D]``, R = 0 if not kept.
     """
     schedule, block = call.schedule, call.block
-    kept, slabs = make_slabs(qkv.k, schedule, keep=keep_kv)
-    arrivals = Arrivals(qkv.k, qkv.v, schedule, call.cp_group, slabs)
+    kept, buffers = make_buffers(qkv.k, schedule, keep=keep_kv)
+    arrivals = Arrivals(qkv.k, qkv.v, schedule, call.cp_group, buffers)
     local = block.forward_varlen(qkv, _segments(schedule, qkv.q.device), scale=call.scale)
     # Only rows of rectangles are accumulated: in the precision of the lse, rounded once at the end.
     into = [
@@ -69,9 +77,9 @@ def forward(qkv: QKV, call: Call, *, keep_kv: bool) -> tuple[Partial, Tensor]:
             block.forward_into(into[tile.rectangle], part, scale=call.scale)
 
     attend(schedule.own_tiles, qkv.k, qkv.v)
-    for stage, slab in arrivals:
-        k, v = slab
+    for stage, k, v in arrivals:
         attend(stage.tiles, k, v)
+        arrivals.release()
     for rows, partial in zip(schedule.rows, into):
         if partial.output.dtype != local.output.dtype:  # else it is a view
             local.output[slice(*rows)] = partial.output
@@ -93,19 +101,19 @@ def backward(doutput: Tensor, merged: Partial, qkv: QKV, call: Call, kept: Tenso
         kept: likewise; None: keys and values are fetched again.
     """
     schedule, block, wide = call.schedule, call.block, merged.lse.dtype
-    arrivals: Iterable[tuple[Stage, Tensor]]
+    fetched: Arrivals | None = None
     if kept is None:
-        _, slabs = make_slabs(qkv.k, schedule, keep=False)
-        arrivals = Arrivals(qkv.k, qkv.v, schedule, call.cp_group, slabs)
+        _, buffers = make_buffers(qkv.k, schedule, keep=False)
+        fetched = Arrivals(qkv.k, qkv.v, schedule, call.cp_group, buffers)
+        arrivals = iter(fetched)
     else:
-        stages = schedule.stages
-        arrivals = zip(stages, kept.split([stage.tokens for stage in stages], 1))
+        arrivals = kept_slabs(kept, schedule)
     doutput = doutput.contiguous()
     segments = _segments(schedule, qkv.q.device)
     local = block.backward_varlen(doutput, merged, qkv, segments, scale=call.scale)
     dq, dkv = local.q.to(wide), (local.k.to(wide), local.v.to(wide))
 
-    def differentiate(tiles: Iterable[Tile], k: Tensor, v: Tensor, into: DKV) -> None:
+    def differentiate(tiles: Iterable[Tile], k: Tensor, v: Tensor, into: KV) -> None:
         for tile in tiles:
             rows = slice(*schedule.rows[tile.rectangle])
             of_rows = Partial(*(x[rows] for x in merged))
@@ -116,10 +124,11 @@ def backward(doutput: Tensor, merged: Partial, qkv: QKV, call: Call, kept: Tenso
 
     differentiate(schedule.own_tiles, qkv.k, qkv.v, dkv)
     returning: Transfer | None = None
-    for stage, slab in arrivals:
-        dslab = torch.zeros_like(slab, dtype=wide, memory_format=torch.contiguous_format)
-        k, v = slab
+    for stage, k, v in arrivals:
+        dslab = k.new_zeros(2, *k.shape, dtype=wide)
         differentiate(stage.tiles, k, v, dslab)
+        if fetched is not None:
+            fetched.release()
         if returning is not None:
             add_returned(returning, dkv, dslab)
         returning = give_back(stage, dslab, call.cp_group)
@@ -144,7 +153,7 @@ def _of_tile(tile: Tile, q: Tensor, k: Tensor, v: Tensor, schedule: RingSchedule
     return QKV(rows, *(torch.cat([x[slice(*keys)] for keys in tile.keys]) for x in (k, v)))
 
 
-def _scatter_add(tile: Tile, grads: QKV, into: DKV) -> None:
+def _scatter_add(tile: Tile, grads: QKV, into: KV) -> None:
     """Add a tile's dk and dv where :func:`_of_tile` took k and v from."""
     lengths = [keys.tokens for keys in tile.keys]
     for target, gradient in zip(into, (grads.k, grads.v)):

@@ -73,19 +73,22 @@ class Part(NamedTuple):
     tokens: Interval
 
 
+Parts = tuple[Part, ...]  # to or from one rank; joined where one lies right after the other
+
+
 class Exchange(NamedTuple):
     """What one rank sends and receives in one all-to-all-v.
 
     Attributes:
-        sends: in the order of their destination; joined where one lies right after the other.
-        send_tokens: for each rank.
-        receives: in the order of their source; likewise.
-        receive_tokens: for each rank.
+        sends: to each rank.
+        send_tokens: likewise.
+        receives: from each rank.
+        receive_tokens: likewise.
     """
 
-    sends: tuple[Part, ...]
+    sends: tuple[Parts, ...]
     send_tokens: tuple[int, ...]
-    receives: tuple[Part, ...]
+    receives: tuple[Parts, ...]
     receive_tokens: tuple[int, ...]
 
 
@@ -206,18 +209,18 @@ def _stages(traffic: Traffic, rank: int, rectangles: list[Rectangle]) -> tuple[S
 
     def side(
         deliveries: list[Delivery], stage: int, peer: str, slab: _Held
-    ) -> tuple[tuple[Part, ...], tuple[int, ...]]:
+    ) -> tuple[tuple[Parts, ...], tuple[int, ...]]:
         """What goes to, or comes from, each ``peer`` in a stage: where it lies, and how much."""
-        parts: list[Part] = []
+        by_rank: list[list[Part]] = [[] for _ in range(traffic.layout.num_ranks)]
         tokens = [0] * traffic.layout.num_ranks
         for d in _in_order(deliveries, stage, peer):
             tokens[getattr(d, peer)] += d.stop - d.start
-            of_slab = d.owner != rank
+            parts, of_slab = by_rank[getattr(d, peer)], d.owner != rank
             start, stop = (slab if of_slab else own).find(d.start, d.stop)
             if parts and parts[-1].of_slab == of_slab and parts[-1].tokens.stop == start:
                 start = parts.pop().tokens.start
             parts.append(Part(of_slab, Interval(start, stop)))
-        return tuple(parts), tuple(tokens)
+        return tuple(map(tuple, by_rank)), tuple(tokens)
 
     stages = []
     for s, slab in enumerate(slabs[:-1]):

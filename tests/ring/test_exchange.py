@@ -9,12 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.layout import SequenceLayout
+from ring import exchange
 from ring.block import BLOCKS, Block
-from ring.exchange import _packed, make_slabs
-from ring.schedule import plan_ring
+from ring.exchange import give_back, kept_slabs, make_buffers, packed, unpacked
+from ring.schedule import Interval, Part, plan_ring
 from ring.stages import StageRule
 from tests.ranks import run_on_ranks, subgroup
 from tests.ring.cases import (
+    NOTHING_HIDES,
     ORDERS,
     RULES,
     assert_all_equal,
@@ -64,7 +66,7 @@ def test_ranks_start_the_same_exchanges_and_move_what_is_needed(order, rule, kee
     tensors = random_tensors(30, 6, kv_heads, head_dim, torch.bfloat16)
     layout = SequenceLayout(lengths, ranks, order)
     schedules = [plan_ring(layout, rank, True, rule) for rank in range(ranks)]
-    size, count = kv_heads * head_dim, len(schedules[0].stages)
+    size = 2 * kv_heads * head_dim  # k and v of a token
     logs = run_on_ranks(logged_on_world, ranks, tensors, layout, rule, keep_kv=keep_kv)
     for schedule, calls in zip(schedules, logs):
         fetches = [
@@ -76,42 +78,90 @@ def test_ranks_start_the_same_exchanges_and_move_what_is_needed(order, rule, kee
             for stage in schedule.stages
         ]
         backward = [*returns]
-        if not keep_kv:  # the next fetch starts before the gradients of a stage are there
-            backward = [fetches[0]]
-            for fetch, back in zip((*fetches[1:], None), returns):
+        if not keep_kv:  # of a chain one is ahead of the gradients, else two
+            ahead = 1 if schedule.way == "chain" else 2
+            backward = fetches[:ahead]
+            for fetch, back in zip((*fetches[ahead:], *[None] * ahead), returns):
                 backward += [back] if fetch is None else [fetch, back]
-        assert calls == [call for call in (*fetches, *backward) for _ in "kv"]
-        received = sum(call[0] for call in calls[: 2 * count])
-        assert received == 2 * size * schedule.received_tokens
+        assert calls == [*fetches, *backward]  # one for each stage and direction
+        received = sum(call[0] for call in calls[: len(fetches)])
+        assert received == size * schedule.received_tokens
 
 
-def test_what_lies_in_one_piece_is_sent_from_where_it_lies() -> None:
-    k = torch.randn(1000, 2, 4)
-    layout = SequenceLayout((999, 5, 996), 2)  # rank 1 needs one token, the last of rank 0
-    (stage,) = plan_ring(layout, 0, True).stages
-    sent = _packed(stage.fetch.sends, k, k)
-    assert torch.equal(sent, k[999:])
-    assert sent.data_ptr() == k[999:].data_ptr()
-    dslab = torch.randn(2, stage.tokens, 2, 4)
-    for some in plan_ring(SequenceLayout((40,), 5), 3, False).stages:  # of four owners
-        returned = _packed(some.give_back.sends, dslab[0], torch.randn(some.tokens, 2, 4))
-        assert len(returned) == some.tokens
-        assert len(some.give_back.sends) == 1
+def test_a_message_is_all_k_then_all_v_of_a_rank() -> None:
+    k, v = torch.arange(6.0)[:, None, None], 10 + torch.arange(6.0)[:, None, None]
+    slab = (100 + k, 100 + v)
+    sends = (
+        (Part(False, Interval(4, 6)), Part(True, Interval(0, 1))),
+        (),
+        (Part(False, Interval(0, 1)),),
+    )
+    messages = packed(sends, (k, v), slab)
+    assert messages.flatten().tolist() == [4, 5, 100, 14, 15, 110, 0, 10]
+    keys, values = unpacked(messages, (3, 0, 1))
+    assert keys.flatten().tolist() == [4, 5, 100, 0]
+    assert values.flatten().tolist() == [14, 15, 110, 10]
+    assert packed(((), ()), (k, v), slab).shape == (0, 1, 1)
+
+
+def test_what_comes_from_one_rank_is_used_where_it_lies() -> None:
+    messages = torch.randn(8, 2, 4)
+    for tokens in ((0, 4), (4, 0, 0)):
+        k, v = unpacked(messages, tokens)
+        assert torch.equal(torch.cat((k, v)), messages)
+        assert (k.data_ptr(), v.data_ptr()) == (messages.data_ptr(), messages[4:].data_ptr())
+    assert [x.shape for x in unpacked(messages[:0], (0, 0))] == [(0, 2, 4)] * 2
+
+
+def test_gradients_for_one_rank_are_sent_from_where_they_lie() -> None:
+    sent: list[Tensor] = []
+    with patch.object(
+        dist, "all_to_all_single", lambda _, message, *args, **kwargs: sent.append(message)
+    ):
+        for lengths, ranks, views in (((999, 5, 996), 2, True), ((40,), 5, False)):
+            for stage in plan_ring(SequenceLayout(lengths, ranks), ranks - 1, True).stages:
+                dslab = torch.randn(2, stage.tokens, 2, 4)
+                give_back(stage, dslab, None)
+                assert sent[-1].shape == (2 * stage.tokens, 2, 4)
+                assert (sent[-1].data_ptr() == dslab.data_ptr()) is views
+    assert len(sent) == 2
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_stages_take_turns_in_two_buffers(rule: StageRule) -> None:
     k = torch.randn(60, 2, 4)
     schedule = plan_ring(SequenceLayout((300,), 5), 4, True, rule)
-    kept, slabs = make_slabs(k, schedule, keep=False)
-    lengths = [stage.tokens for stage in schedule.stages]
-    assert [slab.shape for slab in slabs] == [(2, n, 2, 4) for n in lengths]
-    assert all(x.is_contiguous() for slab in slabs for x in slab)
+    kept, buffers = make_buffers(k, schedule, keep=False)
+    rows = [2 * stage.tokens for stage in schedule.stages]
+    assert [buffer.shape for buffer in buffers] == [(n, 2, 4) for n in rows]
+    assert all(buffer.is_contiguous() for buffer in buffers)
     assert kept.numel() == 0
-    assert len({slab.data_ptr() for slab in slabs}) == min(2, len(slabs))
-    kept, slabs = make_slabs(k, schedule, keep=True)
-    assert kept.shape == (2, 240, 2, 4)
-    assert len({slab.data_ptr() for slab in slabs}) == len(slabs)
+    assert len({buffer.data_ptr() for buffer in buffers}) == min(2, len(buffers))
+    kept, buffers = make_buffers(k, schedule, keep=True)
+    assert kept.shape == (2 * 240, 2, 4)
+    assert len({buffer.data_ptr() for buffer in buffers}) == len(buffers)
+    kept.normal_()
+    for buffer, (stage, *kv) in zip(buffers, kept_slabs(kept, schedule), strict=True):
+        expected = unpacked(buffer, stage.fetch.receive_tokens)
+        assert all(torch.equal(a, b) for a, b in zip(kv, expected))
+
+
+def test_transfers_get_multiprocessors_before_the_attention() -> None:
+    """What a stream would do; nothing where nothing is sent or received."""
+    asleep: list[int] = []
+    moving, still = (
+        Mock(exchange=Mock(send_tokens=(0, n), receive_tokens=(0, 0)), received=Mock(is_cuda=True))
+        for n in (1, 0)
+    )
+    with patch.object(torch.cuda, "_sleep", asleep.append):
+        exchange.give_way()
+        exchange.give_way(still)
+        assert not asleep
+        exchange.give_way(still, moving)
+        assert asleep == [exchange.HEAD_START_CYCLES]
+        moving.received.is_cuda = still.received.is_cuda = False
+        exchange.give_way(moving, still)
+    assert len(asleep) == 1
 
 
 class RecordingBlock(Block):
@@ -159,26 +209,23 @@ def events_on_world(tensors, layout: SequenceLayout, rule: StageRule, **kwargs) 
     return events
 
 
-def twice(*events: str) -> list[str]:
-    """An exchange is one collective for k and one for v."""
-    return [e for event in events for e in ([event] if event in COMPUTED else [event] * 2)]
-
-
-COMPUTED = ("local", "tile")
-
-
 @pytest.mark.parametrize("keep_kv", [False, True])
-def test_a_stage_travels_under_the_attention_to_the_one_before(keep_kv: bool) -> None:
+def test_transfers_start_as_soon_as_a_buffer_is_free(keep_kv: bool) -> None:
     tensors = random_tensors(16, 2, 1, 4, torch.bfloat16)
-    rule = StageRule(max_stages=2, min_tokens=1, pairs_per_token=10**9, chain_gain=math.inf)
-    forward = twice(
-        *("start kv", "local", "wait kv", "start kv", "tile", "wait kv", "tile"),
-    )
-    fetched = twice(
-        *("start kv", "local", "wait kv", "start kv", "tile", "start dkv"),
-        *("wait kv", "tile", "wait dkv", "start dkv", "wait dkv"),
-    )
-    kept = twice("local", "tile", "start dkv", "tile", "wait dkv", "start dkv", "wait dkv")
+    rule = StageRule(3, 1, NOTHING_HIDES, chain_gain=math.inf)
+    forward = [
+        *("start kv", "start kv", "local", "wait kv", "tile", "start kv"),
+        *("wait kv", "tile", "wait kv", "tile"),
+    ]
+    fetched = [
+        *("start kv", "start kv", "local", "wait kv", "tile", "start kv", "start dkv"),
+        *("wait kv", "tile", "wait dkv", "start dkv", "wait kv", "tile", "wait dkv", "start dkv"),
+        "wait dkv",
+    ]
+    kept = [
+        *("local", "tile", "start dkv", "tile", "wait dkv", "start dkv"),
+        *("tile", "wait dkv", "start dkv", "wait dkv"),
+    ]
     layout = SequenceLayout((16,), 2)
     for rank, events in enumerate(
         run_on_ranks(events_on_world, 2, tensors, layout, rule, keep_kv=keep_kv)
@@ -187,6 +234,18 @@ def test_a_stage_travels_under_the_attention_to_the_one_before(keep_kv: bool) ->
         if rank == 0:  # has nothing to attend to, but takes part
             expected = [event for event in expected if event != "tile"]
         assert events == expected
+
+
+def test_a_link_of_a_chain_starts_when_the_one_before_is_there() -> None:
+    tensors = random_tensors(24, 2, 1, 4, torch.bfloat16)
+    rule = StageRule(2, 1, NOTHING_HIDES, chain_gain=0.0)
+    expected = ["start kv", "local", "wait kv", "start kv", "tile", "wait kv", "tile"]
+    for rank, events in enumerate(
+        run_on_ranks(events_on_world, 3, tensors, SequenceLayout((24,), 3), rule)
+    ):
+        without_tiles = [event for event in expected if event != "tile"]
+        assert [e for e in events[:7] if e != "tile"][:5] == without_tiles
+        assert rank < 2 or events[:7] == expected  # the last rank uses both stages
 
 
 def on_even_ranks(tensors, layout: SequenceLayout) -> list[Tensor] | None:

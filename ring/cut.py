@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ring.interface import QKV, Block, Segments, wide_like
-from ring.merge import Partial, merge_into
+from ring.merge import Accumulator, Partial
 from ring.stages import bucket
 
 MIN_SIDE = 1024  # of a dense tile
@@ -137,16 +137,25 @@ class CutBlock(Block):
             block = self.dense if tiles[0].dense else self.other
             return block.forward(qkv, causal=causal, scale=scale)
         into = Partial(wide_like(qkv.q).zero_(), wide_like(qkv.q[..., 0]).fill_(float("-inf")))
-        self.forward_into(into, qkv, scale=scale)
+        self._merge(into, qkv, scale)
         return into
 
-    def forward_into(self, into: Partial, qkv: QKV, *, scale: float) -> None:
+    def row_cuts(self, rows: int, keys: int) -> tuple[slice, ...]:
+        """Those of the tiles."""
+        return tuple(tile.rows for tile in cut_rectangle(rows, keys))
+
+    def forward_parts(self, qkv: QKV, *, scale: float) -> Iterator[Partial]:
         """Tile by tile, so that each is merged once."""
         for tile in cut_rectangle(len(qkv.q), len(qkv.k)):
             block = self.dense if tile.dense else self.other
             part = QKV(qkv.q[tile.rows], qkv.k[tile.keys], qkv.v[tile.keys])
-            outside = block.forward(part, causal=False, scale=scale)
-            merge_into(Partial(*(x[tile.rows] for x in into)), outside)
+            yield block.forward(part, causal=False, scale=scale)
+
+    def _merge(self, into: Partial, qkv: QKV, scale: float) -> None:
+        """All rows over all keys into what these rows have so far."""
+        accumulator = Accumulator(into, self.row_cuts(len(qkv.q), len(qkv.k)))
+        for partial in self.forward_parts(qkv, scale=scale):
+            accumulator.add(partial)
 
     def backward(
         self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
@@ -171,6 +180,8 @@ class CutBlock(Block):
         local = sort_out(segments.borders, segments.causal)
         if not local.squares:
             return self.other.forward_varlen(qkv, segments, scale=scale)
+        if local.squares == (slice(0, len(qkv.q)),):
+            return self.forward(qkv, causal=segments.causal, scale=scale)
         output = torch.empty_like(qkv.q, memory_format=torch.contiguous_format)
         lse = wide_like(qkv.q[..., 0])
         for rows in local.squares:
@@ -181,9 +192,8 @@ class CutBlock(Block):
             part = QKV(*(x[rows] for x in qkv))
             output[rows], lse[rows] = self.other.forward_varlen(part, stretch, scale=scale)
         for rows, keys in local.rectangles:
-            into = Partial(output[rows].to(lse.dtype), lse[rows])
-            self.forward_into(into, QKV(qkv.q[rows], qkv.k[keys], qkv.v[keys]), scale=scale)
-            output[rows] = into.output
+            part = QKV(qkv.q[rows], qkv.k[keys], qkv.v[keys])
+            self._merge(Partial(output[rows], lse[rows]), part, scale)
         return Partial(output, lse)
 
     def backward_varlen(
@@ -193,6 +203,8 @@ class CutBlock(Block):
         local = sort_out(segments.borders, segments.causal)
         if not local.squares:
             return self.other.backward_varlen(doutput, merged, qkv, segments, scale=scale)
+        if local.squares == (slice(0, len(qkv.q)),):
+            return self.backward(doutput, merged, qkv, causal=segments.causal, scale=scale)
 
         def of(rows: slice, keys: slice) -> tuple[Tensor, Partial, QKV]:
             part = QKV(qkv.q[rows], qkv.k[keys], qkv.v[keys])

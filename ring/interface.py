@@ -11,13 +11,14 @@ all keys: the dq of the blocks add up, dk and dv are final contributions of the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ring.merge import Partial, merge_into
+from ring.merge import Partial
 
 
 class QKV(NamedTuple):
@@ -72,9 +73,13 @@ class Block(ABC):
     ) -> QKV:
         """What these keys contribute to dq, and these rows to dk and dv."""
 
-    def forward_into(self, into: Partial, qkv: QKV, *, scale: float) -> None:
-        """Merge all rows over all keys into what these rows have so far, in place."""
-        merge_into(into, self.forward(qkv, causal=False, scale=scale))
+    def row_cuts(self, rows: int, keys: int) -> tuple[slice, ...]:
+        """Which rows each partial of :meth:`forward_parts` has."""
+        return (slice(0, rows),)
+
+    def forward_parts(self, qkv: QKV, *, scale: float) -> Iterator[Partial]:
+        """All rows over all keys, in partials over disjoint pairs for an ``Accumulator``."""
+        yield self.forward(qkv, causal=False, scale=scale)
 
     def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
         """Each segment over itself."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -47,17 +50,80 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(share_a_TH1 * a.output + share_b_TH1 * b.output, m_TH + total_TH.log())
 
 
-def merge_into(into: Partial, part: Partial) -> None:
-    """:func:`merge` in place: ``into``, float32 or float64, becomes the union.
+def merge_to(out: Partial, a: Partial, b: Partial) -> None:
+    """:func:`merge` into memory, which may be that of ``a``; its output is rounded to its dtype.
 
-    Float32 accumulators on NVIDIA GPUs are changed by one kernel of :mod:`ring.kernels.merge` that
-    reads and writes them once; all others by plain torch.
+    On NVIDIA GPUs with a float32 lse by the kernel of :mod:`ring.kernels.merge`, which reads and
+    writes everything once; else by plain torch.
     """
-    if into.output.is_cuda and into.output.dtype == torch.float32:
+    if out.output.is_cuda and out.lse.dtype == torch.float32:
         from ring.kernels import merge as kernels
 
-        kernels.merge_into(*into, *part)
+        kernels.merge_to(*out, *a, *b)
         return
-    merged = merge(into, part)
-    into.output.copy_(merged.output)
-    into.lse.copy_(merged.lse)
+    merged = merge(a, b)
+    out.output.copy_(merged.output)
+    out.lse.copy_(merged.lse)
+
+
+class Accumulator:
+    """Some rows to which partials over further keys come, one after the other.
+
+    Sums are in the dtype of the lse and are rounded once: a row's first merge reads the output that
+    is there, its last one writes the result in its place. Between them it is in a tensor of sums,
+    which rows with one merge do not need, nor an output in the dtype of the lse.
+
+    Args:
+        rows: what they have so far; changed, complete after the last partial.
+        coming: which of the rows each partial has that will be added, in order.
+    """
+
+    def __init__(self, rows: Partial, coming: Iterable[slice]) -> None:
+        self._rows, self._sums = rows, rows.output
+        self._merges = iter(plan_merges(tuple((some.start, some.stop) for some in coming)))
+
+    def add(self, part: Partial) -> None:
+        """The next partial, of the rows that were said to be its."""
+        (output, lse), dtype = self._rows, self._rows.lse.dtype
+        merges = next(self._merges)
+        for start, stop, first, last in merges:
+            if self._sums.dtype != dtype and not (first and last):
+                self._sums = torch.empty_like(output, dtype=dtype)
+            some = slice(start, stop)
+            a = Partial((output if first else self._sums)[some], lse[some])
+            out = Partial((output if last else self._sums)[some], lse[some])
+            offset = merges[0].start
+            merge_to(out, a, Partial(*(x[start - offset : stop - offset] for x in part)))
+
+
+class Merge(NamedTuple):
+    """Some rows of a partial: whether it is the first or the last one that they get."""
+
+    start: int
+    stop: int
+    first: bool
+    last: bool
+
+
+@lru_cache(maxsize=4096)
+def plan_merges(coming: tuple[tuple[int, int], ...]) -> tuple[tuple[Merge, ...], ...]:
+    """For partials of rows [start, stop), in order, the merges of each: as few as can be.
+
+    Example: of partials of rows 0:4, 4:6 and 0:6 the third is the last one for all rows: one merge.
+    Of 0:4 and 0:6 the second is the last one for 0:4 and the only one for 4:6: two merges.
+    """
+    borders = sorted({border for rows in coming for border in rows})
+    turns = {  # of rows between borders: the partials that they get
+        low: [n for n, (start, stop) in enumerate(coming) if start <= low < stop]
+        for low in borders[:-1]
+    }
+    planned = []
+    for number, (start, stop) in enumerate(coming):
+        merges: list[Merge] = []
+        for low, high in pairwise(border for border in borders if start <= border <= stop):
+            kind = (number == turns[low][0], number == turns[low][-1])
+            if merges and (merges[-1].first, merges[-1].last) == kind:
+                low = merges.pop().start
+            merges.append(Merge(low, high, *kind))
+        planned.append(tuple(merges))
+    return tuple(planned)

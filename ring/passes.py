@@ -2,17 +2,19 @@
 
 Forward::
 
-    start the first transfer
-    local attention; tiles over own keys          } under it
-    for each stage: wait; start the next transfer; tiles over the slab
+    start two transfers
+    local attention; tiles over own keys          } under them
+    for each stage: wait; tiles over the slab; start the transfer of the stage after the next
 
-Backward: the same with gradients. After its tiles the gradients of a slab go on, to the next rank
-of a chain or to their owner, under the tiles of the next stage; what came is added before they go.
+Backward: stages first, own tiles and the local attention last. After its tiles the gradients of a
+slab go on, to the next rank of a chain or to their owner, under the tiles of the next stage, those
+of the last one under the local attention: they are twice the bytes of the keys in 16 bits, whose
+first transfer nothing hides then. What came is added before they go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ from ring.exchange import (
     make_buffers,
 )
 from ring.interface import QKV, Block, Segments
-from ring.merge import Partial
+from ring.merge import Accumulator, Partial
 from ring.schedule import RingSchedule, Tile
 
 
@@ -65,33 +67,47 @@ def forward(qkv: QKV, call: Call, *, keep_kv: bool) -> tuple[Partial, Tensor]:
     kept, buffers = make_buffers(qkv.k, schedule, keep=keep_kv)
     arrivals = Arrivals(qkv.k, qkv.v, schedule, call.cp_group, buffers)
     local = block.forward_varlen(qkv, _segments(schedule, qkv.q.device), scale=call.scale)
+    tiles = (*schedule.own_tiles, *(tile for stage in schedule.stages for tile in stage.tiles))
+
+    def cuts(tile: Tile) -> tuple[slice, ...]:
+        return block.row_cuts(schedule.rows[tile.rectangle].tokens, tile.num_keys)
+
     # Only rows of rectangles are accumulated: in the precision of the lse, rounded once at the end.
     into = [
-        Partial(local.output[slice(*rows)].to(local.lse.dtype), local.lse[slice(*rows)])
-        for rows in schedule.rows
+        Accumulator(
+            Partial(*(x[slice(*rows)] for x in local)),
+            (cut for tile in tiles if tile.rectangle == number for cut in cuts(tile)),
+        )
+        for number, rows in enumerate(schedule.rows)
     ]
 
-    def attend(tiles: Iterable[Tile], k: Tensor, v: Tensor) -> None:
+    def attend(tiles: Sequence[Tile], k: Tensor, v: Tensor, release: Callable[[], None]) -> None:
+        """Merge tiles; ``release`` when all that reads k and v is queued, before the last merge."""
+        left = sum(len(cuts(tile)) for tile in tiles)
+        if not left:
+            release()
         for tile in tiles:
             part = _of_tile(tile, qkv.q, k, v, schedule)
-            block.forward_into(into[tile.rectangle], part, scale=call.scale)
+            for partial in block.forward_parts(part, scale=call.scale):
+                left -= 1
+                if not left:
+                    release()
+                into[tile.rectangle].add(partial)
 
-    attend(schedule.own_tiles, qkv.k, qkv.v)
+    attend(schedule.own_tiles, qkv.k, qkv.v, lambda: None)
     for stage, k, v in arrivals:
-        attend(stage.tiles, k, v)
-        arrivals.release()
-    for rows, partial in zip(schedule.rows, into):
-        if partial.output.dtype != local.output.dtype:  # else it is a view
-            local.output[slice(*rows)] = partial.output
+        attend(stage.tiles, k, v, arrivals.release)
+        del k, v  # the next slab may have to be put together
     return Partial(local.output.to(qkv.q.dtype), local.lse), kept
 
 
 def backward(doutput: Tensor, merged: Partial, qkv: QKV, call: Call, kept: Tensor | None) -> QKV:
     """Gradients to q, k and v of this rank's tokens, in their dtypes.
 
-    Sums are in float32 (float64 for float64) and in a fixed order: own documents, own tiles, then
-    stage by stage what this rank computes (dq) and what comes back, rank by rank (dk and dv). A
-    kernel's contributions come rounded to its own dtype.
+    Sums are in float32 (float64 for float64), rounded once, and in a fixed order. To dq: tiles
+    stage by stage, own tiles, own documents. To dk and dv: what comes back from each stage but the
+    last, rank by rank, own tiles, what comes back from the last, own documents. A kernel's
+    contributions come rounded to its own dtype.
 
     Args:
         doutput: ``[T, Hq, D]``.
@@ -109,9 +125,9 @@ def backward(doutput: Tensor, merged: Partial, qkv: QKV, call: Call, kept: Tenso
     else:
         arrivals = kept_slabs(kept, schedule)
     doutput = doutput.contiguous()
-    segments = _segments(schedule, qkv.q.device)
-    local = block.backward_varlen(doutput, merged, qkv, segments, scale=call.scale)
-    dq, dkv = local.q.to(wide), (local.k.to(wide), local.v.to(wide))
+    dq: list[Tensor | None] = [None] * len(schedule.rows)
+    across = bool(schedule.own_tiles or schedule.stages)
+    dkv = qkv.k.new_zeros(2, len(qkv.k) if across else 0, *qkv.k.shape[1:], dtype=wide)
 
     def differentiate(tiles: Iterable[Tile], k: Tensor, v: Tensor, into: KV) -> None:
         for tile in tiles:
@@ -119,22 +135,33 @@ def backward(doutput: Tensor, merged: Partial, qkv: QKV, call: Call, kept: Tenso
             of_rows = Partial(*(x[rows] for x in merged))
             part = _of_tile(tile, qkv.q, k, v, schedule)
             outside = block.backward(doutput[rows], of_rows, part, causal=False, scale=call.scale)
-            dq[rows] += outside.q
+            so_far = dq[tile.rectangle]  # of one tile it is what the kernel returned
+            dq[tile.rectangle] = outside.q if so_far is None else so_far.to(wide).add_(outside.q)
             _scatter_add(tile, outside, into)
 
-    differentiate(schedule.own_tiles, qkv.k, qkv.v, dkv)
     returning: Transfer | None = None
     for stage, k, v in arrivals:
         dslab = k.new_zeros(2, *k.shape, dtype=wide)
         differentiate(stage.tiles, k, v, dslab)
+        del k, v
         if fetched is not None:
             fetched.release()
         if returning is not None:
             add_returned(returning, dkv, dslab)
         returning = give_back(stage, dslab, call.cp_group)
+    differentiate(schedule.own_tiles, qkv.k, qkv.v, dkv)
+    segments = _segments(schedule, qkv.q.device)
+    local = block.backward_varlen(doutput, merged, qkv, segments, scale=call.scale)
     if returning is not None:
         add_returned(returning, dkv, dkv)  # there is no next slab, and nothing for one
-    return QKV(dq.to(qkv.q.dtype), *(x.to(qkv.k.dtype) for x in dkv))
+    # In place, computed in the wider dtype of the two.
+    for rows, outside_q in zip(schedule.rows, dq):
+        if outside_q is not None:
+            local.q[slice(*rows)] += outside_q
+    if across:
+        for gradient, outside in zip((local.k, local.v), dkv):
+            gradient += outside
+    return QKV(*(x.to(y.dtype) for x, y in zip(local, qkv)))
 
 
 def _segments(schedule: RingSchedule, device: torch.device) -> Segments:

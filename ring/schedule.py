@@ -60,6 +60,11 @@ class Tile(NamedTuple):
     rectangle: int
     keys: tuple[Interval, ...]
 
+    @property
+    def num_keys(self) -> int:
+        """How many."""
+        return sum(interval.tokens for interval in self.keys)
+
 
 class Part(NamedTuple):
     """Where tokens of an exchange lie.

@@ -20,7 +20,7 @@ from lasp.kernels import tuning
 from lasp.layers import norm_gate, silu_split
 from moe_parallel.permute import permute, row_order, unpermute
 from moe_parallel.swiglu import swiglu, swiglu_backward
-from ring.kernels.merge import merge_into
+from ring.kernels.merge import merge_to
 from tests.lasp.cases import Case, attend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there with TRITON_INTERPRET=1
@@ -72,7 +72,9 @@ def experts() -> None:
 def merging() -> None:
     """Parts of softmax attention."""
     outputs, lses = torch.randn(2, 11, 3, 96, device=DEVICE), torch.randn(2, 11, 3, device=DEVICE)
-    merge_into(outputs[0], lses[0], outputs[1], lses[1])
+    narrow, lse = outputs[0].bfloat16(), lses[0].clone()
+    merge_to(narrow, lse, narrow, lse, outputs[1], lses[1])  # in place, rounded
+    merge_to(outputs[0], lses[0], narrow, lse, outputs[1], lses[1])
 
 
 def run_all() -> None:

@@ -1,4 +1,4 @@
-"""Adding a partial of attention to an accumulator: output and log-sum-exp in one pass.
+"""Merging two partials of attention: outputs and log-sum-exps in one pass.
 
 One program merges BLOCK (row, head) pairs of D columns. With m = max(lse_a, lse_b)::
 
@@ -19,65 +19,79 @@ from torch import Tensor
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def merge_kernel(
-    into_output,  # [T, H, D] float32, any strides of rows and heads; changed
-    into_lse,  # [T, H] float32, any strides; changed
-    output,  # [T, H, D], any dtype, any strides of rows and heads
-    lse,  # [T, H] float32, any strides
+    out,  # [T, H, D], any float dtype, any strides of rows and heads; written
+    lse_out,  # [T, H] float32, any strides; written
+    a,  # [T, H, D], like out; may be the same memory
+    lse_a,  # [T, H], like lse_out; may be the same memory
+    b,  # likewise
+    lse_b,
     num_pairs,  # T * H
     num_heads,
-    into_stride_t,
-    into_stride_h,
-    into_lse_stride_t,
-    into_lse_stride_h,
-    stride_t,
-    stride_h,
-    lse_stride_t,
-    lse_stride_h,
+    out_stride_t,
+    out_stride_h,
+    lse_out_stride_t,
+    lse_out_stride_h,
+    a_stride_t,
+    a_stride_h,
+    lse_a_stride_t,
+    lse_a_stride_h,
+    b_stride_t,
+    b_stride_h,
+    lse_b_stride_t,
+    lse_b_stride_h,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program a block of pairs."""
+    """One program a block of pairs, in float32; rounded when it is written."""
     pairs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pairs < num_pairs
     rows, heads = (pairs // num_heads).to(tl.int64), (pairs % num_heads).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (cols < D)[None, :]
 
-    into_lse += rows * into_lse_stride_t + heads * into_lse_stride_h
-    lse += rows * lse_stride_t + heads * lse_stride_h
-    lse_a = tl.load(into_lse, mask=inside, other=float("-inf"))
-    lse_b = tl.load(lse, mask=inside, other=float("-inf"))
-    m = tl.maximum(lse_a, lse_b)
+    lse_a += rows * lse_a_stride_t + heads * lse_a_stride_h
+    lse_b += rows * lse_b_stride_t + heads * lse_b_stride_h
+    value_a = tl.load(lse_a, mask=inside, other=float("-inf"))
+    value_b = tl.load(lse_b, mask=inside, other=float("-inf"))
+    m = tl.maximum(value_a, value_b)
     m = tl.where(m == float("-inf"), 0.0, m)
-    weight_a, weight_b = tl.exp(lse_a - m), tl.exp(lse_b - m)
+    weight_a, weight_b = tl.exp(value_a - m), tl.exp(value_b - m)
     total = weight_a + weight_b
     share_a, share_b = weight_a / tl.maximum(total, 1.0), weight_b / tl.maximum(total, 1.0)
 
-    into_output += (rows * into_stride_t + heads * into_stride_h)[:, None] + cols[None, :]
-    output += (rows * stride_t + heads * stride_h)[:, None] + cols[None, :]
-    a = tl.load(into_output, mask=mask, other=0.0)
-    b = tl.load(output, mask=mask, other=0.0).to(tl.float32)
-    tl.store(into_output, share_a[:, None] * a + share_b[:, None] * b, mask=mask)
-    tl.store(into_lse, m + tl.log(total), mask=inside)
+    a += (rows * a_stride_t + heads * a_stride_h)[:, None] + cols[None, :]
+    b += (rows * b_stride_t + heads * b_stride_h)[:, None] + cols[None, :]
+    merged = share_a[:, None] * tl.load(a, mask=mask, other=0.0).to(tl.float32)
+    merged += share_b[:, None] * tl.load(b, mask=mask, other=0.0).to(tl.float32)
+    out += (rows * out_stride_t + heads * out_stride_h)[:, None] + cols[None, :]
+    lse_out += rows * lse_out_stride_t + heads * lse_out_stride_h
+    tl.store(out, merged.to(out.dtype.element_ty), mask=mask)
+    tl.store(lse_out, m + tl.log(total), mask=inside)
 
 
-def merge_into(into_output: Tensor, into_lse: Tensor, output: Tensor, lse: Tensor) -> None:
+def merge_to(
+    out: Tensor, lse_out: Tensor, a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor
+) -> None:
     """Launch on the current stream of their device; tensors as those of the kernel.
 
     Raises:
         ValueError: if the last dim of an output is not contiguous.
     """
-    if into_output.stride(-1) != 1 or output.stride(-1) != 1:
+    if any(x.stride(-1) != 1 for x in (out, a, b)):
         raise ValueError(
-            "the last dim of both outputs must be contiguous, got strides"
-            f" {into_output.stride()} and {output.stride()}: copy them with .contiguous()"
+            "the last dim of all outputs must be contiguous, got strides"
+            f" {out.stride()}, {a.stride()} and {b.stride()}: copy them with .contiguous()"
         )
-    tokens, num_heads, head_dim = output.shape
+    tokens, num_heads, head_dim = out.shape
+    strides = (
+        stride
+        for x, lse in ((out, lse_out), (a, lse_a), (b, lse_b))
+        for stride in (*x.stride()[:2], *lse.stride())
+    )
     block = 8  # of 128 columns: 8 elements a thread
-    with torch.cuda.device_of(output):
+    with torch.cuda.device_of(out):
         merge_kernel[(triton.cdiv(tokens * num_heads, block),)](
-            into_output, into_lse, output, lse, tokens * num_heads, num_heads,
-            *into_output.stride()[:2], *into_lse.stride(), *output.stride()[:2], *lse.stride(),
+            out, lse_out, a, lse_a, b, lse_b, tokens * num_heads, num_heads, *strides,
             D=head_dim, BLOCK=block, BLOCK_D=triton.next_power_of_2(head_dim),
         )  # fmt: skip

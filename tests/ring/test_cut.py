@@ -140,6 +140,20 @@ def test_a_long_fragment_is_square_square_and_rest() -> None:
     )
 
 
+def test_one_square_is_not_copied() -> None:
+    """Results of the kernel as they are, and in its dtype."""
+    q, k, v, doutput = random_tensors(16, 2, 1, 4, torch.bfloat16)
+    qkv, segments = QKV(q, k, v), Segments((0, 16), torch.tensor([0, 16], dtype=torch.int32), True)
+    block, dense, _ = make_block()
+    partial = BLOCKS["cpu_flash"].forward(qkv, causal=True, scale=1.0)
+    with (
+        patch.object(dense, "forward", lambda *args, **kwargs: partial),
+        patch.object(dense, "backward", lambda *args, **kwargs: qkv),
+    ):
+        assert block.forward_varlen(qkv, segments, scale=1.0) is partial
+        assert block.backward_varlen(doutput, partial, qkv, segments, scale=1.0) is qkv
+
+
 def test_short_segments_are_one_varlen_call() -> None:
     calls = []
     block, _, other = make_block()

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lasp.layout import SequenceLayout
 from ring import exchange
-from ring.block import BLOCKS, Block
+from ring.block import BLOCKS, QKV, Block
 from ring.exchange import give_back, kept_slabs, make_buffers, packed, unpacked
+from ring.merge import Accumulator
+from ring.passes import Call, forward
 from ring.schedule import Interval, Part, plan_ring
 from ring.stages import StageRule
 from tests.ranks import run_on_ranks, subgroup
@@ -164,6 +166,27 @@ def test_transfers_get_multiprocessors_before_the_attention() -> None:
     assert len(asleep) == 1
 
 
+def test_a_transfer_starts_before_the_last_merge_of_a_stage() -> None:
+    """Its kernel finds multiprocessors under a merge, but not under the next attention."""
+    events: list[str] = []
+    q, k, v, _ = random_tensors(8, 2, 1, 4, torch.float32)
+    rule = StageRule(3, 1, NOTHING_HIDES, chain_gain=math.inf)
+    schedule = plan_ring(SequenceLayout((16,), 2), 1, True, rule)
+    call = Call(schedule, None, RecordingBlock(events), 1.0)
+
+    def started(received: Tensor, *args, **kwargs):
+        received.zero_()
+        events.append("start")
+        return Mock()
+
+    with (
+        patch.object(dist, "all_to_all_single", started),
+        patch.object(Accumulator, "add", lambda *_: events.append("merge")),
+    ):
+        forward(QKV(q, k, v), call, keep_kv=False)
+    assert events == ["start", "start", "local", "tile", "start", "merge", *["tile", "merge"] * 2]
+
+
 class RecordingBlock(Block):
     """The eager block, noting when it starts."""
 
@@ -217,14 +240,15 @@ def test_transfers_start_as_soon_as_a_buffer_is_free(keep_kv: bool) -> None:
         *("start kv", "start kv", "local", "wait kv", "tile", "start kv"),
         *("wait kv", "tile", "wait kv", "tile"),
     ]
+    # The last gradients go back under the local attention.
     fetched = [
-        *("start kv", "start kv", "local", "wait kv", "tile", "start kv", "start dkv"),
+        *("start kv", "start kv", "wait kv", "tile", "start kv", "start dkv"),
         *("wait kv", "tile", "wait dkv", "start dkv", "wait kv", "tile", "wait dkv", "start dkv"),
-        "wait dkv",
+        *("local", "wait dkv"),
     ]
     kept = [
-        *("local", "tile", "start dkv", "tile", "wait dkv", "start dkv"),
-        *("tile", "wait dkv", "start dkv", "wait dkv"),
+        *("tile", "start dkv", "tile", "wait dkv", "start dkv"),
+        *("tile", "wait dkv", "start dkv", "local", "wait dkv"),
     ]
     layout = SequenceLayout((16,), 2)
     for rank, events in enumerate(

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from ring.merge import Partial, merge, merge_into
+from ring.merge import Accumulator, Partial, merge, merge_to, plan_merges
 from ring.reference import dense_attention
 from tests.closeness import assert_equal_to_rounding
 from tests.ring.cases import random_tensors
 
 INFINITY = float("inf")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # The kernel runs in the interpreter where there is no GPU.
@@ -70,21 +72,105 @@ def test_16_bit_outputs_are_merged_in_the_precision_of_the_lse() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_merging_in_place(dtype: torch.dtype) -> None:
-    into = Partial(torch.randn(5, 2, 8, dtype=dtype), torch.randn(5, 2, dtype=dtype))
+@pytest.mark.parametrize("of_output", [torch.bfloat16, torch.float32])
+def test_merging_in_place(dtype: torch.dtype, of_output: torch.dtype) -> None:
+    into = Partial(torch.randn(5, 2, 8).to(of_output), torch.randn(5, 2, dtype=dtype))
     part = Partial(torch.randn(5, 2, 8).bfloat16(), torch.randn(5, 2, dtype=dtype))
     expected = merge(into, part)
-    merge_into(into, part)
-    assert torch.equal(into.output, expected.output)
+    merge_to(into, into, part)
+    assert torch.equal(into.output, expected.output.to(of_output))
     assert torch.equal(into.lse, expected.lse)
 
 
-def merged_by_kernel(into: Partial, part: Partial) -> Partial:
-    from ring.kernels.merge import merge_into
+# ---- several partials, some of the rows each -------------------------------------------------
 
-    into = Partial(*(x.to(DEVICE).clone(memory_format=torch.preserve_format) for x in into))
-    merge_into(*into, *(x.to(DEVICE) for x in part))
-    return Partial(*(x.cpu() for x in into))
+COMING = (
+    ((0, 7),),  # first and last
+    ((0, 7), (0, 7)),  # first; last
+    ((0, 7), (0, 7), (0, 7), (0, 7)),  # first, between, last
+    ((0, 4), (4, 6), (0, 4), (4, 6), (6, 7)),  # tiles of a rectangle and the rest of its rows
+    ((0, 4), (0, 7)),  # the second is the last for some and the only one for others
+    ((2, 5), (0, 7), (1, 3), (6, 7)),
+    (),
+)
+
+
+@pytest.mark.parametrize("coming", COMING)
+def test_each_row_has_one_first_and_one_last_merge(coming) -> None:
+    planned = plan_merges(coming)
+    assert [(some[0].start, some[-1].stop) for some in planned] == list(coming)
+    for row in range(7):
+        kinds = [
+            (merge.first, merge.last)
+            for some in planned
+            for merge in some
+            if merge.start <= row < merge.stop
+        ]
+        assert len(kinds) == sum(start <= row < stop for start, stop in coming)
+        assert [first for first, _ in kinds] == [n == 0 for n in range(len(kinds))]
+        assert [last for _, last in kinds] == [n == len(kinds) - 1 for n in range(len(kinds))]
+
+
+def test_merges_are_as_few_as_can_be() -> None:
+    counts = [[len(some) for some in plan_merges(coming)] for coming in COMING]
+    assert counts == [[1], [1, 1], [1] * 4, [1] * 5, [1, 2], [1, 6, 1, 1], []]
+
+
+def random_partial(rows: int, output: torch.dtype, lse: torch.dtype) -> Partial:
+    """Rows 0, 3 and 5 without keys at random."""
+    some = Partial(torch.randn(rows, 2, 8).to(output), 5 * torch.randn(rows, 2).to(lse))
+    for row in range(0, rows, 3):
+        if torch.rand(()) < 0.5:
+            some.output[row], some.lse[row] = 0, -INFINITY
+    return some
+
+
+@pytest.mark.parametrize("coming", COMING)
+@pytest.mark.parametrize(
+    ("output", "lse"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_sums_are_wide_and_rounded_once(coming, output, lse) -> None:
+    local = random_partial(7, output, lse)
+    parts = [random_partial(stop - start, output, lse) for start, stop in coming]
+    expected = Partial(local.output.to(lse), local.lse.clone())
+    for (start, stop), part in zip(coming, parts):
+        merged = merge(Partial(*(x[start:stop] for x in expected)), part)
+        expected.output[start:stop], expected.lse[start:stop] = merged
+    accumulator = Accumulator(local, [slice(*rows) for rows in coming])
+    for part in parts:
+        accumulator.add(part)
+    assert torch.equal(local.output, expected.output.to(output))
+    assert torch.equal(local.lse, expected.lse)
+
+
+def test_one_partial_needs_no_memory_for_sums() -> None:
+    local, *parts = (random_partial(7, torch.bfloat16, torch.float32) for _ in range(3))
+    with patch.object(torch, "empty_like", side_effect=AssertionError("sums")):
+        Accumulator(local, [slice(0, 7)]).add(parts[0])
+        with pytest.raises(AssertionError, match="sums"):
+            Accumulator(local, [slice(0, 7)] * 2).add(parts[1])
+
+
+def merged_by_kernel(
+    a: Partial, b: Partial, output: torch.dtype = torch.float32, *, in_place: bool = False
+) -> Partial:
+    from ring.kernels.merge import merge_to
+
+    a, b = (
+        Partial(*(x.to(DEVICE).clone(memory_format=torch.preserve_format) for x in some))
+        for some in (a, b)
+    )
+    out = a
+    if not in_place:
+        out = Partial(torch.empty_like(a.output, dtype=output), torch.empty_like(a.lse))
+    merge_to(*out, *a, *b)
+    return Partial(*(x.cpu() for x in out))
 
 
 @NEEDS_TRITON
@@ -97,16 +183,23 @@ class TestKernel:
         assert_equal_to_rounding(output, torch.tensor([[[1.0, 6.0]]]), tolerance=1e-6)
         assert_equal_to_rounding(lse, torch.tensor([[4.0]]).log(), tolerance=1e-6)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("of_a", DTYPES)
+    @pytest.mark.parametrize("of_b", DTYPES)
+    @pytest.mark.parametrize("of_out", DTYPES)
     @pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(1, 1, 8), (7, 3, 24), (33, 2, 64)])
-    def test_is_the_merge_in_place(self, dtype, tokens, heads, head_dim) -> None:
-        into = Partial(torch.randn(tokens, heads, head_dim), 5 * torch.randn(tokens, heads))
-        part = Partial(
-            torch.randn(tokens, heads, head_dim).to(dtype), 5 * torch.randn(tokens, heads)
+    def test_is_the_merge_rounded_once(self, of_a, of_b, of_out, tokens, heads, head_dim) -> None:
+        a, b = (
+            Partial(torch.randn(tokens, heads, head_dim).to(dtype), 5 * torch.randn(tokens, heads))
+            for dtype in (of_a, of_b)
         )
-        merged, expected = merged_by_kernel(into, part), merge(into, part)
-        assert_equal_to_rounding(merged.output, expected.output, tolerance=1e-6)
+        merged, expected = merged_by_kernel(a, b, of_out), merge(a, b)
+        assert merged.output.dtype == of_out
+        rounding = max(torch.finfo(of_out).eps, 1e-6)  # to the other side, where exp differs
+        assert_equal_to_rounding(merged.output.float(), expected.output, tolerance=rounding)
         assert_equal_to_rounding(merged.lse, expected.lse, tolerance=1e-6)
+        if of_a == of_out:
+            for x, y in zip(merged_by_kernel(a, b, in_place=True), merged):
+                assert torch.equal(x, y)
 
     def test_strided_views(self) -> None:
         """Rows of a longer output, an lse with heads first, a part with heads first."""
@@ -115,9 +208,10 @@ class TestKernel:
         expected = merge(Partial(whole[2:6], lse_HT.T[2:6]), part)
         whole_before, lse_before = whole.clone(), lse_HT.clone()
         whole, lse_HT = whole.to(DEVICE), lse_HT.to(DEVICE)
-        from ring.kernels.merge import merge_into
+        from ring.kernels.merge import merge_to
 
-        merge_into(whole[2:6], lse_HT.T[2:6], *(x.to(DEVICE) for x in part))
+        into = (whole[2:6], lse_HT.T[2:6])
+        merge_to(*into, *into, *(x.to(DEVICE) for x in part))
         whole, lse_HT = whole.cpu(), lse_HT.cpu()
         assert_equal_to_rounding(whole[2:6], expected.output, tolerance=1e-6)
         assert_equal_to_rounding(lse_HT.T[2:6], expected.lse, tolerance=1e-6)
@@ -136,7 +230,7 @@ class TestKernel:
 
     def test_columns_must_be_contiguous(self) -> None:
         part = Partial(torch.randn(4, 8, 2).mT, torch.randn(4, 2))
-        with pytest.raises(ValueError, match="last dim of both outputs must be contiguous"):
+        with pytest.raises(ValueError, match="last dim of all outputs must be contiguous"):
             merged_by_kernel(Partial(torch.randn(4, 2, 8), torch.randn(4, 2)), part)
 
     @pytest.mark.gpu
@@ -147,5 +241,5 @@ class TestKernel:
             torch.zeros(tokens, heads, device="cuda"),
         )
         part = Partial(torch.ones_like(into.output, dtype=torch.bfloat16), into.lse.clone())
-        merge_into(into, part)
+        merge_to(into, into, part)
         assert bool((into.output == 0.5).all())

@@ -69,12 +69,12 @@ def ring_attention(  # the operator: its arguments are its documentation
     with ``eager`` and ``cpu_flash``, and with ``flash`` under
     ``torch.use_deterministic_algorithms(True)``. Saved for it: q, k, v, output and lse.
 
-    Communication: in 1 to 4 stages, each under the attention to what came before. Forward: every
+    Communication: in 1 to 4 stages, under the attention to what came before. Forward: every
     rank receives the keys and values that its rows need from others, each once: ``2 R Hkv D``
     elements, R = ``plan_ring(layout, rank, causal).received_tokens``. Backward: the same again
     unless ``keep_kv``, and as many gradients in float32, which end at the ranks that hold the keys.
-    None at all, on any rank, if no document needs it. In memory at once: two stages of keys and
-    values, in the backward of their gradients too.
+    One all-to-all a stage, and none at all, on any rank, if no document needs it. In memory at
+    once: two stages of keys and values, in the backward of their gradients too.
 
     Compilation: two operators, ``torch.ops.ring.attention`` and ``attention_backward``; one graph
     is good for every pack of as many tokens. Checkpointing: see docs/ring.md for how output and lse

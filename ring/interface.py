@@ -53,8 +53,8 @@ class Block(ABC):
     """A kind of kernel.
 
     Query head h reads key head h // (Hq / Hkv). The lse is a natural log in float32 (float64 for
-    float64); outputs and gradients come in the dtype of q or wider. Never call it with zero rows
-    or zero keys: some kernels fault on them.
+    float64); outputs and gradients come in the dtype of q or wider, in memory of their own: callers
+    add to it. Never call it with zero rows or zero keys: some kernels fault on them.
     """
 
     name: str

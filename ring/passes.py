@@ -135,7 +135,7 @@ def backward(doutput: Tensor, merged: Partial, qkv: QKV, call: Call, kept: Tenso
             of_rows = Partial(*(x[rows] for x in merged))
             part = _of_tile(tile, qkv.q, k, v, schedule)
             outside = block.backward(doutput[rows], of_rows, part, causal=False, scale=call.scale)
-            so_far = dq[tile.rectangle]  # of one tile it is what the kernel returned
+            so_far = dq[tile.rectangle]  # of one tile it stays what the kernel returned
             dq[tile.rectangle] = outside.q if so_far is None else so_far.to(wide).add_(outside.q)
             _scatter_add(tile, outside, into)
 
@@ -154,14 +154,18 @@ def backward(doutput: Tensor, merged: Partial, qkv: QKV, call: Call, kept: Tenso
     local = block.backward_varlen(doutput, merged, qkv, segments, scale=call.scale)
     if returning is not None:
         add_returned(returning, dkv, dkv)  # there is no next slab, and nothing for one
-    # In place, computed in the wider dtype of the two.
     for rows, outside_q in zip(schedule.rows, dq):
-        if outside_q is not None:
-            local.q[slice(*rows)] += outside_q
+        _add_once(local.q[slice(*rows)], outside_q)
     if across:
-        for gradient, outside in zip((local.k, local.v), dkv):
-            gradient += outside
+        _add_once(local.k, dkv[0])
+        _add_once(local.v, dkv[1])
     return QKV(*(x.to(y.dtype) for x, y in zip(local, qkv)))
+
+
+def _add_once(into: Tensor, outside: Tensor | None) -> None:
+    """Add in place, in the wider dtype of the two, and round to that of ``into``."""
+    if outside is not None:
+        into += outside
 
 
 def _segments(schedule: RingSchedule, device: torch.device) -> Segments:

@@ -262,14 +262,14 @@ def test_transfers_start_as_soon_as_a_buffer_is_free(keep_kv: bool) -> None:
 
 def test_a_link_of_a_chain_starts_when_the_one_before_is_there() -> None:
     tensors = random_tensors(24, 2, 1, 4, torch.bfloat16)
-    rule = StageRule(2, 1, NOTHING_HIDES, chain_gain=0.0)
-    expected = ["start kv", "local", "wait kv", "start kv", "tile", "wait kv", "tile"]
-    for rank, events in enumerate(
-        run_on_ranks(events_on_world, 3, tensors, SequenceLayout((24,), 3), rule)
-    ):
-        without_tiles = [event for event in expected if event != "tile"]
-        assert [e for e in events[:7] if e != "tile"][:5] == without_tiles
-        assert rank < 2 or events[:7] == expected  # the last rank uses both stages
+    rule = StageRule(3, 1, NOTHING_HIDES, chain_gain=0.0)
+    stage = ("wait kv", "start kv", "tile")
+    expected = ["start kv", "local", *stage, *stage, "wait kv", "tile"]
+    results = run_on_ranks(events_on_world, 4, tensors, SequenceLayout((24,), 4), rule)
+    assert results[3][: len(expected)] == expected  # the last rank has tiles in all stages
+    transfers = [event for event in expected if event != "tile"]
+    for events in results[:3]:
+        assert [event for event in events if event != "tile"][: len(transfers)] == transfers
 
 
 def on_even_ranks(tensors, layout: SequenceLayout) -> list[Tensor] | None:

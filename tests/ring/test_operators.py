@@ -39,8 +39,8 @@ def test_operators_are_well_registered(dtype: torch.dtype, keep_kv: bool) -> Non
     torch.library.opcheck(torch.ops.ring.attention_backward.default, arguments)
 
 
-def loss(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, group: Any = None) -> Tensor:
-    output, lse = ring_attention(q, k, v, layout=layout, cp_group=group)
+def loss(q: Tensor, k: Tensor, v: Tensor, layout, group: Any = None, keep_kv=False) -> Tensor:
+    output, lse = ring_attention(q, k, v, layout=layout, cp_group=group, keep_kv=keep_kv)
     return output.square().sum() + 0 * lse.sum()
 
 
@@ -70,17 +70,18 @@ def test_one_graph_for_every_pack() -> None:
     assert len(graphs) == 3  # of the first sizes, of any, and of one document
 
 
-def compiled_on_world(tensors, lengths) -> bool:
+def compiled_on_world(tensors, lengths, keep_kv: bool) -> bool:
     layout, rank = SequenceLayout(lengths, 2, "zigzag"), dist.get_rank()
     inputs = [layout.shard(x, rank).detach().requires_grad_() for x in tensors]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    group = dist.group.WORLD
-    results = [loss_and_gradients(f, inputs, layout, group) for f in (compiled, loss)]
+    where = (layout, dist.group.WORLD, keep_kv)
+    results = [loss_and_gradients(f, inputs, *where) for f in (compiled, loss)]
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_one_graph_over_ranks() -> None:
-    assert all(run_on_ranks(compiled_on_world, 2, make_inputs_detached(20), (13, 7)))
+@pytest.mark.parametrize("keep_kv", [False, True])
+def test_one_graph_over_ranks(keep_kv: bool) -> None:
+    assert all(run_on_ranks(compiled_on_world, 2, make_inputs_detached(20), (13, 7), keep_kv))
 
 
 def make_inputs_detached(tokens: int) -> list[Tensor]:

@@ -4,7 +4,7 @@ Every rank holds the same number of tokens. ``local`` is the same rank's kernels
 fragments as documents of their own, no communication; it is the bound of the other rows. Peers are
 those of ``benchmarks.lasp_peers``, with our kernels.
 
-A sample is: flush the L2 cache for about a millisecond, in which the host runs ahead as it does in
+A sample is: flush the L2 cache for about 5 milliseconds, in which the host runs ahead as it does in
 training, an all-reduce of one number as a barrier on the device, then the call between two events.
 Calls take turns. Each sample counts as the slowest rank; p20, p50 and p80 are over samples. Bytes
 are counted at the collectives of the slowest rank in one call. ``exchange_ms`` is the exchange
@@ -49,7 +49,7 @@ from lasp import lightning_attention
 from lasp.call import Call, start
 from lasp.flow import flow_of
 
-FLUSHES = 16
+FLUSHES = 64
 
 
 class Timed(NamedTuple):

@@ -27,7 +27,7 @@ from lasp.call import (
 from lasp.decay import rates_by_value
 from lasp.flow import Flow
 from lasp.segments import Plan, plan_of, reaches_of
-from lasp.streams import later_stream
+from lasp.streams import give_way, later_stream
 
 
 def forward(
@@ -50,7 +50,10 @@ def forward(
         given=given, result=final_state, scale=call.scale,
     )  # fmt: skip
     ahead = plan.num_ahead(max(reaches_of(call.rates, call.state_eps)))
-    output, incoming = _under_exchange(compute, wait, ahead, len(plan.segments), q.device)
+    exchanging = plan.flow.num_slots > 0
+    output, incoming = _under_exchange(
+        compute, wait, ahead, len(plan.segments), exchanging, q.device
+    )
     return (
         rows_of_heads(output, like),
         states.new_empty(0) if final_state is None else states_of_rows(final_state, like),
@@ -64,6 +67,7 @@ def _under_exchange(
     wait: Callable[[], Tensor | None],
     ahead: int,
     num_segments: int,
+    exchanging: bool,
     device: torch.device,
 ) -> tuple[Tensor, Tensor | None]:
     """The output and the received states: ``ahead`` segments at once, the others after the wait.
@@ -74,6 +78,8 @@ def _under_exchange(
     if ahead == 0:
         incoming = wait()
         return compute(incoming=incoming), incoming
+    if exchanging:
+        give_way(device)
     if ahead == num_segments:
         return compute(incoming=None), wait()
     with later_stream(device) as later:

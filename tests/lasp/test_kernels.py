@@ -206,7 +206,7 @@ def test_segments_that_need_no_received_state_are_ahead_of_the_wait(ahead: int, 
         assert (out is None) == (rows.start in (None, 0))
         return "output"
 
-    results = _under_exchange(compute, wait, ahead, 5, torch.device("cpu"))
+    results = _under_exchange(compute, wait, ahead, 5, True, torch.device("cpu"))
     assert results == ("output", "received")
     assert queued == order
 

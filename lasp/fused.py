@@ -1,16 +1,14 @@
 """``lightning_attention(impl="triton")``: the schedule of the kernels.
 
 The same passes as the eager function in ``lasp.attention``, but in the forward pass the output
-starts from the received states: a second pass over the output, to add their part, would cost more
-than the exchange it hides. Segments that lie farther from the border than a received state matters
-do not wait for it: the exchange is hidden under those. The backward hides the exchange of gradients
+waits for the exchange and starts from the received states: a second pass over the output, to add
+their part, would cost more than the exchange it hides. The backward hides the exchange of gradients
 under dq, which needs only states of the forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +25,6 @@ from lasp.call import (
 from lasp.decay import rates_by_value
 from lasp.flow import Flow
 from lasp.segments import Plan, plan_of, reaches_of
-from lasp.streams import give_way, later_stream
 
 
 def forward(
@@ -41,53 +38,20 @@ def forward(
     states, outgoing = launch.run_states(
         k, v, rates, plan, reaches_of(call.rates, call.state_eps), given=given, scale=1.0
     )
-    wait = _start(outgoing, rates, plan.flow, call)
+    incoming = _start(outgoing, rates, plan.flow, call)()
     final_state = None
     if call.with_final_state:
         final_state = _results(q, v, plan.flow.num_documents, given, plan.flow.empty_documents)
-    compute = partial(
-        launch.output, q, k, v, rates, plan, states,
-        given=given, result=final_state, scale=call.scale,
+    output = launch.output(
+        q, k, v, rates, plan, states,
+        given=given, incoming=incoming, result=final_state, scale=call.scale,
     )  # fmt: skip
-    ahead = plan.num_ahead(max(reaches_of(call.rates, call.state_eps)))
-    exchanging = plan.flow.num_slots > 0
-    output, incoming = _under_exchange(
-        compute, wait, ahead, len(plan.segments), exchanging, q.device
-    )
     return (
         rows_of_heads(output, like),
         states.new_empty(0) if final_state is None else states_of_rows(final_state, like),
         states.view(-1),
         states.new_empty(0) if incoming is None else incoming.view(-1),
     )
-
-
-def _under_exchange(
-    compute: Callable[..., Tensor],
-    wait: Callable[[], Tensor | None],
-    ahead: int,
-    num_segments: int,
-    exchanging: bool,
-    device: torch.device,
-) -> tuple[Tensor, Tensor | None]:
-    """The output and the received states: ``ahead`` segments at once, the others after the wait.
-
-    On a GPU the others have a stream of their own, so that they start where the first ones leave
-    multiprocessors, and not after the last of them.
-    """
-    if ahead == 0:
-        incoming = wait()
-        return compute(incoming=incoming), incoming
-    if exchanging:
-        give_way(device)
-    if ahead == num_segments:
-        return compute(incoming=None), wait()
-    with later_stream(device) as later:
-        output = compute(incoming=None, rows=slice(ahead))
-        with later:
-            incoming = wait()
-            compute(incoming=incoming, rows=slice(ahead, None), out=output)
-    return output, incoming
 
 
 def backward(

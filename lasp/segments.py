@@ -75,9 +75,6 @@ class Plan(NamedTuple):
             state that comes in or is given counts as one.
         state_lengths: of the segments.
         num_states: segments that a state enters from segments before.
-        by_wait: the table again, in the order in which segments can start: first those that no
-            received state enters, then those that one enters, the nearest to its border last.
-        distances: of the latter, in that order.
     """
 
     flow: Flow
@@ -87,13 +84,6 @@ class Plan(NamedTuple):
     reach: Tensor
     state_lengths: tuple[int, ...]
     num_states: int
-    by_wait: Tensor
-    distances: tuple[int, ...]
-
-    def num_ahead(self, reach: int) -> int:
-        """Rows of ``by_wait`` that need no received state if it matters for ``reach`` tokens."""
-        near = sum(distance < reach for distance in self.distances)
-        return len(self.segments) - near
 
 
 @lru_cache(maxsize=64)  # a few batches in flight, both directions
@@ -132,7 +122,6 @@ def plan_of(
             if segment.state_length:
                 summed.append(segments[-1])
     reach = torch.cat([_reach(piece, reverse, given) for piece in sorted_by_offset(flow)])
-    by_wait = sorted(segments, key=lambda s: (s.incoming_row >= 0, -s.distance))
     return Plan(
         flow,
         tuple(segments),
@@ -141,8 +130,6 @@ def plan_of(
         to_device(reach, device),
         tuple(segment.state_length for segment in segments),
         num_states,
-        _table(by_wait, device),
-        tuple(segment.distance for segment in by_wait if segment.incoming_row >= 0),
     )
 
 

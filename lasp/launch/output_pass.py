@@ -25,8 +25,6 @@ def output(  # an argument a line, of one launch: longer than our functions are
     result: Tensor | None = None,
     scale: float,
     transposed: bool = False,
-    rows: slice = slice(None),
-    out: Tensor | None = None,
 ) -> Tensor:
     """Pass C: ``[T, H, E]`` in the dtype of the query, and ``result`` filled in if there is one.
 
@@ -44,14 +42,10 @@ def output(  # an argument a line, of one launch: longer than our functions are
         result: where to leave the state at the end of each document, or None.
         scale: of the output.
         transposed: all states are ``[..., E, D]`` in memory.
-        rows: of ``plan.by_wait``, whose segments are computed.
-        out: contiguous memory for the output, whose other tokens are left as they are; or None.
     """
     num_tokens, num_heads, dim_in = query_THD.shape
     dim_out = value_THE.shape[2]
-    table = plan.by_wait[rows]
-    if out is None:
-        out = query_THD.new_empty(num_tokens, num_heads, dim_out)
+    out = query_THD.new_empty(num_tokens, num_heads, dim_out)
     blocks = tuning.output_blocks(
         dim_in, dim_out, query_THD.dtype, device_limits(query_THD.device)[1]
     )
@@ -60,7 +54,7 @@ def output(  # an argument a line, of one launch: longer than our functions are
     widths = (block_d, block_d, blocks.columns, blocks.columns)
     tiles = _tiles(tensors, widths, blocks.chunk)
     with torch.cuda.device_of(out):
-        output_kernel[(table.shape[0] * num_heads * -(-dim_out // blocks.columns),)](
+        output_kernel[(len(plan.segments) * num_heads * -(-dim_out // blocks.columns),)](
             *(tiles[:3] if tiles else tensors[:3]),
             out,
             tiles[3] if tiles else None,
@@ -69,7 +63,7 @@ def output(  # an argument a line, of one launch: longer than our functions are
             incoming,
             result,
             rates_H,
-            table,
+            plan.table,
             plan.reach,
             num_heads,
             scale,

@@ -58,7 +58,7 @@ def run_states(  # two launches, an argument a line: longer than our functions a
     num_heads, key_dim = key_THK.shape[1:]
     value_dim = value_THV.shape[2]
     shape = (num_heads, key_dim, value_dim)
-    outgoing = rates_H.new_zeros(plan.flow.num_slots, *shape)
+    outgoing = rates_H.new_empty(plan.flow.num_slots, *shape)  # a run that sends ends in a segment
     if not any(plan.state_lengths):
         return States(rates_H.new_empty(0), outgoing)
     states = rates_H.new_empty(plan.num_states, *shape)

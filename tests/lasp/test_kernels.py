@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
 
 from lasp.attention import lightning_attention
-from lasp.fused import _under_exchange
 from lasp.kernels import tuning
 from lasp.launch.output_pass import _describable
 from lasp.layout import SequenceLayout
@@ -175,40 +174,6 @@ def test_over_ranks(num_ranks: int, order: str, exchange: str) -> None:
     results = run_on_ranks(attend_small, num_ranks, cases)
     for index, case in enumerate(cases):
         check(case, gather(case, [result[index] for result in results]))
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="gloo ranks are on the CPU")
-def test_over_ranks_where_received_states_matter_to_near_segments_only() -> None:
-    base = CASE._replace(num_ranks=2, order="contiguous", rates=(1.0, 8.0))
-    cases = [base._replace(lengths=(300,)), base._replace(lengths=(31, 0, 169, 100))]
-    results = run_on_ranks(attend_small, 2, cases)
-    for index, case in enumerate(cases):
-        check(case, gather(case, [result[index] for result in results]))
-
-
-@pytest.mark.parametrize(
-    ("ahead", "order"),
-    [
-        (0, ["wait", (0, 5, "received")]),
-        (3, [(0, 3, None), "wait", (3, 5, "received")]),
-        (5, [(0, 5, None), "wait"]),
-    ],
-)
-def test_segments_that_need_no_received_state_are_ahead_of_the_wait(ahead: int, order: Any) -> None:
-    queued: list[Any] = []
-
-    def wait() -> str:
-        queued.append("wait")
-        return "received"
-
-    def compute(incoming: Any, rows: slice = slice(None), out: Any = None) -> str:
-        queued.append((*rows.indices(5)[:2], incoming))
-        assert (out is None) == (rows.start in (None, 0))
-        return "output"
-
-    results = _under_exchange(compute, wait, ahead, 5, True, torch.device("cpu"))
-    assert results == ("output", "received")
-    assert queued == order
 
 
 def test_views_of_a_fused_projection_give_the_same_bits() -> None:

@@ -38,19 +38,6 @@ def test_only_segments_that_hand_a_state_on_have_sums(reverse: bool) -> None:
     assert plan((5,) * 4, 128).summed.shape[0] == 0
 
 
-def test_segments_near_the_border_come_last() -> None:
-    layout = SequenceLayout((100, 30, 270), 2)
-    options = {"given": False, "result": False, "length": 64}
-    first, second = (
-        plan_of(layout, rank, torch.device("cpu"), reverse=False, **options) for rank in (0, 1)
-    )
-    assert first.distances == ()  # nothing is received before the first token
-    assert first.num_ahead(2**30) == len(first.segments)
-    assert second.distances == (192, 128, 64, 0)
-    assert second.by_wait.tolist() == [list(s) for s in reversed(second.segments)]
-    assert [second.num_ahead(reach) for reach in (0, 1, 64, 65, 2**30)] == [4, 3, 3, 2, 0]
-
-
 def test_sums_and_programs_are_of_few_segments() -> None:
     launched = []
 

@@ -3,7 +3,7 @@
 Where a page says ``<!-- rows: NAME -->``, what the rows of that benchmark say replaces everything
 up to ``<!-- end of rows -->``: a table for each run, newest day first. A run is all rows of a day,
 commit and machine; ratios are of one run. ``lightning_length`` has figures too, and the length from
-which on ours is faster than the fastest softmax.
+which on ours is faster than the fastest softmax; what runs on several ranks has bars.
 
 Run: python -m benchmarks.report
 """
@@ -19,6 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.bars import draw_bars
+
 Row = dict[str, Any]
 
 RESULTS, PAGE, FIGURES = Path("benchmarks/results"), Path("docs/performance.md"), "figures"
@@ -26,6 +28,7 @@ PAGES = (PAGE, Path("docs/ring.md"), Path("docs/moe.md"))
 PLACE = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 OURS, SOFTMAX = "lasp triton", "softmax"
 SWEEPS = ("lightning_length",)  # over lengths: they have figures
+BARS = ("ring_length", "ring_packed", "moe_overlap")
 TIMES = ("forward_ms", "backward_ms")
 
 
@@ -127,9 +130,13 @@ def sweeps(run: Run, rows: list[Row]) -> list[Sweep]:
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         found[f"h{row['case']['heads']}-d{row['case']['head_dim']}"].append(row)
+    return [Sweep(some, f"{stem(run)}-{shape}.png") for shape, some in found.items()]
+
+
+def stem(run: Run) -> str:
+    """Of the names of its figures."""
     device = run.device.lower().replace(" ", "-")
-    stem = f"{run.benchmark}-{device}-{run.date}-{run.commit[:10]}"
-    return [Sweep(some, f"{stem}-{shape}.png") for shape, some in found.items()]
+    return f"{run.benchmark}-{device}-{run.date}-{run.commit[:10]}"
 
 
 def curve(rows: list[Row], impl: str, metric: str) -> dict[int, float]:
@@ -242,6 +249,8 @@ def rewrite(page: str, runs: dict[Run, list[Row]]) -> str:
             for sweep in sweeps(run, rows) if run.benchmark in SWEEPS else ():
                 parts.append(f"![time and memory against length]({FIGURES}/{sweep.figure})\n")
                 parts.append(crossovers(sweep.rows))
+            if run.benchmark in BARS:
+                parts.append(f"![times of their bounds]({FIGURES}/{stem(run)}.png)\n")
             parts.append(table(rows))
         return place[1] + "\n" + ("\n".join(parts) or "No rows yet.\n") + "\n" + place[3]
 
@@ -262,6 +271,8 @@ def main() -> None:
         for run, rows in runs.items():
             for sweep in sweeps(run, rows) if run.benchmark in places.intersection(SWEEPS) else ():
                 draw(run, sweep.rows, page.parent / FIGURES / sweep.figure)
+            if run.benchmark in places.intersection(BARS):
+                draw_bars(str(run), rows, page.parent / FIGURES / f"{stem(run)}.png")
 
 
 if __name__ == "__main__":

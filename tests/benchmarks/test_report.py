@@ -141,3 +141,19 @@ def test_figures_are_drawn_one_for_each_shape(tmp_path, monkeypatch) -> None:
     assert len(figures) == 2
     for figure in figures:
         assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_of_what_runs_on_several_ranks(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    rows = list(report.read_runs(report.RESULTS).items())
+    run, some = next((run, rows) for run, rows in rows if run.benchmark == "ring_length")
+    results = tmp_path / "results"
+    results.mkdir()
+    write(results, some)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- rows: ring_length -->\n<!-- end of rows -->\n")
+    monkeypatch.setattr("sys.argv", ["report", "--results", str(results), "--page", str(page)])
+    report.main()
+    (figure,) = re.findall(r"\((figures/.*png)\)", page.read_text())
+    assert figure == f"figures/{report.stem(run)}.png"
+    assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")

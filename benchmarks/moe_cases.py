@@ -153,7 +153,7 @@ def bare_products(layer: ExpertParallelMoE, x: Tensor, *, backward: bool) -> Cal
 def ways(layer: ExpertParallelMoE, machine: Machine) -> dict[str, Way]:
     """Ours by name: in groups of experts, in two groups of tokens, and with nothing sent."""
 
-    def in_groups(num_groups: int, x: Tensor) -> Tensor:
+    def in_groups(num_groups: int | None, x: Tensor) -> Tensor:
         layer.config = replace(layer.config, overlap_groups=num_groups)
         return layer(x).output
 
@@ -161,6 +161,7 @@ def ways(layer: ExpertParallelMoE, machine: Machine) -> dict[str, Way]:
     most = layer.experts.num_local
     counts = sorted({1, 2, max(1, most // 2), most})
     found = {f"lasp {g} groups": Way(partial(in_groups, g), parameters) for g in counts}
+    found["lasp, groups by the rule"] = Way(partial(in_groups, None), parameters)
     found["2 token groups"] = Way(partial(token_groups, layer), parameters)
     found[SILENT] = Way(partial(in_groups, 1), parameters, nothing_sent(machine))
     return found

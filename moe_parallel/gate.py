@@ -102,6 +102,8 @@ def bfloat16_parts(x: Tensor) -> tuple[Tensor, ...]:
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a b`` of bfloat16 matrices, added up in float32 and rounded to ``dtype``."""
     with torch.autocast(a.device.type, enabled=False):
+        if a.numel() == 0 or b.numel() == 0:
+            return a.new_zeros(a.shape[0], b.shape[1], dtype=dtype)
         if a.is_cuda:
             return torch.mm(a, b, out_dtype=dtype)
         # torch has no such product on CPUs, which only tests ask for: the same numbers, widened.

@@ -86,16 +86,21 @@ class Arrivals:
     def __iter__(self) -> Iterator[tuple[Stage, Tensor, Tensor]]:
         """Each stage with k and v of its slab; :meth:`release` it before taking the next."""
         for stage in self._stages:
-            slab = unpacked(self._transfers.popleft().wait(), stage.fetch.receive_tokens)
-            if self._chain:
-                self._slab = slab
-                self._start_next()
-            yield stage, *slab
+            yield self._taken(stage)  # nothing here holds a slab while the next is put together
 
     def release(self) -> None:
         """All that reads the slab taken last is queued: start what is received in its place."""
         if not self._chain:
             self._start_next()
+
+    def _taken(self, stage: Stage) -> tuple[Stage, Tensor, Tensor]:
+        slab = unpacked(self._transfers.popleft().wait(), stage.fetch.receive_tokens)
+        if self._chain:
+            self._slab = slab
+            self._start_next()
+            self._slab = self._own
+            give_way(*self._transfers)
+        return stage, *slab
 
     def _start_next(self) -> None:
         number = self._started
@@ -207,7 +212,8 @@ def give_way(*transfers: Transfer) -> None:
     """
     moves = any(sum(t.exchange.send_tokens) + sum(t.exchange.receive_tokens) for t in transfers)
     if moves and transfers[0].received.is_cuda:
-        torch.cuda._sleep(HEAD_START_CYCLES)
+        with torch.cuda.device_of(transfers[0].received):
+            torch.cuda._sleep(HEAD_START_CYCLES)
 
 
 HEAD_START_CYCLES = 4_000  # 10 us on an H100; the transfer is 2 us behind

@@ -72,7 +72,7 @@ def forward(qkv: QKV, call: Call, *, keep_kv: bool) -> tuple[Partial, Tensor]:
     def cuts(tile: Tile) -> tuple[slice, ...]:
         return block.row_cuts(schedule.rows[tile.rectangle].tokens, tile.num_keys)
 
-    # Only rows of rectangles are accumulated: in the precision of the lse, rounded once at the end.
+    # Only rows of rectangles are accumulated: in the precision of the lse, rounded at the end.
     into = [
         Accumulator(
             Partial(*(x[slice(*rows)] for x in local)),

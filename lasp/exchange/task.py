@@ -32,7 +32,8 @@ class Task(NamedTuple):
 
     Attributes:
         incoming: to be filled in ``[flow.num_runs, H, K, V]``, zero for runs that receive nothing.
-        outgoing: U of this rank's sending runs ``[flow.num_slots, H, K, V]``.
+        outgoing: U of this rank's sending runs ``[flow.num_slots, H, K, V]``; slots beyond theirs
+            may hold anything, also NaN, and no strategy may read them.
         flow: who sends to whom.
         transitions: for each hop M, broadcastable to ``[H, K, V]``; None where nothing passes.
         cp_group: the ranks of the layout.

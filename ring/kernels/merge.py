@@ -66,6 +66,8 @@ def merge_kernel(
     merged += share_b[:, None] * tl.load(b, mask=mask, other=0.0).to(tl.float32)
     out += (rows * out_stride_t + heads * out_stride_h)[:, None] + cols[None, :]
     lse_out += rows * lse_out_stride_t + heads * lse_out_stride_h
+    # Each warp loads the lse of its rows, one stores them all: after the others have loaded.
+    tl.debug_barrier()
     tl.store(out, merged.to(out.dtype.element_ty), mask=mask)
     tl.store(lse_out, m + tl.log(total), mask=inside)
 

@@ -185,8 +185,10 @@ def test_either_gradient_alone(wanted: int) -> None:
     assert torch.equal(leaves[wanted].grad, expected)
 
 
-def test_no_tokens() -> None:
-    x, gate = torch.zeros(0, 8).bfloat16().requires_grad_(), torch.randn(3, 8, requires_grad=True)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_no_tokens(device: str) -> None:
+    x = torch.zeros(0, 8, device=device).bfloat16().requires_grad_()
+    gate = torch.randn(3, 8, device=device, requires_grad=True)
     logits = split_logits(x, gate)
     assert logits.shape == (0, 3)
     logits.sum().backward()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from unittest.mock import Mock, patch
 
 import pytest
@@ -155,7 +156,10 @@ def test_transfers_get_multiprocessors_before_the_attention() -> None:
         Mock(exchange=Mock(send_tokens=(0, n), receive_tokens=(0, 0)), received=Mock(is_cuda=True))
         for n in (1, 0)
     )
-    with patch.object(torch.cuda, "_sleep", asleep.append):
+    with (
+        patch.object(torch.cuda, "_sleep", asleep.append),
+        patch.object(torch.cuda, "device_of", nullcontext),
+    ):
         exchange.give_way()
         exchange.give_way(still)
         assert not asleep
@@ -164,6 +168,22 @@ def test_transfers_get_multiprocessors_before_the_attention() -> None:
         moving.received.is_cuda = still.received.is_cuda = False
         exchange.give_way(moving, still)
     assert len(asleep) == 1
+
+
+def test_a_chain_gives_way_to_each_transfer() -> None:
+    schedule = plan_ring(SequenceLayout((64,), 4), 1, True, StageRule(3, 1, chain_gain=0.0))
+    assert schedule.way == "chain"
+    assert len(schedule.stages) > 1
+    k, v, _, _ = random_tensors(16, 1, 1, 4, torch.float32)
+    ways: list[int] = []
+    with (
+        patch.object(dist, "all_to_all_single", lambda received, *_, **__: Mock()),
+        patch.object(exchange, "give_way", lambda *transfers: ways.append(len(transfers))),
+    ):
+        _, buffers = exchange.make_buffers(k, schedule, keep=False)
+        for _ in exchange.Arrivals(k, v, schedule, None, buffers):
+            pass
+    assert ways == [1] * len(schedule.stages) + [0]
 
 
 def test_a_transfer_starts_before_the_last_merge_of_a_stage() -> None:

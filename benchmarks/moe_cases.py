@@ -15,13 +15,15 @@ from torch import Tensor
 
 from benchmarks.lasp_ranks import Machine
 from benchmarks.token_groups import token_groups
-from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig
+from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig, PeerMemory
 from moe_parallel.exchange import Splits
 from moe_parallel.gemm import backward_product, forward_product, weight_product
-from moe_parallel.overlap import Pipeline, Transfer, expert_groups, plan_pipeline
+from moe_parallel.grouping import expert_groups
+from moe_parallel.overlap import Pipeline, PipelinePlans, Transfer
 
 PLANTED = 4.0  # what a token's features say of its experts, against features of size 1
 SILENT, SENT, BARE = "nothing sent", "only sent", "bare products"
+COPIED = "only copied"
 
 
 class Case(NamedTuple):
@@ -99,6 +101,7 @@ def nothing_sent(machine: Machine) -> Any:
         rows: Tensor,
         splits: Splits,
         into: Tensor | None = None,
+        peers: None = None,
     ) -> Transfer:
         count = sum(splits.receive)
         if into is None and len(arrived.get(rows.shape[1], ())) < count:
@@ -111,14 +114,18 @@ def nothing_sent(machine: Machine) -> Any:
     return patch.object(Pipeline, "start", start)
 
 
-def only_sent(layer: ExpertParallelMoE, x: Tensor, times: int) -> Callable[[], None]:
+def only_sent(
+    layer: ExpertParallelMoE, x: Tensor, times: int, peers: PeerMemory | None = None
+) -> Callable[[], None]:
     """A call of the all-to-alls of one group, ``times`` there and back, on rows that are there."""
     rows = x.detach().repeat(layer.config.top_k, 1)
     per_rank = [[len(rows) // layer.config.num_experts] * layer.config.num_experts]
     counts = per_rank * layer.mesh.num_token_ranks
     experts = expert_groups(layer.experts.num_local, 1)
-    plans = plan_pipeline(counts, layer.mesh, experts)
-    pipeline = Pipeline(experts, plans, layer.groups.ep, layer.groups.etp)
+    plans = PipelinePlans(counts, layer.mesh, experts)
+    pipeline = Pipeline(experts, plans, layer.groups.ep, layer.groups.etp, peers)
+    if peers is not None:
+        peers.reserve(rows.nbytes)
 
     def call() -> None:
         for _ in range(times):
@@ -130,7 +137,8 @@ def only_sent(layer: ExpertParallelMoE, x: Tensor, times: int) -> Callable[[], N
 def bare_products(layer: ExpertParallelMoE, x: Tensor, *, backward: bool) -> Callable[[], None]:
     """A call of nothing but the matrix products of this rank's experts."""
     experts, num_rows = layer.experts, x.shape[0] * layer.config.top_k * layer.mesh.etp_size
-    counts, gemm = [num_rows // experts.num_local] * experts.num_local, experts.chosen_gemm()
+    counts = [num_rows // experts.num_local] * experts.num_local
+    gemm = experts.chosen_gemm(num_rows)
     w13, w2 = experts.w13.detach().flatten(1, 2), experts.w2.detach()
     rows, hidden, act = (
         torch.randn(sum(counts), width, device=x.device, dtype=x.dtype)
@@ -152,16 +160,23 @@ def bare_products(layer: ExpertParallelMoE, x: Tensor, *, backward: bool) -> Cal
 
 def ways(layer: ExpertParallelMoE, machine: Machine) -> dict[str, Way]:
     """Ours by name: in groups of experts, in two groups of tokens, and with nothing sent."""
+    peers = layer.groups.peers
 
-    def in_groups(num_groups: int | None, x: Tensor) -> Tensor:
+    def in_groups(num_groups: int | None, peers: PeerMemory | None, x: Tensor) -> Tensor:
         layer.config = replace(layer.config, overlap_groups=num_groups)
+        layer.groups = layer.groups._replace(peers=peers)
         return layer(x).output
 
-    parameters = tuple(layer.parameters())
+    def way(num_groups: int | None, peers: PeerMemory | None = None) -> Way:
+        return Way(partial(in_groups, num_groups, peers), tuple(layer.parameters()))
+
     most = layer.experts.num_local
-    counts = sorted({1, 2, max(1, most // 2), most})
-    found = {f"lasp {g} groups": Way(partial(in_groups, g), parameters) for g in counts}
-    found["lasp, groups by the rule"] = Way(partial(in_groups, None), parameters)
-    found["2 token groups"] = Way(partial(token_groups, layer), parameters)
-    found[SILENT] = Way(partial(in_groups, 1), parameters, nothing_sent(machine))
+    found = {}
+    for memory in [None] if peers is None else [None, peers]:
+        how = "" if memory is None else ", copied"
+        for g in sorted({1, 2, max(1, most // 2), most}):
+            found[f"lasp {g} groups{how}"] = way(g, memory)
+        found[f"lasp, groups by the rule{how}"] = way(None, memory)
+    found["2 token groups"] = way(None)._replace(forward=partial(token_groups, layer))
+    found[SILENT] = way(1)._replace(in_force=nothing_sent(machine))
     return found

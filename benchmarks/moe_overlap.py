@@ -8,6 +8,7 @@ Exposed communication of a layer in G groups of experts, by time medians of call
 buffer of the same shape. ``only sent`` is those all-to-alls back to back, without products. E of
 one group is what a layer without overlap shows, about 1. The router, its counts and the copy to
 the host are in all of them. Routing is planted: each expert gets as many tokens from every rank.
+``copied`` is through ``moe_parallel.PeerMemory``, and compared with copies alone, ``only copied``.
 
 Baselines: one group of experts; two groups of *tokens*, the scheme of MiniMax-01's figure 9, with
 the same pipeline; experts cut over all ranks (ETP alone), which is plain tensor parallelism; and
@@ -39,6 +40,7 @@ from benchmarks.harness import write_rows
 from benchmarks.lasp_ranks import Machine, Timed, most, samples_ms, surroundings
 from benchmarks.moe_cases import (
     BARE,
+    COPIED,
     SENT,
     SILENT,
     Case,
@@ -49,7 +51,13 @@ from benchmarks.moe_cases import (
     only_sent,
     ways,
 )
-from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, Timeline
+from moe_parallel import (
+    ExpertGroups,
+    ExpertParallelMoE,
+    ExpertTopology,
+    PeerMemory,
+    Timeline,
+)
 from moe_parallel.reference import reference_moe
 
 
@@ -59,6 +67,7 @@ def calls(
     x: Tensor,
     grad: Tensor,
     *,
+    peers: PeerMemory | None = None,
     backward: bool,
 ) -> dict[str, Timed]:
     """Forward, or forward and backward, of every way; and parts of them alone."""
@@ -69,7 +78,10 @@ def calls(
             torch.autograd.grad(output, [x, *way.parameters], grad, allow_unused=True)
 
     timed = {name: Timed(partial(call, way), way.in_force) for name, way in every.items()}
-    timed[SENT] = Timed(only_sent(layer, x, 2 if backward else 1))
+    times = 2 if backward else 1
+    timed[SENT] = Timed(only_sent(layer, x, times))
+    if peers is not None:
+        timed[COPIED] = Timed(only_sent(layer, x, times, peers))
     timed[BARE] = Timed(bare_products(layer, x, backward=backward))
     return timed
 
@@ -79,19 +91,21 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Rows of times, bound by the bare products, and of the share of communication exposed."""
     x, grad = inputs(case, machine)
-    ours, peers = ways(layer, machine), moe_megatron.peers(case, layer, groups, machine)
+    ours, others = ways(layer, machine), moe_megatron.peers(case, layer, groups, machine)
     for direction in ("forward", "both"):
-        timed = calls(layer, ours | peers, x, grad, backward=direction == "both")
+        backward = direction == "both"
+        timed = calls(layer, ours | others, x, grad, peers=groups.peers, backward=backward)
         times = samples_ms(timed, machine)
         medians = {name: values[len(values) // 2] for name, values in times.items()}
         for name, values in times.items():
             result = row(case, name, f"{direction}_ms", values, "ms")
-            if name not in (BARE, SENT):
+            if name not in (BARE, SENT, COPIED):
                 result |= {"bound": medians[BARE], "bound_name": BARE}
             yield result
         for name in ours:
             if name != SILENT and (groups.ep or groups.etp):
-                share = (medians[name] - medians[SILENT]) / medians[SENT]
+                alone = medians[COPIED if name.endswith("copied") else SENT]
+                share = (medians[name] - medians[SILENT]) / alone
                 of_medians = {"p20": None, "p80": None, "samples": None}
                 yield row(case, name, f"{direction}_exposed", [share], "share") | of_medians
 
@@ -161,7 +175,10 @@ def groups_of(case: Case) -> Iterator[ExpertGroups]:
                 if dist.get_rank() in ranks:
                     mine[axis] = group
     block = dist.group.WORLD if len(mine) == 2 else None
-    yield ExpertGroups(dist.group.WORLD, mine.get("ep"), mine.get("etp"), block)
+    # Copies know no limit of thread blocks.
+    copied = dist.get_backend() == "nccl" and "ep" in mine and not case.max_ctas
+    peers = PeerMemory(mine["ep"]) if copied else None
+    yield ExpertGroups(dist.group.WORLD, mine.get("ep"), mine.get("etp"), block, peers)
     for group in made:
         if group is not dist.GroupMember.NON_GROUP_MEMBER:
             dist.destroy_process_group(group)

@@ -39,8 +39,9 @@ def token_groups(layer: ExpertParallelMoE, x_TM: Tensor) -> Tensor:
     pipeline = Pipeline((everybody,) * 2, (plan,) * 2, groups.ep, groups.etp)
     impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
     experts = layer.experts
+    gemm = experts.chosen_gemm(2 * sum(plan.expert_rows))
     results = _TokenGroups.apply(
-        permute(x_TM, rows, impl), experts.w13, experts.w2, pipeline, experts.chosen_gemm(), impl
+        permute(x_TM, rows, impl), experts.w13, experts.w2, pipeline, gemm, impl
     )
     return unpermute(results, routing.weights, rows, impl)
 

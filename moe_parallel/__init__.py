@@ -3,6 +3,7 @@
 from moe_parallel.config import MoEConfig
 from moe_parallel.layer import ExpertParallelMoE, MoEOutput
 from moe_parallel.order import TokenOrder, TokenSegment
+from moe_parallel.peer_memory import PeerMemory
 from moe_parallel.route import RoutingStats
 from moe_parallel.timeline import Timeline
 from moe_parallel.topology import ExpertGroups, ExpertTopology, ParallelGroups
@@ -14,6 +15,7 @@ __all__ = [
     "MoEConfig",
     "MoEOutput",
     "ParallelGroups",
+    "PeerMemory",
     "RoutingStats",
     "Timeline",
     "TokenOrder",

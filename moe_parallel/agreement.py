@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from moe_parallel.mesh import ExpertMesh
 from moe_parallel.order import TokenOrder
 from moe_parallel.route import all_gather
-from moe_parallel.topology import ExpertMesh
 
 
 def check_order(

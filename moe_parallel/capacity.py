@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe_parallel.counting import at_assignments, rows_before
 from moe_parallel.permute import RowOrder
-from moe_parallel.route import AssignmentCounts, Routing, RoutingStats
+from moe_parallel.route import AssignmentCounts, Routing
 
 
 def drop_by_rank(routing: Routing, capacity: int) -> tuple[Routing, Tensor]:
@@ -33,7 +33,7 @@ def drop_by_rank(routing: Routing, capacity: int) -> tuple[Routing, Tensor]:
         capacity: C, the same on every rank.
 
     Returns:
-        The routing with these drops, counts and stats of all ranks included; and ``[T, k]`` int64,
+        The routing with these drops, counts of all ranks included; and ``[T, k]`` int64,
         the number of each assignment among the rank's to its expert.
 
     Communication: none; what each rank keeps follows from the counts they have gathered.
@@ -42,12 +42,10 @@ def drop_by_rank(routing: Routing, capacity: int) -> tuple[Routing, Tensor]:
     before_ET = rows_before(routing.experts, assigned_RE.shape[1])
     number_Tk = at_assignments(before_ET - before_ET[:, :1], routing.experts)
     kept_RE = assigned_RE.clamp(max=capacity)
-    dropped_E = (assigned_RE - kept_RE).sum(0)
     dropped = routing._replace(
         kept=number_Tk < capacity,
         dropless=False,
         counts=AssignmentCounts(assigned_RE, kept_RE),
-        stats=RoutingStats(routing.stats.assigned, dropped_E),
     )
     return dropped, number_Tk
 

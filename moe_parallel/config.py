@@ -29,7 +29,7 @@ class MoEConfig:
         gemm: how the experts multiply (:class:`moe_parallel.experts.Experts`).
         overlap_groups: into how many groups a rank's experts are cut, so that the communication of
             one runs under the products of another (:mod:`moe_parallel.overlap`); at most the
-            experts of a rank. None: by the rule of :func:`moe_parallel.overlap.groups_that_pay`.
+            experts of a rank. None: by the rule of :func:`moe_parallel.grouping.groups_that_pay`.
             Results have the same bits for any number.
         max_rows: most rows (kept assignments) that the experts of one rank may take in a call; more
             raise on every rank of its EP x ETP block, before any row travels. None: as many as come

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moe_parallel.agreement import check_counts, check_order
 from moe_parallel.config import MoEConfig
+from moe_parallel.mesh import ExpertMesh
 from moe_parallel.order import TokenOrder, to_host
 from moe_parallel.route import Routing, route
-from moe_parallel.topology import ExpertMesh
 
 
 class Decision(NamedTuple):
@@ -110,6 +110,11 @@ class KeptCounts:
         if self.dropless:
             return self._order.num_local_tokens(rank) * self._top_k
         return sum(self.wait()[rank])
+
+    @property
+    def most(self) -> int:
+        """That one rank can keep, of any; the same number on every rank, without waiting."""
+        return self._order.max_local_tokens * self._top_k
 
     def of_all(self) -> int:
         """Assignments that all ranks keep; likewise."""

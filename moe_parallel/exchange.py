@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_parallel.topology import ExpertMesh
+from moe_parallel.mesh import ExpertMesh
 
 
 class Splits(NamedTuple):
@@ -45,12 +45,14 @@ class ExchangePlan(NamedTuple):
         etp_rows: dispatched rows held by each ETP rank of this block.
         chunk_rows: the gathered rows in chunks: ``chunk_rows[c][e]`` for source c = etp * ep_size
             + ep, and local expert e. They arrive source by source, expert by expert within it.
+        starts: for each EP rank, where among the rows that it sends those for this one begin.
     """
 
     dispatch_rows: tuple[int, ...]
     receive_rows: tuple[int, ...]
     etp_rows: tuple[int, ...]
     chunk_rows: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
 
     @property
     def dispatch(self) -> Splits:
@@ -78,7 +80,10 @@ class ExchangePlan(NamedTuple):
 
 
 def plan_exchange(
-    kept_RE: Sequence[Sequence[int]], mesh: ExpertMesh, local: range | None = None
+    kept_RE: Sequence[Sequence[int]],
+    mesh: ExpertMesh,
+    local: range | None = None,
+    sent: Sequence[int] | None = None,
 ) -> ExchangePlan:
     """Split sizes for this rank out of the counts of all ranks.
 
@@ -86,6 +91,7 @@ def plan_exchange(
         kept_RE: rows each rank of the token group sends to each expert, on the host.
         mesh: the EP x ETP block of this rank.
         local: only the rows of these experts of each rank, counted on the rank; None: of all.
+        sent: rows that each EP rank sends before these; None: none.
     """
     num_local = len(kept_RE[0]) // mesh.ep_size
     local = range(num_local) if local is None else local
@@ -100,12 +106,16 @@ def plan_exchange(
         for token_rank in token_ranks
     )
     received = [sum(chunk) for chunk in chunk_rows]
+    starts = [0] * mesh.ep_size if sent is None else list(sent)
+    for ep, token_rank in enumerate(mesh.token_ranks[mesh.etp_rank]):
+        starts[ep] += sum(sum(rows(token_rank, before)) for before in range(mesh.ep_rank))
     by_etp = [received[i : i + mesh.ep_size] for i in range(0, len(received), mesh.ep_size)]
     return ExchangePlan(
         dispatch_rows=tuple(sum(rows(mesh.token_rank, ep)) for ep in range(mesh.ep_size)),
         receive_rows=tuple(by_etp[mesh.etp_rank]),
         etp_rows=tuple(sum(block) for block in by_etp),
         chunk_rows=chunk_rows,
+        starts=tuple(starts),
     )
 
 

@@ -13,6 +13,7 @@ from moe_parallel.derivatives import anchor, refuse_second_derivatives
 from moe_parallel.exchange import group_by_expert, group_by_source
 from moe_parallel.gemm import (
     GROUPED_ALIGNMENT_BYTES,
+    LOOP_ROWS,
     ChosenGemm,
     Gemm,
     backward_product,
@@ -50,7 +51,8 @@ class Experts(nn.Module):
         etp_size: ETP ranks.
         gemm: ``loop``, one matrix product an expert, any dtype; ``grouped``, one
             ``torch.nn.functional.grouped_mm`` for all experts, not float64, rows of 16-byte
-            multiples; ``auto``, grouped for bfloat16 on CUDA with such rows, else loop.
+            multiples; ``auto``, grouped for bfloat16 on CUDA with such rows, fewer than
+            ``gemm.LOOP_ROWS`` an expert, else loop.
         impl: of the activation between them, see :func:`moe_parallel.impl.chosen_impl`.
         device: of the parameters.
         dtype: of the parameters.
@@ -99,7 +101,7 @@ class Experts(nn.Module):
         self.w13 = nn.Parameter(torch.empty(shape_w13, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(shape_w2, device=device, dtype=dtype))
         # These raise here, not between two collectives.
-        self.chosen_gemm()
+        self.chosen_gemm(0)
         chosen_impl(impl, self.w13.device, self.w13.dtype)
 
     @staticmethod
@@ -135,8 +137,11 @@ class Experts(nn.Module):
             self.w13[local].copy_(w13.normal_(0, std, generator=generator)[:, part])
             self.w2[local].copy_(w2.normal_(0, std, generator=generator)[:, part])
 
-    def chosen_gemm(self) -> ChosenGemm:
+    def chosen_gemm(self, num_rows: int) -> ChosenGemm:
         """What ``gemm`` comes to for the parameters as they are now.
+
+        Args:
+            num_rows: that the experts of this rank take together, on average.
 
         Raises:
             ValueError: if ``grouped`` was asked for and cannot run.
@@ -154,7 +159,7 @@ class Experts(nn.Module):
             )
         if self.gemm == "auto":
             fast = self.w13.is_cuda and dtype == torch.bfloat16 and aligned
-            return "grouped" if fast else "loop"
+            return "grouped" if fast and num_rows < LOOP_ROWS * self.num_local else "loop"
         return self.gemm
 
     def forward(self, rows_AM: Tensor, counts: Sequence[int]) -> Tensor:
@@ -189,7 +194,9 @@ class Experts(nn.Module):
         Communication: of :meth:`moe_parallel.overlap.Pipeline.run`, in the backward again. The host
         does not wait for the device; ``grouped`` queues small copies to it.
         """
-        how = (self.chosen_gemm(), chosen_impl(self.impl, rows_AM.device, rows_AM.dtype))
+        # What this rank sends is what it takes on average, and known before the last plan is.
+        num_rows = len(rows_AM) * len(pipeline.plans[0].etp_rows)
+        how = (self.chosen_gemm(num_rows), chosen_impl(self.impl, rows_AM.device, rows_AM.dtype))
         results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
             rows_AM, self.w13, self.w2, anchor(rows_AM), pipeline, *how
         )

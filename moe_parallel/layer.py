@@ -15,19 +15,16 @@ from moe_parallel.config import MoEConfig
 from moe_parallel.decision import Decision, KeptCounts, decide
 from moe_parallel.experts import Experts, generator_of
 from moe_parallel.gate import gate_dtype
+from moe_parallel.grouping import DispatchOrder, expert_groups, groups_that_pay
 from moe_parallel.impl import chosen_impl
-from moe_parallel.order import TokenOrder, on_device
-from moe_parallel.overlap import (
-    Pipeline,
-    dispatch_places,
-    expert_groups,
-    groups_that_pay,
-    plan_pipeline,
-)
+from moe_parallel.mesh import expert_mesh
+from moe_parallel.order import TokenOrder
+from moe_parallel.overlap import Pipeline, PipelinePlans
+from moe_parallel.peer_memory import PeerMemory
 from moe_parallel.permute import RowOrder, permute, row_order, unpermute
 from moe_parallel.route import Routing, RoutingStats, expert_capacity
 from moe_parallel.timeline import Timeline
-from moe_parallel.topology import ExpertGroups, expert_mesh
+from moe_parallel.topology import ExpertGroups
 
 
 class MoEOutput(NamedTuple):
@@ -74,7 +71,8 @@ class ExpertParallelMoE(nn.Module):
 
     Communication, per call: one all-gather over the token group (:mod:`moe_parallel.route`); two
     all-to-alls over EP and two over ETP for each of ``overlap_groups`` groups of experts, under the
-    products of another (:mod:`moe_parallel.overlap`), twice that with backward.
+    products of another (:mod:`moe_parallel.overlap`), twice that with backward; with
+    ``groups.peers`` those over EP are copies (:mod:`moe_parallel.peer_memory`).
     One device-to-host copy of ranks x E counts, none with ``pad_to_capacity``. Once for a
     ``token_order``, at the first layer that sees it, ranks compare it: 16 bytes each, and one more
     copy (:mod:`moe_parallel.agreement`).
@@ -98,7 +96,7 @@ class ExpertParallelMoE(nn.Module):
         self.config = config
         self.groups = groups
         self.mesh = expert_mesh(groups)
-        self._places_of: dict[tuple[int, torch.device], Tensor] = {}
+        self._order = DispatchOrder(config.num_experts, self.mesh.ep_size)
         self.gate_weight = nn.Parameter(
             torch.empty(
                 config.num_experts, config.hidden_size, device=device, dtype=gate_dtype(dtype)
@@ -221,13 +219,13 @@ class ExpertParallelMoE(nn.Module):
         """
         experts = self._groups(counts.of_all(), x_TM)
         order = row_order(
-            self._placed(experts_Tk, experts),
+            self._order.placed(experts_Tk, experts),
             None if counts.dropless else kept_Tk,
             counts.of_rank(self.mesh.token_rank),
             self.config.num_experts,
         )
         impl = chosen_impl(self.config.impl, x_TM.device, x_TM.dtype)
-        rows_AM = permute(x_TM, order, impl)
+        rows_AM = permute(x_TM, order, impl, self._reserved(counts.most, x_TM, counts))
         # Only here does a call without drops wait: the device meanwhile permutes.
         return self._run(rows_AM, counts.wait(), experts, timeline), order
 
@@ -241,11 +239,24 @@ class ExpertParallelMoE(nn.Module):
         routing, number_Tk = drop_by_rank(routing, capacity)
         rows_RE = [[capacity] * num_experts] * self.mesh.num_token_ranks
         experts = self._groups(sum(map(sum, rows_RE)), x_TM)
-        chosen = self._placed(routing.experts, experts)
+        chosen = self._order.placed(routing.experts, experts)
         order = padded_order(chosen, number_Tk, capacity, num_experts)
         impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
-        rows_AM = self._run(permute(x_TM, order, impl), rows_RE, experts, timeline)
+        peers = self._reserved(capacity * num_experts, x_TM)
+        rows_AM = self._run(permute(x_TM, order, impl, peers), rows_RE, experts, timeline)
         return routing, rows_AM, order
+
+    def _reserved(
+        self, num_rows: int, x_TM: Tensor, counts: KeptCounts | None = None
+    ) -> PeerMemory | None:
+        """The memory of the EP ranks, if rows travel through it, with room for so many."""
+        peers = self.groups.peers
+        if peers is not None:
+            num_bytes = num_rows * x_TM.element_size() * self.config.hidden_size
+            if num_bytes > peers.num_bytes and counts is not None:
+                counts.wait()  # raises on ranks that believe in other numbers: they do not grow
+            peers.reserve(num_bytes)
+        return peers
 
     def _groups(self, num_rows: int, x_TM: Tensor) -> tuple[range, ...]:
         """The groups of a rank's experts for so many rows of all ranks."""
@@ -265,24 +276,10 @@ class ExpertParallelMoE(nn.Module):
     ) -> Tensor:
         """The results of rows, so many of each rank and expert, group by group."""
         check_rows(kept_RE, self.config.max_rows, self.mesh)
-        plans = plan_pipeline(kept_RE, self.mesh, experts)
-        pipeline = Pipeline(experts, plans, self.groups.ep, self.groups.etp, timeline)
+        plans = PipelinePlans(kept_RE, self.mesh, experts)
+        ways = (self.groups.ep, self.groups.etp, self.groups.peers)
+        pipeline = Pipeline(experts, plans, *ways, timeline)
         return self.experts.over_ranks(rows_AM, pipeline)
-
-    def _placed(self, experts_Tk: Tensor, experts: tuple[range, ...]) -> Tensor:
-        """Experts by their places in the order in which groups leave; one group leaves it."""
-        if len(experts) == 1:
-            return experts_Tk
-        return self._places(experts, experts_Tk.device)[experts_Tk]
-
-    def _places(self, experts: tuple[range, ...], device: torch.device) -> Tensor:
-        """The place of each expert in the order in which groups leave; kept on the device."""
-        key = (len(experts), device)
-        if key not in self._places_of:
-            places = dispatch_places(self.config.num_experts, self.mesh.ep_size, experts)
-            with torch.inference_mode(False):  # remembered, and used in training too
-                self._places_of[key] = on_device(torch.tensor(places, device="cpu"), device)
-        return self._places_of[key]
 
     def _check_hidden(self, hidden: Tensor) -> None:
         weight = self.experts.w13

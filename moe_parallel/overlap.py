@@ -25,22 +25,18 @@ it is the same on every rank, across both process groups.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_parallel.exchange import ExchangePlan, Splits, plan_exchange, start_all_to_all
+from moe_parallel.mesh import ExpertMesh
+from moe_parallel.peer_memory import Copied, PeerExchange, PeerMemory
 from moe_parallel.timeline import Lane, Timeline
-from moe_parallel.topology import ExpertMesh
-
-# What one all-to-all should carry at least. A group of 24 MiB computes for about 0.9 ms on an H100
-# (6144 x 9216); in half of that the host of the measured machines hardly queues the next one.
-LEAST_BYTES = 24 * 2**20
 
 # Groups between rows and weights in a backward: so many of them hold what weights are made of.
 BESIDE_LAG = 2
@@ -60,7 +56,7 @@ class Transfer(NamedTuple):
 
     rows: Tensor
     sent: Tensor
-    work: dist.Work | None
+    work: dist.Work | Copied | None
     mark: int = -1
 
 
@@ -72,13 +68,15 @@ class Pipeline(NamedTuple):
         plans: of each group, who sends how many rows to whom.
         ep_group: ranks that hold different experts; None is one rank.
         etp_group: ranks that hold different parts of the same experts; likewise.
+        peers: memory of the EP ranks, through which rows travel; None: by all-to-all.
         timeline: marks what ran when, or None.
     """
 
     experts: tuple[range, ...]
-    plans: tuple[ExchangePlan, ...]
+    plans: Sequence[ExchangePlan]
     ep_group: dist.ProcessGroup | None = None
     etp_group: dist.ProcessGroup | None = None
+    peers: PeerMemory | None = None
     timeline: Timeline | None = None
 
     def run(
@@ -97,7 +95,8 @@ class Pipeline(NamedTuple):
             ``[A, hidden]``, the results, in the order of ``rows_AM``.
 
         Communication: for each group an all-to-all over EP there and one back, of the rows for
-        other ranks; with ETP one over it there and one back, the rows times (etp_size - 1).
+        other ranks, or copies of as many bytes through ``peers``; with ETP one over it there and
+        one back, the rows times (etp_size - 1).
         """
         if self.ep_group is None and self.etp_group is None and len(self.plans) == 1:
             results = self._computed(compute, 0, rows_AM)
@@ -105,8 +104,8 @@ class Pipeline(NamedTuple):
                 beside(0)
             return results
         results, count = torch.empty_like(rows_AM), len(self.plans)
-        sizes = [sum(plan.dispatch_rows) for plan in self.plans]
-        departing, returning = rows_AM.split(sizes), results.split(sizes)
+        departing, returning = self._by_group(rows_AM), self._by_group(results)
+        peers = None if self.peers is None else PeerExchange(self.peers, rows_AM)
         lag = 0 if self.etp_group is None else 1  # the stages of ETP are one group ahead or behind
         dispatched: dict[int, Transfer] = {}
         gathered: dict[int, Transfer] = {}
@@ -117,7 +116,7 @@ class Pipeline(NamedTuple):
         for g in range(-1 - lag, count + lag):
             d, a, c = g + 1 + lag, g + lag, g - lag
             if d < count:
-                dispatched[d] = self._dispatch(d, departing[d])
+                dispatched[d] = self._dispatch(d, next(departing), peers)
             if 0 <= a < count:
                 gathered[a] = self._gather(a, self._arrived(dispatched.pop(a)))
             if 0 <= g < count:
@@ -125,7 +124,7 @@ class Pipeline(NamedTuple):
                 scattered[g] = self._scatter(g, terms)
             if c >= 0:
                 rows = self._summed(c, scattered.pop(c))
-                combined.append(self._combine(c, rows, returning[c]))
+                combined.append(self._combine(c, rows, next(returning), peers))
                 if len(combined) > 2:  # long over: what was sent need not be held any more
                     self._arrived(combined.popleft())
             if beside is not None and g >= BESIDE_LAG:
@@ -136,6 +135,13 @@ class Pipeline(NamedTuple):
         for transfer in combined:
             self._arrived(transfer)
         return results
+
+    def _by_group(self, rows_AM: Tensor) -> Iterator[Tensor]:
+        start = 0
+        for plan in self.plans:
+            count = sum(plan.dispatch_rows)
+            yield rows_AM.narrow(0, start, count)
+            start += count
 
     def _computed(self, compute: Compute, group: int, rows: Tensor) -> Tensor:
         with self.computing("experts", group, rows.device):
@@ -151,8 +157,8 @@ class Pipeline(NamedTuple):
 
     # ---- stages: what is started, and what it takes ----------------------------------------------
 
-    def _dispatch(self, g: int, rows: Tensor) -> Transfer:
-        return self.start("ep", "dispatch", g, rows, self.plans[g].dispatch)
+    def _dispatch(self, g: int, rows: Tensor, peers: PeerExchange | None) -> Transfer:
+        return self.start("ep", "dispatch", g, rows, self.plans[g].dispatch, peers=peers)
 
     def _gather(self, g: int, rows: Tensor) -> Transfer:
         if self.etp_group is None:
@@ -169,8 +175,8 @@ class Pipeline(NamedTuple):
         terms = self._arrived(transfer)
         return terms if self.etp_group is None else self.plans[g].summed(terms)
 
-    def _combine(self, g: int, rows: Tensor, into: Tensor) -> Transfer:
-        return self.start("ep", "combine", g, rows, self.plans[g].dispatch.back, into)
+    def _combine(self, g: int, rows: Tensor, into: Tensor, peers: PeerExchange | None) -> Transfer:
+        return self.start("ep", "combine", g, rows, self.plans[g].dispatch.back, into, peers)
 
     def start(
         self,
@@ -180,6 +186,7 @@ class Pipeline(NamedTuple):
         rows: Tensor,
         splits: Splits,
         into: Tensor | None = None,
+        peers: PeerExchange | None = None,
     ) -> Transfer:
         """Start one all-to-all over EP or ETP; rows stay where they are if that is one rank."""
         group = self.ep_group if lane == "ep" else self.etp_group
@@ -188,10 +195,17 @@ class Pipeline(NamedTuple):
         mark = -1
         if self.timeline is not None:
             mark = self.timeline.queued(lane, name, g, rows.device)
-        arriving, sent, work = start_all_to_all(rows, splits, group, into)
+        work: dist.Work | Copied
+        if peers is None:
+            arriving, rows, work = start_all_to_all(rows, splits, group, into)
+        elif into is None:
+            arriving, work = peers.pull(rows, *splits, self.plans[g].starts)
+        else:
+            rows = rows.contiguous()
+            arriving, work = into, peers.push(rows, into, *splits.back, self.plans[g].starts)
         if self.timeline is not None and rows.is_cuda:
             self.timeline.over(mark, work, rows.device)
-        return Transfer(arriving, sent, work, mark)
+        return Transfer(arriving, rows, work, mark)
 
     def _arrived(self, transfer: Transfer) -> Tensor:
         """The rows, once they are there: on a GPU the stream waits, not the host."""
@@ -202,55 +216,44 @@ class Pipeline(NamedTuple):
         return transfer.rows
 
 
-def expert_groups(num_local: int, num_groups: int) -> tuple[range, ...]:
-    """The rank's experts in groups as equal as can be, in order."""
-    cuts = [num_local * group // num_groups for group in range(num_groups + 1)]
-    return tuple(range(*cut) for cut in pairwise(cuts))
+class PipelinePlans(Sequence[ExchangePlan]):
+    """The split sizes of each group of experts, made when they are asked for.
 
-
-def groups_that_pay(num_local: int, rank_bytes: int, mesh: ExpertMesh) -> int:
-    """Into how many groups to cut the experts of a rank, the same number on every rank.
-
-    As many as there are experts, but so few that an all-to-all of a group carries ``LEAST_BYTES``
-    on the average rank; one where nothing travels.
-
-    Args:
-        num_local: experts of a rank.
-        rank_bytes: of the rows that the average rank sends.
-        mesh: the EP x ETP block of this rank.
-    """
-    if mesh.ep_size * mesh.etp_size == 1:
-        return 1
-    return min(num_local, max(1, rank_bytes // LEAST_BYTES))
-
-
-def plan_pipeline(
-    kept_RE: Sequence[Sequence[int]], mesh: ExpertMesh, experts: Sequence[range]
-) -> tuple[ExchangePlan, ...]:
-    """The split sizes of each group of experts.
+    The rows of the first group leave before those of the last are counted.
 
     Args:
         kept_RE: rows each rank of the token group sends to each expert, on the host.
         mesh: the EP x ETP block of this rank.
         experts: of each group, which of a rank's experts.
     """
-    return tuple(plan_exchange(kept_RE, mesh, local) for local in experts)
+
+    def __init__(
+        self, kept_RE: Sequence[Sequence[int]], mesh: ExpertMesh, experts: Sequence[range]
+    ) -> None:
+        self._kept_RE, self._mesh, self._experts = kept_RE, mesh, experts
+        self._made: list[ExchangePlan] = []
+        self._sent = [0] * mesh.ep_size  # so far, by each EP rank
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __getitem__(self, group: Any) -> Any:
+        if group >= len(self):
+            raise IndexError(group)
+        while len(self._made) <= group:
+            self._make(self._experts[len(self._made)])
+        return self._made[group]
+
+    def _make(self, local: range) -> None:
+        self._made.append(plan_exchange(self._kept_RE, self._mesh, local, self._sent))
+        for ep, token_rank in enumerate(self._mesh.token_ranks[self._mesh.etp_rank]):
+            kept_E = self._kept_RE[token_rank]
+            for first in range(0, len(kept_E), len(kept_E) // self._mesh.ep_size):
+                self._sent[ep] += sum(kept_E[first + local.start : first + local.stop])
 
 
 def local_pipeline(counts: Sequence[int], timeline: Timeline | None = None) -> Pipeline:
     """Of rows that are with their experts already, ``counts`` for each."""
     total = (sum(counts),)
-    plan = ExchangePlan(total, total, total, (tuple(counts),))
+    plan = ExchangePlan(total, total, total, (tuple(counts),), (0,))
     return Pipeline((range(len(counts)),), (plan,), timeline=timeline)
-
-
-def dispatch_places(num_experts: int, ep_size: int, experts: Sequence[range]) -> list[int]:
-    """Of each expert of all ranks, its place in the order of :meth:`Pipeline.run`."""
-    num_local = num_experts // ep_size
-    order = [
-        ep * num_local + local for group in experts for ep in range(ep_size) for local in group
-    ]
-    places = [0] * num_experts
-    for place, expert in enumerate(order):
-        places[expert] = place
-    return places

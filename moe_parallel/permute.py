@@ -23,6 +23,7 @@ from moe_parallel.counting import at_assignments, rows_before
 from moe_parallel.derivatives import refuse_second_derivatives
 from moe_parallel.gate import gate_dtype
 from moe_parallel.impl import ChosenImpl
+from moe_parallel.peer_memory import PeerMemory
 
 
 class RowOrder(NamedTuple):
@@ -67,12 +68,16 @@ def _assignments(row_Tk: Tensor, num_rows: int) -> Tensor:
     return row_Tk.new_empty(num_rows).scatter_(0, row_Tk.flatten(), assignments)
 
 
-def permute(x_TM: Tensor, order: RowOrder, impl: ChosenImpl = "eager") -> Tensor:
+def permute(
+    x_TM: Tensor, order: RowOrder, impl: ChosenImpl = "eager", peers: PeerMemory | None = None
+) -> Tensor:
     """Rows ``[A, hidden]``: a copy of its token for every kept assignment.
+
+    With ``peers`` in their memory, which has room for them, until the next call there.
 
     Gradients: a token's is the sum of its rows' in slot order, in float32 or wider.
     """
-    rows: Tensor = _Permute.apply(x_TM, *order, impl)  # type: ignore[no-untyped-call]
+    rows: Tensor = _Permute.apply(x_TM, *order, impl, peers)  # type: ignore[no-untyped-call]
     return rows
 
 
@@ -90,14 +95,17 @@ def unpermute(
     return tokens
 
 
-def _token_rows(x_TM: Tensor, assignment_A: Tensor, top_k: int, padded: bool) -> Tensor:
+def _token_rows(
+    x_TM: Tensor, assignment_A: Tensor, top_k: int, padded: bool, out_AM: Tensor | None = None
+) -> Tensor:
     """``[A, hidden]``: the token of each row, zero for a row without one."""
     token_A = assignment_A.div(top_k, rounding_mode="floor")
-    if not padded:
-        return x_TM[token_A]
+    if out_AM is None:
+        out_AM = x_TM.new_empty(len(token_A), x_TM.shape[1])
     if x_TM.shape[0] == 0:
-        return x_TM.new_zeros(len(token_A), x_TM.shape[1])
-    return x_TM[token_A.clamp(min=0)].masked_fill(token_A.unsqueeze(1) < 0, 0)
+        return out_AM.zero_()
+    torch.ops.aten.index.Tensor_out(x_TM, [token_A.clamp(min=0) if padded else token_A], out=out_AM)
+    return out_AM.masked_fill_(token_A.unsqueeze(1) < 0, 0) if padded else out_AM
 
 
 def _slot_rows(rows_AM: Tensor, row_T: Tensor) -> Tensor:
@@ -116,10 +124,12 @@ class _Permute(torch.autograd.Function):
         row_Tk: Tensor,
         padded: bool,
         impl: ChosenImpl,
+        peers: PeerMemory | None,
     ) -> Tensor:
         ctx.save_for_backward(row_Tk)
         ctx.impl = impl
-        return _token_rows(x_TM, assignment_A, row_Tk.shape[1], padded)
+        rows_AM = None if peers is None else peers.place(len(assignment_A), x_TM)
+        return _token_rows(x_TM, assignment_A, row_Tk.shape[1], padded, rows_AM)
 
     @staticmethod
     @refuse_second_derivatives
@@ -128,12 +138,12 @@ class _Permute(torch.autograd.Function):
         if ctx.impl == "triton":
             from moe_parallel import launch
 
-            return launch.sum_slots(grad_AM, None, row_Tk), None, None, None, None
+            return launch.sum_slots(grad_AM, None, row_Tk), None, None, None, None, None
         dtype = gate_dtype(grad_AM.dtype)
         grad_TM = grad_AM.new_zeros(row_Tk.shape[0], grad_AM.shape[1], dtype=dtype)
         for row_T in row_Tk.unbind(1):
             grad_TM += _slot_rows(grad_AM, row_T)
-        return grad_TM.to(grad_AM.dtype), None, None, None, None
+        return grad_TM.to(grad_AM.dtype), None, None, None, None, None
 
 
 class _Unpermute(torch.autograd.Function):

@@ -60,8 +60,9 @@ class Routing(NamedTuple):
         kept: ``[T, k]``, False where the assignment is dropped.
         dropless: no assignment can be dropped: known on the host, as their numbers then are.
         counts: of all ranks.
-        aux_loss: this rank's share of the auxiliary loss, a scalar in the gate dtype.
-        stats: balance over all ranks.
+        logits: ``[T, E]``, gate dtype, differentiable.
+        num_tokens: N, of all ranks.
+        aux_loss_coefficient: as given.
     """
 
     experts: Tensor
@@ -69,8 +70,27 @@ class Routing(NamedTuple):
     kept: Tensor
     dropless: bool
     counts: AssignmentCounts
-    aux_loss: Tensor
-    stats: RoutingStats
+    logits: Tensor
+    num_tokens: int
+    aux_loss_coefficient: float
+
+    # No token waits for these two: they are made where they are asked for.
+    @property
+    def stats(self) -> RoutingStats:
+        """Balance over all ranks."""
+        assigned_E = self.counts.assigned.sum(0)
+        return RoutingStats(assigned_E, assigned_E - self.counts.kept.sum(0))
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """This rank's share of the auxiliary loss, a scalar in the gate dtype."""
+        if not self.aux_loss_coefficient:
+            return self.logits.new_zeros(())
+        tokens = max(self.num_tokens, 1)  # a batch without tokens has a loss of zero, not 0 / 0
+        assigned_E = self.counts.assigned.sum(0)
+        fraction_E = assigned_E.to(self.logits.dtype) / (tokens * self.experts.shape[1])
+        share_E = self.logits.softmax(1).sum(0) / tokens
+        return self.aux_loss_coefficient * len(assigned_E) * (fraction_E * share_E).sum()
 
 
 def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
@@ -160,15 +180,16 @@ def route(  # longer than our functions are: its docstring is the contract of th
             experts_Tk, num_experts, capacity, order, rank, token_group
         )
 
-    assigned_E = counts.assigned.sum(0)
-    aux_loss = logits_TE.new_zeros(())
-    if aux_loss_coefficient:
-        tokens = max(order.num_tokens, 1)  # a batch without tokens has a loss of zero, not 0 / 0
-        fraction_E = assigned_E.to(logits_TE.dtype) / (tokens * top_k)
-        share_E = logits_TE.softmax(1).sum(0) / tokens
-        aux_loss = aux_loss_coefficient * num_experts * (fraction_E * share_E).sum()
-    stats = RoutingStats(assigned_E, assigned_E - counts.kept.sum(0))
-    return Routing(experts_Tk, weights_Tk, kept_Tk, capacity is None, counts, aux_loss, stats)
+    return Routing(
+        experts_Tk,
+        weights_Tk,
+        kept_Tk,
+        capacity is None,
+        counts,
+        logits_TE,
+        order.num_tokens,
+        aux_loss_coefficient,
+    )
 
 
 def _keep_by_position(

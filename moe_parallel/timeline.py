@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from moe_parallel.peer_memory import Copied
+
 Lane = Literal["ep", "etp", "compute"]
 _LANES: tuple[Lane, ...] = ("ep", "etp", "compute")
 _WIDTH = 72  # characters of a lane
@@ -63,7 +65,9 @@ class Timeline:
         self._marks.append((lane, name, group, mark, mark))
         return len(self._marks) - 1
 
-    def over(self, number: int, work: torch.distributed.Work, device: torch.device) -> None:
+    def over(
+        self, number: int, work: torch.distributed.Work | Copied, device: torch.device
+    ) -> None:
         """Call it at once on a GPU, and after the wait on the CPU."""
         lane, name, group, start, _ = self._marks[number]
         if device.type != "cuda":

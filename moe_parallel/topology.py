@@ -26,6 +26,8 @@ from typing import Literal, NamedTuple, get_args
 
 import torch.distributed as dist
 
+from moe_parallel.peer_memory import PeerMemory
+
 Axis = Literal["tp", "cp", "dp", "pp", "dp_cp", "token", "ep", "etp", "edp", "ep_etp"]
 
 # Every axis as (mesh, the coordinates that vary inside one of its groups).
@@ -70,12 +72,15 @@ class ExpertGroups(NamedTuple):
         ep: ranks that hold different experts and the same part of each; tokens travel over it.
         etp: ranks that hold different parts of the same experts.
         ep_etp: the EP x ETP block of this rank, etp fastest; may be left out if ep or etp is None.
+        peers: memory of the ranks of ``ep``, through which rows travel over it, by copy engines;
+            None: by all-to-all.
     """
 
     token: dist.ProcessGroup | None = None
     ep: dist.ProcessGroup | None = None
     etp: dist.ProcessGroup | None = None
     ep_etp: dist.ProcessGroup | None = None
+    peers: PeerMemory | None = None
 
 
 class ParallelGroups(NamedTuple):
@@ -220,75 +225,3 @@ class ExpertTopology:
                 if dist.get_rank() in ranks:
                     mine[axis] = made[ranks] if len(ranks) > 1 else None
         return ParallelGroups(**mine)
-
-
-class ExpertMesh(NamedTuple):
-    """The EP x ETP block of this rank, in ranks of the token group; host data.
-
-    Attributes:
-        token_rank: this rank in the token group.
-        num_token_ranks: size of the token group.
-        ep_rank: this rank in the EP group.
-        etp_rank: this rank in the ETP group.
-        token_ranks: ``token_ranks[etp][ep]`` is that member's rank in the token group.
-    """
-
-    token_rank: int
-    num_token_ranks: int
-    ep_rank: int
-    etp_rank: int
-    token_ranks: tuple[tuple[int, ...], ...]
-
-    @property
-    def ep_size(self) -> int:
-        """Number of EP ranks."""
-        return len(self.token_ranks[0])
-
-    @property
-    def etp_size(self) -> int:
-        """Number of ETP ranks."""
-        return len(self.token_ranks)
-
-
-def _members(group: dist.ProcessGroup | None, me: int) -> list[int]:
-    return [me] if group is None else dist.get_process_group_ranks(group)
-
-
-def expert_mesh(groups: ExpertGroups) -> ExpertMesh:
-    """Check that the four groups fit together and number their ranks.
-
-    Raises:
-        ValueError: naming the group that does not fit.
-    """
-    if groups == ExpertGroups():
-        return ExpertMesh(0, 1, 0, 0, ((0,),))
-    me = dist.get_rank()
-    block = groups.ep_etp
-    if block is None and (groups.ep is None or groups.etp is None):
-        block = groups.ep if groups.etp is None else groups.etp
-    token, ep, etp, ep_etp = (
-        _members(group, me) for group in (groups.token, groups.ep, groups.etp, block)
-    )
-    for name, ranks in (("token", token), ("ep", ep), ("etp", etp), ("ep_etp", ep_etp)):
-        if me not in ranks:
-            raise ValueError(f"groups.{name} must hold this rank {me}, got ranks {ranks}")
-    if len(ep_etp) != len(ep) * len(etp):
-        raise ValueError(
-            f"groups.ep_etp must have ep {len(ep)} x etp {len(etp)} ranks, got {len(ep_etp)}:"
-            " give the group of all ranks that share these experts"
-        )
-    ep_rank, etp_rank = divmod(ep_etp.index(me), len(etp))
-    if ep_etp[etp_rank :: len(etp)] != ep or ep_etp[ep_rank * len(etp) :][: len(etp)] != etp:
-        raise ValueError(
-            f"groups.ep_etp must be ordered with etp fastest, got {ep_etp} for ep {ep}, etp {etp}"
-        )
-    if not set(ep_etp) <= set(token):
-        raise ValueError(
-            f"groups.token must hold the whole EP x ETP block {ep_etp}, got {token}: it is the"
-            " group of all ranks over which the tokens are split"
-        )
-    token_ranks = tuple(
-        tuple(token.index(ep_etp[ep_at * len(etp) + etp_at]) for ep_at in range(len(ep)))
-        for etp_at in range(len(etp))
-    )
-    return ExpertMesh(token.index(me), len(token), ep_rank, etp_rank, token_ranks)

@@ -14,6 +14,7 @@ from lasp.megatron import require
 from moe_parallel.config import MoEConfig
 from moe_parallel.gemm import Gemm
 from moe_parallel.impl import Impl
+from moe_parallel.peer_memory import PeerMemory
 from moe_parallel.route import DropPolicy
 
 PART = "the expert-parallel MoE layer"
@@ -63,12 +64,15 @@ class ExpertOptions:
         overlap_groups: into how many groups a rank's experts are cut; None: by a rule.
         max_rows: most rows that the experts of one rank may take; None: as many as come.
         impl: of the activation and the sums of a token's rows.
+        peers: memory of the expert parallel ranks, through which rows travel; one object for all
+            layers, see :class:`moe_parallel.PeerMemory`. The stages of the layer do not use it.
     """
 
     gemm: Gemm = "auto"
     overlap_groups: int | None = None
     max_rows: int | None = None
     impl: Impl = "auto"
+    peers: PeerMemory | None = None
 
 
 DEFAULT_OPTIONS = ExpertOptions()
@@ -110,7 +114,10 @@ def moe_config(config: TransformerConfig, options: ExpertOptions = DEFAULT_OPTIO
         capacity_factor=config.moe_expert_capacity_factor,
         drop_policy=_POLICIES[config.moe_token_drop_policy],
         aux_loss_coefficient=_aux_loss_coefficient(config),
-        **vars(options),
+        gemm=options.gemm,
+        overlap_groups=options.overlap_groups,
+        max_rows=options.max_rows,
+        impl=options.impl,
     )
 
 

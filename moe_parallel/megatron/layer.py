@@ -118,7 +118,11 @@ class ExpertParallelMoELayer(MoELayer):
         self.moe = ExpertParallelMoE(
             moe,
             groups=ExpertGroups(
-                several["tp_dp_cp"], several["ep"], several["expt_tp"], several["tp_ep"]
+                several["tp_dp_cp"],
+                several["ep"],
+                several["expt_tp"],
+                several["tp_ep"],
+                options.peers,
             ),
             # Megatron seeds the CPU generator alike on the ranks of a stage.
             seed=int(torch.randint(2**31, ())),

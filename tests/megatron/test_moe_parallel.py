@@ -15,11 +15,16 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder
-from moe_parallel.megatron import ExpertParallelMoELayer, expert_parallel_moe_spec
+from moe_parallel.megatron import (
+    ExpertOptions,
+    ExpertParallelMoELayer,
+    expert_parallel_moe_spec,
+)
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import config, parallel_config
 from tests.megatron.cpu import initialize, summed
 from tests.moe_parallel.batch import ORDERS, assemble, assemble_expert, local_rows, random_batch
+from tests.moe_parallel.peers import peer_memory
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.megatron
@@ -109,11 +114,17 @@ def in_stages(layer: ExpertParallelMoELayer, hidden: Tensor, order: TokenOrder, 
 
 
 def layer_on_rank(
-    sizes: dict[str, int], order_name: str, options: dict[str, Any], run: Callable = in_one_call
+    sizes: dict[str, int],
+    order_name: str,
+    options: dict[str, Any],
+    run: Callable = in_one_call,
+    copied: bool = False,
 ) -> list[Tensor]:
     """Output, input gradient, and what Megatron's scaling makes of the parameter gradients."""
     groups = initialize(**sizes)
-    spec = expert_parallel_moe_spec()
+    spec = expert_parallel_moe_spec(
+        options=ExpertOptions(peers=peer_memory(groups.ep) if copied else None)
+    )
     layer = build_module(
         spec, config=parallel_config(sizes, **OPTIONS, **options), pg_collection=groups
     )
@@ -133,6 +144,17 @@ def layer_on_rank(
     gate = summed(layer.moe.gate_weight.grad, groups.tp_dp_cp) / divisor
     experts = [summed(p.grad, groups.expt_dp) / divisor for p in layer.moe.experts.parameters()]
     return [output.squeeze(1), hidden_grad.squeeze(1) / divisor, gate, *experts]
+
+
+def copied_on_rank(sizes: dict[str, int]) -> None:
+    """Rank function: through the memory of peers, the bits of an all-to-all."""
+    sent, copied = (layer_on_rank(sizes, "shuffled", {}, copied=copied) for copied in (False, True))
+    for name, a, b in zip(NAMES, sent, copied):
+        assert torch.equal(a, b), name
+
+
+def test_rows_travel_through_the_memory_of_peers() -> None:
+    run_on_ranks(copied_on_rank, 2, {"ep": 2})
 
 
 def plain_results() -> list[Tensor]:

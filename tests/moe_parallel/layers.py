@@ -16,6 +16,7 @@ from tests.moe_parallel.batch import (
     local_rows,
     random_batch,
 )
+from tests.moe_parallel.peers import peer_memory
 from tests.ranks import run_on_ranks
 
 NUM_TOKENS = 29
@@ -49,8 +50,12 @@ def layer_on_rank(
     dtype: torch.dtype = torch.float64,
     skew: bool = False,
     device: str = "cpu",
+    copied: bool = False,
 ) -> LayerResult:
-    layer = build(config, dtype, skew, groups=groups_of(topology).experts, device=device)
+    groups = groups_of(topology).experts
+    if copied:
+        groups = groups._replace(peers=peer_memory(groups.ep))
+    layer = build(config, dtype, skew, groups=groups, device=device)
     rank = layer.mesh.token_rank
     whole = random_batch(order.num_tokens, config.hidden_size)
     # NaN in the padding: it must be neither routed nor multiplied by zero.
@@ -64,11 +69,15 @@ def layer_on_rank(
 
 
 def on_ranks(
-    topology: ExpertTopology, order: TokenOrder, *args: object, backend: str = "gloo"
+    topology: ExpertTopology,
+    order: TokenOrder,
+    *args: object,
+    backend: str = "gloo",
+    copied: bool = False,
 ) -> LayerResult:
-    device = {"device": "cuda"} if backend == "nccl" else {}
+    how = {"device": "cuda" if backend == "nccl" else "cpu", "copied": copied}
     parts = run_on_ranks(
-        layer_on_rank, topology.world_size, topology, order, *args, backend=backend, **device
+        layer_on_rank, topology.world_size, topology, order, *args, backend=backend, **how
     )
     return LayerResult(
         output=assemble([part.output for part in parts], order),

@@ -16,7 +16,7 @@ from moe_parallel.exchange import (
     plan_exchange,
     scatter_etp,
 )
-from moe_parallel.topology import ExpertMesh, expert_mesh
+from moe_parallel.mesh import ExpertMesh, expert_mesh
 from tests.closeness import assert_equal_to_rounding
 from tests.moe_parallel.batch import Replicated, Summed, groups_of
 from tests.ranks import run_on_ranks

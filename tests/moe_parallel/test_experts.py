@@ -166,16 +166,16 @@ def test_initial_values_differ_between_experts_and_seeds() -> None:
 
 
 def test_rule_of_auto() -> None:
-    assert experts_of("auto").chosen_gemm() == "loop"
-    assert experts_of("auto", torch.bfloat16).chosen_gemm() == "loop"  # not on CUDA
-    assert experts_of("grouped", torch.bfloat16).chosen_gemm() == "grouped"
+    assert experts_of("auto").chosen_gemm(0) == "loop"
+    assert experts_of("auto", torch.bfloat16).chosen_gemm(0) == "loop"  # not on CUDA
+    assert experts_of("grouped", torch.bfloat16).chosen_gemm(0) == "grouped"
 
 
 @pytest.mark.gpu
 def test_rule_of_auto_on_a_gpu() -> None:
-    assert experts_of("auto", torch.bfloat16).cuda().chosen_gemm() == "grouped"
-    assert experts_of("auto", torch.float32).cuda().chosen_gemm() == "loop"
-    assert Experts(12, 24, 5, dtype=torch.bfloat16, device="cuda").chosen_gemm() == "loop"
+    assert experts_of("auto", torch.bfloat16).cuda().chosen_gemm(0) == "grouped"
+    assert experts_of("auto", torch.float32).cuda().chosen_gemm(0) == "loop"
+    assert Experts(12, 24, 5, dtype=torch.bfloat16, device="cuda").chosen_gemm(0) == "loop"
 
 
 def test_meta_device_draws_nothing() -> None:

@@ -9,14 +9,15 @@ import torch
 import torch.distributed as dist
 
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, Timeline
-from moe_parallel.overlap import (
+from moe_parallel.grouping import (
     LEAST_BYTES,
+    MOST_WITH_ETP,
     dispatch_places,
     expert_groups,
     groups_that_pay,
-    plan_pipeline,
 )
-from moe_parallel.topology import ExpertMesh
+from moe_parallel.mesh import ExpertMesh
+from moe_parallel.overlap import PipelinePlans
 from tests.moe_parallel.batch import ORDERS, groups_of
 from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, layer_on_rank, on_ranks
 from tests.ranks import run_on_ranks
@@ -155,6 +156,9 @@ def test_groups_are_as_many_as_pay() -> None:
     assert groups_that_pay(4, 400 * LEAST_BYTES, mesh) == 4  # the experts of a rank
     alone = ExpertMesh(0, 2, 0, 0, ((0,),))
     assert groups_that_pay(4, 400 * LEAST_BYTES, alone) == 1  # nothing travels
+    etp = ExpertMesh(0, 2, 0, 0, ((0,), (1,)))
+    assert groups_that_pay(4, 400 * LEAST_BYTES, etp) == MOST_WITH_ETP
+    assert groups_that_pay(1, 400 * LEAST_BYTES, etp) == 1
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 4])
@@ -162,7 +166,7 @@ def test_groups_hold_every_expert_and_row_once(num_groups: int) -> None:
     mesh = ExpertMesh(0, 2, 0, 0, ((0, 1),))
     experts = expert_groups(4, num_groups)
     assert [e for group in experts for e in group] == list(range(4))
-    plans = plan_pipeline([[*range(8)], [3] * 8], mesh, experts)
+    plans = PipelinePlans([[*range(8)], [3] * 8], mesh, experts)
     assert len(plans) == num_groups
     assert sum(sum(plan.dispatch_rows) for plan in plans) == sum(range(8))
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_parallel import ExpertGroups, ExpertTopology
-from moe_parallel.topology import Axis, expert_mesh
+from moe_parallel.mesh import expert_mesh
+from moe_parallel.topology import Axis
 from tests.moe_parallel.batch import groups_of
 from tests.ranks import run_on_ranks, subgroup
 

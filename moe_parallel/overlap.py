@@ -1,15 +1,15 @@
 """Rows to the experts and back, with the communication under the products.
 
-The experts of a rank are cut into groups. While one group is computed, rows of the next are on
+The experts of a rank are cut into groups. While one group is computed, rows of the next two are on
 their way to it (D), and results of the one before are on their way back (C)::
 
-    ep       D0 D1 ....... C0 D2 ...... C1 ....... C2
+    ep       D0 D1 D2 .... C0 D3 ...... C1 ....... C2
     compute  .. E0 E0 E0 E0   E1 E1 E1 E1  E2 E2 E2 E2
 
 With ETP there are two more stages, over a group of their own, beside EP's: each rank of the block
 gathers the rows (A), and what it computes of them is summed where they came from (S)::
 
-    ep       D0 D1 D2 .... D3 ......... C0 D4 ..... C1
+    ep       D0 D1 D2 D3 . D4 ......... C0 D5 ..... C1
     etp      .. A0 A1 .... S0 A2 ......... S1 A3
     compute  ..... E0 E0 E0   E1 E1 E1 E1    E2 E2 E2
 
@@ -37,6 +37,10 @@ from moe_parallel.exchange import ExchangePlan, Splits, plan_exchange, start_all
 from moe_parallel.mesh import ExpertMesh
 from moe_parallel.peer_memory import Copied, PeerExchange, PeerMemory
 from moe_parallel.timeline import Lane, Timeline
+
+# Groups whose rows are on their way while one is computed. Over a slow link the results of a group
+# leave before the rows of the next: one group ahead, products would wait for both.
+AHEAD = 2
 
 # Groups between rows and weights in a backward: so many of them hold what weights are made of.
 BESIDE_LAG = 2
@@ -113,8 +117,8 @@ class Pipeline(NamedTuple):
         combined: deque[Transfer] = deque()
         # A round starts dispatch d, gather a, computes g and starts combine c; the first rounds
         # compute nothing, the last start nothing.
-        for g in range(-1 - lag, count + lag):
-            d, a, c = g + 1 + lag, g + lag, g - lag
+        for g in range(-AHEAD - lag, count + lag):
+            d, a, c = g + AHEAD + lag, g + lag, g - lag
             if d < count:
                 dispatched[d] = self._dispatch(d, next(departing), peers)
             if 0 <= a < count:

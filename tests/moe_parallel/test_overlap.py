@@ -108,17 +108,17 @@ def marks_on_rank(topology: ExpertTopology) -> tuple[list[str], str]:
     return [f"{span.name} {span.group}" for span in timeline.spans], str(timeline)
 
 
-def test_rows_of_the_next_group_leave_before_a_group_is_computed() -> None:
+def test_rows_of_the_next_groups_leave_before_a_group_is_computed() -> None:
     (marks, drawing), _ = run_on_ranks(marks_on_rank, 2, ExpertTopology(2, ep=2))
     assert marks == [
-        *("dispatch 0", "dispatch 1", "experts 0", "combine 0"),
-        *("dispatch 2", "experts 1", "combine 1"),
-        *("dispatch 3", "experts 2", "combine 2"),
+        *("dispatch 0", "dispatch 1", "dispatch 2", "experts 0", "combine 0"),
+        *("dispatch 3", "experts 1", "combine 1"),
+        *("experts 2", "combine 2"),
         *("experts 3", "combine 3"),
         # Weight gradients follow two groups behind: nobody waits for them.
-        *("dispatch 0", "dispatch 1", "experts 0", "combine 0"),
-        *("dispatch 2", "experts 1", "combine 1"),
-        *("dispatch 3", "experts 2", "combine 2", "weights 0"),
+        *("dispatch 0", "dispatch 1", "dispatch 2", "experts 0", "combine 0"),
+        *("dispatch 3", "experts 1", "combine 1"),
+        *("experts 2", "combine 2", "weights 0"),
         *("experts 3", "combine 3", "weights 1", "weights 2", "weights 3"),
     ]
     lanes = [line.split()[0] for line in drawing.splitlines()]
@@ -130,15 +130,16 @@ def test_etp_is_one_group_ahead_of_the_products_and_one_behind() -> None:
     (marks, _), *_ = run_on_ranks(marks_on_rank, 4, ExpertTopology(4, ep=2, etp=2))
     rounds = [
         ["dispatch 0"],
-        ["dispatch 1", "all-gather 0"],
-        ["dispatch 2", "all-gather 1", "experts 0", "scatter 0"],
-        ["dispatch 3", "all-gather 2", "experts 1", "scatter 1", "combine 0"],
+        ["dispatch 1"],
+        ["dispatch 2", "all-gather 0"],
+        ["dispatch 3", "all-gather 1", "experts 0", "scatter 0"],
+        ["all-gather 2", "experts 1", "scatter 1", "combine 0"],
         ["all-gather 3", "experts 2", "scatter 2", "combine 1"],
         ["experts 3", "scatter 3", "combine 2"],
         ["combine 3"],
     ]
     forward = [mark for some in rounds for mark in some]
-    for index, group in ((4, 0), (5, 1), (6, 2), (6, 3)):
+    for index, group in ((5, 0), (6, 1), (7, 2), (7, 3)):
         rounds[index].append(f"weights {group}")
     assert marks == [*forward, *(mark for some in rounds for mark in some)]
 

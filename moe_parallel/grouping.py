@@ -11,9 +11,11 @@ from torch import Tensor
 from moe_parallel.mesh import ExpertMesh
 from moe_parallel.order import on_device
 
-# What one all-to-all should carry at least. A group of 24 MiB computes for about 0.9 ms on an H100
-# (6144 x 9216); in half of that the host of the measured machines hardly queues the next one.
-LEAST_BYTES = 24 * 2**20
+# What a group should send at least. By copies: 24 MiB compute for about 0.9 ms on an H100 (6144 x
+# 9216); in half of that the host of the measured machines hardly queues the next group. By NCCL: with
+# two thread blocks 8 groups of 96 MiB were faster than 16 of 48; without a limit they were the same.
+LEAST_BYTES = 96 * 2**20
+LEAST_COPIED_BYTES = 24 * 2**20
 # With ETP more than these were slower at every size measured: each is two collectives more, of
 # etp_size times the rows, whose thread blocks are not with the products.
 MOST_WITH_ETP = 2
@@ -25,21 +27,23 @@ def expert_groups(num_local: int, num_groups: int) -> tuple[range, ...]:
     return tuple(range(*cut) for cut in pairwise(cuts))
 
 
-def groups_that_pay(num_local: int, rank_bytes: int, mesh: ExpertMesh) -> int:
+def groups_that_pay(num_local: int, rank_bytes: int, mesh: ExpertMesh, *, copied: bool) -> int:
     """Into how many groups to cut the experts of a rank, the same number on every rank.
 
-    As many as there are experts, with ETP ``MOST_WITH_ETP``, but so few that an all-to-all of a
-    group carries ``LEAST_BYTES`` on the average rank; one where nothing travels.
+    As many as there are experts, with ETP ``MOST_WITH_ETP``, but so few that the average rank sends
+    ``LEAST_BYTES`` a group by NCCL or ``LEAST_COPIED_BYTES`` by copies, its own rows included; one
+    where nothing travels.
 
     Args:
         num_local: experts of a rank.
         rank_bytes: of the rows that the average rank sends.
         mesh: the EP x ETP block of this rank.
+        copied: rows travel through :class:`moe_parallel.PeerMemory`.
     """
     if mesh.ep_size * mesh.etp_size == 1:
         return 1
     most = num_local if mesh.etp_size == 1 else min(num_local, MOST_WITH_ETP)
-    return min(most, max(1, rank_bytes // LEAST_BYTES))
+    return min(most, max(1, rank_bytes // (LEAST_COPIED_BYTES if copied else LEAST_BYTES)))
 
 
 def dispatch_places(num_experts: int, ep_size: int, experts: Sequence[range]) -> list[int]:

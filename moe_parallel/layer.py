@@ -264,7 +264,8 @@ class ExpertParallelMoE(nn.Module):
         if num_groups is None:
             row_bytes = x_TM.element_size() * self.config.hidden_size
             rank_bytes = num_rows // self.mesh.num_token_ranks * row_bytes
-            num_groups = groups_that_pay(num_local, rank_bytes, self.mesh)
+            copied = self.groups.peers is not None
+            num_groups = groups_that_pay(num_local, rank_bytes, self.mesh, copied=copied)
         return expert_groups(num_local, num_groups)
 
     def _run(

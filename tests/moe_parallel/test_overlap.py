@@ -11,6 +11,7 @@ import torch.distributed as dist
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, Timeline
 from moe_parallel.grouping import (
     LEAST_BYTES,
+    LEAST_COPIED_BYTES,
     MOST_WITH_ETP,
     dispatch_places,
     expert_groups,
@@ -151,15 +152,16 @@ def test_nothing_is_marked_without_a_timeline() -> None:
 
 def test_groups_are_as_many_as_pay() -> None:
     mesh = ExpertMesh(0, 2, 0, 0, ((0, 1),))
-    assert groups_that_pay(4, 0, mesh) == 1
-    assert groups_that_pay(4, LEAST_BYTES, mesh) == 1
-    assert groups_that_pay(4, 4 * LEAST_BYTES - 1, mesh) == 3
-    assert groups_that_pay(4, 400 * LEAST_BYTES, mesh) == 4  # the experts of a rank
+    for least, copied in ((LEAST_BYTES, False), (LEAST_COPIED_BYTES, True)):
+        assert groups_that_pay(4, 0, mesh, copied=copied) == 1
+        assert groups_that_pay(4, least, mesh, copied=copied) == 1
+        assert groups_that_pay(4, 4 * least - 1, mesh, copied=copied) == 3
+        assert groups_that_pay(4, 400 * least, mesh, copied=copied) == 4  # the experts of a rank
     alone = ExpertMesh(0, 2, 0, 0, ((0,),))
-    assert groups_that_pay(4, 400 * LEAST_BYTES, alone) == 1  # nothing travels
+    assert groups_that_pay(4, 400 * LEAST_BYTES, alone, copied=False) == 1  # nothing travels
     etp = ExpertMesh(0, 2, 0, 0, ((0,), (1,)))
-    assert groups_that_pay(4, 400 * LEAST_BYTES, etp) == MOST_WITH_ETP
-    assert groups_that_pay(1, 400 * LEAST_BYTES, etp) == 1
+    assert groups_that_pay(4, 400 * LEAST_BYTES, etp, copied=False) == MOST_WITH_ETP
+    assert groups_that_pay(1, 400 * LEAST_BYTES, etp, copied=False) == 1
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 4])

@@ -12,8 +12,9 @@ from moe_parallel.mesh import ExpertMesh
 from moe_parallel.order import on_device
 
 # What a group should send at least. By copies: 24 MiB compute for about 0.9 ms on an H100 (6144 x
-# 9216); in half of that the host of the measured machines hardly queues the next group. By NCCL: with
-# two thread blocks 8 groups of 96 MiB were faster than 16 of 48; without a limit they were the same.
+# 9216); in half of that the host of the measured machines hardly queues the next group. By NCCL:
+# with two thread blocks 8 groups of 96 MiB were faster than 16 of 48; without a limit they were the
+# same.
 LEAST_BYTES = 96 * 2**20
 LEAST_COPIED_BYTES = 24 * 2**20
 # With ETP more than these were slower at every size measured: each is two collectives more, of

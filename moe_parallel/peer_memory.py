@@ -123,13 +123,14 @@ class PeerMemory:
             torch.cuda.synchronize()  # before others, past the rendezvous, write there
             handle: Any = symmetric_memory.rendezvous(own, self.group.group_name)
             buffers = [handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in self.ranks]
-        except RuntimeError as error:
+            streams = CudaStreamMemory()
+        except (OSError, RuntimeError) as error:  # OSError: there is no CUDA driver
             raise ValueError(
                 "group must be of ranks that reach each other's memory for PeerMemory, got ranks"
                 f" {dist.get_process_group_ranks(self.group)}: without it rows travel by"
                 f" all-to-all. {error}"
             ) from error
-        return SharedBuffers(buffers, CudaStreamMemory(), (own, handle))
+        return SharedBuffers(buffers, streams, (own, handle))
 
     def _phase(self, words: Sequence[int], phase: int) -> tuple[Prepared, Prepared]:
         """To say that this rank is at a phase, and to hear it of the others."""

@@ -113,7 +113,7 @@ class KeptCounts:
 
     @property
     def most(self) -> int:
-        """That one rank can keep, of any; the same number on every rank, without waiting."""
+        """The most that any one rank can keep; the same number on every rank, without waiting."""
         return self._order.max_local_tokens * self._top_k
 
     def of_all(self) -> int:

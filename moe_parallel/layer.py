@@ -94,8 +94,9 @@ class ExpertParallelMoE(nn.Module):
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
         self.config = config
-        self.groups = groups
         self.mesh = expert_mesh(groups)
+        # Of one EP rank no row travels, and what the experts keep must not lie in shared memory.
+        self.groups = groups if self.mesh.ep_size > 1 else groups._replace(peers=None)
         self._order = DispatchOrder(config.num_experts, self.mesh.ep_size)
         self.gate_weight = nn.Parameter(
             torch.empty(

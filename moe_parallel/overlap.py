@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -241,9 +241,8 @@ class PipelinePlans(Sequence[ExchangePlan]):
     def __len__(self) -> int:
         return len(self._experts)
 
-    def __getitem__(self, group: Any) -> Any:
-        if group >= len(self):
-            raise IndexError(group)
+    def __getitem__(self, group: int) -> ExchangePlan:  # type: ignore[override]  # no slices
+        group = range(len(self))[group]
         while len(self._made) <= group:
             self._make(self._experts[len(self._made)])
         return self._made[group]

@@ -11,8 +11,9 @@ Both buffers of a rank hold the rows that it sends, so that their size does not 
 router does elsewhere. Offsets follow from the counts, which every rank has on the host.
 
 Ranks wait for each other's words: a rank writes 1 into its word on another, which waits for it and
-writes 0. A word is not written again before that: phases of two words take turns in the combines of
-a call, and between two of the others there is a combine. So a CUDA graph can be replayed.
+writes 0. A word is not written again before that: the combines of a call have two words in turn,
+and between two first words every rank has heard a combine of every other, which says it only after
+it has written the first one 0. So a CUDA graph can be replayed.
 """
 
 from __future__ import annotations
@@ -60,11 +61,13 @@ class PeerMemory:
     """Two buffers on every GPU of a group, which all its ranks read and write.
 
     Make one for the EP group, on all its ranks, and give it to every layer in its
-    :class:`moe_parallel.ExpertGroups`. It serves one call after another, all on one stream.
+    :class:`moe_parallel.ExpertGroups`. It serves one call after another, on one stream or on
+    streams that you order.
 
-    It takes twice the bytes of the rows that a rank sends, A M b, once for all layers. It grows at
-    the first call that needs more: there the host waits for the device. If a rank dies the streams
-    of the others wait, until the timeout of the next collective behind them ends their processes.
+    It takes twice the bytes of the rows that the fullest rank can send, T k M b, once for all
+    layers. It grows at the first call that needs more: there the host waits for the device. Call
+    :meth:`reserve` before a CUDA graph is captured. If a rank dies the streams of the others wait;
+    the timeout of a collective that is queued behind them ends their processes.
 
     Args:
         group: of CUDA ranks that reach each other's memory, in practice on one host.
@@ -82,34 +85,45 @@ class PeerMemory:
         self.group, self.rank, self.ranks = group, group.rank(), range(group.size())
         # Beginning with the next rank, so that not all turn to the same one.
         self.others = [*self.ranks[self.rank + 1 :], *self.ranks[: self.rank]]
-        self.num_bytes = 0
+        self.num_bytes, self.captured = 0, False
         self._shared: SharedBuffers | None = None
-        device = (
-            self.reserve(1).buffers[0].device
-        )  # what cannot be shared shows here, not in a step
+        # What cannot be shared shows here, not in a step.
+        device = self.reserve(1).buffers[0].device
         self.module = torch.get_device_module(device)
         # Of no priority: copies within a GPU are thread blocks, and should have those that the last
         # tiles of a product leave, not take theirs.
         self.pulls, self.pushes = (self.module.Stream() for _ in range(2))
 
     def reserve(self, num_bytes: int) -> SharedBuffers:
-        """Have buffers for so many bytes of rows, the same number on every rank of the group."""
-        if self._shared is None or num_bytes > self.num_bytes:
-            if self._shared is not None:
-                self.module.synchronize()  # what is queued may use what is given back
-            self.num_bytes = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
-            self._shared = None
-            with torch.inference_mode(False):  # kept, and used in training too
-                self._shared = self._share(PAGE_BYTES + 2 * self.num_bytes)
-            words = [buffer.data_ptr() for buffer in self._shared.buffers]
-            self.rows_at = [word + PAGE_BYTES for word in words]
-            self.results_at = [word + PAGE_BYTES + self.num_bytes for word in words]
-            self.streams = self._shared.streams
-            self._said, self._heard = zip(*(self._phase(words, phase) for phase in range(3)))
-        return self._shared
+        """Have buffers for so many bytes of rows, the same number on every rank of the group.
+
+        Raises:
+            ValueError: if they would have to grow and a CUDA graph knows the ones there are.
+        """
+        if self._shared is not None and num_bytes <= self.num_bytes:
+            return self._shared
+        if self.captured or (
+            torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        ):
+            raise ValueError(
+                f"rows must fit into the {self.num_bytes} bytes that a captured CUDA graph uses,"
+                f" got {num_bytes}: call reserve({num_bytes}) on all ranks before the capture"
+            )
+        if self._shared is not None:
+            self.module.synchronize()  # what is queued may use what is given back
+        self._shared, self.num_bytes = None, 0
+        rounded = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+        with torch.inference_mode(False):  # kept, and used in training too
+            shared = self._share(PAGE_BYTES + 2 * rounded)
+        self._shared, self.num_bytes, self.streams = shared, rounded, shared.streams
+        words = [buffer.data_ptr() for buffer in shared.buffers]
+        self.rows_at = [word + PAGE_BYTES for word in words]
+        self.results_at = [word + PAGE_BYTES + rounded for word in words]
+        self._said, self._heard = zip(*(self._phase(words, phase) for phase in range(3)))
+        return shared
 
     def _share(self, num_bytes: int) -> SharedBuffers:
-        if dist.get_backend(self.group) != "nccl":
+        if "nccl" not in dist.get_backend_config(self.group):
             raise ValueError(
                 "group must be of CUDA ranks for PeerMemory, got one with the backend"
                 f" {dist.get_backend(self.group)!r}: without it rows travel by all-to-all"
@@ -117,13 +131,15 @@ class PeerMemory:
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         device = torch.device("cuda", torch.cuda.current_device())
+        own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+        own[:PAGE_BYTES].zero_()
+        torch.cuda.synchronize()  # before others, past the rendezvous, write there
         try:
-            own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-            own[:PAGE_BYTES].zero_()
-            torch.cuda.synchronize()  # before others, past the rendezvous, write there
             handle: Any = symmetric_memory.rendezvous(own, self.group.group_name)
             buffers = [handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in self.ranks]
             streams = CudaStreamMemory()
+        except (torch.OutOfMemoryError, dist.DistError):
+            raise
         except (OSError, RuntimeError) as error:  # OSError: there is no CUDA driver
             raise ValueError(
                 "group must be of ranks that reach each other's memory for PeerMemory, got ranks"
@@ -155,6 +171,11 @@ class PeerMemory:
     def place(self, num_rows: int, like: Tensor) -> Tensor:
         """``[num_rows, M]``: where this rank's rows, like these, travel from."""
         num_bytes = num_rows * like.element_size() * like.shape[1]
+        if num_bytes > self.num_bytes:
+            raise ValueError(
+                f"rows must fit into the {self.num_bytes} bytes that are reserved, got {num_bytes}:"
+                f" call reserve({num_bytes}) on all ranks"
+            )
         buffer = self.reserve(0).buffers[self.rank].narrow(0, PAGE_BYTES, num_bytes)
         return buffer.view(like.dtype).view(num_rows, like.shape[1])
 
@@ -171,6 +192,8 @@ class PeerExchange:
     def __init__(self, memory: PeerMemory, rows_AM: Tensor) -> None:
         self._memory, self._row_bytes = memory, rows_AM.element_size() * rows_AM.shape[1]
         self._phases = (_EVEN, _ODD)
+        if rows_AM.is_cuda and torch.cuda.is_current_stream_capturing():
+            memory.captured = True
         if rows_AM.data_ptr() != memory.rows_at[memory.rank]:
             memory.place(len(rows_AM), rows_AM).copy_(rows_AM)
         memory.pulls.wait_stream(memory.module.current_stream())

@@ -73,7 +73,8 @@ def permute(
 ) -> Tensor:
     """Rows ``[A, hidden]``: a copy of its token for every kept assignment.
 
-    With ``peers`` in their memory, which has room for them, until the next call there.
+    With ``peers`` in their memory, which has room for them, until the next call there: no backward
+    may keep them.
 
     Gradients: a token's is the sum of its rows' in slot order, in float32 or wider.
     """

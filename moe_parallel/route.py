@@ -74,7 +74,7 @@ class Routing(NamedTuple):
     num_tokens: int
     aux_loss_coefficient: float
 
-    # No token waits for these two: they are made where they are asked for.
+    # No token waits for these two: they are made whenever they are asked for. Ask once.
     @property
     def stats(self) -> RoutingStats:
         """Balance over all ranks."""

@@ -91,7 +91,6 @@ class ExpertParallelMoELayer(MoELayer):
         ValueError: for options that are not supported and missing groups.
     """
 
-    # Megatron's arguments of a MoELayer, then ours.
     def __init__(
         self,
         config: TransformerConfig,
@@ -298,5 +297,4 @@ def expert_parallel_moe_spec(
     *, init_gain: float = 1.0, options: ExpertOptions = DEFAULT_OPTIONS
 ) -> ModuleSpec:
     """Spec of an ``mlp`` for ``TransformerLayerSubmodules``."""
-    params = {"init_gain": init_gain, "options": options}
-    return ModuleSpec(module=ExpertParallelMoELayer, params=params)
+    return ModuleSpec(ExpertParallelMoELayer, params={"init_gain": init_gain, "options": options})

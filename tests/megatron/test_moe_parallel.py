@@ -146,17 +146,6 @@ def layer_on_rank(
     return [output.squeeze(1), hidden_grad.squeeze(1) / divisor, gate, *experts]
 
 
-def copied_on_rank(sizes: dict[str, int]) -> None:
-    """Rank function: through the memory of peers, the bits of an all-to-all."""
-    sent, copied = (layer_on_rank(sizes, "shuffled", {}, copied=copied) for copied in (False, True))
-    for name, a, b in zip(NAMES, sent, copied):
-        assert torch.equal(a, b), name
-
-
-def test_rows_travel_through_the_memory_of_peers() -> None:
-    run_on_ranks(copied_on_rank, 2, {"ep": 2})
-
-
 def plain_results() -> list[Tensor]:
     layer, batch = plain(), random_batch(NUM_TOKENS, 10)
     hidden = batch.x.requires_grad_()

@@ -173,7 +173,9 @@ def test_rule_of_auto() -> None:
 
 @pytest.mark.gpu
 def test_rule_of_auto_on_a_gpu() -> None:
-    assert experts_of("auto", torch.bfloat16).cuda().chosen_gemm(0) == "grouped"
+    experts = experts_of("auto", torch.bfloat16).cuda()
+    assert experts.chosen_gemm(products.LOOP_ROWS * experts.num_local - 1) == "grouped"
+    assert experts.chosen_gemm(products.LOOP_ROWS * experts.num_local) == "loop"
     assert experts_of("auto", torch.float32).cuda().chosen_gemm(0) == "loop"
     assert Experts(12, 24, 5, dtype=torch.bfloat16, device="cuda").chosen_gemm(0) == "loop"
 

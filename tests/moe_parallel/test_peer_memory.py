@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 
 from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, MoEConfig, PeerMemory
 from moe_parallel.peer_memory import PAGE_BYTES
@@ -104,6 +105,55 @@ def differing_on_rank(topology: ExpertTopology) -> str:
 
 def test_no_rank_grows_alone() -> None:
     assert all(run_on_ranks(differing_on_rank, 2, TOPOLOGIES[0]))
+
+
+def shared_on_rank(topology: ExpertTopology, copied: bool) -> list[torch.Tensor]:
+    """Rank function: gradients of layers that share memory, forward through all, then backward."""
+    groups = groups_of(topology).experts
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    if copied:
+        groups = groups._replace(peers=peer_memory(groups.ep or alone))
+    layers = [build(config(n), torch.float64, False, groups=groups) for n in (1, 2, 3)]
+    x = torch.linspace(-1, 1, 16 * 12, dtype=torch.float64).view(12, 16).requires_grad_()
+    again = torch.utils.checkpoint.checkpoint(
+        lambda x: layers[2](x).output, x + 1, use_reentrant=False
+    )
+    (layers[0](x).output + layers[1](2 * x).output + again).square().sum().backward()
+    return [x.grad, *(p.grad for layer in layers for p in layer.experts.parameters())]
+
+
+@pytest.mark.parametrize(
+    "topology", [*TOPOLOGIES[:3], ExpertTopology(1), ExpertTopology(2), ExpertTopology(2, etp=2)]
+)
+def test_layers_share_it_and_one_ep_rank_needs_none(topology: ExpertTopology) -> None:
+    sent, copied = (
+        run_on_ranks(shared_on_rank, topology.world_size, topology, copied)
+        for copied in (False, True)
+    )
+    for a, b in zip(sent, copied):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def failures_on_rank(topology: ExpertTopology) -> None:
+    """Rank function: what does not fit, cannot grow, or is in a graph."""
+    groups = groups_of(topology).experts
+    memory = type(peer_memory(groups.ep))(groups.ep)
+    rows = torch.ones(PAGE_BYTES // 64 + 1, 16)
+    with pytest.raises(ValueError, match="rows must fit into the 2097152 bytes that are reserved"):
+        memory.place(len(rows), rows)
+    with mock.patch.object(memory, "_share", side_effect=MemoryError), pytest.raises(MemoryError):
+        memory.reserve(rows.nbytes)
+    assert memory.num_bytes == 0
+    memory.reserve(rows.nbytes)
+    memory.place(len(rows), rows)
+    memory.captured = True
+    memory.reserve(2 * PAGE_BYTES)
+    with pytest.raises(ValueError, match="bytes that a captured CUDA graph uses, got 4194305"):
+        memory.reserve(2 * PAGE_BYTES + 1)
+
+
+def test_says_what_does_not_fit_and_can_be_tried_again() -> None:
+    run_on_ranks(failures_on_rank, 2, TOPOLOGIES[0])
 
 
 def refusals_on_rank() -> list[str]:

@@ -1,0 +1,22 @@
+"""Rows of the MoE layer in Megatron through the memory of peers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.megatron.test_moe_parallel import NAMES, layer_on_rank
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.megatron
+
+
+def copied_on_rank(sizes: dict[str, int]) -> None:
+    """Rank function: through the memory of peers, the bits of an all-to-all."""
+    sent, copied = (layer_on_rank(sizes, "shuffled", {}, copied=copied) for copied in (False, True))
+    for name, a, b in zip(NAMES, sent, copied):
+        assert torch.equal(a, b), name
+
+
+def test_rows_travel_through_the_memory_of_peers() -> None:
+    run_on_ranks(copied_on_rank, 2, {"ep": 2})

@@ -174,14 +174,16 @@ class Experts(nn.Module):
 
         Gradients: see :meth:`over_ranks`.
         """
-        return self.over_ranks(rows_AM, local_pipeline(counts))
+        return self.over_ranks(rows_AM, local_pipeline(counts), num_rows=sum(counts))
 
-    def over_ranks(self, rows_AM: Tensor, pipeline: Pipeline) -> Tensor:
+    def over_ranks(self, rows_AM: Tensor, pipeline: Pipeline, *, num_rows: int) -> Tensor:
         """Send rows to their experts on other ranks, apply these, and bring the results back.
 
         Args:
             rows_AM: ``[A, hidden]``, in the order of :meth:`moe_parallel.overlap.Pipeline.run`.
             pipeline: who sends what, in which groups.
+            num_rows: that the experts of a rank take, on the average of all ranks: all multiply
+                alike, however tokens are split over them.
 
         Returns:
             ``[A, hidden]``, in the same order.
@@ -194,8 +196,6 @@ class Experts(nn.Module):
         Communication: of :meth:`moe_parallel.overlap.Pipeline.run`, in the backward again. The host
         does not wait for the device; ``grouped`` queues small copies to it.
         """
-        # What this rank sends is what it takes on average, and known before the last plan is.
-        num_rows = len(rows_AM) * len(pipeline.plans[0].etp_rows)
         how = (self.chosen_gemm(num_rows), chosen_impl(self.impl, rows_AM.device, rows_AM.dtype))
         results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
             rows_AM, self.w13, self.w2, anchor(rows_AM), pipeline, *how

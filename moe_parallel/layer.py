@@ -281,7 +281,8 @@ class ExpertParallelMoE(nn.Module):
         plans = PipelinePlans(kept_RE, self.mesh, experts)
         ways = (self.groups.ep, self.groups.etp, self.groups.peers)
         pipeline = Pipeline(experts, plans, *ways, timeline)
-        return self.experts.over_ranks(rows_AM, pipeline)
+        mean_rows = sum(map(sum, kept_RE)) // self.mesh.num_token_ranks * self.mesh.etp_size
+        return self.experts.over_ranks(rows_AM, pipeline, num_rows=mean_rows)
 
     def _check_hidden(self, hidden: Tensor) -> None:
         weight = self.experts.w13

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig
 from moe_parallel import gemm as products
 from moe_parallel.experts import Experts
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
+from tests.moe_parallel.batch import ORDERS, groups_of
+from tests.ranks import run_on_ranks
 
 COUNTS = (50, 0, 1, 0, 70)  # experts without rows first, last and in the middle, in turn
 COUNT_CASES = [COUNTS, (0, 30, 0, 20, 0), (0, 0, 0, 0, 0)]
@@ -184,3 +189,19 @@ def test_meta_device_draws_nothing() -> None:
     experts = Experts(6144, 9216, 32, device="meta", dtype=torch.bfloat16)
     experts.reset_parameters(0)
     assert sum(p.numel() for p in experts.parameters()) == 32 * 3 * 6144 * 9216
+
+
+def rows_asked_for(topology: ExpertTopology) -> list[int]:
+    """Rank function: for how many rows the kind of product is chosen, where tokens are uneven."""
+    layer = ExpertParallelMoE(MoEConfig(8, 16, 8, 2), groups=groups_of(topology).experts)
+    order = ORDERS["ragged"](24, topology.world_size)
+    chosen = Experts.chosen_gemm
+    with mock.patch.object(Experts, "chosen_gemm", autospec=True, side_effect=chosen) as asked:
+        layer(torch.randn(order.rows_per_rank[layer.mesh.token_rank], 8), token_order=order)
+    return [call.args[1] for call in asked.call_args_list]
+
+
+@pytest.mark.parametrize("topology", [ExpertTopology(4, ep=4), ExpertTopology(4, ep=2, etp=2)])
+def test_all_ranks_multiply_alike(topology: ExpertTopology) -> None:
+    rows = 24 * 2 // 4 * topology.etp
+    assert run_on_ranks(rows_asked_for, 4, topology) == [[rows]] * 4

@@ -20,10 +20,11 @@ from moe_parallel.exchange import Splits
 from moe_parallel.gemm import backward_product, forward_product, weight_product
 from moe_parallel.grouping import expert_groups
 from moe_parallel.overlap import Pipeline, PipelinePlans, Transfer
+from moe_parallel.peer_exchange import PeerExchange
 
 PLANTED = 4.0  # what a token's features say of its experts, against features of size 1
-SILENT, SENT, BARE = "nothing sent", "only sent", "bare products"
-COPIED = "only copied"
+SILENT = ("nothing sent", "nothing copied")
+SENT, COPIED, BARE = "only sent", "only copied", "bare products"
 
 
 class Case(NamedTuple):
@@ -101,9 +102,9 @@ def nothing_sent(machine: Machine) -> Any:
         rows: Tensor,
         splits: Splits,
         into: Tensor | None = None,
-        peers: None = None,
+        peers: PeerExchange | None = None,
     ) -> Transfer:
-        count = sum(splits.receive)
+        count = sum(splits.receive if peers is None else map(sum, self.plans[g].chunk_rows))
         if into is None and len(arrived.get(rows.shape[1], ())) < count:
             arrived[rows.shape[1]] = torch.randn(
                 count, rows.shape[1], device=machine.device, dtype=rows.dtype
@@ -125,7 +126,7 @@ def only_sent(
     plans = PipelinePlans(counts, layer.mesh, experts)
     pipeline = Pipeline(experts, plans, layer.groups.ep, layer.groups.etp, peers)
     if peers is not None:
-        peers.reserve(rows.nbytes)
+        peers.reserve(rows.nbytes, layer.mesh.etp_size)
 
     def call() -> None:
         for _ in range(times):
@@ -177,6 +178,6 @@ def ways(layer: ExpertParallelMoE, machine: Machine) -> dict[str, Way]:
         for g in sorted({1, 2, max(1, most // 2), most}):
             found[f"lasp {g} groups{how}"] = way(g, memory)
         found[f"lasp, groups by the rule{how}"] = way(None, memory)
+        found[SILENT[memory is not None]] = way(1, memory)._replace(in_force=nothing_sent(machine))
     found["2 token groups"] = way(None)._replace(forward=partial(token_groups, layer))
-    found[SILENT] = way(1)._replace(in_force=nothing_sent(machine))
     return found

@@ -8,7 +8,8 @@ Exposed communication of a layer in G groups of experts, by time medians of call
 buffer of the same shape. ``only sent`` is those all-to-alls back to back, without products. E of
 one group is what a layer without overlap shows, about 1. The router, its counts and the copy to
 the host are in all of them. Routing is planted: each expert gets as many tokens from every rank.
-``copied`` is through ``moe_parallel.PeerMemory``, and compared with copies alone, ``only copied``.
+``copied`` is through ``moe_parallel.PeerMemory``, and compared with the layer that waits for its
+peers and copies nothing, ``nothing copied``, and with copies alone, ``only copied``.
 
 Baselines: one group of experts; two groups of *tokens*, the scheme of MiniMax-01's figure 9, with
 the same pipeline; experts cut over all ranks (ETP alone), which is plain tensor parallelism; and
@@ -103,9 +104,10 @@ def measure(
                 result |= {"bound": medians[BARE], "bound_name": BARE}
             yield result
         for name in ours:
-            if name != SILENT and (groups.ep or groups.etp):
-                alone = medians[COPIED if name.endswith("copied") else SENT]
-                share = (medians[name] - medians[SILENT]) / alone
+            if name not in SILENT and (groups.ep or groups.etp):
+                copied = name.endswith("copied")
+                alone = medians[COPIED if copied else SENT]
+                share = (medians[name] - medians[SILENT[copied]]) / alone
                 of_medians = {"p20": None, "p80": None, "samples": None}
                 yield row(case, name, f"{direction}_exposed", [share], "share") | of_medians
 
@@ -141,7 +143,7 @@ def check(case: Case, groups: ExpertGroups, machine: Machine) -> dict[str, float
     ours, peers = ways(layer, machine), moe_megatron.peers(case, layer, groups, machine)
     first, differences = None, {}
     for name, way in (ours | peers).items():
-        if name == SILENT:
+        if name in SILENT:
             continue
         with way.in_force:
             output = way.forward(x)
@@ -175,9 +177,10 @@ def groups_of(case: Case) -> Iterator[ExpertGroups]:
                 if dist.get_rank() in ranks:
                     mine[axis] = group
     block = dist.group.WORLD if len(mine) == 2 else None
+    shared = block or mine.get("ep") or mine.get("etp")
     # Copies know no limit of thread blocks.
-    copied = dist.get_backend() == "nccl" and "ep" in mine and not case.max_ctas
-    peers = PeerMemory(mine["ep"]) if copied else None
+    copied = dist.get_backend() == "nccl" and shared is not None and not case.max_ctas
+    peers = PeerMemory(shared) if copied else None
     yield ExpertGroups(dist.group.WORLD, mine.get("ep"), mine.get("etp"), block, peers)
     for group in made:
         if group is not dist.GroupMember.NON_GROUP_MEMBER:

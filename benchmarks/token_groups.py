@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_parallel import ExpertParallelMoE, TokenOrder
-from moe_parallel.exchange import group_by_expert, group_by_source, plan_exchange
+from moe_parallel.exchange import plan_exchange
 from moe_parallel.gemm import backward_product, forward_product, weight_product
 from moe_parallel.impl import chosen_impl
 from moe_parallel.overlap import Pipeline
@@ -54,12 +54,10 @@ class _TokenGroups(torch.autograd.Function):
         kept: list[Tensor] = []
 
         def compute(g: int, rows: Tensor) -> Tensor:
-            plan = pipeline.plans[g]
-            x = group_by_expert(rows, plan)
-            hidden = forward_product(x, w13.flatten(1, 2), plan.expert_rows, gemm)
-            kept.extend((x, hidden))
-            y = forward_product(swiglu(hidden, impl), w2, plan.expert_rows, gemm)
-            return group_by_source(y, plan)
+            counts = pipeline.plans[g].expert_rows
+            hidden = forward_product(rows, w13.flatten(1, 2), counts, gemm)
+            kept.extend((rows, hidden))
+            return forward_product(swiglu(hidden, impl), w2, counts, gemm)
 
         results = pipeline.run(rows_AM, compute)
         ctx.save_for_backward(w13, w2, *kept)
@@ -71,27 +69,20 @@ class _TokenGroups(torch.autograd.Function):
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Any, ...]:
         w13, w2, *kept = ctx.saved_tensors
         pipeline, gemm, impl = ctx.arguments
-        sums = [torch.zeros_like(w13), torch.zeros_like(w2)]
-        parts = [torch.empty_like(w13), torch.empty_like(w2)]
+        parts = [(torch.empty_like(w13), torch.empty_like(w2)) for _ in range(2)]
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-        def compute(g: int, rows: Tensor) -> Tensor:
-            plan = pipeline.plans[g]
-            dy = group_by_expert(rows, plan)
-            dact = backward_product(dy, w2, plan.expert_rows, gemm)
+        def compute(g: int, dy: Tensor) -> Tensor:
+            counts = pipeline.plans[g].expert_rows
+            dact = backward_product(dy, w2, counts, gemm)
             dhidden, act = swiglu_backward(dact, kept[2 * g + 1], impl)
             made[g] = (dy, dhidden, act)
-            dx = backward_product(dhidden, w13.flatten(1, 2), plan.expert_rows, gemm)
-            return group_by_source(dx, plan)
+            return backward_product(dhidden, w13.flatten(1, 2), counts, gemm)
 
         def weights(g: int) -> None:
             (dy, dhidden, act), counts = made.pop(g), pipeline.plans[g].expert_rows
-            into13, into2 = sums if g == 0 else parts
-            weight_product(dhidden, kept[2 * g], counts, gemm, into13.flatten(1, 2))
-            weight_product(dy, act, counts, gemm, into2)
-            if g:
-                for total, part in zip(sums, parts):
-                    total += part
+            weight_product(dhidden, kept[2 * g], counts, gemm, parts[g][0].flatten(1, 2))
+            weight_product(dy, act, counts, gemm, parts[g][1])
 
         drows = pipeline.run(grad_AM.contiguous(), compute, weights)
-        return drows, *sums, None, None, None
+        return drows, *(first.add_(second) for first, second in zip(*parts)), None, None, None

@@ -45,13 +45,15 @@ class ExchangePlan(NamedTuple):
         etp_rows: dispatched rows held by each ETP rank of this block.
         chunk_rows: the gathered rows in chunks: ``chunk_rows[c][e]`` for source c = etp * ep_size
             + ep, and local expert e. They arrive source by source, expert by expert within it.
-        starts: for each EP rank, where among the rows that it sends those for this one begin.
+        sources: of each source its rank in the EP x ETP block, etp fastest.
+        starts: of each source, where among the rows that it sends those for this rank begin.
     """
 
     dispatch_rows: tuple[int, ...]
     receive_rows: tuple[int, ...]
     etp_rows: tuple[int, ...]
     chunk_rows: tuple[tuple[int, ...], ...]
+    sources: tuple[int, ...]
     starts: tuple[int, ...]
 
     @property
@@ -91,7 +93,7 @@ def plan_exchange(
         kept_RE: rows each rank of the token group sends to each expert, on the host.
         mesh: the EP x ETP block of this rank.
         local: only the rows of these experts of each rank, counted on the rank; None: of all.
-        sent: rows that each EP rank sends before these; None: none.
+        sent: rows that each source sends before these; None: none.
     """
     num_local = len(kept_RE[0]) // mesh.ep_size
     local = range(num_local) if local is None else local
@@ -100,21 +102,20 @@ def plan_exchange(
         first = ep_rank * num_local
         return tuple(kept_RE[token_rank][first + local.start : first + local.stop])
 
-    chunk_rows = tuple(
-        rows(token_rank, mesh.ep_rank)
-        for token_ranks in mesh.token_ranks
-        for token_rank in token_ranks
-    )
+    chunk_rows = tuple(rows(token_rank, mesh.ep_rank) for token_rank in mesh.sources)
     received = [sum(chunk) for chunk in chunk_rows]
-    starts = [0] * mesh.ep_size if sent is None else list(sent)
-    for ep, token_rank in enumerate(mesh.token_ranks[mesh.etp_rank]):
-        starts[ep] += sum(sum(rows(token_rank, before)) for before in range(mesh.ep_rank))
+    starts = [0] * len(received) if sent is None else list(sent)
+    for source, token_rank in enumerate(mesh.sources):
+        starts[source] += sum(sum(rows(token_rank, before)) for before in range(mesh.ep_rank))
     by_etp = [received[i : i + mesh.ep_size] for i in range(0, len(received), mesh.ep_size)]
     return ExchangePlan(
         dispatch_rows=tuple(sum(rows(mesh.token_rank, ep)) for ep in range(mesh.ep_size)),
         receive_rows=tuple(by_etp[mesh.etp_rank]),
         etp_rows=tuple(sum(block) for block in by_etp),
         chunk_rows=chunk_rows,
+        sources=tuple(
+            ep * mesh.etp_size + etp for etp in range(mesh.etp_size) for ep in range(mesh.ep_size)
+        ),
         starts=tuple(starts),
     )
 

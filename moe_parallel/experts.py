@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from moe_parallel.derivatives import anchor, refuse_second_derivatives
-from moe_parallel.exchange import group_by_expert, group_by_source
 from moe_parallel.gemm import (
     GROUPED_ALIGNMENT_BYTES,
     LOOP_ROWS,
@@ -218,12 +217,10 @@ class _OverRanks(torch.autograd.Function):
         kept: list[Tensor] = []
 
         def compute(g: int, rows: Tensor) -> Tensor:
-            plan, own = pipeline.plans[g], _slice(pipeline.experts[g])
-            x = group_by_expert(rows, plan)
-            hidden = forward_product(x, w13[own].flatten(1, 2), plan.expert_rows, gemm)
-            y = forward_product(swiglu(hidden, impl), w2[own], plan.expert_rows, gemm)
-            kept.extend((x, hidden))
-            return group_by_source(y, plan)
+            counts, own = pipeline.plans[g].expert_rows, _slice(pipeline.experts[g])
+            hidden = forward_product(rows, w13[own].flatten(1, 2), counts, gemm)
+            kept.extend((rows, hidden))
+            return forward_product(swiglu(hidden, impl), w2[own], counts, gemm)
 
         with torch.autocast(rows_AM.device.type, enabled=False):
             results = pipeline.run(rows_AM, compute)
@@ -239,14 +236,12 @@ class _OverRanks(torch.autograd.Function):
         dw13, dw2 = w13.new_empty(w13.shape), w2.new_empty(w2.shape)  # written as views
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what weight gradients are made of
 
-        def compute(g: int, rows: Tensor) -> Tensor:
-            plan, own = pipeline.plans[g], _slice(pipeline.experts[g])
-            dy = group_by_expert(rows, plan)
-            dact = backward_product(dy, w2[own], plan.expert_rows, gemm)
+        def compute(g: int, dy: Tensor) -> Tensor:
+            counts, own = pipeline.plans[g].expert_rows, _slice(pipeline.experts[g])
+            dact = backward_product(dy, w2[own], counts, gemm)
             dhidden, act = swiglu_backward(dact, kept[2 * g + 1], impl)
             made[g] = (dy, dhidden, act)
-            dx = backward_product(dhidden, w13[own].flatten(1, 2), plan.expert_rows, gemm)
-            return group_by_source(dx, plan)
+            return backward_product(dhidden, w13[own].flatten(1, 2), counts, gemm)
 
         def weights(g: int) -> None:
             dy, dhidden, act = made.pop(g)

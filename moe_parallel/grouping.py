@@ -17,8 +17,8 @@ from moe_parallel.order import on_device
 # same.
 LEAST_BYTES = 96 * 2**20
 LEAST_COPIED_BYTES = 24 * 2**20
-# With ETP more than these were slower at every size measured: each is two collectives more, of
-# etp_size times the rows, whose thread blocks are not with the products.
+# With ETP by NCCL more than these were slower at every size measured: each is two collectives more,
+# of etp_size times the rows, whose thread blocks are not with the products.
 MOST_WITH_ETP = 2
 
 
@@ -31,9 +31,9 @@ def expert_groups(num_local: int, num_groups: int) -> tuple[range, ...]:
 def groups_that_pay(num_local: int, rank_bytes: int, mesh: ExpertMesh, *, copied: bool) -> int:
     """Into how many groups to cut the experts of a rank, the same number on every rank.
 
-    As many as there are experts, with ETP ``MOST_WITH_ETP``, but so few that the average rank sends
-    ``LEAST_BYTES`` a group by NCCL or ``LEAST_COPIED_BYTES`` by copies, its own rows included; one
-    where nothing travels.
+    As many as there are experts, with ETP by NCCL ``MOST_WITH_ETP``, but so few that the average
+    rank sends ``LEAST_BYTES`` a group by NCCL or ``LEAST_COPIED_BYTES`` by copies, its own rows
+    included; one where nothing travels.
 
     Args:
         num_local: experts of a rank.
@@ -43,7 +43,7 @@ def groups_that_pay(num_local: int, rank_bytes: int, mesh: ExpertMesh, *, copied
     """
     if mesh.ep_size * mesh.etp_size == 1:
         return 1
-    most = num_local if mesh.etp_size == 1 else min(num_local, MOST_WITH_ETP)
+    most = num_local if copied or mesh.etp_size == 1 else min(num_local, MOST_WITH_ETP)
     return min(most, max(1, rank_bytes // (LEAST_COPIED_BYTES if copied else LEAST_BYTES)))
 
 

@@ -72,7 +72,7 @@ class ExpertParallelMoE(nn.Module):
     Communication, per call: one all-gather over the token group (:mod:`moe_parallel.route`); two
     all-to-alls over EP and two over ETP for each of ``overlap_groups`` groups of experts, under the
     products of another (:mod:`moe_parallel.overlap`), twice that with backward; with
-    ``groups.peers`` those over EP are copies (:mod:`moe_parallel.peer_memory`).
+    ``groups.peers`` they are copies (:mod:`moe_parallel.peer_exchange`).
     One device-to-host copy of ranks x E counts, none with ``pad_to_capacity``. Once for a
     ``token_order``, at the first layer that sees it, ranks compare it: 16 bytes each, and one more
     copy (:mod:`moe_parallel.agreement`).
@@ -95,8 +95,9 @@ class ExpertParallelMoE(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         self.config = config
         self.mesh = expert_mesh(groups)
-        # Of one EP rank no row travels, and what the experts keep must not lie in shared memory.
-        self.groups = groups if self.mesh.ep_size > 1 else groups._replace(peers=None)
+        # Of one rank no row travels, and what the experts keep must not lie in shared memory.
+        alone = len(self.mesh.sources) == 1
+        self.groups = groups._replace(peers=None) if alone else groups
         self._order = DispatchOrder(config.num_experts, self.mesh.ep_size)
         self.gate_weight = nn.Parameter(
             torch.empty(
@@ -250,13 +251,14 @@ class ExpertParallelMoE(nn.Module):
     def _reserved(
         self, num_rows: int, x_TM: Tensor, counts: KeptCounts | None = None
     ) -> PeerMemory | None:
-        """The memory of the EP ranks, if rows travel through it, with room for so many."""
+        """The memory of the block, if rows travel through it, with room for so many."""
         peers = self.groups.peers
         if peers is not None:
             num_bytes = num_rows * x_TM.element_size() * self.config.hidden_size
-            if num_bytes > peers.num_bytes and counts is not None:
+            needed = (num_bytes, self.mesh.etp_size)
+            if counts is not None and not peers.fits(*needed):
                 counts.wait()  # raises on ranks that believe in other numbers: they do not grow
-            peers.reserve(num_bytes)
+            peers.reserve(*needed)
         return peers
 
     def _groups(self, num_rows: int, x_TM: Tensor) -> tuple[range, ...]:

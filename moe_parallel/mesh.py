@@ -36,6 +36,11 @@ class ExpertMesh(NamedTuple):
         """Number of ETP ranks."""
         return len(self.token_ranks)
 
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """Ranks of the token group whose rows this one computes, in the order of the plans."""
+        return tuple(rank for token_ranks in self.token_ranks for rank in token_ranks)
+
 
 def _members(group: dist.ProcessGroup | None, me: int) -> list[int]:
     return [me] if group is None else dist.get_process_group_ranks(group)
@@ -74,10 +79,11 @@ def expert_mesh(groups: ExpertGroups) -> ExpertMesh:
             f"groups.token must hold the whole EP x ETP block {ep_etp}, got {token}: it is the"
             " group of all ranks over which the tokens are split"
         )
-    if groups.peers is not None and _members(groups.peers.group, me) != ep:
+    if groups.peers is not None and _members(groups.peers.group, me) != ep_etp:
+        name = "ep_etp" if groups.ep_etp is not None else "ep" if groups.ep is not None else "etp"
         raise ValueError(
-            f"groups.peers must be the memory of groups.ep {ep}, got that of ranks"
-            f" {_members(groups.peers.group, me)}: make it with PeerMemory(groups.ep)"
+            f"groups.peers must be the memory of the EP x ETP block {ep_etp}, got that of ranks"
+            f" {_members(groups.peers.group, me)}: make it with PeerMemory(groups.{name})"
         )
     token_ranks = tuple(
         tuple(token.index(ep_etp[ep_at * len(etp) + etp_at]) for ep_at in range(len(ep)))

@@ -13,6 +13,9 @@ gathers the rows (A), and what it computes of them is summed where they came fro
     etp      .. A0 A1 .... S0 A2 ......... S1 A3
     compute  ..... E0 E0 E0   E1 E1 E1 E1    E2 E2 E2
 
+Through the memory of peers rows come from all ranks of the block at once, and these two stages are
+not there. On GPUs groups are computed on two streams in turn (:mod:`moe_parallel.streams`).
+
 Groups are of experts, not of tokens: each expert is multiplied once, with all its rows, so results
 have the same bits for any number of groups, and no weight gradient is added up from parts. The
 backward is the same pipeline with gradients for rows. No rank waits for weight gradients: those of
@@ -26,16 +29,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_parallel.exchange import ExchangePlan, Splits, plan_exchange, start_all_to_all
+from moe_parallel.exchange import (
+    ExchangePlan,
+    Splits,
+    group_by_expert,
+    group_by_source,
+    plan_exchange,
+    start_all_to_all,
+)
 from moe_parallel.mesh import ExpertMesh
-from moe_parallel.peer_memory import Copied, PeerExchange, PeerMemory
+from moe_parallel.peer_exchange import PeerExchange
+from moe_parallel.peer_memory import Copied, PeerMemory
+from moe_parallel.streams import TurnStreams
 from moe_parallel.timeline import Lane, Timeline
 
 # Groups whose rows are on their way while one is computed. Over a slow link the results of a group
@@ -72,7 +84,7 @@ class Pipeline(NamedTuple):
         plans: of each group, who sends how many rows to whom.
         ep_group: ranks that hold different experts; None is one rank.
         etp_group: ranks that hold different parts of the same experts; likewise.
-        peers: memory of the EP ranks, through which rows travel; None: by all-to-all.
+        peers: memory of the EP x ETP block, through which rows travel; None: by all-to-all.
         timeline: marks what ran when, or None.
     """
 
@@ -90,27 +102,46 @@ class Pipeline(NamedTuple):
 
         Args:
             rows_AM: ``[A, hidden]``, group by group, in each by EP rank, in each by expert.
-            compute: of the number of a group and its rows, as ``chunk_rows`` of its plan lists
-                them, to this rank's terms of the results, in the same order. With ETP the terms of
-                all its ranks are summed.
+            compute: of the number of a group and its rows, expert by expert, to this rank's terms
+                of the results, in the same order. With ETP the terms of all its ranks are summed.
             beside: of the number of a group that was computed, computes what no rank waits for.
 
         Returns:
             ``[A, hidden]``, the results, in the order of ``rows_AM``.
 
         Communication: for each group an all-to-all over EP there and one back, of the rows for
-        other ranks, or copies of as many bytes through ``peers``; with ETP one over it there and
-        one back, the rows times (etp_size - 1).
+        other ranks; with ETP one over it there and one back, the rows times (etp_size - 1). Through
+        ``peers`` copies of as many bytes.
         """
-        if self.ep_group is None and self.etp_group is None and len(self.plans) == 1:
+        if not self._travels and len(self.plans) == 1:
             results = self._computed(compute, 0, rows_AM)
             if beside is not None:
                 beside(0)
             return results
+        with ExitStack() as calls:
+            streams = calls.enter_context(TurnStreams(rows_AM.device, len(self.plans)))
+            peers = None
+            if self.peers is not None:
+                terms = len(self.plans[0].etp_rows)
+                peers = calls.enter_context(PeerExchange(self.peers, rows_AM, terms))
+            return self._in_turn(rows_AM, compute, beside, streams, peers)
+
+    @property
+    def _travels(self) -> bool:
+        return not (self.ep_group is None and self.etp_group is None and self.peers is None)
+
+    def _in_turn(
+        self,
+        rows_AM: Tensor,
+        compute: Compute,
+        beside: Callable[[int], None] | None,
+        streams: TurnStreams,
+        peers: PeerExchange | None,
+    ) -> Tensor:
+        """The rounds of :meth:`run`."""
         results, count = torch.empty_like(rows_AM), len(self.plans)
         departing, returning = self._by_group(rows_AM), self._by_group(results)
-        peers = None if self.peers is None else PeerExchange(self.peers, rows_AM)
-        lag = 0 if self.etp_group is None else 1  # the stages of ETP are one group ahead or behind
+        lag = 1 if self._gathers else 0  # the stages of ETP are one group ahead or behind
         dispatched: dict[int, Transfer] = {}
         gathered: dict[int, Transfer] = {}
         scattered: dict[int, Transfer] = {}
@@ -120,22 +151,28 @@ class Pipeline(NamedTuple):
         for g in range(-AHEAD - lag, count + lag):
             d, a, c = g + AHEAD + lag, g + lag, g - lag
             if d < count:
-                dispatched[d] = self._dispatch(d, next(departing), peers)
+                with streams.of(d):
+                    dispatched[d] = self._dispatch(d, next(departing), peers)
             if 0 <= a < count:
-                gathered[a] = self._gather(a, self._arrived(dispatched.pop(a)))
+                with streams.of(a):
+                    gathered[a] = self._gather(a, self._arrived(dispatched.pop(a)))
             if 0 <= g < count:
-                terms = self._computed(compute, g, self._arrived(gathered.pop(g)))
-                scattered[g] = self._scatter(g, terms)
+                with streams.of(g):
+                    terms = self._computed(compute, g, self._arrived(gathered.pop(g)))
+                    scattered[g] = self._scatter(g, terms)
             if c >= 0:
-                rows = self._summed(c, scattered.pop(c))
-                combined.append(self._combine(c, rows, next(returning), peers))
-                if len(combined) > 2:  # long over: what was sent need not be held any more
-                    self._arrived(combined.popleft())
+                with streams.of(c):
+                    rows = self._summed(c, scattered.pop(c))
+                    combined.append(self._combine(c, rows, next(returning), peers))
+                    if len(combined) > 2:  # long over: what was sent need not be held any more
+                        self._arrived(combined.popleft())
             if beside is not None and g >= BESIDE_LAG:
-                beside(g - BESIDE_LAG)
+                with streams.of(g - BESIDE_LAG):
+                    beside(g - BESIDE_LAG)
         if beside is not None:
             for g in range(max(0, count + lag - BESIDE_LAG), count):
-                beside(g)
+                with streams.of(g):
+                    beside(g)
         for transfer in combined:
             self._arrived(transfer)
         return results
@@ -148,8 +185,11 @@ class Pipeline(NamedTuple):
             start += count
 
     def _computed(self, compute: Compute, group: int, rows: Tensor) -> Tensor:
+        plan = self.plans[group]
         with self.computing("experts", group, rows.device):
-            return compute(group, rows)
+            if self.peers is not None:  # they come in the order of the experts
+                return compute(group, rows)
+            return group_by_source(compute(group, group_by_expert(rows, plan)), plan)
 
     def computing(
         self, name: str, group: int, device: torch.device
@@ -164,20 +204,25 @@ class Pipeline(NamedTuple):
     def _dispatch(self, g: int, rows: Tensor, peers: PeerExchange | None) -> Transfer:
         return self.start("ep", "dispatch", g, rows, self.plans[g].dispatch, peers=peers)
 
+    @property
+    def _gathers(self) -> bool:
+        """Whether rows are gathered over ETP, and their terms summed, in stages of their own."""
+        return self.etp_group is not None and self.peers is None
+
     def _gather(self, g: int, rows: Tensor) -> Transfer:
-        if self.etp_group is None:
+        if not self._gathers:
             return Transfer(rows, rows, None)
         plan = self.plans[g]
         return self.start("etp", "all-gather", g, plan.repeated(rows), plan.gather)
 
     def _scatter(self, g: int, terms: Tensor) -> Transfer:
-        if self.etp_group is None:
+        if not self._gathers:
             return Transfer(terms, terms, None)
         return self.start("etp", "scatter", g, terms, self.plans[g].gather.back)
 
     def _summed(self, g: int, transfer: Transfer) -> Tensor:
         terms = self._arrived(transfer)
-        return terms if self.etp_group is None else self.plans[g].summed(terms)
+        return self.plans[g].summed(terms) if self._gathers else terms
 
     def _combine(self, g: int, rows: Tensor, into: Tensor, peers: PeerExchange | None) -> Transfer:
         return self.start("ep", "combine", g, rows, self.plans[g].dispatch.back, into, peers)
@@ -194,7 +239,7 @@ class Pipeline(NamedTuple):
     ) -> Transfer:
         """Start one all-to-all over EP or ETP; rows stay where they are if that is one rank."""
         group = self.ep_group if lane == "ep" else self.etp_group
-        if group is None:
+        if group is None and peers is None:
             return Transfer(rows if into is None else into.copy_(rows), rows, None)
         mark = -1
         if self.timeline is not None:
@@ -203,10 +248,10 @@ class Pipeline(NamedTuple):
         if peers is None:
             arriving, rows, work = start_all_to_all(rows, splits, group, into)
         elif into is None:
-            arriving, work = peers.pull(rows, *splits, self.plans[g].starts)
+            arriving, work = peers.pull(self.plans[g])
         else:
             rows = rows.contiguous()
-            arriving, work = into, peers.push(rows, into, *splits.back, self.plans[g].starts)
+            arriving, work = into, peers.push(rows, into, self.plans[g])
         if self.timeline is not None and rows.is_cuda:
             self.timeline.over(mark, work, rows.device)
         return Transfer(arriving, rows, work, mark)
@@ -236,7 +281,7 @@ class PipelinePlans(Sequence[ExchangePlan]):
     ) -> None:
         self._kept_RE, self._mesh, self._experts = kept_RE, mesh, experts
         self._made: list[ExchangePlan] = []
-        self._sent = [0] * mesh.ep_size  # so far, by each EP rank
+        self._sent = [0] * len(mesh.sources)  # so far, by each of them
 
     def __len__(self) -> int:
         return len(self._experts)
@@ -249,14 +294,14 @@ class PipelinePlans(Sequence[ExchangePlan]):
 
     def _make(self, local: range) -> None:
         self._made.append(plan_exchange(self._kept_RE, self._mesh, local, self._sent))
-        for ep, token_rank in enumerate(self._mesh.token_ranks[self._mesh.etp_rank]):
+        for source, token_rank in enumerate(self._mesh.sources):
             kept_E = self._kept_RE[token_rank]
             for first in range(0, len(kept_E), len(kept_E) // self._mesh.ep_size):
-                self._sent[ep] += sum(kept_E[first + local.start : first + local.stop])
+                self._sent[source] += sum(kept_E[first + local.start : first + local.stop])
 
 
 def local_pipeline(counts: Sequence[int], timeline: Timeline | None = None) -> Pipeline:
     """Of rows that are with their experts already, ``counts`` for each."""
     total = (sum(counts),)
-    plan = ExchangePlan(total, total, total, (tuple(counts),), (0,))
+    plan = ExchangePlan(total, total, total, (tuple(counts),), (0,), (0,))
     return Pipeline((range(len(counts)),), (plan,), timeline=timeline)

@@ -1,14 +1,9 @@
-"""Rows between the GPUs of one host by their copy engines, without a multiprocessor.
+"""Memory that the GPUs of one host share, and words in it by which they wait for each other.
 
 An all-to-all of NCCL runs as thread blocks, and takes multiprocessors away from the products beside
-it. Ranks that see each other's memory need none: a rank fetches the rows it takes out of the memory
-of the ranks that have them, and puts results where they belong, both with plain copies::
-
-    dispatch    wait until all ranks have rows;  copy them from where they are
-    combine     copy results to the ranks of their tokens;  wait until all have;  copy mine out
-
-Both buffers of a rank hold the rows that it sends, so that their size does not depend on what the
-router does elsewhere. Offsets follow from the counts, which every rank has on the host.
+it. Ranks that see each other's memory need none: their copy engines move rows from where they are
+to where they belong (:mod:`moe_parallel.peer_exchange`). The buffers of a rank hold the rows that
+it sends and their results, so that their size does not depend on what the router does elsewhere.
 
 Ranks wait for each other's words: a rank writes 1 into its word on another, which waits for it and
 writes 0. A word is not written again before that: the combines of a call have two words in turn,
@@ -19,7 +14,6 @@ it has written the first one 0. So a CUDA graph can be replayed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +23,7 @@ from torch import Tensor
 from moe_parallel.stream_memory import CudaStreamMemory, Prepared, StreamMemory, WordOperation
 
 PAGE_BYTES = 2**21  # memory is shared in pages of this size
-_OPEN, _EVEN, _ODD = range(3)  # phases
+OPEN, EVEN, ODD = range(3)  # phases
 
 
 class SharedBuffers(NamedTuple):
@@ -58,14 +52,15 @@ class Copied:
 
 
 class PeerMemory:
-    """Two buffers on every GPU of a group, which all its ranks read and write.
+    """Buffers on every GPU of a group, which all its ranks read and write.
 
-    Make one for the EP group, on all its ranks, and give it to every layer in its
+    Make one for the EP x ETP block, on all its ranks, and give it to every layer in its
     :class:`moe_parallel.ExpertGroups`. It serves one call after another, on one stream or on
     streams that you order.
 
-    It takes twice the bytes of the rows that the fullest rank can send, T k M b, once for all
-    layers. It grows at the first call that needs more: there the host waits for the device. Call
+    It takes 1 + ETP times the bytes of the rows that the fullest rank can send, T k M b: for the
+    rows, and for the terms of their results that each ETP rank makes. It is there once for all
+    layers, and grows at the first call that needs more: there the host waits for the device. Call
     :meth:`reserve` before a CUDA graph is captured. If a rank dies the streams of the others wait;
     the timeout of a collective that is queued behind them ends their processes.
 
@@ -73,7 +68,8 @@ class PeerMemory:
         group: of CUDA ranks that reach each other's memory, in practice on one host.
 
     Attributes:
-        num_bytes: of rows that fit into each buffer.
+        num_bytes: of rows that fit.
+        terms: of a result that fit.
 
     Communication: making it and growing it are collective over the group.
 
@@ -85,7 +81,7 @@ class PeerMemory:
         self.group, self.rank, self.ranks = group, group.rank(), range(group.size())
         # Beginning with the next rank, so that not all turn to the same one.
         self.others = [*self.ranks[self.rank + 1 :], *self.ranks[: self.rank]]
-        self.num_bytes, self.captured = 0, False
+        self.num_bytes, self.terms, self.captured = 0, 1, False
         self._shared: SharedBuffers | None = None
         # What cannot be shared shows here, not in a step.
         device = self.reserve(1).buffers[0].device
@@ -94,31 +90,41 @@ class PeerMemory:
         # tiles of a product leave, not take theirs.
         self.pulls, self.pushes = (self.module.Stream() for _ in range(2))
 
-    def reserve(self, num_bytes: int) -> SharedBuffers:
+    def fits(self, num_bytes: int, terms: int = 1) -> bool:
+        """Whether :meth:`reserve` has nothing to do."""
+        return num_bytes <= self.num_bytes and terms <= self.terms
+
+    def reserve(self, num_bytes: int, terms: int = 1) -> SharedBuffers:
         """Have buffers for so many bytes of rows, the same number on every rank of the group.
+
+        Args:
+            num_bytes: of the rows that the fullest rank sends.
+            terms: of each result, the number of ETP ranks.
 
         Raises:
             ValueError: if they would have to grow and a CUDA graph knows the ones there are.
         """
-        if self._shared is not None and num_bytes <= self.num_bytes:
+        if self._shared is not None and self.fits(num_bytes, terms):
             return self._shared
         if self.captured or (
             torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         ):
             raise ValueError(
-                f"rows must fit into the {self.num_bytes} bytes that a captured CUDA graph uses,"
-                f" got {num_bytes}: call reserve({num_bytes}) on all ranks before the capture"
+                f"rows must fit into the {self.num_bytes} bytes, and results into the {self.terms}"
+                f" terms, that a captured CUDA graph uses, got {num_bytes} and {terms}: call"
+                f" reserve({num_bytes}, {terms}) on all ranks before the capture"
             )
         if self._shared is not None:
             self.module.synchronize()  # what is queued may use what is given back
-        self._shared, self.num_bytes = None, 0
-        rounded = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+        pages, terms = -(-max(num_bytes, self.num_bytes) // PAGE_BYTES), max(terms, self.terms)
+        self._shared, self.num_bytes, self.terms = None, 0, 1
         with torch.inference_mode(False):  # kept, and used in training too
-            shared = self._share(PAGE_BYTES + 2 * rounded)
-        self._shared, self.num_bytes, self.streams = shared, rounded, shared.streams
+            shared = self._share(PAGE_BYTES * (1 + (1 + terms) * pages))
+        self._shared, self.streams = shared, shared.streams
+        self.num_bytes, self.terms = pages * PAGE_BYTES, terms
         words = [buffer.data_ptr() for buffer in shared.buffers]
         self.rows_at = [word + PAGE_BYTES for word in words]
-        self.results_at = [word + PAGE_BYTES + rounded for word in words]
+        self.results_at = [rows_at + self.num_bytes for rows_at in self.rows_at]  # term by term
         self._said, self._heard = zip(*(self._phase(words, phase) for phase in range(3)))
         return shared
 
@@ -170,104 +176,24 @@ class PeerMemory:
 
     def place(self, num_rows: int, like: Tensor) -> Tensor:
         """``[num_rows, M]``: where this rank's rows, like these, travel from."""
+        return self._view(0, 1, num_rows, like)[0]
+
+    def results(self, num_rows: int, like: Tensor) -> Tensor:
+        """``[terms, num_rows, M]``: where the terms of the results of these rows arrive."""
+        return self._view(1, self.terms, num_rows, like)
+
+    def _view(self, first: int, count: int, num_rows: int, like: Tensor) -> Tensor:
+        """The beginning of some of the parts after the words."""
         num_bytes = num_rows * like.element_size() * like.shape[1]
         if num_bytes > self.num_bytes:
             raise ValueError(
                 f"rows must fit into the {self.num_bytes} bytes that are reserved, got {num_bytes}:"
                 f" call reserve({num_bytes}) on all ranks"
             )
-        buffer = self.reserve(0).buffers[self.rank].narrow(0, PAGE_BYTES, num_bytes)
-        return buffer.view(like.dtype).view(num_rows, like.shape[1])
-
-
-class PeerExchange:
-    """One call's rows on their way to other ranks and back; the call before is over.
-
-    Args:
-        memory: of the group.
-        rows_AM: ``[A, M]``, contiguous, what this rank sends, group by group, in each by rank; in
-            :meth:`PeerMemory.place`, or copied there. They fit into what is reserved.
-    """
-
-    def __init__(self, memory: PeerMemory, rows_AM: Tensor) -> None:
-        self._memory, self._row_bytes = memory, rows_AM.element_size() * rows_AM.shape[1]
-        self._phases = (_EVEN, _ODD)
-        if rows_AM.is_cuda and torch.cuda.is_current_stream_capturing():
-            memory.captured = True
-        if rows_AM.data_ptr() != memory.rows_at[memory.rank]:
-            memory.place(len(rows_AM), rows_AM).copy_(rows_AM)
-        memory.pulls.wait_stream(memory.module.current_stream())
-        memory.say(_OPEN, memory.pulls)
-        memory.hear(_OPEN, memory.pulls)
-
-    def pull(
-        self, rows: Tensor, send: Sequence[int], receive: Sequence[int], starts: Sequence[int]
-    ) -> tuple[Tensor, Copied]:
-        """Start to fetch the rows of a group of experts that this rank takes.
-
-        Args:
-            rows: those of the group that it sends.
-            send: how many to each rank.
-            receive: how many from each rank.
-            starts: for each rank, where among all its rows those for this one begin.
-
-        Returns:
-            The rows, rank by rank, and the work.
-
-        Communication: copies out of the memory of the other ranks, the bytes of their rows.
-        """
-        memory, stream = self._memory, self._memory.pulls
-        arriving = rows.new_empty(sum(receive), rows.shape[1])
-        to = self._starts(arriving, receive)
-        stream.wait_stream(memory.module.current_stream())
-        for rank in memory.others:
-            of = memory.rows_at[rank] + starts[rank] * self._row_bytes
-            self._copy(to[rank], of, receive[rank], stream)
-        self._copy(
-            to[memory.rank], self._starts(rows, send)[memory.rank], send[memory.rank], stream
+        start = PAGE_BYTES + first * self.num_bytes
+        parts = self.reserve(0).buffers[self.rank].narrow(0, start, count * self.num_bytes)
+        return (
+            parts.view(count, -1)[:, :num_bytes]
+            .view(like.dtype)
+            .unflatten(1, (num_rows, like.shape[1]))
         )
-        return arriving, Copied(memory.module, stream)
-
-    def push(
-        self,
-        results: Tensor,
-        into: Tensor,
-        send: Sequence[int],
-        receive: Sequence[int],
-        starts: Sequence[int],
-    ) -> Copied:
-        """Start to put results where their tokens are, and to take what others put here.
-
-        Args:
-            results: contiguous, of the rows that :meth:`pull` brought, in their order.
-            into: for the results of the rows that this rank sent, in theirs.
-            send: as for :meth:`pull`.
-            receive: likewise.
-            starts: likewise.
-
-        Communication: copies into the memory of the other ranks, the bytes of their results.
-        """
-        memory, stream, mine = self._memory, self._memory.pushes, self._memory.rank
-        of, to = self._starts(results, receive), self._starts(into, send)
-        stream.wait_stream(memory.module.current_stream())
-        for rank in memory.others:
-            there = memory.results_at[rank] + starts[rank] * self._row_bytes
-            self._copy(there, of[rank], receive[rank], stream)
-        phase, self._phases = self._phases[0], self._phases[::-1]
-        memory.say(phase, stream)
-        self._copy(to[mine], of[mine], send[mine], stream)
-        memory.hear(phase, stream)
-        # What this rank sends to ranks before it, it has before what it sends to itself.
-        first = memory.results_at[mine] + (starts[mine] - sum(send[:mine])) * self._row_bytes
-        for rank in memory.others:
-            self._copy(to[rank], first + sum(send[:rank]) * self._row_bytes, send[rank], stream)
-        return Copied(memory.module, stream)
-
-    def _starts(self, rows: Tensor, counts: Sequence[int]) -> list[int]:
-        """Where the rows of each rank begin."""
-        before = accumulate(counts[:-1], initial=0)
-        return [rows.data_ptr() + count * self._row_bytes for count in before]
-
-    def _copy(self, to: int, of: int, count: int, stream: Any) -> None:
-        if count:
-            self._memory.streams.copy(to, of, count * self._row_bytes, stream)

@@ -72,8 +72,8 @@ class ExpertGroups(NamedTuple):
         ep: ranks that hold different experts and the same part of each; tokens travel over it.
         etp: ranks that hold different parts of the same experts.
         ep_etp: the EP x ETP block of this rank, etp fastest; may be left out if ep or etp is None.
-        peers: memory of the ranks of ``ep``, through which rows travel over it, by copy engines;
-            None: by all-to-all.
+        peers: memory of the ranks of ``ep_etp`` (of ``ep`` or ``etp`` if that is left out), through
+            which rows travel by copy engines; None: by all-to-all.
     """
 
     token: dist.ProcessGroup | None = None

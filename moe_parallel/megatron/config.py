@@ -64,8 +64,9 @@ class ExpertOptions:
         overlap_groups: into how many groups a rank's experts are cut; None: by a rule.
         max_rows: most rows that the experts of one rank may take; None: as many as come.
         impl: of the activation and the sums of a token's rows.
-        peers: memory of the expert parallel ranks, through which rows travel; one object for all
-            layers, see :class:`moe_parallel.PeerMemory`. The stages of the layer do not use it.
+        peers: memory of the ranks that share experts (Megatron's tp_ep), through which rows travel;
+            one object for all layers, see :class:`moe_parallel.PeerMemory`. The stages of the layer
+            do not use it.
     """
 
     gemm: Gemm = "auto"

@@ -16,7 +16,7 @@ from tests.moe_parallel.batch import (
     local_rows,
     random_batch,
 )
-from tests.moe_parallel.peers import peer_memory
+from tests.moe_parallel.peers import with_peers
 from tests.ranks import run_on_ranks
 
 NUM_TOKENS = 29
@@ -54,7 +54,7 @@ def layer_on_rank(
 ) -> LayerResult:
     groups = groups_of(topology).experts
     if copied:
-        groups = groups._replace(peers=peer_memory(groups.ep))
+        groups = with_peers(groups)
     layer = build(config, dtype, skew, groups=groups, device=device)
     rank = layer.mesh.token_rank
     whole = random_batch(order.num_tokens, config.hidden_size)

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-from moe_parallel import PeerMemory
+from moe_parallel import ExpertGroups, PeerMemory
 from moe_parallel.peer_memory import PAGE_BYTES, SharedBuffers
 from moe_parallel.stream_memory import WordOperation
 
@@ -61,3 +61,9 @@ class FileMemory(PeerMemory):
 def peer_memory(group: dist.ProcessGroup) -> PeerMemory:
     """One for a group."""
     return (FileMemory if dist.get_backend(group) == "gloo" else PeerMemory)(group)
+
+
+def with_peers(groups: ExpertGroups) -> ExpertGroups:
+    """The groups, and the memory of their EP x ETP block."""
+    block = groups.ep_etp or groups.ep or groups.etp
+    return groups if block is None else groups._replace(peers=peer_memory(block))

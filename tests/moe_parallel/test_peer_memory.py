@@ -13,7 +13,7 @@ from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, MoECon
 from moe_parallel.peer_memory import PAGE_BYTES
 from tests.moe_parallel.batch import ORDERS, groups_of
 from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, layer_on_rank, on_ranks
-from tests.moe_parallel.peers import peer_memory
+from tests.moe_parallel.peers import peer_memory, with_peers
 from tests.ranks import run_on_ranks
 
 TOPOLOGIES = [
@@ -21,6 +21,8 @@ TOPOLOGIES = [
     ExpertTopology(4, ep=4),
     ExpertTopology(4, ep=2, etp=2),
     ExpertTopology(4, ep=2),
+    ExpertTopology(2, etp=2),
+    ExpertTopology(4, etp=4),
 ]
 
 
@@ -110,9 +112,11 @@ def test_no_rank_grows_alone() -> None:
 def shared_on_rank(topology: ExpertTopology, copied: bool) -> list[torch.Tensor]:
     """Rank function: gradients of layers that share memory, forward through all, then backward."""
     groups = groups_of(topology).experts
-    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     if copied:
-        groups = groups._replace(peers=peer_memory(groups.ep or alone))
+        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        groups = with_peers(
+            groups._replace(ep_etp=groups.ep_etp or groups.ep or groups.etp or alone)
+        )
     layers = [build(config(n), torch.float64, False, groups=groups) for n in (1, 2, 3)]
     x = torch.linspace(-1, 1, 16 * 12, dtype=torch.float64).view(12, 16).requires_grad_()
     again = torch.utils.checkpoint.checkpoint(
@@ -123,9 +127,9 @@ def shared_on_rank(topology: ExpertTopology, copied: bool) -> list[torch.Tensor]
 
 
 @pytest.mark.parametrize(
-    "topology", [*TOPOLOGIES[:3], ExpertTopology(1), ExpertTopology(2), ExpertTopology(2, etp=2)]
+    "topology", [*TOPOLOGIES[:3], ExpertTopology(1), ExpertTopology(2), TOPOLOGIES[4]]
 )
-def test_layers_share_it_and_one_ep_rank_needs_none(topology: ExpertTopology) -> None:
+def test_layers_share_it_and_one_rank_needs_none(topology: ExpertTopology) -> None:
     sent, copied = (
         run_on_ranks(shared_on_rank, topology.world_size, topology, copied)
         for copied in (False, True)
@@ -148,8 +152,10 @@ def failures_on_rank(topology: ExpertTopology) -> None:
     memory.place(len(rows), rows)
     memory.captured = True
     memory.reserve(2 * PAGE_BYTES)
-    with pytest.raises(ValueError, match="bytes that a captured CUDA graph uses, got 4194305"):
-        memory.reserve(2 * PAGE_BYTES + 1)
+    for needed in ((2 * PAGE_BYTES + 1,), (1, 2)):
+        with pytest.raises(ValueError, match="that a captured CUDA graph uses, got") as error:
+            memory.reserve(*needed)
+        assert f"reserve({needed[0]}, {needed[-1] if needed[1:] else 1})" in str(error.value)
 
 
 def test_says_what_does_not_fit_and_can_be_tried_again() -> None:
@@ -163,7 +169,7 @@ def refusals_on_rank() -> list[str]:
         dist.new_group([dist.get_rank()], use_local_synchronization=True),
     )
     groups, found = ExpertGroups(world, world, peers=peer_memory(alone)), []
-    with pytest.raises(ValueError, match="must be the memory of groups") as error:
+    with pytest.raises(ValueError, match="must be the memory of the EP x ETP block") as error:
         ExpertParallelMoE(config(), groups=groups)
     found.append(str(error.value))
     with pytest.raises(ValueError, match="group must be of CUDA ranks for PeerMemory") as error:
@@ -177,12 +183,15 @@ def test_refuses_other_ranks_and_ranks_without_gpus() -> None:
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_gpus_give_the_bits_of_an_all_to_all(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("topology", [TOPOLOGIES[0], TOPOLOGIES[4]])
+def test_two_gpus_give_the_bits_of_an_all_to_all(
+    topology: ExpertTopology, dtype: torch.dtype
+) -> None:
     for changes in ({}, {"capacity_factor": 1.0, "pad_to_capacity": True}):
         for num_groups in (1, 3, 8):
             made = config(num_groups, **changes)
-            assert_same_bits(TOPOLOGIES[0], "shuffled", made, dtype, num_tokens=300, backend="nccl")
-            assert_same_bits(TOPOLOGIES[0], "ragged", made, dtype, True, backend="nccl")
+            assert_same_bits(topology, "shuffled", made, dtype, num_tokens=300, backend="nccl")
+            assert_same_bits(topology, "ragged", made, dtype, True, backend="nccl")
 
 
 def replayed_on_rank(topology: ExpertTopology) -> None:
@@ -191,7 +200,7 @@ def replayed_on_rank(topology: ExpertTopology) -> None:
     order = ORDERS["shuffled"](64, 2)
     layer = build(
         config(4, capacity_factor=1.0, pad_to_capacity=True), torch.bfloat16, False,
-        groups=groups._replace(peers=peer_memory(groups.ep)), device="cuda",
+        groups=with_peers(groups), device="cuda",
     )  # fmt: skip
     x = torch.randn(order.rows_per_rank[dist.get_rank()], 16, device="cuda", dtype=torch.bfloat16)
     stream = torch.cuda.Stream()
@@ -210,5 +219,6 @@ def replayed_on_rank(topology: ExpertTopology) -> None:
 
 
 @pytest.mark.multi_gpu
-def test_two_gpus_replay_a_padded_call() -> None:
-    run_on_ranks(replayed_on_rank, 2, TOPOLOGIES[0], backend="nccl")
+@pytest.mark.parametrize("topology", [TOPOLOGIES[0], TOPOLOGIES[4]])
+def test_two_gpus_replay_a_padded_call(topology: ExpertTopology) -> None:
+    run_on_ranks(replayed_on_rank, 2, topology, backend="nccl")

@@ -123,7 +123,7 @@ def only_sent(
     per_rank = [[len(rows) // layer.config.num_experts] * layer.config.num_experts]
     counts = per_rank * layer.mesh.num_token_ranks
     experts = expert_groups(layer.experts.num_local, 1)
-    plans = PipelinePlans(counts, layer.mesh, experts)
+    plans = PipelinePlans(lambda: counts, layer.mesh, experts)
     pipeline = Pipeline(experts, plans, layer.groups.ep, layer.groups.etp, peers)
     if peers is not None:
         peers.reserve(rows.nbytes, layer.mesh.etp_size)

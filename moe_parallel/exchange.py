@@ -40,6 +40,7 @@ class ExchangePlan(NamedTuple):
     """Split sizes of one layer call, in rows; host data.
 
     Attributes:
+        first: where among the rows that this rank sends these begin.
         dispatch_rows: to each EP rank.
         receive_rows: from each EP rank.
         etp_rows: dispatched rows held by each ETP rank of this block.
@@ -49,6 +50,7 @@ class ExchangePlan(NamedTuple):
         starts: of each source, where among the rows that it sends those for this rank begin.
     """
 
+    first: int
     dispatch_rows: tuple[int, ...]
     receive_rows: tuple[int, ...]
     etp_rows: tuple[int, ...]
@@ -99,16 +101,18 @@ def plan_exchange(
     local = range(num_local) if local is None else local
 
     def rows(token_rank: int, ep_rank: int) -> tuple[int, ...]:
-        first = ep_rank * num_local
-        return tuple(kept_RE[token_rank][first + local.start : first + local.stop])
+        expert = ep_rank * num_local
+        return tuple(kept_RE[token_rank][expert + local.start : expert + local.stop])
 
     chunk_rows = tuple(rows(token_rank, mesh.ep_rank) for token_rank in mesh.sources)
     received = [sum(chunk) for chunk in chunk_rows]
     starts = [0] * len(received) if sent is None else list(sent)
+    first = starts[mesh.sources.index(mesh.token_rank)]
     for source, token_rank in enumerate(mesh.sources):
         starts[source] += sum(sum(rows(token_rank, before)) for before in range(mesh.ep_rank))
     by_etp = [received[i : i + mesh.ep_size] for i in range(0, len(received), mesh.ep_size)]
     return ExchangePlan(
+        first=first,
         dispatch_rows=tuple(sum(rows(mesh.token_rank, ep)) for ep in range(mesh.ep_size)),
         receive_rows=tuple(by_etp[mesh.etp_rank]),
         etp_rows=tuple(sum(block) for block in by_etp),
@@ -190,19 +194,18 @@ def _transpose_chunks(rows_AM: Tensor, chunk_rows: Sequence[Sequence[int]]) -> T
 
 def start_all_to_all(
     rows_AM: Tensor, splits: Splits, group: dist.ProcessGroup, into: Tensor | None = None
-) -> tuple[Tensor, Tensor, dist.Work]:
-    """Start sending rows; they may be changed, and what arrives be read, once the work is over.
+) -> tuple[Tensor, dist.Work]:
+    """Start sending contiguous rows, to be held until the work is over.
 
     Returns:
-        What arrives, in ``into`` if it is given; what is sent, to be held until then; the work.
+        What arrives, in ``into`` if it is given, and the work.
     """
     if into is None:
         into = rows_AM.new_empty(sum(splits.receive), *rows_AM.shape[1:])
-    sent = rows_AM.contiguous()
     work = dist.all_to_all_single(
-        into, sent, list(splits.receive), list(splits.send), group=group, async_op=True
+        into, rows_AM, list(splits.receive), list(splits.send), group=group, async_op=True
     )
-    return into, sent, work
+    return into, work
 
 
 def _all_to_all(rows_AM: Tensor, splits: Splits, group: dist.ProcessGroup | None) -> Tensor:
@@ -218,7 +221,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_AM: Tensor, splits: Splits, group: dist.ProcessGroup) -> Tensor:
         ctx.splits, ctx.group = splits, group
-        received, _, work = start_all_to_all(rows_AM, splits, group)
+        received, work = start_all_to_all(rows_AM.contiguous(), splits, group)
         work.wait()
         return received
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -228,8 +228,8 @@ class ExpertParallelMoE(nn.Module):
         )
         impl = chosen_impl(self.config.impl, x_TM.device, x_TM.dtype)
         rows_AM = permute(x_TM, order, impl, self._reserved(counts.most, x_TM, counts))
-        # Only here does a call without drops wait: the device meanwhile permutes.
-        return self._run(rows_AM, counts.wait(), experts, timeline), order
+        # A call without drops waits for the counts only after this: the device meanwhile permutes.
+        return self._run(rows_AM, counts.wait, counts.of_all(), experts, timeline), order
 
     def _padded(
         self, x_TM: Tensor, routing: Routing, token_order: TokenOrder, timeline: Timeline | None
@@ -240,13 +240,15 @@ class ExpertParallelMoE(nn.Module):
         capacity = expert_capacity(factor, token_order.max_local_tokens, config.top_k, num_experts)
         routing, number_Tk = drop_by_rank(routing, capacity)
         rows_RE = [[capacity] * num_experts] * self.mesh.num_token_ranks
-        experts = self._groups(sum(map(sum, rows_RE)), x_TM)
+        num_rows = sum(map(sum, rows_RE))
+        experts = self._groups(num_rows, x_TM)
         chosen = self._order.placed(routing.experts, experts)
         order = padded_order(chosen, number_Tk, capacity, num_experts)
         impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
         peers = self._reserved(capacity * num_experts, x_TM)
-        rows_AM = self._run(permute(x_TM, order, impl, peers), rows_RE, experts, timeline)
-        return routing, rows_AM, order
+        rows_AM = permute(x_TM, order, impl, peers)
+        results_AM = self._run(rows_AM, lambda: rows_RE, num_rows, experts, timeline)
+        return routing, results_AM, order
 
     def _reserved(
         self, num_rows: int, x_TM: Tensor, counts: KeptCounts | None = None
@@ -274,16 +276,21 @@ class ExpertParallelMoE(nn.Module):
     def _run(
         self,
         rows_AM: Tensor,
-        kept_RE: Sequence[Sequence[int]],
+        kept_RE: Callable[[], Sequence[Sequence[int]]],
+        num_rows: int,
         experts: tuple[range, ...],
         timeline: Timeline | None,
     ) -> Tensor:
-        """The results of rows, so many of each rank and expert, group by group."""
-        check_rows(kept_RE, self.config.max_rows, self.mesh)
-        plans = PipelinePlans(kept_RE, self.mesh, experts)
+        """The results of rows, so many of each rank and expert, together ``num_rows``."""
+
+        def checked_RE() -> Sequence[Sequence[int]]:
+            check_rows(found := kept_RE(), self.config.max_rows, self.mesh)
+            return found
+
+        plans = PipelinePlans(checked_RE, self.mesh, experts)
         ways = (self.groups.ep, self.groups.etp, self.groups.peers)
         pipeline = Pipeline(experts, plans, *ways, timeline)
-        mean_rows = sum(map(sum, kept_RE)) // self.mesh.num_token_ranks * self.mesh.etp_size
+        mean_rows = num_rows // self.mesh.num_token_ranks * self.mesh.etp_size
         return self.experts.over_ranks(rows_AM, pipeline, num_rows=mean_rows)
 
     def _check_hidden(self, hidden: Tensor) -> None:

@@ -28,8 +28,9 @@ it is the same on every rank, across both process groups.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -47,15 +48,9 @@ from moe_parallel.exchange import (
 from moe_parallel.mesh import ExpertMesh
 from moe_parallel.peer_exchange import PeerExchange
 from moe_parallel.peer_memory import Copied, PeerMemory
+from moe_parallel.schedule import steps
 from moe_parallel.streams import TurnStreams
 from moe_parallel.timeline import Lane, Timeline
-
-# Groups whose rows are on their way while one is computed. Over a slow link the results of a group
-# leave before the rows of the next: one group ahead, products would wait for both.
-AHEAD = 2
-
-# Groups between rows and weights in a backward: so many of them hold what weights are made of.
-BESIDE_LAG = 2
 
 Compute = Callable[[int, Tensor], Tensor]
 
@@ -122,7 +117,7 @@ class Pipeline(NamedTuple):
             streams = calls.enter_context(TurnStreams(rows_AM.device, len(self.plans)))
             peers = None
             if self.peers is not None:
-                terms = len(self.plans[0].etp_rows)
+                terms = len(self.plans[0].etp_rows)  # waits: who raises here has said nothing yet
                 peers = calls.enter_context(PeerExchange(self.peers, rows_AM, terms))
             return self._in_turn(rows_AM, compute, beside, streams, peers)
 
@@ -138,51 +133,35 @@ class Pipeline(NamedTuple):
         streams: TurnStreams,
         peers: PeerExchange | None,
     ) -> Tensor:
-        """The rounds of :meth:`run`."""
-        results, count = torch.empty_like(rows_AM), len(self.plans)
-        departing, returning = self._by_group(rows_AM), self._by_group(results)
-        lag = 1 if self._gathers else 0  # the stages of ETP are one group ahead or behind
-        dispatched: dict[int, Transfer] = {}
-        gathered: dict[int, Transfer] = {}
-        scattered: dict[int, Transfer] = {}
+        """The steps of :meth:`run`."""
+        results = torch.empty_like(rows_AM)
+        under_way: dict[int, Transfer] = {}  # of each group what it is at
         combined: deque[Transfer] = deque()
-        # A round starts dispatch d, gather a, computes g and starts combine c; the first rounds
-        # compute nothing, the last start nothing.
-        for g in range(-AHEAD - lag, count + lag):
-            d, a, c = g + AHEAD + lag, g + lag, g - lag
-            if d < count:
-                with streams.of(d):
-                    dispatched[d] = self._dispatch(d, next(departing), peers)
-            if 0 <= a < count:
-                with streams.of(a):
-                    gathered[a] = self._gather(a, self._arrived(dispatched.pop(a)))
-            if 0 <= g < count:
-                with streams.of(g):
-                    terms = self._computed(compute, g, self._arrived(gathered.pop(g)))
-                    scattered[g] = self._scatter(g, terms)
-            if c >= 0:
-                with streams.of(c):
-                    rows = self._summed(c, scattered.pop(c))
-                    combined.append(self._combine(c, rows, next(returning), peers))
-                    if len(combined) > 2:  # long over: what was sent need not be held any more
-                        self._arrived(combined.popleft())
-            if beside is not None and g >= BESIDE_LAG:
-                with streams.of(g - BESIDE_LAG):
-                    beside(g - BESIDE_LAG)
-        if beside is not None:
-            for g in range(max(0, count + lag - BESIDE_LAG), count):
-                with streams.of(g):
-                    beside(g)
+        for step, g in steps(len(self.plans), gathers=self._gathers, beside=beside is not None):
+            streams.turn(g)
+            if step == "dispatch":
+                under_way[g] = self._dispatch(g, self._of(g, rows_AM), peers)
+            elif step == "gather":
+                under_way[g] = self._gather(g, self._arrived(under_way.pop(g)))
+            elif step == "experts":
+                terms = self._computed(compute, g, self._arrived(under_way.pop(g)))
+                under_way[g] = self._scatter(g, terms)
+            elif step == "combine":
+                rows = self._summed(g, under_way.pop(g))
+                combined.append(self._combine(g, rows, self._of(g, results), peers))
+                if len(combined) > 2:  # long over: what was sent need not be held any more
+                    self._arrived(combined.popleft())
+            elif beside is not None:
+                beside(g)
+        streams.turn(0)
         for transfer in combined:
             self._arrived(transfer)
         return results
 
-    def _by_group(self, rows_AM: Tensor) -> Iterator[Tensor]:
-        start = 0
-        for plan in self.plans:
-            count = sum(plan.dispatch_rows)
-            yield rows_AM.narrow(0, start, count)
-            start += count
+    def _of(self, group: int, rows_AM: Tensor) -> Tensor:
+        """The rows of a group that this rank sends."""
+        plan = self.plans[group]
+        return rows_AM.narrow(0, plan.first, sum(plan.dispatch_rows))
 
     def _computed(self, compute: Compute, group: int, rows: Tensor) -> Tensor:
         plan = self.plans[group]
@@ -239,19 +218,17 @@ class Pipeline(NamedTuple):
     ) -> Transfer:
         """Start one all-to-all over EP or ETP; rows stay where they are if that is one rank."""
         group = self.ep_group if lane == "ep" else self.etp_group
-        if group is None and peers is None:
-            return Transfer(rows if into is None else into.copy_(rows), rows, None)
+        plan, rows = self.plans[g], rows.contiguous()
         mark = -1
-        if self.timeline is not None:
+        if self.timeline is not None and not (group is None and peers is None):
             mark = self.timeline.queued(lane, name, g, rows.device)
         work: dist.Work | Copied
-        if peers is None:
-            arriving, rows, work = start_all_to_all(rows, splits, group, into)
-        elif into is None:
-            arriving, work = peers.pull(self.plans[g])
+        if peers is not None:
+            arriving, work = peers.pull(plan) if into is None else peers.push(rows, into, plan)
+        elif group is not None:
+            arriving, work = start_all_to_all(rows, splits, group, into)
         else:
-            rows = rows.contiguous()
-            arriving, work = into, peers.push(rows, into, self.plans[g])
+            return Transfer(rows if into is None else into.copy_(rows), rows, None)
         if self.timeline is not None and rows.is_cuda:
             self.timeline.over(mark, work, rows.device)
         return Transfer(arriving, rows, work, mark)
@@ -268,18 +245,22 @@ class Pipeline(NamedTuple):
 class PipelinePlans(Sequence[ExchangePlan]):
     """The split sizes of each group of experts, made when they are asked for.
 
-    The rows of the first group leave before those of the last are counted.
+    The rows of the first group leave before those of the last are counted, and a call is prepared
+    before any are.
 
     Args:
-        kept_RE: rows each rank of the token group sends to each expert, on the host.
+        kept_RE: asked once: rows each rank of the token group sends to each expert.
         mesh: the EP x ETP block of this rank.
         experts: of each group, which of a rank's experts.
     """
 
     def __init__(
-        self, kept_RE: Sequence[Sequence[int]], mesh: ExpertMesh, experts: Sequence[range]
+        self,
+        kept_RE: Callable[[], Sequence[Sequence[int]]],
+        mesh: ExpertMesh,
+        experts: Sequence[range],
     ) -> None:
-        self._kept_RE, self._mesh, self._experts = kept_RE, mesh, experts
+        self._wait, self._mesh, self._experts = kept_RE, mesh, experts
         self._made: list[ExchangePlan] = []
         self._sent = [0] * len(mesh.sources)  # so far, by each of them
 
@@ -292,6 +273,10 @@ class PipelinePlans(Sequence[ExchangePlan]):
             self._make(self._experts[len(self._made)])
         return self._made[group]
 
+    @cached_property
+    def _kept_RE(self) -> Sequence[Sequence[int]]:
+        return self._wait()
+
     def _make(self, local: range) -> None:
         self._made.append(plan_exchange(self._kept_RE, self._mesh, local, self._sent))
         for source, token_rank in enumerate(self._mesh.sources):
@@ -303,5 +288,5 @@ class PipelinePlans(Sequence[ExchangePlan]):
 def local_pipeline(counts: Sequence[int], timeline: Timeline | None = None) -> Pipeline:
     """Of rows that are with their experts already, ``counts`` for each."""
     total = (sum(counts),)
-    plan = ExchangePlan(total, total, total, (tuple(counts),), (0,), (0,))
+    plan = ExchangePlan(0, total, total, total, (tuple(counts),), (0,), (0,))
     return Pipeline((range(len(counts)),), (plan,), timeline=timeline)

@@ -94,7 +94,7 @@ class PeerExchange:
             self._copy((arriving.data_ptr(), here), (memory.rows_at[rank], there), count, stream)
         return arriving, Copied(memory.module, stream)
 
-    def push(self, terms_AM: Tensor, into: Tensor, plan: ExchangePlan) -> Copied:
+    def push(self, terms_AM: Tensor, into: Tensor, plan: ExchangePlan) -> tuple[Tensor, Copied]:
         """Start to put terms of results where their tokens are, and to add up what arrives here.
 
         Args:
@@ -103,12 +103,13 @@ class PeerExchange:
                 the order of the ETP ranks and rounded once.
             plan: as for :meth:`pull`.
 
+        Returns:
+            ``into`` and the work.
+
         Communication: copies into the memory of the other ranks, the bytes of their results.
         """
         memory, stream = self._memory, self._memory.pushes
-        here, me = terms_AM.data_ptr(), memory.rank
-        own = plan.sources.index(me)
-        first = plan.starts[own] - sum(plan.dispatch_rows[: me // self._terms])
+        here, me, first = terms_AM.data_ptr(), memory.rank, plan.first
         term = me % self._terms * memory.num_bytes
         to = [at + term for at in memory.results_at]
         chunks = list(self._chunks(plan))
@@ -127,20 +128,20 @@ class PeerExchange:
                 place = (mine[0], mine[1] + chunk.there)
                 self._copy(place, (here, chunk.here), chunk.num_rows, stream)
         memory.hear(phase, stream)
-        self._take(into, first, plan, stream)
-        return Copied(memory.module, stream)
+        self._take(into, plan, stream)
+        return into, Copied(memory.module, stream)
 
-    def _take(self, into: Tensor, first: int, plan: ExchangePlan, stream: Any) -> None:
-        """What arrived of the rows from ``first`` on, out of the shared memory."""
+    def _take(self, into: Tensor, plan: ExchangePlan, stream: Any) -> None:
+        """What arrived, out of the shared memory."""
         memory = self._memory
         if self._terms > 1:
             with memory.module.stream(stream):
-                torch.sum(self._arrived.narrow(1, first, len(into)), 0, out=into)
+                torch.sum(self._arrived.narrow(1, plan.first, len(into)), 0, out=into)
             return
         start = 0
         for rank, count in enumerate(plan.dispatch_rows):
             if rank != memory.rank:
-                of = (memory.results_at[memory.rank], first + start)
+                of = (memory.results_at[memory.rank], plan.first + start)
                 self._copy((into.data_ptr(), start), of, count, stream)
             start += count
 

@@ -6,7 +6,6 @@ their tensor cores idle. Of two groups beside each other, one has work for them.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import TracebackType
 
@@ -17,8 +16,8 @@ class TurnStreams:
     """The current stream for even groups, another one of the device for odd ones.
 
     As a context: the other stream begins where the current one is, and however the context ends,
-    the current stream then waits for it. Memory of a group is to be taken and given back on the
-    group's stream, or outside. On the CPU, and of one group, there is nothing to turn.
+    the current stream then waits for it. Memory of a group is to be taken and given back in its
+    turn, or outside. On the CPU, and of one group, there is nothing to turn.
 
     Args:
         device: of the products.
@@ -29,15 +28,18 @@ class TurnStreams:
         self._streams: tuple[torch.cuda.Stream, ...] = ()
         if device.type == "cuda" and num_groups > 1:
             self._streams = (torch.cuda.current_stream(device), _other_stream(device))
+        self._current = 0
 
-    def of(self, group: int) -> AbstractContextManager[object]:
-        """In this context the group's stream is the current one."""
-        return torch.cuda.stream(self._streams[group % 2]) if self._streams else nullcontext()
+    def turn(self, group: int) -> None:
+        """From here on the group's stream is the current one."""
+        if self._streams and group % 2 != self._current:
+            self._current = group % 2
+            torch.cuda.set_stream(self._streams[self._current])
 
     def __enter__(self) -> TurnStreams:
         if self._streams:
-            current, other = self._streams
-            other.wait_stream(current)
+            first, other = self._streams
+            other.wait_stream(first)
         return self
 
     def __exit__(
@@ -47,8 +49,9 @@ class TurnStreams:
         trace: TracebackType | None,
     ) -> None:
         if self._streams:
-            current, other = self._streams
-            current.wait_stream(other)
+            self.turn(0)
+            first, other = self._streams
+            first.wait_stream(other)
 
 
 @cache  # one for all layers, whose memory then serves one after another

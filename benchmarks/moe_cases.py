@@ -103,6 +103,7 @@ def nothing_sent(machine: Machine) -> Any:
         splits: Splits,
         into: Tensor | None = None,
         peers: PeerExchange | None = None,
+        stream: Any = None,
     ) -> Transfer:
         count = sum(splits.receive if peers is None else map(sum, self.plans[g].chunk_rows))
         if into is None and len(arrived.get(rows.shape[1], ())) < count:

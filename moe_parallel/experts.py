@@ -215,10 +215,11 @@ class _OverRanks(torch.autograd.Function):
         impl: ChosenImpl,
     ) -> Tensor:
         kept: list[Tensor] = []
+        w13_ENM = w13.flatten(1, 2)
 
         def compute(g: int, rows: Tensor) -> Tensor:
             counts, own = pipeline.plans[g].expert_rows, _slice(pipeline.experts[g])
-            hidden = forward_product(rows, w13[own].flatten(1, 2), counts, gemm)
+            hidden = forward_product(rows, w13_ENM[own], counts, gemm)
             kept.extend((rows, hidden))
             return forward_product(swiglu(hidden, impl), w2[own], counts, gemm)
 
@@ -234,6 +235,7 @@ class _OverRanks(torch.autograd.Function):
         _, w13, w2, *kept = ctx.saved_tensors
         pipeline, gemm, impl = ctx.arguments
         dw13, dw2 = w13.new_empty(w13.shape), w2.new_empty(w2.shape)  # written as views
+        w13_ENM, dw13_ENM = w13.flatten(1, 2), dw13.flatten(1, 2)
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what weight gradients are made of
 
         def compute(g: int, dy: Tensor) -> Tensor:
@@ -241,13 +243,13 @@ class _OverRanks(torch.autograd.Function):
             dact = backward_product(dy, w2[own], counts, gemm)
             dhidden, act = swiglu_backward(dact, kept[2 * g + 1], impl)
             made[g] = (dy, dhidden, act)
-            return backward_product(dhidden, w13[own].flatten(1, 2), counts, gemm)
+            return backward_product(dhidden, w13_ENM[own], counts, gemm)
 
         def weights(g: int) -> None:
             dy, dhidden, act = made.pop(g)
             counts, own = pipeline.plans[g].expert_rows, _slice(pipeline.experts[g])
             with pipeline.computing("weights", g, dy.device):
-                weight_product(dhidden, kept[2 * g], counts, gemm, dw13[own].flatten(1, 2))
+                weight_product(dhidden, kept[2 * g], counts, gemm, dw13_ENM[own])
                 weight_product(dy, act, counts, gemm, dw2[own])
 
         with torch.autocast(grad_AM.device.type, enabled=False):

@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -115,10 +115,12 @@ class Pipeline(NamedTuple):
             return results
         with ExitStack() as calls:
             streams = calls.enter_context(TurnStreams(rows_AM.device, len(self.plans)))
-            peers = None
+            peers, _ = (
+                None,
+                self.plans[0],
+            )  # waits for the counts; if they are wrong all ranks raise
             if self.peers is not None:
-                terms = len(self.plans[0].etp_rows)  # waits: who raises here has said nothing yet
-                peers = calls.enter_context(PeerExchange(self.peers, rows_AM, terms))
+                peers = calls.enter_context(PeerExchange(self.peers, rows_AM))
             return self._in_turn(rows_AM, compute, beside, streams, peers)
 
     @property
@@ -138,24 +140,25 @@ class Pipeline(NamedTuple):
         under_way: dict[int, Transfer] = {}  # of each group what it is at
         combined: deque[Transfer] = deque()
         for step, g in steps(len(self.plans), gathers=self._gathers, beside=beside is not None):
-            streams.turn(g)
+            stream = streams.turn(g)
             if step == "dispatch":
-                under_way[g] = self._dispatch(g, self._of(g, rows_AM), peers)
+                under_way[g] = self._dispatch(g, self._of(g, rows_AM), peers, stream)
             elif step == "gather":
-                under_way[g] = self._gather(g, self._arrived(under_way.pop(g)))
+                under_way[g] = self._gather(g, self._arrived(under_way.pop(g), stream))
             elif step == "experts":
-                terms = self._computed(compute, g, self._arrived(under_way.pop(g)))
+                terms = self._computed(compute, g, self._arrived(under_way.pop(g), stream))
                 under_way[g] = self._scatter(g, terms)
             elif step == "combine":
-                rows = self._summed(g, under_way.pop(g))
-                combined.append(self._combine(g, rows, self._of(g, results), peers))
+                rows = self._summed(g, self._arrived(under_way.pop(g), stream))
+                into = self._of(g, results)
+                combined.append(self._combine(g, rows, into, peers, stream))
                 if len(combined) > 2:  # long over: what was sent need not be held any more
-                    self._arrived(combined.popleft())
+                    self._arrived(combined.popleft(), stream)
             elif beside is not None:
                 beside(g)
-        streams.turn(0)
+        stream = streams.turn(0)
         for transfer in combined:
-            self._arrived(transfer)
+            self._arrived(transfer, stream)
         return results
 
     def _of(self, group: int, rows_AM: Tensor) -> Tensor:
@@ -180,8 +183,8 @@ class Pipeline(NamedTuple):
 
     # ---- stages: what is started, and what it takes ----------------------------------------------
 
-    def _dispatch(self, g: int, rows: Tensor, peers: PeerExchange | None) -> Transfer:
-        return self.start("ep", "dispatch", g, rows, self.plans[g].dispatch, peers=peers)
+    def _dispatch(self, g: int, rows: Tensor, *ways: Any) -> Transfer:
+        return self.start("ep", "dispatch", g, rows, self.plans[g].dispatch, None, *ways)
 
     @property
     def _gathers(self) -> bool:
@@ -199,12 +202,11 @@ class Pipeline(NamedTuple):
             return Transfer(terms, terms, None)
         return self.start("etp", "scatter", g, terms, self.plans[g].gather.back)
 
-    def _summed(self, g: int, transfer: Transfer) -> Tensor:
-        terms = self._arrived(transfer)
+    def _summed(self, g: int, terms: Tensor) -> Tensor:
         return self.plans[g].summed(terms) if self._gathers else terms
 
-    def _combine(self, g: int, rows: Tensor, into: Tensor, peers: PeerExchange | None) -> Transfer:
-        return self.start("ep", "combine", g, rows, self.plans[g].dispatch.back, into, peers)
+    def _combine(self, g: int, rows: Tensor, into: Tensor, *ways: Any) -> Transfer:
+        return self.start("ep", "combine", g, rows, self.plans[g].dispatch.back, into, *ways)
 
     def start(
         self,
@@ -215,7 +217,8 @@ class Pipeline(NamedTuple):
         splits: Splits,
         into: Tensor | None = None,
         peers: PeerExchange | None = None,
-    ) -> Transfer:
+        stream: torch.cuda.Stream | None = None,
+    ) -> Transfer:  # all that an all-to-all, a pull and a push take: past 8 parameters
         """Start one all-to-all over EP or ETP; rows stay where they are if that is one rank."""
         group = self.ep_group if lane == "ep" else self.etp_group
         plan, rows = self.plans[g], rows.contiguous()
@@ -223,8 +226,10 @@ class Pipeline(NamedTuple):
         if self.timeline is not None and not (group is None and peers is None):
             mark = self.timeline.queued(lane, name, g, rows.device)
         work: dist.Work | Copied
-        if peers is not None:
-            arriving, work = peers.pull(plan) if into is None else peers.push(rows, into, plan)
+        if peers is not None and into is None:
+            arriving, work = peers.pull(g, plan, stream)
+        elif peers is not None and into is not None:
+            arriving, work = peers.push(g, rows, into, plan, stream)
         elif group is not None:
             arriving, work = start_all_to_all(rows, splits, group, into)
         else:
@@ -233,12 +238,15 @@ class Pipeline(NamedTuple):
             self.timeline.over(mark, work, rows.device)
         return Transfer(arriving, rows, work, mark)
 
-    def _arrived(self, transfer: Transfer) -> Tensor:
-        """The rows, once they are there: on a GPU the stream waits, not the host."""
-        if transfer.work is not None:
-            transfer.work.wait()
-            if self.timeline is not None and not transfer.rows.is_cuda:
-                self.timeline.over(transfer.mark, transfer.work, transfer.rows.device)
+    def _arrived(self, transfer: Transfer, stream: torch.cuda.Stream | None) -> Tensor:
+        """The rows, once they are there: on a GPU the stream, the current one, waits for them."""
+        work = transfer.work
+        if isinstance(work, Copied):
+            work.wait(stream)
+        elif work is not None:
+            work.wait()
+        if work is not None and self.timeline is not None and not transfer.rows.is_cuda:
+            self.timeline.over(transfer.mark, work, transfer.rows.device)
         return transfer.rows
 
 
@@ -268,7 +276,8 @@ class PipelinePlans(Sequence[ExchangePlan]):
         return len(self._experts)
 
     def __getitem__(self, group: int) -> ExchangePlan:  # type: ignore[override]  # no slices
-        group = range(len(self))[group]
+        if not 0 <= group < len(self._made):  # else asked before: often, and the host hurries
+            group = range(len(self))[group]
         while len(self._made) <= group:
             self._make(self._experts[len(self._made)])
         return self._made[group]

@@ -46,9 +46,9 @@ class Copied:
     def __init__(self, streams: Any, stream: Any) -> None:
         self._streams, self._event = streams, stream.record_event()
 
-    def wait(self) -> None:
-        """The current stream waits, not the host."""
-        self._streams.current_stream().wait_event(self._event)
+    def wait(self, stream: Any = None) -> None:
+        """The stream, None the current one, waits, not the host."""
+        (stream or self._streams.current_stream()).wait_event(self._event)
 
 
 class PeerMemory:

@@ -26,20 +26,23 @@ class TurnStreams:
 
     def __init__(self, device: torch.device, num_groups: int) -> None:
         self._streams: tuple[torch.cuda.Stream, ...] = ()
-        if device.type == "cuda" and num_groups > 1:
-            self._streams = (torch.cuda.current_stream(device), _other_stream(device))
+        if device.type == "cuda":
+            self._streams += (torch.cuda.current_stream(device),)
+            self._streams += (_other_stream(device),) if num_groups > 1 else ()
         self._current = 0
 
-    def turn(self, group: int) -> None:
-        """From here on the group's stream is the current one."""
-        if self._streams and group % 2 != self._current:
+    def turn(self, group: int) -> torch.cuda.Stream | None:
+        """From here on the group's stream is the current one; it is returned, on a GPU."""
+        if not self._streams:
+            return None
+        if len(self._streams) > 1 and group % 2 != self._current:
             self._current = group % 2
             torch.cuda.set_stream(self._streams[self._current])
+        return self._streams[self._current]
 
     def __enter__(self) -> TurnStreams:
-        if self._streams:
-            first, other = self._streams
-            other.wait_stream(first)
+        for other in self._streams[1:]:
+            other.wait_stream(self._streams[0])
         return self
 
     def __exit__(
@@ -48,10 +51,9 @@ class TurnStreams:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._streams:
-            self.turn(0)
-            first, other = self._streams
-            first.wait_stream(other)
+        self.turn(0)
+        for other in self._streams[1:]:
+            self._streams[0].wait_stream(other)
 
 
 @cache  # one for all layers, whose memory then serves one after another

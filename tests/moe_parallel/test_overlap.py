@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, Timeline
 from moe_parallel.grouping import (
+    COPIED_BYTES,
     LEAST_BYTES,
-    LEAST_COPIED_BYTES,
     MOST_WITH_ETP,
     dispatch_places,
     expert_groups,
@@ -152,16 +152,16 @@ def test_nothing_is_marked_without_a_timeline() -> None:
 
 def test_groups_are_as_many_as_pay() -> None:
     mesh = ExpertMesh(0, 2, 0, 0, ((0, 1),))
-    for least, copied in ((LEAST_BYTES, False), (LEAST_COPIED_BYTES, True)):
-        assert groups_that_pay(4, 0, mesh, copied=copied) == 1
-        assert groups_that_pay(4, least, mesh, copied=copied) == 1
-        assert groups_that_pay(4, 4 * least - 1, mesh, copied=copied) == 3
-        assert groups_that_pay(4, 400 * least, mesh, copied=copied) == 4  # the experts of a rank
+    for num_bytes, groups in ((0, 1), (1, 1), (4 * LEAST_BYTES - 1, 3), (400 * LEAST_BYTES, 4)):
+        assert groups_that_pay(4, num_bytes, mesh, copied=False) == groups
+    for num_bytes, groups in ((0, 1), (1, 1), (9 * COPIED_BYTES - 1, 2), (400 * COPIED_BYTES, 4)):
+        assert groups_that_pay(4, num_bytes, mesh, copied=True) == groups
     alone = ExpertMesh(0, 2, 0, 0, ((0,),))
     assert groups_that_pay(4, 400 * LEAST_BYTES, alone, copied=False) == 1  # nothing travels
     etp = ExpertMesh(0, 2, 0, 0, ((0,), (1,)))
     assert groups_that_pay(4, 400 * LEAST_BYTES, etp, copied=False) == MOST_WITH_ETP
     assert groups_that_pay(1, 400 * LEAST_BYTES, etp, copied=False) == 1
+    assert groups_that_pay(4, 400 * LEAST_BYTES, etp, copied=True) == 4
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 4])

@@ -138,6 +138,27 @@ def test_layers_share_it_and_one_rank_needs_none(topology: ExpertTopology) -> No
         assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
+def tried_again_on_rank(topology: ExpertTopology) -> list[torch.Tensor]:
+    """Rank function: results of a layer before and after calls that take too many rows."""
+    groups = with_peers(groups_of(topology).experts)
+    good, bad = (
+        build(config(2, max_rows=most), torch.float64, False, groups=groups) for most in (None, 1)
+    )
+    x = torch.linspace(-1, 1, 16 * 12, dtype=torch.float64).view(12, 16)
+    outputs = [good(x).output]
+    for _ in range(3):
+        with pytest.raises(ValueError, match="max_rows must be at least"):
+            bad(x)
+        outputs.append(good(x).output)
+    return outputs
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES[:3])
+def test_a_call_that_raises_on_all_ranks_leaves_it_in_order(topology: ExpertTopology) -> None:
+    for first, *others in run_on_ranks(tried_again_on_rank, topology.world_size, topology):
+        assert all(torch.equal(first, other) for other in others)
+
+
 def failures_on_rank(topology: ExpertTopology) -> None:
     """Rank function: what does not fit, cannot grow, or is in a graph."""
     groups = groups_of(topology).experts

@@ -176,7 +176,7 @@ class PeerMemory:
 
     def place(self, num_rows: int, like: Tensor) -> Tensor:
         """``[num_rows, M]``: where this rank's rows, like these, travel from."""
-        return self._view(0, 1, num_rows, like)[0]
+        return self._view(0, 1, num_rows, like).squeeze(0)
 
     def results(self, num_rows: int, like: Tensor) -> Tensor:
         """``[terms, num_rows, M]``: where the terms of the results of these rows arrive."""

@@ -192,8 +192,6 @@ class PeerMemory:
             )
         start = PAGE_BYTES + first * self.num_bytes
         parts = self.reserve(0).buffers[self.rank].narrow(0, start, count * self.num_bytes)
-        return (
-            parts.view(count, -1)[:, :num_bytes]
-            .view(like.dtype)
-            .unflatten(1, (num_rows, like.shape[1]))
-        )
+        rows = parts.view(count, -1)[:, :num_bytes].view(like.dtype)
+        view: Tensor = rows.unflatten(1, (num_rows, like.shape[1]))
+        return view

@@ -82,7 +82,7 @@ def test_sums_of_slots_are_the_eager_ones(width: int, top_k: int, dtype: torch.d
 
 def test_no_tokens() -> None:
     nothing = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    order = RowOrder(nothing, nothing.view(0, 2))
+    order = RowOrder(nothing.view(0, 2), 0)
     x, weights = torch.zeros(0, 8, device=DEVICE), torch.zeros(0, 2, device=DEVICE)
     assert [r.shape for r in through(x, weights, order, "triton", x)] == [(0, 8), (0, 8), (0, 2)]
 

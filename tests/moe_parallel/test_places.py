@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_parallel import MoEConfig, TokenOrder, top_k
 from moe_parallel.capacity import drop_by_rank, padded_order
+from moe_parallel.decision import KeptCounts
 from moe_parallel.permute import RowOrder, permute, row_order
 from moe_parallel.route import Routing, route
 from tests.moe_parallel.layers import build

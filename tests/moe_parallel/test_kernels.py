@@ -124,6 +124,21 @@ def test_refuses_what_kernels_cannot_do() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_experts", [32, 100, 256])
+@pytest.mark.parametrize("tokens", [1, 5000, 1_000_000])
+def test_router_with_its_own_block_sizes(tokens: int, num_experts: int) -> None:
+    from moe_parallel import launch_router
+
+    logits = torch.randn(tokens, num_experts, device="cuda")
+    _, experts, _, tally = launch_router.top_k(logits, num_experts, 8)
+    ranking = logits.sort(dim=1, descending=True, stable=True).indices
+    assert torch.equal(experts, ranking[:, :8])
+    size = (experts.numel(), num_experts)
+    rows = row_order(experts, None, *size, tally=tally).row
+    assert torch.equal(rows, row_order(experts, None, *size).row)
+
+
+@pytest.mark.gpu
 def test_rows_beyond_two_to_the_31_elements() -> None:
     rows, width = 2**31 // 8192 + 100, 8192
     hidden = torch.randn(rows, width, device="cuda").bfloat16()

@@ -26,10 +26,16 @@ def token_groups(layer: ExpertParallelMoE, x_TM: Tensor) -> Tensor:
     """The output of the layer for tokens that choose all experts alike, half of them at a time."""
     config, mesh, groups = layer.config, layer.mesh, layer.groups
     order = TokenOrder.contiguous([x_TM.shape[0]] * mesh.num_token_ranks)
+    impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
     routing = route(
-        x_TM, layer.gate_weight, top_k=config.top_k, order=order, token_group=groups.token
+        x_TM,
+        layer.gate_weight,
+        top_k=config.top_k,
+        order=order,
+        token_group=groups.token,
+        impl=impl,
     )
-    _, kept_RE = torch.stack(routing.counts).tolist()
+    kept_RE = routing.counts.kept.tolist()
     halves_RE = [[count // 2 for count in kept_E] for kept_E in kept_RE]
     plan = plan_exchange(halves_RE, mesh)
     later = torch.arange(x_TM.shape[0], device=x_TM.device) >= x_TM.shape[0] // 2
@@ -37,7 +43,6 @@ def token_groups(layer: ExpertParallelMoE, x_TM: Tensor) -> Tensor:
     rows = row_order(place_Tk, None, 2 * sum(plan.dispatch_rows), 2 * config.num_experts)
     everybody = range(layer.experts.num_local)
     pipeline = Pipeline((everybody,) * 2, (plan,) * 2, groups.ep, groups.etp)
-    impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
     experts = layer.experts
     gemm = experts.chosen_gemm(2 * sum(plan.expert_rows))
     results = _TokenGroups.apply(

@@ -17,7 +17,6 @@ Example: E = 2, C = 2, k = 1, experts (0, 1, 0, 0) of 4 tokens::
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moe_parallel.counting import at_assignments, rows_before
@@ -43,9 +42,9 @@ def drop_by_rank(routing: Routing, capacity: int) -> tuple[Routing, Tensor]:
     number_Tk = at_assignments(before_ET - before_ET[:, :1], routing.experts)
     kept_RE = assigned_RE.clamp(max=capacity)
     dropped = routing._replace(
-        kept=number_Tk < capacity,
-        dropless=False,
+        mask=number_Tk < capacity,
         counts=AssignmentCounts(assigned_RE, kept_RE),
+        tally=None,
     )
     return dropped, number_Tk
 
@@ -59,11 +58,6 @@ def padded_order(places_Tk: Tensor, number_Tk: Tensor, capacity: int, num_expert
         capacity: C.
         num_experts: E.
     """
-    num_rows = num_experts * capacity
     row_Tk = places_Tk * capacity + number_Tk
     row_Tk = row_Tk.masked_fill(number_Tk >= capacity, -1)
-    # Dropped assignments are written beyond the end, and cut off.
-    assignment_A = row_Tk.new_full((num_rows + 1,), -1)
-    target = row_Tk.masked_fill(row_Tk < 0, num_rows).flatten()
-    assignment_A.scatter_(0, target, torch.arange(target.shape[0], device=target.device))
-    return RowOrder(assignment_A[:num_rows], row_Tk, padded=True)
+    return RowOrder(row_Tk, num_experts * capacity, padded=True)

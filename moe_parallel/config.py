@@ -38,8 +38,8 @@ class MoEConfig:
             shape depends on the routing and nothing is copied to the host; capacity is then counted
             on each rank, see :mod:`moe_parallel.capacity`. Needs a ``capacity_factor`` and drops by
             position.
-        impl: of the activation and the sums of a token's rows: ``eager`` is plain torch, ``triton``
-            a kernel each, ``auto`` triton on CUDA but for float64
+        impl: of the router, the activation, and the rows of tokens and their sums: ``eager`` is
+            plain torch, ``triton`` kernels, ``auto`` triton on CUDA but for float64
             (:func:`moe_parallel.impl.chosen_impl`).
 
     Raises:

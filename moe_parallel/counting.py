@@ -12,8 +12,23 @@ Token 2's assignment to expert 0 is row 1, token 1's to expert 1 row 3.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Tally(NamedTuple):
+    """Assignments counted where they are made (:mod:`moe_parallel.kernels.gate`).
+
+    Attributes:
+        before: ``[programs, E]`` int32, of each program's span of tokens, the assignments of the
+            tokens before.
+        totals: ``[E]`` int64, of all tokens.
+    """
+
+    before: Tensor
+    totals: Tensor
 
 
 def rows_before(experts_Tk: Tensor, num_experts: int) -> Tensor:
@@ -40,3 +55,10 @@ def at_assignments(counts_ET: Tensor, experts_Tk: Tensor) -> Tensor:
     return counts_ET.gather(0, experts_Tk.T).T.to(
         torch.int64, memory_format=torch.contiguous_format
     )
+
+
+def counted(experts_Tk: Tensor, num_experts: int) -> Tensor:
+    """``[E]`` int64: the assignments to every expert."""
+    experts_A = experts_Tk.flatten()
+    # Integers: the order of the sums does not matter. bincount would wait for the device.
+    return experts_A.new_zeros(num_experts).index_add_(0, experts_A, torch.ones_like(experts_A))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_parallel.agreement import check_counts, check_order
 from moe_parallel.config import MoEConfig
+from moe_parallel.impl import chosen_impl
 from moe_parallel.mesh import ExpertMesh
 from moe_parallel.order import TokenOrder, to_host
 from moe_parallel.route import Routing, route
@@ -66,7 +67,7 @@ def decide(
         )
     if token_order is None:
         token_order = TokenOrder.contiguous([rows.shape[0]] * mesh.num_token_ranks)
-    # Otherwise what the router gathers is 1 x E counts, whatever a rank believes of the others.
+    # Otherwise what the router gathers is E counts, whatever a rank believes of the others.
     if given or by_probability:
         check_order(token_order, rows.shape[0], token_group, rows.device)
     x_TM = token_order.take(rows, mesh.token_rank)
@@ -79,6 +80,7 @@ def decide(
         capacity_factor=capacity_factor,
         drop_policy=config.drop_policy,
         aux_loss_coefficient=config.aux_loss_coefficient,
+        impl=chosen_impl(config.impl, x_TM.device, x_TM.dtype),
     )
     return Decision(token_order, x_TM, routing)
 
@@ -96,13 +98,15 @@ class KeptCounts:
 
     Attributes:
         dropless: the routing's.
+        tally: likewise.
     """
 
     def __init__(self, routing: Routing, order: TokenOrder) -> None:
-        self.dropless = routing.dropless
+        self.dropless, self.tally = routing.dropless, routing.tally
         self._order = order
         self._top_k = routing.experts.shape[1]
-        self._copied = to_host(torch.stack(routing.counts))
+        assigned_RE = routing.counts.assigned
+        self._copied = to_host(assigned_RE if self.dropless else torch.stack(routing.counts))
         self._kept_RE: list[list[int]] | None = None
 
     def of_rank(self, rank: int) -> int:
@@ -129,7 +133,8 @@ class KeptCounts:
             ValueError: if the ranks assigned other numbers of tokens than the order has.
         """
         if self._kept_RE is None:
-            assigned_RE, kept_RE = self._copied().tolist()
+            counts = self._copied().tolist()
+            assigned_RE, kept_RE = (counts, counts) if self.dropless else counts
             check_counts(assigned_RE, self._top_k, self._order)
             self._kept_RE = kept_RE
         return self._kept_RE

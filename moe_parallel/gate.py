@@ -37,12 +37,22 @@ def gate_logits(x_TM: Tensor, gate_EM: Tensor) -> Tensor:
     bfloat16 tokens on CUDA by :func:`split_logits`, all else by one product in that dtype. Experts
     with the same weights have the same logits, bit for bit.
     """
-    if x_TM.is_cuda and x_TM.dtype == torch.bfloat16:
+    if takes_parts(x_TM):
         return split_logits(x_TM, gate_EM)
-    dtype = gate_dtype(x_TM.dtype)
+    return wide_product(x_TM, gate_EM.T)
+
+
+def takes_parts(x_TM: Tensor) -> bool:
+    """Whether tokens are multiplied as they are, with bfloat16 parts of the gate."""
+    return x_TM.is_cuda and x_TM.dtype == torch.bfloat16
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` in :func:`gate_dtype` of ``a``, under autocast too."""
+    dtype = gate_dtype(a.dtype)
     # Autocast would round tokens and gate to bfloat16 for the product.
-    with torch.autocast(x_TM.device.type, enabled=False):
-        return x_TM.to(dtype) @ gate_EM.to(dtype).T
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(dtype) @ b.to(dtype)
 
 
 def split_logits(x_TM: Tensor, gate_EM: Tensor) -> Tensor:
@@ -60,8 +70,8 @@ class _SplitGate(torch.autograd.Function):
     def forward(ctx: Any, x_TM: Tensor, gate_EM: Tensor) -> Tensor:
         ctx.save_for_backward(x_TM, gate_EM)
         parts = bfloat16_parts(gate_EM)
-        logits = _product(x_TM, torch.cat(parts).T, torch.float32)
-        return _summed(logits.chunk(len(parts), dim=1))
+        logits = parts_product(x_TM, torch.cat(parts).T, torch.float32)
+        return summed(logits.chunk(len(parts), dim=1))
 
     @staticmethod
     @refuse_second_derivatives
@@ -77,10 +87,10 @@ class _SplitGate(torch.autograd.Function):
                 if i + j <= 2
             ]
             _, ds, ws = zip(*sorted(pairs, key=lambda pair: -pair[0]))  # small terms first
-            dx = _product(torch.cat(ds, dim=1), torch.cat(ws), x_TM.dtype)
+            dx = parts_product(torch.cat(ds, dim=1), torch.cat(ws), x_TM.dtype)
         if ctx.needs_input_grad[1]:
-            products = _product(torch.cat(grad_parts, dim=1).T, x_TM, torch.float32)
-            dgate = _summed(products.chunk(len(grad_parts))).to(gate_EM.dtype)
+            products = parts_product(torch.cat(grad_parts, dim=1).T, x_TM, torch.float32)
+            dgate = summed(products.chunk(len(grad_parts))).to(gate_EM.dtype)
         return dx, dgate
 
 
@@ -99,7 +109,7 @@ def bfloat16_parts(x: Tensor) -> tuple[Tensor, ...]:
     return high, middle, (rest - middle).bfloat16()
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def parts_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a b`` of bfloat16 matrices, added up in float32 and rounded to ``dtype``."""
     with torch.autocast(a.device.type, enabled=False):
         if a.numel() == 0 or b.numel() == 0:
@@ -110,8 +120,8 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return (a.float() @ b.float()).to(dtype)
 
 
-def _summed(parts: Sequence[Tensor]) -> Tensor:
-    """The sum, smallest parts first."""
+def summed(parts: Sequence[Tensor]) -> Tensor:
+    """The sum, the last part first, which is the smallest."""
     total = parts[-1]
     for part in reversed(parts[:-1]):
         total = total + part

@@ -7,7 +7,11 @@ import triton
 from torch import Tensor
 
 from moe_parallel.kernels import tuning
-from moe_parallel.kernels.slots import sum_slots_backward_kernel, sum_slots_kernel
+from moe_parallel.kernels.slots import (
+    copy_slots_kernel,
+    sum_slots_backward_kernel,
+    sum_slots_kernel,
+)
 from moe_parallel.kernels.swiglu import swiglu_backward_kernel, swiglu_kernel
 
 COMPILED = isinstance(swiglu_kernel, triton.JITFunction)  # else interpreted, on the CPU
@@ -43,6 +47,26 @@ def _launch_swiglu(kernel: object, tensors: tuple[Tensor, ...], act_AF: Tensor) 
             COLUMNS=columns,
             num_warps=tuning.SWIGLU_WARPS,
         )
+
+
+def copy_slots(x_TM: Tensor, row_Tk: Tensor, rows_AM: Tensor, *, padded: bool) -> Tensor:
+    """Each token into its rows of ``rows_AM``; all are written, by zero if ``padded`` alone."""
+    (tokens, top_k), width = row_Tk.shape, x_TM.shape[1]
+    if padded:
+        rows_AM.zero_()
+    columns = min(tuning.SLOTS_COLUMNS, tuning.power_of_2(width))
+    if tokens:
+        with torch.cuda.device_of(rows_AM):
+            copy_slots_kernel[(tokens * -(-width // columns),)](
+                x_TM.contiguous(),
+                row_Tk.contiguous(),
+                rows_AM,
+                M=width,
+                K=top_k,
+                COLUMNS=columns,
+                num_warps=tuning.SLOTS_WARPS,
+            )
+    return rows_AM
 
 
 def sum_slots(rows_AM: Tensor, weights_Tk: Tensor | None, row_Tk: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ class ExpertParallelMoE(nn.Module):
         else:
             counts = KeptCounts(routing, token_order)
             rows_AM, order = self.through_experts(
-                x_TM, routing.experts, routing.kept, counts, timeline=timeline
+                x_TM, routing.experts, routing.mask, counts, timeline=timeline
             )
         output_TM = unpermute(rows_AM, routing.weights, order, impl)
         output = token_order.put(output_TM, self.mesh.token_rank).view_as(hidden)
@@ -197,7 +197,7 @@ class ExpertParallelMoE(nn.Module):
         self,
         x_TM: Tensor,
         experts_Tk: Tensor,
-        kept_Tk: Tensor,
+        kept_Tk: Tensor | None,
         counts: KeptCounts,
         *,
         timeline: Timeline | None = None,
@@ -207,7 +207,7 @@ class ExpertParallelMoE(nn.Module):
         Args:
             x_TM: this rank's routed tokens.
             experts_Tk: their experts; of assignments that are not kept any number.
-            kept_Tk: which assignments are kept.
+            kept_Tk: which assignments are kept; None for all.
             counts: how many each rank of the token group keeps for each expert.
             timeline: see :meth:`forward`.
 
@@ -220,12 +220,10 @@ class ExpertParallelMoE(nn.Module):
             ValueError: if a rank of the block would take more than ``max_rows``.
         """
         experts = self._groups(counts.of_all(), x_TM)
-        order = row_order(
-            self._order.placed(experts_Tk, experts),
-            None if counts.dropless else kept_Tk,
-            counts.of_rank(self.mesh.token_rank),
-            self.config.num_experts,
-        )
+        everyone = torch.arange(self.config.num_experts, device=x_TM.device)
+        places_E = self._order.placed(everyone, experts)
+        chosen = (experts_Tk, kept_Tk, counts.of_rank(self.mesh.token_rank), len(everyone))
+        order = row_order(*chosen, tally=counts.tally, places_E=places_E)
         impl = chosen_impl(self.config.impl, x_TM.device, x_TM.dtype)
         rows_AM = permute(x_TM, order, impl, self._reserved(counts.most, x_TM, counts))
         # A call without drops waits for the counts only after this: the device meanwhile permutes.

@@ -1,8 +1,9 @@
 """Between tokens and rows: one row for each kept (token, slot) assignment, grouped by expert.
 
-Both directions are gathers, forward and backward: each reads from a known place, so that sums run
-in slot order and results are bit-identical from run to run (a scatter on a GPU adds with atomics).
-With ``impl="triton"`` a sum reads each row once (:mod:`moe_parallel.kernels.slots`).
+Both directions go by known places, forward and backward, each row by itself, so that sums run in
+slot order and results are bit-identical from run to run (a scatter on a GPU adds with atomics).
+With ``impl="triton"`` a token is read once, written to its rows, and a sum reads each row once
+(:mod:`moe_parallel.kernels.slots`).
 
 Example: 3 tokens, k = 2, the assignment of token 1 to expert 0 dropped::
 
@@ -14,34 +15,52 @@ Example: 3 tokens, k = 2, the assignment of token 1 to expert 0 dropped::
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_parallel.counting import at_assignments, rows_before
+from moe_parallel.counting import Tally, at_assignments, rows_before
 from moe_parallel.derivatives import refuse_second_derivatives
 from moe_parallel.gate import gate_dtype
 from moe_parallel.impl import ChosenImpl
 from moe_parallel.peer_memory import PeerMemory
 
 
-class RowOrder(NamedTuple):
+@dataclass(frozen=True)
+class RowOrder:
     """The rows a rank sends out and where each assignment went.
 
     Attributes:
-        assignment: ``[A]``, for each row its assignment, token * k + slot; by expert, then token.
         row: ``[T, k]``, for each assignment its row, -1 if it was dropped.
-        padded: some rows have no assignment, -1: they are zero.
+        num_rows: A.
+        padded: some rows have no assignment: they are zero.
     """
 
-    assignment: Tensor
     row: Tensor
+    num_rows: int
     padded: bool = False
+
+    @cached_property
+    def assignment(self) -> Tensor:
+        """``[A]``, for each row its assignment, token * k + slot, or -1; by expert, then token."""
+        # Dropped assignments are written beyond the end, and cut off.
+        target_A = self.row.masked_fill(self.row < 0, self.num_rows).flatten()
+        numbers_A = torch.arange(target_A.shape[0], device=target_A.device)
+        assignment_A = target_A.new_full((self.num_rows + 1,), -1)
+        return assignment_A.scatter_(0, target_A, numbers_A)[: self.num_rows]
 
 
 def row_order(
-    experts_Tk: Tensor, kept_Tk: Tensor | None, num_rows: int, num_experts: int
+    experts_Tk: Tensor,
+    kept_Tk: Tensor | None,
+    num_rows: int,
+    num_experts: int,
+    *,
+    tally: Tally | None = None,
+    places_E: Tensor | None = None,
 ) -> RowOrder:
     """Group the kept assignments by expert; within an expert tokens keep their order.
 
@@ -51,21 +70,22 @@ def row_order(
         kept_Tk: which assignments are kept; None for all.
         num_rows: A, how many; known on the host, so that nothing here waits for the device.
         num_experts: E.
+        tally: of the same assignments, of which none is dropped: the kernels' way.
+        places_E: of every expert, its place among those that the rows are grouped by, int64; None:
+            its number.
     """
+    if tally is not None:
+        from moe_parallel import launch_router
+
+        return RowOrder(launch_router.rows(experts_Tk, tally, places_E), num_rows)
+    if places_E is not None:
+        experts_Tk = places_E[experts_Tk]
     if kept_Tk is None:
-        row_Tk = at_assignments(rows_before(experts_Tk, num_experts), experts_Tk)
-        return RowOrder(_assignments(row_Tk, num_rows), row_Tk)
-    # Dropped assignments queue behind those of the experts, and are cut off.
+        return RowOrder(at_assignments(rows_before(experts_Tk, num_experts), experts_Tk), num_rows)
+    # Dropped assignments queue behind those of the experts.
     experts_Tk = experts_Tk.masked_fill(~kept_Tk, num_experts)
     row_Tk = at_assignments(rows_before(experts_Tk, num_experts + 1), experts_Tk)
-    assignment_A = _assignments(row_Tk.clamp(max=num_rows), num_rows + 1)[:num_rows]
-    return RowOrder(assignment_A, row_Tk.masked_fill(~kept_Tk, -1))
-
-
-def _assignments(row_Tk: Tensor, num_rows: int) -> Tensor:
-    """Of each row its assignment."""
-    assignments = torch.arange(row_Tk.numel(), device=row_Tk.device)
-    return row_Tk.new_empty(num_rows).scatter_(0, row_Tk.flatten(), assignments)
+    return RowOrder(row_Tk.masked_fill(~kept_Tk, -1), num_rows)
 
 
 def permute(
@@ -78,7 +98,7 @@ def permute(
 
     Gradients: a token's is the sum of its rows' in slot order, in float32 or wider.
     """
-    rows: Tensor = _Permute.apply(x_TM, *order, impl, peers)  # type: ignore[no-untyped-call]
+    rows: Tensor = _Permute.apply(x_TM, order, impl, peers)  # type: ignore[no-untyped-call]
     return rows
 
 
@@ -91,22 +111,20 @@ def unpermute(
 
     Gradients: to rows and weights; a dropped assignment's weight gets zero.
     """
-    arguments = (rows_AM, weights_Tk, *order, impl)
-    tokens: Tensor = _Unpermute.apply(*arguments)  # type: ignore[no-untyped-call]
+    tokens: Tensor = _Unpermute.apply(rows_AM, weights_Tk, order, impl)  # type: ignore[no-untyped-call]
     return tokens
 
 
-def _token_rows(
-    x_TM: Tensor, assignment_A: Tensor, top_k: int, padded: bool, out_AM: Tensor | None = None
-) -> Tensor:
+def _token_rows(x_TM: Tensor, order: RowOrder, top_k: int, out_AM: Tensor | None = None) -> Tensor:
     """``[A, hidden]``: the token of each row, zero for a row without one."""
-    token_A = assignment_A.div(top_k, rounding_mode="floor")
+    token_A = order.assignment.div(top_k, rounding_mode="floor")
     if out_AM is None:
-        out_AM = x_TM.new_empty(len(token_A), x_TM.shape[1])
+        out_AM = x_TM.new_empty(order.num_rows, x_TM.shape[1])
     if x_TM.shape[0] == 0:
         return out_AM.zero_()
-    torch.ops.aten.index.Tensor_out(x_TM, [token_A.clamp(min=0) if padded else token_A], out=out_AM)
-    return out_AM.masked_fill_(token_A.unsqueeze(1) < 0, 0) if padded else out_AM
+    index_A = token_A.clamp(min=0) if order.padded else token_A
+    torch.ops.aten.index.Tensor_out(x_TM, [index_A], out=out_AM)
+    return out_AM.masked_fill_(token_A.unsqueeze(1) < 0, 0) if order.padded else out_AM
 
 
 def _slot_rows(rows_AM: Tensor, row_T: Tensor) -> Tensor:
@@ -121,16 +139,22 @@ class _Permute(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_TM: Tensor,
-        assignment_A: Tensor,
-        row_Tk: Tensor,
-        padded: bool,
+        order: RowOrder,
         impl: ChosenImpl,
         peers: PeerMemory | None,
     ) -> Tensor:
-        ctx.save_for_backward(row_Tk)
+        ctx.save_for_backward(order.row)
         ctx.impl = impl
-        rows_AM = None if peers is None else peers.place(len(assignment_A), x_TM)
-        return _token_rows(x_TM, assignment_A, row_Tk.shape[1], padded, rows_AM)
+        rows_AM = (
+            x_TM.new_empty(order.num_rows, x_TM.shape[1])
+            if peers is None
+            else peers.place(order.num_rows, x_TM)
+        )
+        if impl == "triton":
+            from moe_parallel import launch
+
+            return launch.copy_slots(x_TM, order.row, rows_AM, padded=order.padded)
+        return _token_rows(x_TM, order, order.row.shape[1], rows_AM)
 
     @staticmethod
     @refuse_second_derivatives
@@ -139,12 +163,12 @@ class _Permute(torch.autograd.Function):
         if ctx.impl == "triton":
             from moe_parallel import launch
 
-            return launch.sum_slots(grad_AM, None, row_Tk), None, None, None, None, None
+            return launch.sum_slots(grad_AM, None, row_Tk), None, None, None
         dtype = gate_dtype(grad_AM.dtype)
         grad_TM = grad_AM.new_zeros(row_Tk.shape[0], grad_AM.shape[1], dtype=dtype)
         for row_T in row_Tk.unbind(1):
             grad_TM += _slot_rows(grad_AM, row_T)
-        return grad_TM.to(grad_AM.dtype), None, None, None, None, None
+        return grad_TM.to(grad_AM.dtype), None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -153,14 +177,12 @@ class _Unpermute(torch.autograd.Function):
         ctx: Any,
         rows_AM: Tensor,
         weights_Tk: Tensor,
-        assignment_A: Tensor,
-        row_Tk: Tensor,
-        padded: bool,
+        order: RowOrder,
         impl: ChosenImpl,
     ) -> Tensor:
-        weights_Tk = weights_Tk.contiguous()
-        ctx.save_for_backward(rows_AM, weights_Tk, assignment_A, row_Tk)
-        ctx.padded, ctx.impl = padded, impl
+        weights_Tk, row_Tk = weights_Tk.contiguous(), order.row
+        ctx.save_for_backward(rows_AM, weights_Tk)
+        ctx.order, ctx.impl = order, impl
         if impl == "triton":
             from moe_parallel import launch
 
@@ -174,21 +196,20 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     @refuse_second_derivatives
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
-        rows_AM, weights_Tk, assignment_A, row_Tk = ctx.saved_tensors
+        rows_AM, weights_Tk = ctx.saved_tensors
+        order, row_Tk = ctx.order, ctx.order.row
         if ctx.impl == "triton":
             from moe_parallel import launch
 
             tensors = (grad_TM, rows_AM, weights_Tk, row_Tk)
-            return *launch.sum_slots_backward(*tensors, padded=ctx.padded), None, None, None, None
-        grad_rows = _token_rows(grad_TM, assignment_A, row_Tk.shape[1], ctx.padded)
-        grad_rows = grad_rows * _token_rows(weights_Tk.view(-1, 1), assignment_A, 1, ctx.padded)
+            return *launch.sum_slots_backward(*tensors, padded=order.padded), None, None
+        grad_rows = _token_rows(grad_TM, order, row_Tk.shape[1])
+        grad_rows = grad_rows * _token_rows(weights_Tk.view(-1, 1), order, 1)
         wide_TM = grad_TM.to(torch.promote_types(gate_dtype(rows_AM.dtype), weights_Tk.dtype))
         grad_weights = [(wide_TM * _slot_rows(rows_AM, row)).sum(1) for row in row_Tk.unbind(1)]
         return (
             grad_rows.to(rows_AM.dtype),
             torch.stack(grad_weights, 1).to(weights_Tk.dtype),
-            None,
-            None,
             None,
             None,
         )

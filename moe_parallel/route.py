@@ -4,8 +4,9 @@ One decision for all tokens of the token group (every rank of a pipeline stage),
 depend on how the tokens are split over data, context or expert parallel ranks. What the ranks must
 tell each other is gathered before any token travels, in one collective:
 
-    dropless, drop by position     counts of every (segment, expert)      J x E x 8 bytes a rank
-    drop by probability            (expert, probability) of assignments   T x k x 16 bytes a rank
+    dropless               counts of every expert                  E x 8 bytes a rank
+    drop by position       counts of every (segment, expert)       J x E x 8 bytes a rank
+    drop by probability    (expert, probability) of assignments    T x k x 16 bytes a rank
 
 Source: MiniMax-01 sections 2.1 (equation 1, auxiliary loss, global router); GShard for the loss.
 """
@@ -19,11 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_parallel.counting import at_assignments, rows_before
-from moe_parallel.gate import gate_logits
+from moe_parallel.counting import Tally, at_assignments, counted, rows_before
+from moe_parallel.impl import ChosenImpl
 from moe_parallel.order import TokenOrder
+from moe_parallel.top_k import choose
 
 DropPolicy = Literal["position", "probability"]
+
+# Renamed in torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class RoutingStats(NamedTuple):
@@ -43,7 +48,7 @@ class AssignmentCounts(NamedTuple):
 
     Attributes:
         assigned: before drop.
-        kept: after drop.
+        kept: after drop; without drops the same tensor.
     """
 
     assigned: Tensor
@@ -57,24 +62,35 @@ class Routing(NamedTuple):
         experts: ``[T, k]``, chosen experts, best first, int64.
         weights: ``[T, k]``, softmax over the k chosen logits, gate dtype, differentiable. Dropped
             assignments keep their weight here; the kept ones are not renormalised.
-        kept: ``[T, k]``, False where the assignment is dropped.
-        dropless: no assignment can be dropped: known on the host, as their numbers then are.
+        mask: ``[T, k]``, False where the assignment is dropped; None if none can be.
         counts: of all ranks.
         logits: ``[T, E]``, gate dtype, differentiable.
         num_tokens: N, of all ranks.
         aux_loss_coefficient: as given.
+        tally: this rank's assignments as kernels have counted them; None by plain torch, and with
+            drops, where it counts too many.
     """
 
     experts: Tensor
     weights: Tensor
-    kept: Tensor
-    dropless: bool
+    mask: Tensor | None
     counts: AssignmentCounts
     logits: Tensor
     num_tokens: int
     aux_loss_coefficient: float
+    tally: Tally | None = None
 
-    # No token waits for these two: they are made whenever they are asked for. Ask once.
+    @property
+    def dropless(self) -> bool:
+        """No assignment can be dropped: known on the host, as their numbers then are."""
+        return self.mask is None
+
+    # No token waits for these three: they are made whenever they are asked for. Ask once.
+    @property
+    def kept(self) -> Tensor:
+        """``[T, k]``, False where the assignment is dropped."""
+        return torch.ones_like(self.experts, dtype=torch.bool) if self.mask is None else self.mask
+
     @property
     def stats(self) -> RoutingStats:
         """Balance over all ranks."""
@@ -118,12 +134,13 @@ def route(  # longer than our functions are: its docstring is the contract of th
     capacity_factor: float | None = None,
     drop_policy: DropPolicy = "position",
     aux_loss_coefficient: float = 0.0,
+    impl: ChosenImpl = "eager",
 ) -> Routing:
     """Route this rank's tokens under a decision shared by all ranks of ``token_group``.
 
     Gate: logits = x gate^T; the k largest are chosen (equal logits: the lower expert first), the
     weights are the softmax over the chosen logits. In float32 or wider, under autocast too, by
-    :func:`moe_parallel.gate.gate_logits`.
+    :func:`moe_parallel.top_k.choose`.
 
     Capacity: an expert keeps at most C = ceil(capacity_factor * N * k / E) assignments of the N
     tokens of all ranks. ``position`` keeps those that come first in the global order (an expert is
@@ -148,6 +165,7 @@ def route(  # longer than our functions are: its docstring is the contract of th
         capacity_factor: None is dropless.
         drop_policy: who is dropped when an expert is full.
         aux_loss_coefficient: 0.01 in MiniMax-01's pre-training.
+        impl: who chooses and counts; what is gathered does not depend on it.
 
     Returns:
         :class:`Routing`. ``aux_loss`` is a share: its sum over the token group is the loss.
@@ -161,46 +179,44 @@ def route(  # longer than our functions are: its docstring is the contract of th
     """
     rank = 0 if token_group is None else dist.get_rank(token_group)
     num_experts = gate_EM.shape[0]
-    logits_TE = gate_logits(x_TM, gate_EM)
-    # topk leaves the order of equal values open; a stable sort does not.
-    sorted_TE, ranking_TE = logits_TE.sort(dim=1, descending=True, stable=True)
-    experts_Tk = ranking_TE[:, :top_k].contiguous()
-    weights_Tk = sorted_TE[:, :top_k].softmax(1)
+    logits_TE, experts_Tk, weights_Tk, tally = choose(x_TM, gate_EM, top_k, impl)
 
-    capacity = None
-    if capacity_factor is not None:
-        capacity = expert_capacity(capacity_factor, order.num_tokens, top_k, num_experts)
-    if capacity is not None and drop_policy == "probability":
-        chosen_Tk = logits_TE.detach().softmax(1).gather(1, experts_Tk)
-        kept_Tk, counts = _keep_by_probability(
-            experts_Tk, chosen_Tk, num_experts, capacity, order, rank, token_group
-        )
+    kept_Tk: Tensor | None = None
+    if capacity_factor is None:
+        assigned_E = counted(experts_Tk, num_experts) if tally is None else tally.totals
+        assigned_RE = all_gather(assigned_E, token_group)
+        counts = AssignmentCounts(assigned_RE, assigned_RE)
     else:
-        kept_Tk, counts = _keep_by_position(
-            experts_Tk, num_experts, capacity, order, rank, token_group
-        )
+        capacity = expert_capacity(capacity_factor, order.num_tokens, top_k, num_experts)
+        place = (num_experts, capacity, order, rank, token_group)
+        tally = None
+        if drop_policy == "probability":
+            chosen_Tk = logits_TE.detach().softmax(1).gather(1, experts_Tk)
+            kept_Tk, counts = _keep_by_probability(experts_Tk, chosen_Tk, *place)
+        else:
+            kept_Tk, counts = _keep_by_position(experts_Tk, *place)
 
     return Routing(
         experts_Tk,
         weights_Tk,
         kept_Tk,
-        capacity is None,
         counts,
         logits_TE,
         order.num_tokens,
         aux_loss_coefficient,
+        tally,
     )
 
 
 def _keep_by_position(
     experts_Tk: Tensor,
     num_experts: int,
-    capacity: int | None,
+    capacity: int,
     order: TokenOrder,
     rank: int,
     token_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, AssignmentCounts]:
-    """First come, first served in the global order; ``capacity`` None keeps all.
+    """First come, first served in the global order.
 
     The place of an assignment in its expert's queue is the count of the expert in all earlier
     segments, of any rank, plus the count so far in its own segment.
@@ -210,9 +226,6 @@ def _keep_by_position(
     at_bounds_JE = before_ET[:, bounds_J].T.long()
     counts_RJE = all_gather(at_bounds_JE.diff(dim=0), token_group)
     assigned_RE = counts_RJE.sum(1)
-    if capacity is None:
-        kept_Tk = torch.ones_like(experts_Tk, dtype=torch.bool)
-        return kept_Tk, AssignmentCounts(assigned_RE, assigned_RE)
 
     by_position = order.segments_by_position(experts_Tk.device)
     queue_JE = counts_RJE.flatten(0, 1)[by_position]
@@ -281,5 +294,6 @@ def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return x.unsqueeze(0)
     gathered = x.new_empty(group.size(), *x.shape)
-    dist.all_gather(list(gathered.unbind()), x.contiguous(), group=group)
+    # Not to a list of tensors: NCCL would gather elsewhere and copy a rank's at a time.
+    _all_gather(gathered.flatten(0, 1), x.contiguous(), group=group)
     return gathered

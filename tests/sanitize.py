@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lasp import lightning_decode
 from lasp.kernels import tuning
 from lasp.layers import norm_gate, silu_split
+from moe_parallel import top_k
 from moe_parallel.permute import permute, row_order, unpermute
 from moe_parallel.swiglu import swiglu, swiglu_backward
 from ring.kernels.merge import merge_to
@@ -69,6 +70,19 @@ def experts() -> None:
     unpermute(permute(x, order, "triton"), weights, order, "triton").sum().backward()
 
 
+def router() -> None:
+    """Experts chosen out of a product and of parts, several programs, and the rows they make."""
+    gate = torch.randn(5, 40, device=DEVICE, requires_grad=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(700, 40, device=DEVICE).to(dtype).requires_grad_()
+        with patch.object(top_k, "takes_parts", lambda x: x.dtype == torch.bfloat16):
+            choice = top_k.choose(x, gate, 2, "triton")
+        places = torch.randperm(5, device=DEVICE)
+        rows = row_order(choice.experts, None, 1400, 5, tally=choice.tally, places_E=places)
+        loss = choice.weights.square().sum() + choice.logits.sum()
+        (loss + permute(x, rows, "triton").float().sum()).backward()
+
+
 def merging() -> None:
     """Parts of softmax attention."""
     outputs, lses = torch.randn(2, 11, 3, 96, device=DEVICE), torch.randn(2, 11, 3, device=DEVICE)
@@ -84,6 +98,7 @@ def run_all() -> None:
             attention(key_dim, value_dim, with_states)
     layers()
     experts()
+    router()
     merging()
     if DEVICE == "cuda":
         torch.cuda.synchronize()

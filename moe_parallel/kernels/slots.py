@@ -1,4 +1,4 @@
-"""The weighted sum of each token's rows, and what flows back: gathers, no atomics.
+"""Tokens to rows, the weighted sum of each token's rows, and what flows back: no atomics.
 
 Token t has k slots; ``row[t, j]`` is the row of slot j, or -1. Sums run in the order of the slots
 in float32, so they are the same from run to run.
@@ -8,6 +8,25 @@ Example, k = 2: row = (1, 0), (-1, 3)    out_0 = w_00 rows_1 + w_01 rows_0    ou
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def copy_slots_kernel(
+    x,  # [T, M], contiguous
+    row,  # [T, K] int64, contiguous
+    rows,  # [A, M], contiguous
+    M: tl.constexpr,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program a token and block of columns: read once, written to each of its rows."""
+    blocks = tl.cdiv(M, COLUMNS)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    value = tl.load(x + token * M + cols, mask=cols < M, other=0.0)
+    for slot in tl.static_range(K):
+        place = tl.load(row + token * K + slot)
+        tl.store(rows + place * M + cols, value, mask=cols < tl.where(place >= 0, M, 0))
 
 
 @triton.jit

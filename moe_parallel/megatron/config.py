@@ -63,7 +63,7 @@ class ExpertOptions:
         gemm: how the experts multiply.
         overlap_groups: into how many groups a rank's experts are cut; None: by a rule.
         max_rows: most rows that the experts of one rank may take; None: as many as come.
-        impl: of the activation and the sums of a token's rows.
+        impl: of the router, the activation, and the rows of tokens and their sums.
         peers: memory of the ranks that share experts (Megatron's tp_ep), through which rows travel;
             one object for all layers, see :class:`moe_parallel.PeerMemory`. The stages of the layer
             do not use it.

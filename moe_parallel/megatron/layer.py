@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor
 from lasp.megatron import groups_of, parameter_device, refuse_arguments
 from moe_parallel import exchange
 from moe_parallel.decision import KeptCounts
-from moe_parallel.impl import ChosenImpl, chosen_impl
+from moe_parallel.impl import chosen_impl
 from moe_parallel.layer import ExpertParallelMoE
+from moe_parallel.megatron.call import Call
 from moe_parallel.megatron.checkpoint import sharded_experts
 from moe_parallel.megatron.config import (
     DEFAULT_OPTIONS,
@@ -28,33 +28,10 @@ from moe_parallel.megatron.config import (
 )
 from moe_parallel.megatron.loss import attach_aux_loss
 from moe_parallel.order import TokenOrder
-from moe_parallel.permute import RowOrder, permute, row_order, unpermute
+from moe_parallel.permute import permute, row_order, unpermute
 from moe_parallel.topology import ExpertGroups
 
 _GROUPS = ("tp", "cp", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_dp_cp")
-
-
-@dataclass
-class _Call:
-    """What the stages of one call hand on beside the tensors that Megatron passes.
-
-    Attributes:
-        order: where the tokens of every rank stand.
-        shape: of this rank's hidden states.
-        counts: how many assignments each rank keeps for each expert.
-        impl: of what lies around the experts.
-        plan: who sends how many rows to whom; from ``preprocess`` on.
-        rows: which row is whose; from ``preprocess`` on.
-        probs: weights of the rows; from ``routed_experts_compute`` on.
-    """
-
-    order: TokenOrder
-    shape: torch.Size
-    counts: KeptCounts
-    impl: ChosenImpl
-    plan: exchange.ExchangePlan = field(init=False)
-    rows: RowOrder = field(init=False)
-    probs: Tensor = field(init=False)
 
 
 class ExpertParallelMoELayer(MoELayer):
@@ -141,7 +118,7 @@ class ExpertParallelMoELayer(MoELayer):
         self.recompute = config.recompute_granularity == "selective" and (
             "moe" in config.recompute_modules
         )
-        self._call: _Call | None = None
+        self._call: Call | None = None
 
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron's hook."""
@@ -178,7 +155,7 @@ class ExpertParallelMoELayer(MoELayer):
             x_TM = call.order.take(hidden.flatten(0, 1), self.moe.mesh.token_rank)
             call.probs = probs
             output, call.rows = self.moe.through_experts(
-                x_TM, routing_map, routing_map >= 0, call.counts
+                x_TM, routing_map, call.kept(routing_map), call.counts
             )
             return self.postprocess(output, None)
 
@@ -211,8 +188,12 @@ class ExpertParallelMoELayer(MoELayer):
         """
         refuse_arguments(PART, padding_mask=padding_mask)
         order, tokens, routing = self.moe.decide(hidden_states.flatten(0, 1), token_order)
-        # New memory: dispatch's arguments are freed after it, and the softmax keeps its output.
-        probs = routing.weights.masked_fill(~routing.kept, 0.0)
+        # New memory: arguments of stages are freed after them, and the softmax keeps its output.
+        if routing.mask is None:
+            probs, routing_map = routing.weights.clone(), routing.experts.clone()
+        else:
+            probs = routing.weights.masked_fill(~routing.mask, 0.0)
+            routing_map = routing.experts.masked_fill(~routing.mask, -1)
         if self.training and self.moe.config.aux_loss_coefficient:
             probs = attach_aux_loss(
                 probs,
@@ -223,17 +204,21 @@ class ExpertParallelMoELayer(MoELayer):
                 layer_number=self.layer_number,
             )
         impl = chosen_impl(self.moe.config.impl, tokens.device, tokens.dtype)
-        self._call = _Call(order, hidden_states.shape, KeptCounts(routing, order), impl)
-        return probs, routing.experts.masked_fill(~routing.kept, -1)
+        self._call = Call(order, hidden_states.shape, KeptCounts(routing, order), impl)
+        return probs, routing_map
 
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Rows ``[A, hidden]`` of the kept assignments, by expert; ``probs`` are passed on."""
         call, mesh = self._under_way(), self.moe.mesh
-        kept_Tk = None if call.counts.dropless else routing_map >= 0
-        num_rows = call.counts.of_rank(mesh.token_rank)
-        call.rows = row_order(routing_map, kept_Tk, num_rows, self.moe.config.num_experts)
+        call.rows = row_order(
+            routing_map,
+            call.kept(routing_map),
+            call.counts.of_rank(mesh.token_rank),
+            self.moe.config.num_experts,
+            tally=call.counts.tally,
+        )
         x_TM = call.order.take(hidden_states.flatten(0, 1), mesh.token_rank)
         rows = permute(x_TM, call.rows, call.impl)
         call.plan = exchange.plan_exchange(call.counts.wait(), mesh)
@@ -270,7 +255,7 @@ class ExpertParallelMoELayer(MoELayer):
         tokens = unpermute(output, call.probs, call.rows, call.impl)
         return call.order.put(tokens, self.moe.mesh.token_rank).view(call.shape)
 
-    def _under_way(self) -> _Call:
+    def _under_way(self) -> Call:
         if self._call is None:
             raise ValueError(
                 "route must be called before the other stages, got no call under way: call the"

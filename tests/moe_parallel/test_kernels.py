@@ -82,7 +82,7 @@ def test_sums_of_slots_are_the_eager_ones(width: int, top_k: int, dtype: torch.d
 
 def test_no_tokens() -> None:
     nothing = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    order = RowOrder(nothing, nothing.view(0, 2))
+    order = RowOrder(nothing.view(0, 2), 0)
     x, weights = torch.zeros(0, 8, device=DEVICE), torch.zeros(0, 2, device=DEVICE)
     assert [r.shape for r in through(x, weights, order, "triton", x)] == [(0, 8), (0, 8), (0, 2)]
 
@@ -121,6 +121,21 @@ def test_refuses_what_kernels_cannot_do() -> None:
         ExpertParallelMoE(MoEConfig(8, 8, 2, 1, impl="triton"), dtype=torch.float64)
     with pytest.raises(ValueError, match="impl must be one of"):
         MoEConfig(8, 8, 2, 1, impl="fast")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_experts", [32, 100, 256])
+@pytest.mark.parametrize("tokens", [1, 5000, 1_000_000])
+def test_router_with_its_own_block_sizes(tokens: int, num_experts: int) -> None:
+    from moe_parallel import launch_router
+
+    logits = torch.randn(tokens, num_experts, device="cuda")
+    _, experts, _, tally = launch_router.top_k(logits, num_experts, 8)
+    ranking = logits.sort(dim=1, descending=True, stable=True).indices
+    assert torch.equal(experts, ranking[:, :8])
+    size = (experts.numel(), num_experts)
+    rows = row_order(experts, None, *size, tally=tally).row
+    assert torch.equal(rows, row_order(experts, None, *size).row)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -123,6 +124,20 @@ def test_low_precision_is_within_budget(
     topology: ExpertTopology, dtype: torch.dtype, config: MoEConfig
 ) -> None:
     check_budget(topology, config, dtype, "gloo")
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("topology", [ExpertTopology(2, ep=2), ExpertTopology(4, ep=2, etp=2)])
+def test_kernels_are_within_budget(topology: ExpertTopology, copied: bool) -> None:
+    pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
+    order = ORDERS["ragged"](64, topology.world_size)
+    config = MoEConfig(32, 64, 8, 2, impl="triton", overlap_groups=2, aux_loss_coefficient=0.3)
+    actual = on_ranks(topology, order, config, torch.float32, copied=copied)
+    config = replace(config, impl="eager")
+    exact = oracle(config, torch.float32, num_tokens=64)
+    honest = oracle(config, torch.float32, compute=torch.float32, num_tokens=64)
+    for name, got, wanted, eager in zip(LayerResult._fields, actual, exact, honest):
+        assert_within_budget(got, wanted, eager, what=name)
 
 
 @pytest.mark.multi_gpu

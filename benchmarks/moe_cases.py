@@ -21,6 +21,7 @@ from moe_parallel.gemm import backward_product, forward_product, weight_product
 from moe_parallel.grouping import expert_groups
 from moe_parallel.overlap import Pipeline, PipelinePlans, Transfer
 from moe_parallel.peer_exchange import PeerExchange
+from moe_parallel.peer_memory import PeerRows
 
 PLANTED = 4.0  # what a token's features say of its experts, against features of size 1
 SILENT = ("nothing sent", "nothing copied")
@@ -125,9 +126,11 @@ def only_sent(
     counts = per_rank * layer.mesh.num_token_ranks
     experts = expert_groups(layer.experts.num_local, 1)
     plans = PipelinePlans(lambda: counts, layer.mesh, experts)
-    pipeline = Pipeline(experts, plans, layer.groups.ep, layer.groups.etp, peers)
+    held = None
     if peers is not None:
         peers.reserve(rows.nbytes, layer.mesh.etp_size)
+        held = PeerRows(peers)
+    pipeline = Pipeline(experts, plans, layer.groups.ep, layer.groups.etp, held)
 
     def call() -> None:
         for _ in range(times):

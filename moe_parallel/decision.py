@@ -85,6 +85,20 @@ def decide(
     return Decision(token_order, x_TM, routing)
 
 
+def check_hidden(hidden: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless hidden states fit experts with this weight, ``[..., hidden]``."""
+    width = weight.shape[-1]
+    if hidden.dim() not in (2, 3) or hidden.shape[-1] != width:
+        raise ValueError(
+            f"hidden must be [T, {width}] or [B, T, {width}], got shape {tuple(hidden.shape)}"
+        )
+    if hidden.dtype != weight.dtype or hidden.device != weight.device:
+        raise ValueError(
+            f"hidden must be {weight.dtype} on {weight.device} like the experts, got"
+            f" {hidden.dtype} on {hidden.device}: convert it, or build the layer with its dtype"
+        )
+
+
 class KeptCounts:
     """How many assignments each rank keeps for each expert, on their way to the host.
 

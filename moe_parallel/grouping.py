@@ -75,13 +75,13 @@ class DispatchOrder:
         self._num_experts, self._ep_size = num_experts, ep_size
         self._places: dict[tuple[int, torch.device], Tensor] = {}
 
-    def placed(self, experts_Tk: Tensor, groups: Sequence[range]) -> Tensor:
-        """The places of experts, whose numbers they are if there is one group."""
+    def places(self, groups: Sequence[range], device: torch.device) -> Tensor | None:
+        """``[E]`` int64: of each expert its place; None where it is its number, of one group."""
         if len(groups) == 1:
-            return experts_Tk
-        key = (len(groups), experts_Tk.device)
+            return None
+        key = (len(groups), device)
         if key not in self._places:
             places = dispatch_places(self._num_experts, self._ep_size, groups)
             with torch.inference_mode(False):  # remembered, and used in training too
-                self._places[key] = on_device(torch.tensor(places, device="cpu"), experts_Tk.device)
-        return self._places[key][experts_Tk]
+                self._places[key] = on_device(torch.tensor(places, device="cpu"), device)
+        return self._places[key]

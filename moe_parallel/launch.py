@@ -90,24 +90,31 @@ def sum_slots(rows_AM: Tensor, weights_Tk: Tensor | None, row_Tk: Tensor) -> Ten
 
 
 def sum_slots_backward(
-    grad_TM: Tensor, rows_AM: Tensor, weights_Tk: Tensor, row_Tk: Tensor, *, padded: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of rows and weights; each row belongs to one slot, or to none if ``padded``."""
+    grad_TM: Tensor,
+    rows_AM: Tensor,
+    weights_Tk: Tensor,
+    row_Tk: Tensor,
+    drows_AM: Tensor,
+    *,
+    padded: bool,
+) -> Tensor:
+    """Of the weights; that of rows is written. A row belongs to one slot, to none if ``padded``."""
     (tokens, top_k), width = row_Tk.shape, rows_AM.shape[1]
-    drows = (rows_AM.new_zeros if padded else rows_AM.new_empty)(rows_AM.shape)
+    if padded:
+        drows_AM.zero_()
     dweights = torch.empty_like(weights_Tk, memory_format=torch.contiguous_format)
     if tokens:
-        with torch.cuda.device_of(drows):
+        with torch.cuda.device_of(drows_AM):
             sum_slots_backward_kernel[(tokens,)](
                 grad_TM.contiguous(),
                 rows_AM.contiguous(),
                 weights_Tk.contiguous(),
                 row_Tk.contiguous(),
-                drows,
+                drows_AM,
                 dweights,
                 M=width,
                 K=top_k,
                 COLUMNS=min(tuning.SLOTS_COLUMNS, tuning.power_of_2(width)),
                 num_warps=tuning.SLOTS_WARPS,
             )
-    return drows, dweights
+    return dweights

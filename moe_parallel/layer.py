@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from moe_parallel.agreement import check_rows
 from moe_parallel.capacity import drop_by_rank, padded_order
 from moe_parallel.config import MoEConfig
-from moe_parallel.decision import Decision, KeptCounts, decide
+from moe_parallel.decision import Decision, KeptCounts, check_hidden, decide
 from moe_parallel.experts import Experts, generator_of
 from moe_parallel.gate import gate_dtype
 from moe_parallel.grouping import DispatchOrder, expert_groups, groups_that_pay
@@ -20,7 +21,7 @@ from moe_parallel.impl import chosen_impl
 from moe_parallel.mesh import expert_mesh
 from moe_parallel.order import TokenOrder
 from moe_parallel.overlap import Pipeline, PipelinePlans
-from moe_parallel.peer_memory import PeerMemory
+from moe_parallel.peer_memory import PeerRows
 from moe_parallel.permute import RowOrder, permute, row_order, unpermute
 from moe_parallel.route import Routing, RoutingStats, expert_capacity
 from moe_parallel.timeline import Timeline
@@ -166,7 +167,7 @@ class ExpertParallelMoE(nn.Module):
             ValueError: naming the argument, if it does not fit the layer; on every rank alike, if
                 the ranks hold different orders or, without one, different numbers of tokens.
         """
-        self._check_hidden(hidden)
+        check_hidden(hidden, self.experts.w13)
         rows = hidden.reshape(-1, self.config.hidden_size)
         token_order, x_TM, routing = self.decide(rows, token_order)
         impl = chosen_impl(self.config.impl, x_TM.device, x_TM.dtype)
@@ -220,14 +221,17 @@ class ExpertParallelMoE(nn.Module):
             ValueError: if a rank of the block would take more than ``max_rows``.
         """
         experts = self._groups(counts.of_all(), x_TM)
-        everyone = torch.arange(self.config.num_experts, device=x_TM.device)
-        places_E = self._order.placed(everyone, experts)
-        chosen = (experts_Tk, kept_Tk, counts.of_rank(self.mesh.token_rank), len(everyone))
-        order = row_order(*chosen, tally=counts.tally, places_E=places_E)
-        impl = chosen_impl(self.config.impl, x_TM.device, x_TM.dtype)
-        rows_AM = permute(x_TM, order, impl, self._reserved(counts.most, x_TM, counts))
-        # A call without drops waits for the counts only after this: the device meanwhile permutes.
-        return self._run(rows_AM, counts.wait, counts.of_all(), experts, timeline), order
+        order = row_order(
+            experts_Tk,
+            kept_Tk,
+            counts.of_rank(self.mesh.token_rank),
+            self.config.num_experts,
+            tally=counts.tally,
+            places_E=self._order.places(experts, x_TM.device),
+        )
+        order = replace(order, peers=self._reserved(counts.most, x_TM, counts))
+        # A call without drops waits for the counts only in it: the device meanwhile permutes.
+        return self._run(x_TM, order, counts.wait, counts.of_all(), experts, timeline), order
 
     def _padded(
         self, x_TM: Tensor, routing: Routing, token_order: TokenOrder, timeline: Timeline | None
@@ -240,26 +244,26 @@ class ExpertParallelMoE(nn.Module):
         rows_RE = [[capacity] * num_experts] * self.mesh.num_token_ranks
         num_rows = sum(map(sum, rows_RE))
         experts = self._groups(num_rows, x_TM)
-        chosen = self._order.placed(routing.experts, experts)
-        order = padded_order(chosen, number_Tk, capacity, num_experts)
-        impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
-        peers = self._reserved(capacity * num_experts, x_TM)
-        rows_AM = permute(x_TM, order, impl, peers)
-        results_AM = self._run(rows_AM, lambda: rows_RE, num_rows, experts, timeline)
+        places_E = self._order.places(experts, x_TM.device)
+        chosen_Tk = routing.experts if places_E is None else places_E[routing.experts]
+        order = padded_order(chosen_Tk, number_Tk, capacity, num_experts)
+        order = replace(order, peers=self._reserved(capacity * num_experts, x_TM))
+        results_AM = self._run(x_TM, order, lambda: rows_RE, num_rows, experts, timeline)
         return routing, results_AM, order
 
     def _reserved(
         self, num_rows: int, x_TM: Tensor, counts: KeptCounts | None = None
-    ) -> PeerMemory | None:
+    ) -> PeerRows | None:
         """The memory of the block, if rows travel through it, with room for so many."""
         peers = self.groups.peers
-        if peers is not None:
-            num_bytes = num_rows * x_TM.element_size() * self.config.hidden_size
-            needed = (num_bytes, self.mesh.etp_size)
-            if counts is not None and not peers.fits(*needed):
-                counts.wait()  # raises on ranks that believe in other numbers: they do not grow
-            peers.reserve(*needed)
-        return peers
+        if peers is None:
+            return None
+        num_bytes = num_rows * x_TM.element_size() * self.config.hidden_size
+        needed = (num_bytes, self.mesh.etp_size)
+        if counts is not None and not peers.fits(*needed):
+            counts.wait()  # raises on ranks that believe in other numbers: they do not grow
+        peers.reserve(*needed)
+        return PeerRows(peers)
 
     def _groups(self, num_rows: int, x_TM: Tensor) -> tuple[range, ...]:
         """The groups of a rank's experts for so many rows of all ranks."""
@@ -273,33 +277,22 @@ class ExpertParallelMoE(nn.Module):
 
     def _run(
         self,
-        rows_AM: Tensor,
+        x_TM: Tensor,
+        order: RowOrder,
         kept_RE: Callable[[], Sequence[Sequence[int]]],
         num_rows: int,
         experts: tuple[range, ...],
         timeline: Timeline | None,
     ) -> Tensor:
-        """The results of rows, so many of each rank and expert, together ``num_rows``."""
+        """The results of tokens' rows, so many of each rank and expert, together ``num_rows``."""
+        rows_AM = permute(x_TM, order, chosen_impl(self.config.impl, x_TM.device, x_TM.dtype))
 
         def checked_RE() -> Sequence[Sequence[int]]:
             check_rows(found := kept_RE(), self.config.max_rows, self.mesh)
             return found
 
         plans = PipelinePlans(checked_RE, self.mesh, experts)
-        ways = (self.groups.ep, self.groups.etp, self.groups.peers)
+        ways = (self.groups.ep, self.groups.etp, order.peers)
         pipeline = Pipeline(experts, plans, *ways, timeline)
         mean_rows = num_rows // self.mesh.num_token_ranks * self.mesh.etp_size
         return self.experts.over_ranks(rows_AM, pipeline, num_rows=mean_rows)
-
-    def _check_hidden(self, hidden: Tensor) -> None:
-        weight = self.experts.w13
-        if hidden.dim() not in (2, 3) or hidden.shape[-1] != self.config.hidden_size:
-            raise ValueError(
-                f"hidden must be [T, {self.config.hidden_size}] or"
-                f" [B, T, {self.config.hidden_size}], got shape {tuple(hidden.shape)}"
-            )
-        if hidden.dtype != weight.dtype or hidden.device != weight.device:
-            raise ValueError(
-                f"hidden must be {weight.dtype} on {weight.device} like the experts, got"
-                f" {hidden.dtype} on {hidden.device}: convert it, or build the layer with its dtype"
-            )

@@ -47,7 +47,7 @@ from moe_parallel.exchange import (
 )
 from moe_parallel.mesh import ExpertMesh
 from moe_parallel.peer_exchange import PeerExchange
-from moe_parallel.peer_memory import Copied, PeerMemory
+from moe_parallel.peer_memory import Copied, PeerRows
 from moe_parallel.schedule import steps
 from moe_parallel.streams import TurnStreams
 from moe_parallel.timeline import Lane, Timeline
@@ -79,7 +79,7 @@ class Pipeline(NamedTuple):
         plans: of each group, who sends how many rows to whom.
         ep_group: ranks that hold different experts; None is one rank.
         etp_group: ranks that hold different parts of the same experts; likewise.
-        peers: memory of the EP x ETP block, through which rows travel; None: by all-to-all.
+        peers: in the memory of the EP x ETP block, through which rows travel; None: by all-to-all.
         timeline: marks what ran when, or None.
     """
 
@@ -87,7 +87,7 @@ class Pipeline(NamedTuple):
     plans: Sequence[ExchangePlan]
     ep_group: dist.ProcessGroup | None = None
     etp_group: dist.ProcessGroup | None = None
-    peers: PeerMemory | None = None
+    peers: PeerRows | None = None
     timeline: Timeline | None = None
 
     def run(
@@ -253,8 +253,7 @@ class Pipeline(NamedTuple):
 class PipelinePlans(Sequence[ExchangePlan]):
     """The split sizes of each group of experts, made when they are asked for.
 
-    The rows of the first group leave before those of the last are counted, and a call is prepared
-    before any are.
+    The first rows leave before the last are counted, and a call is prepared before any are.
 
     Args:
         kept_RE: asked once: rows each rank of the token group sends to each expert.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_parallel.exchange import ExchangePlan
-from moe_parallel.peer_memory import EVEN, ODD, OPEN, Copied, PeerMemory
+from moe_parallel.peer_memory import EVEN, ODD, OPEN, Copied, PeerRows
 
 
 class _Chunk(NamedTuple):
@@ -46,20 +46,20 @@ class PeerExchange:
     As a context: however it ends, the current stream then waits for all copies.
 
     Args:
-        memory: of the EP x ETP block, etp fastest.
+        peers: in the memory of the EP x ETP block, etp fastest.
         rows_AM: ``[A, M]``, contiguous, what this rank sends, group by group, in each by EP rank;
-            in :meth:`PeerMemory.place`, or copied there. They fit into what is reserved.
+            in :meth:`PeerRows.place`, or copied there. They fit into what is reserved.
     """
 
-    def __init__(self, memory: PeerMemory, rows_AM: Tensor) -> None:
-        self._memory, self._like = memory, rows_AM
+    def __init__(self, peers: PeerRows, rows_AM: Tensor) -> None:
+        self._memory, self._like = (memory := peers.memory), rows_AM
         self._row_bytes = rows_AM.element_size() * rows_AM.shape[1]
         self._chunks: dict[int, list[_Chunk]] = {}  # by group
         self._phases = cycle((EVEN, ODD))
         if rows_AM.is_cuda and torch.cuda.is_current_stream_capturing():
             memory.captured = True
-        if rows_AM.data_ptr() != memory.rows_at[memory.rank]:
-            memory.place(len(rows_AM), rows_AM).copy_(rows_AM)
+        if not peers.hold(rows_AM):
+            peers.place(len(rows_AM), rows_AM).copy_(rows_AM)
         self._results = memory.results(len(rows_AM), rows_AM)
         memory.pulls.wait_stream(memory.module.current_stream())
         memory.say(OPEN, memory.pulls)

@@ -82,6 +82,7 @@ class PeerMemory:
         # Beginning with the next rank, so that not all turn to the same one.
         self.others = [*self.ranks[self.rank + 1 :], *self.ranks[: self.rank]]
         self.num_bytes, self.terms, self.captured = 0, 1, False
+        self.holder: PeerRows | None = None  # whose rows lie there
         self._shared: SharedBuffers | None = None
         # What cannot be shared shows here, not in a step.
         device = self.reserve(1).buffers[0].device
@@ -195,3 +196,35 @@ class PeerMemory:
         rows = parts.view(count, -1)[:, :num_bytes].view(like.dtype)
         view: Tensor = rows.unflatten(1, (num_rows, like.shape[1]))
         return view
+
+
+class PeerRows:
+    """One call's hold of the place that its rows travel from, in the forward and the backward.
+
+    Args:
+        memory: of the block.
+    """
+
+    def __init__(self, memory: PeerMemory) -> None:
+        self.memory = memory
+
+    def place(self, num_rows: int, like: Tensor) -> Tensor:
+        """See :meth:`PeerMemory.place`: to be written and sent before another call takes it."""
+        self.memory.holder = self
+        return self.memory.place(num_rows, like)
+
+    def hold(self, rows: Tensor) -> bool:
+        """Whether these rows lie there.
+
+        Raises:
+            RuntimeError: if another call took it since.
+        """
+        if rows.data_ptr() != self.memory.rows_at[self.memory.rank]:
+            return False
+        if self.memory.holder is not self:
+            raise RuntimeError(
+                "rows in PeerMemory were overwritten by another call before their experts were"
+                " called, in the backward by one that a checkpoint repeats: let the checkpoint"
+                " cover the whole layer"
+            )
+        return True

@@ -26,7 +26,7 @@ from moe_parallel.counting import Tally, at_assignments, rows_before
 from moe_parallel.derivatives import refuse_second_derivatives
 from moe_parallel.gate import gate_dtype
 from moe_parallel.impl import ChosenImpl
-from moe_parallel.peer_memory import PeerMemory
+from moe_parallel.peer_memory import PeerRows
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,19 @@ class RowOrder:
         row: ``[T, k]``, for each assignment its row, -1 if it was dropped.
         num_rows: A.
         padded: some rows have no assignment: they are zero.
+        peers: in whose memory they are to be written, there until the next call.
     """
 
     row: Tensor
     num_rows: int
     padded: bool = False
+    peers: PeerRows | None = None
+
+    def new_rows(self, like: Tensor) -> Tensor:
+        """``[A, M]`` to write rows into, of so many columns and such a dtype."""
+        if self.peers is not None:
+            return self.peers.place(self.num_rows, like)
+        return like.new_empty(self.num_rows, like.shape[1])
 
     @cached_property
     def assignment(self) -> Tensor:
@@ -88,17 +96,14 @@ def row_order(
     return RowOrder(row_Tk.masked_fill(~kept_Tk, -1), num_rows)
 
 
-def permute(
-    x_TM: Tensor, order: RowOrder, impl: ChosenImpl = "eager", peers: PeerMemory | None = None
-) -> Tensor:
+def permute(x_TM: Tensor, order: RowOrder, impl: ChosenImpl = "eager") -> Tensor:
     """Rows ``[A, hidden]``: a copy of its token for every kept assignment.
 
-    With ``peers`` in their memory, which has room for them, until the next call there: no backward
-    may keep them.
+    In the memory of ``order.peers`` no backward may keep them.
 
     Gradients: a token's is the sum of its rows' in slot order, in float32 or wider.
     """
-    rows: Tensor = _Permute.apply(x_TM, order, impl, peers)  # type: ignore[no-untyped-call]
+    rows: Tensor = _Permute.apply(x_TM, order, impl)  # type: ignore[no-untyped-call]
     return rows
 
 
@@ -109,7 +114,8 @@ def unpermute(
 
     Sums in slot order in float32 or wider, rounded once to the dtype of the rows.
 
-    Gradients: to rows and weights; a dropped assignment's weight gets zero.
+    Gradients: to rows, with ``impl="triton"`` in the memory of ``order.peers``, and to weights; a
+    dropped assignment's weight gets zero.
     """
     tokens: Tensor = _Unpermute.apply(rows_AM, weights_Tk, order, impl)  # type: ignore[no-untyped-call]
     return tokens
@@ -141,15 +147,10 @@ class _Permute(torch.autograd.Function):
         x_TM: Tensor,
         order: RowOrder,
         impl: ChosenImpl,
-        peers: PeerMemory | None,
     ) -> Tensor:
         ctx.save_for_backward(order.row)
         ctx.impl = impl
-        rows_AM = (
-            x_TM.new_empty(order.num_rows, x_TM.shape[1])
-            if peers is None
-            else peers.place(order.num_rows, x_TM)
-        )
+        rows_AM = order.new_rows(x_TM)
         if impl == "triton":
             from moe_parallel import launch
 
@@ -163,12 +164,12 @@ class _Permute(torch.autograd.Function):
         if ctx.impl == "triton":
             from moe_parallel import launch
 
-            return launch.sum_slots(grad_AM, None, row_Tk), None, None, None
+            return launch.sum_slots(grad_AM, None, row_Tk), None, None
         dtype = gate_dtype(grad_AM.dtype)
         grad_TM = grad_AM.new_zeros(row_Tk.shape[0], grad_AM.shape[1], dtype=dtype)
         for row_T in row_Tk.unbind(1):
             grad_TM += _slot_rows(grad_AM, row_T)
-        return grad_TM.to(grad_AM.dtype), None, None, None
+        return grad_TM.to(grad_AM.dtype), None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -201,8 +202,9 @@ class _Unpermute(torch.autograd.Function):
         if ctx.impl == "triton":
             from moe_parallel import launch
 
-            tensors = (grad_TM, rows_AM, weights_Tk, row_Tk)
-            return *launch.sum_slots_backward(*tensors, padded=order.padded), None, None
+            tensors, drows = (grad_TM, rows_AM, weights_Tk, row_Tk), order.new_rows(rows_AM)
+            dweights = launch.sum_slots_backward(*tensors, drows, padded=order.padded)
+            return drows, dweights, None, None
         grad_rows = _token_rows(grad_TM, order, row_Tk.shape[1])
         grad_rows = grad_rows * _token_rows(weights_Tk.view(-1, 1), order, 1)
         wide_TM = grad_TM.to(torch.promote_types(gate_dtype(rows_AM.dtype), weights_Tk.dtype))

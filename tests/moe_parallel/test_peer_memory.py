@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 
 from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, MoEConfig, PeerMemory
-from moe_parallel.peer_memory import PAGE_BYTES
+from moe_parallel.peer_memory import PAGE_BYTES, PeerRows
 from tests.moe_parallel.batch import ORDERS, groups_of
 from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, layer_on_rank, on_ranks
 from tests.moe_parallel.peers import peer_memory, with_peers
@@ -170,7 +170,13 @@ def failures_on_rank(topology: ExpertTopology) -> None:
         memory.reserve(rows.nbytes)
     assert memory.num_bytes == 0
     memory.reserve(rows.nbytes)
-    memory.place(len(rows), rows)
+    first, second = PeerRows(memory), PeerRows(memory)
+    placed = first.place(len(rows), rows)
+    assert first.hold(placed)
+    assert not first.hold(rows)
+    second.place(len(rows), rows)
+    with pytest.raises(RuntimeError, match="rows in PeerMemory were overwritten by another call"):
+        first.hold(placed)
     memory.captured = True
     memory.reserve(2 * PAGE_BYTES)
     for needed in ((2 * PAGE_BYTES + 1,), (1, 2)):

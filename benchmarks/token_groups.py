@@ -38,11 +38,12 @@ def token_groups(layer: ExpertParallelMoE, x_TM: Tensor) -> Tensor:
     kept_RE = routing.counts.kept.tolist()
     halves_RE = [[count // 2 for count in kept_E] for kept_E in kept_RE]
     plan = plan_exchange(halves_RE, mesh)
-    later = torch.arange(x_TM.shape[0], device=x_TM.device) >= x_TM.shape[0] // 2
-    place_Tk = routing.experts + config.num_experts * later.unsqueeze(1)
+    second = torch.arange(x_TM.shape[0], device=x_TM.device) >= x_TM.shape[0] // 2
+    place_Tk = routing.experts + config.num_experts * second.unsqueeze(1)
     rows = row_order(place_Tk, None, 2 * sum(plan.dispatch_rows), 2 * config.num_experts)
+    later = plan._replace(first=sum(plan.dispatch_rows))
     everybody = range(layer.experts.num_local)
-    pipeline = Pipeline((everybody,) * 2, (plan,) * 2, groups.ep, groups.etp)
+    pipeline = Pipeline((everybody,) * 2, (plan, later), groups.ep, groups.etp)
     experts = layer.experts
     gemm = experts.chosen_gemm(2 * sum(plan.expert_rows))
     results = _TokenGroups.apply(

@@ -17,8 +17,8 @@ from moe_parallel.order import on_device
 LEAST_BYTES = 96 * 2**20
 # By copies the first rows there and the last ones back are seen, 1 / groups of them all, and each
 # group costs launches: their sum is least at a number of groups that grows with the root of the
-# bytes. Measured (6144 x 9216, 16 experts a rank): 4 groups of 201 MB and 8 of 805 MB.
-COPIED_BYTES = 12 * 2**20
+# bytes. Measured (6144 x 9216, 16 experts a rank): 8 groups of 201 MB and 16 of 805 MB.
+COPIED_BYTES = 3 * 2**20
 # With ETP by NCCL more than these were slower at every size measured: each is two collectives more,
 # of etp_size times the rows, whose thread blocks are not with the products.
 MOST_WITH_ETP = 2

@@ -143,7 +143,10 @@ class PeerExchange:
         if terms > 1:
             with memory.module.stream(stream):
                 arrived = self._results[:terms].narrow(1, plan.first, len(into))
-                torch.sum(arrived, 0, out=into)
+                if terms == 2:  # as below, but torch's sums of two are slow
+                    torch.add(*arrived, out=into)
+                else:
+                    torch.sum(arrived, 0, out=into)
             return
         of, to = memory.results_at[memory.rank] + plan.first * self._row_bytes, into.data_ptr()
         start = 0

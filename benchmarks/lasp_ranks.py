@@ -19,6 +19,7 @@ import argparse
 import datetime
 import math
 import platform
+import random
 import shlex
 import sys
 import time
@@ -62,8 +63,9 @@ class Timed(NamedTuple):
 def samples_ms(timed: Mapping[str, Timed], machine: Machine) -> dict[str, list[float]]:
     """Times of each call by the slowest rank, sorted.
 
-    Calls take turns, so that clocks and heat are the same for all of them. There are as many
-    rounds as ``machine`` says, after one to warm up, or those that fit into its seconds, but three.
+    Calls take turns, in another order each round, so that clocks and heat are the same for all of
+    them: what follows a call that computes less finds a cooler GPU. There are as many rounds as
+    ``machine`` says, after one to warm up, or those that fit into its seconds, but three.
     """
     flag = torch.zeros(1, device=machine.device)
     on_gpu = machine.device == "cuda"
@@ -78,7 +80,9 @@ def samples_ms(timed: Mapping[str, Timed], machine: Machine) -> dict[str, list[f
                 torch.cuda.synchronize()
             begun = time.perf_counter()
         number += 1
-        for name, (call, in_force) in timed.items():
+        turns = list(timed.items())
+        random.Random(number).shuffle(turns)  # alike on all ranks
+        for name, (call, in_force) in turns:
             for _ in range(FLUSHES):
                 flush.zero_()
             dist.all_reduce(flag)

@@ -12,8 +12,8 @@ from torch import Tensor
 from moe_parallel.mesh import ExpertMesh
 from moe_parallel.order import on_device
 
-# What a group should send at least by NCCL: with two thread blocks 8 groups of 96 MiB were faster
-# than 16 of 48; without a limit they were the same.
+# What a group should send at least by NCCL, on average: with two thread blocks 8 groups of 96 MiB
+# were faster than 16 of 48; without a limit they were the same.
 LEAST_BYTES = 96 * 2**20
 # By copies the first rows there and the last ones back are seen, 1 / groups of them all, and each
 # group costs launches: their sum is least at a number of groups that grows with the root of the
@@ -25,9 +25,12 @@ MOST_WITH_ETP = 2
 
 
 def expert_groups(num_local: int, num_groups: int) -> tuple[range, ...]:
-    """The rank's experts in groups as equal as can be, in order."""
-    cuts = [num_local * group // num_groups for group in range(num_groups + 1)]
-    return tuple(range(*cut) for cut in pairwise(cuts))
+    """The rank's experts in groups, in order; the first and the last are half as large as others.
+
+    Nothing is computed while the first rows travel there, nor while the last travel back.
+    """
+    inner = (num_local * (group - 0.5) / (num_groups - 1) for group in range(1, num_groups))
+    return tuple(range(*cut) for cut in pairwise([0, *map(round, inner), num_local]))
 
 
 def groups_that_pay(num_local: int, rank_bytes: int, mesh: ExpertMesh, *, copied: bool) -> int:

@@ -174,11 +174,22 @@ def test_groups_hold_every_expert_and_row_once(num_groups: int) -> None:
     assert sum(sum(plan.dispatch_rows) for plan in plans) == sum(range(8))
 
 
+def test_the_first_and_the_last_group_are_half_as_large() -> None:
+    assert [len(group) for group in expert_groups(16, 9)] == [1, *(2,) * 7, 1]
+    assert [len(group) for group in expert_groups(16, 4)] == [3, 5, 5, 3]
+    for num_local in range(1, 40):
+        for num_groups in range(1, num_local + 1):
+            groups = expert_groups(num_local, num_groups)
+            assert len(groups) == num_groups
+            assert all(groups)
+            assert [e for group in groups for e in group] == list(range(num_local))
+
+
 def test_experts_leave_group_by_group() -> None:
     groups = expert_groups(3, 2)
-    assert groups == (range(0, 1), range(1, 3))
-    # Expert 0 of both ranks, then 1 and 2 of the one, then of the other.
-    assert dispatch_places(6, 2, groups) == [0, 2, 3, 1, 4, 5]
+    assert groups == (range(0, 2), range(2, 3))
+    # Experts 0 and 1 of the one rank, then of the other, then 2 of both.
+    assert dispatch_places(6, 2, groups) == [0, 1, 4, 2, 3, 5]
     assert dispatch_places(6, 2, expert_groups(3, 1)) == list(range(6))
 
 

@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 
-from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, MoEConfig, PeerMemory
+from moe_parallel import (
+    ExpertGroups,
+    ExpertParallelMoE,
+    ExpertTopology,
+    MoEConfig,
+    PeerMemory,
+    Timeline,
+)
 from moe_parallel.peer_memory import PAGE_BYTES, PeerRows
 from tests.moe_parallel.batch import ORDERS, groups_of
 from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, layer_on_rank, on_ranks
@@ -109,21 +116,33 @@ def test_no_rank_grows_alone() -> None:
     assert all(run_on_ranks(differing_on_rank, 2, TOPOLOGIES[0]))
 
 
-def shared_on_rank(topology: ExpertTopology, copied: bool) -> list[torch.Tensor]:
+def shared_on_rank(
+    topology: ExpertTopology,
+    copied: bool,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float64,
+    num_tokens: int = 12,
+) -> list[torch.Tensor]:
     """Rank function: gradients of layers that share memory, forward through all, then backward."""
     groups = groups_of(topology).experts
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     if copied:
-        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        groups = with_peers(
-            groups._replace(ep_etp=groups.ep_etp or groups.ep or groups.etp or alone)
-        )
-    layers = [build(config(n), torch.float64, False, groups=groups) for n in (1, 2, 3)]
-    x = torch.linspace(-1, 1, 16 * 12, dtype=torch.float64).view(12, 16).requires_grad_()
+        block = groups.ep_etp or groups.ep or groups.etp or alone
+        groups = with_peers(groups._replace(ep_etp=block))
+    layers = [build(config(n), dtype, False, groups=groups, device=device) for n in (1, 2, 3)]
+    x = torch.linspace(-1, 1, 16 * num_tokens, device=device).to(dtype).view(-1, 16)
+    x.requires_grad_()
+    timeline = Timeline()
     again = torch.utils.checkpoint.checkpoint(
-        lambda x: layers[2](x).output, x + 1, use_reentrant=False
+        lambda x: layers[2](x, timeline=timeline).output, x + 1, use_reentrant=False
     )
     (layers[0](x).output + layers[1](2 * x).output + again).square().sum().backward()
-    return [x.grad, *(p.grad for layer in layers for p in layer.experts.parameters())]
+    several = topology.ep * topology.etp > 1
+    lanes = {"compute", *["ep"] * (copied and several or topology.ep > 1)}
+    lanes |= {*["etp"] * (not copied and topology.etp > 1)}
+    assert {span.lane for span in timeline.spans} == lanes
+    grads = [x.grad, *(p.grad for layer in layers for p in layer.experts.parameters())]
+    return [grad.cpu() for grad in grads]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +151,18 @@ def shared_on_rank(topology: ExpertTopology, copied: bool) -> list[torch.Tensor]
 def test_layers_share_it_and_one_rank_needs_none(topology: ExpertTopology) -> None:
     sent, copied = (
         run_on_ranks(shared_on_rank, topology.world_size, topology, copied)
+        for copied in (False, True)
+    )
+    for a, b in zip(sent, copied):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("topology", [TOPOLOGIES[0], TOPOLOGIES[4]])
+def test_layers_share_it_on_two_gpus(topology: ExpertTopology) -> None:
+    how = ("cuda", torch.bfloat16, 3000)
+    sent, copied = (
+        run_on_ranks(shared_on_rank, 2, topology, copied, *how, backend="nccl")
         for copied in (False, True)
     )
     for a, b in zip(sent, copied):

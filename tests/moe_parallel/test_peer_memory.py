@@ -138,7 +138,7 @@ def shared_on_rank(
     )
     (layers[0](x).output + layers[1](2 * x).output + again).square().sum().backward()
     several = topology.ep * topology.etp > 1
-    lanes = {"compute", *["ep"] * (copied and several or topology.ep > 1)}
+    lanes = {"compute", *["ep"] * ((copied and several) or topology.ep > 1)}
     lanes |= {*["etp"] * (not copied and topology.etp > 1)}
     assert {span.lane for span in timeline.spans} == lanes
     grads = [x.grad, *(p.grad for layer in layers for p in layer.experts.parameters())]

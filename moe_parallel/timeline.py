@@ -39,7 +39,8 @@ class Timeline:
     """Give one to a call of the layer, run forward and backward, print it.
 
     On a GPU marks are CUDA events. That of the end of a collective is recorded on a stream of its
-    own, so that the lanes keep running beside each other. On the CPU they are the clock of the
+    own, so that the lanes keep running beside each other; what two groups compute beside each other
+    overlaps in the drawing. On the CPU they are the clock of the
     host, and a collective is over when it has been waited for.
 
     Example, two groups: the second is on its way while the first is computed::

@@ -113,15 +113,14 @@ class Pipeline(NamedTuple):
             if beside is not None:
                 beside(0)
             return results
+        results, peers = torch.empty_like(rows_AM), None
         with ExitStack() as calls:
             streams = calls.enter_context(TurnStreams(rows_AM.device, len(self.plans)))
-            peers, _ = (
-                None,
-                self.plans[0],
-            )  # waits for the counts; if they are wrong all ranks raise
+            self.plans[0]  # waits for the counts; where they are wrong all ranks raise
             if self.peers is not None:
                 peers = calls.enter_context(PeerExchange(self.peers, rows_AM))
-            return self._in_turn(rows_AM, compute, beside, streams, peers)
+            self._in_turn(rows_AM, results, compute, beside, streams, peers)
+        return results
 
     @property
     def _travels(self) -> bool:
@@ -130,13 +129,13 @@ class Pipeline(NamedTuple):
     def _in_turn(
         self,
         rows_AM: Tensor,
+        results: Tensor,
         compute: Compute,
         beside: Callable[[int], None] | None,
         streams: TurnStreams,
         peers: PeerExchange | None,
-    ) -> Tensor:
+    ) -> None:
         """The steps of :meth:`run`."""
-        results = torch.empty_like(rows_AM)
         under_way: dict[int, Transfer] = {}  # of each group what it is at
         combined: deque[Transfer] = deque()
         for step, g in steps(len(self.plans), gathers=self._gathers, beside=beside is not None):
@@ -159,7 +158,6 @@ class Pipeline(NamedTuple):
         stream = streams.turn(0)
         for transfer in combined:
             self._arrived(transfer, stream)
-        return results
 
     def _of(self, group: int, rows_AM: Tensor) -> Tensor:
         """The rows of a group that this rank sends."""

@@ -60,7 +60,6 @@ class PeerExchange:
             memory.captured = True
         if not peers.hold(rows_AM):
             peers.place(len(rows_AM), rows_AM).copy_(rows_AM)
-        self._results = memory.results(len(rows_AM), rows_AM)
         memory.pulls.wait_stream(memory.module.current_stream())
         memory.say(OPEN, memory.pulls)
         memory.hear(OPEN, memory.pulls)
@@ -142,7 +141,8 @@ class PeerExchange:
         memory, terms = self._memory, len(plan.etp_rows)
         if terms > 1:
             with memory.module.stream(stream):
-                arrived = self._results[:terms].narrow(1, plan.first, len(into))
+                results = memory.results(len(self._like), self._like)
+                arrived = results[:terms].narrow(1, plan.first, len(into))
                 if terms == 2:  # as below, but torch's sums of two are slow
                     torch.add(*arrived, out=into)
                 else:

@@ -7,6 +7,8 @@ Example, three groups::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 
 Step = Literal["dispatch", "gather", "experts", "combine", "beside"]
@@ -19,7 +21,8 @@ AHEAD = 2
 BESIDE_LAG = 2
 
 
-def steps(count: int, *, gathers: bool, beside: bool) -> list[tuple[Step, int]]:
+@cache  # the device waits meanwhile
+def steps(count: int, *, gathers: bool, beside: bool) -> Sequence[tuple[Step, int]]:
     """What is started in which order, the same on all ranks.
 
     Args:

@@ -123,7 +123,7 @@ def layer_on_rank(
     """Output, input gradient, and what Megatron's scaling makes of the parameter gradients."""
     groups = initialize(**sizes)
     spec = expert_parallel_moe_spec(
-        options=ExpertOptions(peers=peer_memory(groups.ep) if copied else None)
+        options=ExpertOptions(peers=peer_memory(groups.tp_ep) if copied else None)
     )
     layer = build_module(
         spec, config=parallel_config(sizes, **OPTIONS, **options), pg_collection=groups

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -18,5 +20,6 @@ def copied_on_rank(sizes: dict[str, int]) -> None:
         assert torch.equal(a, b), name
 
 
-def test_rows_travel_through_the_memory_of_peers() -> None:
-    run_on_ranks(copied_on_rank, 2, {"ep": 2})
+@pytest.mark.parametrize("sizes", [{"ep": 2}, {"etp": 2}, {"ep": 2, "etp": 2}])
+def test_rows_travel_through_the_memory_of_peers(sizes: dict[str, int]) -> None:
+    run_on_ranks(copied_on_rank, math.prod(sizes.values()), sizes)

@@ -20,8 +20,8 @@ from moe_parallel.exchange import Splits
 from moe_parallel.gemm import backward_product, forward_product, weight_product
 from moe_parallel.grouping import expert_groups
 from moe_parallel.overlap import Pipeline, PipelinePlans, Transfer
-from moe_parallel.peer_exchange import PeerExchange
 from moe_parallel.peer_memory import PeerRows
+from moe_parallel.stream_memory import CudaStreamMemory
 
 PLANTED = 4.0  # what a token's features say of its experts, against features of size 1
 SILENT = ("nothing sent", "nothing copied")
@@ -103,10 +103,9 @@ def nothing_sent(machine: Machine) -> Any:
         rows: Tensor,
         splits: Splits,
         into: Tensor | None = None,
-        peers: PeerExchange | None = None,
-        stream: Any = None,
+        *_: None,
     ) -> Transfer:
-        count = sum(splits.receive if peers is None else map(sum, self.plans[g].chunk_rows))
+        count = sum(splits.receive)
         if into is None and len(arrived.get(rows.shape[1], ())) < count:
             arrived[rows.shape[1]] = torch.randn(
                 count, rows.shape[1], device=machine.device, dtype=rows.dtype
@@ -115,6 +114,11 @@ def nothing_sent(machine: Machine) -> Any:
         return Transfer(there, rows, None)
 
     return patch.object(Pipeline, "start", start)
+
+
+def nothing_copied() -> Any:
+    """In its block ranks wait for each other as ever; rows are what was there before."""
+    return patch.object(CudaStreamMemory, "copy", lambda *_: None)
 
 
 def only_sent(
@@ -182,6 +186,7 @@ def ways(layer: ExpertParallelMoE, machine: Machine) -> dict[str, Way]:
         for g in sorted({1, 2, max(1, most // 2), most}):
             found[f"lasp {g} groups{how}"] = way(g, memory)
         found[f"lasp, groups by the rule{how}"] = way(None, memory)
-        found[SILENT[memory is not None]] = way(1, memory)._replace(in_force=nothing_sent(machine))
+        silent = nothing_sent(machine) if memory is None else nothing_copied()
+        found[SILENT[memory is not None]] = way(1, memory)._replace(in_force=silent)
     found["2 token groups"] = way(None)._replace(forward=partial(token_groups, layer))
     return found

@@ -7,8 +7,8 @@
 
 Every split size is uneven, is known on every rank beforehand from the counts the router gathered,
 and may be zero. All four are built from one all-to-all: gloo has no uneven all-gather, NCCL runs it
-as broadcasts, and a reduce-scatter spelled as all-to-all and a local sum adds in rank order and in
-one rounding, the same from run to run.
+as broadcasts, and a reduce-scatter spelled as all-to-all and a local sum rounds once, the same from
+run to run.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class ExchangePlan(NamedTuple):
         return rows_AM.expand(len(self.etp_rows), *rows_AM.shape).flatten(0, 1)
 
     def summed(self, terms_AM: Tensor) -> Tensor:
-        """What the scatter brings, added in ETP rank order and rounded once."""
-        copies, rows = len(self.etp_rows), sum(self.receive_rows)
-        return terms_AM.view(copies, rows, *terms_AM.shape[1:]).sum(0)
+        """What the scatter brings, added up."""
+        terms_TAM = terms_AM.unflatten(0, (len(self.etp_rows), sum(self.receive_rows)))
+        return add_terms(terms_TAM)
 
     @property
     def expert_rows(self) -> tuple[int, ...]:
@@ -152,7 +152,7 @@ def gather_etp(rows_AM: Tensor, plan: ExchangePlan, etp_group: dist.ProcessGroup
 def scatter_etp(rows_AM: Tensor, plan: ExchangePlan, etp_group: dist.ProcessGroup | None) -> Tensor:
     """Sum the ETP ranks' terms of every row on the rank that dispatched it.
 
-    Sums in ETP rank order, rounded once to the dtype of the rows.
+    Sums are rounded once to the dtype of the rows, and the same from run to run.
 
     Gradients: gathered from all ETP ranks (:func:`gather_etp`).
 
@@ -206,6 +206,13 @@ def start_all_to_all(
         into, rows_AM, list(splits.receive), list(splits.send), group=group, async_op=True
     )
     return into, work
+
+
+def add_terms(terms: Tensor, into: Tensor | None = None) -> Tensor:
+    """``[ETP, A, M]`` added up in float32 or wider and rounded once, the same from run to run."""
+    if len(terms) == 2:  # as below, but torch's sums of two are slow
+        return torch.add(*terms, out=into)
+    return torch.sum(terms, 0, out=into)
 
 
 def _all_to_all(rows_AM: Tensor, splits: Splits, group: dist.ProcessGroup | None) -> Tensor:

@@ -193,7 +193,7 @@ class Experts(nn.Module):
         dtype.
 
         Communication: of :meth:`moe_parallel.overlap.Pipeline.run`, in the backward again. The host
-        does not wait for the device; ``grouped`` queues small copies to it.
+        waits for nothing but the counts; ``grouped`` queues small copies to the device.
         """
         how = (self.chosen_gemm(num_rows), chosen_impl(self.impl, rows_AM.device, rows_AM.dtype))
         results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]

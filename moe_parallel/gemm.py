@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_parallel.order import on_device
+from moe_parallel.streams import at_other_stream
 
 Gemm = Literal["auto", "loop", "grouped"]
 ChosenGemm = Literal["loop", "grouped"]
@@ -61,7 +62,7 @@ def weight_product(
     """
     small = out_ENK[0].numel() < IN_PLACE
     if gemm == "grouped" and small and rows_AN.shape[0]:
-        out_ENK.copy_(_grouped_mm(rows_AN.T, rows_AK, offs=_ends(tuple(counts), rows_AN.device)))
+        out_ENK.copy_(_grouped_mm(rows_AN.T, rows_AK, offs=_ends_of(counts, rows_AN.device)))
         return
     for a, b, out in zip(_parts(rows_AN, counts), _parts(rows_AK, counts), out_ENK):
         torch.mm(a.T, b, out=out)
@@ -81,7 +82,7 @@ def _parts(rows_A: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
 
 def _grouped(rows_AK: Tensor, weight_EKN: Tensor, counts: Sequence[int]) -> Tensor:
     # grouped_mm leaves rows beyond the last end uninitialised: A must be exactly the sum.
-    result: Tensor = _grouped_mm(rows_AK, weight_EKN, offs=_ends(tuple(counts), rows_AK.device))
+    result: Tensor = _grouped_mm(rows_AK, weight_EKN, offs=_ends_of(counts, rows_AK.device))
     return result
 
 
@@ -91,8 +92,13 @@ def _grouped_mm(*args: Any, **kwargs: Any) -> Tensor:
     return result
 
 
+def _ends_of(counts: Sequence[int], device: torch.device) -> Tensor:
+    # Streams whose groups take turns have their own: neither waits for what the other copies.
+    return _ends(tuple(counts), device, at_other_stream(device))
+
+
 @lru_cache(maxsize=4096)
-def _ends(counts: tuple[int, ...], device: torch.device) -> Tensor:
+def _ends(counts: tuple[int, ...], device: torch.device, other: bool) -> Tensor:
     # Kept: all products of a call share it, and a CUDA graph must not copy it, since the host's
     # memory that it would read at each replay is another's by then. The call before the capture,
     # which graphs need anyway, makes it.

@@ -1,9 +1,10 @@
 """Rows to the experts and back, with the communication under the products.
 
-The experts of a rank are cut into groups. While one group is computed, rows of the next two are on
-their way to it (D), and results of the one before are on their way back (C)::
+The experts of a rank are cut into groups. While one group is computed, rows of the next two (while
+it is the first, of one) are on their way to it (D), and results of the one before on their way back
+(C)::
 
-    ep       D0 D1 D2 .... C0 D3 ...... C1 ....... C2
+    ep       D0 D1 ....... C0 D2 D3 ... C1 ....... C2
     compute  .. E0 E0 E0 E0   E1 E1 E1 E1  E2 E2 E2 E2
 
 With ETP there are two more stages, over a group of their own, beside EP's: each rank of the block
@@ -137,7 +138,7 @@ class Pipeline(NamedTuple):
     ) -> None:
         """The steps of :meth:`run`."""
         under_way: dict[int, Transfer] = {}  # of each group what it is at
-        combined: deque[Transfer] = deque()
+        combined: deque[tuple[int, Transfer]] = deque()
         for step, g in steps(len(self.plans), gathers=self._gathers, beside=beside is not None):
             stream = streams.turn(g)
             if step == "dispatch":
@@ -150,14 +151,13 @@ class Pipeline(NamedTuple):
             elif step == "combine":
                 rows = self._summed(g, self._arrived(under_way.pop(g), stream))
                 into = self._of(g, results)
-                combined.append(self._combine(g, rows, into, peers, stream))
+                combined.append((g, self._combine(g, rows, into, peers, stream)))
                 if len(combined) > 2:  # long over: what was sent need not be held any more
-                    self._arrived(combined.popleft(), stream)
+                    self._arrived(combined.popleft()[1], stream)
             elif beside is not None:
                 beside(g)
-        stream = streams.turn(0)
-        for transfer in combined:
-            self._arrived(transfer, stream)
+        for g, transfer in combined:
+            self._arrived(transfer, streams.turn(g))
 
     def _of(self, group: int, rows_AM: Tensor) -> Tensor:
         """The rows of a group that this rank sends."""

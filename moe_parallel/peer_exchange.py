@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_parallel.exchange import ExchangePlan
+from moe_parallel.exchange import ExchangePlan, add_terms
 from moe_parallel.peer_memory import EVEN, ODD, OPEN, Copied, PeerRows
 
 
@@ -106,8 +106,7 @@ class PeerExchange:
         Args:
             g: number of a group that was pulled.
             terms_AM: contiguous, of the rows that :meth:`pull` brought, in their order.
-            into: for the results of the rows that this rank sent, in theirs. Terms are added in
-                the order of the ETP ranks and rounded once.
+            into: for the results of the rows that this rank sent, in theirs.
             plan: of the group.
             after: as for :meth:`pull`.
 
@@ -142,11 +141,7 @@ class PeerExchange:
         if terms > 1:
             with memory.module.stream(stream):
                 results = memory.results(len(self._like), self._like)
-                arrived = results[:terms].narrow(1, plan.first, len(into))
-                if terms == 2:  # as below, but torch's sums of two are slow
-                    torch.add(*arrived, out=into)
-                else:
-                    torch.sum(arrived, 0, out=into)
+                add_terms(results[:terms].narrow(1, plan.first, len(into)), into)
             return
         of, to = memory.results_at[memory.rank] + plan.first * self._row_bytes, into.data_ptr()
         start = 0

@@ -82,7 +82,7 @@ class PeerMemory:
         # Beginning with the next rank, so that not all turn to the same one.
         self.others = [*self.ranks[self.rank + 1 :], *self.ranks[: self.rank]]
         self.num_bytes, self.terms, self.captured = 0, 1, False
-        self.holder: PeerRows | None = None  # whose rows lie there
+        self.num_holders = 0  # so far, of the place for rows
         self._shared: SharedBuffers | None = None
         # What cannot be shared shows here, not in a step.
         device = self.reserve(1).buffers[0].device
@@ -206,11 +206,12 @@ class PeerRows:
     """
 
     def __init__(self, memory: PeerMemory) -> None:
-        self.memory = memory
+        self.memory, self._holder = memory, -1
 
     def place(self, num_rows: int, like: Tensor) -> Tensor:
         """See :meth:`PeerMemory.place`: to be written and sent before another call takes it."""
-        self.memory.holder = self
+        self.memory.num_holders += 1
+        self._holder = self.memory.num_holders
         return self.memory.place(num_rows, like)
 
     def hold(self, rows: Tensor) -> bool:
@@ -221,7 +222,7 @@ class PeerRows:
         """
         if rows.data_ptr() != self.memory.rows_at[self.memory.rank]:
             return False
-        if self.memory.holder is not self:
+        if self.memory.num_holders != self._holder:
             raise RuntimeError(
                 "rows in PeerMemory were overwritten by another call before their experts were"
                 " called, in the backward by one that a checkpoint repeats: let the checkpoint"

@@ -83,6 +83,8 @@ def row_order(
             its number.
     """
     if tally is not None:
+        if kept_Tk is not None:
+            raise ValueError("kept_Tk must be None with a tally, which counts all assignments")
         from moe_parallel import launch_router
 
         return RowOrder(launch_router.rows(experts_Tk, tally, places_E), num_rows)

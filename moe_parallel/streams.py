@@ -6,6 +6,7 @@ their tensor cores idle. Of two groups beside each other, one has work for them.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import cache
 from types import TracebackType
 
@@ -29,7 +30,7 @@ class TurnStreams:
         if device.type == "cuda":
             self._streams += (torch.cuda.current_stream(device),)
             self._streams += (_other_stream(device),) if num_groups > 1 else ()
-        self._current = 0
+        self._current, self._restored = 0, ExitStack()
 
     def turn(self, group: int) -> torch.cuda.Stream | None:
         """From here on the group's stream is the current one; it is returned, on a GPU."""
@@ -42,6 +43,8 @@ class TurnStreams:
 
     def __enter__(self) -> TurnStreams:
         for other in self._streams[1:]:
+            # To make a stream the current one makes its device the current one.
+            self._restored.enter_context(torch.cuda.device(other.device))
             other.wait_stream(self._streams[0])
         return self
 
@@ -54,6 +57,12 @@ class TurnStreams:
         self.turn(0)
         for other in self._streams[1:]:
             self._streams[0].wait_stream(other)
+        self._restored.close()
+
+
+def at_other_stream(device: torch.device) -> bool:
+    """Whether an odd group has its turn."""
+    return device.type == "cuda" and torch.cuda.current_stream(device) == _other_stream(device)
 
 
 @cache  # one for all layers, whose memory then serves one after another

@@ -92,10 +92,9 @@ def check_rows(kept_RE: Sequence[Sequence[int]], max_rows: int | None, mesh: Exp
     if max_rows is None:
         return
     num_local = len(kept_RE[0]) // mesh.ep_size
-    sources = [rank for ranks in mesh.token_ranks for rank in ranks]
     for ep_rank in range(mesh.ep_size):
         experts = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
-        rows = sum(sum(kept_RE[source][experts]) for source in sources)
+        rows = sum(sum(kept_RE[source][experts]) for source in mesh.sources)
         if rows > max_rows:
             raise ValueError(
                 f"max_rows must be at least the rows that the experts of EP rank {ep_rank} are to"

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -119,7 +119,7 @@ class Pipeline(NamedTuple):
             streams = calls.enter_context(TurnStreams(rows_AM.device, len(self.plans)))
             self.plans[0]  # waits for the counts; where they are wrong all ranks raise
             if self.peers is not None:
-                peers = calls.enter_context(PeerExchange(self.peers, rows_AM))
+                peers = calls.enter_context(closing(PeerExchange(self.peers, rows_AM)))
             self._in_turn(rows_AM, results, compute, beside, streams, peers)
         return results
 

@@ -14,7 +14,6 @@ and rank here. Offsets follow from the counts, which every rank has on the host.
 from __future__ import annotations
 
 from itertools import cycle
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +42,6 @@ class _Chunk(NamedTuple):
 class PeerExchange:
     """One call's rows on their way to other ranks and back; the call before is over.
 
-    As a context: however it ends, the current stream then waits for all copies.
-
     Args:
         peers: in the memory of the EP x ETP block, etp fastest.
         rows_AM: ``[A, M]``, contiguous, what this rank sends, group by group, in each by EP rank;
@@ -64,15 +61,8 @@ class PeerExchange:
         memory.say(OPEN, memory.pulls)
         memory.hear(OPEN, memory.pulls)
 
-    def __enter__(self) -> PeerExchange:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """The current stream waits for all copies: to be called however the call ends."""
         current = self._memory.module.current_stream()
         for stream in (self._memory.pulls, self._memory.pushes):
             current.wait_stream(stream)

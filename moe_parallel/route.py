@@ -124,7 +124,7 @@ def check_drop(capacity_factor: float | None, drop_policy: str) -> None:
         raise ValueError(f"drop_policy must be one of {get_args(DropPolicy)}, got {drop_policy!r}")
 
 
-def route(  # longer than our functions are: its docstring is the contract of the router
+def route(  # longer than our functions are, and of nine arguments: the contract of the router
     x_TM: Tensor,
     gate_EM: Tensor,
     *,

@@ -34,6 +34,7 @@ PACKS = {
     "borders on the cuts": (32, 16, 16, 32),
     "borders beside the cuts": (31, 2, 15, 33, 16),
     "empty and tiny ones": (0, 1, 2, 0, 3, 1, 1, 40, 0),
+    "borders inside segments": (40, 40, 40),
 }
 
 

@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp import ops
+from lasp._core.derivatives import refuse_forward_mode, refuse_second_derivatives
 from lasp.call import (
+    REFERENCE,
     Call,
     heads_of_rows,
     rows_of_heads,
@@ -76,34 +78,12 @@ class _LightningAttention(torch.autograd.Function):
         return output.to(q.dtype), final_state
 
     @staticmethod
+    @refuse_second_derivatives(REFERENCE)
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            gradients = _gradients(ctx, grad_output, grad_final)
-        # once_differentiable cuts the graph without a word where the gradients that come in need
-        # none themselves: a penalty on gradients would then do nothing.
-        if torch.is_grad_enabled():
-            q, k, v, _, initial_state, _ = ctx.saved_tensors
-            sources = (q, k, v, initial_state, grad_output, grad_final)
-            gradients = _NoSecondDerivative.apply(len(sources), *sources, *gradients)  # type: ignore[no-untyped-call]
-        dq, dk, dv, grad_initial = gradients
+        dq, dk, dv, grad_initial = _gradients(ctx, grad_output, grad_final)
         return dq, dk, dv, None, grad_initial, None
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Hands on the gradients that come after what they depend on; its own backward raises."""
-
-    @staticmethod
-    def forward(ctx: Any, num_sources: int, *tensors: Tensor | None) -> Any:
-        return tuple(None if x is None else x.view_as(x) for x in tensors[num_sources:])
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(
-            "gradients of lightning_attention cannot be differentiated: use"
-            " lasp.reference.recurrent_lightning_attention"
-        )
 
 
 def _gradients(
@@ -226,6 +206,7 @@ def _attend(
 ) -> LightningOutput:
     check_qkv(q, k, v)
     call = checked_call(q, v, rates, initial_state, layout, cp_group, **settings)
+    refuse_forward_mode(REFERENCE, q, k, v, initial_state)
     if initial_state is not None:
         initial_state = states_of_heads(initial_state, q)
     tensors = [heads_of_rows(x) for x in (q, k, v)]

@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.derivatives import Reference
+from lasp._core.host_constants import to_device
 from lasp.exchange import Choice, HostGroups, Transitions, Wait, kept_over, start_exchange
 from lasp.flow import Flow
 from lasp.layout import SequenceLayout
-from lasp.transfer import to_device
+
+REFERENCE = Reference("lightning_attention", "lasp.reference.recurrent_lightning_attention")
 
 
 class Call(NamedTuple):

@@ -26,7 +26,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lasp.transfer import to_device
+from lasp._core.host_constants import to_device
 
 Variant = Literal["minimax", "alibi", "linear", "retnet"]
 

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
-from lasp import fused, launch, operators
-from lasp.call import Call
+from lasp import fused, launch
+from lasp._core.operators import Operators
+from lasp.call import REFERENCE, Call
 from lasp.exchange import Exchange, HostGroups
 from lasp.layout import Order, SequenceLayout
 from lasp.validation import check_kinds, check_qkv, checked_call
@@ -190,9 +191,8 @@ def _fake_backward(
     return _fake_rows(q, q), _fake_rows(q, k), _fake_rows(q, v), initial
 
 
-operators.define(_SCHEMA, _attention, _fake)
-operators.define(_BACKWARD_SCHEMA, _attention_backward, _fake_backward)
-operators.differentiate("attention", _gradients, _save)
-operators.refuse_second_derivative(
-    "attention_backward", "lasp.reference.recurrent_lightning_attention"
-)
+_OPERATORS = Operators("lasp")
+_OPERATORS.define(_SCHEMA, _attention, _fake)
+_OPERATORS.define(_BACKWARD_SCHEMA, _attention_backward, _fake_backward)
+_OPERATORS.differentiate("attention", _gradients, _save, REFERENCE)
+_OPERATORS.refuse_second_derivatives("attention_backward", REFERENCE)

@@ -7,7 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lasp import operators
+from lasp._core.derivatives import Reference
+from lasp._core.operators import Operators
 from lasp.decay import rates_on
 from lasp.kernels import tuning
 from lasp.kernels.decode import decode_kernel
@@ -72,14 +73,19 @@ def _fake_output(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[3])
 
 
-operators.define(
+_OPERATORS = Operators("lasp")
+_OPERATORS.define(
     "decode(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor state, float scale)"
     " -> (Tensor, Tensor)",
     decode,
     lambda q, k, v, rates, state, scale: (_fake_output(q, v), state.new_empty(state.shape)),
 )
-operators.define(
+_OPERATORS.define(
     "decode_(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor(a!) state, float scale) -> Tensor",
     decode_,
     lambda q, k, v, rates, state, scale: _fake_output(q, v),
 )
+for _name in ("decode", "decode_"):
+    _OPERATORS.refuse_derivatives(
+        _name, Reference("lightning_decode with impl='triton'", "impl='eager'")
+    )

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
-from lasp import operators
+from lasp._core.derivatives import Reference
+from lasp._core.operators import Operators
 from lasp.kernels import tuning
 from lasp.kernels.norm_gate import (
     norm_gate_backward_kernel,
@@ -218,28 +219,33 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-operators.define(
+_OPERATORS = Operators("lasp")
+_OPERATORS.define(
     "silu_split(Tensor x, int key_dim, int value_dim) -> (Tensor, Tensor, Tensor)",
     silu_split,
     _fake_split,
 )
-operators.define(
+_OPERATORS.define(
     "silu_split_backward(Tensor x, Tensor dq, Tensor dk, Tensor dv) -> Tensor",
     silu_split_backward,
     lambda x, *_: x.new_empty(x.shape),
 )
-operators.define(
+_OPERATORS.define(
     "norm_gate(Tensor x, Tensor gate, Tensor weight, float eps, str tp_group) -> (Tensor, Tensor)",
     norm_gate,
     _fake_norm,
 )
-operators.define(
+_OPERATORS.define(
     "norm_gate_backward(Tensor dy, Tensor x, Tensor gate, Tensor weight, Tensor rstd, str tp_group)"
     " -> (Tensor, Tensor, Tensor)",
     norm_gate_backward,
     _fake_norm_backward,
 )
-operators.differentiate("silu_split", _split_gradients, _save_split)
-operators.differentiate("norm_gate", _norm_gradients, _save_norm)
-operators.refuse_second_derivative("silu_split_backward", "impl='eager'")
-operators.refuse_second_derivative("norm_gate_backward", "impl='eager'")
+_SPLIT, _NORM = (
+    Reference(f"lasp.layers.{name} with impl='triton'", "impl='eager'")
+    for name in ("silu_split", "norm_gate")
+)
+_OPERATORS.differentiate("silu_split", _split_gradients, _save_split, _SPLIT)
+_OPERATORS.differentiate("norm_gate", _norm_gradients, _save_norm, _NORM)
+_OPERATORS.refuse_second_derivatives("silu_split_backward", _SPLIT)
+_OPERATORS.refuse_second_derivatives("norm_gate_backward", _NORM)

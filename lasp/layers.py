@@ -9,7 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from lasp._core.derivatives import Reference, refuse_forward_mode
 from lasp.validation import Impl, check_impl, require_triton, state_dtype
+
+_NORM_OVER_RANKS = Reference("lasp.layers.norm_gate over a tp_group", "tp_group=None")
 
 
 def silu_split(
@@ -122,6 +125,7 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     Communication: one all-reduce of ``x``, forward and backward.
     """
+    refuse_forward_mode(_NORM_OVER_RANKS, x)
     total: Tensor = _SumOverRanks.apply(x, group)  # type: ignore[no-untyped-call]
     return total
 

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Literal, SupportsIndex, get_args
 import torch
 from torch import Tensor
 
+from lasp._core.host_constants import to_device
 from lasp.fold import WorkIndex, fold_runs
 from lasp.runs import Fragment, Run, RunLink, contiguous_runs, cut_at_borders, zigzag_runs
 
@@ -271,10 +272,9 @@ class SequenceLayout:
         return {}
 
     def _cached(self, name: str, rank: int, device: torch.device | str, build: Any) -> Tensor:
-        key = (name, rank, torch.device(device))
-        if key not in self._tensors:
+        if (key := (name, rank, torch.device(device))) not in self._tensors:
             with torch.inference_mode(False):  # remembered, and used in training too
-                self._tensors[key] = build().to(device)
+                self._tensors[key] = to_device(build(), key[2], wait=True)
         return self._tensors[key]
 
     def _check_rank(self, rank: int) -> None:

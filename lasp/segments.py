@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp._core.host_constants import to_device
 from lasp.flow import Flow, Piece, flow_of
 from lasp.layout import SequenceLayout
-from lasp.transfer import to_device
 
 FAR = 2**30  # tokens: a head that does not decay
 

@@ -21,7 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.derivatives import Reference, refuse_forward_mode
 from moe_parallel.mesh import ExpertMesh
+
+_REFERENCE = Reference("moe_parallel.exchange", "moe_parallel.reference.reference_moe")
 
 
 class Splits(NamedTuple):
@@ -218,6 +221,7 @@ def add_terms(terms: Tensor, into: Tensor | None = None) -> Tensor:
 def _all_to_all(rows_AM: Tensor, splits: Splits, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return rows_AM
+    refuse_forward_mode(_REFERENCE, rows_AM)
     received: Tensor = _AllToAll.apply(rows_AM, splits, group)  # type: ignore[no-untyped-call]
     return received
 

@@ -9,7 +9,12 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from moe_parallel.derivatives import anchor, refuse_second_derivatives
+from lasp._core.derivatives import (
+    Reference,
+    anchor,
+    refuse_forward_mode,
+    refuse_second_derivatives,
+)
 from moe_parallel.gemm import (
     GROUPED_ALIGNMENT_BYTES,
     LOOP_ROWS,
@@ -22,6 +27,8 @@ from moe_parallel.gemm import (
 from moe_parallel.impl import ChosenImpl, Impl, chosen_impl
 from moe_parallel.overlap import Pipeline, local_pipeline
 from moe_parallel.swiglu import swiglu, swiglu_backward
+
+_REFERENCE = Reference("ExpertParallelMoE's experts", "moe_parallel.reference.reference_moe")
 
 
 class ShardedDims(NamedTuple):
@@ -195,6 +202,7 @@ class Experts(nn.Module):
         Communication: of :meth:`moe_parallel.overlap.Pipeline.run`, in the backward again. The host
         waits for nothing but the counts; ``grouped`` queues small copies to the device.
         """
+        refuse_forward_mode(_REFERENCE, rows_AM, self.w13, self.w2)
         how = (self.chosen_gemm(num_rows), chosen_impl(self.impl, rows_AM.device, rows_AM.dtype))
         results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
             rows_AM, self.w13, self.w2, anchor(rows_AM), pipeline, *how
@@ -230,7 +238,7 @@ class _OverRanks(torch.autograd.Function):
         return results
 
     @staticmethod
-    @refuse_second_derivatives
+    @refuse_second_derivatives(_REFERENCE)
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
         _, w13, w2, *kept = ctx.saved_tensors
         pipeline, gemm, impl = ctx.arguments

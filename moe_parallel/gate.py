@@ -23,7 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_parallel.derivatives import refuse_second_derivatives
+from lasp._core.derivatives import Reference, refuse_forward_mode, refuse_second_derivatives
+
+_REFERENCE = Reference(
+    "ExpertParallelMoE's gate in bfloat16 parts", "moe_parallel.gate.wide_product"
+)
 
 
 def gate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,6 +65,7 @@ def split_logits(x_TM: Tensor, gate_EM: Tensor) -> Tensor:
     Gradients: to x, rounded once to bfloat16, and to the gate. Differentiating them again raises
     RuntimeError. Kept for the backward: the arguments.
     """
+    refuse_forward_mode(_REFERENCE, x_TM, gate_EM)
     logits_TE: Tensor = _SplitGate.apply(x_TM, gate_EM)  # type: ignore[no-untyped-call]
     return logits_TE
 
@@ -74,7 +79,7 @@ class _SplitGate(torch.autograd.Function):
         return summed(logits.chunk(len(parts), dim=1))
 
     @staticmethod
-    @refuse_second_derivatives
+    @refuse_second_derivatives(_REFERENCE)
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
         x_TM, gate_EM = ctx.saved_tensors
         grad_parts = bfloat16_parts(grad_TE)

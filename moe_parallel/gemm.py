@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_parallel.order import on_device
+from lasp._core.host_constants import to_device
 from moe_parallel.streams import at_other_stream
 
 Gemm = Literal["auto", "loop", "grouped"]
@@ -99,10 +99,8 @@ def _ends_of(counts: Sequence[int], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _ends(counts: tuple[int, ...], device: torch.device, other: bool) -> Tensor:
-    # Kept: all products of a call share it, and a CUDA graph must not copy it, since the host's
-    # memory that it would read at each replay is another's by then. The call before the capture,
-    # which graphs need anyway, makes it.
+    # Kept: all products of a call share it, and a CUDA graph must find it there.
     with torch.inference_mode(False):
-        return on_device(
+        return to_device(
             torch.tensor([*accumulate(counts)], dtype=torch.int32, device="cpu"), device
         )

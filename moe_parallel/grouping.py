@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lasp._core.host_constants import to_device
 from moe_parallel.mesh import ExpertMesh
-from moe_parallel.order import on_device
 
 # What a group should send at least by NCCL, on average: with two thread blocks 8 groups of 96 MiB
 # were faster than 16 of 48; without a limit they were the same.
@@ -86,5 +86,5 @@ class DispatchOrder:
         if key not in self._places:
             places = dispatch_places(self._num_experts, self._ep_size, groups)
             with torch.inference_mode(False):  # remembered, and used in training too
-                self._places[key] = on_device(torch.tensor(places, device="cpu"), device)
+                self._places[key] = to_device(torch.tensor(places, device="cpu"), device)
         return self._places[key]

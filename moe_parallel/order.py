@@ -32,6 +32,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.host_constants import to_device
+
 
 class TokenSegment(NamedTuple):
     """Consecutive tokens of the global order on one rank.
@@ -238,7 +240,7 @@ class TokenOrder:
         key = (name, rank, device)
         if key not in self._tensors:
             with torch.inference_mode(False):  # remembered, and used in training too
-                self._tensors[key] = on_device(build(), device)
+                self._tensors[key] = to_device(build(), device)
         return self._tensors[key]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -247,13 +249,6 @@ class TokenOrder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-
-
-def on_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device; on a GPU queued behind what it has to do: the host does not wait."""
-    if device.type == "cuda":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)
 
 
 def to_host(x: Tensor) -> Callable[[], Tensor]:

@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasp._core.derivatives import Reference, refuse_forward_mode, refuse_second_derivatives
 from moe_parallel.counting import Tally, at_assignments, rows_before
-from moe_parallel.derivatives import refuse_second_derivatives
 from moe_parallel.gate import gate_dtype
 from moe_parallel.impl import ChosenImpl
 from moe_parallel.peer_memory import PeerRows
+
+_REFERENCE = Reference("ExpertParallelMoE's rows of tokens", "moe_parallel.reference.reference_moe")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def permute(x_TM: Tensor, order: RowOrder, impl: ChosenImpl = "eager") -> Tensor
 
     Gradients: a token's is the sum of its rows' in slot order, in float32 or wider.
     """
+    refuse_forward_mode(_REFERENCE, x_TM)
     rows: Tensor = _Permute.apply(x_TM, order, impl)  # type: ignore[no-untyped-call]
     return rows
 
@@ -119,6 +122,7 @@ def unpermute(
     Gradients: to rows, with ``impl="triton"`` in the memory of ``order.peers``, and to weights; a
     dropped assignment's weight gets zero.
     """
+    refuse_forward_mode(_REFERENCE, rows_AM, weights_Tk)
     tokens: Tensor = _Unpermute.apply(rows_AM, weights_Tk, order, impl)  # type: ignore[no-untyped-call]
     return tokens
 
@@ -160,7 +164,7 @@ class _Permute(torch.autograd.Function):
         return _token_rows(x_TM, order, order.row.shape[1], rows_AM)
 
     @staticmethod
-    @refuse_second_derivatives
+    @refuse_second_derivatives(_REFERENCE)
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
         (row_Tk,) = ctx.saved_tensors
         if ctx.impl == "triton":
@@ -197,7 +201,7 @@ class _Unpermute(torch.autograd.Function):
         return output_TM.to(rows_AM.dtype)
 
     @staticmethod
-    @refuse_second_derivatives
+    @refuse_second_derivatives(_REFERENCE)
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
         rows_AM, weights_Tk = ctx.saved_tensors
         order, row_Tk = ctx.order, ctx.order.row

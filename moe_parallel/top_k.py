@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lasp._core.derivatives import Reference, refuse_forward_mode, refuse_second_derivatives
 from moe_parallel.counting import Tally
-from moe_parallel.derivatives import refuse_second_derivatives
 from moe_parallel.gate import gate_logits, parts_product, summed, takes_parts, wide_product
 from moe_parallel.impl import ChosenImpl
+
+_REFERENCE = Reference("ExpertParallelMoE's router with impl='triton'", "impl='eager'")
 
 
 class Choice(NamedTuple):
@@ -42,6 +44,7 @@ def choose(x_TM: Tensor, gate_EM: Tensor, top_k: int, impl: ChosenImpl = "eager"
     again raises RuntimeError, and the arguments are kept for the backward beside the results.
     """
     if impl == "triton":
+        refuse_forward_mode(_REFERENCE, x_TM, gate_EM)
         logits, experts, weights, *tally = _Choose.apply(x_TM, gate_EM, top_k)  # type: ignore[no-untyped-call]
         return Choice(logits, experts, weights, Tally(*tally))
     logits = gate_logits(x_TM, gate_EM)
@@ -69,7 +72,7 @@ class _Choose(torch.autograd.Function):
         return logits, experts, weights, *tally
 
     @staticmethod
-    @refuse_second_derivatives
+    @refuse_second_derivatives(_REFERENCE)
     def backward(
         ctx: Any, dlogits: Tensor | None, _: None, dweights: Tensor | None, *__: None
     ) -> tuple[Tensor | None, ...]:

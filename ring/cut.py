@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp._core.host_constants import to_device
 from ring.interface import QKV, Block, Segments, wide_like
 from ring.merge import Accumulator, Partial
 from ring.stages import bucket
@@ -249,6 +250,4 @@ def _stretches(local: Local, segments: Segments) -> Iterator[tuple[slice, Segmen
 def _cu_seqlens(borders: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # remembered, and used in training too
         cu_seqlens = torch.tensor(borders, dtype=torch.int32, device="cpu")
-        if device.type == "cuda":
-            return cu_seqlens.pin_memory().to(device, non_blocking=True)
-        return cu_seqlens.to(device)
+        return to_device(cu_seqlens, device)

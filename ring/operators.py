@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
+from lasp._core.derivatives import Reference
+from lasp._core.operators import Operators
 from lasp.layout import Order, SequenceLayout
 from ring import passes
 from ring.block import resolve_block
@@ -25,17 +27,15 @@ from ring.validation import locate
 # Of the group the name; of one rank, without a group, no name.
 _WHERE = "Tensor lengths, int num_ranks, str order, str group"
 _SETTINGS = f"{_WHERE}, bool causal, float scale, str block, bool keep_kv"
-_LIBRARY = torch.library.Library("ring", "FRAGMENT")
-_LIBRARY.define(
+_SCHEMA = (
     f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS})"
     " -> (Tensor output, Tensor lse, Tensor kept)"
 )
-_LIBRARY.define(
+_BACKWARD_SCHEMA = (
     "attention_backward(Tensor doutput, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse,"
     f" Tensor kept, {_SETTINGS}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
-
-_LIBRARY.define(f"positions(Tensor hidden, {_WHERE}) -> Tensor")
+_REFERENCE = Reference("ring_attention", "ring.reference.dense_attention")
 
 
 def attend(
@@ -161,10 +161,6 @@ def _gradients(ctx: Any, doutput: Tensor | None, *_: object) -> tuple[Tensor | N
     return *gradients, *(None,) * 8
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("gradients of ring attention cannot be differentiated again")
-
-
 def _fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     # How much is received depends on the documents: 2 R rows.
@@ -182,15 +178,13 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
-_LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("ring::attention", _fake, lib=_LIBRARY)
-torch.library.register_fake("ring::attention_backward", _fake_backward, lib=_LIBRARY)
-_LIBRARY.impl("positions", _positions, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "ring::positions",
+_OPERATORS = Operators("ring")
+_OPERATORS.define(_SCHEMA, _attention, _fake)
+_OPERATORS.define(_BACKWARD_SCHEMA, _attention_backward, _fake_backward)
+_OPERATORS.define(
+    f"positions(Tensor hidden, {_WHERE}) -> Tensor",
+    _positions,
     lambda hidden, *_: hidden.new_empty(hidden.shape[-2], dtype=torch.int64),
-    lib=_LIBRARY,
 )
-torch.library.register_autograd("ring::attention", _gradients, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd("ring::attention_backward", _no_second_derivative, lib=_LIBRARY)
+_OPERATORS.differentiate("attention", _gradients, _save, _REFERENCE)
+_OPERATORS.refuse_second_derivatives("attention_backward", _REFERENCE)

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.host_constants import to_device
 from lasp.exchange.choice import Choice
 from lasp.exchange.failure import naming
 from lasp.exchange.hosts import start_two_level
 from lasp.exchange.strategies import STRATEGIES
 from lasp.exchange.task import Finish, HostGroups, Task, Transitions
 from lasp.flow import Flow
-from lasp.transfer import to_device
 
 Wait = Callable[[], Tensor]
 # The one hop is one collective, which runs behind the caller's back anyway; the chain of LASP is to

@@ -1,4 +1,4 @@
-"""The way of small tensors from the host to a device."""
+"""Small tensors that are made on the host, remembered, and used on a device."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def to_device(x: Tensor, device: torch.device, *, wait: bool = False) -> Tensor:
         return x.to(device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "what is copied to the GPU at the first call with a layout, rates and shapes must be"
-            f" there before a CUDA graph is captured, got a {x.dtype} tensor of shape"
+            "what a call copies to the GPU when it first meets a layout, counts, rates or shapes"
+            f" must be there before a CUDA graph is captured, got a {x.dtype} tensor of shape"
             f" {tuple(x.shape)} to copy during capture: make the same call, forward and backward,"
             " once before capturing"
         )

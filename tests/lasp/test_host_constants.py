@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import lasp
+from lasp._core.host_constants import to_device
 from lasp.call import _decay
 from lasp.decay import rates_by_value
 from lasp.exchange.start import _index
 from lasp.layout import SequenceLayout
 from lasp.segments import parts_of, plan_of
-from lasp.transfer import to_device
+from moe_parallel import TokenOrder, gemm
+from moe_parallel.grouping import DispatchOrder
+from ring import cut
 
 GPU = torch.device("cuda", 0)
+ORDER = TokenOrder(segments=(((0, 2, 3), (5, 0, 1)),), rows_per_rank=(5,))
 CALLS: dict[str, Callable[[], Any]] = {
     "segments": lambda: plan_of(
         SequenceLayout((3,), 1), 0, GPU, reverse=False, given=False, result=False, length=64
@@ -24,6 +30,14 @@ CALLS: dict[str, Callable[[], Any]] = {
     "transitions": lambda: _decay((0.125,), 3, 0.0, torch.float32, GPU),
     "heads": lambda: _index((0, 2), GPU),
     "rates": lambda: rates_by_value((0.0625,), GPU, torch.float32),
+    "cu_seqlens of a layout": lambda: SequenceLayout((3,), 1).cu_seqlens(0, GPU),
+    "positions of a layout": lambda: SequenceLayout((3,), 1).position_ids(0, GPU),
+    "cu_seqlens of a stretch": lambda: cut._cu_seqlens((0, 4), GPU),
+    "segments of a rank's tokens": lambda: ORDER.segment_bounds(0, GPU),
+    "segments by position": lambda: ORDER.segments_by_position(GPU),
+    "tokens by position": lambda: ORDER.tokens_by_position(GPU),
+    "ends of a grouped product": lambda: gemm._ends((1, 2), GPU, False),
+    "places of experts": lambda: DispatchOrder(4, 2).places((range(1), range(1, 2)), GPU),
 }
 
 
@@ -32,6 +46,13 @@ def test_first_use_inside_a_capture_is_refused(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="once before capturing"):
         CALLS[name]()
+
+
+def test_there_is_no_other_way_to_a_device() -> None:
+    root = Path(lasp.__file__).parents[1]
+    sources = [p for name in ("lasp", "ring", "moe_parallel") for p in (root / name).rglob("*.py")]
+    pinning = [p for p in sources if ".pin_memory()" in p.read_text()]
+    assert [p.name for p in pinning] == ["host_constants.py"]
 
 
 def test_the_cpu_takes_it_as_it_is() -> None:

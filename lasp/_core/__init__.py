@@ -1,0 +1,1 @@
+"""What ``lasp``, ``ring`` and ``moe_parallel`` share. It imports nothing but torch."""

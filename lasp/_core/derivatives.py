@@ -1,0 +1,96 @@
+"""Derivatives that an operator does not have: each is an error, none is left out without a word.
+
+Every operator has a backward that runs once. ``torch.autograd.function.once_differentiable`` does
+not say so: where the gradients that come in need none themselves it ends the graph without a word,
+and else it raises only if ``backward`` is called; ``autograd.grad`` of a gradient, as in a penalty
+on it, leaves its part out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+class Reference(NamedTuple):
+    """Where an operator's missing derivatives are.
+
+    Attributes:
+        operator: as users know it.
+        instead: computes the same and has derivatives of every order and mode.
+    """
+
+    operator: str
+    instead: str
+
+
+def refuse_forward_mode(reference: Reference, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError if a tensor has a tangent, as in ``torch.func.jvp`` and dual tensors.
+
+    Kernels and collectives would drop it, and the derivative would be zero. Where no forward-mode
+    AD is going on this looks at one number.
+    """
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            f"{reference.operator} has no forward-mode derivative, got a tensor with a tangent: use"
+            f" {reference.instead}, or reverse mode"
+        )
+
+
+def second_derivative_error(reference: Reference) -> RuntimeError:
+    """What the backward of a backward raises."""
+    return RuntimeError(
+        f"gradients of {reference.operator} cannot be differentiated again: use {reference.instead}"
+    )
+
+
+def refuse_second_derivatives(reference: Reference) -> Callable[[Backward], Backward]:
+    """A static ``backward`` whose results raise RuntimeError when they are differentiated.
+
+    They hang on the gradients that come in and on all that the forward has saved: save what the
+    gradients depend on, or an :func:`anchor` of it.
+    """
+
+    def decorate(backward: Backward) -> Backward:
+        @wraps(backward)
+        def once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return results
+            sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
+            if not sources:
+                return results
+            return tuple(
+                x if x is None else _Refusal.apply(reference, x, *sources)  # type: ignore[no-untyped-call]
+                for x in results
+            )
+
+        return once
+
+    return decorate
+
+
+def anchor(x: Tensor) -> Tensor:
+    """Nothing of ``x`` but its place in the graph, without holding its memory."""
+    return x[:0].clone()
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, reference: Reference, gradient: Tensor, *sources: Tensor) -> Tensor:
+        ctx.reference = reference
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raise second_derivative_error(ctx.reference)

@@ -50,7 +50,7 @@ class Piece(NamedTuple):
     """One fragment of this rank.
 
     Attributes:
-        document: index into the given states and the results; None for the tail padding.
+        document: index into the given states and the results; None for padding.
         length: tokens of the fragment.
         offset: where the fragment starts among the rank's tokens.
         run: index of the run among the rank's runs.
@@ -134,13 +134,15 @@ def _hops(layout: SequenceLayout, reverse: bool) -> tuple[Hop, ...]:
 
 
 def _pieces(layout: SequenceLayout, rank: int, reverse: bool) -> tuple[Piece, ...]:
-    lengths = (*layout.document_lengths, layout.num_padding_tokens)
     pieces = []
     for fragment in layout.fragments(rank):
-        before, after = fragment.start > 0, fragment.stop < lengths[fragment.document]
+        document = fragment.document if fragment.document < layout.num_documents else None
+        before, after = False, False  # no state flows through padding
+        if document is not None:
+            before, after = fragment.start > 0, fragment.stop < layout.document_lengths[document]
         pieces.append(
             Piece(
-                document=fragment.document if fragment.document < layout.num_documents else None,
+                document=document,
                 length=fragment.stop - fragment.start,
                 offset=fragment.offset,
                 run=fragment.run,

@@ -6,7 +6,6 @@ to it, and a graph is good for every pack.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -114,17 +113,13 @@ def _call(
     resolved = [_resolve_process_group(name) for name in groups]  # type: ignore[arg-type]
     return checked_call(
         q, v, rates, initial_state,
-        _layout(tuple(lengths.tolist()), num_ranks, order),
+        SequenceLayout.from_lengths_tensor(lengths, num_ranks, order),
         resolved[0] if resolved else None,
         scale=scale,
         exchange=HostGroups(*resolved[1:]) if len(resolved) == 3 else exchange,
         output_final_state=output_final_state,
         state_eps=state_eps,
     )  # fmt: skip
-
-
-# A few batches in flight: what is derived from a layout is cached on the object.
-_layout = lru_cache(maxsize=64)(SequenceLayout)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -152,7 +147,7 @@ def _fake(
     q: Tensor, k: Tensor, v: Tensor, rates: Tensor, initial_state: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lengths, with_final_state = settings[0], settings[6]
-    rows = q.shape[0] if q.dim() == 4 else lengths.shape[0]
+    rows = q.shape[0] if q.dim() == 4 else lengths.shape[-1]
     final_state = v.new_empty(
         (rows, q.shape[-2], q.shape[-1], v.shape[-1]) if with_final_state else 0,
         dtype=torch.float32,

@@ -1,10 +1,10 @@
 """Which tokens of which documents each context-parallel rank holds: a property of the batch.
 
 Vocabulary (docs/notation.md):
-    pack      documents laid end to end, padded once at the tail to S tokens
+    pack      documents laid end to end, each followed by its padding if any, S tokens
     run       a maximal interval of the pack that one rank holds contiguously
-    fragment  a run cut at document borders
-    order     how runs are chosen: contiguous, zigzag or fold
+    fragment  a run cut at the borders of documents and of padding
+    order     how runs are chosen: contiguous, zigzag, fold or document_zigzag
 
 Example: two documents of 5 and 3 tokens over 2 ranks, zigzag (4 pieces of 2 tokens, rank r holds
 pieces r and 2P - 1 - r)::
@@ -13,31 +13,49 @@ pieces r and 2P - 1 - r)::
     rank      0 0 1 1 1   1 0 0
     rank 0    runs (0, 2) (6, 8)       fragments: document 0 tokens 0:2, document 1 tokens 1:3
     rank 1    run  (2, 6)              fragments: document 0 tokens 2:5, document 1 tokens 0:1
+
+The same documents as document_zigzag: each is padded to a multiple of 4 and cut into 4 pieces::
+
+    pack      0 1 2 3 4 . . . | 0 1 2 .    a dot is padding
+    rank      0 0 1 1 1 1 0 0   0 1 1 0
+    rank 0    runs (0, 2) (6, 9) (11, 12)  document 0 0:2, 2 dots, document 1 0:1, 1 dot
+    rank 1    runs (2, 6) (9, 11)          document 0 2:5, 1 dot, document 1 1:3
+
+Padding is never part of a document: no state flows through it, no document's token attends to it,
+no initial or final state belongs to it. Operators compute its rows, which mean nothing; a loss and
+the experts leave them out.
 """
 
 from __future__ import annotations
 
-import operator
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, pairwise
-from typing import Any, ClassVar, Literal, SupportsIndex, get_args
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lasp._core.host_constants import to_device
 from lasp.fold import WorkIndex, fold_runs
-from lasp.runs import Fragment, Run, RunLink, contiguous_runs, cut_at_borders, zigzag_runs
+from lasp.pack import Order, PackDefinition
+from lasp.runs import (
+    Fragment,
+    RealTokens,
+    Run,
+    RunLink,
+    contiguous_runs,
+    cut_at_borders,
+    link_runs,
+    real_tokens,
+    zigzag_runs,
+)
 
-__all__ = ["Fragment", "Order", "Run", "RunLink", "SequenceLayout"]
-Order = Literal["contiguous", "zigzag", "fold"]
+__all__ = ["Fragment", "Order", "RealTokens", "Run", "RunLink", "SequenceLayout"]
 
 
 @dataclass(frozen=True)
-class SequenceLayout:
+class SequenceLayout(PackDefinition):
     """Assignment of a packed batch to context-parallel ranks; equal on every rank.
 
     Pure host data computed from the lengths alone, without communication. Build it once per batch
@@ -48,101 +66,32 @@ class SequenceLayout:
         document_lengths: tokens of each document, in pack order; zero is allowed.
         num_ranks: P, the size of the context-parallel group.
         order: ``contiguous`` (one run a rank), ``zigzag`` (pieces r and 2P - 1 - r: balanced for
-            one document, Megatron's causal order) or ``fold`` (balanced for any pack).
+            one document, Megatron's causal order), ``fold`` (balanced for any pack) or
+            ``document_zigzag`` (zigzag in every document, each padded to a multiple of 2P: as
+            Megatron's and TransformerEngine's packs are cut; for data that comes so).
+        padded_lengths: tokens of each document and the padding that follows it, where documents of
+            the pack are padded, in any order; the padding at the tail belongs to the last. In
+            ``document_zigzag`` multiples of 2P (of 1 if P is 1), and if not given the least ones.
+            None where no document is padded.
 
     Raises:
         ValueError: naming the argument, if a length is negative, all are zero, ``num_ranks`` is
-            below 1 or the order is unknown.
+            below 1, the order is unknown or a document does not fit its padded length.
 
     Attributes:
-        lengths_tensor: the lengths ``[N]``, int64, on the CPU: for compiled graphs data, not code.
+        lengths_tensor: the lengths ``[N]``, or ``[2, N]`` with the padded lengths, int64, on the
+            CPU: for compiled graphs data, not code. See :meth:`from_lengths_tensor`.
     """
 
-    lengths_tensor: ClassVar[Tensor]  # each layout has its own; no field, so not compared
-
-    document_lengths: tuple[int, ...]
-    num_ranks: int
-    order: Order = "contiguous"
-
-    def __post_init__(self) -> None:
-        lengths = _integers("document_lengths", self.document_lengths)
-        object.__setattr__(self, "document_lengths", lengths)
-        object.__setattr__(self, "num_ranks", _integers("num_ranks", [self.num_ranks])[0])
-        if any(length < 0 for length in lengths):
-            raise ValueError(
-                f"document_lengths must be >= 0, got {min(lengths)}: give one length per document,"
-                " not cumulative lengths (see SequenceLayout.from_cu_seqlens)"
-            )
-        if sum(lengths) == 0:
-            raise ValueError(
-                f"document_lengths must hold at least one token, got {len(lengths)} documents of"
-                " zero tokens in all: drop empty batches before building a layout"
-            )
-        if self.num_ranks < 1:
-            raise ValueError(
-                f"num_ranks must be >= 1, got {self.num_ranks}: use cp_group.size(), or 1 locally"
-            )
-        if self.order not in get_args(Order):
-            raise ValueError(f"order must be one of {get_args(Order)}, got {self.order!r}")
-        self._make_lengths_tensor()
-
-    def _make_lengths_tensor(self) -> None:
-        with torch.inference_mode(False):  # a layout made in inference mode may be trained with
-            tensor = torch.tensor(self.document_lengths, dtype=torch.int64, device="cpu")
-        object.__setattr__(self, "lengths_tensor", tensor)
-
     @classmethod
-    def from_cu_seqlens(
-        cls, cu_seqlens: Sequence[int] | Tensor, num_ranks: int, order: Order = "contiguous"
-    ) -> SequenceLayout:
-        """Layout of a pack given as cumulative lengths (0 first, never falling).
+    def from_lengths_tensor(cls, lengths: Tensor, num_ranks: int, order: Order) -> SequenceLayout:
+        """The layout with this ``lengths_tensor``; the last ones are kept, with what they cached.
 
-        A CUDA tensor is copied to the host, once: build the layout in the data loader if you can.
+        How compiled graphs carry a layout: the lengths are data, so a graph is good for every pack.
         """
-        if isinstance(cu_seqlens, Tensor):
-            cu_seqlens = cu_seqlens.tolist()
-        borders = _integers("cu_seqlens", cu_seqlens)
-        lengths = [b - a for a, b in pairwise(borders)]
-        if not borders or borders[0] != 0 or any(length < 0 for length in lengths):
-            raise ValueError(
-                f"cu_seqlens must start at 0 and never fall, got {borders[:8]}...: pass cumulative"
-                " document lengths, shape [N + 1]"
-            )
-        return cls(tuple(lengths), num_ranks, order)
-
-    # ---- sizes -------------------------------------------------------------------------------
-
-    @property
-    def num_documents(self) -> int:
-        """N, the padding not counted."""
-        return len(self.document_lengths)
-
-    @cached_property
-    def num_real_tokens(self) -> int:
-        """Tokens of the documents, without padding."""
-        return sum(self.document_lengths)
-
-    @cached_property
-    def num_tokens(self) -> int:
-        """S: tokens of the padded pack, a multiple of P (2P for zigzag)."""
-        multiple = self.num_ranks * (2 if self.order == "zigzag" and self.num_ranks > 1 else 1)
-        return -(-self.num_real_tokens // multiple) * multiple
-
-    @property
-    def num_padding_tokens(self) -> int:
-        """Tokens of the padding document at the tail of the pack."""
-        return self.num_tokens - self.num_real_tokens
-
-    @property
-    def num_local_tokens(self) -> int:
-        """T = S / P, the same on every rank."""
-        return self.num_tokens // self.num_ranks
-
-    @cached_property
-    def borders(self) -> tuple[int, ...]:
-        """Cumulative document lengths, 0 first; the last document is the padding, if any."""
-        lengths = self.document_lengths + (self.num_padding_tokens,) * (self.num_padding_tokens > 0)
-        return tuple(accumulate(lengths, initial=0))
+        rows = lengths.tolist()
+        documents, padded = rows if lengths.dim() == 2 else (rows, None)
+        return _remembered(tuple(documents), num_ranks, order, padded and tuple(padded))
 
     # ---- who holds what ----------------------------------------------------------------------
 
@@ -151,7 +100,9 @@ class SequenceLayout:
         if self.order == "fold":
             plan = fold_runs(self.borders, self.num_ranks)
         elif self.order == "zigzag":
-            plan = zigzag_runs(self.num_tokens, self.num_ranks)
+            plan = zigzag_runs((0, self.num_tokens), self.num_ranks)
+        elif self.order == "document_zigzag":
+            plan = zigzag_runs((*self.document_starts, self.num_tokens), self.num_ranks)
         else:
             plan = contiguous_runs(self.num_tokens, self.num_ranks)
         return tuple(tuple(Run(*run) for run in runs) for runs in plan)
@@ -163,25 +114,21 @@ class SequenceLayout:
 
     @cached_property
     def _fragments(self) -> tuple[tuple[Fragment, ...], ...]:
-        return tuple(tuple(cut_at_borders(runs, self.borders)) for runs in self._runs)
+        return tuple(tuple(cut_at_borders(runs, self._sections)) for runs in self._runs)
 
     def fragments(self, rank: int) -> tuple[Fragment, ...]:
         """Fragments of ``rank`` in the order of its tokens; never empty ones."""
         self._check_rank(rank)
         return self._fragments[rank]
 
+    def real_tokens(self, rank: int) -> tuple[RealTokens, ...]:
+        """Tokens of ``rank`` that are no padding, as few stretches as can be."""
+        return tuple(real_tokens(self.fragments(rank), self.document_lengths))
+
     @cached_property
     def run_links(self) -> tuple[RunLink, ...]:
         """All runs of all ranks in pack order: predecessor of ``run_links[j]`` is ``[j - 1]``."""
-        starts = sorted({a for a, b in pairwise(self.borders) if b > a})
-        links: list[RunLink] = []
-        for rank, runs in enumerate(self._runs):
-            for index, (start, stop) in enumerate(runs):
-                after = bisect_right(starts, start)  # document starts at or before the first token
-                continues = starts[after - 1] != start
-                passes = continues and (after == len(starts) or starts[after] >= stop)
-                links.append(RunLink(rank, index, start, stop, continues, passes))
-        return tuple(sorted(links, key=lambda link: link.start))
+        return tuple(link_runs(self._runs, self._sections))
 
     def work(self, rank: int) -> int:
         """Causal attention work of ``rank`` in (query, key) pairs, padding included."""
@@ -197,7 +144,7 @@ class SequenceLayout:
         """Tokens of ``rank`` out of the whole pack.
 
         Args:
-            x: ``[..., S, ...]``, with or without the padding tokens along ``dim``.
+            x: ``[..., S, ...]``, with or without all padding tokens along ``dim``.
             rank: rank within the context-parallel group.
             dim: the token dimension.
             pad_value: what the padding tokens hold when ``x`` comes unpadded.
@@ -207,21 +154,30 @@ class SequenceLayout:
 
         Gradients: flow to ``x``.
         """
-        if x.shape[dim] not in (self.num_real_tokens, self.num_tokens):
+        if x.shape[dim] == self.num_tokens:
+            pieces = [x.narrow(dim, start, stop - start) for start, stop in self.runs(rank)]
+        elif x.shape[dim] == self.num_real_tokens:
+            pieces = self._padded_pieces(x, rank, dim, pad_value)
+        else:
             raise ValueError(
                 f"x must have {self.num_real_tokens} tokens (or {self.num_tokens} with padding)"
                 f" along dim {dim}, got shape {tuple(x.shape)}: is this the layout of this batch?"
             )
-        pieces = []
-        for start, stop in self.runs(rank):
-            end = min(stop, x.shape[dim])
-            if end > start:
-                pieces.append(x.narrow(dim, start, end - start))
-            if stop > max(end, start):
-                shape = list(x.shape)
-                shape[dim] = stop - max(end, start)
-                pieces.append(x.new_full(shape, pad_value))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+    def _padded_pieces(self, x: Tensor, rank: int, dim: int, pad_value: float) -> list[Tensor]:
+        pieces, end, shape = [], 0, list(x.shape)
+        for position, offset, length in (
+            *self.real_tokens(rank),
+            RealTokens(0, self.num_local_tokens, 0),
+        ):
+            if offset > end:
+                shape[dim] = offset - end
+                pieces.append(x.new_full(shape, pad_value))
+            if length:
+                pieces.append(x.narrow(dim, position, length))
+            end = offset + length
+        return pieces
 
     def unshard(self, parts: Sequence[Tensor], *, dim: int = 0) -> Tensor:
         """The pack, without padding, out of every rank's tokens (inverse of :meth:`shard`).
@@ -241,13 +197,12 @@ class SequenceLayout:
                     f"parts[{rank}] must have {self.num_local_tokens} tokens along dim {dim},"
                     f" got shape {tuple(part.shape)}"
                 )
-        pieces: list[Tensor] = []
-        taken = [0] * self.num_ranks
-        for link in self.run_links:
-            length = link.stop - link.start
-            pieces.append(parts[link.rank].narrow(dim, taken[link.rank], length))
-            taken[link.rank] += length
-        return torch.cat(pieces, dim).narrow(dim, 0, self.num_real_tokens)
+        pieces = sorted(
+            (position, rank, offset, length)
+            for rank in range(self.num_ranks)
+            for position, offset, length in self.real_tokens(rank)
+        )
+        return torch.cat([parts[rank].narrow(dim, a, n) for _, rank, a, n in pieces], dim)
 
     def cu_seqlens(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
         """Cumulative fragment lengths of ``rank``: int32 ``[fragments + 1]``, cached per device."""
@@ -258,7 +213,10 @@ class SequenceLayout:
         )
 
     def position_ids(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
-        """Position of each token within its document: int64 ``[T]``, cached per device."""
+        """Position of each token within its document: int64 ``[T]``, cached per device.
+
+        Padding counts from its own start: no document's token sees it.
+        """
 
         def build() -> Tensor:
             return torch.cat([torch.arange(f.start, f.stop) for f in self.fragments(rank)])
@@ -284,17 +242,6 @@ class SequenceLayout:
                 " context-parallel group, not the global rank"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle the definition only; what is derived is rebuilt where it is needed."""
-        return {name: getattr(self, name) for name in ("document_lengths", "num_ranks", "order")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._make_lengths_tensor()
-
-
-def _integers(name: str, values: Iterable[SupportsIndex]) -> tuple[int, ...]:
-    try:
-        return tuple(operator.index(value) for value in values)
-    except TypeError:
-        raise ValueError(f"{name} must be integers, got {values!r}") from None
+# A few batches in flight: what is derived from a layout is cached on the object.
+_remembered = lru_cache(maxsize=64)(SequenceLayout)

@@ -6,7 +6,6 @@ results: documents are data to both, and a graph is good for every pack.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -125,14 +124,14 @@ def _call(
 ) -> tuple[passes.Call, bool]:
     """The call, checked: what a graph does not know is checked here, before any communication."""
     cp_group = _group(group)
-    layout = _layout(tuple(lengths.tolist()), num_ranks, order)
+    layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
     rank = locate("q", q, -3, layout, cp_group)
     kernel = resolve_block(block, q.device, q.dtype, q.shape[-1])
     return passes.Call(plan_ring(layout, rank, causal), cp_group, kernel, scale), keep_kv
 
 
 def _positions(hidden: Tensor, lengths: Tensor, num_ranks: int, order: Order, group: str) -> Tensor:
-    layout = _layout(tuple(lengths.tolist()), num_ranks, order)
+    layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
     rank = locate("hidden", hidden, -2, layout, _group(group))
     # A copy: compiled code may write over the results of operators that it no longer needs.
     return layout.position_ids(rank, hidden.device).clone()
@@ -140,10 +139,6 @@ def _positions(hidden: Tensor, lengths: Tensor, num_ranks: int, order: Order, gr
 
 def _group(name: str) -> dist.ProcessGroup | None:
     return _resolve_process_group(name) if name else None  # type: ignore[arg-type]
-
-
-# A few batches in flight: what is derived from a layout is cached on the object.
-_layout = lru_cache(maxsize=64)(SequenceLayout)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -158,7 +158,7 @@ def plan_ring(
 ) -> RingSchedule:
     """Schedule of ``rank``; the last 32 are kept, so that all layers of a batch share one.
 
-    Tail padding attends to the padding of its own fragment only: its rows are finite, they mean
+    Padding attends to the padding of its own fragment only: its rows are finite, they mean
     nothing, and nothing of them moves.
 
     Args:
@@ -187,7 +187,8 @@ def _rectangles(layout: SequenceLayout, rank: int, causal: bool) -> list[Rectang
     for fragment in layout.fragments(rank):
         if fragment.document == layout.num_documents:
             continue
-        start, stop = layout.borders[fragment.document : fragment.document + 2]
+        start = layout.document_starts[fragment.document]
+        stop = start + layout.document_lengths[fragment.document]
         before = Interval(start, start + fragment.start)
         after = Interval(start + fragment.stop, stop)
         keys = [side for side in ((before,) if causal else (before, after)) if side.tokens]

@@ -258,13 +258,13 @@ def traffic_of(layout: SequenceLayout, causal: bool, rule: StageRule) -> Traffic
 
 
 def _cut_documents(layout: SequenceLayout) -> list[Piece]:
-    """Fragments of documents that have several; tail padding attends to its own fragment only."""
+    """Fragments of documents that have several; padding attends to its own fragment only."""
     pieces: list[Piece] = []
     counts: dict[int, int] = {}
     for rank in range(layout.num_ranks):
         for fragment in layout.fragments(rank):
             if fragment.document < layout.num_documents:
-                base = layout.borders[fragment.document]
+                base = layout.document_starts[fragment.document]
                 where = (base + fragment.start, base + fragment.stop)
                 pieces.append(Piece(rank, *where, fragment.document))
                 counts[fragment.document] = counts.get(fragment.document, 0) + 1

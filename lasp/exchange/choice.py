@@ -75,14 +75,13 @@ def resolve_exchange(
         )
     if not 0 <= eps < 1:
         raise ValueError(f"state_eps must be in [0, 1), got {eps}: 0 keeps all")
-    definition = (layout.document_lengths, layout.num_ranks, layout.order)
-    return _resolved(name, definition, rates, eps, key_dim, value_dim)
+    return _resolved(name, layout.definition, rates, eps, key_dim, value_dim)
 
 
 @lru_cache(maxsize=1024)  # one entry a layer and batch; a layout itself would keep tensors alive
 def _resolved(
     name: str,
-    definition: tuple[tuple[int, ...], int, Order],
+    definition: tuple[tuple[int, ...], int, Order, tuple[int, ...] | None],
     rates: tuple[float, ...],
     eps: float,
     key_dim: int,

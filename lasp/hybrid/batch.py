@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from lasp.layout import Order, SequenceLayout
+from lasp.layout import Order, RealTokens, SequenceLayout
 from moe_parallel import TokenOrder, TokenSegment
 
 
@@ -23,7 +23,12 @@ class PackedBatch(NamedTuple):
 
 
 def pack_batch(
-    document_lengths: Sequence[Sequence[int]], *, dp_rank: int, num_ranks: int, order: Order
+    document_lengths: Sequence[Sequence[int]],
+    *,
+    dp_rank: int,
+    num_ranks: int,
+    order: Order,
+    padded_lengths: Sequence[Sequence[int]] | None = None,
 ) -> PackedBatch:
     """Layout of this replica's pack and the router's order over the packs of all replicas.
 
@@ -32,6 +37,8 @@ def pack_batch(
         dp_rank: this replica.
         num_ranks: size of the cp group.
         order: of every layout.
+        padded_lengths: likewise with the padding after each document, see
+            :class:`lasp.SequenceLayout`.
 
     The router sees the packs of replicas 0, 1, ... end to end, without padding, so that what it
     drops does not depend on the parallel sizes.
@@ -41,17 +48,53 @@ def pack_batch(
             f"dp_rank must be in [0, {len(document_lengths)}), the replicas that document_lengths"
             f" names, got {dp_rank}"
         )
-    layouts = [SequenceLayout(tuple(lengths), num_ranks, order) for lengths in document_lengths]
-    starts = accumulate((layout.num_real_tokens for layout in layouts), initial=0)
-    segments = []
-    for layout, start in zip(layouts, starts, strict=False):
-        for rank in range(num_ranks):
-            offset, of_rank = 0, []
-            for run in layout.runs(rank):
-                length = min(run.stop, layout.num_real_tokens) - run.start
-                if length > 0:
-                    of_rank.append(TokenSegment(start + run.start, offset, length))
-                offset += run.stop - run.start
-            segments.append(tuple(of_rank))
-    rows = [layout.num_local_tokens for layout in layouts for _ in range(num_ranks)]
-    return PackedBatch(layouts[dp_rank], TokenOrder(tuple(segments), tuple(rows)))
+    layouts = replica_layouts(document_lengths, padded_lengths, num_ranks, order)
+    return PackedBatch(layouts[dp_rank], router_order(layouts))
+
+
+def replica_layouts(
+    document_lengths: Sequence[Sequence[int]],
+    padded_lengths: Sequence[Sequence[int]] | None,
+    num_ranks: int,
+    order: Order,
+) -> list[SequenceLayout]:
+    """The layout of every replica; ValueError unless both lengths are given for each of them."""
+    padded = [None] * len(document_lengths) if padded_lengths is None else padded_lengths
+    if len(padded) != len(document_lengths):
+        raise ValueError(
+            f"padded_lengths must hold the documents of the {len(document_lengths)} replicas that"
+            f" document_lengths names, got {len(padded)}"
+        )
+    return [
+        SequenceLayout(tuple(lengths), num_ranks, order, None if own is None else tuple(own))
+        for lengths, own in zip(document_lengths, padded)
+    ]
+
+
+def router_order(layouts: Sequence[SequenceLayout], tp_size: int = 1) -> TokenOrder:
+    """The documents' tokens of all replicas end to end, as tp x cp x dp ranks hold them.
+
+    Args:
+        layouts: of the replicas; their ranks' tokens divide by ``tp_size``.
+        tp_size: ranks that split the tokens of a context-parallel rank further, in equal parts.
+    """
+    segments, rows = [], []
+    firsts = accumulate((layout.num_real_tokens for layout in layouts), initial=0)
+    for layout, first in zip(layouts, firsts):
+        length = layout.num_local_tokens // tp_size
+        for cp_rank in range(layout.num_ranks):
+            real = layout.real_tokens(cp_rank)
+            for start in range(0, layout.num_local_tokens, length):
+                segments.append(tuple(_within(real, start, start + length, first)))
+                rows.append(length)
+    return TokenOrder(tuple(segments), tuple(rows))
+
+
+def _within(
+    real: Sequence[RealTokens], start: int, stop: int, first: int
+) -> Iterator[TokenSegment]:
+    """What lies in rows [start, stop) of a rank; the first token of the pack is at ``first``."""
+    for position, offset, length in real:
+        low, high = max(offset, start), min(offset + length, stop)
+        if high > low:
+            yield TokenSegment(first + position + low - offset, low - start, high - low)

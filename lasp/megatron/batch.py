@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -28,8 +27,6 @@ class PackedSequence(PackedSeqParams):
         token_order: a ``moe_parallel.TokenOrder`` over the ranks of all tensor, context and data
             parallel ranks, for capacity by position and for the auxiliary loss without padding.
             See ``lasp.megatron_hybrid.pack_sequences``.
-        padding: tokens at the end of the last document that are none of the pack, beside the
-            layout's own padding: sequence parallelism needs a length that tp divides too.
 
     The fields of PackedSeqParams are filled from the layout, cumulative lengths on the CPU.
     """
@@ -37,7 +34,6 @@ class PackedSequence(PackedSeqParams):
     # Required; a field after others with defaults must have one.
     layout: SequenceLayout = None  # type: ignore[assignment]
     token_order: Any = None
-    padding: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, SequenceLayout):
@@ -61,7 +57,8 @@ def shard_batch(
 
     Megatron's function of that name cuts rows in its zigzag order, and packs with a kernel of
     TransformerEngine that needs every document padded to a multiple of 2 cp. Here the layout says
-    who holds what, and the only padding is zeros at the tail of the pack: its ``loss_mask`` too.
+    who holds what, and where zeros are put into a pack that comes without padding: its
+    ``loss_mask`` too.
 
     Args:
         batch: by name, as Megatron's ``get_batch`` has it: ``tokens``, ``labels``, ``loss_mask``
@@ -79,7 +76,7 @@ def shard_batch(
             tensors that are not of this pack.
     """
     layout, cut = packed.layout, dict(batch)
-    num_tokens = layout.num_real_tokens - packed.padding
+    num_tokens = layout.num_real_tokens
     if batch.get("attention_mask") is not None:
         raise ValueError(
             "attention_mask must be None, got a tensor: the documents of the pack are the mask;"
@@ -98,8 +95,7 @@ def shard_batch(
                     f"{name} must be [1, {num_tokens}], or [1, {layout.num_tokens}] with padding,"
                     f" got {list(values.shape)}: is this the PackedSequence of this batch?"
                 )
-            padded = F.pad(values, (0, layout.num_tokens - values.shape[1]))
-            cut[name] = layout.shard(padded, cp_rank, dim=1)
+            cut[name] = layout.shard(values, cp_rank, dim=1)
     devices = [values.device for values in batch.values() if values is not None]
     if devices:
         cut["position_ids"] = layout.position_ids(cp_rank, devices[0]).unsqueeze(0)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
+from lasp.hybrid.batch import replica_layouts, router_order
 from lasp.layout import Order, SequenceLayout
 from lasp.megatron import PackedSequence
-from moe_parallel import TokenOrder, TokenSegment
 
 
 def pack_sequences(
@@ -17,11 +16,12 @@ def pack_sequences(
     cp_size: int,
     tp_size: int = 1,
     order: Order,
+    padded_lengths: Sequence[Sequence[int]] | None = None,
 ) -> PackedSequence:
     """This replica's layout and the router's order over all ranks, for one micro-batch.
 
-    With ``tp_size`` > 1 the pack is padded to tokens that divide over sequence parallelism, by a
-    last document that no expert sees; :func:`lasp.megatron.shard_batch` pads the tensors.
+    With ``tp_size`` > 1 the last document is padded until the tokens of a rank divide over sequence
+    parallelism. No expert sees padding; :func:`lasp.megatron.shard_batch` pads the tensors.
 
     Args:
         document_lengths: for every data-parallel replica the lengths of its documents.
@@ -29,41 +29,22 @@ def pack_sequences(
         cp_size: context-parallel ranks.
         tp_size: tensor-parallel ranks that split the tokens further.
         order: of every layout.
+        padded_lengths: likewise with the padding after each document, see
+            :class:`lasp.SequenceLayout`.
     """
-    real = [sum(lengths) for lengths in document_lengths]
-    layouts = [_divisible(tuple(lengths), cp_size, tp_size, order) for lengths in document_lengths]
-    segments, rows = [], []
-    for layout, first, tokens in zip(layouts, accumulate(real, initial=0), real):
-        length = layout.num_local_tokens // tp_size
-        for cp_rank in range(cp_size):
-            for tp_rank in range(tp_size):
-                window = (tp_rank * length, (tp_rank + 1) * length)
-                segments.append(_segments(layout, cp_rank, window, first, tokens))
-                rows.append(length)
-    token_order = TokenOrder(tuple(segments), tuple(rows))
-    layout = layouts[dp_rank]
-    padding = layout.num_real_tokens - real[dp_rank]
-    return PackedSequence(layout=layout, token_order=token_order, padding=padding)
+    layouts = [
+        _divisible(layout, tp_size)
+        for layout in replica_layouts(document_lengths, padded_lengths, cp_size, order)
+    ]
+    return PackedSequence(layout=layouts[dp_rank], token_order=router_order(layouts, tp_size))
 
 
-def _divisible(
-    lengths: tuple[int, ...], cp_size: int, tp_size: int, order: Order
-) -> SequenceLayout:
-    multiple = cp_size * tp_size * (2 if order == "zigzag" else 1)
-    padding = -sum(lengths) % multiple if tp_size > 1 else 0
-    return SequenceLayout(lengths + (padding,) * (padding > 0), cp_size, order)
-
-
-def _segments(
-    layout: SequenceLayout, rank: int, window: tuple[int, int], first: int, num_real: int
-) -> tuple[TokenSegment, ...]:
-    """Real tokens among rows ``window`` of a rank, pack position 0 at global position ``first``."""
-    segments, row = [], 0
-    for run in layout.runs(rank):
-        start = max(row, window[0])
-        stop = min(row + run.stop - run.start, window[1], row + num_real - run.start)
-        if stop > start:
-            position = first + run.start + start - row
-            segments.append(TokenSegment(position, start - window[0], stop - start))
-        row += run.stop - run.start
-    return tuple(segments)
+def _divisible(layout: SequenceLayout, tp_size: int) -> SequenceLayout:
+    """The layout with as much more padding at its tail as ``tp_size`` needs."""
+    if tp_size == 1:
+        return layout
+    cp_size, order = layout.num_ranks, layout.order
+    *padded, last = layout.padded_lengths or layout.document_lengths
+    multiple = cp_size * tp_size * (2 if order in ("zigzag", "document_zigzag") else 1)
+    last += -(sum(padded) + last) % multiple
+    return SequenceLayout(layout.document_lengths, cp_size, order, (*padded, last))

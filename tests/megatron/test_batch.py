@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
@@ -19,7 +20,7 @@ from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.megatron
 
-ORDERS = ("contiguous", "zigzag", "fold")
+ORDERS = ("contiguous", "zigzag", "fold", "document_zigzag")
 
 
 def batch_of(num_tokens: int) -> dict[str, Tensor | None]:
@@ -34,6 +35,12 @@ def batch_of(num_tokens: int) -> dict[str, Tensor | None]:
     }
 
 
+def with_padding(layout: SequenceLayout, x: Tensor) -> Tensor:
+    """``[1, S]`` of a pack ``[1, tokens]``: zeros after every document."""
+    documents = x.split(layout.document_lengths, dim=1)
+    return torch.cat([F.pad(d, (0, n)) for d, n in zip(documents, layout.padding_lengths)], 1)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("padded", [False, True])
@@ -42,19 +49,19 @@ def test_parts_of_the_ranks_are_the_pack(order: Any, tp_size: int, padded: bool)
     packed = pack_sequences([lengths], dp_rank=0, cp_size=2, tp_size=tp_size, order=order)
     layout, num_tokens = packed.layout, sum(lengths)
     batch = batch_of(num_tokens)
+    mask = batch["loss_mask"]
     if padded:
-        zeros = torch.zeros(1, layout.num_tokens - num_tokens)
-        batch = {n: None if x is None else torch.cat((x, zeros), 1) for n, x in batch.items()}
+        batch = {n: None if x is None else with_padding(layout, x) for n, x in batch.items()}
     parts = [shard_batch(batch, packed, cp_rank=rank) for rank in range(2)]
     for part in parts:
         assert part.keys() == batch.keys()
         assert part["attention_mask"] is None
     whole = batch_of(num_tokens)
     whole["position_ids"] = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    whole["loss_mask"] = mask
     for name in ("tokens", "labels", "loss_mask", "position_ids"):
         joined = layout.unshard([part[name] for part in parts], dim=1)
-        expected = batch[name] if name == "loss_mask" else whole[name]
-        assert torch.equal(joined[:, :num_tokens], expected[:, :num_tokens]), name
+        assert torch.equal(joined, whole[name]), name
         if name != "position_ids":
             assert sum(int((part[name] != 0).sum()) for part in parts) == num_tokens, name
     assert sum(part["tokens"].numel() for part in parts) % (2 * tp_size) == 0
@@ -141,11 +148,10 @@ def test_packs_divide_over_sequence_parallel_ranks(lengths: Any, order: Any) -> 
     first = 0
     for dp_rank, packed in enumerate(packs):
         real = sum(lengths[dp_rank])
-        places = torch.full((packed.layout.num_tokens,), -1)
-        places[:real] = torch.arange(first, first + real)
+        places = torch.arange(first, first + real)
         first += real
         for cp_rank in range(2):
-            chunks = packed.layout.shard(places, cp_rank).chunk(2)
+            chunks = packed.layout.shard(places, cp_rank, pad_value=-1).chunk(2)
             for tp_rank, chunk in enumerate(chunks):
                 rank = dp_rank * 4 + cp_rank * 2 + tp_rank
                 expected = torch.full_like(chunk, -1)

@@ -15,13 +15,20 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lasp.megatron import groups_of, layout_of, refuse_arguments, require
+from lasp.megatron import (
+    check_positions,
+    groups_of,
+    layout_of,
+    order_of_rows,
+    refuse_arguments,
+    require,
+)
 from ring.attention import ring_attention
 from ring.rope import apply_rotary, check_rotary_dim
 
@@ -38,7 +45,7 @@ class RingCoreAttention(MegatronModule):
         attention_type: must be ``self``.
         attention_dropout: must be 0, as in the config.
         softmax_scale: factor of the scores; None: 1 / sqrt(head dim).
-        cp_comm_type: not read: the ring schedule decides what travels.
+        cp_comm_type: None or ``p2p``: the ring schedule decides what travels.
         pg_collection: its cp group; of the parallel state if None.
 
     ``positions_of_layout``: whether queries and keys come with the positions of the layout, or with
@@ -70,6 +77,12 @@ class RingCoreAttention(MegatronModule):
         require(config, part, attention_dropout=0.0, window_size=None, softmax_type="vanilla")
         require(config, part, qk_clip=False, log_max_attention_logit=False)
         require(config, part, apply_query_key_layer_scaling=False, multi_latent_attention=False)
+        require(config, part, attention_backend=AttnBackend.auto, flash_attention_version=None)
+        if cp_comm_type not in (None, "p2p"):
+            raise ValueError(
+                f"cp_comm_type must be None or 'p2p' for {part}, got {cp_comm_type!r}: its schedule"
+                " decides what travels; leave config.cp_comm_type unset"
+            )
         if attention_dropout or attention_type != "self":
             raise ValueError(
                 "ring attention must be self-attention without dropout, got attention_type"
@@ -80,6 +93,7 @@ class RingCoreAttention(MegatronModule):
         (self.cp_group,) = groups_of(pg_collection, part, "cp")
         self.attn_mask_type, self.softmax_scale = attn_mask_type, softmax_scale
         self.positions_of_layout = False
+        self.order = order_of_rows(config, part)
 
     @staticmethod
     def _check_mask_type(mask_type: AttnMaskType) -> None:
@@ -118,14 +132,15 @@ class RingCoreAttention(MegatronModule):
         refuse_arguments("ring attention", attention_bias=attention_bias)
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         self._check_mask_type(mask_type)
-        layout = layout_of(packed_seq_params, query.shape[0], self.cp_group.size())
+        layout = layout_of(packed_seq_params, query.shape[0], self.cp_group.size(), self.order)
         # Nothing here tells whether query and key were rotated.
-        if packed_seq_params is not None and layout.num_ranks > 1 and not self.positions_of_layout:
+        as_megatron_rotates = packed_seq_params is None and layout.order == "zigzag"
+        if layout.num_ranks > 1 and not (as_megatron_rotates or self.positions_of_layout):
             raise ValueError(
-                "core_attention.positions_of_layout must be True for packs over"
-                f" {layout.num_ranks} context-parallel ranks, got False: Megatron rotates every"
-                " document as if it were cut alone; take ring_attention_spec(rotary_dim=...),"
-                " or set it in a model without RoPE"
+                "core_attention.positions_of_layout must be True for packs and contiguous rows over"
+                f" {layout.num_ranks} context-parallel ranks, got False: Megatron rotates rows in"
+                " zigzag order, and every document as if it were cut alone; take"
+                " ring_attention_spec(rotary_dim=...), or set it in a model without RoPE"
             )
         batched = query.dim() == 4
         q, k, v = (x.transpose(0, 1) if batched else x for x in (query, key, value))
@@ -179,7 +194,9 @@ class RingSelfAttention(SelfAttention):
         require(config, part, apply_rope_fusion=False, rotary_interleaved=False, no_rope_freq=None)
         require(config, part, attention_output_gate=False, fused_single_qkv_rope=False)
         require(config, part, qk_layernorm=False, qk_l2_norm=False)
+        require(config, part, fine_grained_activation_offloading=False)
         check_rotary_dim(rotary_dim, config.kv_channels)
+        check_positions(config, rotary_dim, rope_base)
         tp_group, _ = groups_of(pg_collection, part, "tp", "cp")
         groups = config.num_query_groups
         if groups % tp_group.size() or config.num_attention_heads % tp_group.size():
@@ -234,10 +251,10 @@ class RingSelfAttention(SelfAttention):
             inference_params=inference_params,
             rotary_pos_emb=rotary_pos_emb,
         )
-        cp_group = self.core_attention.cp_group
+        core, cp_group = self.core_attention, self.core_attention.cp_group
         gathered = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         num_tokens = hidden_states.shape[0] * gathered
-        layout = layout_of(packed_seq_params, num_tokens, cp_group.size())
+        layout = layout_of(packed_seq_params, num_tokens, cp_group.size(), core.order)
         query, key, value = self.get_query_key_value_tensors(hidden_states, None)
         positions = layout.position_ids(cp_group.rank(), query.device)
         query, key = (  # apply_rotary takes [..., T, H, D]

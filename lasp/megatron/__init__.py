@@ -16,9 +16,16 @@ from lasp.megatron.attention import (
     merge_projections,
     split_projections,
 )
-from lasp.megatron.batch import PackedSequence, layout_of, shard_batch
-from lasp.megatron.common import groups_of, parameter_device, refuse_arguments, require
+from lasp.megatron.batch import PackedSequence, layout_of, order_of_rows, shard_batch
+from lasp.megatron.common import (
+    groups_of,
+    parameter_device,
+    refuse_arguments,
+    require,
+    training_argument,
+)
 from lasp.megatron.norm import HeadsNorm, ResidualNorm
+from lasp.megatron.positions import check_positions
 
 __all__ = [
     "HeadsNorm",
@@ -26,14 +33,17 @@ __all__ = [
     "LightningSelfAttentionSubmodules",
     "PackedSequence",
     "ResidualNorm",
+    "check_positions",
     "groups_of",
     "layout_of",
     "lightning_attention_spec",
     "merge_projections",
+    "order_of_rows",
     "parameter_device",
     "record_moe_loss",
     "refuse_arguments",
     "require",
     "shard_batch",
     "split_projections",
+    "training_argument",
 ]

@@ -19,10 +19,20 @@ from lasp.attention import lightning_attention
 from lasp.decay import Variant, decay_rates
 from lasp.exchange import Exchange
 from lasp.layers import silu_split
-from lasp.megatron.batch import layout_of
+from lasp.megatron.batch import layout_of, order_of_rows
 from lasp.megatron.common import groups_of, refuse_arguments, require
 from lasp.megatron.norm import HeadsNorm
 from lasp.validation import Impl, check_exchange, check_impl
+
+# Sizes of Megatron's own linear attentions, by their defaults: heads here are num_attention_heads
+# of kv_channels, and there is no convolution.
+_OTHER_MIXERS = {
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+}
 
 
 @dataclass
@@ -86,7 +96,9 @@ class LightningSelfAttention(MegatronModule):
         super().__init__(config=config)
         part = "lightning attention"
         require(config, part, attention_dropout=0.0, multi_latent_attention=False, qk_clip=False)
-        require(config, part, attention_output_gate=False)
+        require(config, part, attention_output_gate=False, fine_grained_activation_offloading=False)
+        require(config, part, add_bias_linear=False, add_qkv_bias=False, **_OTHER_MIXERS)
+        self.order = order_of_rows(config, part)
         check_impl(impl)
         check_exchange(exchange)
         self.tp_group, self.cp_group = groups_of(pg_collection, part, "tp", "cp")
@@ -170,7 +182,7 @@ class LightningSelfAttention(MegatronModule):
         )
         gathered = self.tp_group.size() if self.config.sequence_parallel else 1
         num_tokens = hidden_states.shape[0] * gathered
-        layout = layout_of(packed_seq_params, num_tokens, self.cp_group.size())
+        layout = layout_of(packed_seq_params, num_tokens, self.cp_group.size(), self.order)
         mixed, _bias = self.in_proj(hidden_states)
         packed = packed_seq_params is not None
         mixed = mixed.squeeze(1) if packed else mixed.transpose(0, 1)

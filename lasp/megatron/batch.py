@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
+from lasp.layout import Order, SequenceLayout
 
 
 @dataclass
@@ -102,30 +103,57 @@ def shard_batch(
     return cut
 
 
+def order_of_rows(config: TransformerConfig, part: str) -> Order:
+    """In which order the context-parallel ranks hold Megatron's ``[s, b, h]`` rows.
+
+    Zigzag, if the config says no other: ``linear_cp_layout`` and ``attention_cp_layout`` of
+    Megatron's main, ``cp_partition_mode`` of its dev branch.
+
+    Raises:
+        ValueError: for layers of different orders, and for orders that are not known.
+    """
+    names = ("linear_cp_layout", "attention_cp_layout", "cp_partition_mode")
+    stated = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    orders: tuple[Order, ...] = ("zigzag", "contiguous")
+    for order in orders:
+        if all(value == order for value in stated.values()):
+            return order
+    said = ", ".join(f"config.{name} {value!r}" for name, value in stated.items())
+    raise ValueError(
+        f"{' and '.join(f'config.{name}' for name in stated)} must be one of {orders}, the same for"
+        f" all layers, for {part}, got {said}: our layers take rows in any one order, and never"
+        " change it"
+    )
+
+
 @lru_cache(maxsize=64)
-def _one_document(num_tokens: int, num_ranks: int) -> SequenceLayout:
-    return SequenceLayout((num_tokens,), num_ranks, "zigzag")
+def _one_document(num_tokens: int, num_ranks: int, order: Order) -> SequenceLayout:
+    return SequenceLayout((num_tokens,), num_ranks, order)
 
 
 def layout_of(
-    packed_seq_params: PackedSeqParams | None, num_tokens: int, cp_size: int
+    packed_seq_params: PackedSeqParams | None,
+    num_tokens: int,
+    cp_size: int,
+    order: Order = "zigzag",
 ) -> SequenceLayout:
     """The layout of a batch as Megatron hands it to a layer.
 
     Args:
-        packed_seq_params: None for ``[s, b, h]`` batches: every row is one document in Megatron's
-            zigzag order. A :class:`PackedSequence` has its layout. Megatron's own PackedSeqParams
+        packed_seq_params: None for ``[s, b, h]`` batches: every row is one document, cut in
+            ``order``. A :class:`PackedSequence` has its layout. Megatron's own PackedSeqParams
             is accepted without context parallelism; if its lengths are on a GPU, every layer then
             waits for them.
         num_tokens: of this rank, after the sequence-parallel gather.
         cp_size: context-parallel ranks.
+        order: of rows, see :func:`order_of_rows`.
 
     Raises:
         ValueError: for other formats than thd, per-document zigzag packs, which are no layout, and
             packs with a context-parallel group of their own.
     """
     if packed_seq_params is None:
-        return _one_document(num_tokens * cp_size, cp_size)
+        return _one_document(num_tokens * cp_size, cp_size, order)
     if packed_seq_params.local_cp_size is not None:
         raise ValueError(
             "packed_seq_params.local_cp_size must be None, got"

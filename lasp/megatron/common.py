@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ _NOWHERE: dict[str, object] = {
     "fp4": None,
     "fp8": None,
     "gtp_weight_remat_size": 1,
+    "hierarchical_context_parallel_sizes": None,
     "hybrid_context_parallel": False,  # every pack would bring a group of its own
+    "init_model_with_meta_device": False,
     "mtp_num_layers": None,
+    "quant_recipe": None,
     "tp_comm_overlap": False,
     "use_kitchen": False,
     "use_mup": False,
@@ -40,6 +44,16 @@ def require(config: TransformerConfig, part: str, **wanted: object) -> None:
                 f"config.{name} must be {value!r} for {part}, got {actual!r}: set {value!r}, or use"
                 " a module of Megatron's that has it"
             )
+
+
+def training_argument(name: str) -> Any:
+    """An argument of Megatron's training loop, if that runs and has it; else None.
+
+    Some options never reach a config: layers of a model that upstream's entry points build can see
+    them nowhere else.
+    """
+    training = sys.modules.get("megatron.training.global_vars")
+    return getattr(getattr(training, "_GLOBAL_ARGS", None), name, None)
 
 
 _WHY_NONE = {

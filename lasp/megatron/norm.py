@@ -29,9 +29,9 @@ class ResidualNorm(nn.RMSNorm):
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
     ) -> None:
-        require(
-            config, "ResidualNorm", normalization="RMSNorm", layernorm_zero_centered_gamma=False
-        )
+        part = "ResidualNorm"
+        require(config, part, normalization="RMSNorm", layernorm_zero_centered_gamma=False)
+        require(config, part, fused_residual_rmsnorm=False)
         super().__init__(
             hidden_size, eps, device=parameter_device(config), dtype=config.params_dtype
         )

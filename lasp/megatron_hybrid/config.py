@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -103,6 +104,54 @@ def is_softmax(pattern: str, layer_index: int) -> bool:
     return layer_index % (lightning + softmax) >= lightning
 
 
+def softmax_layers(
+    config: TransformerConfig, pattern: str | None, num_layers: int
+) -> tuple[bool, ...]:
+    """For each of ``num_layers`` attention layers whether it is softmax attention.
+
+    Args:
+        config: Megatron's; its ``linear_attention_freq`` n makes every n-th layer softmax, a list
+            has 1 for lightning and 0 for softmax.
+        pattern: see :func:`is_softmax`; None: by ``linear_attention_freq`` alone.
+        num_layers: attention layers of the model.
+
+    Raises:
+        ValueError: if the two differ, neither is given, or the list is of another length.
+    """
+    stated = None if pattern is None else tuple(is_softmax(pattern, i) for i in range(num_layers))
+    frequency = config.linear_attention_freq
+    if frequency is None:
+        if stated is None:
+            raise ValueError(
+                "pattern must be given with config.linear_attention_freq None, got None: set one"
+                " of them"
+            )
+        return stated
+    listed = isinstance(frequency, list)
+    if len(frequency) != num_layers or not set(frequency) <= {0, 1} if listed else frequency < 1:
+        raise ValueError(
+            "config.linear_attention_freq must be a number above 0 or a list of"
+            f" {num_layers} ones (lightning) and zeros (softmax), got {frequency}: give one for"
+            " each attention layer"
+        )
+    if listed:
+        configured = tuple(linear == 0 for linear in frequency)
+    else:
+        configured = tuple((index + 1) % frequency == 0 for index in range(num_layers))
+    if stated not in (None, configured):
+        raise ValueError(
+            f"config.linear_attention_freq must give the layers of pattern {pattern!r}, got"
+            f" {frequency}, which gives {kinds_of(configured)} instead of {kinds_of(stated)} (G"
+            " lightning, * softmax): change one, or leave the pattern out"
+        )
+    return configured
+
+
+def kinds_of(softmax: Iterable[bool]) -> str:
+    """Attention layers in the symbols of HybridModel."""
+    return "".join("*" if layer else "G" for layer in softmax)
+
+
 PART = "hybrid layers"
 
 
@@ -112,7 +161,8 @@ def check_layers(config: TransformerConfig) -> None:
     require(config, PART, apply_residual_connection_post_layernorm=False)
     require(config, PART, fp32_residual_connection=False, overlap_moe_expert_parallel_comm=False)
     require(config, PART, fine_grained_activation_offloading=False, heterogeneous_block_specs=False)
-    require(config, PART, moe_layer_freq=1)
+    require(config, PART, moe_layer_freq=1, experimental_attention_variant=None)
+    require(config, PART, enable_mhc_connections=False, mlp_chunks_for_training=1)
     modules = set(config.recompute_modules or ()) if config.recompute_granularity else set()
     if config.recompute_granularity == "selective" and not modules <= {"core_attn", "moe"}:
         raise ValueError(

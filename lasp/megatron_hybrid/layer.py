@@ -31,6 +31,7 @@ from lasp.megatron_hybrid.config import (
     check_config,
     is_softmax,
     minimax,
+    softmax_layers,
 )
 from lasp.megatron_hybrid.residual import ScaledLayer
 from moe_parallel.megatron import expert_parallel_moe_spec
@@ -59,7 +60,7 @@ class HybridLayer(ScaledLayer):
         layer_number: from 1, within the pipeline stage, as TransformerBlock passes it.
         pg_collection: process groups; of the parallel state if None.
         vp_stage: virtual pipeline stage.
-        pattern: see :func:`is_softmax`.
+        pattern: see :func:`softmax_layers`; None: that of ``config.linear_attention_freq``.
         hybrid: the rest.
         optional: what a Megatron version passes besides.
 
@@ -76,14 +77,14 @@ class HybridLayer(ScaledLayer):
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         *,
-        pattern: str = "7:1",
+        pattern: str | None = None,
         hybrid: HybridConfig = PRE_NORM,
         **optional: Any,
     ) -> None:
         check_config(config)
         pp_group, *_ = groups_of(pg_collection, "hybrid layers", "pp", "tp", "cp")
         offset = get_transformer_layer_offset(config, vp_stage, pp_group.rank())
-        softmax = is_softmax(pattern, offset + layer_number - 1)
+        softmax = softmax_layers(config, pattern, config.num_layers)[offset + layer_number - 1]
         parts = copy(submodules)
         parts.self_attention = submodules.softmax if softmax else submodules.lightning
         super().__init__(
@@ -101,17 +102,19 @@ class HybridLayer(ScaledLayer):
 
 def hybrid_layer_spec(
     config: TransformerConfig | None = None,
-    pattern: str = "7:1",
+    pattern: str | None = None,
     hybrid: HybridConfig = PRE_NORM,
 ) -> ModuleSpec:
     """One spec for every layer: each picks its attention by its global number.
 
     Args:
         config: Megatron's; with ``num_moe_experts`` None the MLP is dense. None: experts.
-        pattern: see :func:`is_softmax`.
+        pattern: "7:1", seven lightning layers, then a softmax layer; None: that of
+            ``linear_attention_freq`` of the config that the layers are built with.
         hybrid: the rest.
     """
-    is_softmax(pattern, 0)
+    if pattern is not None:
+        is_softmax(pattern, 0)
     dense = config is not None and config.num_moe_experts is None
     if dense:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -135,7 +138,7 @@ def hybrid_layer_spec(
 
 def hybrid_block_spec(
     config: TransformerConfig,
-    pattern: str = "7:1",
+    pattern: str | None = None,
     vp_stage: int | None = None,
     *,
     hybrid: HybridConfig = PRE_NORM,
@@ -145,7 +148,8 @@ def hybrid_block_spec(
 
     Args:
         config: Megatron's.
-        pattern: see :func:`is_softmax`.
+        pattern: must be that of ``config.linear_attention_freq``, if both are given; see
+            :func:`softmax_layers`.
         vp_stage: virtual pipeline stage, as GPTModel gets it.
         hybrid: residuals, positions and decay.
         pp_rank: pipeline stage; of the parallel state if None.
@@ -154,6 +158,7 @@ def hybrid_block_spec(
         ValueError: for options that hybrid layers do not support.
     """
     check_config(config)
+    softmax_layers(config, pattern, config.num_layers)
     if pp_rank is None:
         pp_rank = groups_of(None, "hybrid layers", "pp")[0].rank()
     layers = get_num_layers_to_build(config, vp_stage, pp_rank)
@@ -164,6 +169,7 @@ def hybrid_block_spec(
 class MiniMaxLayer(HybridLayer):
     """MiniMax-Text-01's layer in a model of ``config.num_layers`` layers, its parts included.
 
+    ``config.linear_attention_freq`` says which layers are softmax attention: 8 in MiniMax-Text-01.
     With ``config.num_moe_experts`` None the MLP is dense. The final norm of a model built of this
     layer's spec is Megatron's own; its torch norm refuses sequence parallelism. For tensor parallel
     ranks without TransformerEngine or Apex take :func:`hybrid_block_spec`.
@@ -183,7 +189,8 @@ class MiniMaxLayer(HybridLayer):
     ) -> None:
         hybrid = minimax(config.num_layers)
         parts = submodules or hybrid_layer_spec(config, hybrid=hybrid).submodules
-        super().__init__(config, parts, *args, pattern="7:1", hybrid=hybrid, **optional)
+        pattern = "7:1" if config.linear_attention_freq is None else None
+        super().__init__(config, parts, *args, pattern=pattern, hybrid=hybrid, **optional)
 
 
 # Megatron's --spec imports an object, before there is a config.

@@ -12,14 +12,22 @@ from __future__ import annotations
 from typing import Any
 
 import megatron.core
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from lasp.megatron import ResidualNorm, lightning_attention_spec
-from lasp.megatron_hybrid.config import MINIMAX_TEXT_01, PRE_NORM, HybridConfig, ResidualScale
+from lasp.megatron import ResidualNorm, lightning_attention_spec, training_argument
+from lasp.megatron_hybrid.config import (
+    PRE_NORM,
+    HybridConfig,
+    ResidualScale,
+    kinds_of,
+    minimax,
+    softmax_layers,
+)
 from lasp.megatron_hybrid.residual import ScaledLayer
 from moe_parallel.megatron import expert_parallel_moe_spec
 from ring.megatron import ring_attention_spec
@@ -34,20 +42,108 @@ except ModuleNotFoundError as error:
 
 
 class LocalHybridStack(HybridStack):
-    """Megatron's HybridStack, whose final norm is TransformerEngine's, with ours."""
+    """Megatron's HybridStack, whose final norm is TransformerEngine's, with ours.
 
+    Args:
+        config: Megatron's.
+        submodules: the layers by symbol.
+        pattern: of the whole model; that of HybridModel, or its decays would be of other layers.
+        layer_type_list: symbols of this pipeline stage, from HybridModel.
+        pp_layer_offset: layers before them, from HybridModel.
+        post_layer_norm: whether there is a final norm.
+        rest: what HybridModel passes besides.
+
+    Raises:
+        ValueError: if the stage is not of the pattern, or ``linear_attention_freq`` gives another.
+    """
+
+    # Megatron's arguments of a stack, then ours.
     def __init__(
         self,
         config: TransformerConfig,
         submodules: HybridStackSubmodules,
         *,
+        pattern: str,
+        layer_type_list: list[str],
+        pp_layer_offset: int = 0,
         post_layer_norm: bool = True,
         **rest: Any,
     ) -> None:
-        super().__init__(config, submodules, post_layer_norm=False, **rest)
+        symbols, stage = pattern.replace("|", ""), "".join(layer_type_list)
+        whole_model = len(symbols) == config.num_layers
+        if not whole_model or symbols[pp_layer_offset:][: len(stage)] != stage:
+            raise ValueError(
+                f"pattern must be the hybrid_layer_pattern of the model, got {pattern!r}: the model"
+                f" of {config.num_layers} layers has {stage!r} after layer {pp_layer_offset}"
+            )
+        mixers = "".join(symbol for symbol in symbols if symbol in "G*")
+        if config.linear_attention_freq is not None:
+            configured = kinds_of(softmax_layers(config, None, len(mixers)))
+            if configured != mixers:
+                raise ValueError(
+                    f"config.linear_attention_freq must give the attention layers {mixers!r} of"
+                    f" pattern {pattern!r}, got {config.linear_attention_freq}, which gives"
+                    f" {configured!r}: set None, the pattern says it all"
+                )
+        super().__init__(
+            config,
+            submodules,
+            layer_type_list=layer_type_list,
+            pp_layer_offset=pp_layer_offset,
+            post_layer_norm=False,
+            **rest,
+        )
         self.post_layer_norm = post_layer_norm
         if post_layer_norm and self.post_process:
             self.final_norm = ResidualNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
+
+
+class MiniMaxStack(LocalHybridStack):
+    """MiniMax-Text-01's stack for the pattern of the model, its parts included.
+
+    Residuals go by the number of attention layers, decays by their places; MiniMax-Text-01's
+    pattern is ``"GEGEGEGEGEGEGE*E" * 10``.
+
+    Args:
+        config: Megatron's.
+        submodules: must be None.
+        layer_type_list: symbols of this pipeline stage, from HybridModel.
+        pg_collection: process groups.
+        rest: what HybridModel passes besides.
+
+    Raises:
+        ValueError: if the pattern of the whole model cannot be seen: with pipeline stages only
+            Megatron's training arguments have it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: None = None,
+        *,
+        layer_type_list: list[str],
+        pg_collection: ProcessGroupCollection,
+        **rest: Any,
+    ) -> None:
+        pattern: str | None = "".join(layer_type_list)
+        if pg_collection.pp.size() > 1:
+            pattern = training_argument("hybrid_layer_pattern")
+        if pattern is None:
+            raise ValueError(
+                "hybrid_layer_pattern must be among Megatron's training arguments for"
+                " minimax_stack_spec with pipeline stages, got none: give HybridModel"
+                " hybrid_stack_spec(pattern, hybrid=minimax(attention layers of the pattern))"
+            )
+        mixers = sum(symbol in "G*" for symbol in pattern)
+        spec = hybrid_stack_spec(pattern, hybrid=minimax(mixers))
+        super().__init__(
+            config,
+            spec.submodules,
+            pattern=pattern,
+            layer_type_list=layer_type_list,
+            pg_collection=pg_collection,
+            **rest,
+        )
 
 
 def hybrid_stack_spec(pattern: str, *, hybrid: HybridConfig = PRE_NORM) -> ModuleSpec:
@@ -76,6 +172,7 @@ def hybrid_stack_spec(pattern: str, *, hybrid: HybridConfig = PRE_NORM) -> Modul
     experts = expert_parallel_moe_spec(init_gain=hybrid.expert_init_gain, options=hybrid.experts)
     return ModuleSpec(
         module=LocalHybridStack,
+        params={"pattern": pattern},
         submodules=HybridStackSubmodules(
             gdn_layer=_layer(hybrid, hybrid.lightning, self_attention=lightning),
             attention_layer=_layer(hybrid, hybrid.softmax, self_attention=softmax),
@@ -95,4 +192,5 @@ def _layer(hybrid: HybridConfig, scale: ResidualScale, **part: ModuleSpec) -> Mo
     )
 
 
-minimax_stack_spec = hybrid_stack_spec(("GE" * 7 + "*E") * 10, hybrid=MINIMAX_TEXT_01)
+# Megatron's --spec imports an object, before there is a pattern.
+minimax_stack_spec = ModuleSpec(module=MiniMaxStack)

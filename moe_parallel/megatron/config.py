@@ -40,12 +40,18 @@ _WANTED: dict[str, object] = {
     "moe_router_group_topk": None,
     "moe_router_num_groups": None,
     "moe_router_pre_softmax": False,
+    "moe_router_quantile_balancing_ema": 0.0,
     "moe_router_score_function": "softmax",
     "moe_router_topk_limited_devices": None,
     "moe_router_topk_scaling_factor": None,
     "moe_z_loss_coeff": None,
     # exchange: as many rows as were kept, never padded
+    "fine_grained_activation_offloading": False,
+    "moe_combine_bwd_dtype": "bf16",
+    "moe_dispatch_fwd_dtype": "bf16",
+    "moe_enable_deepep": False,
     "moe_expert_rank_capacity_factor": None,
+    "moe_extended_tp": False,
     "moe_pad_expert_input_to_capacity": False,
     "moe_paged_stash": False,
     "moe_permute_fusion": False,
@@ -91,6 +97,12 @@ def moe_config(config: TransformerConfig, options: ExpertOptions = DEFAULT_OPTIO
             " with a dense MLP"
         )
     require(config, PART, **_WANTED)
+    if config.moe_token_dispatcher_type not in ("alltoall", "allgather"):
+        raise ValueError(
+            f"config.moe_token_dispatcher_type must be 'alltoall' or 'allgather' for {PART}, got"
+            f" {config.moe_token_dispatcher_type!r}: it has one exchange of its own, whichever of"
+            " the two is set, and none of the flex backends"
+        )
     if config.moe_router_dtype == "fp64" and config.params_dtype != torch.float64:
         raise ValueError(
             "config.moe_router_dtype must be None or 'fp32' with parameters of"

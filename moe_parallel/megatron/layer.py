@@ -50,7 +50,8 @@ class ExpertParallelMoELayer(MoELayer):
     may be detached between stages, and what a stage is given may be freed after it.
 
     Args:
-        config: Megatron's, see :func:`moe_config`; ``moe_token_dispatcher_type`` is not read.
+        config: Megatron's, see :func:`moe_config`; ``moe_token_dispatcher_type`` ``alltoall`` and
+            ``allgather`` both mean the exchange of this layer.
         submodules: not read: the parts of this layer are its own.
         layer_number: from 1, under which Megatron logs the auxiliary loss.
         pg_collection: its groups; of the parallel state if None. TransformerLayer of 0.16 and 0.17

@@ -102,16 +102,19 @@ def attention_on_rank(
 ) -> dict[str, Tensor]:
     """Output, input gradient and parameter gradients for the loss sum(output * cos(pack)).
 
-    ``pack`` is [S, hidden]; with ``lengths`` None it is [S, B, hidden], a batch of B rows.
+    ``pack`` is [S, hidden]; with ``lengths`` None it is [S, B, hidden], a batch of B rows in
+    ``order``.
     """
     groups = initialize(device, **sizes)
     sequence_parallel = sequence_parallel and sizes.get("tp", 1) > 1
     options = parallel_config(sizes, sequence_parallel=sequence_parallel, params_dtype=pack.dtype)
+    if lengths is None:
+        options.linear_cp_layout = options.attention_cp_layout = order  # as Megatron's main
     module = build_module(spec, config=options, layer_number=3, pg_collection=groups).to(device)
     load(module, weights, groups.tp)
     packed = None
     if lengths is None:
-        layout = SequenceLayout((len(pack),), groups.cp.size(), "zigzag")
+        layout = SequenceLayout((len(pack),), groups.cp.size(), order)
     else:
         layout = SequenceLayout(lengths, groups.cp.size(), order)
         packed = PackedSequence(layout=layout)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -110,8 +110,11 @@ EVERYWHERE = {
     "expert_gtp_weight_remat_size": 2,
     "fp8": "hybrid",
     "gtp_weight_remat_size": 2,
+    "hierarchical_context_parallel_sizes": [2, 2],
     "hybrid_context_parallel": True,
+    "init_model_with_meta_device": True,
     "mtp_num_layers": 1,
+    "quant_recipe": "recipe",
     "tp_comm_overlap": True,
     "use_kitchen": True,
     "use_mup": True,
@@ -119,7 +122,9 @@ EVERYWHERE = {
 }
 SOFTMAX = {
     "apply_query_key_layer_scaling": True,
+    "attention_backend": AttnBackend.flash,
     "attention_dropout": 0.1,
+    "flash_attention_version": 3,
     "log_max_attention_logit": True,
     "multi_latent_attention": True,
     "qk_clip": True,
@@ -156,7 +161,10 @@ ROWS = [
     ),
     # lightning
     *options(lightning, attention_dropout=0.1, multi_latent_attention=True, qk_clip=True),
-    *options(lightning, attention_output_gate=True),
+    *options(lightning, add_bias_linear=True, add_qkv_bias=True, attention_output_gate=True),
+    *options(lightning, fine_grained_activation_offloading=True, linear_conv_kernel_dim=2),
+    *options(lightning, linear_key_head_dim=64, linear_num_key_heads=8, linear_num_value_heads=8),
+    *options(lightning, linear_value_head_dim=64),
     *(Row(lightning, arguments={name: "fast"}) for name in ("impl", "exchange")),
     Row(lightning, {"num_attention_heads": 3}, names="num_attention_heads must divide", sizes=TP),
     *calls(lightning, attention_bias=ANY, inference_context=ANY, inference_params=ANY),
@@ -164,12 +172,13 @@ ROWS = [
     # ring core attention
     *options(core, **SOFTMAX),
     Row(core, arguments={"attention_dropout": 0.1}, names="without dropout"),
+    Row(core, arguments={"cp_comm_type": "a2a"}),
     Row(core, arguments={"attention_type": "cross"}, names="must be self-attention"),
     Row(core, arguments={"attn_mask_type": AttnMaskType.padding}),
     *calls(core, attention_bias=ANY, attn_mask_type=AttnMaskType.padding),
     Row(core, passed={"packed_seq_params": PACK}, names="positions_of_layout must be True"),
     # ring self-attention
-    *options(ring, **SOFTMAX, **OWN_POSITIONS),
+    *options(ring, **SOFTMAX, **OWN_POSITIONS, fine_grained_activation_offloading=True),
     Row(ring, arguments={"rotary_dim": 3}),
     Row(ring, {"num_attention_heads": 3}, names="num_attention_heads and num_q", sizes=TP),
     Row(ring, {"num_query_groups": 1}, names="num_query_groups must divide", sizes=TP),
@@ -177,8 +186,12 @@ ROWS = [
     *calls(ring, key_value_states=ANY, rotary_pos_emb=ANY),
     # experts
     *options(experts, activation_func=torch.nn.functional.gelu, activation_func_clamp_value=7.0),
-    *options(experts, add_bias_linear=True, gated_linear_unit=False, glu_linear_offset=1.0),
+    *options(experts, add_bias_linear=True, fine_grained_activation_offloading=True),
+    *options(experts, gated_linear_unit=False, glu_linear_offset=1.0),
     *options(experts, moe_apply_probs_on_input=True, moe_enable_routing_replay=True),
+    *options(experts, moe_combine_bwd_dtype="mxfp8", moe_dispatch_fwd_dtype="mxfp8"),
+    *options(experts, moe_enable_deepep=True, moe_extended_tp=True),
+    *options(experts, moe_router_quantile_balancing_ema=0.9, moe_token_dispatcher_type="flex"),
     *options(experts, moe_expert_rank_capacity_factor=1.0, moe_input_jitter_eps=0.1),
     *options(experts, moe_latent_size=4, moe_mlp_glu_interleave_size=32, moe_paged_stash=True),
     *options(experts, moe_pad_expert_input_to_capacity=True, moe_permute_fusion=True),
@@ -213,18 +226,29 @@ ROWS = [
     *options(hybrid, fine_grained_activation_offloading=True, fp32_residual_connection=True),
     *options(hybrid, heterogeneous_block_specs=True, hidden_dropout=0.1, moe_layer_freq=2),
     *(options(hybrid, linear_attention_freq=freq)[0] for freq in (None, 1)),
-    *options(hybrid, overlap_moe_expert_parallel_comm=True),
+    *options(hybrid, enable_mhc_connections=True, experimental_attention_variant="gdn"),
+    *options(hybrid, mlp_chunks_for_training=2, overlap_moe_expert_parallel_comm=True),
     Row(
         hybrid,
         {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
         names=r"config\.recompute_modules must be among",
     ),
     *(Row(part, arguments={"pattern": "7"}) for part in (hybrid, block)),
+    *(
+        Row(part, {"linear_attention_freq": frequency}, {"pattern": "2:1"}, names=names)
+        for part in (hybrid, block)
+        for frequency, names in (
+            (2, r"linear_attention_freq must give .* '2:1', got 2, which gives G\*G\* instead of"),
+            ([1, 0, 1, 1], r"got \[1, 0, 1, 1\], which gives G\*GG instead of GG\*G"),
+            ([1, 1, 0], r"linear_attention_freq must be .* list of 4 ones"),
+        )
+    ),
     *options(block, hidden_dropout=0.1, linear_attention_freq=1),
     *calls(hybrid, attention_bias=ANY, context=ANY, inference_context=ANY, inference_params=ANY),
     *calls(hybrid, padding_mask=ANY, rotary_pos_emb=ANY),
     # norm
-    *options(norm, layernorm_zero_centered_gamma=True, normalization="LayerNorm"),
+    *options(norm, fused_residual_rmsnorm=True, layernorm_zero_centered_gamma=True),
+    *options(norm, normalization="LayerNorm"),
     # groups
     *(
         Row(part, names=rf"pg_collection must have .*'{group}'", without=group)

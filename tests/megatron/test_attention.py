@@ -31,14 +31,20 @@ def test_packs_equal_the_plain_module(case: Case, num_ranks: int, sizes: Any, or
 def test_rows_in_megatrons_order_equal_the_plain_module(
     case: Case, num_ranks: int, sizes: Any, order: str
 ) -> None:
-    case.check(num_ranks, sizes, None)
+    case.check(num_ranks, sizes, None, "zigzag")
+
+
+@BOTH
+def test_rows_in_contiguous_order_equal_the_plain_module(case: Case) -> None:
+    """As ``linear_cp_layout`` and ``attention_cp_layout`` of the config say."""
+    case.check(2, {"cp": 2}, None, "contiguous")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lengths", [LENGTHS, None], ids=["pack", "rows"])
 def test_more_tensor_parallel_ranks_than_key_heads(lengths: tuple[int, ...] | None) -> None:
     """Lightning attention has a key head a head; ring self-attention refuses it."""
-    LIGHTNING.check(4, {"tp": 4}, lengths)
+    LIGHTNING.check(4, {"tp": 4}, lengths, "zigzag")
 
 
 @BOTH

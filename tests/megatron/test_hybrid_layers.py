@@ -67,7 +67,8 @@ def test_layers_of_virtual_stages_have_their_global_kind_and_rates() -> None:
 def static_spec_on_rank(**options: object) -> list[tuple[bool, float, type]]:
     """Of every layer whether it is softmax, its alpha and its MLP."""
     groups = initialize()
-    options = OPTIONS | {"num_layers": 9, "kv_channels": 64} | options
+    shape = {"num_layers": 9, "kv_channels": 64, "linear_attention_freq": 8}
+    options = OPTIONS | shape | options
     block = TransformerBlock(
         parallel_config({}, **options), minimax_layer_spec, pg_collection=groups
     )
@@ -88,6 +89,36 @@ def test_one_static_spec_serves_every_layer() -> None:
     assert softmax == (False,) * 7 + (True, False)
     assert set(alphas) == {(2 * 9) ** 0.25}
     assert set(mlps) == {ExpertParallelMoELayer}
+
+
+@pytest.mark.parametrize("frequency", [2, [1, 0] * 4 + [1]], ids=["number", "list"])
+def test_the_static_spec_follows_linear_attention_freq(frequency: Any) -> None:
+    (layers,) = run_on_ranks(static_spec_on_rank, 1, linear_attention_freq=frequency)
+    assert [softmax for softmax, _, _ in layers] == [False, True] * 4 + [False]
+
+
+def pattern_of_block(pattern: str | None, **options: Any) -> list[bool]:
+    config, groups = parallel_config({}, **(OPTIONS | options)), initialize()
+    block = TransformerBlock(config, hybrid_block_spec(config, pattern), pg_collection=groups)
+    return [isinstance(layer.self_attention, RingSelfAttention) for layer in block.layers]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "options", "softmax"),
+    [
+        (None, {"linear_attention_freq": 3}, [False, False, True, False]),
+        (None, {"linear_attention_freq": [0, 1, 1, 0]}, [True, False, False, True]),
+        ("2:1", {"linear_attention_freq": [1, 1, 0, 1]}, [False, False, True, False]),
+        (
+            "1:3",
+            {"linear_attention_freq": None, "hetereogenous_dist_checkpoint": True},
+            [False, True, True, True],
+        ),
+    ],
+)
+def test_the_pattern_is_that_of_the_config(pattern: Any, options: Any, softmax: list[bool]) -> None:
+    """Where pattern and config differ there are rows of tests/megatron/refusals.py."""
+    assert run_on_ranks(pattern_of_block, 1, pattern, **options) == [softmax]
 
 
 def test_the_static_spec_of_a_dense_config_has_dense_mlps() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import HEADS, parallel_config
 from tests.megatron.block import OPTIONS
 from tests.megatron.cpu import initialize, summed
-from tests.ranks import run_on_ranks
+from tests.ranks import RankError, run_on_ranks
 
 stack = pytest.importorskip("lasp.megatron_hybrid.stack", exc_type=ImportError)
 hybrid_model = pytest.importorskip("megatron.core.models.hybrid.hybrid_model")
@@ -138,3 +141,67 @@ def test_decay_counts_attention_layers_over_pipeline_stages() -> None:
 def test_other_layers_are_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="pattern must be of the layers"):
         stack.hybrid_stack_spec(pattern)
+
+
+PIPED = "GE*E|GE"
+
+
+def stack_on_rank(
+    spec: Any, pattern: str, pp: int = 1, argument: str | None = None, **options: Any
+) -> tuple[dict[int, Tensor], set[float]]:
+    """Rates by layer number and residual weights, with a pattern that the training loop knows."""
+    groups = initialize(pp=pp)
+    count = sum(symbol != "|" for symbol in pattern)
+    shape = {"num_layers": count, "linear_attention_freq": None, "kv_channels": 64}
+    training = SimpleNamespace(_GLOBAL_ARGS=SimpleNamespace(hybrid_layer_pattern=argument))
+    with mock.patch.dict(sys.modules, {"megatron.training.global_vars": training}):
+        model = hybrid_model.HybridModel(
+            parallel_config({"pp": pp}, **(OPTIONS | shape | options)),
+            spec,
+            vocab_size=VOCAB,
+            max_sequence_length=8,
+            hybrid_layer_pattern=pattern,
+            pre_process=groups.pp.rank() == 0,
+            post_process=groups.pp.rank() == pp - 1,
+            pg_collection=groups,
+        )
+    layers = model.decoder.layers
+    rates = {
+        layer.layer_number: layer.self_attention.rates
+        for layer in layers
+        if hasattr(layer.self_attention, "rates")
+    }
+    return rates, {layer.attention_scale.alpha for layer in layers}
+
+
+def test_minimax_stack_follows_the_pattern_of_the_model() -> None:
+    ((rates, alphas),) = run_on_ranks(stack_on_rank, 1, stack.minimax_stack_spec, "GEGE*E")
+    assert alphas == {(2 * 3) ** 0.25}
+    assert torch.equal(rates[1], decay_rates(HEADS, 0, 3))
+    assert torch.equal(rates[3], decay_rates(HEADS, 1, 3))
+
+
+def test_minimax_stack_over_pipeline_stages_asks_the_training_loop() -> None:
+    arguments = (stack.minimax_stack_spec, PIPED, 2)
+    first, second = run_on_ranks(stack_on_rank, 2, *arguments, PIPED)
+    assert first[1] == second[1] == {(2 * 3) ** 0.25}
+    assert torch.equal(second[0][5], decay_rates(HEADS, 2, 3))
+    with pytest.raises(RankError, match="hybrid_layer_pattern must be among Megatron's training"):
+        run_on_ranks(stack_on_rank, 2, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("symbols", "options", "names"),
+    [
+        ("GEGE", {}, "pattern must be the hybrid_layer_pattern of the model, got 'GEGE'"),
+        ("*EGE*E", {}, "pattern must be the hybrid_layer_pattern of the model, got"),
+        (
+            "GEGE*E",
+            {"linear_attention_freq": 2},
+            r"linear_attention_freq must give the attention layers 'GG\*' .*, got 2, .* 'G\*G'",
+        ),
+    ],
+)
+def test_another_pattern_than_the_models_is_refused(symbols: str, options: Any, names: str) -> None:
+    with pytest.raises(RankError, match=names):
+        run_on_ranks(stack_on_rank, 1, stack.hybrid_stack_spec(symbols), "GEGE*E", **options)

@@ -62,7 +62,8 @@ def parallel_attention(
 
     layer = layer_spec("lightning")
     layer.submodules.self_attention = attention_spec(part)
-    config = supported(module.TransformerConfig, device)(
+    values = {"add_bias_linear": False} if part == "lightning" else {}
+    config = supported(module.TransformerConfig, device, **values)(
         num_layers=1,
         hidden_size=128,
         num_attention_heads=4,

@@ -1,0 +1,88 @@
+"""Options of Megatron that no layer is handed: read where they can be seen, or refused."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from megatron.core.transformer.spec_utils import build_module
+
+from lasp.megatron import lightning_attention_spec, order_of_rows
+from ring.megatron import ring_attention_spec
+from tests.megatron.attention import HEAD_DIM, HEADS, parallel_config
+from tests.megatron.cpu import initialize
+from tests.megatron.refusals import core
+from tests.ranks import RankError, run_on_ranks
+
+pytestmark = pytest.mark.megatron
+
+ROTARY_DIM = 2
+
+
+def ring_with(where: str, options: dict[str, Any], rotary_dim: int = ROTARY_DIM) -> None:
+    """Build ring self-attention where the config or the training loop has these options."""
+    config, groups, arguments = parallel_config({}), initialize(), SimpleNamespace()
+    for name, value in options.items():
+        setattr(config if where == "config" else arguments, name, value)
+    training = SimpleNamespace(_GLOBAL_ARGS=arguments)
+    spec = ring_attention_spec(rotary_dim=rotary_dim, rope_base=100.0)
+    with mock.patch.dict(sys.modules, {"megatron.training.global_vars": training}):
+        build_module(spec, config=config, layer_number=1, pg_collection=groups)
+
+
+OTHER_POSITIONS = {
+    "position_embedding_type": "learned_absolute",
+    "rotary_base": 500_000,
+    "rotary_percent": 0.5,
+    "rotary_seq_len_interpolation_factor": 2,
+    "use_rope_scaling": True,
+}
+
+
+@pytest.mark.parametrize("where", ["config", "training argument"])
+@pytest.mark.parametrize("name", OTHER_POSITIONS)
+def test_other_positions_are_refused(where: str, name: str) -> None:
+    with pytest.raises(RankError, match=rf"{where}.{name} must be .*got {OTHER_POSITIONS[name]!r}"):
+        run_on_ranks(ring_with, 1, where, {name: OTHER_POSITIONS[name]})
+
+
+@pytest.mark.parametrize("where", ["config", "training argument"])
+def test_the_same_positions_and_megatrons_defaults_are_taken(where: str) -> None:
+    own = {"rotary_base": 100, "rotary_percent": ROTARY_DIM / HEAD_DIM}
+    defaults = {"rotary_base": 10_000, "rotary_percent": 1.0, "use_rope_scaling": False}
+    for options in (own, defaults):
+        run_on_ranks(ring_with, 1, where, options | {"position_embedding_type": "none"})
+    run_on_ranks(ring_with, 1, where, OTHER_POSITIONS, 0)  # it rotates nothing: Megatron's affair
+
+
+def test_rows_are_in_the_order_of_the_config() -> None:
+    def order(**options: str) -> str:
+        return order_of_rows(SimpleNamespace(**options), "a part")
+
+    assert order() == order(linear_cp_layout="zigzag", attention_cp_layout="zigzag") == "zigzag"
+    contiguous = {"linear_cp_layout": "contiguous", "attention_cp_layout": "contiguous"}
+    assert order(**contiguous) == order(cp_partition_mode="contiguous") == "contiguous"
+    for other in ("zigzag", "striped"):
+        with pytest.raises(ValueError, match=rf"attention_cp_layout must be .* '{other}': our"):
+            order(**(contiguous | {"attention_cp_layout": other}))
+
+
+def contiguous_rows_on_rank() -> None:
+    """Megatron's RoPE would rotate them as zigzag; and each part refuses layers of two orders."""
+    groups, config = initialize(cp=2), parallel_config({"cp": 2})
+    config.linear_cp_layout = config.attention_cp_layout = "contiguous"
+    tokens = torch.zeros(4, 1, HEADS, HEAD_DIM)
+    with pytest.raises(ValueError, match="positions_of_layout must be True for packs and cont"):
+        core(config, groups)(tokens, tokens, tokens)
+    config.attention_cp_layout = "zigzag"
+    for spec in (lightning_attention_spec(), ring_attention_spec(rotary_dim=4)):
+        with pytest.raises(ValueError, match=r"linear_cp_layout and config\.attention_cp_layout"):
+            build_module(spec, config=config, layer_number=1, pg_collection=groups)
+
+
+def test_contiguous_rows_with_megatrons_rope_are_refused() -> None:
+    run_on_ranks(contiguous_rows_on_rank, 2)

@@ -18,7 +18,7 @@ class RingOutput(NamedTuple):
     Attributes:
         output: ``[T, Hq, D]`` or ``[B, T, Hq, D]``, dtype of ``q``.
         lse: log-sum-exp of each row's scores, ``[T, Hq]`` or ``[B, T, Hq]``, float32 (float64 for
-            float64); not differentiable.
+            float64).
     """
 
     output: Tensor
@@ -64,10 +64,12 @@ def ring_attention(  # the operator: its arguments are its documentation
     Returns:
         Output and log-sum-exp of this rank's tokens.
 
-    Gradients: to ``q``, ``k`` and ``v``, once; every rank must run the backward. Contributions to
-    each are summed in float32 (float64 for float64) in a fixed order. Two runs are bit-identical
-    with ``eager`` and ``cpu_flash``, and with ``flash`` under
-    ``torch.use_deterministic_algorithms(True)``. Saved for it: q, k, v, output and lse.
+    Gradients: to ``q``, ``k`` and ``v``, once, from the output and from the lse; every rank must
+    run the backward. A loss that depends on the lse (a z-loss, an attention sink) makes the kernels
+    of that rank's backward run twice; else the lse costs nothing. Contributions to each are summed
+    in float32 (float64 for float64) in a fixed order. Two runs are bit-identical with ``eager`` and
+    ``cpu_flash``, and with ``flash`` under ``torch.use_deterministic_algorithms(True)``. Saved for
+    it: q, k, v, output and lse.
 
     Communication: in 1 to 4 stages, under the attention to what came before. Forward: every
     rank receives the keys and values that its rows need from others, each once: ``2 R Hkv D``

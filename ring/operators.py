@@ -31,8 +31,8 @@ _SCHEMA = (
     " -> (Tensor output, Tensor lse, Tensor kept)"
 )
 _BACKWARD_SCHEMA = (
-    "attention_backward(Tensor doutput, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse,"
-    f" Tensor kept, {_SETTINGS}) -> (Tensor dq, Tensor dk, Tensor dv)"
+    "attention_backward(Tensor doutput, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor output,"
+    f" Tensor lse, Tensor kept, {_SETTINGS}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 _REFERENCE = Reference("ring_attention", "ring.reference.dense_attention")
 
@@ -88,6 +88,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor,
 
 def _attention_backward(
     doutput: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -100,7 +101,7 @@ def _attention_backward(
     merged = Partial(output, lse)
     with torch.autocast(q.device.type, enabled=False):
         gradients = passes.backward(
-            doutput, merged, _rows(q, k, v), call, kept if keep_kv else None
+            doutput, dlse, merged, _rows(q, k, v), call, kept if keep_kv else None
         )
     dq, dk, dv = (x.contiguous() for x in gradients)
     return dq, dk, dv
@@ -144,15 +145,17 @@ def _group(name: str) -> dist.ProcessGroup | None:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:3], *output, inputs[3])
     ctx.settings = inputs[4:]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # those of lse and of what is kept
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # a gradient of the lse would be work
 
 
-def _gradients(ctx: Any, doutput: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any, doutput: Tensor | None, dlse: Tensor | None, *_: object
+) -> tuple[Tensor | None, ...]:
     *tensors, lengths = ctx.saved_tensors
     if doutput is None:  # not used here; others may wait for the gradients of their keys
         doutput = torch.zeros_like(tensors[3])
-    gradients = torch.ops.ring.attention_backward(doutput, *tensors, lengths, *ctx.settings)
+    gradients = torch.ops.ring.attention_backward(doutput, dlse, *tensors, lengths, *ctx.settings)
     return *gradients, *(None,) * 8
 
 
@@ -168,7 +171,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tens
 
 
 def _fake_backward(
-    doutput: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+    doutput: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 

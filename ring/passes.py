@@ -30,6 +30,7 @@ from ring.exchange import (
     kept_slabs,
     make_buffers,
 )
+from ring.gradients import RowGradients
 from ring.interface import QKV, Block, Segments
 from ring.merge import Accumulator, Partial
 from ring.schedule import RingSchedule, Tile
@@ -101,7 +102,14 @@ def forward(qkv: QKV, call: Call, *, keep_kv: bool) -> tuple[Partial, Tensor]:
     return Partial(local.output.to(qkv.q.dtype), local.lse), kept
 
 
-def backward(doutput: Tensor, merged: Partial, qkv: QKV, call: Call, kept: Tensor | None) -> QKV:
+def backward(
+    doutput: Tensor,
+    dlse: Tensor | None,
+    merged: Partial,
+    qkv: QKV,
+    call: Call,
+    kept: Tensor | None,
+) -> QKV:
     """Gradients to q, k and v of this rank's tokens, in their dtypes.
 
     Sums are in float32 (float64 for float64), rounded once, and in a fixed order. To dq: tiles
@@ -111,12 +119,14 @@ def backward(doutput: Tensor, merged: Partial, qkv: QKV, call: Call, kept: Tenso
 
     Args:
         doutput: ``[T, Hq, D]``.
+        dlse: ``[T, Hq]``; None if nothing depends on the lse. Else every tile is two calls of the
+            block.
         merged: what :func:`forward` returned.
         qkv: what it was given.
         call: likewise.
         kept: likewise; None: keys and values are fetched again.
     """
-    schedule, block, wide = call.schedule, call.block, merged.lse.dtype
+    schedule, wide = call.schedule, merged.lse.dtype
     fetched: Arrivals | None = None
     if kept is None:
         _, buffers = make_buffers(qkv.k, schedule, keep=False)
@@ -124,17 +134,15 @@ def backward(doutput: Tensor, merged: Partial, qkv: QKV, call: Call, kept: Tenso
         arrivals = iter(fetched)
     else:
         arrivals = kept_slabs(kept, schedule)
-    doutput = doutput.contiguous()
+    of_rows = RowGradients(call.block, doutput.contiguous(), dlse, merged, call.scale)
     dq: list[Tensor | None] = [None] * len(schedule.rows)
     across = bool(schedule.own_tiles or schedule.stages)
     dkv = qkv.k.new_zeros(2, len(qkv.k) if across else 0, *qkv.k.shape[1:], dtype=wide)
 
     def differentiate(tiles: Iterable[Tile], k: Tensor, v: Tensor, into: KV) -> None:
         for tile in tiles:
-            rows = slice(*schedule.rows[tile.rectangle])
-            of_rows = Partial(*(x[rows] for x in merged))
             part = _of_tile(tile, qkv.q, k, v, schedule)
-            outside = block.backward(doutput[rows], of_rows, part, causal=False, scale=call.scale)
+            outside = of_rows.over(slice(*schedule.rows[tile.rectangle]), part)
             so_far = dq[tile.rectangle]  # of one tile it stays what the kernel returned
             dq[tile.rectangle] = outside.q if so_far is None else so_far.to(wide).add_(outside.q)
             _scatter_add(tile, outside, into)
@@ -150,8 +158,7 @@ def backward(doutput: Tensor, merged: Partial, qkv: QKV, call: Call, kept: Tenso
             add_returned(returning, dkv, dslab)
         returning = give_back(stage, dslab, call.cp_group)
     differentiate(schedule.own_tiles, qkv.k, qkv.v, dkv)
-    segments = _segments(schedule, qkv.q.device)
-    local = block.backward_varlen(doutput, merged, qkv, segments, scale=call.scale)
+    local = of_rows.within(_segments(schedule, qkv.q.device), qkv)
     if returning is not None:
         add_returned(returning, dkv, dkv)  # there is no next slab, and nothing for one
     for rows, outside_q in zip(schedule.rows, dq):

@@ -42,7 +42,7 @@ def refuse_forward_mode(reference: Reference, *tensors: Tensor | None) -> None:
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(
             f"{reference.operator} has no forward-mode derivative, got a tensor with a tangent: use"
-            f" {reference.instead}, or reverse mode"
+            f" {reference.instead}, or the backward"
         )
 
 

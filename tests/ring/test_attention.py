@@ -192,7 +192,7 @@ def test_dq_is_summed_over_tiles_in_float32() -> None:
     call = passes.Call(tile_a_key(), None, block, 1.0)
     merged, _ = passes.forward(QKV(*qkv), call, keep_kv=False)
     with patch.object(block, "backward", recorded):  # the varlen form calls it for each fragment
-        dq, _, _ = passes.backward(doutput, merged, QKV(*qkv), call, None)
+        dq, _, _ = passes.backward(doutput, None, merged, QKV(*qkv), call, None)
     assert {part.q.dtype for part in parts} == {torch.bfloat16}
     tiles, local = parts[:16], parts[16:]
     assert len(local) == 2

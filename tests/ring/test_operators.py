@@ -35,13 +35,14 @@ def test_operators_are_well_registered(dtype: torch.dtype, keep_kv: bool) -> Non
     qkv = [x.detach() for x in inputs]
     results = torch.ops.ring.attention(*qkv, *settings)
     doutput = torch.randn_like(results[0])
-    arguments = (doutput, *qkv, *results, *settings)
-    torch.library.opcheck(torch.ops.ring.attention_backward.default, arguments)
+    for dlse in (None, torch.randn_like(results[1])):
+        arguments = (doutput, dlse, *qkv, *results, *settings)
+        torch.library.opcheck(torch.ops.ring.attention_backward.default, arguments)
 
 
 def loss(q: Tensor, k: Tensor, v: Tensor, layout, group: Any = None, keep_kv=False) -> Tensor:
     output, lse = ring_attention(q, k, v, layout=layout, cp_group=group, keep_kv=keep_kv)
-    return output.square().sum() + 0 * lse.sum()
+    return output.square().sum() + lse.square().sum()
 
 
 def loss_and_gradients(function: Any, inputs: list[Tensor], *args: Any) -> list[Tensor]:

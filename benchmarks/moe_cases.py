@@ -72,8 +72,8 @@ def build(
             std = (2 / (case.hidden + case.ffn)) ** 0.5
             for weight in layer.experts.parameters():
                 weight.normal_(0, std, generator=generator)
-        layer.gate_weight.zero_()
-        layer.gate_weight[:, : case.experts] = torch.eye(case.experts)
+        layer.gate.weight.zero_()
+        layer.gate.weight[:, : case.experts] = torch.eye(case.experts)
     return layer
 
 

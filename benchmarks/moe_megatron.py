@@ -52,7 +52,7 @@ def peers(
     fused = "fused" if module.config.bias_activation_fusion and compiled else "unfused"
     name = f"Megatron-Core {megatron.core.__version__} alltoall, SequentialMLP, {fused} SwiGLU"
     with torch.no_grad():
-        module.router.weight.data = layer.gate_weight.to(machine.dtype)
+        module.router.weight.data = layer.gate.weight.to(machine.dtype)
         for expert, w13, w2 in zip(
             module.experts.local_experts, layer.experts.w13, layer.experts.w2
         ):

@@ -134,7 +134,7 @@ def check(case: Case, groups: ExpertGroups, machine: Machine) -> dict[str, float
     whole = ExpertParallelMoE(case.config, dtype=torch.float64)
     w13, w2 = (w.detach().to(machine.dtype).double() for w in whole.experts.parameters())
     exact_x = x.detach().double().cpu().requires_grad_()
-    gate = layer.gate_weight.detach().double().cpu()
+    gate = layer.gate.weight.detach().double().cpu()
     exact = reference_moe(
         exact_x, gate, w13, w2,
         top_k=case.top_k, capacity_factor=None, drop_policy="position", aux_loss_coefficient=0.0,

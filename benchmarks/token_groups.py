@@ -29,7 +29,7 @@ def token_groups(layer: ExpertParallelMoE, x_TM: Tensor) -> Tensor:
     impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
     routing = route(
         x_TM,
-        layer.gate_weight,
+        layer.gate.weight,
         top_k=config.top_k,
         order=order,
         token_group=groups.token,

@@ -62,7 +62,7 @@ def self_check() -> dict[str, float]:
     errors["ring_attention"] = (ours - dense).abs().max().item()
     config = MoEConfig(hidden_size=64, ffn_size=32, num_experts=4, top_k=2, capacity_factor=1.0)
     layer, x = ExpertParallelMoE(config, dtype=torch.float64), q.flatten(1)
-    weights = (layer.gate_weight, layer.experts.w13, layer.experts.w2)
+    weights = (layer.gate.weight, layer.experts.w13, layer.experts.w2)
     oracle = reference_moe(x, *weights, top_k=2, capacity_factor=1.0).output
     errors["ExpertParallelMoE"] = (layer(x).output - oracle).abs().max().item()
     return errors

@@ -15,6 +15,19 @@ from lasp.layout import SequenceLayout
 from lasp.validation import Impl
 
 
+class GatedNorm(nn.RMSNorm):
+    """:func:`lasp.layers.norm_gate` and its weight, over the features of all heads.
+
+    An RMSNorm to whoever sorts parameters by the kind of their module; called as a module, so that
+    wrappers which gather parameters in hooks gather this one.
+    """
+
+    def forward(self, x: Tensor, gate: Tensor, *, impl: Impl) -> Tensor:  # type: ignore[override]
+        """``x`` and ``gate`` ``[..., W]``; see :func:`lasp.layers.norm_gate`."""
+        eps: float = self.eps  # type: ignore[assignment]  # always given here
+        return norm_gate(x, gate, self.weight, eps=eps, impl=impl)
+
+
 class LightningAttention(nn.Module):
     """Token mixer: fused SiLU projection, lightning attention, norm, sigmoid gate, projection.
 
@@ -63,7 +76,6 @@ class LightningAttention(nn.Module):
         self.head_dim = head_dim
         self.exchange: Exchange = exchange
         self.impl: Impl = impl
-        self.norm_eps = norm_eps
         inner_size = num_heads * head_dim
         self.qkv_proj = nn.Linear(
             hidden_size, 3 * inner_size, bias=False, device=device, dtype=dtype
@@ -71,7 +83,7 @@ class LightningAttention(nn.Module):
         self.output_gate = nn.Linear(
             hidden_size, inner_size, bias=False, device=device, dtype=dtype
         )
-        self.norm = nn.RMSNorm(inner_size, eps=norm_eps, device=device, dtype=dtype)
+        self.norm = GatedNorm(inner_size, eps=norm_eps, device=device, dtype=dtype)
         self.out_proj = nn.Linear(inner_size, hidden_size, bias=False, device=device, dtype=dtype)
         self.rates = decay_rates(num_heads, layer_index, num_layers, decay)
 
@@ -185,6 +197,5 @@ class LightningAttention(nn.Module):
     def _gate(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """The output of the layer, from that of the attention."""
         mixed, gate = mixed.flatten(-2), self.output_gate(hidden)
-        gated = norm_gate(mixed, gate, self.norm.weight, eps=self.norm_eps, impl=self.impl)
-        projected: Tensor = self.out_proj(gated)
+        projected: Tensor = self.out_proj(self.norm(mixed, gate, impl=self.impl))
         return projected

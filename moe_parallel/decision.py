@@ -1,8 +1,6 @@
-"""The first step of the layer: which tokens go where, over all ranks."""
+"""What the layer settles before rows travel: the order of the tokens, and the counts of rows."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,55 +8,37 @@ from torch import Tensor
 
 from moe_parallel.agreement import check_counts, check_order
 from moe_parallel.config import MoEConfig
-from moe_parallel.impl import chosen_impl
 from moe_parallel.mesh import ExpertMesh
 from moe_parallel.order import TokenOrder, to_host
-from moe_parallel.route import Routing, route
+from moe_parallel.route import Routing
 
 
-class Decision(NamedTuple):
-    """Result of :func:`decide`.
-
-    Attributes:
-        order: where the tokens of every rank stand.
-        tokens: ``[T, hidden]``, this rank's routed tokens, by global position.
-        routing: where they go.
-    """
-
-    order: TokenOrder
-    tokens: Tensor
-    routing: Routing
-
-
-def decide(
+def agreed_order(
     rows: Tensor,
-    gate_EM: Tensor,
     token_order: TokenOrder | None,
     *,
     config: MoEConfig,
     mesh: ExpertMesh,
     token_group: dist.ProcessGroup | None,
     training: bool,
-) -> Decision:
-    """Route this rank's tokens, in an order that the ranks have compared.
+) -> TokenOrder:
+    """Where the tokens of every rank stand, in an order that the ranks have compared.
 
     Args:
         rows: ``[tokens, hidden]``, padding included.
-        gate_EM: gate weight.
         token_order: see :meth:`moe_parallel.ExpertParallelMoE.forward`.
         config: of the layer.
         mesh: likewise.
         token_group: likewise.
         training: whether there is a capacity.
 
-    Communication: that of :func:`moe_parallel.route.route`, and of comparing orders.
+    Communication: that of :func:`moe_parallel.agreement.check_order`.
 
     Raises:
         ValueError: for orders that differ or are missing where they must not, on every rank alike.
     """
     padded = config.pad_to_capacity and training
-    capacity_factor = config.capacity_factor if training and not padded else None
-    by_probability = capacity_factor is not None and config.drop_policy == "probability"
+    by_probability = drops(config, training) is not None and config.drop_policy == "probability"
     given = token_order is not None
     if padded and not given and mesh.num_token_ranks > 1:
         raise ValueError(
@@ -70,19 +50,12 @@ def decide(
     # Otherwise what the router gathers is E counts, whatever a rank believes of the others.
     if given or by_probability:
         check_order(token_order, rows.shape[0], token_group, rows.device)
-    x_TM = token_order.take(rows, mesh.token_rank)
-    routing = route(
-        x_TM,
-        gate_EM,
-        top_k=config.top_k,
-        order=token_order,
-        token_group=token_group,
-        capacity_factor=capacity_factor,
-        drop_policy=config.drop_policy,
-        aux_loss_coefficient=config.aux_loss_coefficient,
-        impl=chosen_impl(config.impl, x_TM.device, x_TM.dtype),
-    )
-    return Decision(token_order, x_TM, routing)
+    return token_order
+
+
+def drops(config: MoEConfig, training: bool) -> float | None:
+    """The capacity factor of the router's drops; None where it drops nothing."""
+    return config.capacity_factor if training and not config.pad_to_capacity else None
 
 
 def check_hidden(hidden: Tensor, weight: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -25,7 +24,7 @@ from moe_parallel.gemm import (
     weight_product,
 )
 from moe_parallel.impl import ChosenImpl, Impl, chosen_impl
-from moe_parallel.overlap import Pipeline, local_pipeline
+from moe_parallel.overlap import Pipeline
 from moe_parallel.swiglu import swiglu, swiglu_backward
 
 _REFERENCE = Reference("ExpertParallelMoE's experts", "moe_parallel.reference.reference_moe")
@@ -168,26 +167,13 @@ class Experts(nn.Module):
             return "grouped" if fast and num_rows < LOOP_ROWS * self.num_local else "loop"
         return self.gemm
 
-    def forward(self, rows_AM: Tensor, counts: Sequence[int]) -> Tensor:
-        """Apply each expert to its rows, without communication.
-
-        Args:
-            rows_AM: ``[A, hidden]``, rows of local expert 0 first, then 1, ...
-            counts: rows of each local expert, on the host; zeros are fine, their sum is A.
-
-        Returns:
-            ``[A, hidden]``, in the same order.
-
-        Gradients: see :meth:`over_ranks`.
-        """
-        return self.over_ranks(rows_AM, local_pipeline(counts), num_rows=sum(counts))
-
-    def over_ranks(self, rows_AM: Tensor, pipeline: Pipeline, *, num_rows: int) -> Tensor:
+    def forward(self, rows_AM: Tensor, pipeline: Pipeline, *, num_rows: int) -> Tensor:
         """Send rows to their experts on other ranks, apply these, and bring the results back.
 
         Args:
             rows_AM: ``[A, hidden]``, in the order of :meth:`moe_parallel.overlap.Pipeline.run`.
-            pipeline: who sends what, in which groups.
+            pipeline: who sends what, in which groups; for rows that are with their experts already
+                :func:`moe_parallel.overlap.local_pipeline`.
             num_rows: that the experts of a rank take, on the average of all ranks: all multiply
                 alike, however tokens are split over them.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,9 +12,8 @@ from torch import Tensor, nn
 from moe_parallel.agreement import check_rows
 from moe_parallel.capacity import drop_by_rank, padded_order
 from moe_parallel.config import MoEConfig
-from moe_parallel.decision import Decision, KeptCounts, check_hidden, decide
+from moe_parallel.decision import KeptCounts, agreed_order, check_hidden
 from moe_parallel.experts import Experts, generator_of
-from moe_parallel.gate import gate_dtype
 from moe_parallel.grouping import DispatchOrder, expert_groups, groups_that_pay
 from moe_parallel.impl import chosen_impl
 from moe_parallel.mesh import expert_mesh
@@ -24,6 +22,7 @@ from moe_parallel.overlap import Pipeline, PipelinePlans
 from moe_parallel.peer_memory import PeerRows
 from moe_parallel.permute import RowOrder, permute, row_order, unpermute
 from moe_parallel.route import Routing, RoutingStats, expert_capacity
+from moe_parallel.router import Router
 from moe_parallel.timeline import Timeline
 from moe_parallel.topology import ExpertGroups
 
@@ -52,7 +51,7 @@ class ExpertParallelMoE(nn.Module):
     the batch is split over ranks. Like dropout, capacity is a rule of training: after ``eval()``
     nothing is dropped, and no token takes the place of another.
 
-    Parameters: ``gate_weight`` ``[E, hidden]``, the same on every rank, float32 (float64 in a
+    Parameters: ``gate.weight`` ``[E, hidden]``, the same on every rank, float32 (float64 in a
     float64 layer) whatever ``dtype`` is, as MiniMax keeps it; choose the dtype here rather than by
     ``.to(dtype)``, which would round the gate too. ``experts.w13`` and ``experts.w2`` hold this
     rank's part (:meth:`moe_parallel.experts.Experts.sharding`).
@@ -67,7 +66,7 @@ class ExpertParallelMoE(nn.Module):
 
     Gradients: parameter gradients are this rank's. If the loss is the sum of the ranks' losses (a
     mean must divide by the global token count), the caller sums ``experts.*`` over the EDP group
-    and ``gate_weight`` over the token group. Run backward on every rank, also one without tokens.
+    and ``gate.weight`` over the token group. Run backward on every rank, also one without tokens.
     Differentiating gradients again raises RuntimeError.
 
     Communication, per call: one all-gather over the token group (:mod:`moe_parallel.route`); two
@@ -100,11 +99,7 @@ class ExpertParallelMoE(nn.Module):
         alone = len(self.mesh.sources) == 1
         self.groups = groups._replace(peers=None) if alone else groups
         self._order = DispatchOrder(config.num_experts, self.mesh.ep_size)
-        self.gate_weight = nn.Parameter(
-            torch.empty(
-                config.num_experts, config.hidden_size, device=device, dtype=gate_dtype(dtype)
-            )
-        )
+        self.gate = Router(config, token_group=self.groups.token, device=device, dtype=dtype)
         self.experts = Experts(
             config.hidden_size,
             config.ffn_size,
@@ -138,10 +133,7 @@ class ExpertParallelMoE(nn.Module):
             2**63 - 1, (2,), generator=generator_of(seed), device="cpu"
         ).tolist()
         self.experts.reset_parameters(for_experts, gain=gain)
-        if not self.gate_weight.is_meta:
-            std = math.sqrt(2 / (self.config.hidden_size + self.config.num_experts))
-            gate = torch.empty(self.gate_weight.shape, device="cpu", dtype=torch.float32)
-            self.gate_weight.copy_(gate.normal_(0, std, generator=generator_of(for_gate)))
+        self.gate.reset_parameters(generator_of(for_gate))
 
     def forward(  # the contract of the layer and its checks, then one call for each stage
         self,
@@ -169,7 +161,9 @@ class ExpertParallelMoE(nn.Module):
         """
         check_hidden(hidden, self.experts.w13)
         rows = hidden.reshape(-1, self.config.hidden_size)
-        token_order, x_TM, routing = self.decide(rows, token_order)
+        token_order = self.agreed_order(rows, token_order)
+        x_TM = token_order.take(rows, self.mesh.token_rank)
+        routing: Routing = self.gate(x_TM, token_order)
         impl = chosen_impl(self.config.impl, x_TM.device, x_TM.dtype)
         if self.config.pad_to_capacity and self.training:
             routing, rows_AM, order = self._padded(x_TM, routing, token_order, timeline)
@@ -182,11 +176,10 @@ class ExpertParallelMoE(nn.Module):
         output = token_order.put(output_TM, self.mesh.token_rank).view_as(hidden)
         return MoEOutput(output, routing.aux_loss, routing.stats)
 
-    def decide(self, rows: Tensor, token_order: TokenOrder | None) -> Decision:
-        """Where this rank's tokens go, see :func:`moe_parallel.decision.decide`."""
-        return decide(
+    def agreed_order(self, rows: Tensor, token_order: TokenOrder | None) -> TokenOrder:
+        """Where all tokens stand, see :func:`moe_parallel.decision.agreed_order`."""
+        return agreed_order(
             rows,
-            self.gate_weight,
             token_order,
             config=self.config,
             mesh=self.mesh,
@@ -295,4 +288,5 @@ class ExpertParallelMoE(nn.Module):
         ways = (self.groups.ep, self.groups.etp, order.peers)
         pipeline = Pipeline(experts, plans, *ways, timeline)
         mean_rows = num_rows // self.mesh.num_token_ranks * self.mesh.etp_size
-        return self.experts.over_ranks(rows_AM, pipeline, num_rows=mean_rows)
+        results_AM: Tensor = self.experts(rows_AM, pipeline, num_rows=mean_rows)
+        return results_AM

@@ -61,7 +61,7 @@ def reference_logits(
         x = rms_norm(alpha * x + y, w["moe_norm.weight"], config.norm_eps)
         moe = reference_moe(
             x,
-            w["moe.gate_weight"],
+            w["moe.gate.weight"],
             w["moe.experts.w13"],
             w["moe.experts.w2"],
             top_k=config.moe.top_k,

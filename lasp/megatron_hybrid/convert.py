@@ -32,7 +32,7 @@ _OF_LAYER = {
     "attention.out_proj.weight": "self_attention.out_proj.weight",
     "attention.o_proj.weight": "self_attention.linear_proj.weight",
     "moe_norm.weight": "pre_mlp_layernorm.weight",
-    "moe.gate_weight": "mlp.moe.gate_weight",
+    "moe.gate.weight": "mlp.moe.gate.weight",
     "moe.experts.w13": "mlp.moe.experts.w13",
     "moe.experts.w2": "mlp.moe.experts.w2",
 }

@@ -40,14 +40,14 @@ def sharded_experts(
             " without it"
         )
     sharded = make_sharded_tensors_for_checkpoint(
-        {"weight": moe.gate_weight},
+        {"weight": moe.gate.weight},
         f"{prefix}router.",
         {},
         offsets,
         tp_group=groups.tp,
         dp_cp_group=metadata["dp_cp_group"],
     )
-    result = {f"{prefix}moe.gate_weight": sharded[f"{prefix}router.weight"]}
+    result = {f"{prefix}moe.gate.weight": sharded[f"{prefix}router.weight"]}
     first = moe.mesh.ep_rank * moe.experts.w13.shape[0]
     for name, key in (("w13", "linear_fc1"), ("w2", "linear_fc2")):
         weight = getattr(moe.experts, name)

@@ -28,7 +28,9 @@ from moe_parallel.megatron.config import (
 )
 from moe_parallel.megatron.loss import attach_aux_loss
 from moe_parallel.order import TokenOrder
+from moe_parallel.overlap import local_pipeline
 from moe_parallel.permute import permute, row_order, unpermute
+from moe_parallel.route import Routing
 from moe_parallel.topology import ExpertGroups
 
 _GROUPS = ("tp", "cp", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_dp_cp")
@@ -108,8 +110,9 @@ class ExpertParallelMoELayer(MoELayer):
         )
         self.moe.experts.reset_parameters(int(torch.randint(2**31, ())), gain=init_gain)
         # As Megatron's router: its optimizers save parameters of one dtype; route() computes wider.
-        self.moe.gate_weight.data = self.moe.gate_weight.data.to(config.params_dtype)
-        self.moe.gate_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        gate = self.moe.gate.weight
+        gate.data = gate.data.to(config.params_dtype)
+        gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         for parameter in self.moe.experts.parameters():
             # Reduced over the expert groups and stepped by an optimizer of their own, at any ep and
             # etp: a checkpoint of the optimizer then has one form.
@@ -188,7 +191,10 @@ class ExpertParallelMoELayer(MoELayer):
         Communication: one all-gather over tp x cp x dp, see :func:`moe_parallel.route.route`.
         """
         refuse_arguments(PART, padding_mask=padding_mask)
-        order, tokens, routing = self.moe.decide(hidden_states.flatten(0, 1), token_order)
+        rows = hidden_states.flatten(0, 1)
+        order = self.moe.agreed_order(rows, token_order)
+        tokens = order.take(rows, self.moe.mesh.token_rank)
+        routing: Routing = self.moe.gate(tokens, order)
         # New memory: arguments of stages are freed after them, and the softmax keeps its output.
         if routing.mask is None:
             probs, routing_map = routing.weights.clone(), routing.experts.clone()
@@ -238,7 +244,8 @@ class ExpertParallelMoELayer(MoELayer):
         rows = exchange.group_by_expert(rows, plan)
         if rows is hidden_states:
             rows = rows.clone()  # the experts keep them, and hidden_states may be freed
-        rows = self.moe.experts(rows, plan.expert_rows)
+        counts = plan.expert_rows
+        rows = self.moe.experts(rows, local_pipeline(counts), num_rows=sum(counts))
         rows = exchange.scatter_etp(exchange.group_by_source(rows, plan), plan, etp_group)
         return rows, None
 

@@ -114,7 +114,7 @@ def parts_of(groups: ProcessGroupCollection) -> tuple[Any, Any]:
 
 
 def copy_to_megatrons(layer: Any, groups: ProcessGroupCollection) -> None:
-    layer.router.weight.data.copy_(plain().gate_weight)
+    layer.router.weight.data.copy_(plain().gate.weight)
     for w13, w2, expert in zip(*parts_of(groups), layer.experts.local_experts, strict=True):
         expert.linear_fc1.weight.data.copy_(w13.flatten(0, 1))
         expert.linear_fc2.weight.data.copy_(w2)
@@ -127,8 +127,8 @@ def load_layer(theirs: bool, sizes: dict[str, int], directory: Path) -> None:
         parameter.data.fill_(torch.nan)
     loaded = dist_checkpointing.load(layer.sharded_state_dict("mlp."), str(directory))
     layer.load_state_dict({n.removeprefix("mlp."): v for n, v in loaded.items()}, strict=False)
-    gate = layer.router.weight if theirs else layer.moe.gate_weight
-    assert torch.equal(gate, plain().gate_weight)
+    gate = layer.router.weight if theirs else layer.moe.gate.weight
+    assert torch.equal(gate, plain().gate.weight)
     w13, w2 = parts_of(groups)
     if theirs:
         for index, expert in enumerate(layer.experts.local_experts):

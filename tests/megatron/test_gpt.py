@@ -73,7 +73,13 @@ def layer_spec(mixer: str, *, experts: bool = False) -> ModuleSpec:
     )
 
 
-def build(sizes: dict[str, int], parts: tuple[str, ...], groups: Any) -> DistributedDataParallel:
+def build(
+    sizes: dict[str, int],
+    parts: tuple[str, ...],
+    groups: Any,
+    wrapper: DistributedDataParallelConfig | None = None,
+    **options: Any,
+) -> DistributedDataParallel:
     """Two layers; of lightning and ring one each."""
     experts, hybrid = "moe" in parts, "hybrid" in parts
     config = parallel_config(
@@ -82,7 +88,7 @@ def build(sizes: dict[str, int], parts: tuple[str, ...], groups: Any) -> Distrib
         linear_attention_freq=2,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        **(EXPERTS if experts else {}),
+        **((EXPERTS if experts else {}) | options),
     )
     if hybrid:
         spec = hybrid_block_spec(config, "1:1", hybrid=HybridConfig.deepnorm(2, rotary_dim=4))
@@ -101,7 +107,7 @@ def build(sizes: dict[str, int], parts: tuple[str, ...], groups: Any) -> Distrib
         share_embeddings_and_output_weights=False,
         pg_collection=groups,
     ).double()
-    return DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+    return DistributedDataParallel(config, wrapper or DistributedDataParallelConfig(), model)
 
 
 def forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:

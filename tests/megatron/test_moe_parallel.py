@@ -51,7 +51,7 @@ def plain() -> ExpertParallelMoE:
 
 def load_plain(layer: ExpertParallelMoELayer, groups: ProcessGroupCollection) -> None:
     whole, experts = plain(), layer.moe.experts
-    layer.moe.gate_weight.data.copy_(whole.gate_weight)
+    layer.moe.gate.weight.data.copy_(whole.gate.weight)
     for name, (ep_dim, etp_dim) in experts.sharding().items():
         weight = getattr(whole.experts, name)
         weight = weight.chunk(groups.ep.size(), ep_dim)[groups.ep.rank()]
@@ -141,7 +141,7 @@ def layer_on_rank(
     scale = 1.0 if options.get("calculate_per_token_loss") else float(cp)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([scale]))
     output, hidden_grad = run(layer, hidden, order, grad * divisor)
-    gate = summed(layer.moe.gate_weight.grad, groups.tp_dp_cp) / divisor
+    gate = summed(layer.moe.gate.weight.grad, groups.tp_dp_cp) / divisor
     experts = [summed(p.grad, groups.expt_dp) / divisor for p in layer.moe.experts.parameters()]
     return [output.squeeze(1), hidden_grad.squeeze(1) / divisor, gate, *experts]
 
@@ -153,7 +153,7 @@ def plain_results() -> list[Tensor]:
     assert int(result.stats.dropped.sum()) > 0  # capacity is at work
     torch.autograd.backward([result.output, result.aux_loss], [batch.grad, None])
     experts = [p.grad for p in layer.experts.parameters()]
-    return [result.output.detach(), hidden.grad, layer.gate_weight.grad, *experts]
+    return [result.output.detach(), hidden.grad, layer.gate.weight.grad, *experts]
 
 
 SPLITS = [

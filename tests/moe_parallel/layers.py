@@ -38,8 +38,8 @@ def build(config: MoEConfig, dtype: torch.dtype, skew: bool, **kwargs: object) -
     layer = ExpertParallelMoE(config, seed=1, dtype=dtype, **kwargs)
     if skew:
         with torch.no_grad():
-            layer.gate_weight[HOT, 0] += 20
-            layer.gate_weight[COLD, 0] -= 1000
+            layer.gate.weight[HOT, 0] += 20
+            layer.gate.weight[COLD, 0] -= 1000
     return layer
 
 
@@ -63,7 +63,7 @@ def layer_on_rank(
     grad = local_rows(whole.grad.to(dtype), order, rank, padding=torch.nan).to(device)
     result = layer(x, token_order=order)
     torch.autograd.backward([result.output, result.aux_loss], [grad, None])
-    tensors = [result.output, result.aux_loss, x.grad, layer.gate_weight.grad]
+    tensors = [result.output, result.aux_loss, x.grad, layer.gate.weight.grad]
     tensors += [layer.experts.w13.grad, layer.experts.w2.grad]
     return LayerResult(*(tensor.detach().cpu() for tensor in tensors))
 
@@ -98,7 +98,7 @@ def oracle(
 ) -> LayerResult:
     """The reference on values of ``dtype``, computed in ``compute``."""
     layer = build(config, dtype, skew)
-    gate = layer.gate_weight.detach()
+    gate = layer.gate.weight.detach()
     if compute == torch.float64:
         gate = gate.double()
     weights = [gate, *(w.detach().to(compute) for w in layer.experts.parameters())]

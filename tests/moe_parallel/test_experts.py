@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig
 from moe_parallel import gemm as products
 from moe_parallel.experts import Experts
+from moe_parallel.overlap import local_pipeline
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.moe_parallel.batch import ORDERS, groups_of
 from tests.ranks import run_on_ranks
@@ -24,6 +25,10 @@ def experts_of(gemm: str = "loop", dtype: torch.dtype = torch.float64, **kwargs:
     return experts
 
 
+def local(experts: Experts, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
+    return experts(rows, local_pipeline(counts), num_rows=sum(counts))
+
+
 def by_hand(experts: Experts, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
     owner = torch.tensor([e for e, count in enumerate(counts) for _ in range(count)]).long()
     gate, up = torch.einsum("asfm,am->saf", experts.w13[owner], rows)
@@ -32,7 +37,7 @@ def by_hand(experts: Experts, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
 
 def run(experts: Experts, rows: Tensor, grad: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
     rows = rows.detach().requires_grad_()
-    output = experts(rows, counts)
+    output = local(experts, rows, counts)
     return [output.detach(), *torch.autograd.grad(output, [rows, *experts.parameters()], grad)]
 
 
@@ -65,7 +70,7 @@ def test_what_inference_leaves_behind_serves_training() -> None:
     experts = experts_of("grouped", torch.float32)
     rows = torch.randn(sum(COUNTS), 16)
     with torch.inference_mode():
-        expected = experts(rows, COUNTS)
+        expected = local(experts, rows, COUNTS)
     found = products._ends.cache_info().misses
     actual, *_ = run(experts, rows, rows.cos(), COUNTS)
     assert torch.equal(actual, expected)
@@ -77,7 +82,7 @@ def test_gradcheck() -> None:
     experts.reset_parameters(0)
     rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda rows, *_: experts(rows, (2, 0, 3)), (rows, *experts.parameters())
+        lambda rows, *_: local(experts, rows, (2, 0, 3)), (rows, *experts.parameters())
     )
 
 
@@ -119,11 +124,11 @@ def check_budget(dtype: torch.dtype, gemm: str, counts: tuple[int, ...], device:
 def test_host_does_not_wait_for_a_gpu() -> None:
     experts = experts_of("grouped", torch.bfloat16).cuda()
     rows = torch.randn(sum(COUNTS), 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    expected = experts(rows, COUNTS)
+    expected = local(experts, rows, COUNTS)
     expected.square().mean().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        actual = experts(rows, COUNTS)
+        actual = local(experts, rows, COUNTS)
         actual.square().mean().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -132,7 +137,7 @@ def test_host_does_not_wait_for_a_gpu() -> None:
 
 def test_an_expanded_gradient_is_accepted() -> None:
     experts = experts_of("grouped", torch.float32)
-    experts(torch.randn(sum(COUNTS), 16), COUNTS).sum().backward()
+    local(experts, torch.randn(sum(COUNTS), 16), COUNTS).sum().backward()
     assert experts.w2.grad.isfinite().all()
 
 
@@ -155,8 +160,8 @@ def test_initial_values_do_not_depend_on_the_mesh(ep: int, etp: int) -> None:
 
 def test_terms_of_etp_ranks_sum_to_the_whole() -> None:
     rows = torch.randn(sum(COUNTS), 16, dtype=torch.float64)
-    terms = [experts_of(etp_rank=j, etp_size=3)(rows, COUNTS) for j in range(3)]
-    assert_equal_to_rounding(sum(terms), experts_of()(rows, COUNTS))
+    terms = [local(experts_of(etp_rank=j, etp_size=3), rows, COUNTS) for j in range(3)]
+    assert_equal_to_rounding(sum(terms), local(experts_of(), rows, COUNTS))
 
 
 def test_initial_values_differ_between_experts_and_seeds() -> None:

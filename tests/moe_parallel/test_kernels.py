@@ -92,9 +92,9 @@ def test_the_layer_with_kernels_is_within_the_budget_of_the_plain_one(dtype: tor
     def results(impl: str, dtype: torch.dtype) -> list[Tensor]:
         config = MoEConfig(24, 40, 8, 2, capacity_factor=1.0, impl=impl, aux_loss_coefficient=0.0)
         layer = build(config, torch.bfloat16, False, device=DEVICE)
-        gate = layer.gate_weight.detach()
+        gate = layer.gate.weight.detach()
         layer = layer.to(dtype)
-        layer.gate_weight = torch.nn.Parameter(gate.to(torch.promote_types(dtype, torch.float32)))
+        layer.gate.weight = torch.nn.Parameter(gate.to(torch.promote_types(dtype, torch.float32)))
         x = tokens.to(dtype).requires_grad_()
         output = layer(x).output
         return [output.detach(), *torch.autograd.grad(output, [x, *layer.parameters()], ones)]

@@ -181,7 +181,7 @@ def gradcheck_on_rank(topology: ExpertTopology, order: TokenOrder, config: MoECo
     def function(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
         x, gate, w13, w2 = (Replicated.apply(tensor) for tensor in (x, gate, w13, w2))
         parameters = {
-            "gate_weight": gate,
+            "gate.weight": gate,
             "experts.w13": w13[experts, :, part],
             "experts.w2": w2[experts, :, part],
         }
@@ -256,7 +256,7 @@ def test_capacity_is_for_training_alone(drop_policy: str) -> None:
 
 def test_initial_values_of_gate_and_experts_come_from_streams_of_their_own() -> None:
     layer = ExpertParallelMoE(CONFIG, seed=5)
-    gate = layer.gate_weight.detach().flatten()
+    gate = layer.gate.weight.detach().flatten()
     drawn = {
         "randn": torch.randn(len(gate), generator=torch.Generator().manual_seed(5)),
         "uniform": torch.rand(len(gate), generator=torch.Generator().manual_seed(5)) - 0.5,
@@ -267,8 +267,8 @@ def test_initial_values_of_gate_and_experts_come_from_streams_of_their_own() -> 
         # 1 if one is a multiple of the other; of n independent values about 1 / sqrt(n).
         assert torch.cosine_similarity(gate, other, dim=0).abs() < 6 / len(gate) ** 0.5, name
     again = ExpertParallelMoE(CONFIG, seed=5)
-    assert torch.equal(again.gate_weight, layer.gate_weight)
-    assert not torch.equal(ExpertParallelMoE(CONFIG, seed=6).gate_weight, layer.gate_weight)
+    assert torch.equal(again.gate.weight, layer.gate.weight)
+    assert not torch.equal(ExpertParallelMoE(CONFIG, seed=6).gate.weight, layer.gate.weight)
 
 
 @pytest.mark.gpu
@@ -302,9 +302,9 @@ def test_no_token_anywhere() -> None:
 
 def test_gate_stays_float32_in_a_bfloat16_layer() -> None:
     layer = ExpertParallelMoE(LOW_PRECISION, dtype=torch.bfloat16)
-    assert layer.gate_weight.dtype == torch.float32
+    assert layer.gate.weight.dtype == torch.float32
     assert {parameter.dtype for parameter in layer.experts.parameters()} == {torch.bfloat16}
-    assert ExpertParallelMoE(LOW_PRECISION, dtype=torch.float64).gate_weight.dtype == torch.float64
+    assert ExpertParallelMoE(LOW_PRECISION, dtype=torch.float64).gate.weight.dtype == torch.float64
 
 
 def test_meta_device_makes_no_values() -> None:

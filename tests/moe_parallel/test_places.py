@@ -172,7 +172,9 @@ def test_few_launches_until_rows_leave_and_in_the_routers_backward() -> None:
     queued = Queued()
 
     def leave() -> Routing:
-        order, tokens, routing = layer.decide(x, None)
+        order = layer.agreed_order(x, None)
+        tokens = order.take(x, layer.mesh.token_rank)
+        routing = layer.gate(tokens, order)
         counts = KeptCounts(routing, order)
         layer.through_experts(tokens, routing.experts, routing.mask, counts)
         return routing
@@ -183,7 +185,7 @@ def test_few_launches_until_rows_leave_and_in_the_routers_backward() -> None:
         queued.kernel(launch, "copy_slots_kernel"),
         patch.object(top_k, "takes_parts", lambda _: True),
         patch.object(top_k, "parts_product", queued.one("mm", top_k.parts_product)),
-        patch.object(layer.experts, "over_ranks", lambda rows, *_, **__: rows),
+        patch.object(layer.experts, "forward", lambda rows, *_, **__: rows),
     ]
     for each in patches:
         each.start()
@@ -202,7 +204,7 @@ def test_few_launches_until_rows_leave_and_in_the_routers_backward() -> None:
         queued.names.clear()
         grad = torch.randn_like(routing.weights)
         with queued:
-            torch.autograd.grad(routing.weights, [x, layer.gate_weight], grad)
+            torch.autograd.grad(routing.weights, [x, layer.gate.weight], grad)
         backward = ["top_k_backward_kernel", "split_kernel", "mm", "mm", "add", "add"]
         assert queued.names == backward
     finally:

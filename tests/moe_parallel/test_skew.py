@@ -46,8 +46,8 @@ def planted(name: str, config: MoEConfig) -> torch.Tensor:
 def layer_of(config: MoEConfig, **kwargs: object) -> ExpertParallelMoE:
     layer = ExpertParallelMoE(config, seed=2, dtype=torch.float64, **kwargs)
     with torch.no_grad():
-        layer.gate_weight.zero_()
-        layer.gate_weight[:, :EXPERTS] = torch.eye(EXPERTS, dtype=torch.float64)
+        layer.gate.weight.zero_()
+        layer.gate.weight[:, :EXPERTS] = torch.eye(EXPERTS, dtype=torch.float64)
     return layer
 
 

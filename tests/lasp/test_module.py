@@ -173,10 +173,12 @@ def test_a_module_first_run_in_inference_mode_can_train() -> None:
 def test_norm_is_computed_in_float32() -> None:
     module = make_module().to(torch.bfloat16)
     x = (torch.randn(7, HEADS * DIM) * 100).bfloat16()
+    gate = torch.randn_like(x)
     exact = x.double()
     exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-6)
-    exact = exact * module.norm.weight.double()
-    assert ((module.norm(x).double() - exact).abs() <= exact.abs() * 2**-8).all()
+    exact = exact * module.norm.weight.double() * torch.sigmoid(gate.double())
+    actual = module.norm(x, gate, impl="eager")
+    assert ((actual.double() - exact).abs() <= exact.abs() * 2**-8).all()
 
 
 def test_decay_variant_and_bad_input() -> None:

@@ -45,28 +45,40 @@ class OnCpu(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def allow_python_311() -> None:
+    """Megatron's training package imports what ``typing`` has from 3.12 on."""
+    if sys.version_info < (3, 12):
+        import typing_extensions
+
+        typing.override = typing_extensions.override
+
+
+@functools.cache
+def stand_in_for_gpus() -> None:
+    """Have the CPU stand in for GPUs, in this process and for good."""
+    from tests.megatron.cpu import run_on_cpu
+
+    run_on_cpu()
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self
+    torch.cuda.set_device = lambda *_: None
+    torch.cuda.Stream = torch.cuda.current_stream = lambda *_, **__: mock.MagicMock()
+    torch.cuda.stream = lambda _: nullcontext()
+    torch.cuda.get_device_properties = lambda *_: mock.MagicMock(major=9)
+    OnCpu().__enter__()
+
+
 @functools.cache
 def prepare(checkout: str, device: str) -> None:
     """Make the checkout importable in this process, and the CPU stand in for GPUs."""
     import tests
 
-    if sys.version_info < (3, 12):  # Megatron's training package is for 3.12
-        import typing_extensions
-
-        typing.override = typing_extensions.override
     sys.path.insert(1, checkout)  # after this repository, whose tests have the same name
     tests.__path__.append(str(Path(checkout, "tests")))
     sys.argv = sys.argv[:1]  # its parse_args reads them
     if device == "cpu":
-        from tests.megatron.cpu import run_on_cpu
-
-        run_on_cpu()
-        torch.Tensor.cuda = lambda self, *_, **__: self
-        torch.nn.Module.cuda = lambda self, *_, **__: self
-        torch.cuda.set_device = lambda *_: None
-        torch.cuda.Stream = torch.cuda.current_stream = lambda *_, **__: mock.MagicMock()
-        torch.cuda.stream = lambda _: nullcontext()
-        OnCpu().__enter__()
+        stand_in_for_gpus()
+    allow_python_311()
     utilities = upstream("test_utilities")
     utilities.Utils.rank, utilities.Utils.world_size = dist.get_rank(), dist.get_world_size()
 

@@ -21,7 +21,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from lasp.layout import SequenceLayout
 from lasp.megatron import (
+    PackedCut,
+    check_packed_cut,
     check_positions,
     groups_of,
     layout_of,
@@ -47,10 +50,12 @@ class RingCoreAttention(MegatronModule):
         softmax_scale: factor of the scores; None: 1 / sqrt(head dim).
         cp_comm_type: None or ``p2p``: the ring schedule decides what travels.
         pg_collection: its cp group; of the parallel state if None.
+        packed_cut: how Megatron's own packs are cut, see :data:`lasp.megatron.PackedCut`.
 
     ``positions_of_layout``: whether queries and keys come with the positions of the layout, or with
-    none. Megatron's SelfAttention rotates packs as if every document were cut alone, so packs over
-    several ranks are refused without it; :class:`RingSelfAttention` sets it.
+    none. Megatron's SelfAttention rotates rows in zigzag order, and packs as zigzag in every
+    document; other orders are refused over several ranks without it. :class:`RingSelfAttention`
+    sets it.
 
     Recomputing it (``recompute_modules=["core_attn"]``) saves nothing: only q, k, v, the output and
     the log-sum-exp are kept anyway.
@@ -70,6 +75,8 @@ class RingCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        packed_cut: PackedCut | None = None,
         **_: object,
     ) -> None:
         super().__init__(config=config)
@@ -93,7 +100,15 @@ class RingCoreAttention(MegatronModule):
         (self.cp_group,) = groups_of(pg_collection, part, "cp")
         self.attn_mask_type, self.softmax_scale = attn_mask_type, softmax_scale
         self.positions_of_layout = False
-        self.order = order_of_rows(config, part)
+        check_packed_cut(packed_cut)
+        self.order, self.packed_cut = order_of_rows(config, part), packed_cut
+
+    def layout_of(
+        self, packed_seq_params: PackedSeqParams | None, num_tokens: int
+    ) -> SequenceLayout:
+        """:func:`lasp.megatron.layout_of` of a batch whose tokens on this rank are so many."""
+        cp_size = self.cp_group.size()
+        return layout_of(packed_seq_params, num_tokens, cp_size, self.order, self.packed_cut)
 
     @staticmethod
     def _check_mask_type(mask_type: AttnMaskType) -> None:
@@ -132,15 +147,17 @@ class RingCoreAttention(MegatronModule):
         refuse_arguments("ring attention", attention_bias=attention_bias)
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         self._check_mask_type(mask_type)
-        layout = layout_of(packed_seq_params, query.shape[0], self.cp_group.size(), self.order)
+        packed = packed_seq_params is not None
+        layout = self.layout_of(packed_seq_params, query.shape[0])
         # Nothing here tells whether query and key were rotated.
-        as_megatron_rotates = packed_seq_params is None and layout.order == "zigzag"
-        if layout.num_ranks > 1 and not (as_megatron_rotates or self.positions_of_layout):
+        as_rotated = layout.order == ("document_zigzag" if packed else "zigzag")
+        if layout.num_ranks > 1 and not (as_rotated or self.positions_of_layout):
             raise ValueError(
-                "core_attention.positions_of_layout must be True for packs and contiguous rows over"
-                f" {layout.num_ranks} context-parallel ranks, got False: Megatron rotates rows in"
-                " zigzag order, and every document as if it were cut alone; take"
-                " ring_attention_spec(rotary_dim=...), or set it in a model without RoPE"
+                f"core_attention.positions_of_layout must be True for {layout.order}"
+                f" {'packs' if packed else 'rows'} over {layout.num_ranks} context-parallel ranks,"
+                " got False: Megatron rotates rows in zigzag order, and packs as zigzag in every"
+                " document; take ring_attention_spec(rotary_dim=...), or set it in a model without"
+                " RoPE"
             )
         batched = query.dim() == 4
         q, k, v = (x.transpose(0, 1) if batched else x for x in (query, key, value))
@@ -171,6 +188,7 @@ class RingSelfAttention(SelfAttention):
         pg_collection: its tp and cp groups; of the parallel state if None.
         rotary_dim: dims of each head that are rotated; 0: none. MiniMax-01: half.
         rope_base: of the wavelengths.
+        packed_cut: how Megatron's own packs are cut, see :data:`lasp.megatron.PackedCut`.
         optional: what a Megatron version passes besides.
 
     Raises:
@@ -188,6 +206,7 @@ class RingSelfAttention(SelfAttention):
         *,
         rotary_dim: int = 0,
         rope_base: float = 10_000.0,
+        packed_cut: PackedCut | None = None,
         **optional: Any,
     ) -> None:
         part = "ring self-attention"
@@ -197,6 +216,7 @@ class RingSelfAttention(SelfAttention):
         require(config, part, fine_grained_activation_offloading=False)
         check_rotary_dim(rotary_dim, config.kv_channels)
         check_positions(config, rotary_dim, rope_base)
+        check_packed_cut(packed_cut)
         tp_group, _ = groups_of(pg_collection, part, "tp", "cp")
         groups = config.num_query_groups
         if groups % tp_group.size() or config.num_attention_heads % tp_group.size():
@@ -215,6 +235,7 @@ class RingSelfAttention(SelfAttention):
         )
         self.rotary_dim, self.rope_base = rotary_dim, rope_base
         self.core_attention.positions_of_layout = True
+        self.core_attention.packed_cut = packed_cut
 
     def forward(
         self,
@@ -254,7 +275,7 @@ class RingSelfAttention(SelfAttention):
         core, cp_group = self.core_attention, self.core_attention.cp_group
         gathered = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         num_tokens = hidden_states.shape[0] * gathered
-        layout = layout_of(packed_seq_params, num_tokens, cp_group.size(), core.order)
+        layout = core.layout_of(packed_seq_params, num_tokens)
         query, key, value = self.get_query_key_value_tensors(hidden_states, None)
         positions = layout.position_ids(cp_group.rank(), query.device)
         query, key = (  # apply_rotary takes [..., T, H, D]
@@ -278,7 +299,9 @@ class RingSelfAttention(SelfAttention):
         return projected
 
 
-def ring_attention_spec(*, rotary_dim: int, rope_base: float = 10_000.0) -> ModuleSpec:
+def ring_attention_spec(
+    *, rotary_dim: int, rope_base: float = 10_000.0, packed_cut: PackedCut | None = None
+) -> ModuleSpec:
     """Spec of a ``self_attention`` for ``TransformerLayerSubmodules``."""
     return ModuleSpec(
         module=RingSelfAttention,
@@ -291,5 +314,6 @@ def ring_attention_spec(*, rotary_dim: int, rope_base: float = 10_000.0) -> Modu
             "attn_mask_type": AttnMaskType.causal,
             "rotary_dim": rotary_dim,
             "rope_base": rope_base,
+            "packed_cut": packed_cut,
         },
     )

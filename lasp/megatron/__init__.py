@@ -25,19 +25,29 @@ from lasp.megatron.common import (
     training_argument,
 )
 from lasp.megatron.norm import HeadsNorm, ResidualNorm
+from lasp.megatron.packs import (
+    PackedCut,
+    check_packed_cut,
+    cut_of_training_loop,
+    names_padding,
+)
 from lasp.megatron.positions import check_positions
 
 __all__ = [
     "HeadsNorm",
     "LightningSelfAttention",
     "LightningSelfAttentionSubmodules",
+    "PackedCut",
     "PackedSequence",
     "ResidualNorm",
+    "check_packed_cut",
     "check_positions",
+    "cut_of_training_loop",
     "groups_of",
     "layout_of",
     "lightning_attention_spec",
     "merge_projections",
+    "names_padding",
     "order_of_rows",
     "parameter_device",
     "record_moe_loss",

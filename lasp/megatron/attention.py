@@ -22,6 +22,7 @@ from lasp.layers import silu_split
 from lasp.megatron.batch import layout_of, order_of_rows
 from lasp.megatron.common import groups_of, refuse_arguments, require
 from lasp.megatron.norm import HeadsNorm
+from lasp.megatron.packs import PackedCut, check_packed_cut
 from lasp.validation import Impl, check_exchange, check_impl
 
 # Sizes of Megatron's own linear attentions, by their defaults: heads here are num_attention_heads
@@ -69,6 +70,7 @@ class LightningSelfAttention(MegatronModule):
         impl: who computes, see :func:`lasp.lightning_attention`: ``triton`` has kernels for the
             activation, the norm and the gate too, see ``lasp.layers``.
         exchange: how states cross the context-parallel ranks, see ``lasp.exchange``.
+        packed_cut: how Megatron's own packs are cut, see :data:`lasp.megatron.PackedCut`.
 
     Communication: Megatron's of two linear layers, that of :func:`lasp.lightning_attention` over
     cp, that of :class:`HeadsNorm` over tp.
@@ -91,6 +93,7 @@ class LightningSelfAttention(MegatronModule):
         decay_layers: Sequence[int] | None = None,
         impl: Impl = "eager",
         exchange: Exchange = "all_gather",
+        packed_cut: PackedCut | None = None,
         **_: object,
     ) -> None:
         super().__init__(config=config)
@@ -98,7 +101,8 @@ class LightningSelfAttention(MegatronModule):
         require(config, part, attention_dropout=0.0, multi_latent_attention=False, qk_clip=False)
         require(config, part, attention_output_gate=False, fine_grained_activation_offloading=False)
         require(config, part, add_bias_linear=False, add_qkv_bias=False, **_OTHER_MIXERS)
-        self.order = order_of_rows(config, part)
+        self.order, self.packed_cut = order_of_rows(config, part), packed_cut
+        check_packed_cut(packed_cut)
         check_impl(impl)
         check_exchange(exchange)
         self.tp_group, self.cp_group = groups_of(pg_collection, part, "tp", "cp")
@@ -182,7 +186,9 @@ class LightningSelfAttention(MegatronModule):
         )
         gathered = self.tp_group.size() if self.config.sequence_parallel else 1
         num_tokens = hidden_states.shape[0] * gathered
-        layout = layout_of(packed_seq_params, num_tokens, self.cp_group.size(), self.order)
+        layout = layout_of(
+            packed_seq_params, num_tokens, self.cp_group.size(), self.order, self.packed_cut
+        )
         mixed, _bias = self.in_proj(hidden_states)
         packed = packed_seq_params is not None
         mixed = mixed.squeeze(1) if packed else mixed.transpose(0, 1)
@@ -217,6 +223,7 @@ def lightning_attention_spec(
     decay_layers: Sequence[int] | None = None,
     impl: Impl = "eager",
     exchange: Exchange = "all_gather",
+    packed_cut: PackedCut | None = None,
 ) -> ModuleSpec:
     """Spec of a ``self_attention`` for ``TransformerLayerSubmodules``."""
     return ModuleSpec(
@@ -228,6 +235,7 @@ def lightning_attention_spec(
             "decay_layers": decay_layers,
             "impl": impl,
             "exchange": exchange,
+            "packed_cut": packed_cut,
         },
     )
 

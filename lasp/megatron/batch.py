@@ -8,11 +8,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lasp.layout import Order, SequenceLayout
+from lasp.megatron.packs import PackedCut, layout_of_megatrons_pack
 
 
 @dataclass
@@ -29,7 +31,8 @@ class PackedSequence(PackedSeqParams):
             parallel ranks, for capacity by position and for the auxiliary loss without padding.
             See ``lasp.megatron_hybrid.pack_sequences``.
 
-    The fields of PackedSeqParams are filled from the layout, cumulative lengths on the CPU.
+    The fields of PackedSeqParams are filled from the layout, cumulative lengths on the CPU: of
+    documents and paddings in turn, or, in the order ``document_zigzag``, of documents, and padded.
     """
 
     # Required; a field after others with defaults must have one.
@@ -43,17 +46,36 @@ class PackedSequence(PackedSeqParams):
                 " document lengths and the size of the context-parallel group"
             )
         borders = torch.tensor(self.layout.borders, dtype=torch.int32)
+        if self.layout.order == "document_zigzag":  # as Megatron's RoPE for packs reads it
+            lengths = torch.tensor((self.layout.document_lengths, self.layout.padded_lengths))
+            real, borders = F.pad(lengths.cumsum(1), (1, 0)).int()
+            self.cu_seqlens_q_padded = self.cu_seqlens_kv_padded = borders
+            self.cu_seqlens_q = self.cu_seqlens_kv = real
+        else:
+            self.cu_seqlens_q = self.cu_seqlens_kv = borders
         self.qkv_format = "thd"
-        self.cu_seqlens_q = self.cu_seqlens_kv = borders
         self.max_seqlen_q = self.max_seqlen_kv = int(borders.diff().max())
         inherited = getattr(super(), "__post_init__", None)  # there from 0.17
         if inherited is not None:
             inherited()
 
 
+# What Megatron's loaders put beside the tokens: lengths and sizes of the whole pack.
+_WITHOUT_TOKENS = frozenset(
+    (
+        "cu_seqlens",
+        "cu_seqlens_argmin",
+        "cu_seqlens_padded",
+        "dataset_id",
+        "local_cp_size",
+        "max_seqlen",
+    )
+)
+
+
 def shard_batch(
-    batch: Mapping[str, Tensor | None], packed: PackedSequence, *, cp_rank: int
-) -> dict[str, Tensor | None]:
+    batch: Mapping[str, Any], packed: PackedSequence, *, cp_rank: int
+) -> dict[str, Any]:
     """The part of a pack that a context-parallel rank holds: get_batch_on_this_cp_rank of a layout.
 
     Megatron's function of that name cuts rows in its zigzag order, and packs with a kernel of
@@ -63,14 +85,15 @@ def shard_batch(
 
     Args:
         batch: by name, as Megatron's ``get_batch`` has it: ``tokens``, ``labels``, ``loss_mask``
-            and any other ``[1, S]`` of the whole pack, with or without the padding. What a
-            pipeline stage does not need is None and stays None.
+            and any other ``[1, S, ...]`` of the whole pack, with or without the padding. What holds
+            no tokens is passed on: numbers, tensors of one element, Megatron's lengths and sizes by
+            name. So is None, of what a pipeline stage does not need.
         packed: of the batch.
         cp_rank: rank within the context-parallel group.
 
     Returns:
-        The same names, ``[1, T]`` each, and as ``position_ids`` those within the documents, int64
-        ``[1, T]``, whatever came; none if the batch has no tensor.
+        The same names, ``[1, T, ...]`` each, and as ``position_ids`` those within the documents,
+        int64 ``[1, T]``, whatever came; none if the batch has no tokens.
 
     Raises:
         ValueError: for an attention mask, labels that would be padded without a loss mask, and
@@ -89,17 +112,25 @@ def shard_batch(
             f"loss_mask must come with labels whose {num_tokens} tokens are padded to"
             f" {layout.num_tokens}, got None: give ones, the padding gets zeros"
         )
-    for name, values in batch.items():
-        if values is not None and name != "position_ids":
-            if values.shape not in ((1, num_tokens), (1, layout.num_tokens)):
-                raise ValueError(
-                    f"{name} must be [1, {num_tokens}], or [1, {layout.num_tokens}] with padding,"
-                    f" got {list(values.shape)}: is this the PackedSequence of this batch?"
-                )
-            cut[name] = layout.shard(values, cp_rank, dim=1)
-    devices = [values.device for values in batch.values() if values is not None]
-    if devices:
-        cut["position_ids"] = layout.position_ids(cp_rank, devices[0]).unsqueeze(0)
+    of_tokens = {
+        name: values
+        for name, values in batch.items()
+        if isinstance(values, Tensor)
+        and name not in _WITHOUT_TOKENS
+        and (values.dim() > 1 or values.numel() != 1)
+    }
+    for name, values in of_tokens.items():
+        if name == "position_ids":
+            continue
+        if values.shape[:2] not in ((1, num_tokens), (1, layout.num_tokens)):
+            raise ValueError(
+                f"{name} must be [1, {num_tokens}, ...], or [1, {layout.num_tokens}, ...] with"
+                f" padding, got {list(values.shape)}: is this the PackedSequence of this batch?"
+            )
+        cut[name] = layout.shard(values, cp_rank, dim=1)
+    for values in of_tokens.values():
+        cut["position_ids"] = layout.position_ids(cp_rank, values.device).unsqueeze(0)
+        break
     return cut
 
 
@@ -136,21 +167,24 @@ def layout_of(
     num_tokens: int,
     cp_size: int,
     order: Order = "zigzag",
+    packed_cut: PackedCut | None = None,
 ) -> SequenceLayout:
     """The layout of a batch as Megatron hands it to a layer.
 
     Args:
         packed_seq_params: None for ``[s, b, h]`` batches: every row is one document, cut in
-            ``order``. A :class:`PackedSequence` has its layout. Megatron's own PackedSeqParams
-            is accepted without context parallelism; if its lengths are on a GPU, every layer then
-            waits for them.
+            ``order``. A :class:`PackedSequence` has its layout. That of Megatron's own
+            PackedSeqParams is made of its lengths, once for all layers; lengths on a GPU are waited
+            for. Padding after documents (``cu_seqlens_q_padded``) is of no document.
         num_tokens: of this rank, after the sequence-parallel gather.
         cp_size: context-parallel ranks.
         order: of rows, see :func:`order_of_rows`.
+        packed_cut: how Megatron's own packs were cut over several ranks, see :data:`PackedCut`.
 
     Raises:
-        ValueError: for other formats than thd, per-document zigzag packs, which are no layout, and
-            packs with a context-parallel group of their own.
+        ValueError: for other formats than thd, packs over several ranks whose cut is not named,
+            packs of other lengths than the tokens, and packs with a context-parallel group of their
+            own.
     """
     if packed_seq_params is None:
         return _one_document(num_tokens * cp_size, cp_size, order)
@@ -165,23 +199,18 @@ def layout_of(
             f"packed_seq_params.qkv_format must be 'thd', got {packed_seq_params.qkv_format!r}:"
             " pass rows [s, b, h] without packed_seq_params"
         )
-    layout = getattr(packed_seq_params, "layout", None)
-    if layout is None and cp_size > 1:
-        raise ValueError(
-            "packed_seq_params must be a PackedSequence with context parallelism, got"
-            f" {type(packed_seq_params).__name__}: Megatron's packs cut every document alone in"
-            " zigzag order and pad it to a multiple of 2 cp; cut the whole pack with"
-            " PackedSequence(layout=SequenceLayout(...)) and layout.shard instead"
-        )
+    layout: SequenceLayout | None = getattr(packed_seq_params, "layout", None)
     if layout is None:
-        padded = packed_seq_params.cu_seqlens_q_padded
-        return SequenceLayout.from_cu_seqlens(
-            packed_seq_params.cu_seqlens_q if padded is None else padded, 1
-        )
+        layout = layout_of_megatrons_pack(packed_seq_params, cp_size, packed_cut)
     if layout.num_ranks != cp_size:
         raise ValueError(
             f"layout must be for the {cp_size} context-parallel ranks, got {layout.num_ranks}:"
             " build it with num_ranks of the context-parallel group"
         )
-    checked: SequenceLayout = layout
-    return checked
+    if layout.num_local_tokens != num_tokens:
+        raise ValueError(
+            f"packed_seq_params must be of {num_tokens} tokens a rank, as the hidden states, got"
+            f" {layout.num_local_tokens}: is this the pack of this batch, and cut as packed_cut"
+            " says?"
+        )
+    return layout

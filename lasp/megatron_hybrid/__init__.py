@@ -5,7 +5,7 @@
 or, where Megatron wants one static object, ``--spec lasp.megatron_hybrid minimax_layer_spec``.
 """
 
-from lasp.megatron_hybrid.batch import pack_sequences
+from lasp.megatron_hybrid.batch import pack_sequences, share_packs
 from lasp.megatron_hybrid.config import MINIMAX_TEXT_01, HybridConfig, ResidualScale, is_softmax
 from lasp.megatron_hybrid.convert import (
     load_plain_weights,
@@ -34,6 +34,7 @@ __all__ = [
     "minimax_layer_spec",
     "pack_sequences",
     "plain_weights",
+    "share_packs",
     "to_megatron",
     "to_plain",
 ]

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lasp.decay import Variant
 from lasp.exchange import Exchange
-from lasp.megatron import require
+from lasp.megatron import PackedCut, check_packed_cut, require
 from lasp.validation import Impl, check_exchange, check_impl
 from moe_parallel.megatron import ExpertOptions
 
@@ -43,6 +43,8 @@ class HybridConfig:
         exchange: how its states cross the context-parallel ranks, see ``lasp.exchange``.
         expert_init_gain: factor of the experts' initial standard deviation.
         experts: how the experts compute, see :class:`moe_parallel.megatron.ExpertOptions`.
+        packed_cut: how Megatron's own packs are cut over context-parallel ranks, see
+            :data:`lasp.megatron.PackedCut`; None: they are refused there.
     """
 
     residual: Literal["pre", "post"] = "pre"
@@ -56,6 +58,7 @@ class HybridConfig:
     exchange: Exchange = "all_gather"
     expert_init_gain: float = 1.0
     experts: ExpertOptions = _BY_RULES
+    packed_cut: PackedCut | None = None
 
     def __post_init__(self) -> None:
         if self.residual not in ("pre", "post"):
@@ -64,6 +67,7 @@ class HybridConfig:
             )
         check_impl(self.impl)
         check_exchange(self.exchange)
+        check_packed_cut(self.packed_cut)
         if self.decay not in get_args(Variant):
             raise ValueError(
                 f"decay must be one of {get_args(Variant)}, got {self.decay!r}: see lasp.decay"
@@ -80,9 +84,10 @@ class HybridConfig:
 PRE_NORM = HybridConfig()
 
 
-def minimax(num_layers: int) -> HybridConfig:
+def minimax(num_layers: int, packed_cut: PackedCut | None = None) -> HybridConfig:
     """MiniMax-Text-01's residuals and RoPE for a model of so many layers; it has 80."""
-    return HybridConfig.deepnorm(num_layers, rotary_dim=64, rope_base=10_000_000.0)
+    rope = {"rotary_dim": 64, "rope_base": 10_000_000.0}
+    return HybridConfig.deepnorm(num_layers, **rope, packed_cut=packed_cut)
 
 
 MINIMAX_TEXT_01 = minimax(80)

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from lasp.megatron import (
     ResidualNorm,
+    cut_of_training_loop,
     groups_of,
     lightning_attention_spec,
 )
@@ -96,6 +97,7 @@ class HybridLayer(ScaledLayer):
             residual=hybrid.residual,
             attention_scale=hybrid.softmax if softmax else hybrid.lightning,
             mlp_scale=hybrid.mlp,
+            packed_cut=hybrid.packed_cut,
             **optional,
         )
 
@@ -128,9 +130,16 @@ def hybrid_layer_spec(
             pre_mlp_layernorm=ResidualNorm,
             mlp=mlp,
             lightning=lightning_attention_spec(
-                decay=hybrid.decay, impl=hybrid.impl, exchange=hybrid.exchange
+                decay=hybrid.decay,
+                impl=hybrid.impl,
+                exchange=hybrid.exchange,
+                packed_cut=hybrid.packed_cut,
             ),
-            softmax=ring_attention_spec(rotary_dim=hybrid.rotary_dim, rope_base=hybrid.rope_base),
+            softmax=ring_attention_spec(
+                rotary_dim=hybrid.rotary_dim,
+                rope_base=hybrid.rope_base,
+                packed_cut=hybrid.packed_cut,
+            ),
         ),
         params={"pattern": pattern, "hybrid": hybrid},
     )
@@ -170,6 +179,8 @@ class MiniMaxLayer(HybridLayer):
     """MiniMax-Text-01's layer in a model of ``config.num_layers`` layers, its parts included.
 
     ``config.linear_attention_freq`` says which layers are softmax attention: 8 in MiniMax-Text-01.
+    In Megatron's training loop packs are cut as its arguments say, see
+    :func:`lasp.megatron.cut_of_training_loop`.
     With ``config.num_moe_experts`` None the MLP is dense. The final norm of a model built of this
     layer's spec is Megatron's own; its torch norm refuses sequence parallelism. For tensor parallel
     ranks without TransformerEngine or Apex take :func:`hybrid_block_spec`.
@@ -187,7 +198,7 @@ class MiniMaxLayer(HybridLayer):
         *args: Any,
         **optional: Any,
     ) -> None:
-        hybrid = minimax(config.num_layers)
+        hybrid = minimax(config.num_layers, cut_of_training_loop())
         parts = submodules or hybrid_layer_spec(config, hybrid=hybrid).submodules
         pattern = "7:1" if config.linear_attention_freq is None else None
         super().__init__(config, parts, *args, pattern=pattern, hybrid=hybrid, **optional)

@@ -12,7 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from lasp.megatron import groups_of, refuse_arguments
+from lasp.megatron import PackedCut, groups_of, refuse_arguments
+from lasp.megatron_hybrid.batch import token_order_of
 from lasp.megatron_hybrid.config import PART, ResidualScale, check_layers
 from moe_parallel.megatron import ExpertParallelMoELayer
 
@@ -35,6 +36,7 @@ class ScaledLayer(TransformerLayer):
         residual: ``pre`` or ``post``.
         attention_scale: residual weights around the attention.
         mlp_scale: around the MLP.
+        packed_cut: how Megatron's own packs are cut, see :data:`lasp.megatron.PackedCut`.
         optional: what a Megatron version passes besides.
 
     Raises:
@@ -52,6 +54,7 @@ class ScaledLayer(TransformerLayer):
         residual: Literal["pre", "post"],
         attention_scale: ResidualScale,
         mlp_scale: ResidualScale,
+        packed_cut: PackedCut | None = None,
         **optional: Any,
     ) -> None:
         check_layers(config)
@@ -71,6 +74,7 @@ class ScaledLayer(TransformerLayer):
             self.is_moe_layer = True
         self.post_norm = residual == "post"
         self.attention_scale, self.mlp_scale = attention_scale, mlp_scale
+        self.packed_cut = packed_cut
 
     def forward(
         self,
@@ -109,7 +113,9 @@ class ScaledLayer(TransformerLayer):
             normed = self.pre_mlp_layernorm(hidden_states)
             options = {}
             if isinstance(self.mlp, ExpertParallelMoELayer):
-                options["token_order"] = getattr(packed_seq_params, "token_order", None)
+                options["token_order"] = token_order_of(
+                    packed_seq_params, len(normed), self.packed_cut, self.mlp.groups
+                )
             residual = normed if self.post_norm else hidden_states
             hidden_states = _add(residual, self.mlp(normed, **options), self.mlp_scale)
         return hidden_states, None

@@ -19,7 +19,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from lasp.megatron import ResidualNorm, lightning_attention_spec, training_argument
+from lasp.megatron import (
+    ResidualNorm,
+    cut_of_training_loop,
+    lightning_attention_spec,
+    training_argument,
+)
 from lasp.megatron_hybrid.config import (
     PRE_NORM,
     HybridConfig,
@@ -102,7 +107,8 @@ class MiniMaxStack(LocalHybridStack):
     """MiniMax-Text-01's stack for the pattern of the model, its parts included.
 
     Residuals go by the number of attention layers, decays by their places; MiniMax-Text-01's
-    pattern is ``"GEGEGEGEGEGEGE*E" * 10``.
+    pattern is ``"GEGEGEGEGEGEGE*E" * 10``. In Megatron's training loop packs are cut as its
+    arguments say, see :func:`lasp.megatron.cut_of_training_loop`.
 
     Args:
         config: Megatron's.
@@ -135,7 +141,7 @@ class MiniMaxStack(LocalHybridStack):
                 " hybrid_stack_spec(pattern, hybrid=minimax(attention layers of the pattern))"
             )
         mixers = sum(symbol in "G*" for symbol in pattern)
-        spec = hybrid_stack_spec(pattern, hybrid=minimax(mixers))
+        spec = hybrid_stack_spec(pattern, hybrid=minimax(mixers, cut_of_training_loop()))
         super().__init__(
             config,
             spec.submodules,
@@ -165,9 +171,15 @@ def hybrid_stack_spec(pattern: str, *, hybrid: HybridConfig = PRE_NORM) -> Modul
         )
     mixers = tuple(number for number, symbol in enumerate(symbols, 1) if symbol in "G*")
     lightning = lightning_attention_spec(
-        decay=hybrid.decay, decay_layers=mixers, impl=hybrid.impl, exchange=hybrid.exchange
+        decay=hybrid.decay,
+        decay_layers=mixers,
+        impl=hybrid.impl,
+        exchange=hybrid.exchange,
+        packed_cut=hybrid.packed_cut,
     )
-    softmax = ring_attention_spec(rotary_dim=hybrid.rotary_dim, rope_base=hybrid.rope_base)
+    softmax = ring_attention_spec(
+        rotary_dim=hybrid.rotary_dim, rope_base=hybrid.rope_base, packed_cut=hybrid.packed_cut
+    )
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     experts = expert_parallel_moe_spec(init_gain=hybrid.expert_init_gain, options=hybrid.experts)
     return ModuleSpec(
@@ -188,7 +200,12 @@ def _layer(hybrid: HybridConfig, scale: ResidualScale, **part: ModuleSpec) -> Mo
     return ModuleSpec(
         module=ScaledLayer,
         submodules=TransformerLayerSubmodules(**part, **{norm: ResidualNorm}),
-        params={"residual": hybrid.residual, "attention_scale": scale, "mlp_scale": scale},
+        params={
+            "residual": hybrid.residual,
+            "attention_scale": scale,
+            "mlp_scale": scale,
+            "packed_cut": hybrid.packed_cut,
+        },
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -90,6 +92,19 @@ def whole_gradients(module: torch.nn.Module, groups: Any) -> dict[str, Tensor]:
     return grads
 
 
+def megatrons_pack(layout: SequenceLayout) -> PackedSeqParams:
+    """As Megatron's loaders make it: the lengths of the whole pack, and padded where it is."""
+    real, padded = (
+        torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
+        for lengths in (layout.document_lengths, layout.padded_lengths or layout.document_lengths)
+    )
+    named = {"cu_seqlens_q": real, "cu_seqlens_kv": real}
+    if layout.padded_lengths is not None:
+        named |= {"cu_seqlens_q_padded": padded, "cu_seqlens_kv_padded": padded}
+    longest = int(padded.diff().max())
+    return PackedSeqParams(qkv_format="thd", max_seqlen_q=longest, max_seqlen_kv=longest, **named)
+
+
 def attention_on_rank(
     spec: ModuleSpec,
     sizes: dict[str, int],
@@ -99,11 +114,12 @@ def attention_on_rank(
     pack: Tensor,
     device: str = "cpu",
     sequence_parallel: bool = True,
+    megatrons: bool = False,
 ) -> dict[str, Tensor]:
     """Output, input gradient and parameter gradients for the loss sum(output * cos(pack)).
 
     ``pack`` is [S, hidden]; with ``lengths`` None it is [S, B, hidden], a batch of B rows in
-    ``order``.
+    ``order``. With ``megatrons`` the part gets Megatron's own PackedSeqParams. Padding is sevens.
     """
     groups = initialize(device, **sizes)
     sequence_parallel = sequence_parallel and sizes.get("tp", 1) > 1
@@ -117,14 +133,14 @@ def attention_on_rank(
         layout = SequenceLayout((len(pack),), groups.cp.size(), order)
     else:
         layout = SequenceLayout(lengths, groups.cp.size(), order)
-        packed = PackedSequence(layout=layout)
+        packed = megatrons_pack(layout) if megatrons else PackedSequence(layout=layout)
         pack = pack.unsqueeze(1)
 
-    def cut(x: Tensor) -> Tensor:
-        local = layout.shard(x, groups.cp.rank())
+    def cut(x: Tensor, padding: float = 0.0) -> Tensor:
+        local = layout.shard(x, groups.cp.rank(), pad_value=padding)
         return local.chunk(groups.tp.size())[groups.tp.rank()] if sequence_parallel else local
 
-    hidden = cut(pack).to(device).requires_grad_()
+    hidden = cut(pack, padding=7.0).to(device).requires_grad_()
     output, bias = module(hidden, packed_seq_params=packed)
     assert bias is None
     output.backward(cut(pack.cos()).to(device))

@@ -63,12 +63,14 @@ def cuts(name: str, groups: Any) -> list[tuple[Any, int]]:
     return []
 
 
-def build_block(sizes: dict[str, int], groups: Any, **options: Any) -> TransformerBlock:
+def build_block(
+    sizes: dict[str, int], groups: Any, hybrid: HybridConfig = HYBRID, **options: Any
+) -> TransformerBlock:
     config = parallel_config(sizes, **(OPTIONS | options))
     stage, stages = groups.pp.rank(), groups.pp.size()
     block = TransformerBlock(
         config,
-        hybrid_block_spec(config, PATTERN, hybrid=HYBRID),
+        hybrid_block_spec(config, PATTERN, hybrid=hybrid),
         pre_process=stage == 0,
         post_process=stage == stages - 1,
         pg_collection=groups,

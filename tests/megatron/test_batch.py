@@ -97,15 +97,51 @@ def test_stages_without_tensors_and_without_tokens() -> None:
     assert part["position_ids"].tolist() == [[4, 0, 1, 2]]
 
 
+def test_what_holds_no_tokens_is_passed_on() -> None:
+    """Megatron's lengths by name, whatever their sizes: as many as the tokens here."""
+    packed = PackedSequence(layout=SequenceLayout((1, 1, 1, 1, 3), 2))
+    cumulative = torch.tensor([[0, 1, 2, 3, 4, 7, 7]])
+    without_tokens = {
+        "cu_seqlens": cumulative,
+        "cu_seqlens_padded": cumulative,
+        "max_seqlen": torch.tensor([3]),
+        "dataset_id": torch.tensor([[5]]),
+        "local_cp_size": torch.tensor(2, dtype=torch.int32),
+        "temperature": torch.tensor(0.5),
+        "step": 3,
+        "source": "books",
+        "attention_mask": None,
+    }
+    batch = batch_of(7) | without_tokens
+    part = shard_batch(batch, packed, cp_rank=1)
+    assert part.keys() == batch.keys()
+    for name, value in without_tokens.items():
+        assert part[name] is value, name
+    assert "position_ids" not in shard_batch(without_tokens, packed, cp_rank=0)
+
+
+def test_features_of_tokens_are_cut_along_the_tokens() -> None:
+    packed = PackedSequence(layout=SequenceLayout((5, 2), 2))
+    teacher = torch.randn(1, 7, 4, 2)
+    parts = [
+        shard_batch(batch_of(7) | {"teacher": teacher}, packed, cp_rank=rank)["teacher"]
+        for rank in range(2)
+    ]
+    assert torch.equal(packed.layout.unshard(parts, dim=1), teacher)
+    assert parts[0].shape == (1, 4, 4, 2)
+
+
 def test_batches_that_are_refused() -> None:
     packed = PackedSequence(layout=SequenceLayout((5, 2), 2))
     batch = batch_of(7)
     for changes, names in (
         ({"attention_mask": torch.zeros(1, 1, 7, 7)}, "attention_mask must be None"),
         ({"loss_mask": None}, "loss_mask must come with labels"),
-        ({"tokens": torch.zeros(1, 6)}, r"tokens must be \[1, 7\], or \[1, 8\]"),
+        ({"tokens": torch.zeros(1, 6)}, r"tokens must be \[1, 7, ...\], or \[1, 8, ...\]"),
         ({"tokens": torch.zeros(2, 7)}, "tokens must be"),
-        ({"cu_seqlens": torch.zeros(1, 3)}, "cu_seqlens must be"),
+        ({"tokens": torch.zeros(7)}, "tokens must be"),
+        ({"logits": torch.zeros(7, 1, 3)}, "logits must be"),
+        ({"weights": torch.zeros(3)}, "weights must be"),
     ):
         with pytest.raises(ValueError, match=names):
             shard_batch(batch | changes, packed, cp_rank=0)
@@ -119,6 +155,10 @@ def test_packed_sequence_is_what_megatron_expects() -> None:
     assert packed.qkv_format == "thd"
     assert packed.cu_seqlens_q.tolist() == [0, 5, 5, 9, 12]  # the padding is a document
     assert packed.max_seqlen_q == 5
+    packed = PackedSequence(layout=SequenceLayout((5, 0, 4), 2, "document_zigzag"))
+    assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 5, 5, 9]
+    assert packed.cu_seqlens_q_padded.tolist() == [0, 8, 8, 12]  # as Megatron's RoPE counts
+    assert packed.max_seqlen_q == 8
     with pytest.raises(ValueError, match="layout must be a SequenceLayout"):
         PackedSequence()
 
@@ -130,10 +170,11 @@ def test_megatrons_own_batches() -> None:
     borders = torch.tensor([0, 3, 8], dtype=torch.int32)
     theirs = PackedSeqParams(qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders)
     assert layout_of(theirs, 8, 1).document_lengths == (3, 5)
-    theirs.cu_seqlens_q_padded = torch.tensor([0, 4, 8], dtype=torch.int32)
-    assert layout_of(theirs, 8, 1).document_lengths == (4, 4)
+    theirs.cu_seqlens_q_padded = torch.tensor([0, 4, 9], dtype=torch.int32)
+    padded = layout_of(theirs, 9, 1)
+    assert (padded.document_lengths, padded.padded_lengths) == ((3, 5), (4, 5))
     with pytest.raises(ValueError, match="must be a PackedSequence with context parallelism"):
-        layout_of(theirs, 8, 2)
+        layout_of(theirs, 9, 2)
 
 
 @pytest.mark.parametrize("lengths", [[(5, 3, 1), (4, 9)], [(1,), (30, 0)], [(17, 2), (0, 19)]])

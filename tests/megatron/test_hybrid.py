@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,18 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from lasp.hybrid import pack_batch
-from lasp.megatron_hybrid import HybridConfig, ResidualScale, hybrid_block_spec, pack_sequences
+from lasp.layout import SequenceLayout
+from lasp.megatron_hybrid import (
+    HybridConfig,
+    ResidualScale,
+    hybrid_block_spec,
+    pack_sequences,
+    share_packs,
+)
 from tests.closeness import assert_equal_to_rounding
-from tests.megatron.attention import HIDDEN, parallel_config
+from tests.megatron.attention import HIDDEN, megatrons_pack, parallel_config
 from tests.megatron.block import (
+    HYBRID,
     PACKS,
     PATTERN,
     TOKENS,
@@ -51,20 +60,26 @@ def random_input() -> Tensor:
     )
 
 
-def block_on_rank(sizes: dict[str, int], order: str, options: dict[str, Any]) -> dict[str, Tensor]:
+def block_on_rank(
+    sizes: dict[str, int], order: str, options: dict[str, Any], cut: str | None = None
+) -> dict[str, Tensor]:
+    """With ``cut`` the layers get Megatron's own packs, and that name of how they are cut."""
     groups = initialize(**sizes)
-    block = build_block(sizes, groups, **options)
+    block = build_block(sizes, groups, replace(HYBRID, packed_cut=cut), **options)
     dp_rank, dp = groups.dp.rank(), groups.dp.size()
     tp, cp = groups.tp.size(), groups.cp.size()
     lengths = [PACKS[0] + PACKS[1]] if dp == 1 else list(PACKS)
     packed = pack_sequences(lengths, dp_rank=dp_rank, cp_size=cp, tp_size=tp, order=order)
     layout = packed.layout
+    if cut is not None:
+        packed = megatrons_pack(layout)
+        if dp > 1:
+            packed = share_packs(packed, packed_cut=cut, pg_collection=groups)
     pack = random_input().split([sum(of_replica) for of_replica in lengths])[dp_rank]
     # A loss of every rank's own; dp cp times it, for DDP's mean, and the schedule's factor of cp.
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([float(cp)]))
 
-    padded = torch.nn.functional.pad(pack, (0, 0, 0, layout.num_tokens - len(pack)))
-    local = layout.shard(padded, groups.cp.rank()).chunk(tp)[groups.tp.rank()]
+    local = layout.shard(pack, groups.cp.rank(), pad_value=7.0).chunk(tp)[groups.tp.rank()]
     hidden = local.unsqueeze(1).clone()
     stage, stages = groups.pp.rank(), groups.pp.size()
     neighbours = dist.get_process_group_ranks(groups.pp)
@@ -78,17 +93,15 @@ def block_on_rank(sizes: dict[str, int], order: str, options: dict[str, Any]) ->
         grad = torch.empty_like(output)
         dist.recv(grad, neighbours[stage + 1])
     else:
-        mask = torch.zeros(layout.num_tokens, dtype=torch.float64)
-        mask[: len(pack)] = 1.0
-        mask = layout.shard(mask, groups.cp.rank()).chunk(tp)[groups.tp.rank()].view(-1, 1, 1)
+        mask = layout.shard(torch.ones(len(pack)), groups.cp.rank())
+        mask = mask.chunk(tp)[groups.tp.rank()].view(-1, 1, 1)
         grad = output.detach().cos() * mask * (dp * cp)
     output.backward(grad)
     if stage > 0:
         dist.send(hidden.grad.contiguous(), neighbours[stage - 1])
 
     def join(x: Tensor) -> Tensor:
-        whole = layout.unshard(gathered(torch.cat(gathered(x.squeeze(1), groups.tp)), groups.cp))
-        return whole[: len(pack)]
+        return layout.unshard(gathered(torch.cat(gathered(x.squeeze(1), groups.tp)), groups.cp))
 
     result = {
         global_name(name, block): whole_gradient(name, p, groups) / (dp * cp)
@@ -101,9 +114,11 @@ def block_on_rank(sizes: dict[str, int], order: str, options: dict[str, Any]) ->
     return {**result, "dp_rank": dp_rank}
 
 
-def check(num_ranks: int, sizes: dict[str, int], order: str, **options: Any) -> None:
+def check(
+    num_ranks: int, sizes: dict[str, int], order: str, cut: str | None = None, **options: Any
+) -> None:
     expected = plain_results()
-    results = run_on_ranks(block_on_rank, num_ranks, sizes, order, options)
+    results = run_on_ranks(block_on_rank, num_ranks, sizes, order, options, cut)
     seen = set()
     for result in results:
         dp_rank = result.pop("dp_rank")
@@ -133,6 +148,39 @@ SPLITS = [
 @pytest.mark.parametrize(("num_ranks", "sizes", "order"), SPLITS)
 def test_equals_the_plain_hybrid(num_ranks, sizes, order) -> None:
     check(num_ranks, sizes, order)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "sizes", "cut"),
+    [
+        (2, {"cp": 2, "ep": 2}, "document_zigzag"),
+        (2, {"ep": 2}, "document_zigzag"),  # replicas: they share their packs
+        pytest.param(2, {"cp": 2, "ep": 2}, "row_zigzag", marks=pytest.mark.slow),
+        pytest.param(
+            4,
+            {"tp": 2, "cp": 2, "ep": 2, "etp": 2},
+            "document_zigzag",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(4, {"cp": 2, "ep": 2}, "document_zigzag", marks=pytest.mark.slow),
+    ],
+)
+def test_packs_of_megatrons_loaders(num_ranks: int, sizes: dict[str, int], cut: str) -> None:
+    """No expert, state or key sees the padding in documents: as the plain model without it."""
+    check(num_ranks, sizes, {"row_zigzag": "zigzag"}.get(cut, cut), cut)
+
+
+def padding_of_unknown_replicas() -> None:
+    groups = initialize()
+    block = build_block({}, groups)
+    packed = megatrons_pack(SequenceLayout((3, 4), 1, "contiguous", (4, 4)))
+    hidden = torch.zeros(8, 1, HIDDEN, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"PackedSequence for experts .* give the model share_pac"):
+        block(hidden, attention_mask=None, packed_seq_params=packed)
+
+
+def test_padding_over_replicas_is_refused_until_they_share_it() -> None:
+    run_on_ranks(padding_of_unknown_replicas, 2)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,12 @@ def layout_of_megatrons_pack(
             " loader cut every document or the whole row in zigzag order; give the spec"
             " packed_cut='document_zigzag' or 'row_zigzag' (HybridConfig has it too)"
         )
+    if tensors[0] is None or any(x is not None and x.dim() != 1 for x in tensors):
+        shapes = [None if x is None else list(x.shape) for x in tensors]
+        raise ValueError(
+            f"packed_seq_params.cu_seqlens_q must be [documents + 1], as the other lengths, got"
+            f" {shapes}: squeeze the dim of the batch"
+        )
     lengths, padded, *of_keys = ([] if x is None else x.tolist() for x in tensors)
     if any(keys not in ([], own) for keys, own in zip(of_keys, (lengths, padded))):
         raise ValueError(

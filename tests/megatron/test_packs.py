@@ -178,6 +178,7 @@ def test_a_layout_is_made_once_for_a_pack_and_again_for_other_lengths() -> None:
         (pack_of(borders(0, 4, 8)), None, "PackedSequence .*, or packed_cut named, got Packed"),
         (pack_of(borders(0, 6, 8)), "document_zigzag", "padded_lengths must be multiples of 4"),
         (pack_of(borders(0, 4, 12)), "row_zigzag", "must be of 4 tokens a rank, .* got 6"),
+        (pack_of(borders(0, 4, 8)[None]), "row_zigzag", r"cu_seqlens_q must be \[documents \+ 1\]"),
         (
             pack_of(borders(0, 4, 8), cu_seqlens_kv=borders(0, 6, 8)),
             "row_zigzag",

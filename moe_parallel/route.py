@@ -102,10 +102,13 @@ class Routing(NamedTuple):
         """This rank's share of the auxiliary loss, a scalar in the gate dtype."""
         if not self.aux_loss_coefficient:
             return self.logits.new_zeros(())
-        tokens = max(self.num_tokens, 1)  # a batch without tokens has a loss of zero, not 0 / 0
-        assigned_E = self.counts.assigned.sum(0)
-        fraction_E = assigned_E.to(self.logits.dtype) / (tokens * self.experts.shape[1])
-        share_E = self.logits.softmax(1).sum(0) / tokens
+        return self.balance_loss(self.counts.assigned.sum(0), self.num_tokens)
+
+    def balance_loss(self, assigned_E: Tensor, num_tokens: int) -> Tensor:
+        """The same, with f_i of the assignments of more tokens: of several micro-batches."""
+        assignments = max(num_tokens, 1) * self.experts.shape[1]  # without tokens 0, not 0 / 0
+        fraction_E = assigned_E.to(self.logits.dtype) / assignments
+        share_E = self.logits.softmax(1).sum(0) / max(self.num_tokens, 1)
         return self.aux_loss_coefficient * len(assigned_E) * (fraction_E * share_E).sum()
 
 
@@ -170,12 +173,10 @@ def route(  # longer than our functions are, and of nine arguments: the contract
     Returns:
         :class:`Routing`. ``aux_loss`` is a share: its sum over the token group is the loss.
 
-    Gradients:
-        ``weights_Tk`` and ``aux_loss`` (with a coefficient of 0 a constant) to x and gate; counts
-        have none. The gate's gradient is whole once summed over the token group.
+    Gradients: ``weights_Tk`` and ``aux_loss`` (with a coefficient of 0 a constant) to x and gate;
+    counts have none. The gate's gradient is whole once summed over the token group.
 
-    Communication:
-        one all-gather over ``token_group``, see the top of this file. No device-to-host copy.
+    Communication: one all-gather over ``token_group``, see the top of this file; no host copy.
     """
     rank = 0 if token_group is None else dist.get_rank(token_group)
     num_experts = gate_EM.shape[0]

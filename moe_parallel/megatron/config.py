@@ -142,8 +142,8 @@ def _aux_loss_coefficient(config: TransformerConfig) -> float:
     if kind != "global_aux_loss" or isinstance(coefficient, list):
         raise ValueError(
             "config.moe_router_load_balancing_type must be 'global_aux_loss' or 'none', got"
-            f" {kind!r} with moe_aux_loss_coeff {coefficient}: the router balances all tokens of a"
-            " micro-batch together"
+            f" {kind!r} with moe_aux_loss_coeff {coefficient}: the router balances all ranks'"
+            " tokens together"
         )
     return float(coefficient)
 

@@ -26,7 +26,7 @@ from moe_parallel.megatron.config import (
     check_groups,
     moe_config,
 )
-from moe_parallel.megatron.loss import attach_aux_loss
+from moe_parallel.megatron.loss import StepBalance, attach_aux_loss
 from moe_parallel.order import TokenOrder
 from moe_parallel.overlap import local_pipeline
 from moe_parallel.permute import permute, row_order, unpermute
@@ -63,9 +63,10 @@ class ExpertParallelMoELayer(MoELayer):
             sqrt(2 / (fan in + fan out)); DeepNorm's beta. Values do not depend on the ranks.
         options: what Megatron's config has no options for.
 
-    Gradients: the auxiliary loss is added to the gradients as Megatron's own, scaled so that the
-    sum over ranks is that of one loss over all tokens, averaged over micro-batches (weighted by
-    their routed tokens with ``calculate_per_token_loss``).
+    Gradients: the auxiliary loss (:class:`StepBalance` counts the micro-batches of a step) is added
+    to the gradients as Megatron's own, scaled so that the sum over ranks is that of one loss over
+    all tokens, averaged over micro-batches (weighted by their routed tokens with
+    ``calculate_per_token_loss``).
 
     Raises:
         ValueError: for options that are not supported and missing groups.
@@ -122,6 +123,7 @@ class ExpertParallelMoELayer(MoELayer):
         self.recompute = config.recompute_granularity == "selective" and (
             "moe" in config.recompute_modules
         )
+        self.step_balance = StepBalance(moe.num_experts, parameter_device(config))
         self._call: Call | None = None
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -201,10 +203,11 @@ class ExpertParallelMoELayer(MoELayer):
         else:
             probs = routing.weights.masked_fill(~routing.mask, 0.0)
             routing_map = routing.experts.masked_fill(~routing.mask, -1)
-        if self.training and self.moe.config.aux_loss_coefficient:
+        # Once of a layer that is recomputed: its first forward has no gradients.
+        if self.training and torch.is_grad_enabled() and self.moe.config.aux_loss_coefficient:
             probs = attach_aux_loss(
                 probs,
-                routing.aux_loss,
+                self.step_balance(routing),
                 config=self.config,
                 groups=self.groups,
                 num_tokens=order.num_tokens,

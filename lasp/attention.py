@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lasp import ops
 from lasp._core.derivatives import refuse_forward_mode, refuse_second_derivatives
+from lasp._core.joint_backward import join_backward
 from lasp.call import (
     REFERENCE,
     Call,
@@ -163,8 +164,10 @@ def lightning_attention(  # the operator: its arguments are its documentation
         own and has no row.
 
     Gradients: to ``q``, ``k``, ``v`` and ``initial_state`` (nonzero where it is read), from both
-    results. None to ``rates``. Every rank must run the backward. Saved for it: the inputs, the
-    incoming state of each run and, with ``triton``, that of each segment, fp32.
+    results. None to ``rates``. Every rank must run the backward, one whose own inputs need no
+    gradient too: over several ranks the results require gradients wherever gradients are enabled
+    (``torch.no_grad()`` is for what no rank trains). Saved for it: the inputs, the incoming state
+    of each run and, with ``triton``, that of each segment, fp32.
 
     Communication: forward and backward each exchange states once, and only if a document is cut:
     ``all_gather`` receives ``(P - 1) * runs * H * K * V * 4`` bytes (runs: the most sending ones of
@@ -207,6 +210,7 @@ def _attend(
     check_qkv(q, k, v)
     call = checked_call(q, v, rates, initial_state, layout, cp_group, **settings)
     refuse_forward_mode(REFERENCE, q, k, v, initial_state)
+    q = join_backward(cp_group, q, k, v, initial_state)
     if initial_state is not None:
         initial_state = states_of_heads(initial_state, q)
     tensors = [heads_of_rows(x) for x in (q, k, v)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from lasp import fused, launch
+from lasp._core.joint_backward import join_backward
 from lasp._core.operators import Operators
 from lasp.call import REFERENCE, Call
 from lasp.exchange import Exchange, HostGroups
@@ -54,6 +55,7 @@ def attend(
     # What the schema cannot say; the operator checks the rest when it runs.
     check_qkv(q, k, v)
     check_kinds(rates, q, layout, cp_group, exchange)
+    q = join_backward(cp_group, q, k, v, initial_state)
     if layout is None:
         lengths = torch.full((1,), q.shape[-3], dtype=torch.int64, device="cpu")
         num_ranks, order = 1, "contiguous"

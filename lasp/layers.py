@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lasp._core.derivatives import Reference, refuse_forward_mode
+from lasp._core.joint_backward import join_backward
 from lasp.validation import Impl, check_impl, require_triton, state_dtype
 
 _NORM_OVER_RANKS = Reference("lasp.layers.norm_gate over a tp_group", "tp_group=None")
@@ -84,7 +85,8 @@ def norm_gate(
     Gradients: to ``x``, ``gate`` and ``weight``; the same bits every time. ``triton`` saves the
     inputs and one number a token.
 
-    Communication: over ``tp_group``, forward and backward, one all-reduce of 4 bytes a token.
+    Communication: over ``tp_group``, forward and backward, one all-reduce of 4 bytes a token. Every
+    rank must run the backward: the result requires gradients wherever gradients are enabled.
 
     Raises:
         ValueError: naming the argument, before any communication.
@@ -100,6 +102,7 @@ def norm_gate(
             f"weight must be [{x.shape[-1]}] on {x.device}, got {tuple(weight.shape)} on"
             f" {weight.device}: this rank's features"
         )
+    x = join_backward(tp_group, x)
     if impl == "triton":
         require_triton()
         from lasp import fused_layers

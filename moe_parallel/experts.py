@@ -14,6 +14,7 @@ from lasp._core.derivatives import (
     refuse_forward_mode,
     refuse_second_derivatives,
 )
+from lasp._core.joint_backward import join_backward
 from moe_parallel.gemm import (
     GROUPED_ALIGNMENT_BYTES,
     LOOP_ROWS,
@@ -185,10 +186,14 @@ class Experts(nn.Module):
         hidden + 2 F_local elements. Autocast does not reach in: products are in the parameters'
         dtype.
 
-        Communication: of :meth:`moe_parallel.overlap.Pipeline.run`, in the backward again. The host
-        waits for nothing but the counts; ``grouped`` queues small copies to the device.
+        Communication: of :meth:`moe_parallel.overlap.Pipeline.run`, in the backward again, which
+        every rank must run, one that needs no gradient itself too: over several ranks the results
+        require gradients wherever gradients are enabled. The host waits for nothing but the counts;
+        ``grouped`` queues small copies to the device.
         """
         refuse_forward_mode(_REFERENCE, rows_AM, self.w13, self.w2)
+        group = pipeline.ep_group or pipeline.etp_group
+        rows_AM = join_backward(group, rows_AM, self.w13, self.w2)
         how = (self.chosen_gemm(num_rows), chosen_impl(self.impl, rows_AM.device, rows_AM.dtype))
         results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
             rows_AM, self.w13, self.w2, anchor(rows_AM), pipeline, *how

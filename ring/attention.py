@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.joint_backward import join_backward
 from lasp.layout import SequenceLayout
 from ring.operators import attend
 from ring.validation import check_kinds, check_tensors
@@ -64,10 +65,12 @@ def ring_attention(  # the operator: its arguments are its documentation
     Returns:
         Output and log-sum-exp of this rank's tokens.
 
-    Gradients: to ``q``, ``k`` and ``v``, once, from the output and from the lse; every rank must
-    run the backward. A loss that depends on the lse (a z-loss, an attention sink) makes the kernels
-    of that rank's backward run twice; else the lse costs nothing. Contributions to each are summed
-    in float32 (float64 for float64) in a fixed order. Two runs are bit-identical with ``eager`` and
+    Gradients: to ``q``, ``k`` and ``v``, once, from output and lse. Every rank must run
+    the backward, one whose own inputs need no gradient too: over several ranks the results require
+    gradients wherever gradients are enabled (``torch.no_grad()`` is for what no rank trains). A
+    loss that depends on the lse (a z-loss, an attention sink) makes the kernels of that rank's
+    backward run twice; else the lse costs nothing. Contributions to each are summed in float32
+    (float64 for float64) in a fixed order. Two runs are bit-identical with ``eager`` and
     ``cpu_flash``, and with ``flash`` under ``torch.use_deterministic_algorithms(True)``. Saved for
     it: q, k, v, output and lse.
 
@@ -92,6 +95,7 @@ def ring_attention(  # the operator: its arguments are its documentation
     """
     check_tensors(q, k, v)
     check_kinds(layout, cp_group)
+    q = join_backward(cp_group, q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.ndim == 4 and layout is not None and layout.num_documents != 1:
         raise ValueError(

@@ -17,6 +17,7 @@ from moe_parallel import ExpertParallelMoE, MoEConfig
 from moe_parallel.exchange import ExchangePlan, dispatch
 from moe_parallel.experts import Experts
 from moe_parallel.gate import split_logits
+from moe_parallel.overlap import local_pipeline
 from moe_parallel.permute import permute, row_order, unpermute
 from moe_parallel.top_k import choose
 from ring import RingAttention, ring_attention
@@ -60,9 +61,9 @@ def norm(x: Tensor, impl: str) -> Tensor:
     )
 
 
-def layer(module: torch.nn.Module, *args: Any) -> Callable[[Tensor], Tensor]:
+def layer(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
     def function(x: Tensor) -> Tensor:
-        result = module(x.flatten(1), *args)
+        result = module(x.flatten(1), *args, **kwargs)
         return result if isinstance(result, Tensor) else result.output
 
     return function
@@ -130,7 +131,7 @@ CASES = {
     ),
     "permute": Case(lambda x: permute(*rows(x)), MOE),
     "unpermute": Case(lambda x: unpermute(rows(x)[0], x.new_ones(5, 1), rows(x)[1]), MOE),
-    "experts": Case(layer(experts(), (2, 3)), MOE),
+    "experts": Case(layer(experts(), local_pipeline((2, 3)), num_rows=5), MOE),
     "exchange of rows": Case(sent, ("exchange", "reference_moe")),
     "ExpertParallelMoE": Case(layer(ExpertParallelMoE(MoEConfig(8, 6, 4, 2), device=DEVICE)), MOE),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -115,9 +116,19 @@ class Experts(nn.Module):
         """For each parameter the dimensions cut over EP and ETP, in equal blocks in rank order."""
         return {"w13": ShardedDims(ep_dim=0, etp_dim=2), "w2": ShardedDims(ep_dim=0, etp_dim=2)}
 
-    @torch.no_grad()
     def reset_parameters(self, seed: int, *, gain: float = 1.0) -> None:
-        """Fill with Xavier normal values that depend on (seed, expert) alone, not on the mesh.
+        """Fill with Xavier normal values.
+
+        Args:
+            seed: see :meth:`fill`.
+            gain: factor of the standard deviation sqrt(2 / (fan_in + fan_out)).
+        """
+        std = gain * math.sqrt(2 / (self.hidden_size + self.ffn_size))
+        self.fill(seed, lambda _, whole, generator: whole.normal_(0, std, generator=generator))
+
+    @torch.no_grad()
+    def fill(self, seed: int, draw: Callable[[str, Tensor, torch.Generator], object]) -> None:
+        """Fill with values that depend on (seed, expert) alone, not on the mesh.
 
         Each local expert is drawn whole, in float32 on the CPU, from a generator of its own, and
         the ETP part is cut out of it: 3 x F x hidden samples an expert and rank, ``etp_size``
@@ -125,23 +136,24 @@ class Experts(nn.Module):
 
         Args:
             seed: the same on every rank; give every layer another.
-            gain: factor of the standard deviation sqrt(2 / (fan_in + fan_out)).
+            draw: fills in place the ``w13`` ``[2, F, hidden]`` of an expert, then its ``w2``
+                ``[hidden, F]``: called with the name, the tensor and the generator.
         """
         if self.w13.is_meta:
             return
-        std = gain * math.sqrt(2 / (self.hidden_size + self.ffn_size))
         # Seeds by lot, so that expert e + 1 under one seed is not expert e under the next.
         lots = torch.randint(
             2**63 - 1, (self.num_experts,), generator=generator_of(seed), device="cpu"
         ).tolist()
         part = slice(self.etp_rank * self.ffn_local, (self.etp_rank + 1) * self.ffn_local)
         for local in range(self.num_local):
-            lot = lots[self.ep_rank * self.num_local + local]
-            generator = generator_of(lot)
+            generator = generator_of(lots[self.ep_rank * self.num_local + local])
             w13 = torch.empty(2, self.ffn_size, self.hidden_size, device="cpu", dtype=torch.float32)
             w2 = torch.empty(self.hidden_size, self.ffn_size, device="cpu", dtype=torch.float32)
-            self.w13[local].copy_(w13.normal_(0, std, generator=generator)[:, part])
-            self.w2[local].copy_(w2.normal_(0, std, generator=generator)[:, part])
+            draw("w13", w13, generator)
+            draw("w2", w2, generator)
+            self.w13[local].copy_(w13[:, part])
+            self.w2[local].copy_(w2[:, part])
 
     def chosen_gemm(self, num_rows: int) -> ChosenGemm:
         """What ``gemm`` comes to for the parameters as they are now.

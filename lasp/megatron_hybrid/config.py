@@ -41,7 +41,7 @@ class HybridConfig:
         decay: formula of the decay rates in lightning layers.
         impl: who computes lightning attention, see :func:`lasp.lightning_attention`.
         exchange: how its states cross the context-parallel ranks, see ``lasp.exchange``.
-        expert_init_gain: factor of the experts' initial standard deviation.
+        expert_init_gain: factor of the experts' initial values, which Megatron's config draws.
         experts: how the experts compute, see :class:`moe_parallel.megatron.ExpertOptions`.
         packed_cut: how Megatron's own packs are cut over context-parallel ranks, see
             :data:`lasp.megatron.PackedCut`; None: they are refused there.

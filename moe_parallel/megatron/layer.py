@@ -26,6 +26,7 @@ from moe_parallel.megatron.config import (
     check_groups,
     moe_config,
 )
+from moe_parallel.megatron.initial import draw_initial_values
 from moe_parallel.megatron.loss import StepBalance, attach_aux_loss
 from moe_parallel.order import TokenOrder
 from moe_parallel.overlap import local_pipeline
@@ -59,8 +60,9 @@ class ExpertParallelMoELayer(MoELayer):
         pg_collection: its groups; of the parallel state if None. TransformerLayer of 0.16 and 0.17
             passes none to a subclass of MoELayer: with a collection of your own use
             ``lasp.megatron_hybrid.HybridLayer``, which passes it in every version.
-        init_gain: factor of the experts' initial standard deviation, which is Xavier's
-            sqrt(2 / (fan in + fan out)); DeepNorm's beta. Values do not depend on the ranks.
+        init_gain: factor of the experts' initial values, which ``config.init_method`` and
+            ``config.output_layer_init_method`` draw; DeepNorm's beta. They do not depend on the
+            ranks.
         options: what Megatron's config has no options for.
 
     Gradients: the auxiliary loss (:class:`StepBalance` counts the micro-batches of a step) is added
@@ -109,7 +111,7 @@ class ExpertParallelMoELayer(MoELayer):
             device=parameter_device(config),
             dtype=config.params_dtype,
         )
-        self.moe.experts.reset_parameters(int(torch.randint(2**31, ())), gain=init_gain)
+        draw_initial_values(self.moe, config, init_gain)
         # As Megatron's router: its optimizers save parameters of one dtype; route() computes wider.
         gate = self.moe.gate.weight
         gate.data = gate.data.to(config.params_dtype)

@@ -224,26 +224,6 @@ def test_other_balancers_without_a_loss() -> None:
     run_on_ranks(other_balancers, 1)
 
 
-def initial_values(sizes: dict[str, int]) -> list[Tensor]:
-    groups = initialize(**sizes)
-    layer = build_module(
-        expert_parallel_moe_spec(init_gain=0.5),
-        config=parallel_config(sizes, **OPTIONS),
-        pg_collection=groups,
-    )
-    return [parameter.detach() for parameter in layer.moe.parameters()]
-
-
-def test_initial_values_do_not_depend_on_the_ranks() -> None:
-    ((gate, w13, w2),) = run_on_ranks(initial_values, 1, {})
-    results = run_on_ranks(initial_values, 2, {"ep": 2})
-    assert all(torch.equal(result[0], gate) for result in results)
-    assert torch.equal(torch.cat([result[1] for result in results]), w13)
-    assert torch.equal(torch.cat([result[2] for result in results]), w2)
-    std = 0.5 * (2 / (10 + 12)) ** 0.5
-    assert 0.8 * std < w13.std() < 1.2 * std
-
-
 def layer_before_and_in_float16_module(dtype: torch.dtype) -> list[list[Tensor]]:
     half = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     options = config(**OPTIONS, **half, params_dtype=dtype)

@@ -167,6 +167,7 @@ SPLITS = [
     (4, {"cp": 2, "ep": 4}, "fold"),
     (4, {"cp": 2, "ep": 2}, "contiguous"),
     (4, {"cp": 4}, "fold"),
+    (2, {"cp": 2, "ep": 2}, "document_zigzag"),
     pytest.param(8, {"cp": 4, "ep": 4, "etp": 2}, "zigzag", marks=pytest.mark.slow),
     pytest.param(8, {"cp": 8, "ep": 2, "etp": 2}, "fold", marks=pytest.mark.slow),
 ]

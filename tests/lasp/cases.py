@@ -42,13 +42,16 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float64
     pad_value: float = 0.0
     impl: str = "eager"
+    padded: tuple[int, ...] | None = None
 
     @property
     def layout(self) -> SequenceLayout:
-        return SequenceLayout(self.lengths, self.num_ranks, self.order)
+        return SequenceLayout(self.lengths, self.num_ranks, self.order, self.padded)
 
     def one_rank(self) -> Case:
-        return self._replace(num_ranks=1, order="contiguous", exchange="all_gather")
+        return self._replace(
+            num_ranks=1, order="contiguous", exchange="all_gather", padded=None, pad_value=0.0
+        )
 
 
 class Inputs(NamedTuple):

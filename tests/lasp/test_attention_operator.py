@@ -50,13 +50,17 @@ def count_graphs(backend: str, counted: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_graph_for_every_pack(backend: str) -> None:
+@pytest.mark.parametrize("padding", [0, 2])
+def test_one_graph_for_every_pack(backend: str, padding: int) -> None:
+    """With padding after every document and without."""
     torch._dynamo.reset()
     graphs: list[int] = []
     compiled = torch.compile(attend, fullgraph=True, backend=count_graphs(backend, graphs))
     with small_blocks():
         for lengths in PACKS:
-            layout, inputs = SequenceLayout(lengths, 1), make_inputs(sum(lengths), 2, 4)
+            padded = [length + padding for length in lengths]
+            layout = SequenceLayout(lengths, 1, padded_lengths=padded)  # type: ignore[arg-type]
+            inputs = make_inputs(layout.num_tokens, 2, 4)
             results = [loss_and_gradients(f, inputs, layout) for f in (compiled, attend)]
             losses = [result.pop(0) for result in results]  # inductor sums in another order
             torch.testing.assert_close(*losses)
@@ -64,10 +68,12 @@ def test_one_graph_for_every_pack(backend: str) -> None:
     assert len(graphs) <= 3  # the first, one for any numbers, one for a single document
 
 
-def test_well_registered() -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_well_registered(padded: bool) -> None:
     q, k, v = make_inputs(12, 2, 4)
     initial = torch.randn(2, 2, 4, 4, device=DEVICE, requires_grad=True)
-    settings = (torch.tensor([5, 7]), 1, "contiguous", [], 1.0, "auto", True, 0.0)
+    lengths = torch.tensor([[5, 3], [5, 7]] if padded else [5, 7])
+    settings = (lengths, 1, "contiguous", [], 1.0, "auto", True, 0.0)
     with small_blocks():
         lightning_attention(q, k, v, RATES, impl="triton")  # registers both
         operators = torch.ops.lasp

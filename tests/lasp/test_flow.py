@@ -13,7 +13,7 @@ layouts = st.builds(
     SequenceLayout,
     st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any).map(tuple),
     st.integers(1, 5),
-    st.sampled_from(ORDERS),
+    st.sampled_from((*ORDERS, "document_zigzag")),
 )
 
 

@@ -30,7 +30,8 @@ def make_inputs(tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_operators_are_well_registered(dtype: torch.dtype, keep_kv: bool) -> None:
     inputs = make_inputs(12, dtype)
-    settings = (torch.tensor([5, 7]), 1, "contiguous", "", True, 0.3, "auto", keep_kv)
+    lengths = torch.tensor([[5, 3], [5, 7]] if keep_kv else [5, 7])  # padded, or documents alone
+    settings = (lengths, 1, "contiguous", "", True, 0.3, "auto", keep_kv)
     torch.library.opcheck(torch.ops.ring.attention.default, (*inputs, *settings))
     qkv = [x.detach() for x in inputs]
     results = torch.ops.ring.attention(*qkv, *settings)
@@ -71,8 +72,20 @@ def test_one_graph_for_every_pack() -> None:
     assert len(graphs) == 3  # of the first sizes, of any, and of one document
 
 
+def test_one_graph_for_every_padded_pack() -> None:
+    torch._dynamo.reset()
+    graphs: list[int] = []
+    compiled = torch.compile(loss, fullgraph=True, backend=counting(graphs))
+    for lengths in PACKS:
+        layout = SequenceLayout(lengths, 1, "document_zigzag", tuple(n + 2 for n in lengths))
+        inputs = make_inputs(layout.num_tokens)
+        results = [loss_and_gradients(f, inputs, layout) for f in (compiled, loss)]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert len(graphs) == 3  # of the first sizes, of any, and of one document
+
+
 def compiled_on_world(tensors, lengths, keep_kv: bool) -> bool:
-    layout, rank = SequenceLayout(lengths, 2, "zigzag"), dist.get_rank()
+    layout, rank = SequenceLayout(lengths, 2, "document_zigzag"), dist.get_rank()
     inputs = [layout.shard(x, rank).detach().requires_grad_() for x in tensors]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     where = (layout, dist.group.WORLD, keep_kv)

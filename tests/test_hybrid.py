@@ -232,6 +232,22 @@ def test_padding_changes_nothing(order: str) -> None:
         assert_equal_to_rounding(actual[name], tensor, what=name)
 
 
+def test_the_router_sees_documents_without_their_padding() -> None:
+    lengths, padded = [(3, 0, 5), (1,)], [(8, 4, 12), (8,)]
+    batch = pack_batch(
+        lengths, dp_rank=0, num_ranks=2, order="document_zigzag", padded_lengths=padded
+    )
+    assert batch.layout == SequenceLayout((3, 0, 5), 2, "document_zigzag", (8, 4, 12))
+    assert batch.token_order.rows_per_rank == (12, 12, 4, 4)
+    # Pieces of 2, 1 and 3 tokens; the second replica has pieces of 2.
+    assert batch.token_order.segments == (
+        ((0, 0, 2), (3, 6, 3)),
+        ((2, 0, 1), (6, 6, 2)),
+        ((8, 0, 1),),
+        (),
+    )
+
+
 def test_layer_kinds_and_deepnorm_are_minimaxs() -> None:
     kinds = [MINIMAX_TEXT_01.is_softmax(index) for index in range(80)]
     assert [index for index, softmax in enumerate(kinds) if softmax] == list(range(7, 80, 8))
@@ -267,6 +283,12 @@ def model_call(tokens: Tensor) -> None:
         (
             lambda: pack_batch([(8,)], dp_rank=1, num_ranks=2, order="contiguous"),
             r"dp_rank must be in \[0, 1\)",
+        ),
+        (
+            lambda: pack_batch(
+                [(8,), (3,)], dp_rank=0, num_ranks=2, order="zigzag", padded_lengths=[(8,)]
+            ),
+            "padded_lengths must hold the documents of the 2 replicas",
         ),
     ],
 )

@@ -4,7 +4,8 @@
     python -m tests.megatron.upstream.pretrain Megatron-LM --device cuda    # as documented, 2 GPUs
 
 Each script trains its 20 steps and saves at 10 and 20; a second run resumes from step 10. The loss
-must fall, and that of every resumed step must be the first run's.
+must fall, and that of every resumed step must be the first run's. Arguments that are none of these
+go to the scripts, after the documented ones.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("-k", default="", help="only the scripts whose names have this")
     parser.add_argument("--logs", type=Path, help="folder for what the scripts print")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     commands = [command for command in documented_commands() if options.k in command.script]
     for command in commands:
         if not Path(options.checkout, command.script).exists():
@@ -45,7 +46,7 @@ def main() -> int:
         logs = options.logs or Path(folder)
         logs.mkdir(parents=True, exist_ok=True)
         rows = [
-            check(command, options.checkout.resolve(), options.device, Path(folder), logs)
+            check(command, options.checkout.resolve(), options.device, Path(folder), logs, more)
             for command in commands
         ]
     print(f"{'script':20}{'step':>6}{'loss':>11}{'resumed':>11}")
@@ -59,18 +60,18 @@ def main() -> int:
 
 
 def check(
-    command: Command, checkout: Path, device: str, folder: Path, logs: Path
+    command: Command, checkout: Path, device: str, folder: Path, logs: Path, more: list[str]
 ) -> tuple[dict[int, float], dict[int, float], list[str]]:
     """Losses by step of the whole run, of the resumed one, and what is wrong with them."""
     whole, again = folder / command.name, folder / f"{command.name}-resumed"
-    losses = train(command, checkout, device, logs, save=whole, load=whole)
+    losses = train(command, checkout, device, logs, *more, save=whole, load=whole)
     if list(losses) != list(range(1, STEPS + 1)):
         return losses, {}, [f"{command.script}: must log steps 1 to {STEPS}, got {list(losses)}"]
     failures = []
     if not losses[STEPS] < losses[RESUMED_AT] < losses[1]:
         failures.append(f"{command.script}: the loss must fall")
-    step = ("--ckpt-step", str(RESUMED_AT))
-    resumed = train(command, checkout, device, logs, *step, save=again, load=whole)
+    more = [*more, "--ckpt-step", str(RESUMED_AT)]
+    resumed = train(command, checkout, device, logs, *more, save=again, load=whole)
     if list(resumed) != list(range(RESUMED_AT + 1, STEPS + 1)):
         why = f"{command.script}: must log steps {RESUMED_AT + 1} to {STEPS} when resumed"
         return losses, resumed, [*failures, f"{why}, got {list(resumed)}"]

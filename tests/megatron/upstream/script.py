@@ -17,12 +17,14 @@ from torch.overrides import TorchFunctionMode
 from tests.megatron.upstream.checkout import allow_python_311, stand_in_for_gpus
 
 
-class TypesOfGpus(TorchFunctionMode):
-    """``Tensor.type()`` names tensors as those of a GPU: Megatron's optimizer asks for these."""
+class Names(TorchFunctionMode):
+    """Tensors have the types of a GPU's, which Megatron's optimizer asks for; a GPU is the CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:
             return args[0].type().replace("torch.", "torch.cuda.")
+        if function is torch.device and str(args[0]).startswith("cuda"):
+            return torch.device("cpu")
         return function(*args, **(kwargs or {}))
 
 
@@ -37,7 +39,7 @@ def main(checkout: str, script: str, *arguments: str) -> None:
     torch.cuda.empty_cache = torch.cuda.reset_peak_memory_stats = lambda *_: None
     torch.cuda.memory_stats = lambda *_: mock.MagicMock()
     sys.argv = [script, *arguments]
-    with TypesOfGpus():
+    with Names():
         runpy.run_path(str(Path(checkout, script)), run_name="__main__")
 
 

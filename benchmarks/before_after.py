@@ -69,14 +69,14 @@ class Tree:
 
 def compare(trees: dict[str, Tree], what: str, rounds: int) -> list[dict[str, Any]]:
     """A row for each call of an operator and tree."""
-    counted = {name: tree.ask(build=what)[0] for name, tree in trees.items()}
+    calibrated = {name: tree.ask(build=what)[0] for name, tree in trees.items()}
     rows = []
-    for name in counted["now"]:
-        count = counted["now"][name]  # as many in both, on all ranks
+    for name in calibrated["now"]:
+        settings = calibrated["now"][name]  # the same in both, on all ranks
         samples: dict[str, list[float]] = {tree: [] for tree in trees}
         for _ in range(rounds):
             for tree in random.sample(list(trees), len(trees)):
-                samples[tree].append(max(trees[tree].ask(time=name, count=count)))
+                samples[tree].append(max(trees[tree].ask(time=name, settings=settings)))
         ratios = [now / before for now, before in zip(samples["now"], samples["before"])]
         unit, metric = ("us", "host_us") if name.startswith("host") else ("ms", "device_ms")
         before = statistics.median(samples["before"])

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 Calls = dict[str, Callable[[], Any]]
-BLOCK_MS = 30.0  # calls of one sample run about as long
+BLOCK_MS = 20.0  # calls of one sample run about as long
+CYCLES_PER_MS = 2_000_000  # of a Hopper GPU, at most
 
 
 def directions(name: str, forward: Callable[..., Any], leaves: list[torch.Tensor]) -> Calls:
@@ -141,11 +142,15 @@ def builders(ranks: int) -> dict[str, Callable[[], Calls]]:
     return made | ({"layer": layer_parts} if ranks == 1 else {})
 
 
-def device_ms(call: Callable[[], Any], count: int) -> float:
-    """Time of a call on the device, of so many behind each other."""
+def device_ms(call: Callable[[], Any], count: int, ahead_ms: float = 10.0) -> float:
+    """Time of a call on the device, of so many behind each other.
+
+    The device sleeps first for ``ahead_ms``, in which the host queues the calls: else the time of
+    the host would be measured wherever it is the longer one.
+    """
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(20_000_000)  # the host is ahead before the first call begins
+    torch.cuda._sleep(int(ahead_ms * CYCLES_PER_MS))
     first.record()
     for _ in range(count):
         call()
@@ -174,20 +179,26 @@ def serve(ranks: int) -> None:
         torch.distributed.init_process_group("nccl")
     answers, sys.stdout = sys.stdout, sys.stderr
     calls: Calls = {}
-    counts: dict[str, int] = {}
     for line in sys.stdin:
         request = json.loads(line)
         if "build" in request:
-            calls, counts = builders(ranks)[request["build"]](), {}
-            for name, call in calls.items():
-                call()
-                counts[name] = max(3, min(200, round(BLOCK_MS / device_ms(call, 3))))
-            answer: Any = counts
+            calls = builders(ranks)[request["build"]]()
+            answer: Any = {name: calibrated(call) for name, call in calls.items()}
+        elif request["time"].startswith("host"):
+            answer = host_us(calls[request["time"]])
         else:
-            name = request["time"]
-            call = calls[name]
-            answer = host_us(call) if name.startswith("host") else device_ms(call, request["count"])
+            answer = device_ms(calls[request["time"]], *request["settings"])
         print(json.dumps(answer), file=answers, flush=True)
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+
+
+def calibrated(call: Callable[[], Any]) -> tuple[int, float]:
+    """How many calls a sample has, and for how long the device waits for the host."""
+    for _ in range(3):
+        call()
+    count = max(3, min(40, round(BLOCK_MS / device_ms(call, 5))))
+    return count, 10.0 + 1.5e-3 * host_us(call) * count
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ class Fake:
 
     def ask(self, **request):
         if "build" in request:
-            return [{"lightning forward": 7, "host lightning forward": 3}]
+            return [{"lightning forward": (7, 9.5), "host lightning forward": (3, 1.5)}]
         Fake.warmth += 0.001
-        assert request["count"] == {"l": 7, "h": 3}[request["time"][0]]
+        assert request["settings"] == {"l": (7, 9.5), "h": (3, 1.5)}[request["time"][0]]
         # The slowest rank counts.
         return [self.factor * Fake.warmth, self.factor * Fake.warmth / 2]
 
@@ -59,8 +59,8 @@ def test_calls_come_from_the_tree_alone(tmp_path) -> None:
 @pytest.mark.gpu
 def test_a_tree_times_its_operators() -> None:
     tree = before_after.Tree(Path(), 1)
-    (counts,) = tree.ask(build="layer")
-    (taken,) = tree.ask(time="decode batch 64", count=counts["decode batch 64"])
+    (settings,) = tree.ask(build="layer")
+    (taken,) = tree.ask(time="decode batch 64", settings=settings["decode batch 64"])
     tree.close()
     # It reads and writes 64 states of 4 MiB: no GPU does that in 10 us.
     assert 0.01 < taken < 10

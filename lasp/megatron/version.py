@@ -7,11 +7,11 @@ from typing import Any
 import megatron.core
 from torch import Tensor
 
-FIRST_VERSION, END_VERSION = (0, 16), (0, 20)
+FIRST_VERSION, END_VERSION = (0, 16), (0, 21)
 VERSION = tuple(map(int, megatron.core.__version__.split(".")[:2]))
 if not FIRST_VERSION <= VERSION < END_VERSION:
     raise ImportError(
-        f"megatron-core must be >= 0.16 and < 0.20, got {megatron.core.__version__}: install one of"
+        f"megatron-core must be >= 0.16 and < 0.21, got {megatron.core.__version__}: install one of"
         " these, pip install 'lasp-plus[megatron]'"
     )
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_parallel import TokenOrder
 from moe_parallel.megatron import expert_parallel_moe_spec
+from tests.closeness import assert_equal_to_rounding
 from tests.hooks import calls_of_owners
 from tests.megatron import test_gpt, test_moe_parallel
 from tests.megatron.attention import parallel_config
@@ -189,7 +190,8 @@ def test_overlapped_gathers_and_reductions_change_nothing(options: dict[str, Any
     )
     assert actual.num_buckets > expected.num_buckets
     assert actual.idle_experts > 0
-    assert actual.losses == expected.losses
+    # Buckets of other sizes add the squares of the gradient norm in another order.
+    assert actual.losses == pytest.approx(expected.losses, rel=1e-12)
     for name, (first, second) in actual.parameters.items():
         assert torch.equal(first, second), f"{name} differs between replicas"
-        assert torch.equal(first, expected.parameters[name][0]), name
+        assert_equal_to_rounding(first, expected.parameters[name][0], what=name)

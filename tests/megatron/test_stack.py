@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from lasp.decay import decay_rates
@@ -205,3 +207,23 @@ def test_minimax_stack_over_pipeline_stages_asks_the_training_loop() -> None:
 def test_another_pattern_than_the_models_is_refused(symbols: str, options: Any, names: str) -> None:
     with pytest.raises(RankError, match=names):
         run_on_ranks(stack_on_rank, 1, stack.hybrid_stack_spec(symbols), "GEGE*E", **options)
+
+
+def layers_with_configs_of_their_own() -> None:
+    """Megatron's main has a class of config for each kind of layer."""
+    for symbol, name, kind in (
+        ("gdn_layer", "megatron.core.ssm.gdn_layer_config", "GDNLayerConfig"),
+        ("moe_layer", "megatron.core.transformer.moe.moe_layer_config", "MoELayerConfig"),
+    ):
+        config = parallel_config({}, **OPTIONS)
+        config.__class__ = getattr(import_module(name), kind)
+        spec = getattr(stack.hybrid_stack_spec("GE*E", hybrid=HYBRID).submodules, symbol)
+        layer = build_module(spec, config=config, layer_number=1, pg_collection=initialize())
+        hidden = torch.randn(8, 1, config.hidden_size, dtype=torch.float64)
+        output, _ = layer(hidden)
+        assert output.isfinite().all()
+
+
+def test_layers_take_configs_of_their_own() -> None:
+    pytest.importorskip("megatron.core.transformer.moe.moe_layer_config")
+    run_on_ranks(layers_with_configs_of_their_own, 1)

@@ -18,7 +18,7 @@ from tests.ranks import RankError, close_pools, run_on_ranks
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=upstream.__doc__.splitlines()[0])
-    parser.add_argument("checkout", type=Path, help="a checkout of Megatron-LM, >= 0.16 and < 0.20")
+    parser.add_argument("checkout", type=Path, help="a checkout of Megatron-LM, >= 0.16 and < 0.21")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("-k", default="", help="only the checks whose names have this")
     options = parser.parse_args()

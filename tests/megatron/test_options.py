@@ -12,8 +12,10 @@ import torch
 from megatron.core.transformer.spec_utils import build_module
 
 from lasp.megatron import lightning_attention_spec, order_of_rows
+from lasp.megatron_hybrid import minimax_layer_spec
 from ring.megatron import ring_attention_spec
 from tests.megatron.attention import HEAD_DIM, HEADS, parallel_config
+from tests.megatron.block import OPTIONS
 from tests.megatron.cpu import initialize
 from tests.megatron.refusals import core
 from tests.ranks import RankError, run_on_ranks
@@ -59,6 +61,33 @@ def test_the_same_positions_and_megatrons_defaults_are_taken(where: str) -> None
     run_on_ranks(ring_with, 1, where, OTHER_POSITIONS, 0)  # it rotates nothing: Megatron's affair
 
 
+CUTS_OF_LOADERS = [
+    ({"sft": True, "dataloader_inter_document_masking": False}, "document_zigzag"),
+    ({"sft": True, "dataloader_inter_document_masking": True}, "document_zigzag"),
+    ({"sft": False, "dataloader_inter_document_masking": True}, "row_zigzag"),
+    ({"sft": False}, None),
+]
+
+
+def cuts_of_static_specs() -> list[tuple[str | None, ...]]:
+    """What a layer of ``minimax_layer_spec`` and its attention are built with."""
+    groups, config = initialize(), parallel_config({}, **OPTIONS, kv_channels=64)
+    found = []
+    for arguments, _ in CUTS_OF_LOADERS:
+        training = SimpleNamespace(_GLOBAL_ARGS=SimpleNamespace(**arguments))
+        with mock.patch.dict(sys.modules, {"megatron.training.global_vars": training}):
+            layer = build_module(
+                minimax_layer_spec, config=config, layer_number=1, pg_collection=groups
+            )
+        found.append((layer.packed_cut, layer.self_attention.packed_cut))
+    return found
+
+
+def test_static_specs_take_the_cut_of_megatrons_training_loop() -> None:
+    (found,) = run_on_ranks(cuts_of_static_specs, 1)
+    assert found == [(cut, cut) for _, cut in CUTS_OF_LOADERS]
+
+
 def test_rows_are_in_the_order_of_the_config() -> None:
     def order(**options: str) -> str:
         return order_of_rows(SimpleNamespace(**options), "a part")
@@ -76,7 +105,7 @@ def contiguous_rows_on_rank() -> None:
     groups, config = initialize(cp=2), parallel_config({"cp": 2})
     config.linear_cp_layout = config.attention_cp_layout = "contiguous"
     tokens = torch.zeros(4, 1, HEADS, HEAD_DIM)
-    with pytest.raises(ValueError, match="positions_of_layout must be True for packs and cont"):
+    with pytest.raises(ValueError, match="positions_of_layout must be True for contiguous rows"):
         core(config, groups)(tokens, tokens, tokens)
     config.attention_cp_layout = "zigzag"
     for spec in (lightning_attention_spec(), ring_attention_spec(rotary_dim=4)):

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp import ops
+from lasp._core.autocast import autocast_inputs
 from lasp._core.derivatives import refuse_forward_mode, refuse_second_derivatives
 from lasp._core.joint_backward import join_backward
 from lasp.call import (
@@ -136,7 +137,7 @@ def lightning_attention(  # the operator: its arguments are its documentation
     Args:
         q: this rank's queries, ``layout.shard`` of the pack: ``[T, H, K]``, or ``[B, T, H, K]``
             for B rows that each hold one document of the layout. bf16, fp16, fp32 or fp64; any
-            strides.
+            strides. Under autocast q, k and v are cast to its dtype; states stay float32.
         k: keys, as ``q``.
         v: values ``[T, H, V]`` or ``[B, T, H, V]``; V need not be K.
         rates: decay rates ``[H]`` of this rank's heads, float32 or float64, finite and >= 0, see
@@ -182,6 +183,7 @@ def lightning_attention(  # the operator: its arguments are its documentation
     arXiv:2501.08313, section 3.2.
     """
     check_impl(impl)
+    q, k, v = autocast_inputs(q, k, v)
     settings: dict[str, Any] = {
         "scale": scale,
         "exchange": exchange,

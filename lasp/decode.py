@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lasp._core.autocast import autocast_inputs
 from lasp.attention import LightningOutput
 from lasp.decay import rates_on
 from lasp.validation import Impl, check_impl, check_qkv, require_triton, state_dtype
@@ -37,7 +38,8 @@ def lightning_decode(
 
     Args:
         q: queries ``[B, T, H, K]`` of the T next tokens (one, or a few) of B sequences, oldest
-            first. bf16, fp16, fp32 or fp64; any strides.
+            first. bf16, fp16, fp32 or fp64; any strides. Under autocast q, k and v are cast to its
+            dtype; states stay float32.
         k: keys, as ``q``.
         v: values ``[B, T, H, V]``.
         rates: decay rates ``[H]``, float32 or float64, see ``decay_rates``. From the CPU they are
@@ -61,6 +63,7 @@ def lightning_decode(
     Source: Lightning Attention-2, arXiv:2401.04658, inference.
     """
     check_impl(impl)
+    q, k, v = autocast_inputs(q, k, v)
     check_qkv(q, k, v)
     _check_step(q, k, v, rates, state, in_place)
     if impl == "triton":

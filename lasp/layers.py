@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from lasp._core.autocast import autocast_inputs
 from lasp._core.derivatives import Reference, refuse_forward_mode
 from lasp._core.joint_backward import join_backward
 from lasp.validation import Impl, check_impl, require_triton, state_dtype
@@ -70,7 +71,7 @@ def norm_gate(
 
     Args:
         x: ``[..., W]``, the output of the attention, heads side by side; any strides. bf16, fp16,
-            fp32 or fp64.
+            fp32 or fp64; under autocast x and gate are cast to its dtype.
         gate: like ``x``, before the sigmoid.
         weight: ``[W]``.
         eps: added to the mean square.
@@ -92,6 +93,7 @@ def norm_gate(
         ValueError: naming the argument, before any communication.
     """
     check_impl(impl)
+    x, gate = autocast_inputs(x, gate)
     if gate.shape != x.shape or gate.dtype != x.dtype or gate.device != x.device:
         raise ValueError(
             f"gate must be like x, {tuple(x.shape)} in {x.dtype} on {x.device}, got"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.autocast import autocast_inputs
 from lasp._core.joint_backward import join_backward
 from lasp.layout import SequenceLayout
 from ring.operators import attend
@@ -49,7 +50,8 @@ def ring_attention(  # the operator: its arguments are its documentation
 
     Args:
         q: ``[T, Hq, D]``, the tokens of this rank; or ``[B, T, Hq, D]``, B rows under one layout
-            of one document. float16, bfloat16, float32 or float64, autocast or not.
+            of one document. float16, bfloat16, float32 or float64; under autocast q, k and v are
+            cast to its dtype.
         k: ``[T, Hkv, D]`` or ``[B, T, Hkv, D]``, dtype and device of ``q``. Hkv divides Hq; query
             head h reads key head h // (Hq / Hkv).
         v: as ``k``.
@@ -93,6 +95,7 @@ def ring_attention(  # the operator: its arguments are its documentation
     Source: Liu, Zaharia, Abbeel, "Ring Attention with Blockwise Transformers", arXiv:2310.01889;
     varlen over the whole pack: MiniMax-01, arXiv:2501.08313, section 3.2.1.
     """
+    q, k, v = autocast_inputs(q, k, v)
     check_tensors(q, k, v)
     check_kinds(layout, cp_group)
     q = join_backward(cp_group, q, k, v)

@@ -196,15 +196,26 @@ def test_error_within_budget(num_ranks: int, dtype: torch.dtype) -> None:
         assert_within_budget(actual, true, fair, what=f"{name} {dtype} {num_ranks} ranks")
 
 
-def test_autocast_does_not_reach_the_states() -> None:
-    q, k, v = (torch.randn(100, 2, 4, requires_grad=True) for _ in range(3))
-    rates = torch.tensor([0.01, 0.5])
-    plain = lightning_attention(q, k, v, rates)
-    plain_grads = torch.autograd.grad(plain.output.sum(), (q, k, v))
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_the_inputs_and_nothing_else(impl: str, dtype: torch.dtype) -> None:
+    q, v = (torch.randn(100, 2, 4, requires_grad=True) for _ in range(2))
+    k = torch.randn(100, 2, 4).to(dtype).requires_grad_()  # as from a linear layer under autocast
+    rates, state = torch.tensor([0.01, 0.5]), torch.randn(1, 2, 4, 4)
+    expected = lightning_attention(
+        q.to(dtype), k, v.to(dtype), rates, initial_state=state, impl=impl
+    )
+    with torch.autocast("cpu", dtype):
+        actual = lightning_attention(q, k, v, rates, initial_state=state, impl=impl)
+    assert (actual.output.dtype, actual.final_state.dtype) == (dtype, torch.float32)
+    grads = [torch.autograd.grad(result.output.sum(), (q, k, v)) for result in (actual, expected)]
+    assert bits_equal([*actual, *grads[0]], [*expected, *grads[1]])
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    q = torch.randn(10, 2, 4, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = lightning_attention(q, k, v, rates)
-        cast_grads = torch.autograd.grad(cast.output.sum(), (q, k, v))
-    assert bits_equal([plain.output, *plain_grads], [cast.output, *cast_grads])
+        assert lightning_attention(q, q, q, torch.tensor([0.01, 0.5])).output.dtype == q.dtype
 
 
 # ---- results and gradients that only some ranks use ----------------------------------------------

@@ -146,13 +146,15 @@ def test_gradcheck_over_ranks(num_ranks, lengths, order, causal) -> None:
 
 
 @pytest.mark.parametrize("block", ["cpu_flash", "eager"])
-def test_autocast_does_not_reach_the_blocks(block: str) -> None:
+def test_autocast_casts_the_inputs_and_nothing_else(block: str) -> None:
     q, k, v = (x.requires_grad_() for x in random_tensors(30, 4, 2, 8, torch.float32)[:3])
-    plain = ring_attention(q, k, v, block=block)
+    v = v.detach().bfloat16().requires_grad_()  # as from a linear layer under autocast
+    plain = ring_attention(q.bfloat16(), k.bfloat16(), v, block=block)
     plain_grads = torch.autograd.grad(plain.output.sum(), (q, k, v))
     with torch.autocast("cpu", torch.bfloat16):
         cast = ring_attention(q, k, v, block=block)
         cast_grads = torch.autograd.grad(cast.output.sum(), (q, k, v))
+    assert (cast.output.dtype, cast.lse.dtype) == (torch.bfloat16, torch.float32)
     for name, a, b in zip(NAMES, (*plain, *plain_grads), (*cast, *cast_grads), strict=True):
         assert torch.equal(a, b), name
 

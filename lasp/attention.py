@@ -21,6 +21,7 @@ from torch import Tensor
 from lasp import ops
 from lasp._core.autocast import autocast_inputs
 from lasp._core.derivatives import refuse_forward_mode, refuse_second_derivatives
+from lasp._core.graphs import outside_graphs
 from lasp._core.joint_backward import join_backward
 from lasp.call import (
     REFERENCE,
@@ -34,7 +35,6 @@ from lasp.call import (
 from lasp.decay import rates_by_value
 from lasp.exchange import Exchange, HostGroups
 from lasp.flow import flow_of
-from lasp.graphs import outside_graphs
 from lasp.layout import SequenceLayout
 from lasp.validation import Impl, check_impl, check_qkv, checked_call, require_triton, state_dtype
 

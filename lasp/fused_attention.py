@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from lasp import fused, launch
+from lasp._core.graphs import data_dependent_size
 from lasp._core.joint_backward import join_backward
 from lasp._core.operators import Operators
 from lasp.call import REFERENCE, Call
@@ -154,12 +155,12 @@ def _fake(
         (rows, q.shape[-2], q.shape[-1], v.shape[-1]) if with_final_state else 0,
         dtype=torch.float32,
     )
-    size = torch.library.get_ctx().new_dynamic_size  # segments and runs depend on the documents
     return (
         _fake_rows(q, v),
         final_state,
-        final_state.new_empty(size()),
-        final_state.new_empty(size()),
+        # Segments and runs depend on the documents.
+        final_state.new_empty(data_dependent_size()),
+        final_state.new_empty(data_dependent_size()),
     )
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lasp._core.graphs import outside_graphs
 from moe_parallel.agreement import check_rows
 from moe_parallel.capacity import drop_by_rank, padded_order
 from moe_parallel.config import MoEConfig
@@ -135,6 +136,7 @@ class ExpertParallelMoE(nn.Module):
         self.experts.reset_parameters(for_experts, gain=gain)
         self.gate.reset_parameters(generator_of(for_gate))
 
+    @outside_graphs
     def forward(  # the contract of the layer and its checks, then one call for each stage
         self,
         hidden: Tensor,

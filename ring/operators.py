@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from lasp._core.derivatives import Reference
+from lasp._core.graphs import data_dependent_size
 from lasp._core.operators import Operators
 from lasp.layout import Order, SequenceLayout
 from ring import passes
@@ -162,7 +163,7 @@ def _gradients(
 def _fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     # How much is received depends on the documents: 2 R rows.
-    rows = torch.library.get_ctx().new_dynamic_size() if settings[-1] else 0
+    rows = data_dependent_size() if settings[-1] else 0
     return (
         q.new_empty(q.shape),
         q.new_empty(q.shape[:2], dtype=lse_dtype),

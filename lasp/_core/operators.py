@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lasp._core.derivatives import Reference, refuse_forward_mode, second_derivative_error
+from lasp._core.graphs import outside_graphs
 
 
 class Operators:
@@ -28,12 +29,12 @@ class Operators:
 
         Args:
             schema: name, arguments without defaults, and results.
-            function: computes it.
+            function: computes it; a compiler never looks into it, nor when a graph broke before.
             fake: results of the right shapes, whatever is in them.
         """
         name = schema.partition("(")[0]
         self._library.define(schema)
-        self._library.impl(name, function, "CompositeExplicitAutograd")
+        self._library.impl(name, outside_graphs(function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{self._namespace}::{name}", fake, lib=self._library)
 
     def differentiate(

@@ -1,4 +1,4 @@
-"""What ``torch.compile`` must not look into."""
+"""What ``torch.compile`` must not look into, and what it cannot know."""
 
 from __future__ import annotations
 
@@ -30,3 +30,19 @@ def outside_graphs(fn: Callable[P, R]) -> Callable[P, R]:
         return disabled[0](*args, **kwargs)
 
     return call
+
+
+def data_dependent_size() -> torch.SymInt:
+    """In the fake of an operator: a size that depends on what is in a tensor.
+
+    ``torch.library.get_ctx().new_dynamic_size()`` refuses without ``fullgraph=True``, which breaks
+    the graph at the operator, and the compiler goes on to trace what launches the kernels. An
+    unbacked size needs no such permission where the user never sees the tensor that has it.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv, _constrain_range_for_size
+
+    shapes = torch.library.get_ctx()._shape_env
+    assert isinstance(shapes, ShapeEnv)
+    size = shapes.create_unbacked_symint()
+    _constrain_range_for_size(size, min=0)
+    return size

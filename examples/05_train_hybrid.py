@@ -33,7 +33,7 @@ from lasp.hybrid import (
     reduce_gradients,
 )
 from lasp.layout import Order
-from moe_parallel import ExpertTopology
+from moe_parallel import ExpertTopology, distribute_experts
 
 PROMPT = b"def main("
 # Options that a resumed run may change: all others decide what the loss curve is.
@@ -68,7 +68,7 @@ class Options:
         capacity_factor: of the experts; negative for dropless.
         drop_policy: which tokens a full expert drops.
         learning_rate: peak of the schedule.
-        dtype: of parameters and activations; 16-bit ones have float32 master weights.
+        dtype: of parameters and activations; bfloat16 is autocast's, over float32 parameters.
         impl: who computes lightning attention; triton needs a GPU.
         seed: of the weights and of the order of the corpus.
         out: folder of metrics, plot and checkpoints.
@@ -115,9 +115,10 @@ class Job:
             ),
             groups=self.topology.build_groups(),
             device=device,
-            dtype=getattr(torch, options.dtype),
+            dtype=torch.float64 if options.dtype == "float64" else torch.float32,
         )
         self.model.reset_parameters(options.seed)
+        distribute_experts(self.model, self.topology)  # for checkpoints
 
     def forward_backward(self, step: int) -> dict[str, Any]:
         """Gradients of one step's batch, reduced; returns its metrics, equal on every rank."""
@@ -138,8 +139,10 @@ class Job:
         tokens = layout.shard(mine.tokens, self.cp_rank).to(self.device)
         labels = layout.shard(mine.labels, self.cp_rank, pad_value=NO_LABEL).to(self.device)
         num_targets = sum(int((pack.labels != NO_LABEL).sum()) for pack in packs)
-        output: HybridOutput = self.model(tokens, batch)
-        loss = next_token_loss(output.logits, labels, num_targets)
+        enabled = options.dtype == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+            output: HybridOutput = self.model(tokens, batch)
+            loss = next_token_loss(output.logits, labels, num_targets)
         (loss + output.aux_loss).backward()
         reduce_gradients(self.model)
         losses = torch.stack([loss.detach().double(), output.aux_loss.detach().double()])
@@ -162,7 +165,7 @@ def main(options: Options, device: torch.device) -> None:
     trainer = Trainer(
         job.model, learning_rate=options.learning_rate, warmup=20, steps=options.steps
     )
-    checkpointer = Checkpointer(options.out, job.topology, device)
+    checkpointer = Checkpointer(options.out)
     curve = {name: value for name, value in asdict(options).items() if name not in NOT_THE_CURVE}
     first_step = checkpointer.start(trainer, curve, resume=options.resume)
     report = None
@@ -173,7 +176,7 @@ def main(options: Options, device: torch.device) -> None:
         report.console.print(
             f"{dist.get_world_size()} ranks ({dist.get_backend()}), dp {job.topology.dp}"
             f" cp {options.cp} | edp {job.topology.edp} ep {options.ep} etp {options.etp},"
-            f" {size:,} parameters on this rank, {job.corpus.num_documents} documents,"
+            f" {size:,} parameters, {job.corpus.num_documents} documents,"
             f" unigram entropy {job.corpus.unigram_entropy:.3f} nats",
             soft_wrap=True,
         )

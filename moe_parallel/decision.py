@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.autocast import autocast_dtype
 from moe_parallel.agreement import check_counts, check_order
 from moe_parallel.config import MoEConfig
 from moe_parallel.mesh import ExpertMesh
@@ -59,15 +60,20 @@ def drops(config: MoEConfig, training: bool) -> float | None:
 
 
 def check_hidden(hidden: Tensor, weight: Tensor) -> None:
-    """Raise ValueError unless hidden states fit experts with this weight, ``[..., hidden]``."""
+    """Raise ValueError unless hidden states fit experts with this weight, ``[..., hidden]``.
+
+    Under autocast ``hidden`` is cast already. The dtype of a DTensor is left to the experts: FSDP
+    may gather them in another.
+    """
     width = weight.shape[-1]
     if hidden.dim() not in (2, 3) or hidden.shape[-1] != width:
         raise ValueError(
             f"hidden must be [T, {width}] or [B, T, {width}], got shape {tuple(hidden.shape)}"
         )
-    if hidden.dtype != weight.dtype or hidden.device != weight.device:
+    dtype = hidden.dtype if hasattr(weight, "device_mesh") else autocast_dtype(weight)
+    if hidden.dtype != dtype or hidden.device != weight.device:
         raise ValueError(
-            f"hidden must be {weight.dtype} on {weight.device} like the experts, got"
+            f"hidden must be {dtype} on {weight.device} like the experts, got"
             f" {hidden.dtype} on {hidden.device}: convert it, or build the layer with its dtype"
         )
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lasp._core.autocast import autocast_inputs
 from lasp._core.derivatives import (
     Reference,
     anchor,
     refuse_forward_mode,
     refuse_second_derivatives,
 )
+from lasp._core.dtensors import local
 from lasp._core.joint_backward import join_backward
 from moe_parallel.gemm import (
     GROUPED_ALIGNMENT_BYTES,
@@ -27,26 +29,22 @@ from moe_parallel.gemm import (
 )
 from moe_parallel.impl import ChosenImpl, Impl, chosen_impl
 from moe_parallel.overlap import Pipeline
+from moe_parallel.parts import Parts, ShardedDims
 from moe_parallel.swiglu import swiglu, swiglu_backward
 
 _REFERENCE = Reference("ExpertParallelMoE's experts", "moe_parallel.reference.reference_moe")
 
 
-class ShardedDims(NamedTuple):
-    """How a parameter is cut: its dimension split over EP and the one split over ETP."""
-
-    ep_dim: int
-    etp_dim: int
-
-
-class Experts(nn.Module):
+class Experts(Parts):
     """This rank's part of E SwiGLU experts: rows in, rows out.
 
     Row x of expert e: y = w2[e] (silu(w13[e, 0] x) * w13[e, 1] x). With ``etp_size`` > 1 each rank
     holds F / etp_size of the FFN dimension, and y is this rank's term of the sum over ETP.
 
     Parameters: ``w13`` ``[E_local, 2, F_local, hidden]`` (gate, up), ``w2``
-    ``[E_local, hidden, F_local]``; :meth:`sharding` tells how they are cut out of the whole.
+    ``[E_local, hidden, F_local]``; :meth:`sharding` tells how they are cut out of the whole. Where
+    they are cut, ``state_dict()`` raises and no wrapper may shard them until they are DTensors
+    (:func:`moe_parallel.distribute_experts`), of which shapes are those of the whole.
 
     Args:
         hidden_size: width of a row.
@@ -86,7 +84,7 @@ class Experts(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(ep_rank, ep_size, etp_rank, etp_size)
         if num_experts % ep_size:
             raise ValueError(
                 f"num_experts must divide over the ep group, got {num_experts} experts"
@@ -99,7 +97,6 @@ class Experts(nn.Module):
         if gemm not in get_args(Gemm):
             raise ValueError(f"gemm must be one of {get_args(Gemm)}, got {gemm!r}")
         self.hidden_size, self.ffn_size, self.num_experts = hidden_size, ffn_size, num_experts
-        self.ep_rank, self.etp_rank = ep_rank, etp_rank
         self.num_local, self.ffn_local = num_experts // ep_size, ffn_size // etp_size
         self.gemm: Gemm = gemm
         self.impl: Impl = impl
@@ -146,25 +143,27 @@ class Experts(nn.Module):
             2**63 - 1, (self.num_experts,), generator=generator_of(seed), device="cpu"
         ).tolist()
         part = slice(self.etp_rank * self.ffn_local, (self.etp_rank + 1) * self.ffn_local)
-        for local in range(self.num_local):
-            generator = generator_of(lots[self.ep_rank * self.num_local + local])
+        w13_part, w2_part = local(self.w13), local(self.w2)
+        for expert in range(self.num_local):
+            generator = generator_of(lots[self.ep_rank * self.num_local + expert])
             w13 = torch.empty(2, self.ffn_size, self.hidden_size, device="cpu", dtype=torch.float32)
             w2 = torch.empty(self.hidden_size, self.ffn_size, device="cpu", dtype=torch.float32)
             draw("w13", w13, generator)
             draw("w2", w2, generator)
-            self.w13[local].copy_(w13[:, part])
-            self.w2[local].copy_(w2[:, part])
+            w13_part[expert].copy_(w13[:, part])
+            w2_part[expert].copy_(w2[:, part])
 
-    def chosen_gemm(self, num_rows: int) -> ChosenGemm:
-        """What ``gemm`` comes to for the parameters as they are now.
+    def chosen_gemm(self, num_rows: int, dtype: torch.dtype | None = None) -> ChosenGemm:
+        """What ``gemm`` comes to.
 
         Args:
             num_rows: that the experts of this rank take together, on average.
+            dtype: of rows and weights; None: of the parameters as they are now.
 
         Raises:
             ValueError: if ``grouped`` was asked for and cannot run.
         """
-        dtype = self.w13.dtype
+        dtype = dtype or self.w13.dtype
         aligned = all(
             size * dtype.itemsize % GROUPED_ALIGNMENT_BYTES == 0
             for size in (self.hidden_size, self.ffn_local)
@@ -195,20 +194,22 @@ class Experts(nn.Module):
 
         Gradients: to rows, ``w13`` and ``w2``; exact zeros for an expert without rows. Kept for
         the backward of each row that an expert takes: it and both halves of its first product,
-        hidden + 2 F_local elements. Autocast does not reach in: products are in the parameters'
-        dtype.
+        hidden + 2 F_local elements. Under autocast rows and weights are cast to its dtype.
 
         Communication: of :meth:`moe_parallel.overlap.Pipeline.run`, in the backward again, which
         every rank must run, one that needs no gradient itself too: over several ranks the results
         require gradients wherever gradients are enabled. The host waits for nothing but the counts;
         ``grouped`` queues small copies to the device.
         """
-        refuse_forward_mode(_REFERENCE, rows_AM, self.w13, self.w2)
-        group = pipeline.ep_group or pipeline.etp_group
-        rows_AM = join_backward(group, rows_AM, self.w13, self.w2)
-        how = (self.chosen_gemm(num_rows), chosen_impl(self.impl, rows_AM.device, rows_AM.dtype))
+        rows_AM, w13, w2 = autocast_inputs(rows_AM, local(self.w13), local(self.w2))
+        dtype = rows_AM.dtype
+        if w13.dtype != dtype:
+            raise ValueError(f"rows must be {w13.dtype} like the experts, got {dtype}")
+        refuse_forward_mode(_REFERENCE, rows_AM, w13, w2)
+        rows_AM = join_backward(pipeline.ep_group or pipeline.etp_group, rows_AM, w13, w2)
+        how = (self.chosen_gemm(num_rows, dtype), chosen_impl(self.impl, rows_AM.device, dtype))
         results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
-            rows_AM, self.w13, self.w2, anchor(rows_AM), pipeline, *how
+            rows_AM, w13, w2, anchor(rows_AM), pipeline, *how
         )
         return results
 

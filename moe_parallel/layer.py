@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lasp._core.autocast import autocast_inputs
 from lasp._core.graphs import outside_graphs
 from moe_parallel.agreement import check_rows
 from moe_parallel.capacity import drop_by_rank, padded_order
@@ -17,13 +18,14 @@ from moe_parallel.decision import KeptCounts, agreed_order, check_hidden
 from moe_parallel.experts import Experts, generator_of
 from moe_parallel.grouping import DispatchOrder, expert_groups, groups_that_pay
 from moe_parallel.impl import chosen_impl
-from moe_parallel.mesh import expert_mesh
+from moe_parallel.mesh import block_ranks, expert_mesh
 from moe_parallel.order import TokenOrder
 from moe_parallel.overlap import Pipeline, PipelinePlans
 from moe_parallel.peer_memory import PeerRows
 from moe_parallel.permute import RowOrder, permute, row_order, unpermute
 from moe_parallel.route import Routing, RoutingStats, expert_capacity
 from moe_parallel.router import Router
+from moe_parallel.sharding import check_replicas
 from moe_parallel.timeline import Timeline
 from moe_parallel.topology import ExpertGroups
 
@@ -32,8 +34,8 @@ class MoEOutput(NamedTuple):
     """Result of :class:`ExpertParallelMoE`.
 
     Attributes:
-        output: of the shape and dtype of the input; zero for padding and for tokens whose
-            assignments were all dropped.
+        output: of the shape of the input and its dtype, or autocast's; zero for padding and for
+            tokens whose assignments were all dropped.
         aux_loss: this rank's share of the auxiliary loss, a float32 (float64) scalar. Add it to
             this rank's loss: the shares sum to the loss of the whole batch.
         stats: assigned and dropped tokens of every expert over all ranks, on the device.
@@ -99,6 +101,7 @@ class ExpertParallelMoE(nn.Module):
         # Of one rank no row travels, and what the experts keep must not lie in shared memory.
         alone = len(self.mesh.sources) == 1
         self.groups = groups._replace(peers=None) if alone else groups
+        self._block = frozenset() if alone else block_ranks(groups)
         self._order = DispatchOrder(config.num_experts, self.mesh.ep_size)
         self.gate = Router(config, token_group=self.groups.token, device=device, dtype=dtype)
         self.experts = Experts(
@@ -147,7 +150,8 @@ class ExpertParallelMoE(nn.Module):
         """Route, dispatch, compute, combine.
 
         Args:
-            hidden: ``[T, hidden]`` or ``[B, T, hidden]``, this rank's tokens in the layer's dtype.
+            hidden: ``[T, hidden]`` or ``[B, T, hidden]``, this rank's tokens in the layer's dtype;
+                under autocast in any.
             token_order: where the tokens of every rank stand, one segment list for each rank of
                 the token group, equal on all of them; tokens it leaves out are padding. None, on
                 all ranks or on none: every rank holds as many tokens as this one, in rank order;
@@ -161,7 +165,9 @@ class ExpertParallelMoE(nn.Module):
             ValueError: naming the argument, if it does not fit the layer; on every rank alike, if
                 the ranks hold different orders or, without one, different numbers of tokens.
         """
+        (hidden,) = autocast_inputs(hidden)
         check_hidden(hidden, self.experts.w13)
+        check_replicas(self.experts, self._block)
         rows = hidden.reshape(-1, self.config.hidden_size)
         token_order = self.agreed_order(rows, token_order)
         x_TM = token_order.take(rows, self.mesh.token_rank)

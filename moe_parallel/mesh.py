@@ -46,6 +46,12 @@ def _members(group: dist.ProcessGroup | None, me: int) -> list[int]:
     return [me] if group is None else dist.get_process_group_ranks(group)
 
 
+def block_ranks(groups: ExpertGroups) -> frozenset[int]:
+    """Global ranks of the EP x ETP block; of groups that :func:`expert_mesh` has checked."""
+    block = groups.ep_etp or groups.ep or groups.etp
+    return frozenset(_members(block, dist.get_rank()))
+
+
 def expert_mesh(groups: ExpertGroups) -> ExpertMesh:
     """Check that the four groups fit together and number their ranks.
 

@@ -119,7 +119,7 @@ def test_drop_by_probability_and_dropless_agree_over_ranks(tmp_path) -> None:
         assert (expected[0]["dropped_share"] > 0) == (name == "probability")
 
 
-def test_sixteen_bit_training_resumes_with_its_master_weights(tmp_path) -> None:
+def test_training_under_autocast_resumes(tmp_path) -> None:
     one = {"num_ranks": 1, "cp": 1, "ep": 1, "etp": 1}
     flags = ("--dtype", "bfloat16", "--sample-tokens", "0")
     expected = train(tmp_path / "whole", *flags, "--stop-after", "6", **one)

@@ -13,8 +13,14 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     Gradients: to the tensors, in their own dtypes.
     """
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(x.to(autocast_dtype(x)) for x in tensors)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that an operator takes ``x`` in."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp._core.dtensors import local
 from lasp.hybrid.model import HybridModel
 
 
@@ -28,13 +29,14 @@ def reduce_gradients(model: HybridModel) -> None:
 
     Dense parameters over the token group; an expert has seen the tokens of its whole EP x ETP
     block, so its gradient is summed over its EDP replicas only. One all-reduce of the flat
-    gradients each. With DDP or FSDP give these two groups to the wrapper instead.
+    gradients each, once before each step. Not after :func:`moe_parallel.apply_ddp` or
+    ``apply_fsdp``, which do the same in the backward.
     """
     for parameters, group in (
         (model.dense_parameters(), model.groups.token),
         (model.expert_parameters(), model.groups.edp),
     ):
-        grads = [parameter.grad for _, parameter in parameters if parameter.grad is not None]
+        grads = [local(parameter.grad) for _, parameter in parameters if parameter.grad is not None]
         if group is None or not grads:
             continue
         for dtype in {grad.dtype: None for grad in grads}:

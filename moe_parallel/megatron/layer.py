@@ -111,6 +111,7 @@ class ExpertParallelMoELayer(MoELayer):
             device=parameter_device(config),
             dtype=config.params_dtype,
         )
+        self.moe.experts.saved_by_part = True  # see checkpoint.py
         draw_initial_values(self.moe, config, init_gain)
         # As Megatron's router: its optimizers save parameters of one dtype; route() computes wider.
         gate = self.moe.gate.weight

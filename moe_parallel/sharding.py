@@ -1,0 +1,109 @@
+"""Split experts as torch's own tools must see them: DTensors, which know what a rank holds.
+
+A rank's experts are plain tensors by default, of the same names and shapes on every rank. To a tool
+that does not know of expert parallelism they look like replicas of each other: DDP would broadcast
+them, FSDP cut them across each other, and a checkpoint keep those of one rank.
+:func:`distribute_experts` makes them DTensors over (ep, etp). Until then ``state_dict()`` raises,
+and so do wrappers over ranks that hold other experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moe_parallel.experts import Experts
+from moe_parallel.topology import ExpertTopology
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def split_experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:
+    """The named expert modules of a model that hold a part of their layer's experts."""
+    for name, module in model.named_modules():
+        if isinstance(module, Experts) and module.split_axes:
+            yield name, module
+
+
+def distribute_experts(model: nn.Module, topology: ExpertTopology) -> DeviceMesh:
+    """Make the split experts of a model DTensors over (ep, etp), in place.
+
+    ``torch.distributed.checkpoint`` then saves and loads them, and their optimizer states, under
+    any ep, etp and number of ranks, and ``state_dict()`` no longer raises. Make the optimizer after
+    this: the parameters are new objects, of the same memory. A call of the layer costs the host
+    some tens of microseconds more, and torch's optimizers loop over the parameters of a group that
+    has DTensors: give experts a group of their own.
+
+    Args:
+        model: holds any number of :class:`moe_parallel.ExpertParallelMoE`.
+        topology: the sizes that the layers' groups were built with.
+
+    Returns:
+        The mesh of all ranks, with axes pp, edp, ep and etp.
+
+    Communication: makes process groups; every rank must call it.
+
+    Raises:
+        ValueError: if a layer is split otherwise than ``topology`` says.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    device_type = next(model.parameters()).device.type
+    shape = (topology.pp, topology.edp, topology.ep, topology.etp)
+    ranks = torch.arange(topology.world_size).view(shape)
+    at = topology.expert_coordinates(dist.get_rank())
+    parts = list(split_experts(model))
+    for name, experts in parts:
+        _check_split(name, experts, topology, (at.ep, at.etp))
+    mesh = DeviceMesh(device_type, ranks, mesh_dim_names=("pp", "edp", "ep", "etp"))
+    for _, experts in parts:
+        axes = experts.split_axes
+        for name, dims in experts.sharding().items():
+            weight = getattr(experts, name)
+            if isinstance(weight, DTensor):
+                continue
+            placements = [Shard(dims.ep_dim if axis == "ep" else dims.etp_dim) for axis in axes]
+            whole = DTensor.from_local(weight.detach(), mesh[axes], placements, run_check=False)
+            setattr(experts, name, nn.Parameter(whole, weight.requires_grad))
+    return mesh
+
+
+def _check_split(
+    name: str, experts: Experts, topology: ExpertTopology, at: tuple[int, int]
+) -> None:
+    found = (experts.ep_size, experts.etp_size, experts.ep_rank, experts.etp_rank)
+    if found != (topology.ep, topology.etp, *at):
+        raise ValueError(
+            f"topology must be that of the groups of {name}, ep {found[0]} and etp {found[1]} with"
+            f" this rank at {found[2:]}, got ep {topology.ep} and etp {topology.etp} with this rank"
+            f" at {at}: pass the topology whose build_groups() the model was built with"
+        )
+
+
+def check_replicas(experts: Experts, block: frozenset[int]) -> None:
+    """Raise ValueError if ``DistributedDataParallel`` takes split experts for replicas.
+
+    It broadcasts parameters when it is made, where no module is asked: so this looks at whose
+    forward is going on.
+
+    Args:
+        experts: to be called.
+        block: global ranks that hold parts of the same experts or of other ones.
+    """
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is None or getattr(wrapper, "knows_experts", False):
+        return
+    ranks = block.intersection(dist.get_process_group_ranks(wrapper.process_group))
+    if len(ranks) > 1 and any(p is experts.w13 for p in wrapper._module_parameters):
+        raise ValueError(
+            f"DistributedDataParallel must not hold experts that are split over ranks"
+            f" {sorted(ranks)}: it has overwritten them with those of one rank. Wrap a new model"
+            " with moe_parallel.apply_ddp"
+        )

@@ -1,0 +1,189 @@
+"""torch's DDP and FSDP2 around models with split experts: gradients that are sums over ranks.
+
+The loss of a rank is a share: the shares of all ranks sum to the loss of the batch. So gradients
+are to be summed, over the token group those of dense parameters, over the EDP group those of
+experts, which have seen the tokens of their whole EP x ETP block. Left alone the wrappers average,
+each over its own group: the gradients would be right in direction and wrong in size, dense ones
+another way than experts'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lasp._core.dtensors import local
+from moe_parallel.experts import Experts
+from moe_parallel.router import Router
+from moe_parallel.sharding import distribute_experts, split_experts
+from moe_parallel.topology import ExpertTopology, ParallelGroups
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Shard
+
+
+def apply_ddp(model: nn.Module, groups: ParallelGroups, **options: Any) -> DistributedDataParallel:
+    """``DistributedDataParallel`` that sums gradients and leaves split experts to their replicas.
+
+    Call ``backward`` on this rank's share of the loss. Gradients may be accumulated over several
+    backwards, under ``no_sync()`` or not.
+
+    Args:
+        model: holds any number of :class:`moe_parallel.ExpertParallelMoE`, each with
+            ``groups.experts``; experts may be distributed (:func:`distribute_experts`).
+        groups: this rank's groups, :meth:`moe_parallel.ExpertTopology.build_groups`.
+        options: of ``DistributedDataParallel``, but its group.
+
+    Returns:
+        The wrapper to call; parameters stay those of ``model``.
+
+    Communication: that of DDP over ``groups.token``; one all-reduce of each weight of split experts
+    over ``groups.edp`` in every backward, which nothing hides.
+
+    Raises:
+        ValueError: if ``groups.token`` is None, or ``options`` name a group.
+    """
+    if groups.token is None:
+        raise ValueError(
+            "groups.token must be the ranks to sum over, got None: one rank needs none"
+        )
+    if {"process_group", "device_mesh"} & options.keys():
+        raise ValueError("options must not name a group: it is groups.token")
+    split = {
+        f"{name}.{weight}" for name, experts in split_experts(model) for weight in ("w13", "w2")
+    }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        # Hooks see a gradient before it is accumulated: what was accumulated is a sum already, and
+        # stays one under the average that DDP takes of it again.
+        if name not in split:
+            parameter.register_hook(partial(_scaled, factor=groups.token.size()))
+        elif groups.edp is not None:
+            parameter.register_hook(partial(_summed, group=groups.edp))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(split))
+    wrapper = DistributedDataParallel(model, process_group=groups.token, **options)
+    wrapper.knows_experts = True  # type: ignore[assignment]
+    return wrapper
+
+
+def _scaled(grad: Tensor, *, factor: int) -> Tensor:
+    return grad * factor
+
+
+@torch.no_grad()
+def _summed(grad: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    dist.all_reduce(local(grad), group=group)
+    return grad
+
+
+def apply_fsdp(
+    model: nn.Module,
+    topology: ExpertTopology,
+    *,
+    blocks: Iterable[nn.Module] = (),
+    **options: Any,
+) -> nn.Module:
+    """``fully_shard`` experts over their replicas and all else over the token group, with sums.
+
+    Call ``backward`` on this rank's share of the loss; make the optimizer after this. Split experts
+    become DTensors over (edp, ep, etp), see :func:`distribute_experts`. Where ``mp_policy`` has a
+    parameter dtype, the routers keep theirs.
+
+    Args:
+        model: holds any number of :class:`moe_parallel.ExpertParallelMoE`; with its initial values,
+            all on one device.
+        topology: the sizes that the layers' groups were built with.
+        blocks: modules that are gathered one after the other, the decoder layers as a rule. What
+            they leave is gathered together.
+        options: of ``fully_shard``, but its meshes and the placement.
+
+    Returns:
+        ``model``.
+
+    Communication: makes process groups; every rank must call it. Then that of FSDP.
+
+    Raises:
+        ValueError: as :func:`distribute_experts`.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    mesh = distribute_experts(model, topology)
+    ranks = torch.arange(topology.world_size).view(topology.pp, -1)
+    tokens = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("pp", "token"))["token"]
+    own_dtype = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            cut = partial(_cut, num_ranks=topology.edp)
+            fully_shard(module, mesh=mesh["edp"], shard_placement_fn=cut, **options)
+        elif isinstance(module, Router) and "mp_policy" in options:
+            fully_shard(module, mesh=tokens, **{**options, "mp_policy": own_dtype})
+    for block in (*blocks, model):
+        fully_shard(block, mesh=tokens, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _cut(weight: Tensor, *, num_ranks: int) -> Shard | None:
+    """The hidden dim, which neither ep nor etp cuts; None, dim 0, if it does not divide."""
+    from torch.distributed.tensor import Shard
+
+    dim = 3 if weight.dim() == 4 else 1  # w13 [E, 2, F, hidden], w2 [E, hidden, F]
+    return Shard(dim) if weight.shape[dim] % num_ranks == 0 else None
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float, groups: ParallelGroups) -> Tensor:
+    """As ``torch.nn.utils.clip_grad_norm_``, by the norm over all ranks' parts.
+
+    Args:
+        model: with reduced gradients: plain, distributed or under either wrapper.
+        max_norm: gradients are scaled down to it.
+        groups: this rank's groups.
+
+    Returns:
+        The norm before, a scalar in float32 (float64); the same bits on every rank.
+
+    Communication: one all-reduce of a number over ``groups.token``, and over ``groups.pp``.
+    """
+    split = {id(p): e.ep_size * e.etp_size for _, e in split_experts(model) for p in e.parameters()}
+    num_ranks = 1 if groups.token is None else groups.token.size()
+    grads, squares = [], []
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            continue
+        grad = local(parameter.grad)
+        parts = _num_parts(parameter.grad) or split.get(id(parameter), 1)
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        # Every rank counts a gradient as often as its own part has replicas: once in all.
+        squares.append(torch.linalg.vector_norm(grad, dtype=dtype).square() * (parts / num_ranks))
+        grads.append(grad)
+    if not squares:
+        raise ValueError("model must have gradients, got none: call backward before")
+    total = torch.stack(squares).sum()
+    for group in (groups.token, groups.pp):
+        if group is not None:
+            dist.all_reduce(total, group=group)
+    norm = total.sqrt()
+    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _num_parts(grad: Tensor) -> int:
+    """Into how many different parts a DTensor is cut; 0 for a plain tensor."""
+    mesh = getattr(grad, "device_mesh", None)
+    if mesh is None:
+        return 0
+    placements = getattr(grad, "placements", ())
+    return math.prod(mesh.size(axis) for axis, at in enumerate(placements) if not at.is_replicate())

@@ -135,6 +135,7 @@ def advance_chunk(
     TMA: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,  # documents by selection: 0 * NaN would be NaN
 ):
     """Write the output of one chunk of n tokens; the state after it."""
     rows = _flow_rows(CHUNK, STEP)
@@ -168,6 +169,9 @@ def advance_chunk(
     scores = as_operand(scores, OPERAND, PRECISION)
     rounded = as_operand(state, OPERAND, PRECISION)
     result = tl.dot(rounded, tl.trans(q), input_precision=PRECISION) * entering[None, :]
+    if SELECT:
+        reach_r = _load_reach(reach, token, rows, n, CHUNK, STEP, RAGGED)
+        result = tl.where((reach_r > rows)[None, :], result, 0.0)
     result = tl.trans(tl.dot(tl.trans(v), scores, result, input_precision=PRECISION))
     result = result.to(output.dtype.element_ty)
     if TMA and not RAGGED:
@@ -181,5 +185,9 @@ def advance_chunk(
             tl.store(pointers, result)
         else:
             tl.store(pointers, result, mask=(e_cols < E)[None, :])
+    if SELECT:
+        stays = (n - 1 - rows <= reach_last)[:, None]
+        k, v = tl.where(stays, k, 0.0).to(OPERAND), tl.where(stays, v, 0.0).to(OPERAND)
+        state = tl.where(border, 0.0, state)
     weighted = as_operand(tl.trans(v).to(tl.float32) * leaving[None, :], OPERAND, PRECISION)
     return tl.dot(weighted, k, state * across, input_precision=PRECISION)

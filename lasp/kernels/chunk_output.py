@@ -3,6 +3,11 @@
 One program walks one segment of one head and keeps the state of all key rows and a block of value
 columns in float32 registers, transposed. Operands are read once and the output is written once;
 what happens to a chunk of tokens is in ``lasp.kernels.chunk``.
+
+A document must not notice what others of its segment hold, and a weight of zero does not keep out
+NaN or infinity. Selecting in every chunk would take registers that the kernels do not have. But
+what is not finite stays in the state, through weights of zero too, to the end of the segment: a
+program that finds it there walks its segment once more, and selects.
 """
 
 import triton
@@ -43,6 +48,7 @@ def _walk(
     TMA: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,
 ):
     """One segment of one head, a block of its columns; the state after it."""
     head, segment = row % num_heads, row // num_heads
@@ -64,6 +70,18 @@ def _walk(
         value += head.to(tl.int64) * value_stride_h
     output += head.to(tl.int64) * E
 
+    if SELECT:
+        for begin in tl.range(0, length, CHUNK, num_stages=1):
+            n = tl.minimum(length - begin, CHUNK)
+            powers, entering, leaving, across = weights(n, rate, scale, CHUNK, STEP)
+            state = advance_chunk(
+                query, key, value, output, output_tiles, reach, state, first + STEP * begin, n,
+                powers, entering, leaving, across,
+                query_stride_t, key_stride_t, value_stride_t, num_heads * E,
+                query_column, key_column, value_column, output_column, e_cols,
+                D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, True, TMA, OPERAND, PRECISION, True,
+            )  # fmt: skip
+        return state
     whole = length // CHUNK * CHUNK
     n = tl.full([], CHUNK, tl.int32)
     powers, entering, leaving, across = weights(n, rate, scale, CHUNK, STEP)
@@ -73,7 +91,7 @@ def _walk(
             powers, entering, leaving, across,
             query_stride_t, key_stride_t, value_stride_t, num_heads * E,
             query_column, key_column, value_column, output_column, e_cols,
-            D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, False, TMA, OPERAND, PRECISION,
+            D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, False, TMA, OPERAND, PRECISION, False,
         )  # fmt: skip
     if whole < length:
         n = length - whole
@@ -83,9 +101,14 @@ def _walk(
             powers, entering, leaving, across,
             query_stride_t, key_stride_t, value_stride_t, num_heads * E,
             query_column, key_column, value_column, output_column, e_cols,
-            D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, True, TMA, OPERAND, PRECISION,
+            D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, True, TMA, OPERAND, PRECISION, False,
         )  # fmt: skip
     return state
+
+
+@triton.jit
+def _is_finite(state):
+    return tl.sum(state * 0.0) == 0.0
 
 
 @triton.jit(do_not_specialize=["num_heads"])
@@ -136,8 +159,22 @@ def output_kernel(
         query, key, value, output, output_tiles, state, rates, table, reach, row, block, num_heads,
         scale,
         query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
-        D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, TMA, OPERAND, PRECISION,
+        D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, TMA, OPERAND, PRECISION, False,
     )  # fmt: skip
+    # With a state to start from or to leave, a document has segments of its own.
+    if result is None and given is None:
+        if not _is_finite(state):
+            state = entering_state(
+                states, given, incoming, rates, table, row, block, num_heads,
+                D, E, BLOCK_D, BLOCK_E, TRANSPOSED,
+            )  # fmt: skip
+            state = _walk(
+                query, key, value, output, output_tiles, state, rates, table, reach, row, block,
+                num_heads, scale,
+                query_stride_t, query_stride_h, key_stride_t, key_stride_h,
+                value_stride_t, value_stride_h,
+                D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, TMA, OPERAND, PRECISION, True,
+            )  # fmt: skip
     if result is not None:
         leave_state(state, result, table, row, block, num_heads, D, E, BLOCK_D, BLOCK_E, TRANSPOSED)
 
@@ -210,8 +247,27 @@ def key_value_gradients_kernel(
         query, key, value, output, output_tiles, state, rates, table, reach, row, block, num_heads,
         scale,
         query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
-        D, D, BLOCK_D, BLOCK_E, CHUNK, -1, TMA, OPERAND, PRECISION,
+        D, D, BLOCK_D, BLOCK_E, CHUNK, -1, TMA, OPERAND, PRECISION, False,
     )  # fmt: skip
+    if result is None and given is None:
+        if not _is_finite(state):
+            if of_dv:
+                state = entering_state(
+                    states, given, incoming, rates, table, row, block, num_heads,
+                    D, D, BLOCK_D, BLOCK_E, False,
+                )  # fmt: skip
+            else:
+                state = entering_state(
+                    states, given, incoming, rates, table, row, block, num_heads,
+                    D, D, BLOCK_D, BLOCK_E, True,
+                )  # fmt: skip
+            state = _walk(
+                query, key, value, output, output_tiles, state, rates, table, reach, row, block,
+                num_heads, scale,
+                query_stride_t, query_stride_h, key_stride_t, key_stride_h,
+                value_stride_t, value_stride_h,
+                D, D, BLOCK_D, BLOCK_E, CHUNK, -1, TMA, OPERAND, PRECISION, True,
+            )  # fmt: skip
     if result is not None:  # noqa: SIM102 (known when this is compiled, the other is not)
         if of_dv:
             leave_state(state, result, table, row, block, num_heads, D, D, BLOCK_D, BLOCK_E, False)

@@ -169,13 +169,24 @@ def combine_states_kernel(
         linked = (s[None, :] < s[:, None]) & (s[None, :] >= chain[:, None])
         between = begin[:, None] - (begin + length)[None, :]
         weights = tl.exp2(tl.where(linked, -rate * between.to(tl.float32), float("-inf")))
+        # 0 * NaN is NaN: a state that is not finite takes no part in the product, and makes the
+        # states that follow it in its document NaN.
+        finite = own
+        all_finite = tl.sum(own * 0.0) == 0.0
+        if not all_finite:
+            finite = tl.where(own * 0.0 == 0.0, own, 0.0)
         if GROUP < 16:  # too few rows for a matrix product
-            entering = tl.sum(weights[:, :, None] * own[None, :, :], axis=1)
+            entering = tl.sum(weights[:, :, None] * finite[None, :, :], axis=1)
         else:
-            entering = tl.dot(weights, own, input_precision="ieee")
+            entering = tl.dot(weights, finite, input_precision="ieee")
+        if not all_finite:
+            for j in range(first, first + GROUP):
+                spoils = tl.sum(tl.where((s == j)[:, None], own * 0.0, 0.0), axis=0) != 0.0
+                reached = (j < s) & (j >= chain)
+                entering = tl.where(reached[:, None] & spoils[None, :], float("nan"), entering)
         since = begin - tl.load(table + first * COLUMNS + BEGIN)
         decay = tl.exp2(tl.where(chain < first, -rate * since.to(tl.float32), float("-inf")))
-        entering += decay[:, None] * carry[None, :]
+        entering += tl.where((chain < first)[:, None], decay[:, None] * carry[None, :], 0.0)
         state_row = tl.load(row + STATE_ROW, mask=exists, other=-1)
         pointers = states + state_row.to(tl.int64)[:, None] * size + offsets
         tl.store(pointers, entering, mask=inside & (state_row >= 0)[:, None])
@@ -183,7 +194,7 @@ def combine_states_kernel(
         through = tl.exp2(
             tl.where(state_length == length, -rate * length.to(tl.float32), float("-inf"))
         )
-        after = own + through[:, None] * entering
+        after = own + tl.where((state_length == length)[:, None], through[:, None] * entering, 0.0)
         carry = tl.sum(tl.where((s == first + GROUP - 1)[:, None], after, 0.0), axis=0)
         if given is not None:
             given_row = tl.load(row + GIVEN_ROW, mask=exists, other=-1)

@@ -43,6 +43,7 @@ class Case(NamedTuple):
     pad_value: float = 0.0
     impl: str = "eager"
     padded: tuple[int, ...] | None = None
+    bad: tuple[str, int, float] | None = None  # input, token and what one of its elements is
 
     @property
     def layout(self) -> SequenceLayout:
@@ -75,7 +76,7 @@ def make_inputs(case: Case) -> Inputs:
     state_dtype = torch.promote_types(case.dtype, torch.float32)
     key, value = (tokens, heads, case.key_dim), (tokens, heads, case.value_dim)
     state = (documents, heads, case.key_dim, case.value_dim)
-    return Inputs(
+    inputs = Inputs(
         random(*key).to(case.dtype),
         random(*key).to(case.dtype),
         random(*value).to(case.dtype),
@@ -84,6 +85,10 @@ def make_inputs(case: Case) -> Inputs:
         random(*state).to(state_dtype),
         torch.tensor(case.rates),
     )
+    if case.bad is not None:
+        name, token, number = case.bad
+        getattr(inputs, name)[token, 0, 1] = number
+    return inputs
 
 
 def attend(

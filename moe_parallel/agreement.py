@@ -1,8 +1,8 @@
 """Do the ranks hold the same :class:`moe_parallel.TokenOrder`? Asked before they rely on it.
 
 The order gives the shapes of the router's all-gathers. Ranks that disagree about it would call one
-collective with different sizes, which aborts gloo and hangs NCCL, so they first compare two numbers
-each, whose shape nobody can get wrong.
+collective with different sizes, which aborts gloo and hangs NCCL, so they first compare three
+numbers each, whose shape nobody can get wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from moe_parallel.route import all_gather
 
 
 def check_order(
-    order: TokenOrder, num_rows: int, token_group: dist.ProcessGroup | None, device: torch.device
+    order: TokenOrder,
+    num_rows: int,
+    token_group: dist.ProcessGroup | None,
+    device: torch.device,
+    training: bool | None = None,
 ) -> None:
     """Raise ValueError, on every rank alike, unless all hold this order and the rows it names.
 
@@ -30,21 +34,22 @@ def check_order(
         num_rows: rows this rank passes to the layer, padding included.
         token_group: the ranks of ``order``; None for this rank alone.
         device: of the message.
+        training: what the rows' shapes depend on, compared too; None where they do not.
 
-    Communication: the first time for an order object and a group, an all-gather of 16 bytes a rank
-    over ``token_group``, one copy to the device and one back.
+    Communication: the first time for an order object, a group and ``training``, an all-gather of 24
+    bytes a rank over ``token_group``, one copy to the device and one back.
 
     Raises:
-        ValueError: naming ``token_order``.
+        ValueError: naming ``token_order``, or what to call where only some ranks train.
     """
     rank, size = 0, 1
     if token_group is not None:
         rank, size = dist.get_rank(token_group), token_group.size()
     rows_of = {rank: num_rows}
-    if token_group is not None and token_group not in order.agreed_groups:
-        mine = torch.tensor([num_rows, order.fingerprint], device=device)
+    if token_group is not None and (token_group, training) not in order.agreed_groups:
+        mine = torch.tensor([num_rows, order.fingerprint, bool(training)], device=device)
         answers = all_gather(mine, token_group).tolist()
-        rows_of = {other: rows for other, (rows, _) in enumerate(answers)}
+        rows_of = {other: rows for other, (rows, *_) in enumerate(answers)}
         differing = [other for other, answer in enumerate(answers) if answer[1] != answers[0][1]]
         if differing:
             raise ValueError(
@@ -52,6 +57,7 @@ def check_order(
                 f" {differing} than on rank 0; the ranks hold {list(rows_of.values())} rows:"
                 " build it from the same numbers on all, and pass it if they hold different ones"
             )
+        check_training([answer[2] for answer in answers])
     if order.num_ranks != size:
         raise ValueError(
             f"token_order must have one entry for each of the {size} ranks of groups.token,"
@@ -64,7 +70,17 @@ def check_order(
                 f" got {order.rows_per_rank[other]}"
             )
     if token_group is not None:
-        order.agreed_groups.add(token_group)
+        order.agreed_groups.add((token_group, training))
+
+
+def check_training(training_R: Sequence[int]) -> None:
+    """Raise ValueError unless all ranks train, or none: with a capacity only those drop."""
+    ranks = {mode: [r for r, other in enumerate(training_R) if other == mode] for mode in (0, 1)}
+    if ranks[0] and ranks[1]:
+        raise ValueError(
+            "a layer with a capacity_factor must be in one mode on every rank of groups.token, got"
+            f" train() on ranks {ranks[1]} and eval() on ranks {ranks[0]}: call the same on all"
+        )
 
 
 def check_counts(assigned_RE: Sequence[Sequence[int]], top_k: int, order: TokenOrder) -> None:

@@ -20,7 +20,8 @@ class MoEConfig:
         hidden_size: width of a token.
         ffn_size: F, the FFN width of a whole expert.
         num_experts: E.
-        top_k: k, experts a token.
+        top_k: k, experts a token; at least 2 of several experts. The weight of a single
+            choice, a softmax over one logit, is 1 whatever the gate says: it would not learn.
         capacity_factor: in training mode an expert keeps at most ceil(factor * N * k / E)
             assignments of the N tokens of all ranks; None keeps all, as eval mode does.
         drop_policy: which assignments stay when an expert is full: the first by ``position``, or
@@ -67,6 +68,12 @@ class MoEConfig:
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k must be at most num_experts {self.num_experts}, got {self.top_k}"
+            )
+        if self.top_k == 1 < self.num_experts:
+            raise ValueError(
+                f"top_k must be at least 2 with num_experts {self.num_experts}, got 1: weights are"
+                " the softmax over the chosen logits, that of one logit is always 1, and the gate"
+                " would get no gradient from the task"
             )
         if not 0 <= self.aux_loss_coefficient < math.inf:
             raise ValueError(

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.autocast import autocast_dtype
-from moe_parallel.agreement import check_counts, check_order
+from moe_parallel.agreement import check_counts, check_order, check_training
 from moe_parallel.config import MoEConfig
 from moe_parallel.mesh import ExpertMesh
 from moe_parallel.order import TokenOrder, to_host
@@ -39,7 +39,7 @@ def agreed_order(
         ValueError: for orders that differ or are missing where they must not, on every rank alike.
     """
     padded = config.pad_to_capacity and training
-    by_probability = drops(config, training) is not None and config.drop_policy == "probability"
+    by_probability = config.capacity_factor is not None and config.drop_policy == "probability"
     given = token_order is not None
     if padded and not given and mesh.num_token_ranks > 1:
         raise ValueError(
@@ -50,13 +50,10 @@ def agreed_order(
         token_order = TokenOrder.contiguous([rows.shape[0]] * mesh.num_token_ranks)
     # Otherwise what the router gathers is E counts, whatever a rank believes of the others.
     if given or by_probability:
-        check_order(token_order, rows.shape[0], token_group, rows.device)
+        # By position the router's own message tells who trains.
+        asked = training if by_probability or config.pad_to_capacity else None
+        check_order(token_order, rows.shape[0], token_group, rows.device, asked)
     return token_order
-
-
-def drops(config: MoEConfig, training: bool) -> float | None:
-    """The capacity factor of the router's drops; None where it drops nothing."""
-    return config.capacity_factor if training and not config.pad_to_capacity else None
 
 
 def check_hidden(hidden: Tensor, weight: Tensor) -> None:
@@ -98,8 +95,12 @@ class KeptCounts:
         self.dropless, self.tally = routing.dropless, routing.tally
         self._order = order
         self._top_k = routing.experts.shape[1]
-        assigned_RE = routing.counts.assigned
-        self._copied = to_host(assigned_RE if self.dropless else torch.stack(routing.counts))
+        assigned_RE, kept_RE, training_R = routing.counts
+        counts = assigned_RE if self.dropless else torch.stack((assigned_RE, kept_RE))
+        self._shape, self._tells_training = counts.shape, training_R is not None
+        if training_R is not None:
+            counts = torch.cat([counts.flatten(), training_R])
+        self._copied = to_host(counts)
         self._kept_RE: list[list[int]] | None = None
 
     def of_rank(self, rank: int) -> int:
@@ -123,10 +124,16 @@ class KeptCounts:
         """For each rank and expert.
 
         Raises:
-            ValueError: if the ranks assigned other numbers of tokens than the order has.
+            ValueError: if the ranks assigned other numbers of tokens than the order has, or some
+                train and others do not.
         """
         if self._kept_RE is None:
-            counts = self._copied().tolist()
+            copied = self._copied()
+            if self._tells_training:
+                num_ranks = self._shape[-2]
+                check_training(copied[-num_ranks:].tolist())
+                copied = copied[:-num_ranks].view(self._shape)
+            counts = copied.tolist()
             assigned_RE, kept_RE = (counts, counts) if self.dropless else counts
             check_counts(assigned_RE, self._top_k, self._order)
             self._kept_RE = kept_RE

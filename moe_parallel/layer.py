@@ -77,7 +77,7 @@ class ExpertParallelMoE(nn.Module):
     products of another (:mod:`moe_parallel.overlap`), twice that with backward; with
     ``groups.peers`` they are copies (:mod:`moe_parallel.peer_exchange`).
     One device-to-host copy of ranks x E counts, none with ``pad_to_capacity``. Once for a
-    ``token_order``, at the first layer that sees it, ranks compare it: 16 bytes each, and one more
+    ``token_order``, at the first layer that sees it, ranks compare it: 24 bytes each, and one more
     copy (:mod:`moe_parallel.agreement`).
 
     Raises:
@@ -163,7 +163,8 @@ class ExpertParallelMoE(nn.Module):
 
         Raises:
             ValueError: naming the argument, if it does not fit the layer; on every rank alike, if
-                the ranks hold different orders or, without one, different numbers of tokens.
+                the ranks hold different orders or, without one, different numbers of tokens, and if
+                with a capacity only some ranks are in training mode.
         """
         (hidden,) = autocast_inputs(hidden)
         check_hidden(hidden, self.experts.w13)

@@ -146,8 +146,8 @@ class TokenOrder:
         return int.from_bytes(digest, "little") >> 1
 
     @cached_property
-    def agreed_groups(self) -> set[dist.ProcessGroup]:
-        """Token groups whose ranks were found to hold this order, all of them."""
+    def agreed_groups(self) -> set[tuple[dist.ProcessGroup, bool | None]]:
+        """Token groups whose ranks were found to hold this order, all of them, and to train."""
         return set()
 
     # ---- rows <-> tokens -----------------------------------------------------------------------

@@ -5,7 +5,7 @@ depend on how the tokens are split over data, context or expert parallel ranks. 
 tell each other is gathered before any token travels, in one collective:
 
     dropless               counts of every expert                  E x 8 bytes a rank
-    drop by position       counts of every (segment, expert)       J x E x 8 bytes a rank
+    drop by position       counts of every (segment, expert)       J x E x 8 + 8 bytes a rank
     drop by probability    (expert, probability) of assignments    T x k x 16 bytes a rank
 
 Source: MiniMax-01 sections 2.1 (equation 1, auxiliary loss, global router); GShard for the loss.
@@ -49,10 +49,13 @@ class AssignmentCounts(NamedTuple):
     Attributes:
         assigned: before drop.
         kept: after drop; without drops the same tensor.
+        training: ``[R]`` int64, 1 for ranks that drop and 0 for ranks that do not, where ranks must
+            be asked; else None.
     """
 
     assigned: Tensor
     kept: Tensor
+    training: Tensor | None = None
 
 
 class Routing(NamedTuple):
@@ -127,7 +130,7 @@ def check_drop(capacity_factor: float | None, drop_policy: str) -> None:
         raise ValueError(f"drop_policy must be one of {get_args(DropPolicy)}, got {drop_policy!r}")
 
 
-def route(  # longer than our functions are, and of nine arguments: the contract of the router
+def route(  # longer than our functions are, and of ten arguments: the contract of the router
     x_TM: Tensor,
     gate_EM: Tensor,
     *,
@@ -138,6 +141,7 @@ def route(  # longer than our functions are, and of nine arguments: the contract
     drop_policy: DropPolicy = "position",
     aux_loss_coefficient: float = 0.0,
     impl: ChosenImpl = "eager",
+    training: bool = True,
 ) -> Routing:
     """Route this rank's tokens under a decision shared by all ranks of ``token_group``.
 
@@ -169,6 +173,8 @@ def route(  # longer than our functions are, and of nine arguments: the contract
         drop_policy: who is dropped when an expert is full.
         aux_loss_coefficient: 0.01 in MiniMax-01's pre-training.
         impl: who chooses and counts; what is gathered does not depend on it.
+        training: False drops nothing; must be equal on every rank. By position it rides along in
+            the message, whose size does not depend on it, for :class:`KeptCounts` to check.
 
     Returns:
         :class:`Routing`. ``aux_loss`` is a share: its sum over the token group is the loss.
@@ -183,10 +189,10 @@ def route(  # longer than our functions are, and of nine arguments: the contract
     logits_TE, experts_Tk, weights_Tk, tally = choose(x_TM, gate_EM, top_k, impl)
 
     kept_Tk: Tensor | None = None
-    if capacity_factor is None:
+    if capacity_factor is None or not training:
         assigned_E = counted(experts_Tk, num_experts) if tally is None else tally.totals
-        assigned_RE = all_gather(assigned_E, token_group)
-        counts = AssignmentCounts(assigned_RE, assigned_RE)
+        asked = capacity_factor is not None and drop_policy == "position"
+        counts = _gathered(assigned_E, order.max_segments if asked else 0, token_group)
     else:
         capacity = expert_capacity(capacity_factor, order.num_tokens, top_k, num_experts)
         place = (num_experts, capacity, order, rank, token_group)
@@ -209,6 +215,26 @@ def route(  # longer than our functions are, and of nine arguments: the contract
     )
 
 
+def _gathered(
+    assigned_E: Tensor, num_segments: int, token_group: dist.ProcessGroup | None
+) -> AssignmentCounts:
+    """Counts without drops; with segments in the message of ranks that drop by position."""
+    num_experts = len(assigned_E)
+    if not num_segments or token_group is None:
+        assigned_RE = all_gather(assigned_E, token_group)
+        return AssignmentCounts(assigned_RE, assigned_RE)
+    message = assigned_E.new_zeros(num_segments * num_experts + 1)
+    message[:num_experts] = assigned_E
+    counts_RJE, training_R = _with_training(all_gather(message, token_group), num_experts)
+    assigned_RE = counts_RJE.sum(1)
+    return AssignmentCounts(assigned_RE, assigned_RE, training_R)
+
+
+def _with_training(messages: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Messages ``[R, J E + 1]`` as ``[R, J, E]`` and ``[R]``."""
+    return messages[:, :-1].unflatten(1, (-1, num_experts)), messages[:, -1]
+
+
 def _keep_by_position(
     experts_Tk: Tensor,
     num_experts: int,
@@ -225,14 +251,19 @@ def _keep_by_position(
     before_ET = rows_before(experts_Tk, num_experts)
     bounds_J = order.segment_bounds(rank, experts_Tk.device)
     at_bounds_JE = before_ET[:, bounds_J].T.long()
-    counts_RJE = all_gather(at_bounds_JE.diff(dim=0), token_group)
+    counts_JE, training_R = at_bounds_JE.diff(dim=0), None
+    if token_group is None:
+        counts_RJE = counts_JE.unsqueeze(0)
+    else:
+        message = torch.cat([counts_JE.flatten(), counts_JE.new_ones(1)])
+        counts_RJE, training_R = _with_training(all_gather(message, token_group), num_experts)
     assigned_RE = counts_RJE.sum(1)
 
     by_position = order.segments_by_position(experts_Tk.device)
     queue_JE = counts_RJE.flatten(0, 1)[by_position]
     earlier_JE = torch.empty_like(queue_JE)
     earlier_JE[by_position] = queue_JE.cumsum(0) - queue_JE
-    earlier_RJE = earlier_JE.view_as(counts_RJE)
+    earlier_RJE = earlier_JE.view(counts_RJE.shape)
     kept_RE = torch.minimum(counts_RJE, (capacity - earlier_RJE).clamp(min=0)).sum(1)
 
     first_TE = torch.repeat_interleave(
@@ -242,7 +273,7 @@ def _keep_by_position(
         output_size=experts_Tk.shape[0],
     )
     place_Tk = first_TE.gather(1, experts_Tk) + at_assignments(before_ET, experts_Tk)
-    return place_Tk < capacity, AssignmentCounts(assigned_RE, kept_RE)
+    return place_Tk < capacity, AssignmentCounts(assigned_RE, kept_RE, training_R)
 
 
 def _keep_by_probability(

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_parallel.config import MoEConfig
-from moe_parallel.decision import drops
 from moe_parallel.gate import gate_dtype
 from moe_parallel.impl import chosen_impl
 from moe_parallel.order import TokenOrder
@@ -70,8 +69,9 @@ class Router(nn.Module):
             top_k=self.config.top_k,
             order=order,
             token_group=self.token_group,
-            capacity_factor=drops(self.config, self.training),
+            capacity_factor=None if self.config.pad_to_capacity else self.config.capacity_factor,
             drop_policy=self.config.drop_policy,
             aux_loss_coefficient=self.config.aux_loss_coefficient,
             impl=chosen_impl(self.config.impl, x_TM.device, x_TM.dtype),
+            training=self.training,
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from moe_parallel import TokenOrder, agreement
+from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder, agreement
 from moe_parallel.agreement import check_order
 from tests.moe_parallel.batch import ORDERS, shuffled
 from tests.ranks import run_on_ranks, subgroup
@@ -89,6 +90,57 @@ def test_rows_are_checked_before_and_after_the_ranks_agreed() -> None:
     assert first_0.startswith("token_order must name the 7 rows of hidden on rank 1")
     assert later_0.startswith("token_order must name the 8 rows of hidden on rank 0")
     assert later_1.startswith("token_order must name the 7 rows of hidden on rank 1")
+
+
+DROPS: dict[str, dict[str, Any]] = {
+    "position": {},
+    "probability": {"drop_policy": "probability"},
+    "padded": {"pad_to_capacity": True},
+}
+
+
+def modes_differ(ep: int, drops: dict[str, Any], given: bool) -> list[str]:
+    """What a rank is told if only rank 0 trains; then both train, then none does."""
+    config = MoEConfig(16, 8, 8, 2, capacity_factor=0.5, **drops)
+    layer = ExpertParallelMoE(config, groups=ExpertTopology(2, ep=ep).build_groups().experts)
+    order = TokenOrder((((0, 0, 6), (18, 6, 6)), ((6, 0, 12),)), (12, 12)) if given else None
+    hidden = torch.randn(12, 16)
+    layer.train(dist.get_rank() == 0)
+    with pytest.raises(ValueError) as error:
+        layer(hidden, token_order=order)
+    for mode in (True, False):
+        layer.train(mode)
+        assert bool(layer(hidden, token_order=order).stats.dropped.sum()) == mode
+    return [str(error.value)]
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize(
+    ("drops", "given"),
+    [("position", True), ("position", False), ("probability", True), ("padded", True)],
+)
+def test_ranks_that_train_and_ranks_that_do_not_are_told(drops: str, given: bool, ep: int) -> None:
+    told = run_on_ranks(modes_differ, 2, ep, DROPS[drops], given)
+    assert told[0] == told[1]
+    assert "train() on ranks [0] and eval() on ranks [1]" in told[0][0]
+
+
+def toggled_with_one_order() -> str:
+    """An order that is kept for all calls has been compared before only one rank trains."""
+    config = MoEConfig(16, 8, 8, 2, capacity_factor=0.5)
+    layer = ExpertParallelMoE(config, groups=ExpertTopology(2, ep=2).build_groups().experts)
+    order, hidden = TokenOrder.contiguous([12, 12]), torch.randn(12, 16)
+    layer(hidden, token_order=order)
+    layer.train(dist.get_rank() == 0)
+    with pytest.raises(ValueError) as error:
+        layer(hidden, token_order=order)
+    return str(error.value)
+
+
+def test_likewise_after_calls_in_one_mode() -> None:
+    told = run_on_ranks(toggled_with_one_order, 2)
+    assert told[0] == told[1]
+    assert "train() on ranks [0]" in told[0]
 
 
 def test_alone_nobody_is_asked() -> None:

@@ -68,6 +68,7 @@ TABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "num_experts 4.5": (lambda: config(num_experts=4.5), "num_experts must be an integer"),
     "top_k 2.5": (lambda: config(top_k=2.5), "top_k must be an integer"),
     "top_k tensor": (lambda: config(top_k=torch.tensor(2.0)), "top_k must be an integer"),
+    "top_k 1 has no gradient": (lambda: config(top_k=1), "top_k must be at least 2"),
     "top_k > experts": (lambda: config(top_k=5), "top_k must be at most num_experts 4"),
     "negative capacity": (lambda: config(capacity_factor=-1.0), "capacity_factor must be > 0"),
     "zero capacity": (lambda: config(capacity_factor=0.0), "capacity_factor must be > 0"),

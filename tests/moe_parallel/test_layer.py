@@ -70,7 +70,7 @@ def with_capacity(drop_policy: str, top_k: int) -> MoEConfig:
     )
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("top_k", [2, 3])
 @pytest.mark.parametrize("drop_policy", ["position", "probability"])
 @pytest.mark.parametrize("topology", [TOPOLOGIES[0], TOPOLOGIES[2], TOPOLOGIES[8]])
 def test_capacity_is_the_oracles(topology: ExpertTopology, drop_policy: str, top_k: int) -> None:

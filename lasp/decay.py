@@ -28,6 +28,10 @@ from torch import Tensor
 
 from lasp._core.host_constants import to_device
 
+# A state that decays faster is gone after one token, in float64 too. Not more than that: a rate
+# times a number of tokens is to stay finite, for 0 * infinity is NaN.
+FASTEST = 2.0**14
+
 Variant = Literal["minimax", "alibi", "linear", "retnet"]
 
 
@@ -101,14 +105,15 @@ def rates_on(rates: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=1024)  # one entry a layer
 def rates_by_value(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The rates as a tensor that every call with these values shares."""
+    """The rates as a tensor that every call with these values shares, none above ``FASTEST``."""
     if not all(0 <= rate < inf for rate in values):
         raise ValueError(
             f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {values}: see"
             " decay_rates"
         )
     with torch.inference_mode(False):  # else a model first run in inference mode could not train
-        return to_device(torch.tensor(values, dtype=dtype, device="cpu"), device, wait=True)
+        rates = torch.tensor(values, dtype=torch.float64, device="cpu").clamp(max=FASTEST)
+        return to_device(rates.to(dtype), device, wait=True)
 
 
 def _alibi_slopes(num_heads: int) -> Tensor:

@@ -162,7 +162,7 @@ def output_kernel(
         D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, TMA, OPERAND, PRECISION, False,
     )  # fmt: skip
     # With a state to start from or to leave, a document has segments of its own.
-    if result is None and given is None:
+    if result is None and given is None:  # noqa: SIM102 (known when this is compiled)
         if not _is_finite(state):
             state = entering_state(
                 states, given, incoming, rates, table, row, block, num_heads,
@@ -249,7 +249,7 @@ def key_value_gradients_kernel(
         query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
         D, D, BLOCK_D, BLOCK_E, CHUNK, -1, TMA, OPERAND, PRECISION, False,
     )  # fmt: skip
-    if result is None and given is None:
+    if result is None and given is None:  # noqa: SIM102 (known when this is compiled)
         if not _is_finite(state):
             if of_dv:
                 state = entering_state(

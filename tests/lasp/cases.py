@@ -74,6 +74,7 @@ def make_inputs(case: Case) -> Inputs:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     state_dtype = torch.promote_types(case.dtype, torch.float32)
+    rates_dtype = torch.float64 if max(case.rates) > torch.finfo(torch.float32).max else None
     key, value = (tokens, heads, case.key_dim), (tokens, heads, case.value_dim)
     state = (documents, heads, case.key_dim, case.value_dim)
     inputs = Inputs(
@@ -83,7 +84,7 @@ def make_inputs(case: Case) -> Inputs:
         random(*state).to(state_dtype),
         random(*value).to(case.dtype),
         random(*state).to(state_dtype),
-        torch.tensor(case.rates),
+        torch.tensor(case.rates, dtype=rates_dtype),
     )
     if case.bad is not None:
         name, token, number = case.bad

@@ -1,8 +1,11 @@
-"""A value that is not finite spoils its own document and the chunk that it stands in, no more."""
+"""Values that nobody expects: not finite, past float32's range, small beside the dtype's digits.
+
+A value that is not finite spoils its own document and the chunk that it stands in, no more.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -11,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp.decode import lightning_decode
 from lasp.exchange import host_groups
 from lasp.layout import SequenceLayout
-from tests.lasp.cases import Case, attend, gather, names
+from tests.closeness import assert_equal_to_rounding
+from tests.lasp.cases import Case, attend, gather, names, oracle
 from tests.ranks import run_on_ranks
 
 CHUNK = 16
@@ -47,6 +52,10 @@ def run(cases: list[Case], cp_group: dist.ProcessGroup | None = None) -> list[li
 
 def run_on_all(cases: list[Case]) -> list[list[Tensor]]:
     return run(cases, dist.group.WORLD)
+
+
+def run_one(case: Case) -> list[Tensor]:
+    return run([case], dist.group.WORLD)[0]
 
 
 def check_spoiled(case: Case, clean: list[Tensor], spoiled: list[Tensor]) -> None:
@@ -118,3 +127,54 @@ def test_nor_do_they_over_ranks_by_kernels() -> None:
     expected, *others = (gather(clean, list(parts)) for parts in zip(*results))
     for case, spoiled in zip(cases, others, strict=True):
         check_spoiled(case, expected, spoiled)
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_nor_do_other_sequences_in_decoding(impl: str) -> None:
+    if impl == "triton":
+        pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
+    q, k, v = torch.randn(3, 3, 2, 2, 16).unbind()
+    state, rates = torch.randn(3, 2, 16, 16), torch.tensor([1e39, 0.25], dtype=torch.float64)
+    clean = lightning_decode(q, k, v, rates, state, impl=impl)
+    k[1, 0, 0, 3] = NAN
+    for actual, expected in zip(lightning_decode(q, k, v, rates, state, impl=impl), clean):
+        assert torch.equal(actual[::2], expected[::2])
+        assert expected.isfinite().all()
+        assert not actual[1].isfinite().all()
+
+
+# ---- rates and states ---------------------------------------------------------------------------
+
+
+def bits_of_200(case: Case, run_case: Callable[[Case], list[Tensor]]) -> None:
+    """Of this rate nothing is left after one token, in float32."""
+    expected = run_case(case._replace(rates=(200.0, 200.0, 0.25)))
+    for name, actual, right in zip(names(case), run_case(case), expected, strict=True):
+        assert right.isfinite().all()
+        assert torch.equal(actual, right), f"{name} of {case}"
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_a_rate_past_float32_forgets_all(impl: str) -> None:
+    if impl == "triton":
+        pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
+    case = Case(
+        (40, 3), 1, rates=(1e39, 3e38, 0.25), key_dim=32, value_dim=32, dtype=torch.float32,
+        impl=impl,
+    )  # fmt: skip
+    bits_of_200(case, lambda case: run([case])[0])
+
+
+@pytest.mark.parametrize("exchange", ["auto", "all_gather", "sliced", "scan", "serial"])
+def test_a_rate_past_float32_forgets_all_over_ranks(exchange: str) -> None:
+    case = Case((70, 3), 2, order="zigzag", rates=(1e39, 3e38, 0.25), dtype=torch.float32)
+    case = case._replace(exchange=exchange)
+    bits_of_200(case, lambda case: gather(case, run_on_ranks(run_one, 2, case)))
+
+
+def test_float64_states_keep_what_float32_could_not() -> None:
+    """exp(-0.45 * 50), over the run of the second rank, is below 2^-32 and far above 2^-52."""
+    case = Case((100,), 2, order="zigzag", rates=(0.45,), exchange="auto")
+    together = gather(case, run_on_ranks(run_one, 2, case))
+    for name, actual, expected in zip(names(case), together, oracle(case.one_rank()), strict=True):
+        assert_equal_to_rounding(actual, expected, tolerance=1e-13, what=name)

@@ -134,6 +134,7 @@ class Job:
             dp_rank=self.dp_rank,
             num_ranks=options.cp,
             order=options.order,
+            group=self.model.groups.token,
         )
         mine, layout = packs[self.dp_rank], batch.layout
         tokens = layout.shard(mine.tokens, self.cp_rank).to(self.device)

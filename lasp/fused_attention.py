@@ -61,7 +61,7 @@ def attend(
         lengths = torch.full((1,), q.shape[-3], dtype=torch.int64, device="cpu")
         num_ranks, order = 1, "contiguous"
     else:
-        lengths, num_ranks, order = layout.lengths_tensor, layout.num_ranks, layout.order
+        lengths, num_ranks, order = layout._lengths, layout.num_ranks, layout.order
     groups = [] if cp_group is None else [cp_group.group_name]
     if isinstance(exchange, HostGroups):
         groups += [exchange.inner.group_name, exchange.outer.group_name]

@@ -31,11 +31,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.agreement import check_same_on_ranks
+from lasp._core.cache import ByteCache
 from lasp._core.host_constants import to_device
 from lasp.fold import WorkIndex, fold_runs
 from lasp.pack import Order, PackDefinition
@@ -60,7 +63,8 @@ class SequenceLayout(PackDefinition):
 
     Pure host data computed from the lengths alone, without communication. Build it once per batch
     and hand it to every layer; derived tuples and per-device tensors are cached on the object.
-    Operators trust it to be equal on every rank: comparing would cost a collective.
+    Operators trust it to be equal on every rank: comparing would cost a collective. Where the ranks
+    make a batch each by itself, :meth:`check_same_on_ranks` compares it, once.
 
     Args:
         document_lengths: tokens of each document, in pack order; zero is allowed.
@@ -85,13 +89,39 @@ class SequenceLayout(PackDefinition):
 
     @classmethod
     def from_lengths_tensor(cls, lengths: Tensor, num_ranks: int, order: Order) -> SequenceLayout:
-        """The layout with this ``lengths_tensor``; the last ones are kept, with what they cached.
+        """The layout with this ``lengths_tensor``; the last ones are kept, with what is derived.
 
         How compiled graphs carry a layout: the lengths are data, so a graph is good for every pack.
         """
         rows = lengths.tolist()
         documents, padded = rows if lengths.dim() == 2 else (rows, None)
         return _remembered(tuple(documents), num_ranks, order, padded and tuple(padded))
+
+    def check_same_on_ranks(self, group: dist.ProcessGroup) -> None:
+        """Raise ValueError on every rank of ``group`` unless all hold this layout.
+
+        Call it where a batch is made, on every rank of the context-parallel group: ranks with
+        different packs would compute nonsense, or wait for each other for ever.
+
+        Communication: one all-gather of 128 bytes a rank, and a wait for it.
+        """
+        check_same_on_ranks(
+            "the layout", self.numbers, self._description(), group,
+            "build it from the same document lengths on every rank, or broadcast them first",
+        )  # fmt: skip
+
+    @property
+    def numbers(self) -> list[int]:
+        """The definition as numbers, which tell it from every other layout."""
+        lengths, num_ranks, order, padded = self.definition
+        numbers = [num_ranks, get_args(Order).index(order), len(lengths), *lengths]
+        return numbers if padded is None else [*numbers, *padded]
+
+    def _description(self) -> str:
+        return (
+            f"{self.num_documents} documents of {self.num_real_tokens} tokens over"
+            f" {self.num_ranks} ranks, order {self.order}"
+        )
 
     # ---- who holds what ----------------------------------------------------------------------
 
@@ -205,35 +235,27 @@ class SequenceLayout(PackDefinition):
         return torch.cat([parts[rank].narrow(dim, a, n) for _, rank, a, n in pieces], dim)
 
     def cu_seqlens(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
-        """Cumulative fragment lengths of ``rank``: int32 ``[fragments + 1]``, cached per device."""
-        fragments = self.fragments(rank)
-        ends = [f.offset for f in fragments] + [self.num_local_tokens]
-        return self._cached(
-            "cu_seqlens", rank, device, lambda: torch.tensor(ends, dtype=torch.int32)
-        )
+        """Cumulative fragment lengths of ``rank``: int32 ``[fragments + 1]``; the caller's own."""
+        ends = [*(f.offset for f in self.fragments(rank)), self.num_local_tokens]
+        host = torch.tensor(ends, dtype=torch.int32, device="cpu")
+        return to_device(host, torch.device(device), wait=True)
 
     def position_ids(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
-        """Position of each token within its document: int64 ``[T]``, cached per device.
+        """Position of each token within its document: int64 ``[T]``; the caller's own.
 
-        Padding counts from its own start: no document's token sees it.
+        A copy of what is remembered, so that every layer may ask. Padding counts from its own
+        start: no document's token sees it.
         """
+        device = torch.device(device)
 
         def build() -> Tensor:
-            return torch.cat([torch.arange(f.start, f.stop) for f in self.fragments(rank)])
+            ranges = [torch.arange(f.start, f.stop, device="cpu") for f in self.fragments(rank)]
+            with torch.inference_mode(False):  # remembered, and used in training too
+                return to_device(torch.cat(ranges), device, wait=True)
 
-        return self._cached("position_ids", rank, device, build)
+        return _POSITIONS.get((self.definition, rank, device), build).clone()
 
     # ---- plumbing ----------------------------------------------------------------------------
-
-    @cached_property
-    def _tensors(self) -> dict[tuple[str, int, torch.device], Tensor]:
-        return {}
-
-    def _cached(self, name: str, rank: int, device: torch.device | str, build: Any) -> Tensor:
-        if (key := (name, rank, torch.device(device))) not in self._tensors:
-            with torch.inference_mode(False):  # remembered, and used in training too
-                self._tensors[key] = to_device(build(), key[2], wait=True)
-        return self._tensors[key]
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.num_ranks:
@@ -243,5 +265,6 @@ class SequenceLayout(PackDefinition):
             )
 
 
-# A few batches in flight: what is derived from a layout is cached on the object.
+# A few batches in flight: runs and fragments are cached on the object. Positions are large.
 _remembered = lru_cache(maxsize=64)(SequenceLayout)
+_POSITIONS: ByteCache[Tensor] = ByteCache(64 * 2**20, lambda positions: positions.nbytes)

@@ -25,10 +25,10 @@ class PackDefinition:
 
     Attributes:
         lengths_tensor: the lengths ``[N]``, or ``[2, N]`` with the padded lengths, int64, on the
-            CPU: for compiled graphs data, not code.
+            CPU: for compiled graphs data, not code. A copy.
     """
 
-    lengths_tensor: ClassVar[Tensor]  # each object has its own; no field, so not compared
+    _lengths: ClassVar[Tensor]  # each object has its own; no field, so not compared
 
     document_lengths: tuple[int, ...]
     num_ranks: int
@@ -65,7 +65,12 @@ class PackDefinition:
             rows = self.document_lengths, self.padded_lengths
             lengths = rows[0] if rows[1] is None else rows
             tensor = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-        object.__setattr__(self, "lengths_tensor", tensor)
+        object.__setattr__(self, "_lengths", tensor)
+
+    @property
+    def lengths_tensor(self) -> Tensor:
+        """See the class."""
+        return self._lengths.clone()
 
     @classmethod
     def from_cu_seqlens(

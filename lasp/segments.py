@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp._core.cache import ByteCache
 from lasp._core.host_constants import to_device
 from lasp.flow import Flow, Piece, flow_of
 from lasp.layout import SequenceLayout
@@ -86,7 +87,6 @@ class Plan(NamedTuple):
     num_states: int
 
 
-@lru_cache(maxsize=64)  # a few batches in flight, both directions
 def plan_of(
     layout: SequenceLayout,
     rank: int,
@@ -97,7 +97,7 @@ def plan_of(
     result: bool,
     length: int,
 ) -> Plan:
-    """The plan of ``rank``, remembered because every layer asks.
+    """The plan of ``rank``; those of the last batches are kept, because every layer asks.
 
     Args:
         layout: who holds which tokens.
@@ -108,6 +108,19 @@ def plan_of(
         result: the states that documents leave are asked for.
         length: tokens of a segment, at most.
     """
+    settings = (rank, device, reverse, given, result, length)
+    return _PLANS.get((layout, *settings), lambda: _plan_of(layout, *settings))
+
+
+def _plan_of(
+    layout: SequenceLayout,
+    rank: int,
+    device: torch.device,
+    reverse: bool,
+    given: bool,
+    result: bool,
+    length: int,
+) -> Plan:
     flow = flow_of(layout, rank, reverse=reverse)
     spans = _spans(flow, given, result)
     segments: list[Segment] = []
@@ -131,6 +144,14 @@ def plan_of(
         tuple(segment.state_length for segment in segments),
         num_states,
     )
+
+
+def _size_of(plan: Plan) -> int:
+    """Bytes of its tensors, and about those of the rows on the host."""
+    return plan.reach.nbytes + plan.table.nbytes + plan.summed.nbytes + 512 * len(plan.segments)
+
+
+_PLANS: ByteCache[Plan] = ByteCache(64 * 2**20, _size_of)
 
 
 class Parts(NamedTuple):

@@ -34,8 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp._core.host_constants import to_device
-from ring.interface import QKV, Block, Segments, wide_like
+from ring.interface import QKV, Block, Segments, cu_seqlens, wide_like
 from ring.merge import Accumulator, Partial
 from ring.stages import bucket
 
@@ -242,12 +241,5 @@ def _at(sums: QKV, rows: slice, keys: slice) -> QKV:
 def _stretches(local: Local, segments: Segments) -> Iterator[tuple[slice, Segments]]:
     for start, *ends in local.stretches:
         borders = (0, *(end - start for end in ends))
-        cu_seqlens = _cu_seqlens(borders, segments.cu_seqlens.device)
-        yield slice(start, ends[-1]), Segments(borders, cu_seqlens, segments.causal)
-
-
-@lru_cache(maxsize=1024)
-def _cu_seqlens(borders: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # remembered, and used in training too
-        cu_seqlens = torch.tensor(borders, dtype=torch.int32, device="cpu")
-        return to_device(cu_seqlens, device)
+        lengths = cu_seqlens(borders, segments.cu_seqlens.device)
+        yield slice(start, ends[-1]), Segments(borders, lengths, segments.causal)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lasp._core.host_constants import to_device
 from ring.merge import Partial
 
 
@@ -120,3 +122,10 @@ def wide_like(x: Tensor) -> Tensor:
     """Uninitialised memory for sums of what ``x`` holds: contiguous, float32 or float64."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=256)  # a few batches in flight
+def cu_seqlens(borders: tuple[int, ...], device: torch.device) -> Tensor:
+    """Borders of segments as kernels take them, int32, remembered."""
+    with torch.inference_mode(False):  # remembered, and used in training too
+        return to_device(torch.tensor(borders, dtype=torch.int32, device="cpu"), device)

@@ -77,7 +77,7 @@ def _where(
     if layout is None:
         lengths = torch.full((1,), num_tokens, dtype=torch.int64, device="cpu")
         return lengths, 1, "contiguous", group
-    return layout.lengths_tensor, layout.num_ranks, layout.order, group
+    return layout._lengths, layout.num_ranks, layout.order, group
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,8 +135,7 @@ def _call(
 def _positions(hidden: Tensor, lengths: Tensor, num_ranks: int, order: Order, group: str) -> Tensor:
     layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
     rank = locate("hidden", hidden, -2, layout, _group(group))
-    # A copy: compiled code may write over the results of operators that it no longer needs.
-    return layout.position_ids(rank, hidden.device).clone()
+    return layout.position_ids(rank, hidden.device)
 
 
 def _group(name: str) -> dist.ProcessGroup | None:

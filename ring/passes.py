@@ -31,7 +31,7 @@ from ring.exchange import (
     make_buffers,
 )
 from ring.gradients import RowGradients
-from ring.interface import QKV, Block, Segments
+from ring.interface import QKV, Block, Segments, cu_seqlens
 from ring.merge import Accumulator, Partial
 from ring.schedule import RingSchedule, Tile
 
@@ -179,7 +179,7 @@ def _segments(schedule: RingSchedule, device: torch.device) -> Segments:
     layout, rank = schedule.layout, schedule.rank
     starts = (fragment.offset for fragment in layout.fragments(rank))
     borders = (*starts, layout.num_local_tokens)
-    return Segments(borders, layout.cu_seqlens(rank, device), schedule.causal)
+    return Segments(borders, cu_seqlens(borders, device), schedule.causal)
 
 
 def _of_tile(tile: Tile, q: Tensor, k: Tensor, v: Tensor, schedule: RingSchedule) -> QKV:

@@ -120,6 +120,7 @@ def micro_batch(options: Options, corpus: Corpus, index: int, device: torch.devi
         cp_size=options.cp,
         tp_size=options.tp,
         order=options.order,
+        group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
     )
     mine = packs[dp_rank]
     batch = {

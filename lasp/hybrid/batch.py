@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import torch.distributed as dist
+
+from lasp._core.agreement import check_same_on_ranks
 from lasp.layout import Order, RealTokens, SequenceLayout
 from moe_parallel import TokenOrder, TokenSegment
 
@@ -29,6 +32,7 @@ def pack_batch(
     num_ranks: int,
     order: Order,
     padded_lengths: Sequence[Sequence[int]] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> PackedBatch:
     """Layout of this replica's pack and the router's order over the packs of all replicas.
 
@@ -39,9 +43,17 @@ def pack_batch(
         order: of every layout.
         padded_lengths: likewise with the padding after each document, see
             :class:`lasp.SequenceLayout`.
+        group: the ranks that call this for the same batch, all of dp x cp: compare what they were
+            given. None: the caller knows that it is equal.
 
     The router sees the packs of replicas 0, 1, ... end to end, without padding, so that what it
     drops does not depend on the parallel sizes.
+
+    Communication: with a group one all-gather of 128 bytes a rank, and a wait for it.
+
+    Raises:
+        ValueError: naming the argument; on every rank of ``group``, with the ranks that hold each,
+            if their packs differ.
     """
     if not 0 <= dp_rank < len(document_lengths):
         raise ValueError(
@@ -49,6 +61,7 @@ def pack_batch(
             f" names, got {dp_rank}"
         )
     layouts = replica_layouts(document_lengths, padded_lengths, num_ranks, order)
+    check_same_layouts(layouts, group)
     return PackedBatch(layouts[dp_rank], router_order(layouts))
 
 
@@ -69,6 +82,24 @@ def replica_layouts(
         SequenceLayout(tuple(lengths), num_ranks, order, None if own is None else tuple(own))
         for lengths, own in zip(document_lengths, padded)
     ]
+
+
+def check_same_layouts(
+    layouts: Sequence[SequenceLayout], group: dist.ProcessGroup | None, tp_size: int = 1
+) -> None:
+    """Raise ValueError on every rank of ``group``, if there is one, unless all hold the same."""
+    if group is None:
+        return
+    documents = sum(layout.num_documents for layout in layouts)
+    tokens = sum(layout.num_real_tokens for layout in layouts)
+    check_same_on_ranks(
+        "document_lengths, padded_lengths, order and the parallel sizes",
+        [tp_size, *(number for layout in layouts for number in layout.numbers)],
+        f"{documents} documents of {tokens} tokens in {len(layouts)} replicas over"
+        f" {layouts[0].num_ranks} x {tp_size} ranks, order {layouts[0].order}",
+        group,
+        "give every rank the lengths of all replicas, for example gathered or broadcast",
+    )
 
 
 def router_order(layouts: Sequence[SequenceLayout], tp_size: int = 1) -> TokenOrder:

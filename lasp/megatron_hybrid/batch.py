@@ -9,7 +9,9 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from lasp.hybrid.batch import replica_layouts, router_order
+import torch.distributed as dist
+
+from lasp.hybrid.batch import check_same_layouts, replica_layouts, router_order
 from lasp.layout import Order, SequenceLayout
 from lasp.megatron import PackedCut, PackedSequence, groups_of, layout_of, names_padding
 from lasp.megatron.packs import layout_of_megatrons_pack
@@ -24,6 +26,7 @@ def pack_sequences(
     tp_size: int = 1,
     order: Order,
     padded_lengths: Sequence[Sequence[int]] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> PackedSequence:
     """This replica's layout and the router's order over all ranks, for one micro-batch.
 
@@ -38,11 +41,23 @@ def pack_sequences(
         order: of every layout.
         padded_lengths: likewise with the padding after each document, see
             :class:`lasp.SequenceLayout`.
+        group: the ranks that call this for the same micro-batch: compare what they were given.
+            In Megatron all of tp x cp x dp,
+            ``parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)``, if
+            every one of them calls. None compares nothing: data loaders may run on some ranks only,
+            where a collective that nobody asked for would wait for the others.
+
+    Communication: with a group one all-gather of 128 bytes a rank, and a wait for it.
+
+    Raises:
+        ValueError: naming the argument; on every rank of ``group``, with the ranks that hold each,
+            if their packs differ.
     """
     layouts = [
         _divisible(layout, tp_size)
         for layout in replica_layouts(document_lengths, padded_lengths, cp_size, order)
     ]
+    check_same_layouts(layouts, group, tp_size)
     return PackedSequence(layout=layouts[dp_rank], token_order=router_order(layouts, tp_size))
 
 

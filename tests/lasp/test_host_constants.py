@@ -18,7 +18,7 @@ from lasp.layout import SequenceLayout
 from lasp.segments import parts_of, plan_of
 from moe_parallel import TokenOrder, gemm
 from moe_parallel.grouping import DispatchOrder
-from ring import cut
+from ring import interface
 
 GPU = torch.device("cuda", 0)
 ORDER = TokenOrder(segments=(((0, 2, 3), (5, 0, 1)),), rows_per_rank=(5,))
@@ -32,7 +32,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "rates": lambda: rates_by_value((0.0625,), GPU, torch.float32),
     "cu_seqlens of a layout": lambda: SequenceLayout((3,), 1).cu_seqlens(0, GPU),
     "positions of a layout": lambda: SequenceLayout((3,), 1).position_ids(0, GPU),
-    "cu_seqlens of a stretch": lambda: cut._cu_seqlens((0, 4), GPU),
+    "cu_seqlens of a stretch": lambda: interface.cu_seqlens((0, 4), GPU),
     "segments of a rank's tokens": lambda: ORDER.segment_bounds(0, GPU),
     "segments by position": lambda: ORDER.segments_by_position(GPU),
     "tokens by position": lambda: ORDER.tokens_by_position(GPU),

@@ -271,9 +271,19 @@ def test_equal_layouts_are_equal_however_their_padding_is_given() -> None:
     assert padded.lengths_tensor.tolist() == [[5, 3], [8, 4]]
 
 
-def test_device_tensors_are_made_once() -> None:
+def test_what_a_caller_writes_changes_no_later_result() -> None:
     layout = SequenceLayout((5, 3), 2)
-    assert layout.position_ids(0) is layout.position_ids(0, "cpu")
+    tensors = (layout.position_ids, layout.cu_seqlens)
+    before = [make(1).tolist() for make in tensors]
+    for make in tensors:
+        make(1).zero_()
+    layout.lengths_tensor.zero_()
+    assert [make(1).tolist() for make in tensors] == before
+    assert layout.lengths_tensor.tolist() == [5, 3]
+
+
+def test_dtypes_of_device_tensors() -> None:
+    layout = SequenceLayout((5, 3), 2)
     assert layout.cu_seqlens(1).dtype == torch.int32
     assert layout.position_ids(1).dtype == torch.int64
 

@@ -77,7 +77,5 @@ def test_planning_looks_at_each_piece_a_few_times(result: bool) -> None:
     with patch.object(
         segments, "flow_of", lambda *_, **__: flow._replace(pieces=Counted(flow.pieces))
     ):
-        plan_of.__wrapped__(
-            layout, 0, torch.device("cpu"), reverse=False, given=False, result=result, length=64
-        )
+        segments._plan_of(layout, 0, torch.device("cpu"), False, False, result, 64)
     assert 300 <= Counted.looks <= 4 * 300

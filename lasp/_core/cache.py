@@ -1,0 +1,43 @@
+"""Remembering results up to a number of bytes: batches differ a thousandfold in what they keep."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from threading import Lock
+from typing import Generic, TypeVar
+
+R = TypeVar("R")
+
+
+class ByteCache(Generic[R]):
+    """The results that were asked for last, of about ``max_bytes`` together; always the very last.
+
+    Args:
+        max_bytes: most bytes of all results.
+        size_of: bytes of a result, asked once, when it is made.
+    """
+
+    def __init__(self, max_bytes: int, size_of: Callable[[R], int]) -> None:
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self._size_of = size_of
+        self._held: OrderedDict[Hashable, tuple[R, int]] = OrderedDict()
+        self._lock = Lock()  # backward runs in threads of its own
+
+    def get(self, key: Hashable, build: Callable[[], R]) -> R:
+        """The result under ``key``; made, where it is not there."""
+        with self._lock:
+            if (held := self._held.get(key)) is not None:
+                self._held.move_to_end(key)
+                return held[0]
+        result = build()
+        size = self._size_of(result)
+        with self._lock:
+            if (held := self._held.pop(key, None)) is not None:  # another thread was faster
+                self.num_bytes -= held[1]
+                result, size = held
+            self._held[key] = result, size
+            self.num_bytes += size
+            while self.num_bytes > self.max_bytes and len(self._held) > 1:
+                self.num_bytes -= self._held.popitem(last=False)[1][1]
+        return result

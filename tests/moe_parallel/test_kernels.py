@@ -118,9 +118,9 @@ def test_rule_of_auto() -> None:
 
 def test_refuses_what_kernels_cannot_do() -> None:
     with pytest.raises(ValueError, match="impl must be 'eager' for float64"):
-        ExpertParallelMoE(MoEConfig(8, 8, 2, 1, impl="triton"), dtype=torch.float64)
+        ExpertParallelMoE(MoEConfig(8, 8, 2, 2, impl="triton"), dtype=torch.float64)
     with pytest.raises(ValueError, match="impl must be one of"):
-        MoEConfig(8, 8, 2, 1, impl="fast")
+        MoEConfig(8, 8, 2, 2, impl="fast")
 
 
 @pytest.mark.gpu

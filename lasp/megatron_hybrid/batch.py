@@ -9,8 +9,6 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-import torch.distributed as dist
-
 from lasp.hybrid.batch import check_same_layouts, replica_layouts, router_order
 from lasp.layout import Order, SequenceLayout
 from lasp.megatron import PackedCut, PackedSequence, groups_of, layout_of, names_padding

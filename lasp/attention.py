@@ -213,8 +213,8 @@ def _attend(
     settings: dict[str, Any],
 ) -> LightningOutput:
     check_qkv(q, k, v)
+    refuse_forward_mode(REFERENCE, q, k, v, rates, initial_state)
     call = checked_call(q, v, rates, initial_state, layout, cp_group, **settings)
-    refuse_forward_mode(REFERENCE, q, k, v, initial_state)
     q = join_backward(cp_group, q, k, v, initial_state)
     if initial_state is not None:
         initial_state = states_of_heads(initial_state, q)

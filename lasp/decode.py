@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from lasp._core.autocast import autocast_inputs
+from lasp._core.derivatives import Reference, refuse_forward_mode
 from lasp.attention import LightningOutput
 from lasp.decay import rates_on
 from lasp.validation import Impl, check_impl, check_qkv, require_triton, state_dtype
+
+_TRITON = Reference("lightning_decode with impl='triton'", "impl='eager'")
+_RATES = Reference("lightning_decode of its rates", "lasp.reference.recurrent_lightning_attention")
 
 
 def lightning_decode(
@@ -68,11 +72,13 @@ def lightning_decode(
     _check_step(q, k, v, rates, state, in_place)
     if impl == "triton":
         require_triton()
+        refuse_forward_mode(_TRITON, q, k, v, rates, state)
         from lasp import fused_decode  # noqa: F401
 
         if in_place:
             return LightningOutput(torch.ops.lasp.decode_(q, k, v, rates, state, scale), state)
         return LightningOutput(*torch.ops.lasp.decode(q, k, v, rates, state, scale))
+    refuse_forward_mode(_RATES, rates)
     new_state = state if in_place else state.clone()
     decay_H11 = torch.exp(-rates_on(rates, q.device, state.dtype))[:, None, None]
     outputs = []

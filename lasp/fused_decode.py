@@ -7,7 +7,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lasp._core.derivatives import Reference
 from lasp._core.operators import Operators
 from lasp.decay import rates_on
 from lasp.kernels import tuning
@@ -85,7 +84,3 @@ _OPERATORS.define(
     decode_,
     lambda q, k, v, rates, state, scale: _fake_output(q, v),
 )
-for _name in ("decode", "decode_"):
-    _OPERATORS.refuse_derivatives(
-        _name, Reference("lightning_decode with impl='triton'", "impl='eager'")
-    )

@@ -50,6 +50,15 @@ def attend(impl: str) -> Callable[[Tensor], Tensor]:
     return lambda x: lightning_attention(x, x.detach(), x.detach(), RATES, impl=impl).output
 
 
+def attend_by_rates(impl: str) -> Callable[[Tensor], Tensor]:
+    return lambda x: lightning_attention(*[x.detach()] * 3, x[0, :, 0].abs(), impl=impl).output
+
+
+def decode_by_rates(x: Tensor, impl: str) -> Tensor:
+    q = x.detach()[:, None]
+    return lightning_decode(q, q, q, x[0, :, 0].abs(), state(x), impl=impl).output
+
+
 def decode(x: Tensor, **options: Any) -> Tensor:
     q, k = x[:, None], torch.ones_like(x)[:, None]
     return lightning_decode(q, k, k, RATES, state(x), **options).output
@@ -102,6 +111,8 @@ CASES = {
         ),
         LIGHTNING,
     ),
+    "lightning_attention of its rates": Case(attend_by_rates("eager"), LIGHTNING),
+    "lightning_attention triton of its rates": Case(attend_by_rates("triton"), LIGHTNING),
     "lightning_attention triton": Case(attend("triton"), LIGHTNING),
     "LightningAttention": Case(layer(LightningAttention(8, 2, 4, 0, 2, device=DEVICE)), LIGHTNING),
     "decode": Case(decode, None, torch.float64),
@@ -109,6 +120,12 @@ CASES = {
     "decode triton": Case(lambda x: decode(x, impl="triton"), ("lightning_decode", EAGER)),
     "decode triton in place": Case(
         lambda x: decode(x, in_place=True, impl="triton"), ("lightning_decode", EAGER)
+    ),
+    "decode of its rates": Case(
+        lambda x: decode_by_rates(x, "eager"), ("lightning_decode", LIGHTNING[1])
+    ),
+    "decode triton of its rates": Case(
+        lambda x: decode_by_rates(x, "triton"), ("lightning_decode", EAGER)
     ),
     "norm_gate": Case(lambda x: norm(x, "eager"), None, torch.float64),
     "norm_gate triton": Case(lambda x: norm(x, "triton"), ("norm_gate", EAGER)),
@@ -160,7 +177,7 @@ def by_jacfwd(function: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) 
 def test_it_is_right_or_an_error(name: str, mode: Callable[..., Tensor]) -> None:
     function, refused, dtype = CASES[name]
     x, tangent = torch.randn(2, 5, 2, 4, dtype=dtype, device=DEVICE)
-    if mode is by_dual_leaf and "decode" in name:
+    if mode is by_dual_leaf and ("decode" in name or "rates" in name):
         pytest.skip("it takes no tensors that require gradients")
     if refused is not None:
         operator, instead = refused

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lasp import LightningAttention, SequenceLayout, lightning_attention
 from lasp.layers import norm_gate
@@ -122,6 +123,27 @@ def test_one_rank_trains(name: str) -> None:
                 if a is not None:
                     assert_equal_to_rounding(a, e, tolerance=1e-6)
         assert any(a is not None for actual in partly for a in actual)
+
+
+def refusals(names: list[str]) -> dict[str, str]:
+    """What each operator says to a tangent that only the first of its inputs has."""
+    said = {}
+    q, *kv = (LAYOUT.shard(x, dist.get_rank()).to(rank_device()) for x in TENSORS)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        for name in names:
+            try:
+                OPERATORS[name](dual, *kv)
+            except RuntimeError as error:
+                said[name] = str(error)
+    return said
+
+
+def test_tangents_are_not_lost_on_the_way() -> None:
+    names = [n for n in OPERATORS if find_spec("triton") is not None or "triton" not in n]
+    for said in run_on_ranks(refusals, 2, names):
+        for name in names:
+            assert "has no forward-mode derivative" in said.get(name, "nothing"), name
 
 
 def without_gradients() -> list[bool]:

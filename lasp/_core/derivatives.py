@@ -37,13 +37,16 @@ def refuse_forward_mode(reference: Reference, *tensors: Tensor | None) -> None:
     Kernels and collectives would drop it, and the derivative would be zero. Where no forward-mode
     AD is going on this looks at one number.
     """
-    if forward_ad._current_level < 0:
-        return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if forward_ad._current_level >= 0 and any(x is not None and has_tangent(x) for x in tensors):
         raise RuntimeError(
             f"{reference.operator} has no forward-mode derivative, got a tensor with a tangent: use"
             f" {reference.instead}, or the backward"
         )
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode AD differentiates by ``x``."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def second_derivative_error(reference: Reference) -> RuntimeError:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.derivatives import has_tangent
+
 
 def join_backward(group: dist.ProcessGroup | None, x: Tensor, *others: Tensor | None) -> Tensor:
     """``x``, which requires a gradient if another rank's tensors may.
@@ -20,7 +22,8 @@ def join_backward(group: dist.ProcessGroup | None, x: Tensor, *others: Tensor | 
     results then require a gradient whenever gradients are enabled, on every rank: what a loss makes
     of them reaches the operator, which serves the others. So layers that no rank trains, nor
     anything below them, cost a backward unless they run under ``torch.no_grad()``. A reentrant
-    checkpoint hides all this from its caller: use ``use_reentrant=False``.
+    checkpoint hides all this from its caller: use ``use_reentrant=False``. ``torch.compile`` breaks
+    the graph where ``x`` is made to require a gradient; with ``fullgraph=True`` it raises there.
 
     Args:
         group: the ranks of the operator; None: one.
@@ -30,5 +33,7 @@ def join_backward(group: dist.ProcessGroup | None, x: Tensor, *others: Tensor | 
     if x.requires_grad or group is None or not torch.is_grad_enabled():
         return x
     if any(other is not None and other.requires_grad for other in others) or group.size() == 1:
+        return x
+    if has_tangent(x):  # which detach() drops; the operator refuses it
         return x
     return x.detach().requires_grad_()

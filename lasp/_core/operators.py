@@ -79,16 +79,6 @@ class Operators:
 
         self.differentiate(name, gradients, lambda *_: None, reference)
 
-    def refuse_derivatives(self, name: str, reference: Reference) -> None:
-        """Make tangents that come into an operator without gradients raise RuntimeError."""
-        below_autograd = self._below_autograd(name)
-
-        def with_autograd(*arguments: Any) -> Any:
-            refuse_forward_mode(reference, *(x for x in arguments if isinstance(x, Tensor)))
-            return below_autograd(*arguments)
-
-        self._library.impl(name, with_autograd, "Autograd")
-
     def _below_autograd(self, name: str) -> Callable[..., Any]:
         operator = getattr(getattr(torch.ops, self._namespace), name).default
 

@@ -278,10 +278,11 @@ def test_rates_on_a_device_lie_one_after_the_other() -> None:
     assert rates_on(rates, rates.device, torch.float32).is_contiguous()
 
 
-def test_autocast_does_not_reach_the_states() -> None:
+def test_under_autocast_it_decodes_its_dtype_and_the_states_stay_wide() -> None:
     q, k, v = (torch.randn(2, 1, 3, 8) for _ in range(3))
     state, rates = torch.randn(2, 3, 8, 8), torch.full((3,), 0.1)
-    plain = lightning_decode(q, k, v, rates, state)
+    narrow = lightning_decode(q.bfloat16(), k.bfloat16(), v.bfloat16(), rates, state)
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = lightning_decode(q, k, v, rates, state)
-    assert all(torch.equal(a, b) for a, b in zip(plain, under_autocast))
+    assert [x.dtype for x in under_autocast] == [torch.bfloat16, torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(narrow, under_autocast))

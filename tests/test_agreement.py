@@ -47,11 +47,17 @@ def test_ranks_with_different_layouts_are_told_who_holds_what() -> None:
 
 def batch_errors() -> list[str]:
     """As above, of three ranks two of which agree, and of one batch on which all do."""
-    settings: dict[str, Any] = {"dp_rank": 0, "order": "contiguous", "group": dist.group.WORLD}
+    settings: dict[str, Any] = {
+        "dp_rank": on_rank(0, 0, 1),
+        "order": "contiguous",
+        "group": dist.group.WORLD,
+    }
     calls = (
         ([on_rank((5, 7), (7, 5), (5, 7)), (9,)], 1),
         ([(5, 7), (9,)], on_rank(1, 1, 2)),
         ([(5, 7), on_rank((9,), (9,), (9, 0))], 1),
+        ([(5, 7), on_rank((9,), (9,), (0,))], 1),  # which no layout takes
+        ([(5, 7), (9,)][: on_rank(2, 2, 1)], 1),
     )
     errors = []
     for lengths, num_ranks in calls:
@@ -70,3 +76,16 @@ def test_ranks_with_different_packs_are_told_who_holds_what() -> None:
     assert "ranks [0, 1] hold" in errors[1]
     assert "ranks [2] hold" in errors[1]
     assert "ranks [2] hold 4 documents of 21 tokens" in errors[2]
+    assert "ranks [2] hold no pack: document_lengths must hold at least one token" in errors[3]
+    assert "ranks [2] hold 2 documents of 12 tokens in 1 replicas" in errors[4]
+
+
+def refused_alike() -> str:
+    with pytest.raises(ValueError) as error:
+        pack_batch([(0,)], dp_rank=0, num_ranks=1, order="fold", group=dist.group.WORLD)
+    return str(error.value)
+
+
+def test_what_no_rank_can_pack_is_refused_as_by_one() -> None:
+    for error in run_on_ranks(refused_alike, 2):
+        assert error.startswith("document_lengths must hold at least one token")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -55,13 +55,14 @@ def pack_batch(
         ValueError: naming the argument; on every rank of ``group``, with the ranks that hold each,
             if their packs differ.
     """
-    if not 0 <= dp_rank < len(document_lengths):
+    layouts = agreed_layouts(
+        lambda: replica_layouts(document_lengths, padded_lengths, num_ranks, order), group
+    )
+    if not 0 <= dp_rank < len(layouts):
         raise ValueError(
-            f"dp_rank must be in [0, {len(document_lengths)}), the replicas that document_lengths"
-            f" names, got {dp_rank}"
+            f"dp_rank must be in [0, {len(layouts)}), the replicas that document_lengths names, got"
+            f" {dp_rank}"
         )
-    layouts = replica_layouts(document_lengths, padded_lengths, num_ranks, order)
-    check_same_layouts(layouts, group)
     return PackedBatch(layouts[dp_rank], router_order(layouts))
 
 
@@ -84,21 +85,42 @@ def replica_layouts(
     ]
 
 
-def check_same_layouts(
-    layouts: Sequence[SequenceLayout], group: dist.ProcessGroup | None, tp_size: int = 1
-) -> None:
-    """Raise ValueError on every rank of ``group``, if there is one, unless all hold the same."""
-    if group is None:
-        return
+def agreed_layouts(
+    make: Callable[[], list[SequenceLayout]], group: dist.ProcessGroup | None, tp_size: int = 1
+) -> list[SequenceLayout]:
+    """What ``make`` returns, the same on every rank of ``group`` if there is one.
+
+    Raises:
+        ValueError: that of ``make``; and on every rank of ``group``, unless all hold the same. A
+            rank whose arguments are refused is compared too: the others would wait for it.
+    """
+    error: ValueError | None = None
+    try:
+        layouts = make()
+    except ValueError as refused:
+        if group is None:
+            raise
+        layouts, error = [], refused
+    if group is not None:
+        check_same_on_ranks(
+            "document_lengths, padded_lengths, order and the parallel sizes",
+            [tp_size, *(number for layout in layouts for number in layout.numbers)],
+            f"no pack: {error}" if error else _described(layouts, tp_size),
+            group,
+            "give every rank the lengths of all replicas, for example gathered or broadcast",
+        )
+    if error is not None:
+        raise error
+    return layouts
+
+
+def _described(layouts: Sequence[SequenceLayout], tp_size: int) -> str:
     documents = sum(layout.num_documents for layout in layouts)
     tokens = sum(layout.num_real_tokens for layout in layouts)
-    check_same_on_ranks(
-        "document_lengths, padded_lengths, order and the parallel sizes",
-        [tp_size, *(number for layout in layouts for number in layout.numbers)],
+    first = layouts[0]
+    return (
         f"{documents} documents of {tokens} tokens in {len(layouts)} replicas over"
-        f" {layouts[0].num_ranks} x {tp_size} ranks, order {layouts[0].order}",
-        group,
-        "give every rank the lengths of all replicas, for example gathered or broadcast",
+        f" {first.num_ranks} x {tp_size} ranks, order {first.order}"
     )
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from lasp.hybrid.batch import check_same_layouts, replica_layouts, router_order
+from lasp.hybrid.batch import agreed_layouts, replica_layouts, router_order
 from lasp.layout import Order, SequenceLayout
 from lasp.megatron import PackedCut, PackedSequence, groups_of, layout_of, names_padding
 from lasp.megatron.packs import layout_of_megatrons_pack
@@ -51,11 +51,12 @@ def pack_sequences(
         ValueError: naming the argument; on every rank of ``group``, with the ranks that hold each,
             if their packs differ.
     """
-    layouts = [
-        _divisible(layout, tp_size)
-        for layout in replica_layouts(document_lengths, padded_lengths, cp_size, order)
-    ]
-    check_same_layouts(layouts, group, tp_size)
+
+    def make() -> list[SequenceLayout]:
+        layouts = replica_layouts(document_lengths, padded_lengths, cp_size, order)
+        return [_divisible(layout, tp_size) for layout in layouts]
+
+    layouts = agreed_layouts(make, group, tp_size)
     return PackedSequence(layout=layouts[dp_rank], token_order=router_order(layouts, tp_size))
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from lasp._core.collectives import all_gather
 from moe_parallel.mesh import ExpertMesh
 from moe_parallel.order import TokenOrder
-from moe_parallel.route import all_gather
 
 
 def check_order(

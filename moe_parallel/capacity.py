@@ -20,8 +20,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_parallel.counting import at_assignments, rows_before
+from moe_parallel.drops import AssignmentCounts
 from moe_parallel.permute import RowOrder
-from moe_parallel.route import AssignmentCounts, Routing
+from moe_parallel.route import Routing
 
 
 def drop_by_rank(routing: Routing, capacity: int) -> tuple[Routing, Tensor]:

@@ -294,8 +294,7 @@ class ExpertParallelMoE(nn.Module):
             return found
 
         plans = PipelinePlans(checked_RE, self.mesh, experts)
-        ways = (self.groups.ep, self.groups.etp, order.peers)
-        pipeline = Pipeline(experts, plans, *ways, timeline)
+        pipeline = Pipeline(experts, plans, self.groups.ep, self.groups.etp, order.peers, timeline)
         mean_rows = num_rows // self.mesh.num_token_ranks * self.mesh.etp_size
         results_AM: Tensor = self.experts(rows_AM, pipeline, num_rows=mean_rows)
         return results_AM

@@ -9,10 +9,9 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-DIGEST_BYTES, MESSAGE_BYTES = 8, 128
+from lasp._core.collectives import all_gather
 
-# Renamed in torch 2.13.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+DIGEST_BYTES, MESSAGE_BYTES = 8, 128
 
 
 def check_same_on_ranks(
@@ -33,10 +32,8 @@ def check_same_on_ranks(
     text = description.encode("ascii", "replace")[: MESSAGE_BYTES - DIGEST_BYTES]
     message = bytearray(digest + text.ljust(MESSAGE_BYTES - DIGEST_BYTES))
     mine = torch.frombuffer(message, dtype=torch.uint8).to(_device_of(group))
-    gathered = mine.new_empty(group.size(), MESSAGE_BYTES)
-    _all_gather(gathered.view(-1), mine, group=group)
     ranks_with: dict[bytes, list[int]] = {}
-    for rank, row in enumerate(gathered.tolist()):
+    for rank, row in enumerate(all_gather(mine, group).tolist()):
         ranks_with.setdefault(bytes(row), []).append(rank)
     if len({held[:DIGEST_BYTES] for held in ranks_with}) > 1:
         held = "; ".join(

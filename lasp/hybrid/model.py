@@ -13,7 +13,7 @@ ep x etp.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -170,7 +170,7 @@ class HybridModel(nn.Module):
             )
         hidden = self.embedding(tokens)
         aux_losses, stats = [], []
-        for layer in self.decoder_layers():
+        for layer in self.layers:
             hidden, aux_loss, layer_stats = layer(hidden, batch)
             aux_losses.append(aux_loss)
             stats.append(layer_stats)
@@ -178,10 +178,9 @@ class HybridModel(nn.Module):
         return HybridOutput(logits, torch.stack(aux_losses).sum(), tuple(stats))
 
     def decoder_layers(self) -> Iterator[HybridLayer]:
-        """The layers, typed."""
+        """The layers, typed; wrapped ones as they are, with the attributes of what they wrap."""
         for layer in self.layers:
-            assert isinstance(layer, HybridLayer)
-            yield layer
+            yield cast("HybridLayer", layer)
 
     def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters that are split over ep x etp; all others are replicated."""

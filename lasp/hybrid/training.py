@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp._core.dtensors import local
+from lasp._core.summed_gradients import any_summed
 from lasp.hybrid.model import HybridModel
 
 
@@ -29,9 +30,16 @@ def reduce_gradients(model: HybridModel) -> None:
 
     Dense parameters over the token group; an expert has seen the tokens of its whole EP x ETP
     block, so its gradient is summed over its EDP replicas only. One all-reduce of the flat
-    gradients each, once before each step. Not after :func:`moe_parallel.apply_ddp` or
-    ``apply_fsdp``, which do the same in the backward.
+    gradients each, once before each step.
+
+    Raises:
+        ValueError: if :func:`moe_parallel.apply_ddp` or ``apply_fsdp`` sums in the backward.
     """
+    if any_summed(model):
+        raise ValueError(
+            "model must not be under apply_ddp or apply_fsdp, which have summed its gradients in"
+            " the backward: leave reduce_gradients out"
+        )
     for parameters, group in (
         (model.dense_parameters(), model.groups.token),
         (model.expert_parameters(), model.groups.edp),

@@ -1,0 +1,161 @@
+"""Models that users adapt before they train: layers in wrappers, parameters computed from others.
+
+The wrappers of torch rename modules and parameters, and a parametrization (of LoRA, say) replaces a
+parameter. Each adapted model trains over ranks as it does on one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+
+from lasp.hybrid import HybridModel, next_token_loss, pack_batch, reduce_gradients
+from moe_parallel import ExpertTopology, apply_ddp, apply_fsdp, distribute_experts
+from tests.closeness import assert_equal_to_rounding
+from tests.ranks import run_on_ranks
+from tests.test_hybrid import groups_of
+from tests.test_training import CONFIG, DOCUMENTS, VOCAB
+
+
+class Scale(nn.Module):
+    """One trained factor for each expert of a weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(weight.new_ones(weight.shape[0], 1, 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.factor
+
+
+def checkpointed_layers(model: HybridModel) -> nn.Module:
+    model.layers = nn.ModuleList(checkpoint_wrapper(layer) for layer in model.layers)
+    return model
+
+
+def compiled_layers(model: HybridModel) -> nn.Module:
+    model.layers = nn.ModuleList(torch.compile(layer, backend="eager") for layer in model.layers)
+    return model
+
+
+def scaled_experts(model: HybridModel) -> nn.Module:
+    for layer in model.decoder_layers():
+        experts = layer.moe.experts
+        parametrize.register_parametrization(experts, "w2", Scale(experts.w2))
+    return model
+
+
+ADAPTATIONS: dict[str, Callable[[HybridModel], nn.Module]] = {
+    "checkpoint_wrapper around layers": checkpointed_layers,
+    "checkpoint_wrapper around the model": checkpoint_wrapper,
+    "compiled layers": compiled_layers,
+    "parametrized experts": scaled_experts,
+}
+
+
+def adapted_on_rank(sizes: dict[str, int], adaptation: str, how: str) -> dict[str, Tensor]:
+    """Gradients of a step: those of some dense parameters, and all of experts over ranks."""
+    topology = ExpertTopology(dist.get_world_size(), **sizes)
+    groups = groups_of(topology)
+    model = HybridModel(CONFIG, groups=groups, dtype=torch.float64)
+    model.reset_parameters(0)
+    call = ADAPTATIONS[adaptation](model)
+    if how == "ddp":
+        call = apply_ddp(call, groups)
+    elif how == "fsdp":
+        apply_fsdp(model, topology, blocks=model.layers)
+    replicas = [part.tolist() for part in torch.tensor(DOCUMENTS).chunk(topology.dp)]
+    at = topology.dense_coordinates(dist.get_rank())
+    batch = pack_batch(replicas, dp_rank=at.dp, num_ranks=1, order="contiguous")
+    pack = torch.arange(sum(DOCUMENTS)) * 7 % VOCAB
+    mine = pack.split([sum(part) for part in replicas])[at.dp]
+    output = call(mine, batch)
+    (next_token_loss(output.logits, (mine + 3) % VOCAB, len(pack)) + output.aux_loss).backward()
+    if how == "plain":
+        reduce_gradients(model)
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        if hasattr(grad, "full_tensor"):
+            grad = grad.full_tensor()
+        elif ".experts." in name and groups.ep is not None:
+            parts = [torch.empty_like(grad) for _ in range(groups.ep.size())]
+            dist.all_gather(parts, grad, group=groups.ep)
+            grad = torch.cat(parts)
+        found[name] = grad
+    return found
+
+
+@pytest.mark.parametrize(
+    ("adaptation", "hows"),
+    [
+        ("checkpoint_wrapper around layers", ["plain", "ddp", "fsdp"]),
+        ("checkpoint_wrapper around the model", ["ddp"]),
+        ("compiled layers", ["plain", "ddp"]),
+        ("parametrized experts", ["plain", "ddp"]),
+    ],
+)
+def test_adapted_models_train_as_on_one_rank(adaptation: str, hows: list[str]) -> None:
+    (expected,) = run_on_ranks(adapted_on_rank, 1, {}, adaptation, "plain")
+    for how in hows:
+        for rank, actual in enumerate(run_on_ranks(adapted_on_rank, 2, {"ep": 2}, adaptation, how)):
+            assert actual.keys() == expected.keys()
+            for name, grad in expected.items():
+                what = f"gradient of {name}, {how} on rank {rank}"
+                assert_equal_to_rounding(actual[name], grad, what=what)
+
+
+def refusals_on_rank() -> dict[str, str]:
+    """What models that a tool cannot take, or not twice, answer to it."""
+    topology = ExpertTopology(2, ep=2)
+    groups = groups_of(topology)
+    batch = pack_batch([[4], [4]], dp_rank=dist.get_rank(), num_ranks=1, order="contiguous")
+
+    def model(device: str = "cpu") -> HybridModel:
+        return HybridModel(CONFIG, groups=groups, device=device)
+
+    def scaled() -> nn.Module:
+        return scaled_experts(model())
+
+    under_ddp, under_fsdp = model(), model()
+    apply_ddp(under_ddp, groups)
+    apply_fsdp(under_fsdp, topology)
+    answers = {}
+    for name, use in {
+        "DDP of scaled experts": lambda: DistributedDataParallel(scaled())(torch.arange(4), batch),
+        "distribute_experts of scaled ones": lambda: distribute_experts(scaled(), topology),
+        "apply_fsdp of scaled ones": lambda: apply_fsdp(scaled(), topology),
+        "apply_fsdp on meta": lambda: apply_fsdp(model("meta"), topology),
+        "apply_ddp again": lambda: apply_ddp(under_ddp, groups),
+        "apply_ddp after apply_fsdp": lambda: apply_ddp(under_fsdp, groups),
+        "reduce_gradients after apply_ddp": lambda: reduce_gradients(under_ddp),
+        "reduce_gradients after apply_fsdp": lambda: reduce_gradients(under_fsdp),
+    }.items():
+        with pytest.raises(ValueError) as error:
+            use()
+        answers[name] = str(error.value)
+    return answers
+
+
+def test_tools_refuse_what_they_would_get_wrong() -> None:
+    for answers in run_on_ranks(refusals_on_rank, 2):
+        for name, message in {
+            "DDP of scaled experts": "must not hold experts that are split",
+            "distribute_experts of scaled ones": "layers.0.moe.experts.w2 must be a parameter",
+            "apply_fsdp of scaled ones": "layers.0.moe.experts.w2 must be a parameter",
+            "apply_fsdp on meta": "got parameters on meta",
+            "apply_ddp again": "model must not be under apply_ddp or apply_fsdp already",
+            "apply_ddp after apply_fsdp": "model must not be under apply_ddp or apply_fsdp already",
+            "reduce_gradients after apply_ddp": "leave reduce_gradients out",
+            "reduce_gradients after apply_fsdp": "leave reduce_gradients out",
+        }.items():
+            assert message in answers.pop(name), name
+        assert not answers

@@ -206,7 +206,8 @@ class Experts(Parts):
         if w13.dtype != dtype:
             raise ValueError(f"rows must be {w13.dtype} like the experts, got {dtype}")
         refuse_forward_mode(_REFERENCE, rows_AM, w13, w2)
-        rows_AM = join_backward(pipeline.ep_group or pipeline.etp_group, rows_AM, w13, w2)
+        for group in (pipeline.ep_group, pipeline.etp_group):
+            rows_AM = join_backward(group, rows_AM, w13, w2)
         how = (self.chosen_gemm(num_rows, dtype), chosen_impl(self.impl, rows_AM.device, dtype))
         results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
             rows_AM, w13, w2, anchor(rows_AM), pipeline, *how

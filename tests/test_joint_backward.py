@@ -93,7 +93,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 
 
 def gradients(name: str, training: set[int], which: slice) -> list[Tensor | None]:
-    """Of this rank's tensors, of which on the ranks that train some require gradients."""
+    """Gradients of this rank's tensors; some require them, on the ranks that train."""
     rank, device = dist.get_rank(), rank_device()
     tensors = [LAYOUT.shard(x, rank).to(device, copy=True) for x in TENSORS]
     if rank in training:

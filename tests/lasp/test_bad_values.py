@@ -147,7 +147,7 @@ def test_nor_do_other_sequences_in_decoding(impl: str) -> None:
 
 
 def bits_of_200(case: Case, run_case: Callable[[Case], list[Tensor]]) -> None:
-    """Of this rate nothing is left after one token, in float32."""
+    """A rate of 200 leaves nothing after one token, in float32."""
     expected = run_case(case._replace(rates=(200.0, 200.0, 0.25)))
     for name, actual, right in zip(names(case), run_case(case), expected, strict=True):
         assert right.isfinite().all()

@@ -54,7 +54,7 @@ def test_builds_our_layers(command: Command) -> None:
 
 
 def build(command: Command) -> tuple[str, dict[str, int], dict[str, int]]:
-    """Of the model on this rank: its class, how many it has of our parts, and how it is split."""
+    """The class of this rank's model, how many of our parts it has, and how it is split."""
     stand_in_for_gpus()
     allow_python_311()
     groups = initialize(cp=2, ep=2)

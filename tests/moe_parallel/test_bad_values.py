@@ -16,7 +16,7 @@ BAD = 3  # of rank 0
 
 
 def outputs_and_gradients(ep: int, drops: dict[str, Any]) -> list[list[Tensor]]:
-    """Of this rank's tokens; all are finite, then one is NaN, then one is infinite."""
+    """Results for this rank's tokens: all finite, then with one NaN, then with one infinite."""
     config = MoEConfig(16, 8, 4, 2, aux_loss_coefficient=0.0, **drops)
     groups = ExpertTopology(2, ep=ep).build_groups().experts
     layer = ExpertParallelMoE(config, groups=groups)

@@ -96,11 +96,11 @@ class KeptCounts:
         self._order = order
         self._top_k = routing.experts.shape[1]
         assigned_RE, kept_RE, training_R = routing.counts
-        counts = assigned_RE if self.dropless else torch.stack((assigned_RE, kept_RE))
-        self._shape, self._tells_training = counts.shape, training_R is not None
+        self._num_experts, self._tells_training = assigned_RE.shape[1], training_R is not None
+        told = [assigned_RE] if self.dropless else [assigned_RE, kept_RE]
         if training_R is not None:
-            counts = torch.cat([counts.flatten(), training_R])
-        self._copied = to_host(counts)
+            told.append(training_R.unsqueeze(1))
+        self._copied = to_host(assigned_RE if len(told) == 1 else torch.cat(told, dim=1))
         self._kept_RE: list[list[int]] | None = None
 
     def of_rank(self, rank: int) -> int:
@@ -128,13 +128,11 @@ class KeptCounts:
                 train and others do not.
         """
         if self._kept_RE is None:
-            copied = self._copied()
+            rows, num_experts = self._copied().tolist(), self._num_experts
             if self._tells_training:
-                num_ranks = self._shape[-2]
-                check_training(copied[-num_ranks:].tolist())
-                copied = copied[:-num_ranks].view(self._shape)
-            counts = copied.tolist()
-            assigned_RE, kept_RE = (counts, counts) if self.dropless else counts
+                check_training([row[-1] for row in rows])
+            assigned_RE = [row[:num_experts] for row in rows]
             check_counts(assigned_RE, self._top_k, self._order)
-            self._kept_RE = kept_RE
+            kept_RE = [row[num_experts : 2 * num_experts] for row in rows]
+            self._kept_RE = assigned_RE if self.dropless else kept_RE
         return self._kept_RE

@@ -115,7 +115,7 @@ def uneven_on_rank() -> None:
     layer_of(MoEConfig(HIDDEN, 8, EXPERTS, 2), groups=groups_of(ExpertTopology(3, ep=3)).experts)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+@pytest.mark.parametrize("top_k", [2, 3, 4])
 def test_a_capacity_of_one_keeps_one_token_an_expert(top_k: int) -> None:
     config = MoEConfig(HIDDEN, 8, EXPERTS, top_k, capacity_factor=1e-9)
     stats = layer_of(config)(planted("balanced", config)).stats

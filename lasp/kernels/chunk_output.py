@@ -111,6 +111,17 @@ def _is_finite(state):
     return tl.sum(state * 0.0) == 0.0
 
 
+@triton.jit
+def _await_stores(TMA: tl.constexpr):
+    """What is stored from here on comes after what was stored before, tiles too."""
+    if TMA:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.wait_group 0; mov.b32 $0, $1;",
+            "=r,r", [tl.arange(0, 32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    tl.debug_barrier()
+
+
 @triton.jit(do_not_specialize=["num_heads"])
 def output_kernel(
     query,  # [T, H, D]
@@ -164,6 +175,7 @@ def output_kernel(
     # With a state to start from or to leave, a document has segments of its own.
     if result is None and given is None:  # noqa: SIM102 (known when this is compiled)
         if not _is_finite(state):
+            _await_stores(TMA)
             state = entering_state(
                 states, given, incoming, rates, table, row, block, num_heads,
                 D, E, BLOCK_D, BLOCK_E, TRANSPOSED,
@@ -251,6 +263,7 @@ def key_value_gradients_kernel(
     )  # fmt: skip
     if result is None and given is None:  # noqa: SIM102 (known when this is compiled)
         if not _is_finite(state):
+            _await_stores(TMA)
             if of_dv:
                 state = entering_state(
                     states, given, incoming, rates, table, row, block, num_heads,

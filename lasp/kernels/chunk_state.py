@@ -136,6 +136,9 @@ def combine_states_kernel(
     What enters segment s is the sum over the segments j of its document before it of
     ``lambda^(tokens between j and s) U_j``: one small triangular product a group, in float32, plus
     what the group before it left.
+
+    A weight of zero does not keep out NaN or infinity, but what is not finite stays in what groups
+    leave, to the end: a program that finds it there takes its segments again, one by one.
     """
     blocks = tl.cdiv(SIZE, BLOCK)
     program = tl.program_id(0)
@@ -169,24 +172,13 @@ def combine_states_kernel(
         linked = (s[None, :] < s[:, None]) & (s[None, :] >= chain[:, None])
         between = begin[:, None] - (begin + length)[None, :]
         weights = tl.exp2(tl.where(linked, -rate * between.to(tl.float32), float("-inf")))
-        # 0 * NaN is NaN: a state that is not finite takes no part in the product, and makes the
-        # states that follow it in its document NaN.
-        finite = own
-        all_finite = tl.sum(own * 0.0) == 0.0
-        if not all_finite:
-            finite = tl.where(own * 0.0 == 0.0, own, 0.0)
         if GROUP < 16:  # too few rows for a matrix product
-            entering = tl.sum(weights[:, :, None] * finite[None, :, :], axis=1)
+            entering = tl.sum(weights[:, :, None] * own[None, :, :], axis=1)
         else:
-            entering = tl.dot(weights, finite, input_precision="ieee")
-        if not all_finite:
-            for j in range(first, first + GROUP):
-                spoils = tl.sum(tl.where((s == j)[:, None], own * 0.0, 0.0), axis=0) != 0.0
-                reached = (j < s) & (j >= chain)
-                entering = tl.where(reached[:, None] & spoils[None, :], float("nan"), entering)
+            entering = tl.dot(weights, own, input_precision="ieee")
         since = begin - tl.load(table + first * COLUMNS + BEGIN)
         decay = tl.exp2(tl.where(chain < first, -rate * since.to(tl.float32), float("-inf")))
-        entering += tl.where((chain < first)[:, None], decay[:, None] * carry[None, :], 0.0)
+        entering += decay[:, None] * carry[None, :]
         state_row = tl.load(row + STATE_ROW, mask=exists, other=-1)
         pointers = states + state_row.to(tl.int64)[:, None] * size + offsets
         tl.store(pointers, entering, mask=inside & (state_row >= 0)[:, None])
@@ -194,7 +186,7 @@ def combine_states_kernel(
         through = tl.exp2(
             tl.where(state_length == length, -rate * length.to(tl.float32), float("-inf"))
         )
-        after = own + tl.where((state_length == length)[:, None], through[:, None] * entering, 0.0)
+        after = own + through[:, None] * entering
         carry = tl.sum(tl.where((s == first + GROUP - 1)[:, None], after, 0.0), axis=0)
         if given is not None:
             given_row = tl.load(row + GIVEN_ROW, mask=exists, other=-1)
@@ -204,3 +196,62 @@ def combine_states_kernel(
             after += tl.exp2(-rate * whole.to(tl.float32))[:, None] * start
         pointers = outgoing + slot.to(tl.int64)[:, None] * size + offsets
         tl.store(pointers, after, mask=inside & (slot >= 0)[:, None])
+    if tl.sum(carry * 0.0) != 0.0:  # NaN is not 0 either
+        tl.debug_barrier()  # what is stored again must come after what was stored above
+        _combine_one_by_one(
+            sums, states, outgoing, given, table, reach, rate, offsets, inside, cols, size,
+            first_part, head_parts, num_segments, num_parts, part_length, SIZE, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _combine_one_by_one(
+    sums,
+    states,
+    outgoing,
+    given,
+    table,
+    reach,
+    rate,
+    offsets,
+    inside,
+    cols,
+    size,
+    first_part,
+    head_parts,
+    num_segments,
+    num_parts,
+    part_length,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As above, one segment after another; states of other documents are selected away."""
+    after = tl.zeros([1, BLOCK], dtype=tl.float32)
+    for first in range(num_segments):
+        s = first + tl.arange(0, 1)
+        row = table + s * COLUMNS
+        length, state_length = tl.load(row + LENGTH), tl.load(row + STATE_LENGTH)
+        kept = tl.minimum(state_length, reach)
+        own_row = sums + (tl.load(row + SUM_ROW).to(tl.int64) * num_parts + first_part) * SIZE
+        own = tl.zeros([1, BLOCK], dtype=tl.float32)
+        for part in range(0, head_parts):
+            there = inside & (kept > part * part_length)[:, None]
+            pointers = own_row[:, None] + part * SIZE + cols[None, :]
+            own += tl.load(pointers, mask=there, other=0.0)
+        continues = (tl.load(row + CHAIN) < s)[:, None]
+        entering = tl.where(continues, after, 0.0)
+        state_row = tl.load(row + STATE_ROW)[:, None]
+        pointers = states + state_row.to(tl.int64) * size + offsets
+        tl.store(pointers, entering, mask=inside & (state_row >= 0))
+        through = tl.exp2(-rate * length.to(tl.float32))[:, None] * entering
+        after = own + tl.where((state_length == length)[:, None], through, 0.0)
+        leaving = after
+        if given is not None:
+            given_row = tl.load(row + GIVEN_ROW)[:, None]
+            whole = length + tl.load(row + DISTANCE)
+            pointers = given + given_row.to(tl.int64) * size + offsets
+            start = tl.load(pointers, mask=inside & (given_row >= 0), other=0.0)
+            leaving += tl.exp2(-rate * whole.to(tl.float32))[:, None] * start
+        slot = tl.load(row + SLOT)[:, None]
+        pointers = outgoing + slot.to(tl.int64) * size + offsets
+        tl.store(pointers, leaving, mask=inside & (slot >= 0))

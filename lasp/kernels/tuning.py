@@ -24,8 +24,6 @@ class Blocks(NamedTuple):
     max_registers: int | None = None
 
 
-COMBINE_REGISTERS = 168  # of a thread: three programs to a multiprocessor
-
 # One token of a state, in tokens of an output program; benchmarks.tune_kernels measures it.
 STATE_COST = 0.6
 START_COST = 256  # to fill the pipeline and to fetch the state, in the same unit

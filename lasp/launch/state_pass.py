@@ -115,6 +115,5 @@ def run_states(  # two launches, an argument a line: longer than our functions a
             SIZE=key_dim * value_dim,
             BLOCK=block,
             GROUP=group,
-            maxnreg=tuning.COMBINE_REGISTERS,
         )
     return States(states, outgoing)

@@ -13,6 +13,7 @@ from moe_parallel.gate import gate_dtype
 from moe_parallel.impl import chosen_impl
 from moe_parallel.order import TokenOrder
 from moe_parallel.route import Routing, route
+from moe_parallel.topology import ExpertGroups
 
 
 class Router(nn.Module):
@@ -40,7 +41,7 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.token_group = config, token_group
+        self.config, self.groups = config, ExpertGroups(token=token_group)
         dtype = gate_dtype(dtype or torch.get_default_dtype())
         shape = (config.num_experts, config.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -68,7 +69,7 @@ class Router(nn.Module):
             self.weight,
             top_k=self.config.top_k,
             order=order,
-            token_group=self.token_group,
+            token_group=self.groups.token,
             capacity_factor=None if self.config.pad_to_capacity else self.config.capacity_factor,
             drop_policy=self.config.drop_policy,
             aux_loss_coefficient=self.config.aux_loss_coefficient,

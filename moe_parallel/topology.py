@@ -82,6 +82,10 @@ class ExpertGroups(NamedTuple):
     ep_etp: dist.ProcessGroup | None = None
     peers: PeerMemory | None = None
 
+    def __deepcopy__(self, memo: object) -> ExpertGroups:
+        """Itself: copies of a model, as for moving averages, work over the same ranks."""
+        return self
+
 
 class ParallelGroups(NamedTuple):
     """This rank's process group along every axis; ``None`` is a group of one rank.
@@ -99,6 +103,10 @@ class ParallelGroups(NamedTuple):
     etp: dist.ProcessGroup | None
     edp: dist.ProcessGroup | None
     ep_etp: dist.ProcessGroup | None
+
+    def __deepcopy__(self, memo: object) -> ParallelGroups:
+        """Itself, see :class:`ExpertGroups`."""
+        return self
 
     @property
     def experts(self) -> ExpertGroups:

@@ -62,6 +62,7 @@ class RingAttention(nn.Module):
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide {num_heads} heads, got {num_kv_heads}")
         check_rotary_dim(rotary_dim, head_dim)
+        self.hidden_size = hidden_size
         self.head_dim = head_dim
         self.rotary_dim = rotary_dim
         self.rope_base = rope_base
@@ -99,7 +100,7 @@ class RingAttention(nn.Module):
         Raises:
             ValueError: if ``hidden`` has another shape, and as the operator does.
         """
-        hidden_size = self.q_proj.in_features
+        hidden_size = self.hidden_size
         if hidden.ndim not in (2, 3) or hidden.shape[-1] != hidden_size or hidden.numel() == 0:
             raise ValueError(
                 f"hidden must be [T, {hidden_size}] or [B, T, {hidden_size}] with at least one"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 from lasp.hybrid import HybridModel, next_token_loss, pack_batch, reduce_gradients
 from moe_parallel import ExpertTopology, apply_ddp, apply_fsdp, distribute_experts
@@ -45,6 +46,30 @@ def compiled_layers(model: HybridModel) -> nn.Module:
     return model
 
 
+class Adapter(nn.Module):
+    """A frozen projection and a trained one of rank 2 beside it."""
+
+    def __init__(self, frozen: nn.Linear) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.down = nn.Linear(frozen.in_features, 2, bias=False, dtype=torch.float64)
+        self.up = nn.Linear(2, frozen.out_features, bias=False, dtype=torch.float64)
+        nn.init.constant_(self.down.weight, 0.1)
+        nn.init.constant_(self.up.weight, 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x) + self.up(self.down(x))
+
+
+def adapters_at_projections(model: HybridModel) -> nn.Module:
+    model.requires_grad_(False)
+    for layer in model.decoder_layers():
+        for name, projection in list(layer.attention.named_children()):
+            if isinstance(projection, nn.Linear):
+                setattr(layer.attention, name, Adapter(projection))
+    return model
+
+
 def scaled_experts(model: HybridModel) -> nn.Module:
     for layer in model.decoder_layers():
         experts = layer.moe.experts
@@ -56,6 +81,7 @@ ADAPTATIONS: dict[str, Callable[[HybridModel], nn.Module]] = {
     "checkpoint_wrapper around layers": checkpointed_layers,
     "checkpoint_wrapper around the model": checkpoint_wrapper,
     "compiled layers": compiled_layers,
+    "adapters at projections": adapters_at_projections,
     "parametrized experts": scaled_experts,
 }
 
@@ -83,7 +109,9 @@ def adapted_on_rank(sizes: dict[str, int], adaptation: str, how: str) -> dict[st
     found = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad
-        assert grad is not None, name
+        assert (grad is None) is not parameter.requires_grad, name
+        if grad is None:
+            continue
         if hasattr(grad, "full_tensor"):
             grad = grad.full_tensor()
         elif ".experts." in name and groups.ep is not None:
@@ -100,6 +128,7 @@ def adapted_on_rank(sizes: dict[str, int], adaptation: str, how: str) -> dict[st
         ("checkpoint_wrapper around layers", ["plain", "ddp", "fsdp"]),
         ("checkpoint_wrapper around the model", ["ddp"]),
         ("compiled layers", ["plain", "ddp"]),
+        ("adapters at projections", ["plain", "ddp", "fsdp"]),
         ("parametrized experts", ["plain", "ddp"]),
     ],
 )
@@ -159,3 +188,19 @@ def test_tools_refuse_what_they_would_get_wrong() -> None:
         }.items():
             assert message in answers.pop(name), name
         assert not answers
+
+
+def averaged_on_rank(sizes: dict[str, int]) -> tuple[Tensor, Tensor]:
+    """Logits of a model over ranks and of its moving average of one."""
+    topology = ExpertTopology(dist.get_world_size(), **sizes)
+    model = HybridModel(CONFIG, groups=groups_of(topology))
+    model.reset_parameters(0)
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    batch = pack_batch([[4], [4]], dp_rank=dist.get_rank(), num_ranks=1, order="contiguous")
+    return model(torch.arange(4), batch).logits, average(torch.arange(4), batch).logits
+
+
+def test_a_copy_works_over_the_same_ranks() -> None:
+    for logits, of_copy in run_on_ranks(averaged_on_rank, 2, {"ep": 2}):
+        assert torch.equal(logits, of_copy)

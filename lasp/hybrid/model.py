@@ -40,7 +40,7 @@ class HybridLayer(nn.Module):
         super().__init__()
         hidden, heads = config.moe.hidden_size, config.attention
         self.alpha = config.deepnorm_alpha
-        self.cp_group = groups.cp
+        self.groups = groups
         self.attention_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
         self.attention: LightningAttention | RingAttention
         if config.is_softmax(layer_index):
@@ -71,7 +71,7 @@ class HybridLayer(nn.Module):
     def forward(self, hidden: Tensor, batch: PackedBatch) -> MoEOutput:
         """``hidden`` [T, hidden] of this rank's tokens, through both sub-layers."""
         hidden = self.attention_norm(hidden)
-        attended = self.attention(hidden, layout=batch.layout, cp_group=self.cp_group)
+        attended = self.attention(hidden, layout=batch.layout, cp_group=self.groups.cp)
         hidden = self.moe_norm(self.alpha * hidden + attended)
         experts: MoEOutput = self.moe(hidden, token_order=batch.token_order)
         return experts._replace(output=self.alpha * hidden + experts.output)

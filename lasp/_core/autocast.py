@@ -13,7 +13,7 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     Gradients: to the tensors, in their own dtypes.
     """
-    if not torch.is_autocast_enabled(tensors[0].device.type):
+    if not _is_enabled(tensors[0].device.type):
         return tensors
     return tuple(x.to(autocast_dtype(x)) for x in tensors)
 
@@ -21,6 +21,11 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that an operator takes ``x`` in."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not _is_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
+
+
+def _is_enabled(device: str) -> bool:
+    """Devices that autocast does not know, meta for one, have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

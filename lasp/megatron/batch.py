@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lasp.layout import Order, SequenceLayout
+from lasp.megatron.common import training_argument
 from lasp.megatron.packs import PackedCut, layout_of_megatrons_pack
 
 
@@ -141,8 +142,15 @@ def order_of_rows(config: TransformerConfig, part: str) -> Order:
     Megatron's main, ``cp_partition_mode`` of its dev branch.
 
     Raises:
-        ValueError: for layers of different orders, and for orders that are not known.
+        ValueError: for layers of different orders, for orders that are not known, and where the
+            training loop asks for a mask of the documents in a row, which no layer reads.
     """
+    if training_argument("reset_attention_mask"):
+        raise ValueError(
+            f"Megatron's training argument reset_attention_mask must be False for {part}, got True:"
+            " a row is one document, whatever attention_mask says; for documents of their own take"
+            " packs, as of --dataloader-inter-document-masking or --sft"
+        )
     names = ("linear_cp_layout", "attention_cp_layout", "cp_partition_mode")
     stated = {name: getattr(config, name) for name in names if hasattr(config, name)}
     orders: tuple[Order, ...] = ("zigzag", "contiguous")

@@ -100,6 +100,18 @@ def test_rows_are_in_the_order_of_the_config() -> None:
             order(**(contiguous | {"attention_cp_layout": other}))
 
 
+def test_a_mask_of_documents_in_rows_is_refused() -> None:
+    """No layer reads ``attention_mask``: documents would see each other."""
+    for asked in (False, True):
+        training = SimpleNamespace(_GLOBAL_ARGS=SimpleNamespace(reset_attention_mask=asked))
+        with mock.patch.dict(sys.modules, {"megatron.training.global_vars": training}):
+            if not asked:
+                assert order_of_rows(SimpleNamespace(), "a part") == "zigzag"
+                continue
+            with pytest.raises(ValueError, match="reset_attention_mask must be False for a part"):
+                order_of_rows(SimpleNamespace(), "a part")
+
+
 def contiguous_rows_on_rank() -> None:
     """Megatron's RoPE would rotate them as zigzag; and each part refuses layers of two orders."""
     groups, config = initialize(cp=2), parallel_config({"cp": 2})

@@ -69,6 +69,7 @@ def distribute_experts(model: nn.Module, topology: ExpertTopology) -> DeviceMesh
     for name, experts in parts:
         _check_split(name, experts, topology, (at.ep, at.etp))
     mesh = DeviceMesh(device_type, ranks, mesh_dim_names=("pp", "edp", "ep", "etp"))
+    made: dict[nn.Parameter, nn.Parameter] = {}
     for _, experts in parts:
         axes = experts.split_axes
         for name, dims in experts.sharding().items():
@@ -76,8 +77,10 @@ def distribute_experts(model: nn.Module, topology: ExpertTopology) -> DeviceMesh
             if isinstance(weight, DTensor):
                 continue
             placements = [Shard(dims.ep_dim if axis == "ep" else dims.etp_dim) for axis in axes]
-            whole = DTensor.from_local(weight.detach(), mesh[axes], placements, run_check=False)
-            setattr(experts, name, nn.Parameter(whole, weight.requires_grad))
+            if weight not in made:  # layers may share their experts
+                whole = DTensor.from_local(weight.detach(), mesh[axes], placements, run_check=False)
+                made[weight] = nn.Parameter(whole, weight.requires_grad)
+            setattr(experts, name, made[weight])
     return mesh
 
 

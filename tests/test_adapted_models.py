@@ -77,12 +77,19 @@ def scaled_experts(model: HybridModel) -> nn.Module:
     return model
 
 
+def experts_of_both_layers(model: HybridModel) -> nn.Module:
+    first, second = (layer.moe.experts for layer in model.decoder_layers())
+    second.w13, second.w2 = first.w13, first.w2
+    return model
+
+
 ADAPTATIONS: dict[str, Callable[[HybridModel], nn.Module]] = {
     "checkpoint_wrapper around layers": checkpointed_layers,
     "checkpoint_wrapper around the model": checkpoint_wrapper,
     "compiled layers": compiled_layers,
     "adapters at projections": adapters_at_projections,
     "parametrized experts": scaled_experts,
+    "experts of both layers": experts_of_both_layers,
 }
 
 
@@ -95,6 +102,8 @@ def adapted_on_rank(sizes: dict[str, int], adaptation: str, how: str) -> dict[st
     call = ADAPTATIONS[adaptation](model)
     if how == "ddp":
         call = apply_ddp(call, groups)
+    elif how == "dtensors":
+        distribute_experts(model, topology)
     elif how == "fsdp":
         apply_fsdp(model, topology, blocks=model.layers)
     replicas = [part.tolist() for part in torch.tensor(DOCUMENTS).chunk(topology.dp)]
@@ -104,7 +113,7 @@ def adapted_on_rank(sizes: dict[str, int], adaptation: str, how: str) -> dict[st
     mine = pack.split([sum(part) for part in replicas])[at.dp]
     output = call(mine, batch)
     (next_token_loss(output.logits, (mine + 3) % VOCAB, len(pack)) + output.aux_loss).backward()
-    if how == "plain":
+    if how in ("plain", "dtensors"):
         reduce_gradients(model)
     found = {}
     for name, parameter in model.named_parameters():
@@ -130,6 +139,7 @@ def adapted_on_rank(sizes: dict[str, int], adaptation: str, how: str) -> dict[st
         ("compiled layers", ["plain", "ddp"]),
         ("adapters at projections", ["plain", "ddp", "fsdp"]),
         ("parametrized experts", ["plain", "ddp"]),
+        ("experts of both layers", ["plain", "dtensors", "ddp"]),
     ],
 )
 def test_adapted_models_train_as_on_one_rank(adaptation: str, hows: list[str]) -> None:

@@ -79,9 +79,20 @@ def apply_ddp(model: nn.Module, groups: ParallelGroups, **options: Any) -> Distr
     for path, experts in split_experts(model):
         names.update(f"{path}.{name}" for name, _ in experts.named_parameters())
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))
-    wrapper = DistributedDataParallel(model, process_group=groups.token, **options)
-    wrapper.knows_experts = True  # type: ignore[assignment]
-    return wrapper
+    return _SummingDDP(model, process_group=groups.token, **options)
+
+
+class _SummingDDP(DistributedDataParallel):
+    """What :func:`apply_ddp` returns, and :func:`check_replicas` lets pass."""
+
+    knows_experts = True
+
+    def __deepcopy__(self, memo: object) -> DistributedDataParallel:
+        """ValueError: hooks of parameters are not copied, and the copy would average."""
+        raise ValueError(
+            "the module of a wrapper must be copied, not the wrapper, which would average"
+            " gradients: copy wrapper.module"
+        )
 
 
 def _scaled(grad: Tensor, *, factor: int) -> Tensor:

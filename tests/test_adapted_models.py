@@ -6,6 +6,7 @@ parameter. Each adapted model trains over ranks as it does on one.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -165,7 +166,7 @@ def refusals_on_rank() -> dict[str, str]:
         return scaled_experts(model())
 
     under_ddp, under_fsdp = model(), model()
-    apply_ddp(under_ddp, groups)
+    wrapper = apply_ddp(under_ddp, groups)
     apply_fsdp(under_fsdp, topology)
     answers = {}
     for name, use in {
@@ -174,6 +175,7 @@ def refusals_on_rank() -> dict[str, str]:
         "apply_fsdp of scaled ones": lambda: apply_fsdp(scaled(), topology),
         "apply_fsdp on meta": lambda: apply_fsdp(model("meta"), topology),
         "apply_ddp again": lambda: apply_ddp(under_ddp, groups),
+        "copy of apply_ddp's wrapper": lambda: copy.deepcopy(wrapper),
         "apply_ddp after apply_fsdp": lambda: apply_ddp(under_fsdp, groups),
         "reduce_gradients after apply_ddp": lambda: reduce_gradients(under_ddp),
         "reduce_gradients after apply_fsdp": lambda: reduce_gradients(under_fsdp),
@@ -192,6 +194,7 @@ def test_tools_refuse_what_they_would_get_wrong() -> None:
             "apply_fsdp of scaled ones": "layers.0.moe.experts.w2 must be a parameter",
             "apply_fsdp on meta": "got parameters on meta",
             "apply_ddp again": "model must not be under apply_ddp or apply_fsdp already",
+            "copy of apply_ddp's wrapper": "the module of a wrapper must be copied",
             "apply_ddp after apply_fsdp": "model must not be under apply_ddp or apply_fsdp already",
             "reduce_gradients after apply_ddp": "leave reduce_gradients out",
             "reduce_gradients after apply_fsdp": "leave reduce_gradients out",

@@ -76,6 +76,7 @@ class Plan(NamedTuple):
             state that comes in or is given counts as one.
         state_lengths: of the segments.
         num_states: segments that a state enters from segments before.
+        shared: whether a document starts inside a segment.
     """
 
     flow: Flow
@@ -85,6 +86,7 @@ class Plan(NamedTuple):
     reach: Tensor
     state_lengths: tuple[int, ...]
     num_states: int
+    shared: bool
 
 
 def plan_of(
@@ -135,6 +137,7 @@ def _plan_of(
             if segment.state_length:
                 summed.append(segments[-1])
     reach = torch.cat([_reach(piece, reverse, given) for piece in sorted_by_offset(flow)])
+    edges = {s.first - (s.length - 1 if reverse else 0) for s in segments}
     return Plan(
         flow,
         tuple(segments),
@@ -143,6 +146,7 @@ def _plan_of(
         to_device(reach, device),
         tuple(segment.state_length for segment in segments),
         num_states,
+        any(piece.offset not in edges for piece in flow.pieces),
     )
 
 

@@ -6,8 +6,10 @@ what happens to a chunk of tokens is in ``lasp.kernels.chunk``.
 
 A document must not notice what others of its segment hold, and a weight of zero does not keep out
 NaN or infinity. Selecting in every chunk would take registers that the kernels do not have. But
-what is not finite stays in the state, through weights of zero too, to the end of the segment: a
-program that finds it there walks its segment once more, and selects.
+what is not finite stays in the state, through weights of zero too, to the end of the segment, where
+the output of the last token shows it. So where documents share segments the kernels run once more,
+with REPAIR: a program that finds its last output finite ends, another one walks its segment again,
+and selects.
 """
 
 import triton
@@ -107,19 +109,23 @@ def _walk(
 
 
 @triton.jit
-def _is_finite(state):
-    return tl.sum(state * 0.0) == 0.0
-
-
-@triton.jit
-def _await_stores(TMA: tl.constexpr):
-    """What is stored from here on comes after what was stored before, tiles too."""
-    if TMA:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.wait_group 0; mov.b32 $0, $1;",
-            "=r,r", [tl.arange(0, 32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    tl.debug_barrier()
+def _ends_finite(
+    output,
+    table,
+    row,  # segment and head
+    block,  # of columns
+    num_heads,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Whether the output of the last token of a segment is finite, a block of its columns."""
+    head, segment = row % num_heads, row // num_heads
+    table += segment * COLUMNS
+    last = tl.load(table + FIRST) + STEP * (tl.load(table + LENGTH) - 1)
+    e_cols = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    offsets = (last.to(tl.int64) * num_heads + head) * E + e_cols
+    return tl.sum(tl.load(output + offsets, mask=e_cols < E, other=0.0).to(tl.float32) * 0.0) == 0.0
 
 
 @triton.jit(do_not_specialize=["num_heads"])
@@ -154,6 +160,7 @@ def output_kernel(
     TMA: tl.constexpr,  # query, key and value are tensor descriptors
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    REPAIR: tl.constexpr,  # only what is not finite
 ):
     """One program a segment, head and block of columns.
 
@@ -162,6 +169,9 @@ def output_kernel(
     blocks = tl.cdiv(E, BLOCK_E)
     program = tl.program_id(0)
     row, block = program // blocks, program % blocks
+    if REPAIR:  # noqa: SIM102 (known when this is compiled, the other is not)
+        if _ends_finite(output, table, row, block, num_heads, E, BLOCK_E, STEP):
+            return
     state = entering_state(
         states, given, incoming, rates, table, row, block, num_heads,
         D, E, BLOCK_D, BLOCK_E, TRANSPOSED,
@@ -170,23 +180,8 @@ def output_kernel(
         query, key, value, output, output_tiles, state, rates, table, reach, row, block, num_heads,
         scale,
         query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
-        D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, TMA, OPERAND, PRECISION, False,
+        D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, TMA, OPERAND, PRECISION, REPAIR,
     )  # fmt: skip
-    # With a state to start from or to leave, a document has segments of its own.
-    if result is None and given is None:  # noqa: SIM102 (known when this is compiled)
-        if not _is_finite(state):
-            _await_stores(TMA)
-            state = entering_state(
-                states, given, incoming, rates, table, row, block, num_heads,
-                D, E, BLOCK_D, BLOCK_E, TRANSPOSED,
-            )  # fmt: skip
-            state = _walk(
-                query, key, value, output, output_tiles, state, rates, table, reach, row, block,
-                num_heads, scale,
-                query_stride_t, query_stride_h, key_stride_t, key_stride_h,
-                value_stride_t, value_stride_h,
-                D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, TMA, OPERAND, PRECISION, True,
-            )  # fmt: skip
     if result is not None:
         leave_state(state, result, table, row, block, num_heads, D, E, BLOCK_D, BLOCK_E, TRANSPOSED)
 
@@ -227,6 +222,7 @@ def key_value_gradients_kernel(
     TMA: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    REPAIR: tl.constexpr,  # only what is not finite
 ):
     """Both gradients that flow in reverse: dk is the output of (v, do, q), dv that of (k, q, do).
 
@@ -236,6 +232,13 @@ def key_value_gradients_kernel(
     program = tl.program_id(0)
     row, block = program // (blocks * 2), program % (blocks * 2)
     of_dv = block >= blocks
+    if REPAIR:
+        if of_dv:
+            if _ends_finite(dv, table, row, block - blocks, num_heads, D, BLOCK_E, -1):
+                return
+        else:
+            if _ends_finite(dk, table, row, block, num_heads, D, BLOCK_E, -1):
+                return
     if of_dv:
         block -= blocks
         query, key, value, output, output_tiles = k, q, do_columns, dv, dv_tiles
@@ -259,28 +262,8 @@ def key_value_gradients_kernel(
         query, key, value, output, output_tiles, state, rates, table, reach, row, block, num_heads,
         scale,
         query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
-        D, D, BLOCK_D, BLOCK_E, CHUNK, -1, TMA, OPERAND, PRECISION, False,
+        D, D, BLOCK_D, BLOCK_E, CHUNK, -1, TMA, OPERAND, PRECISION, REPAIR,
     )  # fmt: skip
-    if result is None and given is None:  # noqa: SIM102 (known when this is compiled)
-        if not _is_finite(state):
-            _await_stores(TMA)
-            if of_dv:
-                state = entering_state(
-                    states, given, incoming, rates, table, row, block, num_heads,
-                    D, D, BLOCK_D, BLOCK_E, False,
-                )  # fmt: skip
-            else:
-                state = entering_state(
-                    states, given, incoming, rates, table, row, block, num_heads,
-                    D, D, BLOCK_D, BLOCK_E, True,
-                )  # fmt: skip
-            state = _walk(
-                query, key, value, output, output_tiles, state, rates, table, reach, row, block,
-                num_heads, scale,
-                query_stride_t, query_stride_h, key_stride_t, key_stride_h,
-                value_stride_t, value_stride_h,
-                D, D, BLOCK_D, BLOCK_E, CHUNK, -1, TMA, OPERAND, PRECISION, True,
-            )  # fmt: skip
     if result is not None:  # noqa: SIM102 (known when this is compiled, the other is not)
         if of_dv:
             leave_state(state, result, table, row, block, num_heads, D, D, BLOCK_D, BLOCK_E, False)

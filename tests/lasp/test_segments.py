@@ -38,6 +38,15 @@ def test_only_segments_that_hand_a_state_on_have_sums(reverse: bool) -> None:
     assert plan((5,) * 4, 128).summed.shape[0] == 0
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_documents_share_segments_where_no_state_is_asked_for(reverse: bool) -> None:
+    lengths = (5, 0, 40, 300)
+    assert plan(lengths, 64, reverse=reverse, result=False).shared
+    assert not plan(lengths, 64, reverse=reverse).shared
+    assert not plan(lengths, 64, reverse=reverse, result=False, given=True).shared
+    assert not plan((345,), 64, reverse=reverse, result=False).shared
+
+
 def test_sums_and_programs_are_of_few_segments() -> None:
     launched = []
 

@@ -5,7 +5,7 @@ from moe_parallel.layer import ExpertParallelMoE, MoEOutput
 from moe_parallel.order import TokenOrder, TokenSegment
 from moe_parallel.peer_memory import PeerMemory
 from moe_parallel.route import RoutingStats
-from moe_parallel.sharding import distribute_experts
+from moe_parallel.sharding import distribute_experts, parameter_groups
 from moe_parallel.timeline import Timeline
 from moe_parallel.topology import ExpertGroups, ExpertTopology, ParallelGroups
 from moe_parallel.wrappers import apply_ddp, apply_fsdp, clip_grad_norm_
@@ -26,4 +26,5 @@ __all__ = [
     "apply_fsdp",
     "clip_grad_norm_",
     "distribute_experts",
+    "parameter_groups",
 ]

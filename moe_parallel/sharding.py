@@ -31,14 +31,33 @@ def split_experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:
             yield name, module
 
 
+def parameter_groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
+    """Dense parameters and experts, each a parameter group of a torch optimizer.
+
+    An optimizer updates the parameters of a group together, by default on GPUs, and refuses plain
+    tensors beside DTensors: after :func:`distribute_experts` only the experts are DTensors. The
+    groups are the same at every ep, etp and number of ranks, so optimizer states load at others.
+
+    Args:
+        model: holds any number of :class:`moe_parallel.ExpertParallelMoE`; distributed or not.
+
+    Returns:
+        ``[{"params": dense}, {"params": experts}]``; without experts the first alone. Add options
+        of a group, such as ``weight_decay``, to the dicts.
+    """
+    experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
+    dense = [p for p in model.parameters() if p not in experts]
+    ordered = [p for p in model.parameters() if p in experts]
+    return [{"params": params} for params in (dense, ordered) if params]
+
+
 def distribute_experts(model: nn.Module, topology: ExpertTopology) -> DeviceMesh:
     """Make the split experts of a model DTensors over (ep, etp), in place.
 
     ``torch.distributed.checkpoint`` then saves and loads them, and their optimizer states, under
     any ep, etp and number of ranks, and ``state_dict()`` no longer raises. Make the optimizer after
-    this: the parameters are new objects, of the same memory. A call of the layer costs the host
-    some tens of microseconds more, and torch's optimizers loop over the parameters of a group that
-    has DTensors: give experts a group of their own.
+    this, with :func:`parameter_groups`: the parameters are new objects, of the same memory. A call
+    of the layer costs the host some tens of microseconds more.
 
     Args:
         model: holds any number of :class:`moe_parallel.ExpertParallelMoE`.

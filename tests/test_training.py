@@ -41,6 +41,7 @@ from moe_parallel import (
     apply_fsdp,
     clip_grad_norm_,
     distribute_experts,
+    parameter_groups,
 )
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
@@ -79,7 +80,8 @@ class Job:
             self.call = apply_ddp(model, self.groups)
         elif "fsdp" in how:
             apply_fsdp(model, topology, blocks=model.layers)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        # As by default on GPUs: the parameters of a group together.
+        self.optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-2, foreach=True)
 
     def step(self, number: int, micro_batches: int = 1) -> Tensor:
         """One step of training on all documents; the norm of the gradients."""

@@ -29,7 +29,7 @@ class Trainer:
             [
                 {"params": [p for p in dense if p.ndim > 1], "weight_decay": 0.1},
                 {"params": [p for p in dense if p.ndim == 1], "weight_decay": 0.0},
-                # Apart: they are DTensors, which torch's optimizers step one by one.
+                # Apart: they are DTensors, which optimizers do not update together with others.
                 {"params": experts, "weight_decay": 0.1},
             ],
             betas=(0.9, 0.95),

@@ -48,7 +48,7 @@ def test_ranks_with_different_layouts_are_told_who_holds_what() -> None:
 def batch_errors() -> list[str]:
     """As above, of three ranks two of which agree, and of one batch on which all do."""
     settings: dict[str, Any] = {
-        "dp_rank": on_rank(0, 0, 1),
+        "dp_rank": 0,
         "order": "contiguous",
         "group": dist.group.WORLD,
     }
@@ -64,6 +64,9 @@ def batch_errors() -> list[str]:
         with pytest.raises(ValueError, match="must be equal on every rank") as error:
             pack_batch(lengths, num_ranks=num_ranks, **settings)
         errors.append(str(error.value))
+    with pytest.raises(ValueError) as error:  # -1 would be the last replica's
+        pack_batch([(5, 7), (9,)], num_ranks=1, **settings | {"dp_rank": on_rank(0, 0, -1)})
+    errors.append(str(error.value))
     settings["dp_rank"] = dist.get_rank() % 2  # a rank's own place may differ
     pack_batch([(5, 7), (9,)], num_ranks=1, **settings)
     return errors
@@ -78,6 +81,7 @@ def test_ranks_with_different_packs_are_told_who_holds_what() -> None:
     assert "ranks [2] hold 4 documents of 21 tokens" in errors[2]
     assert "ranks [2] hold no pack: document_lengths must hold at least one token" in errors[3]
     assert "ranks [2] hold 2 documents of 12 tokens in 1 replicas" in errors[4]
+    assert "ranks [2] hold no pack: dp_rank must be in [0, 2)" in errors[5]
 
 
 def refused_alike() -> str:

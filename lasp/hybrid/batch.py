@@ -56,23 +56,24 @@ def pack_batch(
             if their packs differ.
     """
     layouts = agreed_layouts(
-        lambda: replica_layouts(document_lengths, padded_lengths, num_ranks, order), group
+        lambda: replica_layouts(document_lengths, padded_lengths, dp_rank, num_ranks, order), group
     )
-    if not 0 <= dp_rank < len(layouts):
-        raise ValueError(
-            f"dp_rank must be in [0, {len(layouts)}), the replicas that document_lengths names, got"
-            f" {dp_rank}"
-        )
     return PackedBatch(layouts[dp_rank], router_order(layouts))
 
 
 def replica_layouts(
     document_lengths: Sequence[Sequence[int]],
     padded_lengths: Sequence[Sequence[int]] | None,
+    dp_rank: int,
     num_ranks: int,
     order: Order,
 ) -> list[SequenceLayout]:
-    """The layout of every replica; ValueError unless both lengths are given for each of them."""
+    """The layout of every replica; ValueError unless the arguments name each, ``dp_rank`` too."""
+    if not 0 <= dp_rank < len(document_lengths):
+        raise ValueError(
+            f"dp_rank must be in [0, {len(document_lengths)}), the replicas that document_lengths"
+            f" names, got {dp_rank}"
+        )
     padded = [None] * len(document_lengths) if padded_lengths is None else padded_lengths
     if len(padded) != len(document_lengths):
         raise ValueError(

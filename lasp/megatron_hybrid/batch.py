@@ -53,7 +53,7 @@ def pack_sequences(
     """
 
     def make() -> list[SequenceLayout]:
-        layouts = replica_layouts(document_lengths, padded_lengths, cp_size, order)
+        layouts = replica_layouts(document_lengths, padded_lengths, dp_rank, cp_size, order)
         return [_divisible(layout, tp_size) for layout in layouts]
 
     layouts = agreed_layouts(make, group, tp_size)
@@ -129,9 +129,19 @@ def share_packs(
         pg_collection: its tp, cp and dp groups; of the parallel state if None.
 
     Communication: one all-gather of the lengths over dp.
+
+    Raises:
+        ValueError: on every rank of dp, if the pack of one of them is refused.
     """
     tp, cp, dp = groups_of(pg_collection, "packs of all replicas", "tp", "cp", "dp")
-    own = layout_of_megatrons_pack(packed_seq_params, cp.size(), packed_cut)
+    own: SequenceLayout | str
+    try:
+        own = layout_of_megatrons_pack(packed_seq_params, cp.size(), packed_cut)
+    except ValueError as error:  # the others would wait for this rank
+        own = str(error)
     layouts: list[Any] = [None] * dp.size()
     dist.all_gather_object(layouts, own, group=dp)
+    refused = {rank: why for rank, why in enumerate(layouts) if isinstance(why, str)}
+    if isinstance(own, str) or refused:
+        raise ValueError(f"the packs of all dp ranks must be valid, got by rank {refused}")
     return PackedSequence(layout=own, token_order=router_order(layouts, tp.size()))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lasp.layout import SequenceLayout
 from lasp.megatron import PackedSequence, layout_of, shard_batch
-from lasp.megatron_hybrid import pack_sequences
+from lasp.megatron_hybrid import pack_sequences, share_packs
+from tests.megatron.attention import megatrons_pack
 from tests.megatron.cpu import initialize
 from tests.ranks import run_on_ranks
 
@@ -147,6 +148,29 @@ def test_batches_that_are_refused() -> None:
             shard_batch(batch | changes, packed, cp_rank=0)
     with pytest.raises(ValueError, match=r"rank must be in \[0, 2\)"):
         shard_batch(batch, packed, cp_rank=2)
+
+
+@pytest.mark.parametrize("dp_rank", [-1, 1])
+def test_a_replica_that_is_not_there_is_refused(dp_rank: int) -> None:
+    with pytest.raises(ValueError, match="dp_rank must be in"):
+        pack_sequences([(5, 7)], dp_rank=dp_rank, cp_size=1, order="fold")
+
+
+def shared_on_rank() -> str:
+    """What two replicas are told if the second one's pack cannot be read."""
+    groups = initialize()
+    packed = megatrons_pack(SequenceLayout((5, 7), 1))
+    if groups.dp.rank() == 1:
+        packed.cu_seqlens_q = packed.cu_seqlens_q[None]
+    with pytest.raises(ValueError) as error:
+        share_packs(packed, pg_collection=groups)
+    return str(error.value)
+
+
+def test_a_pack_that_one_replica_cannot_read_is_refused_by_all() -> None:
+    for error in run_on_ranks(shared_on_rank, 2):
+        assert "got by rank {1:" in error
+        assert "squeeze the dim of the batch" in error
 
 
 def test_packed_sequence_is_what_megatron_expects() -> None:

@@ -43,7 +43,7 @@ def cases_for(num_ranks: int) -> list[Case]:
         case._replace(lengths=PACKS[2], exchange=exchange, with_states=exchange != "scan")
         for exchange in ("sliced", "scan", "serial", "auto")
     ]
-    fast = case._replace(lengths=(200, 0, 53, 90), exchange="one_hop", rates=(4.0, 9.0))
+    fast = case._replace(lengths=(200, 0, 53, 90), exchange="one_hop", rates=(7.0, 9.0))
     return [*by_document, *explicit, *other_orders, *exchanges, fast]
 
 

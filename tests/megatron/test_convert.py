@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing
-from torch import Tensor
+from torch import Tensor, nn
 
 from lasp.hybrid import HybridModel, next_token_loss, pack_batch
 from lasp.megatron_hybrid import load_plain_weights, plain_weights, to_megatron, to_plain
+from moe_parallel.route import Routing
+from moe_parallel.router import Router
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.cpu import initialize, train_on_cpu
 from tests.megatron.test_checkpoint import save
@@ -46,9 +48,28 @@ def plain_model() -> HybridModel:
     return model
 
 
+def step_aux_losses(model: HybridModel) -> list[Tensor]:
+    """Filled as the model runs: the auxiliary losses, with counts of all micro-batches so far."""
+    losses: list[Tensor] = []
+    counted: dict[nn.Module, tuple[Any, int]] = {}
+
+    def add(router: nn.Module, _: Any, routing: Routing) -> None:
+        assigned, num_tokens = counted.get(router, (0, 0))
+        assigned = assigned + routing.counts.assigned.sum(0)
+        num_tokens += routing.num_tokens
+        counted[router] = assigned, num_tokens
+        losses.append(routing.balance_loss(assigned, num_tokens))
+
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(add)
+    return losses
+
+
 def plain_loss_and_gradients() -> tuple[float, dict[str, Tensor]]:
     """Of the first step; the auxiliary loss weighs tokens / targets, as Megatron divides it."""
     model, corpus, losses = plain_model(), Corpus.from_standard_library(OPTIONS.seed), []
+    aux_losses = step_aux_losses(model)
     sizes = {"per_step": OPTIONS.packs, "num_tokens": OPTIONS.pack_tokens}
     packs = [
         corpus.replicas(index, num_replicas=1, **sizes)[0] for index in range(OPTIONS.micro_batches)
@@ -56,9 +77,10 @@ def plain_loss_and_gradients() -> tuple[float, dict[str, Tensor]]:
     targets = sum(int((pack.labels != NO_LABEL).sum()) for pack in packs)
     for pack in packs:
         batch = pack_batch([pack.document_lengths], dp_rank=0, num_ranks=1, order="contiguous")
-        output = model(pack.tokens, batch)
-        losses.append(next_token_loss(output.logits, pack.labels, targets))
-        (losses[-1] + output.aux_loss * (len(pack.tokens) / targets)).backward()
+        losses.append(next_token_loss(model(pack.tokens, batch).logits, pack.labels, targets))
+        aux_loss = torch.stack(aux_losses).sum()
+        aux_losses.clear()
+        (losses[-1] + aux_loss * (len(pack.tokens) / targets)).backward()
     return sum(losses).item(), {name: p.grad for name, p in model.named_parameters()}
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lasp._core.dtensors import local
+from lasp._core.graphs import outside_graphs
 from lasp._core.summed_gradients import any_summed, mark_summed
 from moe_parallel.experts import Experts
 from moe_parallel.router import Router
@@ -34,7 +37,8 @@ def apply_ddp(model: nn.Module, groups: ParallelGroups, **options: Any) -> Distr
     """``DistributedDataParallel`` that sums gradients and leaves split experts to their replicas.
 
     Call ``backward`` on this rank's share of the loss. Gradients may be accumulated over several
-    backwards, under ``no_sync()`` or not.
+    backwards, under ``no_sync()`` or not. Unfreeze, replace and convert parameters before this:
+    nobody would sum their gradients, so the next forward raises ValueError.
 
     Args:
         model: holds any number of :class:`moe_parallel.ExpertParallelMoE`, each with
@@ -49,8 +53,8 @@ def apply_ddp(model: nn.Module, groups: ParallelGroups, **options: Any) -> Distr
     over ``groups.edp`` in every backward, which nothing hides.
 
     Raises:
-        ValueError: if ``groups.token`` is None, ``options`` name a group or the model is wrapped
-            already.
+        ValueError: if ``groups.token`` is None, ``options`` name a group, the model is wrapped
+            already or nothing but split experts trains.
     """
     if groups.token is None:
         raise ValueError(
@@ -64,9 +68,15 @@ def apply_ddp(model: nn.Module, groups: ParallelGroups, **options: Any) -> Distr
             " twice. Keep the wrapper, or build the model anew"
         )
     split = {p for _, experts in split_experts(model) for p in experts.parameters()}
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if split.issuperset(trained):
+        raise ValueError(
+            "model must have dense parameters that train, got"
+            f" {'split experts alone' if trained else 'none'}: there is nothing for DDP to do. Sum"
+            " the gradients of experts over groups.edp after the backward, of a HybridModel by"
+            " reduce_gradients(model)"
+        )
+    for parameter in trained:
         # Hooks see a gradient before it is accumulated: what was accumulated is a sum already, and
         # stays one under the average that DDP takes of it again.
         if parameter not in split:
@@ -87,12 +97,58 @@ class _SummingDDP(DistributedDataParallel):
 
     knows_experts = True
 
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        self._trained = {p: _kind(p) for p in model.parameters() if p.requires_grad}
+        self._remember()
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """That of the module."""
+        if torch.is_grad_enabled():
+            self._check_trained()
+        return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _remember(self) -> None:
+        """Keep what :meth:`_state` tells of, and the objects, so that no other gets their id."""
+        tables = (t for m in self.module.modules() for t in (m._modules, m._parameters))
+        self._tables = [table for table in tables if isinstance(table, dict)]
+        self._known = list(chain.from_iterable(map(dict.values, self._tables)))
+        self._frozen = [p for p in self.module.parameters() if p not in self._trained]
+        self._known_state = self._state()
+
+    def _state(self) -> tuple[object, ...]:
+        """Which modules and parameters there are, and which of these train in which dtype."""
+        # No line of Python for each parameter: this takes 4 us for a decoder layer.
+        objects = map(id, chain.from_iterable(map(dict.values, self._tables)))
+        return (*objects, *map(_kind, self._trained), *map(_trains, self._frozen))
+
+    @outside_graphs
+    def _check_trained(self) -> None:
+        """Raise ValueError if a parameter trains now that hooks do not know, or not so."""
+        if self._state() == self._known_state:
+            return
+        names = [
+            name
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad and self._trained.get(parameter) != _kind(parameter)
+        ]
+        if names:
+            raise ValueError(
+                "parameters must train as they did when apply_ddp was called, got"
+                f" {names} unfrozen, new or converted since, whose gradients would not be summed:"
+                " change the model before apply_ddp, or build it anew"
+            )
+        self._remember()
+
     def __deepcopy__(self, memo: object) -> DistributedDataParallel:
         """ValueError: hooks of parameters are not copied, and the copy would average."""
         raise ValueError(
             "the module of a wrapper must be copied, not the wrapper, which would average"
             " gradients: copy wrapper.module"
         )
+
+
+_kind, _trains = attrgetter("dtype", "device"), attrgetter("requires_grad")
 
 
 def _scaled(grad: Tensor, *, factor: int) -> Tensor:

@@ -165,6 +165,12 @@ def refusals_on_rank() -> dict[str, str]:
     def scaled() -> nn.Module:
         return scaled_experts(model())
 
+    def experts_alone() -> nn.Module:
+        alone = model().requires_grad_(False)
+        for layer in alone.layers:
+            layer.moe.experts.requires_grad_(True)
+        return alone
+
     under_ddp, under_fsdp = model(), model()
     wrapper = apply_ddp(under_ddp, groups)
     apply_fsdp(under_fsdp, topology)
@@ -175,6 +181,7 @@ def refusals_on_rank() -> dict[str, str]:
         "apply_fsdp of scaled ones": lambda: apply_fsdp(scaled(), topology),
         "apply_fsdp on meta": lambda: apply_fsdp(model("meta"), topology),
         "apply_ddp again": lambda: apply_ddp(under_ddp, groups),
+        "apply_ddp of experts alone": lambda: apply_ddp(experts_alone(), groups),
         "copy of apply_ddp's wrapper": lambda: copy.deepcopy(wrapper),
         "apply_ddp after apply_fsdp": lambda: apply_ddp(under_fsdp, groups),
         "reduce_gradients after apply_ddp": lambda: reduce_gradients(under_ddp),
@@ -193,6 +200,7 @@ def test_tools_refuse_what_they_would_get_wrong() -> None:
             "distribute_experts of scaled ones": "layers.0.moe.experts.w2 must be a parameter",
             "apply_fsdp of scaled ones": "layers.0.moe.experts.w2 must be a parameter",
             "apply_fsdp on meta": "got parameters on meta",
+            "apply_ddp of experts alone": "model must have dense parameters that train",
             "apply_ddp again": "model must not be under apply_ddp or apply_fsdp already",
             "copy of apply_ddp's wrapper": "the module of a wrapper must be copied",
             "apply_ddp after apply_fsdp": "model must not be under apply_ddp or apply_fsdp already",
@@ -201,6 +209,74 @@ def test_tools_refuse_what_they_would_get_wrong() -> None:
         }.items():
             assert message in answers.pop(name), name
         assert not answers
+
+
+def unfrozen(model: HybridModel) -> None:
+    model.head.weight.requires_grad_(True)
+
+
+def unfrozen_experts(model: HybridModel) -> None:
+    model.layers[1].moe.experts.w2.requires_grad_(True)
+
+
+def replaced(model: HybridModel) -> None:
+    gate = model.layers[0].moe.gate
+    gate.weight = nn.Parameter(gate.weight.detach().clone())
+
+
+def converted(model: HybridModel) -> None:
+    model.layers[0].moe.experts.double()
+
+
+def adapted_late(model: HybridModel) -> None:
+    attention = model.layers[0].attention
+    attention.out_proj = Adapter(attention.out_proj)
+
+
+def unchanged_where_it_trains(model: HybridModel) -> None:
+    model.layers[1].attention.requires_grad_(False)
+    model.embedding = nn.Embedding.from_pretrained(model.embedding.weight.detach())
+
+
+CHANGES: dict[str, tuple[Callable[[HybridModel], None], list[str]]] = {
+    "unfrozen": (unfrozen, ["head.weight"]),
+    "unfrozen experts": (unfrozen_experts, ["layers.1.moe.experts.w2"]),
+    "replaced": (replaced, ["layers.0.moe.gate.weight"]),
+    "converted": (converted, ["layers.0.moe.experts.w13", "layers.0.moe.experts.w2"]),
+    "adapted": (
+        adapted_late,
+        [f"layers.0.attention.out_proj.{name}.weight" for name in ("down", "up")],
+    ),
+}
+
+
+def changed_under_ddp_on_rank() -> None:
+    topology = ExpertTopology(2, ep=2)
+    groups = groups_of(topology)
+    batch = pack_batch([[4], [4]], dp_rank=dist.get_rank(), num_ranks=1, order="contiguous")
+
+    def wrapped() -> tuple[HybridModel, nn.Module]:
+        model = HybridModel(CONFIG, groups=groups)
+        model.head.weight.requires_grad_(False)
+        model.layers[1].moe.experts.w2.requires_grad_(False)
+        ddp = apply_ddp(model, groups, find_unused_parameters=True)
+        ddp(torch.arange(4), batch).logits.sum().backward()
+        return model, ddp
+
+    for change, names in CHANGES.values():
+        model, ddp = wrapped()
+        change(model)
+        with pytest.raises(ValueError) as error:
+            ddp(torch.arange(4), batch)
+        assert f"got {names}" in str(error.value)
+        assert "before apply_ddp" in str(error.value)
+    model, ddp = wrapped()
+    unchanged_where_it_trains(model)
+    ddp(torch.arange(4), batch).logits.sum().backward()
+
+
+def test_parameters_that_change_under_apply_ddp_are_refused() -> None:
+    run_on_ranks(changed_under_ddp_on_rank, 2)
 
 
 def averaged_on_rank(sizes: dict[str, int]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ def check_positions(config: TransformerConfig, rotary_dim: int, rope_base: float
     GPTModel and HybridModel take ``position_embedding_type`` and ``rotary_*`` as arguments, which
     no layer sees. They are looked for where they can be: in the config (Megatron-Bridge's has them)
     and among the arguments of Megatron's training loop. What still is Megatron's default was not
-    asked for.
+    asked for. Positions that restart in rows are refused; in packs ours restart too.
 
     Args:
         config: Megatron's.
@@ -22,6 +22,13 @@ def check_positions(config: TransformerConfig, rotary_dim: int, rope_base: float
     """
     if not rotary_dim:
         return
+    packs = any(map(training_argument, ("sft", "dataloader_inter_document_masking")))
+    if training_argument("reset_position_ids") and not packs:
+        raise ValueError(
+            "Megatron's training argument reset_position_ids must be False with ring"
+            " self-attention, got True: a row is one document; for documents whose positions"
+            " restart take packs, as of --dataloader-inter-document-masking or --sft"
+        )
     own = {
         "position_embedding_type": ("none", "none"),
         "rotary_base": (rope_base, 10_000),

@@ -12,6 +12,7 @@ import torch
 from megatron.core.transformer.spec_utils import build_module
 
 from lasp.megatron import lightning_attention_spec, order_of_rows
+from lasp.megatron.positions import check_positions
 from lasp.megatron_hybrid import minimax_layer_spec
 from ring.megatron import ring_attention_spec
 from tests.megatron.attention import HEAD_DIM, HEADS, parallel_config
@@ -110,6 +111,23 @@ def test_a_mask_of_documents_in_rows_is_refused() -> None:
                 continue
             with pytest.raises(ValueError, match="reset_attention_mask must be False for a part"):
                 order_of_rows(SimpleNamespace(), "a part")
+
+
+def test_positions_that_restart_in_rows_are_refused() -> None:
+    """Ring self-attention rotates a row by its rows; the documents of packs restart anyway."""
+    packs = ({"sft": True}, {"dataloader_inter_document_masking": True})
+    config = SimpleNamespace(kv_channels=64)
+    for arguments in ({}, *packs):
+        training = SimpleNamespace(
+            _GLOBAL_ARGS=SimpleNamespace(reset_position_ids=True, **arguments)
+        )
+        with mock.patch.dict(sys.modules, {"megatron.training.global_vars": training}):
+            check_positions(config, 0, 1e4)  # it rotates nothing
+            if arguments:
+                check_positions(config, 32, 1e4)
+                continue
+            with pytest.raises(ValueError, match="reset_position_ids must be False with ring"):
+                check_positions(config, 32, 1e4)
 
 
 def contiguous_rows_on_rank() -> None:

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import lasp.call
+import lasp.lightning.op_context
 from benchmarks import lasp_peers
 from benchmarks.lasp_peers import Forward
 from benchmarks.lightning_kernels import Case as Pack
 from lasp import SequenceLayout, decay_rates, lightning_attention
-from lasp.exchange import Choice, resolve_exchange
+from lasp.state_exchange import Choice, resolve_exchange
 
 LAYERS = 80
 EXCHANGES = ("all_gather", "sliced", "scan", "one_hop", "auto", "serial")
@@ -86,7 +86,9 @@ def builds(
         elif name == "LASP" and contiguous and case.documents == 1:
             yield name, lasp_peers.lasp(case.rates(), machine.impl), nullcontext()
         elif name == "LASP-2":
-            at_once = patch.object(lasp.call, "start_exchange", lasp_peers.synchronous)
+            at_once = patch.object(
+                lasp.lightning.op_context, "start_exchange", lasp_peers.synchronous
+            )
             yield name, ours(case, "all_gather", machine, 0.0), at_once
         elif name == "head parallel" and contiguous and case.heads % ranks == 0:
             lengths = case.layout().document_lengths

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 
 from lasp import SequenceLayout, decay_rates
-from lasp.exchange import resolve_exchange
-from lasp.exchange.choice import EXACT, Choice, kept_over
-from lasp.exchange.cost import (
+from lasp.sequence.state_flow import flow_of
+from lasp.state_exchange import resolve_exchange
+from lasp.state_exchange.choice import EXACT, Choice, kept_over
+from lasp.state_exchange.cost import (
     NETWORK,
     NVLINK,
     Link,
@@ -34,7 +35,6 @@ from lasp.exchange.cost import (
     slice_rows,
     traffic_of,
 )
-from lasp.flow import flow_of
 
 LINKS = {"NVLink": NVLINK, "network": NETWORK}
 RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -56,7 +56,7 @@ def predicted_us(name: str, num_ranks: int, size: StateSize, link: Link) -> floa
 
 
 def two_level_us(num_ranks: int, size: StateSize, per_host: int = 8) -> float:
-    """Of one document, hosts over NVLink and the network between them, see ``lasp.exchange.hosts``.
+    """One document, hosts over NVLink and the network between, ``lasp.state_exchange.hosts``.
 
     The last gather is of slices: what it moves is that of a gather of whole states over the host,
     divided by its ranks.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp import SequenceLayout, lightning_attention
-from lasp.exchange import Wait, start_exchange
+from lasp.state_exchange import Wait, start_exchange
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 

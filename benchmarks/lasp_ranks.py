@@ -47,8 +47,8 @@ from benchmarks.lasp_cases import (
 )
 from benchmarks.wire import counted
 from lasp import lightning_attention
-from lasp.call import Call, start
-from lasp.flow import flow_of
+from lasp.lightning.op_context import Call, start
+from lasp.sequence.state_flow import flow_of
 
 FLUSHES = 64
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import copy_bytes_per_s, environment, measure_ms, write_rows
-from lasp.layers import norm_gate, silu_split
+from lasp.layers.norm_gate import norm_gate, silu_split
 
 HEAD_DIM, EPS = 128, 1e-6
 SHAPES = [(64, 32768), (64, 4096), (8, 131072)]

@@ -33,7 +33,7 @@ from benchmarks.harness import copy_bytes_per_s, environment, measure_ms, write_
 from benchmarks.left_product import left_product_attention
 from benchmarks.lightning_kernels import Case, fla, ours
 from lasp import decay_rates
-from lasp.reference import recurrent_lightning_attention
+from lasp.lightning.reference import recurrent_lightning_attention
 
 LENGTHS = [2**n for n in range(10, 21)]
 LAYER, LAYERS = 40, 80

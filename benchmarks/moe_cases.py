@@ -16,12 +16,12 @@ from torch import Tensor
 from benchmarks.lasp_ranks import Machine
 from benchmarks.token_groups import token_groups
 from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig, PeerMemory
-from moe_parallel.exchange import Splits
-from moe_parallel.gemm import backward_product, forward_product, weight_product
-from moe_parallel.grouping import expert_groups
-from moe_parallel.overlap import Pipeline, PipelinePlans, Transfer
-from moe_parallel.peer_memory import PeerRows
-from moe_parallel.stream_memory import CudaStreamMemory
+from moe_parallel.dispatch.all_to_all import Splits
+from moe_parallel.dispatch.stream_memory import CudaStreamMemory
+from moe_parallel.dispatch.symmetric_memory import PeerRows
+from moe_parallel.experts.gemm import backward_product, forward_product, weight_product
+from moe_parallel.pipeline.groups import expert_groups
+from moe_parallel.pipeline.pipeline import Pipeline, PipelinePlans, Transfer
 
 PLANTED = 4.0  # what a token's features say of its experts, against features of size 1
 SILENT = ("nothing sent", "nothing copied")

@@ -37,9 +37,9 @@ from benchmarks.ring_cases import (
 )
 from benchmarks.ring_peers import Forward
 from lasp import SequenceLayout
-from lasp.plan import plan_layout
+from lasp.sequence.planner import plan_layout
 from ring import ring_attention
-from ring.schedule import plan_ring
+from ring.planner.schedule import plan_ring
 
 NAME, WHOLE, TILE = "ring_packed", "whole pack on one GPU", 128
 

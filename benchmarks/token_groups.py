@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_parallel import ExpertParallelMoE, TokenOrder
-from moe_parallel.exchange import plan_exchange
-from moe_parallel.gemm import backward_product, forward_product, weight_product
+from moe_parallel.dispatch.all_to_all import plan_exchange
+from moe_parallel.dispatch.permute import permute, row_order, unpermute
+from moe_parallel.experts.gemm import backward_product, forward_product, weight_product
+from moe_parallel.experts.swiglu import swiglu, swiglu_backward
 from moe_parallel.impl import chosen_impl
-from moe_parallel.overlap import Pipeline
-from moe_parallel.permute import permute, row_order, unpermute
-from moe_parallel.route import route
-from moe_parallel.swiglu import swiglu, swiglu_backward
+from moe_parallel.pipeline.pipeline import Pipeline
+from moe_parallel.router.route import route
 
 
 def token_groups(layer: ExpertParallelMoE, x_TM: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which block sizes should ``lasp.kernels.tuning`` name for this GPU?
+"""Which block sizes should ``lasp.lightning.triton.tuning`` name for this GPU?
 
 Times the output kernel over head dims and ways to cut it, and prints a table: the best first, the
 one in ``tuning`` marked. What it does not fit (shared memory, registers) is left out. Then it times
@@ -22,11 +22,12 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.harness import copy_bytes_per_s, measure_ms
-from lasp import SequenceLayout, decay_rates, launch
-from lasp.decay import rates_by_value
-from lasp.kernels import tuning
-from lasp.kernels.tuning import Blocks
-from lasp.segments import Plan, plan_of, reaches_of
+from lasp import SequenceLayout, decay_rates
+from lasp.lightning import triton as launch
+from lasp.lightning.decay import rates_by_value
+from lasp.lightning.triton import tuning
+from lasp.lightning.triton.segments import Plan, plan_of, reaches_of
+from lasp.lightning.triton.tuning import Blocks
 
 HEADS, TOKENS, LAYERS = 16, 131072, 80
 

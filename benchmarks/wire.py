@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.exchange import strategies
+from lasp.state_exchange import strategies
 
 
 class Received:

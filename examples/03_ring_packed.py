@@ -8,7 +8,7 @@ import torch.distributed as dist
 from launch import init_distributed
 
 from lasp import SequenceLayout
-from lasp.plan import layout_costs
+from lasp.sequence.planner import layout_costs
 from ring import ring_attention
 
 QUERY_HEADS, KV_HEADS, DIM = 8, 2, 32

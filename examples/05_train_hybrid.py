@@ -32,7 +32,7 @@ from lasp.hybrid import (
     pack_batch,
     reduce_gradients,
 )
-from lasp.layout import Order
+from lasp.sequence.layout import Order
 from moe_parallel import ExpertTopology, distribute_experts
 
 PROMPT = b"def main("

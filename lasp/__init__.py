@@ -1,10 +1,10 @@
 """Lightning attention over a sequence cut across ranks."""
 
-from lasp.attention import LightningOutput, lightning_attention
-from lasp.decay import decay_rates
-from lasp.decode import lightning_decode
-from lasp.layout import SequenceLayout
-from lasp.module import LightningAttention
+from lasp.layers.lightning_attention import LightningAttention
+from lasp.lightning.attention import LightningOutput, lightning_attention
+from lasp.lightning.decay import decay_rates
+from lasp.lightning.decode import lightning_decode
+from lasp.sequence.layout import SequenceLayout
 
 __all__ = [
     "LightningAttention",

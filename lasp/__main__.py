@@ -9,12 +9,12 @@ from importlib.util import find_spec
 import torch
 
 from lasp import SequenceLayout, decay_rates, lightning_attention
-from lasp.exchange import resolve_exchange
-from lasp.reference import recurrent_lightning_attention
+from lasp.lightning.reference import recurrent_lightning_attention
+from lasp.state_exchange import resolve_exchange
 from moe_parallel import ExpertParallelMoE, MoEConfig
 from moe_parallel.reference import reference_moe
 from ring import ring_attention
-from ring.block import resolve_block
+from ring.blocks.registry import resolve_block
 from ring.reference import dense_attention
 
 LENGTHS = (70, 1, 0, 129)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
-from moe_parallel.gemm import Gemm
-from moe_parallel.impl import Impl
-from moe_parallel.route import DropPolicy, check_drop
 from moe_parallel.topology import check_sizes
+
+DropPolicy = Literal["position", "probability"]
+Gemm = Literal["auto", "loop", "grouped"]
+Impl = Literal["auto", "eager", "triton"]
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,21 @@ class MoEConfig:
             assignments of the N tokens of all ranks; None keeps all, as eval mode does.
         drop_policy: which assignments stay when an expert is full: the first by ``position``, or
             those of highest ``probability``.
-        aux_loss_coefficient: weight of the load-balancing loss (:func:`moe_parallel.route.route`).
-        gemm: how the experts multiply (:class:`moe_parallel.experts.Experts`).
+        aux_loss_coefficient: weight of the load-balancing loss
+            (:func:`moe_parallel.router.route.route`).
+        gemm: how the experts multiply (:class:`moe_parallel.experts.experts.Experts`).
         overlap_groups: into how many groups a rank's experts are cut, so that the communication of
-            one runs under the products of another (:mod:`moe_parallel.overlap`); at most the
-            experts of a rank. None: by the rule of :func:`moe_parallel.grouping.groups_that_pay`.
-            Results have the same bits for any number.
+            one runs under the products of another (:mod:`moe_parallel.pipeline.pipeline`); at most
+            the experts of a rank. None: by the rule of
+            :func:`moe_parallel.pipeline.groups.groups_that_pay`. Results have the same bits for any
+            number.
         max_rows: most rows (kept assignments) that the experts of one rank may take in a call; more
             raise on every rank of its EP x ETP block, before any row travels. None: as many as come
             (docs/moe.md has what they take of memory).
         pad_to_capacity: in training mode every rank sends as many rows to every expert, so that no
             shape depends on the routing and nothing is copied to the host; capacity is then counted
-            on each rank, see :mod:`moe_parallel.capacity`. Needs a ``capacity_factor`` and drops by
-            position.
+            on each rank, see :mod:`moe_parallel.dispatch.padding`. Needs a ``capacity_factor`` and
+            drops by position.
         impl: of the router, the activation, and the rows of tokens and their sums: ``eager`` is
             plain torch, ``triton`` kernels, ``auto`` triton on CUDA but for float64
             (:func:`moe_parallel.impl.chosen_impl`).
@@ -90,3 +93,13 @@ class MoEConfig:
                 "pad_to_capacity needs a capacity_factor and drop_policy 'position', got"
                 f" {self.capacity_factor} and {self.drop_policy!r}: padding needs a size"
             )
+
+
+def check_drop(capacity_factor: float | None, drop_policy: str) -> None:
+    """Raise ValueError for a capacity factor or policy that the router does not know."""
+    if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+        raise ValueError(
+            f"capacity_factor must be > 0, or None for dropless routing, got {capacity_factor}"
+        )
+    if drop_policy not in get_args(DropPolicy):
+        raise ValueError(f"drop_policy must be one of {get_args(DropPolicy)}, got {drop_policy!r}")

@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 import torch
 
-Impl = Literal["auto", "eager", "triton"]
+from moe_parallel.config import Impl
+
 ChosenImpl = Literal["eager", "triton"]
 
 
@@ -21,7 +22,7 @@ def chosen_impl(impl: Impl, device: torch.device, dtype: torch.dtype) -> ChosenI
     if impl == "auto":
         return "triton" if device.type == "cuda" and dtype != torch.float64 else "eager"
     if impl == "triton":
-        from moe_parallel import launch
+        from moe_parallel.kernels import launch
 
         if dtype == torch.float64 or (launch.COMPILED and device.type not in ("cuda", "meta")):
             raise ValueError(

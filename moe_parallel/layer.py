@@ -11,22 +11,22 @@ from torch import Tensor, nn
 
 from lasp._core.autocast import autocast_inputs
 from lasp._core.graphs import outside_graphs
-from moe_parallel.agreement import check_rows
-from moe_parallel.capacity import drop_by_rank, padded_order
 from moe_parallel.config import MoEConfig
-from moe_parallel.decision import KeptCounts, agreed_order, check_hidden
-from moe_parallel.experts import Experts, generator_of
-from moe_parallel.grouping import DispatchOrder, expert_groups, groups_that_pay
+from moe_parallel.dispatch.padding import drop_by_rank, padded_order
+from moe_parallel.dispatch.permute import RowOrder, permute, row_order, unpermute
+from moe_parallel.dispatch.symmetric_memory import PeerRows
+from moe_parallel.experts.experts import Experts, generator_of
 from moe_parallel.impl import chosen_impl
 from moe_parallel.mesh import block_ranks, expert_mesh
-from moe_parallel.order import TokenOrder
-from moe_parallel.overlap import Pipeline, PipelinePlans
-from moe_parallel.peer_memory import PeerRows
-from moe_parallel.permute import RowOrder, permute, row_order, unpermute
-from moe_parallel.route import Routing, RoutingStats, expert_capacity
-from moe_parallel.router import Router
+from moe_parallel.pipeline.groups import DispatchOrder, expert_groups, groups_that_pay
+from moe_parallel.pipeline.pipeline import Pipeline, PipelinePlans
+from moe_parallel.pipeline.timeline import Timeline
+from moe_parallel.router.checks import check_rows
+from moe_parallel.router.host_counts import KeptCounts, agreed_order, check_hidden
+from moe_parallel.router.module import Router
+from moe_parallel.router.route import Routing, RoutingStats, expert_capacity
+from moe_parallel.router.token_order import TokenOrder
 from moe_parallel.sharding import check_replicas
-from moe_parallel.timeline import Timeline
 from moe_parallel.topology import ExpertGroups
 
 
@@ -57,7 +57,7 @@ class ExpertParallelMoE(nn.Module):
     Parameters: ``gate.weight`` ``[E, hidden]``, the same on every rank, float32 (float64 in a
     float64 layer) whatever ``dtype`` is, as MiniMax keeps it; choose the dtype here rather than by
     ``.to(dtype)``, which would round the gate too. ``experts.w13`` and ``experts.w2`` hold this
-    rank's part (:meth:`moe_parallel.experts.Experts.sharding`).
+    rank's part (:meth:`moe_parallel.experts.experts.Experts.sharding`).
 
     Args:
         config: sizes and policies.
@@ -72,13 +72,13 @@ class ExpertParallelMoE(nn.Module):
     and ``gate.weight`` over the token group. Run backward on every rank, also one without tokens.
     Differentiating gradients again raises RuntimeError.
 
-    Communication, per call: one all-gather over the token group (:mod:`moe_parallel.route`); two
-    all-to-alls over EP and two over ETP for each of ``overlap_groups`` groups of experts, under the
-    products of another (:mod:`moe_parallel.overlap`), twice that with backward; with
-    ``groups.peers`` they are copies (:mod:`moe_parallel.peer_exchange`).
-    One device-to-host copy of ranks x E counts, none with ``pad_to_capacity``. Once for a
-    ``token_order``, at the first layer that sees it, ranks compare it: 24 bytes each, and one more
-    copy (:mod:`moe_parallel.agreement`).
+    Communication, per call: one all-gather over the token group (:mod:`moe_parallel.router.route`);
+    two all-to-alls over EP and two over ETP for each of ``overlap_groups`` groups of experts, under
+    the products of another (:mod:`moe_parallel.pipeline.pipeline`), twice that with backward; with
+    ``groups.peers`` they are copies (:mod:`moe_parallel.dispatch.copy_engine`). One device-to-host
+    copy of ranks x E counts, none with ``pad_to_capacity``. Once for a ``token_order``, at the
+    first layer that sees it, ranks compare it: 24 bytes each, and one more copy
+    (:mod:`moe_parallel.router.checks`).
 
     Raises:
         ValueError: naming the argument, on every rank and before any collective, if the sizes do
@@ -186,7 +186,7 @@ class ExpertParallelMoE(nn.Module):
         return MoEOutput(output, routing.aux_loss, routing.stats)
 
     def agreed_order(self, rows: Tensor, token_order: TokenOrder | None) -> TokenOrder:
-        """Where all tokens stand, see :func:`moe_parallel.decision.agreed_order`."""
+        """Where all tokens stand, see :func:`moe_parallel.router.host_counts.agreed_order`."""
         return agreed_order(
             rows,
             token_order,
@@ -217,7 +217,7 @@ class ExpertParallelMoE(nn.Module):
         Returns:
             The results ``[A, hidden]``, and which row is whose.
 
-        Communication: see :meth:`moe_parallel.overlap.Pipeline.run`.
+        Communication: see :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`.
 
         Raises:
             ValueError: if a rank of the block would take more than ``max_rows``.
@@ -228,7 +228,7 @@ class ExpertParallelMoE(nn.Module):
             kept_Tk,
             counts.of_rank(self.mesh.token_rank),
             self.config.num_experts,
-            tally=counts.tally,
+            histogram=counts.histogram,
             places_E=self._order.places(experts, x_TM.device),
         )
         order = replace(order, peers=self._reserved(counts.most, x_TM, counts))

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_parallel.gate import gate_dtype
-from moe_parallel.route import DropPolicy, expert_capacity
+from moe_parallel.config import DropPolicy
+from moe_parallel.router.gate import gate_dtype
+from moe_parallel.router.route import expert_capacity
 
 
 class ReferenceOutput(NamedTuple):
@@ -40,8 +41,8 @@ def reference_moe(
     """h_n = sum over the kept of n's top k experts of softmax(top-k logits) FFN_e(x_n).
 
     FFN_e(x) = w2_e (silu(w1_e x) * w3_e x), (w1_e, w3_e) = w13_e. Capacity, drop policies and the
-    auxiliary loss as in :func:`moe_parallel.route.route`. All N tokens in global order on one
-    device; gradients by autograd. Nothing here is fast.
+    auxiliary loss as in :func:`moe_parallel.router.route.route`. All N tokens in global order on
+    one device; gradients by autograd. Nothing here is fast.
     """
     tokens, num_experts = x_NM.shape[0], gate_EM.shape[0]
     dtype = gate_dtype(x_NM.dtype)

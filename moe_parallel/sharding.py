@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_parallel.experts import Experts
+from moe_parallel.experts.experts import Experts
 from moe_parallel.topology import ExpertTopology
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch.distributed as dist
 
-from moe_parallel.peer_memory import PeerMemory
+from moe_parallel.dispatch.symmetric_memory import PeerMemory
 
 Axis = Literal["tp", "cp", "dp", "pp", "dp_cp", "token", "ep", "etp", "edp", "ep_etp"]
 

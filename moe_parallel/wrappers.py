@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lasp._core.dtensors import local
 from lasp._core.graphs import outside_graphs
 from lasp._core.summed_gradients import any_summed, mark_summed
-from moe_parallel.experts import Experts
-from moe_parallel.router import Router
+from moe_parallel.experts.experts import Experts
+from moe_parallel.router.module import Router
 from moe_parallel.sharding import distribute_experts, split_experts
 from moe_parallel.topology import ExpertTopology, ParallelGroups
 

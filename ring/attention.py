@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lasp._core.autocast import autocast_inputs
 from lasp._core.joint_backward import join_backward
-from lasp.layout import SequenceLayout
-from ring.operators import attend
+from lasp.sequence.layout import SequenceLayout
+from ring.torch_ops import attend
 from ring.validation import check_kinds, check_tensors
 
 
@@ -60,7 +60,7 @@ def ring_attention(  # the operator: its arguments are its documentation
         causal: a query sees itself and what comes before it in its document; else all of it.
         scale: factor of the scores; None: 1 / sqrt(D).
         block: kernel, ``auto``, ``cudnn``, ``flash``, ``cpu_flash`` or ``eager``: see
-            :func:`ring.block.resolve_block`.
+            :func:`ring.blocks.registry.resolve_block`.
         keep_kv: keep what the forward received, ``2 R Hkv D`` elements in the dtype of ``k``, so
             that the backward need not fetch it again.
 

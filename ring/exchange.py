@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring.schedule import Exchange, Parts, RingSchedule, Stage
+from ring.planner.schedule import Exchange, Parts, RingSchedule, Stage
 
 KV = Tensor | tuple[Tensor, Tensor]  # k and v, or dk and dv, [tokens, Hkv, D] each
 

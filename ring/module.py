@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lasp.layout import SequenceLayout
+from lasp.sequence.layout import SequenceLayout
 from ring.attention import ring_attention
-from ring.operators import positions
 from ring.rope import apply_rotary, check_rotary_dim
+from ring.torch_ops import positions
 from ring.validation import check_kinds
 
 
@@ -30,7 +30,7 @@ class RingAttention(nn.Module):
         rotary_dim: dims of each head that are rotated, even; MiniMax-01: D / 2; 0: none.
         rope_base: 10,000 in MiniMax-01's pre-training, 10,000,000 at 1M context.
         causal: a token sees itself and what comes before it in its document; else all of it.
-        block: attention kernel, see :func:`ring.block.resolve_block`.
+        block: attention kernel, see :func:`ring.blocks.registry.resolve_block`.
         device: of the parameters.
         dtype: of the parameters.
 

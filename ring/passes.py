@@ -21,6 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ring.blocks.gradients import RowGradients
+from ring.blocks.interface import QKV, Block, Segments, cu_seqlens
+from ring.blocks.merge import Accumulator, Partial
 from ring.exchange import (
     KV,
     Arrivals,
@@ -30,10 +33,7 @@ from ring.exchange import (
     kept_slabs,
     make_buffers,
 )
-from ring.gradients import RowGradients
-from ring.interface import QKV, Block, Segments, cu_seqlens
-from ring.merge import Accumulator, Partial
-from ring.schedule import RingSchedule, Tile
+from ring.planner.schedule import RingSchedule, Tile
 
 
 class Call(NamedTuple):

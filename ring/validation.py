@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
+from lasp.sequence.layout import SequenceLayout
 
 
 def check_kinds(layout: SequenceLayout | None, cp_group: dist.ProcessGroup | None) -> None:

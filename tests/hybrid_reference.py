@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.decay import decay_rates
 from lasp.hybrid import HybridConfig
-from lasp.reference import recurrent_lightning_attention
+from lasp.lightning.decay import decay_rates
+from lasp.lightning.reference import recurrent_lightning_attention
 from moe_parallel.reference import reference_moe
 from ring.reference import dense_attention
 

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 
 from lasp import lightning_decode
-from lasp.kernels import tuning
-from lasp.layers import norm_gate, silu_split
-from moe_parallel import top_k
-from moe_parallel.permute import permute, row_order, unpermute
-from moe_parallel.swiglu import swiglu, swiglu_backward
-from ring.kernels.merge import merge_to
+from lasp.layers.norm_gate import norm_gate, silu_split
+from lasp.lightning.triton import tuning
+from moe_parallel.dispatch.permute import permute, row_order, unpermute
+from moe_parallel.experts.swiglu import swiglu, swiglu_backward
+from moe_parallel.router import top_k
+from ring.blocks.merge_kernel import merge_to
 from tests.lasp.cases import Case, attend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there with TRITON_INTERPRET=1

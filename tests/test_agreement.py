@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from lasp.hybrid import pack_batch
-from lasp.layout import Order, SequenceLayout
+from lasp.sequence.layout import Order, SequenceLayout
 from tests.ranks import run_on_ranks
 
 ORDERS: tuple[Order, ...] = ("zigzag", "fold")

@@ -29,9 +29,9 @@ ROOT = Path(lasp.__file__).parents[1]
 # What a compiler may read: public functions up to where they hand over, and modules around them.
 ENTRANCES = {
     "lasp/_core/graphs.py",
-    "lasp/attention.py",
+    "lasp/lightning/attention.py",
     "lasp/hybrid/model.py",
-    "lasp/module.py",
+    "lasp/layers/lightning_attention.py",
     "ring/module.py",
 }
 LAYOUT = SequenceLayout((5, 3), 1)

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lasp import LightningAttention, lightning_attention, lightning_decode
-from lasp.layers import norm_gate, silu_split, sum_over_ranks
+from lasp.layers.norm_gate import norm_gate, silu_split, sum_over_ranks
 from moe_parallel import ExpertParallelMoE, MoEConfig
-from moe_parallel.exchange import ExchangePlan, dispatch
-from moe_parallel.experts import Experts
-from moe_parallel.gate import split_logits
-from moe_parallel.overlap import local_pipeline
-from moe_parallel.permute import permute, row_order, unpermute
-from moe_parallel.top_k import choose
+from moe_parallel.dispatch.all_to_all import ExchangePlan, dispatch
+from moe_parallel.dispatch.permute import permute, row_order, unpermute
+from moe_parallel.experts.experts import Experts
+from moe_parallel.pipeline.pipeline import local_pipeline
+from moe_parallel.router.gate import split_logits
+from moe_parallel.router.top_k import choose
 from ring import RingAttention, ring_attention
 from tests.closeness import assert_equal_to_rounding
 

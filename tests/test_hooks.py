@@ -13,8 +13,8 @@ from lasp import LightningAttention
 from lasp.hybrid import HybridModel, pack_batch
 from lasp.hybrid.config import AttentionConfig, HybridConfig
 from moe_parallel import ExpertParallelMoE, MoEConfig, TokenOrder
-from moe_parallel.experts import Experts
-from moe_parallel.overlap import local_pipeline
+from moe_parallel.experts.experts import Experts
+from moe_parallel.pipeline.pipeline import local_pipeline
 from ring import RingAttention
 from tests.hooks import calls_of_owners
 

@@ -22,7 +22,7 @@ from lasp.hybrid import (
     pack_batch,
     reduce_gradients,
 )
-from lasp.layout import SequenceLayout
+from lasp.sequence.layout import SequenceLayout
 from moe_parallel import ExpertTopology, MoEConfig, ParallelGroups
 from tests.closeness import assert_equal_to_rounding, relative_error
 from tests.hybrid_reference import reference_logits

@@ -8,7 +8,9 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("package", ["lasp", "lasp.layout", "ring", "moe_parallel", "lasp.hybrid"])
+@pytest.mark.parametrize(
+    "package", ["lasp", "lasp.sequence.layout", "ring", "moe_parallel", "lasp.hybrid"]
+)
 def test_import_needs_neither_triton_nor_megatron(package: str) -> None:
     code = (
         "import sys\n"

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lasp import LightningAttention, SequenceLayout, lightning_attention
-from lasp.layers import norm_gate
+from lasp.layers.norm_gate import norm_gate
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig
-from moe_parallel.exchange import ExchangePlan, dispatch
+from moe_parallel.dispatch.all_to_all import ExchangePlan, dispatch
 from ring import RingAttention, ring_attention
 from tests.closeness import assert_equal_to_rounding
 from tests.moe_parallel.layers import groups_of

@@ -17,7 +17,7 @@ from tests import sanitize
 def kernels() -> dict[str, Any]:
     """By name: what is launched ends in ``_kernel``."""
     found = {}
-    for package in ("lasp.kernels", "ring.kernels", "moe_parallel.kernels"):
+    for package in ("lasp.lightning.triton", "ring.blocks", "moe_parallel.kernels"):
         for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
             module = importlib.import_module(f"{package}.{info.name}")
             found |= {name: x for name, x in vars(module).items() if name.endswith("_kernel")}

@@ -22,8 +22,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lasp.hybrid import HybridConfig, HybridModel
-from lasp.megatron_hybrid import HybridConfig as MegatronHybridConfig
-from lasp.megatron_hybrid import hybrid_block_spec, load_plain_weights
+from lasp.megatron import HybridConfig as MegatronHybridConfig
+from lasp.megatron import hybrid_block_spec, load_plain_weights
 
 if TYPE_CHECKING:
     from pretrain_hybrid import Options

@@ -33,9 +33,8 @@ from hybrid_gpt import build_model, build_optimizer, load, newest_step, save
 from hybrid_training.corpus import NO_LABEL, Corpus
 from launch import init_distributed
 
-from lasp.layout import Order
-from lasp.megatron import PackedSequence, shard_batch
-from lasp.megatron_hybrid import pack_sequences
+from lasp.megatron import PackedSequence, pack_sequences, shard_batch
+from lasp.sequence.layout import Order
 
 # Options that a resumed run may change: all others decide the curve, or the optimizer's state.
 NOT_THE_CURVE = (

@@ -3,9 +3,9 @@
 ``python -m lasp.hybrid`` prints the parameters of the named configurations.
 """
 
-from lasp.hybrid.batch import PackedBatch, pack_batch
 from lasp.hybrid.config import MINIMAX_TEXT_01, NAMED_CONFIGS, AttentionConfig, HybridConfig
 from lasp.hybrid.model import HybridModel, HybridOutput, ParameterCount, count_parameters
+from lasp.hybrid.packing import PackedBatch, pack_batch
 from lasp.hybrid.training import next_token_loss, reduce_gradients
 
 __all__ = [

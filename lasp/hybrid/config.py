@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lasp.validation import Impl
+from lasp.lightning.validation import Impl
 from moe_parallel import MoEConfig
 
 

@@ -18,9 +18,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lasp.hybrid.batch import PackedBatch
 from lasp.hybrid.config import HybridConfig
-from lasp.module import LightningAttention
+from lasp.hybrid.packing import PackedBatch
+from lasp.layers.lightning_attention import LightningAttention
 from moe_parallel import ExpertParallelMoE, MoEOutput, ParallelGroups, RoutingStats
 from ring.module import RingAttention
 

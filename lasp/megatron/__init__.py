@@ -1,59 +1,96 @@
-"""Lightning attention as a Megatron-Core layer part, and what all our Megatron parts share.
+"""The three operators as layers of Megatron-Core, and the hybrid model made of them.
 
+    GPTModel(config, hybrid_block_spec(config, "7:1"), ..., position_embedding_type="none")
     TransformerLayerSubmodules(self_attention=lightning_attention_spec(), ...)
 
-Tensor parallel over heads, sequence parallel, context parallel through the layout of the batch. No
+or, where Megatron wants one static object, ``--spec lasp.megatron minimax_layer_spec``. Tensor
+parallel over heads, sequence parallel, context parallel through the layout of the batch. No
 TransformerEngine, no Apex, no patch of Megatron.
 """
 
 from __future__ import annotations
 
 from lasp.megatron.version import record_moe_loss  # isort: skip  (it refuses other versions)
-from lasp.megatron.attention import (
-    LightningSelfAttention,
-    LightningSelfAttentionSubmodules,
-    lightning_attention_spec,
-    merge_projections,
-    split_projections,
-)
 from lasp.megatron.batch import PackedSequence, layout_of, order_of_rows, shard_batch
-from lasp.megatron.common import (
+from lasp.megatron.checks import (
     groups_of,
     parameter_device,
     refuse_arguments,
     require,
     training_argument,
 )
-from lasp.megatron.norm import HeadsNorm, ResidualNorm
-from lasp.megatron.packs import (
-    PackedCut,
-    check_packed_cut,
-    cut_of_training_loop,
-    names_padding,
+from lasp.megatron.convert import load_plain_weights, plain_weights, to_megatron, to_plain
+from lasp.megatron.experts import (
+    ExpertOptions,
+    ExpertParallelMoELayer,
+    expert_parallel_moe_spec,
+    moe_config,
 )
+from lasp.megatron.hybrid_config import MINIMAX_TEXT_01, HybridConfig, ResidualScale, is_softmax
+from lasp.megatron.hybrid_layer import (
+    HybridLayer,
+    HybridLayerSubmodules,
+    hybrid_block_spec,
+    hybrid_layer_spec,
+    minimax_layer_spec,
+)
+from lasp.megatron.lightning import (
+    LightningSelfAttention,
+    LightningSelfAttentionSubmodules,
+    lightning_attention_spec,
+    merge_projections,
+    split_projections,
+)
+from lasp.megatron.norm import HeadsNorm, ResidualNorm
+from lasp.megatron.packing import pack_sequences, share_packs
+from lasp.megatron.packs import PackedCut, check_packed_cut, cut_of_training_loop, names_padding
 from lasp.megatron.positions import check_positions
+from lasp.megatron.ring import RingSelfAttention, ring_attention_spec
+from lasp.megatron.ring_core import RingCoreAttention
 
 __all__ = [
+    "MINIMAX_TEXT_01",
+    "ExpertOptions",
+    "ExpertParallelMoELayer",
     "HeadsNorm",
+    "HybridConfig",
+    "HybridLayer",
+    "HybridLayerSubmodules",
     "LightningSelfAttention",
     "LightningSelfAttentionSubmodules",
     "PackedCut",
     "PackedSequence",
     "ResidualNorm",
+    "ResidualScale",
+    "RingCoreAttention",
+    "RingSelfAttention",
     "check_packed_cut",
     "check_positions",
     "cut_of_training_loop",
+    "expert_parallel_moe_spec",
     "groups_of",
+    "hybrid_block_spec",
+    "hybrid_layer_spec",
+    "is_softmax",
     "layout_of",
     "lightning_attention_spec",
+    "load_plain_weights",
     "merge_projections",
+    "minimax_layer_spec",
+    "moe_config",
     "names_padding",
     "order_of_rows",
+    "pack_sequences",
     "parameter_device",
+    "plain_weights",
     "record_moe_loss",
     "refuse_arguments",
     "require",
+    "ring_attention_spec",
     "shard_batch",
+    "share_packs",
     "split_projections",
+    "to_megatron",
+    "to_plain",
     "training_argument",
 ]

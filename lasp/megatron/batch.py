@@ -13,9 +13,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lasp.layout import Order, SequenceLayout
-from lasp.megatron.common import training_argument
+from lasp.megatron.checks import training_argument
 from lasp.megatron.packs import PackedCut, layout_of_megatrons_pack
+from lasp.sequence.layout import Order, SequenceLayout
 
 
 @dataclass
@@ -30,7 +30,7 @@ class PackedSequence(PackedSeqParams):
         layout: which tokens each context-parallel rank holds; required.
         token_order: a ``moe_parallel.TokenOrder`` over the ranks of all tensor, context and data
             parallel ranks, for capacity by position and for the auxiliary loss without padding.
-            See ``lasp.megatron_hybrid.pack_sequences``.
+            See ``lasp.megatron.pack_sequences``.
 
     The fields of PackedSeqParams are filled from the layout, cumulative lengths on the CPU: of
     documents and paddings in turn, or, in the order ``document_zigzag``, of documents, and padded.

@@ -14,9 +14,9 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
-from lasp.layers import norm_gate
-from lasp.megatron.common import parameter_device, require
-from lasp.validation import Impl
+from lasp.layers.norm_gate import norm_gate
+from lasp.lightning.validation import Impl
+from lasp.megatron.checks import parameter_device, require
 
 
 class ResidualNorm(nn.RMSNorm):
@@ -39,7 +39,7 @@ class ResidualNorm(nn.RMSNorm):
 
 
 class HeadsNorm(MegatronModule):
-    """:func:`lasp.layers.norm_gate` and its weight: each tensor-parallel rank has a slice.
+    """The gated norm over all heads and its weight: each tensor-parallel rank has a slice.
 
     Communication: one all-reduce of 4 bytes a token over tp, forward and backward.
     """

@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from lasp.layout import Order, SequenceLayout
-from lasp.megatron.common import training_argument
+from lasp.megatron.checks import training_argument
+from lasp.sequence.layout import Order, SequenceLayout
 
 PackedCut = Literal["document_zigzag", "row_zigzag"]
 """How a loader cuts packs over context-parallel ranks, which PackedSeqParams does not say.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lasp.megatron.common import training_argument
+from lasp.megatron.checks import training_argument
 
 
 def check_positions(config: TransformerConfig, rotary_dim: int, rope_base: float) -> None:

@@ -1,12 +1,10 @@
-"""Experts over EP x ETP ranks under one router decision, as a Megatron-Core MoE layer.
+"""The experts as a Megatron-Core layer: :mod:`lasp.megatron.experts` by the name of its package."""
 
-    TransformerLayerSubmodules.mlp = expert_parallel_moe_spec()
-
-The router, its capacity and its auxiliary loss see all tokens of a pipeline stage. Checkpoints have
-the keys of Megatron's own MoELayer with SequentialMLP and load either way.
-"""
-
-from moe_parallel.megatron.config import ExpertOptions, moe_config
-from moe_parallel.megatron.layer import ExpertParallelMoELayer, expert_parallel_moe_spec
+from lasp.megatron.experts import (
+    ExpertOptions,
+    ExpertParallelMoELayer,
+    expert_parallel_moe_spec,
+    moe_config,
+)
 
 __all__ = ["ExpertOptions", "ExpertParallelMoELayer", "expert_parallel_moe_spec", "moe_config"]

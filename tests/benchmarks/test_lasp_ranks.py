@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import lasp_model, lasp_ranks, lasp_tables
-from lasp.exchange.cost import NVLINK, Link
+from lasp.state_exchange.cost import NVLINK, Link
 from tests.ranks import run_on_ranks
 
 NAMES = ["local", *lasp_ranks.EXCHANGES, *lasp_ranks.PEERS]

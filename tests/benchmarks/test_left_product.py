@@ -6,7 +6,7 @@ from torch import Tensor
 
 from benchmarks.left_product import left_product_attention
 from lasp import decay_rates
-from lasp.reference import recurrent_lightning_attention
+from lasp.lightning.reference import recurrent_lightning_attention
 from tests.closeness import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

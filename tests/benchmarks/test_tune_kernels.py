@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="the kernels need triton, which has no whee
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.tune_kernels import candidates, time_all
-from lasp.kernels import tuning
-from lasp.kernels.tuning import Blocks
+from lasp.lightning.triton import tuning
+from lasp.lightning.triton.tuning import Blocks
 
 
 def test_candidates_hold_the_cut_in_use() -> None:

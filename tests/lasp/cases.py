@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.attention import lightning_attention
-from lasp.layout import Order, SequenceLayout
-from lasp.reference import recurrent_lightning_attention
+from lasp.lightning.attention import lightning_attention
+from lasp.lightning.reference import recurrent_lightning_attention
+from lasp.sequence.layout import Order, SequenceLayout
 from tests.closeness import assert_equal_to_rounding
 
 # Borders on, before and after the cuts of ranks (T = S / P for P = 2, 3, 4) and chunks (64).

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.attention import lightning_attention
-from lasp.decay import decay_rates
-from lasp.layout import Order, SequenceLayout
+from lasp.lightning.attention import lightning_attention
+from lasp.lightning.decay import decay_rates
+from lasp.sequence.layout import Order, SequenceLayout
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.lasp.cases import (
     NAMES,

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lasp.attention import lightning_attention
-from lasp.flow import Flow, flow_of
-from lasp.layout import Order, SequenceLayout
+from lasp.lightning.attention import lightning_attention
+from lasp.sequence.layout import Order, SequenceLayout
+from lasp.sequence.state_flow import Flow, flow_of
 from tests.lasp.cases import (
     NAMES,
     ORDERS,
@@ -112,7 +112,7 @@ def documents_disturbed(lengths: tuple[int, ...], disturbed: int, planted: bool)
             x = x.clone()
             x[layout.borders[disturbed] : layout.borders[disturbed + 1]] += amount
             leaves.append(layout.shard(x, rank).clone().requires_grad_())
-        with patch("lasp.attention.flow_of", leaky_flow if planted else flow_of):
+        with patch("lasp.lightning.attention.flow_of", leaky_flow if planted else flow_of):
             output, _ = lightning_attention(
                 *leaves, inputs.rates, layout=layout, cp_group=dist.group.WORLD
             )

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.attention import lightning_attention
-from lasp.exchange import Choice, resolve_exchange
-from lasp.exchange.choice import _resolved
-from lasp.exchange.cost import Link
-from lasp.layout import SequenceLayout
+from lasp.lightning.attention import lightning_attention
+from lasp.sequence.layout import SequenceLayout
+from lasp.state_exchange import Choice, resolve_exchange
+from lasp.state_exchange.choice import _resolved
+from lasp.state_exchange.cost import Link
 from tests.lasp.cases import (
     ORDERS,
     PACKS,
@@ -47,7 +47,7 @@ def apart_and_together() -> list[list[list[Tensor]]]:
     for exchange, eps in (("apart", 2.0**-32), ("all_gather", 2.0**-32), ("all_gather", 0.0)):
         leaves = [layout.shard(x, rank).clone().requires_grad_() for x in inputs[:3]]
         choose = (lambda *_: apart) if exchange == "apart" else resolve_exchange
-        with patch("lasp.validation.resolve_exchange", choose):
+        with patch("lasp.lightning.validation.resolve_exchange", choose):
             output = lightning_attention(
                 *leaves, inputs.rates, layout=layout, cp_group=dist.group.WORLD,
                 exchange="auto" if exchange == "apart" else exchange, state_eps=eps,
@@ -80,13 +80,13 @@ def test_auto_equals_the_oracle_where_heads_go_apart() -> None:
 def attend_over_slow_link(cases: list[Case]) -> list[list[Tensor]]:
     link = Link(latency_us=0.0, gb_per_s=1e-6, launch_us=0.0, rank_us=0.0)
     case = cases[0]
-    with patch("lasp.exchange.choice.link_of", lambda num_ranks: link):
+    with patch("lasp.state_exchange.choice.link_of", lambda num_ranks: link):
         definition = (case.layout.document_lengths, case.layout.num_ranks, case.layout.order)
         choices = _resolved.__wrapped__(  # not remembered
             "auto", definition, case.rates, 2.0**-32, case.key_dim, case.value_dim
         )
     assert [(c.strategy, c.heads) for c in choices] == [("scan", (0, 2)), ("one_hop", (1, 4))]
-    with patch("lasp.validation.resolve_exchange", lambda *_: choices):
+    with patch("lasp.lightning.validation.resolve_exchange", lambda *_: choices):
         return attend_on_rank(cases)
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lasp.attention import lightning_attention
-from lasp.decay import decay_rates
-from lasp.exchange import HostGroups
-from lasp.layout import SequenceLayout
+from lasp.lightning.attention import lightning_attention
+from lasp.lightning.decay import decay_rates
+from lasp.sequence.layout import SequenceLayout
+from lasp.state_exchange import HostGroups
 from tests.ranks import run_on_ranks, subgroup
 
 T, H, K, V = 6, 4, 3, 5

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.decode import lightning_decode
-from lasp.exchange import host_groups
-from lasp.layout import SequenceLayout
+from lasp.lightning.decode import lightning_decode
+from lasp.sequence.layout import SequenceLayout
+from lasp.state_exchange import host_groups
 from tests.closeness import assert_equal_to_rounding
 from tests.lasp.cases import Case, attend, gather, names, oracle
 from tests.ranks import run_on_ranks
@@ -31,7 +31,7 @@ LENGTHS = (40, 9, 30, 60, 5)
 @contextmanager
 def small_blocks() -> Iterator[None]:
     """Segments of 32 tokens and chunks of 16, so that documents share both."""
-    from lasp.kernels import tuning
+    from lasp.lightning.triton import tuning
 
     blocks = tuning.Blocks(chunk=CHUNK, columns=32, num_warps=4, num_stages=1)
     with patch.multiple(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from lasp import layout, segments
 from lasp._core.cache import ByteCache
-from lasp.layout import SequenceLayout
+from lasp.lightning.triton import segments
+from lasp.sequence import layout
+from lasp.sequence.layout import SequenceLayout
 
 
 def test_the_last_results_within_the_bytes_are_kept() -> None:

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.exchange.strategies import all_gather
-from lasp.flow import Flow, flow_of
-from lasp.layout import SequenceLayout
-from lasp.ops import decay_over, run_states, scan
+from lasp.lightning.eager import decay_over, run_states, scan
+from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.state_flow import Flow, flow_of
+from lasp.state_exchange.strategies import all_gather
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.lasp.cases import ORDERS, PACKS, Case, attend_on_rank, gather, make_inputs, names, oracle
 from tests.ranks import run_on_ranks

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lasp.decay import decay_rates
+from lasp.lightning.decay import decay_rates
 
 
 @pytest.mark.parametrize("heads", [1, 3, 5, 64])

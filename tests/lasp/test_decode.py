@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lasp import SequenceLayout, lightning_attention, lightning_decode
-from lasp.decay import rates_on
-from lasp.layers import norm_gate, silu_split
-from lasp.reference import recurrent_lightning_attention
+from lasp.layers.norm_gate import norm_gate, silu_split
+from lasp.lightning.decay import rates_on
+from lasp.lightning.reference import recurrent_lightning_attention
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -216,7 +216,7 @@ def test_what_the_kernel_does_not_do() -> None:
 
 def test_without_triton() -> None:
     q, k, v, state = make_inputs(1, 1, 4, 4, torch.float32)
-    with patch("lasp.validation._HAS_TRITON", False):
+    with patch("lasp.lightning.validation._HAS_TRITON", False):
         for call in (
             lambda: lightning_decode(q, k, v, RATES, state, impl="triton"),
             lambda: silu_split(q, 1, 2, impl="triton"),

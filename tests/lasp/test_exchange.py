@@ -6,10 +6,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.wire import counted
-from lasp.exchange import STRATEGIES, Choice, start_exchange
-from lasp.exchange.cost import StateSize, received_bytes, traffic_of
-from lasp.flow import Flow, flow_of
-from lasp.layout import Order, SequenceLayout
+from lasp.sequence.layout import Order, SequenceLayout
+from lasp.sequence.state_flow import Flow, flow_of
+from lasp.state_exchange import STRATEGIES, Choice, start_exchange
+from lasp.state_exchange.cost import StateSize, received_bytes, traffic_of
 from tests.closeness import assert_equal_to_rounding
 from tests.lasp.cases import ORDERS, PACKS
 from tests.ranks import run_on_ranks, subgroup

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 
 from lasp.__main__ import exchange_rule
-from lasp.decay import decay_rates
-from lasp.exchange import Choice, resolve_exchange
-from lasp.exchange.cost import NETWORK, Link, StateSize, exchange_us, scan_blocks, traffic_of
-from lasp.flow import flow_of
-from lasp.layout import SequenceLayout
+from lasp.lightning.decay import decay_rates
+from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.state_flow import flow_of
+from lasp.state_exchange import Choice, resolve_exchange
+from lasp.state_exchange.cost import NETWORK, Link, StateSize, exchange_us, scan_blocks, traffic_of
 
 EPS = 2.0**-32  # gone after 23 e-foldings
 

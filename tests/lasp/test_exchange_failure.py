@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lasp import SequenceLayout, lightning_attention
-from lasp.exchange import ExchangeError
+from lasp.state_exchange import ExchangeError
 from tests.ranks import run_on_ranks
 
 TIMEOUT_S = 1.5

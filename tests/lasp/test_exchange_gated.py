@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.exchange import Choice, start_exchange
-from lasp.flow import Flow, Piece, flow_of
-from lasp.layout import Order, SequenceLayout
+from lasp.sequence.layout import Order, SequenceLayout
+from lasp.sequence.state_flow import Flow, Piece, flow_of
+from lasp.state_exchange import Choice, start_exchange
 from tests.closeness import assert_equal_to_rounding
 from tests.lasp.cases import ORDERS
 from tests.ranks import run_on_ranks

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.wire import counted
-from lasp.attention import lightning_attention
-from lasp.exchange import Choice, HostGroups, host_groups, start_exchange
-from lasp.flow import flow_of
-from lasp.layout import SequenceLayout
+from lasp.lightning.attention import lightning_attention
+from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.state_flow import flow_of
+from lasp.state_exchange import Choice, HostGroups, host_groups, start_exchange
 from tests.closeness import assert_equal_to_rounding
 from tests.lasp.cases import ORDERS, PACKS, Case, check_against_oracle, make_inputs
 from tests.lasp.test_exchange import ALL, STATE, expected_of, inputs_of

@@ -5,8 +5,8 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasp.flow import flow_of
-from lasp.layout import SequenceLayout
+from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.state_flow import flow_of
 from tests.lasp.cases import ORDERS
 
 layouts = st.builds(

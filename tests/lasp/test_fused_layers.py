@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.layers import norm_gate, silu_split
+from lasp.layers.norm_gate import norm_gate, silu_split
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.ranks import run_on_ranks
 

@@ -11,14 +11,15 @@ import torch
 
 import lasp
 from lasp._core.host_constants import to_device
-from lasp.call import _decay
-from lasp.decay import rates_by_value
-from lasp.exchange.start import _index
-from lasp.layout import SequenceLayout
-from lasp.segments import parts_of, plan_of
-from moe_parallel import TokenOrder, gemm
-from moe_parallel.grouping import DispatchOrder
-from ring import interface
+from lasp.lightning.decay import rates_by_value
+from lasp.lightning.op_context import _decay
+from lasp.lightning.triton.segments import parts_of, plan_of
+from lasp.sequence.layout import SequenceLayout
+from lasp.state_exchange.start import _index
+from moe_parallel import TokenOrder
+from moe_parallel.experts import gemm
+from moe_parallel.pipeline.groups import DispatchOrder
+from ring.blocks import interface
 
 GPU = torch.device("cuda", 0)
 ORDER = TokenOrder(segments=(((0, 2, 3), (5, 0, 1)),), rows_per_rank=(5,))

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
 
-from lasp.attention import lightning_attention
-from lasp.kernels import tuning
-from lasp.launch.output_pass import _describable
-from lasp.layout import SequenceLayout
+from lasp.lightning.attention import lightning_attention
+from lasp.lightning.triton import tuning
+from lasp.lightning.triton.chunk_scan import _describable
+from lasp.sequence.layout import SequenceLayout
 from tests.closeness import assert_within_budget
 from tests.lasp.cases import Case, attend, bits_equal, gather, names, oracle
 from tests.ranks import run_on_ranks

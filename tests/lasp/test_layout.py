@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasp.layout import Fragment, RealTokens, Run, RunLink, SequenceLayout
+from lasp.sequence.layout import Fragment, RealTokens, Run, RunLink, SequenceLayout
 from tests.lasp.distributions import document_lengths as distribution
 
 ORDERS = ("contiguous", "zigzag", "fold", "document_zigzag")

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.decay import decay_rates
-from lasp.layout import Order, SequenceLayout
-from lasp.module import LightningAttention
-from lasp.reference import recurrent_lightning_attention
-from lasp.validation import Impl
+from lasp.layers.lightning_attention import LightningAttention
+from lasp.lightning.decay import decay_rates
+from lasp.lightning.reference import recurrent_lightning_attention
+from lasp.lightning.validation import Impl
+from lasp.sequence.layout import Order, SequenceLayout
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.lasp.cases import ORDERS
 from tests.ranks import run_on_ranks

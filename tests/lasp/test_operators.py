@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
 
 from lasp import LightningAttention, lightning_decode
-from lasp.layers import norm_gate, silu_split
+from lasp.layers.norm_gate import norm_gate, silu_split
 from tests.closeness import assert_within_budget
 from tests.lasp.test_decode import RATES, make_inputs
 from tests.lasp.test_fused_layers import DEVICE, EPS, Function, check, norm_inputs
@@ -65,7 +65,7 @@ def test_calls_do_not_load_the_compiler() -> None:
     code = """
 import sys, torch
 from lasp import lightning_attention, lightning_decode
-from lasp.layers import norm_gate, silu_split
+from lasp.layers.norm_gate import norm_gate, silu_split
 x = torch.ones(2, 3, 12, requires_grad=True)
 q, k, v = silu_split(x, 4, 4, impl="triton")
 norm_gate(v.flatten(1), q.flatten(1), torch.ones(12), eps=1e-6, impl="triton").sum().backward()

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasp import ops
-from lasp.flow import Flow, Piece, flow_of
-from lasp.layout import SequenceLayout
-from lasp.reference import recurrent_lightning_attention
+from lasp.lightning import eager as ops
+from lasp.lightning.reference import recurrent_lightning_attention
+from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.state_flow import Flow, Piece, flow_of
 from tests.closeness import assert_equal_to_rounding
 
 RATES = torch.tensor([0.0, 0.2, 8.0], dtype=torch.float64)

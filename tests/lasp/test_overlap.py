@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lasp import LightningAttention, SequenceLayout, decay_rates, lightning_attention, ops
-from lasp.exchange import strategies
+from lasp import LightningAttention, SequenceLayout, decay_rates, lightning_attention
+from lasp.lightning import eager as ops
+from lasp.state_exchange import strategies
 from tests.ranks import run_on_ranks
 
 

@@ -2,9 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from lasp.layout import SequenceLayout
-from lasp.plan import CostModel, _states_received, _tokens_received, layout_costs, plan_layout
-from ring.schedule import plan_ring
+from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.planner import (
+    CostModel,
+    _states_received,
+    _tokens_received,
+    layout_costs,
+    plan_layout,
+)
+from ring.planner.schedule import plan_ring
 from tests.lasp.distributions import document_lengths as distribution
 
 

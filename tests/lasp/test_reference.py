@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from lasp.reference import recurrent_lightning_attention
+from lasp.lightning.reference import recurrent_lightning_attention
 from tests.closeness import assert_equal_to_rounding
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.attention import lightning_attention
-from lasp.layers import norm_gate
+from lasp.layers.norm_gate import norm_gate
+from lasp.lightning.attention import lightning_attention
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
 

@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
 
-from lasp import segments
-from lasp.attention import lightning_attention
-from lasp.flow import flow_of
-from lasp.launch import state_pass
-from lasp.layout import SequenceLayout
-from lasp.segments import Plan, plan_of
+from lasp.lightning.attention import lightning_attention
+from lasp.lightning.triton import chunk_state as state_pass
+from lasp.lightning.triton import segments
+from lasp.lightning.triton.segments import Plan, plan_of
+from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.state_flow import flow_of
 from tests.lasp.test_kernels import DEVICE, small_blocks
 
 

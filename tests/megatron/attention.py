@@ -12,9 +12,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
+from lasp.layers.lightning_attention import LightningAttention
 from lasp.megatron import PackedSequence, lightning_attention_spec, merge_projections
-from lasp.module import LightningAttention
+from lasp.sequence.layout import SequenceLayout
 from ring.megatron import ring_attention_spec
 from ring.module import RingAttention
 from tests.closeness import assert_equal_to_rounding, assert_within_budget

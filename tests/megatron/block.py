@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lasp.hybrid import AttentionConfig, HybridModel
 from lasp.hybrid import HybridConfig as PlainConfig
-from lasp.megatron_hybrid import HybridConfig, hybrid_block_spec, to_megatron
+from lasp.megatron import HybridConfig, hybrid_block_spec, to_megatron
 from moe_parallel import MoEConfig
 from tests.megatron.attention import CUT, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, parallel_config
 from tests.megatron.cpu import gathered, summed

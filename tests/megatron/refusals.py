@@ -15,9 +15,15 @@ from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lasp.layout import SequenceLayout
-from lasp.megatron import PackedSequence, ResidualNorm, lightning_attention_spec
-from lasp.megatron_hybrid import HybridConfig, hybrid_block_spec, hybrid_layer_spec
+from lasp.megatron import (
+    HybridConfig,
+    PackedSequence,
+    ResidualNorm,
+    hybrid_block_spec,
+    hybrid_layer_spec,
+    lightning_attention_spec,
+)
+from lasp.sequence.layout import SequenceLayout
 from moe_parallel.megatron import expert_parallel_moe_spec
 from ring.megatron import RingCoreAttention, ring_attention_spec
 from tests.megatron.attention import HIDDEN

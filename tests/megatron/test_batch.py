@@ -12,9 +12,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
-from lasp.megatron import PackedSequence, layout_of, shard_batch
-from lasp.megatron_hybrid import pack_sequences, share_packs
+from lasp.megatron import PackedSequence, layout_of, pack_sequences, shard_batch, share_packs
+from lasp.sequence.layout import SequenceLayout
 from tests.megatron.attention import megatrons_pack
 from tests.megatron.cpu import initialize
 from tests.ranks import run_on_ranks

@@ -12,9 +12,9 @@ from megatron.core import dist_checkpointing
 from torch import Tensor, nn
 
 from lasp.hybrid import HybridModel, next_token_loss, pack_batch
-from lasp.megatron_hybrid import load_plain_weights, plain_weights, to_megatron, to_plain
-from moe_parallel.route import Routing
-from moe_parallel.router import Router
+from lasp.megatron import load_plain_weights, plain_weights, to_megatron, to_plain
+from moe_parallel.router.module import Router
+from moe_parallel.router.route import Routing
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.cpu import initialize, train_on_cpu
 from tests.megatron.test_checkpoint import save

@@ -29,9 +29,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
-from lasp.megatron import ResidualNorm, lightning_attention_spec
-from lasp.megatron_hybrid import HybridConfig, hybrid_block_spec
+from lasp.megatron import HybridConfig, ResidualNorm, hybrid_block_spec, lightning_attention_spec
+from lasp.sequence.layout import SequenceLayout
 from moe_parallel.megatron import expert_parallel_moe_spec
 from ring.megatron import RingCoreAttention
 from tests.megatron.attention import parallel_config

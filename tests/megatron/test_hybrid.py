@@ -13,14 +13,14 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from lasp.hybrid import pack_batch
-from lasp.layout import SequenceLayout
-from lasp.megatron_hybrid import (
+from lasp.megatron import (
     HybridConfig,
     ResidualScale,
     hybrid_block_spec,
     pack_sequences,
     share_packs,
 )
+from lasp.sequence.layout import SequenceLayout
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import HIDDEN, megatrons_pack, parallel_config
 from tests.megatron.block import (

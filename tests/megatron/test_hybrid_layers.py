@@ -15,8 +15,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lasp.decay import decay_rates
-from lasp.megatron_hybrid import (
+from lasp.lightning.decay import decay_rates
+from lasp.megatron import (
     MINIMAX_TEXT_01,
     HybridConfig,
     hybrid_block_spec,
@@ -83,7 +83,7 @@ def static_spec_on_rank(**options: object) -> list[tuple[bool, float, type]]:
 
 
 def test_one_static_spec_serves_every_layer() -> None:
-    """What ``--spec lasp.megatron_hybrid minimax_layer_spec`` imports."""
+    """What ``--spec lasp.megatron minimax_layer_spec`` imports."""
     (layers,) = run_on_ranks(static_spec_on_rank, 1)
     softmax, alphas, mlps = zip(*layers, strict=True)
     assert softmax == (False,) * 7 + (True, False)
@@ -141,9 +141,9 @@ def test_patterns_residuals_and_names_that_are_none() -> None:
 def test_a_stack_needs_hybrid_model() -> None:
     """In another interpreter: this one may have it."""
     code = (
-        "import sys, lasp.megatron_hybrid\n"
+        "import sys, lasp.megatron\n"
         "sys.modules['megatron.core.models.hybrid.hybrid_block'] = None\n"
-        "import lasp.megatron_hybrid.stack"
+        "import lasp.megatron.hybrid_stack"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ImportError: megatron-core must be >= 0.18 for HybridModel, got" in done.stderr
@@ -185,7 +185,7 @@ def parts_of_layer(config: TransformerConfig) -> tuple[Any, Any]:
 
 
 def parts_of_stack(config: TransformerConfig) -> tuple[Any, Any]:
-    from lasp.megatron_hybrid.stack import hybrid_stack_spec
+    from lasp.megatron.hybrid_stack import hybrid_stack_spec
 
     parts = hybrid_stack_spec("EGEG", hybrid=CHOSEN).submodules
     return parts.gdn_layer.submodules.self_attention, parts.moe_layer.submodules.mlp

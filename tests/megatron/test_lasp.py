@@ -11,7 +11,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lasp.decay import decay_rates
+from lasp.lightning.decay import decay_rates
 from lasp.megatron import (
     LightningSelfAttention,
     lightning_attention_spec,

@@ -14,9 +14,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
-from lasp.megatron import PackedSequence, layout_of, lightning_attention_spec
-from lasp.megatron_hybrid import HybridConfig
+from lasp.megatron import HybridConfig, PackedSequence, layout_of, lightning_attention_spec
+from lasp.sequence.layout import SequenceLayout
 from ring.megatron import RingCoreAttention, ring_attention_spec
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import (

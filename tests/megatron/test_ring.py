@@ -11,8 +11,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
 from lasp.megatron import PackedSequence
+from lasp.sequence.layout import SequenceLayout
 from ring.megatron import RingCoreAttention, ring_attention_spec
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import HEAD_DIM, HIDDEN, config, parallel_config

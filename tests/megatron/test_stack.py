@@ -15,15 +15,15 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from lasp.decay import decay_rates
-from lasp.megatron_hybrid import HybridConfig, hybrid_block_spec, pack_sequences
+from lasp.lightning.decay import decay_rates
+from lasp.megatron import HybridConfig, hybrid_block_spec, pack_sequences
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import HEADS, parallel_config
 from tests.megatron.block import OPTIONS
 from tests.megatron.cpu import initialize, summed
 from tests.ranks import RankError, run_on_ranks
 
-stack = pytest.importorskip("lasp.megatron_hybrid.stack", exc_type=ImportError)
+stack = pytest.importorskip("lasp.megatron.hybrid_stack", exc_type=ImportError)
 hybrid_model = pytest.importorskip("megatron.core.models.hybrid.hybrid_model")
 moe_logging = pytest.importorskip("megatron.core.transformer.moe.moe_logging")
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_parallel import ExpertTopology, ParallelGroups, TokenOrder, TokenSegment
-from moe_parallel.experts import Experts
+from moe_parallel.experts.experts import Experts
 
 
 def ragged(num_tokens: int, num_ranks: int) -> TokenOrder:

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from moe_parallel import ExpertGroups, PeerMemory
-from moe_parallel.peer_memory import PAGE_BYTES, SharedBuffers
-from moe_parallel.stream_memory import WordOperation
+from moe_parallel.dispatch.stream_memory import WordOperation
+from moe_parallel.dispatch.symmetric_memory import PAGE_BYTES, SharedBuffers
 
 
 class HostMemory:

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder, agreement
-from moe_parallel.agreement import check_order
+from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder
+from moe_parallel.router import checks as agreement
+from moe_parallel.router.checks import check_order
 from tests.moe_parallel.batch import ORDERS, shuffled
 from tests.ranks import run_on_ranks, subgroup
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder
-from moe_parallel.experts import Experts
+from moe_parallel.experts.experts import Experts
 from tests.moe_parallel.batch import groups_of
 from tests.ranks import run_on_ranks, subgroup
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder
-from moe_parallel.capacity import padded_order
+from moe_parallel.dispatch.padding import padded_order
 from moe_parallel.reference import reference_moe
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.moe_parallel.batch import ORDERS, assemble_expert, groups_of, local_rows, random_batch

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_parallel.counting import at_assignments, rows_before
+from moe_parallel.router.counts import at_assignments, rows_before
 
 
 def test_example_of_the_module() -> None:

@@ -9,11 +9,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from moe_parallel import MoEConfig, TokenOrder, decision
+from moe_parallel import MoEConfig, TokenOrder
 from moe_parallel import layer as layer_module
-from moe_parallel.decision import KeptCounts
-from moe_parallel.order import to_host
-from moe_parallel.route import route
+from moe_parallel.router import host_counts as decision
+from moe_parallel.router.host_counts import KeptCounts
+from moe_parallel.router.route import route
+from moe_parallel.router.token_order import to_host
 from tests.moe_parallel.batch import random_batch
 from tests.moe_parallel.layers import NUM_TOKENS, build
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_parallel import ExpertTopology
-from moe_parallel.exchange import (
+from moe_parallel.dispatch.all_to_all import (
     combine,
     dispatch,
     gather_etp,

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig
-from moe_parallel import gemm as products
-from moe_parallel.experts import Experts
-from moe_parallel.overlap import local_pipeline
+from moe_parallel.experts import gemm as products
+from moe_parallel.experts.experts import Experts
+from moe_parallel.pipeline.pipeline import local_pipeline
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.moe_parallel.batch import ORDERS, groups_of
 from tests.ranks import run_on_ranks

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_parallel.gate import bfloat16_parts, gate_logits, split_logits
+from moe_parallel.router.gate import bfloat16_parts, gate_logits, split_logits
 from tests.closeness import assert_within_budget
 
 SIZES = [(300, 512, 8), (1, 16, 1), (65, 50, 33)]  # tokens, hidden, experts

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, Timeline
-from moe_parallel.grouping import (
+from moe_parallel.mesh import ExpertMesh
+from moe_parallel.pipeline.groups import (
     COPIED_BYTES,
     LEAST_BYTES,
     MOST_WITH_ETP,
@@ -17,8 +18,7 @@ from moe_parallel.grouping import (
     expert_groups,
     groups_that_pay,
 )
-from moe_parallel.mesh import ExpertMesh
-from moe_parallel.overlap import PipelinePlans
+from moe_parallel.pipeline.pipeline import PipelinePlans
 from tests.moe_parallel.batch import ORDERS, groups_of
 from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, layer_on_rank, on_ranks
 from tests.ranks import run_on_ranks

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, PeerMemory, experts
-from moe_parallel.peer_memory import PAGE_BYTES, PeerRows
-from moe_parallel.swiglu import swiglu
+from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, PeerMemory
+from moe_parallel.dispatch.symmetric_memory import PAGE_BYTES, PeerRows
+from moe_parallel.experts import experts
+from moe_parallel.experts.swiglu import swiglu
 from tests.moe_parallel.batch import groups_of
 from tests.moe_parallel.layers import build
 from tests.moe_parallel.peers import peer_memory, with_peers

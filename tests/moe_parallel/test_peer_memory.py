@@ -15,8 +15,8 @@ from moe_parallel import (
     MoEConfig,
     Timeline,
 )
+from moe_parallel.dispatch.symmetric_memory import PeerRows
 from moe_parallel.impl import chosen_impl
-from moe_parallel.peer_memory import PeerRows
 from tests.moe_parallel.batch import ORDERS, groups_of
 from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, layer_on_rank, on_ranks
 from tests.moe_parallel.peers import with_peers

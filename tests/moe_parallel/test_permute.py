@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_parallel.permute import RowOrder, permute, row_order, unpermute
+from moe_parallel.dispatch.permute import RowOrder, permute, row_order, unpermute
 from tests.closeness import assert_equal_to_rounding
 
 EXPERTS = torch.tensor([[1, 0], [0, 2], [2, 1]])

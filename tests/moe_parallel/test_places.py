@@ -13,18 +13,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_parallel import MoEConfig, TokenOrder, top_k
-from moe_parallel.capacity import drop_by_rank, padded_order
-from moe_parallel.decision import KeptCounts
-from moe_parallel.permute import RowOrder, permute, row_order
-from moe_parallel.route import Routing, route
+from moe_parallel import MoEConfig, TokenOrder
+from moe_parallel.dispatch.padding import drop_by_rank, padded_order
+from moe_parallel.dispatch.permute import RowOrder, permute, row_order
+from moe_parallel.router import top_k
+from moe_parallel.router.host_counts import KeptCounts
+from moe_parallel.router.route import Routing, route
 from tests.moe_parallel.layers import build
 
 if find_spec("triton") is None:
     pytest.skip("the kernels need triton, which has no wheel here", allow_module_level=True)
 
-from moe_parallel import launch, launch_router
-from moe_parallel.kernels import tuning
+from moe_parallel.kernels import launch, launch_router, tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -48,10 +48,10 @@ def test_rows_are_those_of_plain_torch(
     logits = torch.randn(tokens, num_experts, device=DEVICE)
     logits[:, -1] += 100 * hot
     places_E = torch.randperm(num_experts, device=DEVICE) if grouped else None
-    _, experts, _, tally = launch_router.top_k(logits, num_experts, chosen)
+    _, experts, _, histogram = launch_router.top_k(logits, num_experts, chosen)
     size = (experts.numel(), num_experts)
     expected = row_order(experts, None, *size, places_E=places_E)
-    actual = row_order(experts, None, *size, tally=tally, places_E=places_E)
+    actual = row_order(experts, None, *size, histogram=histogram, places_E=places_E)
     assert actual.row.dtype == torch.int64
     assert torch.equal(actual.row, expected.row)
     assert torch.equal(actual.assignment, expected.assignment)
@@ -82,7 +82,7 @@ def test_the_decision_does_not_depend_on_who_chooses(
     for one, other in zip([*plain.counts[:2], *plain.stats], [*kernels.counts[:2], *kernels.stats]):
         assert one.dtype == other.dtype == torch.int64
         assert torch.equal(one, other)
-    assert (kernels.tally is None) == (capacity_factor is not None)
+    assert (kernels.histogram is None) == (capacity_factor is not None)
     assert torch.equal(plain.aux_loss, kernels.aux_loss)
 
 

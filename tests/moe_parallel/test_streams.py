@@ -7,10 +7,11 @@ from unittest import mock
 import pytest
 import torch
 
-from moe_parallel import MoEConfig, experts
-from moe_parallel.schedule import steps
-from moe_parallel.streams import TurnStreams
-from moe_parallel.swiglu import swiglu
+from moe_parallel import MoEConfig
+from moe_parallel.experts import experts
+from moe_parallel.experts.swiglu import swiglu
+from moe_parallel.pipeline.schedule import steps
+from moe_parallel.pipeline.streams import TurnStreams
 from tests.moe_parallel.layers import build
 
 

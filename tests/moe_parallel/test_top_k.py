@@ -10,19 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_parallel import gate as gate_module
-from moe_parallel import top_k as top_k_module
-from moe_parallel.counting import counted
-from moe_parallel.gate import bfloat16_parts, summed
-from moe_parallel.top_k import choose
+from moe_parallel.router import gate as gate_module
+from moe_parallel.router import top_k as top_k_module
+from moe_parallel.router.counts import counted
+from moe_parallel.router.gate import bfloat16_parts, summed
+from moe_parallel.router.top_k import choose
 from tests.closeness import assert_within_budget
 from tests.moe_parallel.test_gate import check, check_cancelling, check_single_terms
 
 if find_spec("triton") is None:
     pytest.skip("the kernels need triton, which has no wheel here", allow_module_level=True)
 
-from moe_parallel import launch_router
-from moe_parallel.kernels import tuning
+from moe_parallel.kernels import launch_router, tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [  # tokens, experts, chosen
@@ -71,7 +70,7 @@ def logits_of(kind: str, tokens: int, experts: int) -> Tensor:
 def test_the_choice_is_a_stable_sorts(size: tuple[int, int, int], kind: str) -> None:
     tokens, num_experts, top_k = size
     logits = logits_of(kind, tokens, num_experts)
-    again, experts, weights, tally = launch_router.top_k(logits, num_experts, top_k)
+    again, experts, weights, histogram = launch_router.top_k(logits, num_experts, top_k)
     values, ranking = logits.sort(dim=1, descending=True, stable=True)
     assert again.data_ptr() == logits.data_ptr()
     assert torch.equal(experts, ranking[:, :top_k])
@@ -81,10 +80,10 @@ def test_the_choice_is_a_stable_sorts(size: tuple[int, int, int], kind: str) -> 
         assert_within_budget(*(w.nan_to_num(0) for w in (weights, exact, honest)))
     span = tuning.router_span(tokens, num_experts)
     spans = [counted(part, num_experts) for part in experts.split(span)]
-    assert tally.totals.dtype == torch.int64
-    assert torch.equal(tally.totals, counted(experts, num_experts))
+    assert histogram.totals.dtype == torch.int64
+    assert torch.equal(histogram.totals, counted(experts, num_experts))
     if tokens:
-        assert torch.equal(tally.before, torch.stack(spans).cumsum(0) - torch.stack(spans))
+        assert torch.equal(histogram.before, torch.stack(spans).cumsum(0) - torch.stack(spans))
 
 
 def test_programs_take_several_chunks_and_are_few() -> None:
@@ -218,7 +217,7 @@ def test_no_tokens(in_parts: None) -> None:
     (choice.weights.sum() + choice.logits.sum()).backward()
     assert x.grad.shape == (0, 8)
     assert not gate.grad.any()
-    assert choice.tally.totals.tolist() == [0, 0, 0]
+    assert choice.histogram.totals.tolist() == [0, 0, 0]
 
 
 def test_autocast_does_not_reach_the_choice(in_parts: None) -> None:

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
+from lasp.sequence.layout import SequenceLayout
 from ring import ring_attention
+from ring.planner.schedule import plan_ring
+from ring.planner.stages import RULE, StageRule
 from ring.reference import dense_attention
-from ring.schedule import plan_ring
-from ring.stages import RULE, StageRule
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.ranks import run_on_ranks
 
@@ -97,7 +97,7 @@ def on_world(tensors, layout, **kwargs) -> list[Tensor]:
 
 def planned_by(rule: StageRule):
     """While it is in force, schedules follow ``rule``."""
-    return patch("ring.operators.plan_ring", partial(plan_ring, rule=rule))
+    return patch("ring.torch_ops.plan_ring", partial(plan_ring, rule=rule))
 
 
 def unshard_all(layout: SequenceLayout, results: list[list[Tensor]]) -> list[Tensor]:

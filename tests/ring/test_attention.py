@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
+from lasp.sequence.layout import SequenceLayout
 from ring import passes, ring_attention
-from ring.block import BLOCKS, QKV
-from ring.merge import Partial, merge
-from ring.schedule import Interval, RingSchedule, Tile, plan_ring
+from ring.blocks.merge import Partial, merge
+from ring.blocks.registry import BLOCKS, QKV
+from ring.planner.schedule import Interval, RingSchedule, Tile, plan_ring
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
 from tests.ring.cases import (

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
-from ring.schedule import RingSchedule, plan_ring
+from lasp.sequence.layout import SequenceLayout
+from ring.planner.schedule import RingSchedule, plan_ring
 from tests.ranks import run_on_ranks
 from tests.ring.cases import (
     NAMES,
@@ -30,7 +30,7 @@ def leaky_plan(layout: SequenceLayout, rank: int, causal: bool) -> RingSchedule:
 
 
 def planned_by(planted: bool):
-    return patch("ring.operators.plan_ring", leaky_plan if planted else plan_ring)
+    return patch("ring.torch_ops.plan_ring", leaky_plan if planted else plan_ring)
 
 
 @pytest.mark.parametrize("block", ["cpu_flash", "eager"])

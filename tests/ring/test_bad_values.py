@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
+from lasp.sequence.layout import SequenceLayout
 from ring import ring_attention
 from tests.ranks import run_on_ranks
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ring.block import BLOCKS, QKV, Block, Segments, resolve_block
-from ring.merge import Partial, merge
+from ring.blocks.merge import Partial, merge
+from ring.blocks.registry import BLOCKS, QKV, Block, Segments, resolve_block
 from tests.ring.cases import (
     HEADS,
     assert_all_equal,

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ring import cut
-from ring.block import BLOCKS
-from ring.cut import CutBlock, cut_rectangle, cut_side, sort_out
-from ring.interface import QKV, Block, Segments
-from ring.merge import Partial
-from ring.stages import bucket
+from ring.blocks import tiling as cut
+from ring.blocks.interface import QKV, Block, Segments
+from ring.blocks.merge import Partial
+from ring.blocks.registry import BLOCKS
+from ring.blocks.tiling import CutBlock, cut_rectangle, cut_side, sort_out
+from ring.planner.stages import bucket
 from tests.ring.cases import HEADS, assert_all_equal, oracle, random_tensors
 from tests.ring.test_block import rectangle, rectangle_oracle, run_dense, run_varlen
 

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
+from lasp.sequence.layout import SequenceLayout
 from ring import exchange
-from ring.block import BLOCKS, QKV, Block
+from ring.blocks.merge import Accumulator
+from ring.blocks.registry import BLOCKS, QKV, Block
 from ring.exchange import give_back, kept_slabs, make_buffers, packed, unpacked
-from ring.merge import Accumulator
 from ring.passes import Call, forward
-from ring.schedule import Interval, Part, plan_ring
-from ring.stages import StageRule
+from ring.planner.schedule import Interval, Part, plan_ring
+from ring.planner.stages import StageRule
 from tests.ranks import run_on_ranks, subgroup
 from tests.ring.cases import (
     NOTHING_HIDES,

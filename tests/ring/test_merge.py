@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ring.merge import Accumulator, Partial, merge, merge_to, plan_merges
+from ring.blocks.merge import Accumulator, Partial, merge, merge_to, plan_merges
 from ring.reference import dense_attention
 from tests.closeness import assert_equal_to_rounding
 from tests.ring.cases import random_tensors
@@ -160,7 +160,7 @@ def test_one_partial_needs_no_memory_for_sums() -> None:
 def merged_by_kernel(
     a: Partial, b: Partial, output: torch.dtype = torch.float32, *, in_place: bool = False
 ) -> Partial:
-    from ring.kernels.merge import merge_to
+    from ring.blocks.merge_kernel import merge_to
 
     a, b = (
         Partial(*(x.to(DEVICE).clone(memory_format=torch.preserve_format) for x in some))
@@ -208,7 +208,7 @@ class TestKernel:
         expected = merge(Partial(whole[2:6], lse_HT.T[2:6]), part)
         whole_before, lse_before = whole.clone(), lse_HT.clone()
         whole, lse_HT = whole.to(DEVICE), lse_HT.to(DEVICE)
-        from ring.kernels.merge import merge_to
+        from ring.blocks.merge_kernel import merge_to
 
         into = (whole[2:6], lse_HT.T[2:6])
         merge_to(*into, *into, *(x.to(DEVICE) for x in part))

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
+from lasp.sequence.layout import SequenceLayout
 from ring import RingAttention
 from ring.reference import dense_attention
 from ring.rope import apply_rotary

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from lasp.layout import SequenceLayout
+from lasp.sequence.layout import SequenceLayout
 from ring import RingAttention, ring_attention
-from ring.block import BLOCKS
+from ring.blocks.registry import BLOCKS
 from tests.ranks import run_on_ranks
 from tests.ring.cases import random_tensors
 

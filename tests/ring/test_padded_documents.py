@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.layout import SequenceLayout
+from lasp.sequence.layout import SequenceLayout
 from ring import ring_attention
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lasp.layout import SequenceLayout
+from lasp.sequence.layout import SequenceLayout
 from ring.rope import apply_rotary
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasp.layout import SequenceLayout
-from ring.schedule import Interval, RingSchedule, Tile, plan_ring
-from ring.stages import RULE, StageRule
+from lasp.sequence.layout import SequenceLayout
+from ring.planner.schedule import Interval, RingSchedule, Tile, plan_ring
+from ring.planner.stages import RULE, StageRule
 from tests.ring.cases import ORDERS, PACKS, RULES
 
 LAYOUTS = st.builds(

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lasp.layout import SequenceLayout
+from lasp.sequence.layout import SequenceLayout
 from ring import ring_attention
-from ring.stages import StageRule
+from ring.planner.stages import StageRule
 from tests.ranks import run_on_ranks
 from tests.ring.cases import (
     HEADS,

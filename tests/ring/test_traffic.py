@@ -7,10 +7,10 @@ from itertools import combinations_with_replacement
 import pytest
 import torch
 
-from lasp.layout import SequenceLayout
-from ring.schedule import plan_ring
-from ring.stages import RULE, StageRule, bucket, stage_tokens, stages_asked, stages_filled
-from ring.traffic import Traffic, traffic_of
+from lasp.sequence.layout import SequenceLayout
+from ring.planner.schedule import plan_ring
+from ring.planner.stages import RULE, StageRule, bucket, stage_tokens, stages_asked, stages_filled
+from ring.planner.traffic import Traffic, traffic_of
 from tests.lasp.distributions import document_lengths as distribution
 from tests.ring.cases import NOTHING_HIDES, ORDERS
 

@@ -81,7 +81,7 @@ def layer_with_dispatcher() -> type:
     The tests multiply rows by the probs they get with them and sum; ours are weighted when they
     are back, by the probs of dispatch_preprocess, so those of the rows are 1.
     """
-    from moe_parallel import exchange
+    from moe_parallel.dispatch import all_to_all as exchange
     from moe_parallel.megatron import ExpertParallelMoELayer
 
     class Router(torch.nn.Module):

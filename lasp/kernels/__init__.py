@@ -1,1 +1,0 @@
-"""Triton kernels of lightning attention; imported only when ``impl="triton"`` is asked for."""

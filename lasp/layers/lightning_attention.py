@@ -1,0 +1,201 @@
+"""The lightning attention layer of MiniMax-01 in plain torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lasp.layers.norm_gate import norm_gate, silu_split
+from lasp.lightning.attention import LightningOutput, lightning_attention
+from lasp.lightning.decay import Variant, decay_rates
+from lasp.lightning.decode import lightning_decode
+from lasp.lightning.validation import Impl
+from lasp.sequence.layout import SequenceLayout
+from lasp.state_exchange import Exchange
+
+
+class GatedNorm(nn.RMSNorm):
+    """:func:`lasp.layers.norm_gate.norm_gate` and its weight, over the features of all heads.
+
+    An RMSNorm to whoever sorts parameters by the kind of their module; called as a module, so that
+    wrappers which gather parameters in hooks gather this one.
+    """
+
+    def forward(self, x: Tensor, gate: Tensor, *, impl: Impl) -> Tensor:  # type: ignore[override]
+        """``x`` and ``gate`` ``[..., W]``; see :func:`lasp.layers.norm_gate.norm_gate`."""
+        eps: float = self.eps  # type: ignore[assignment]  # always given here
+        return norm_gate(x, gate, self.weight, eps=eps, impl=impl)
+
+
+class LightningAttention(nn.Module):
+    """Token mixer: fused SiLU projection, lightning attention, norm, sigmoid gate, projection.
+
+    ``q, k, v = split(SiLU(W_qkv x))``; ``o = lightning_attention(q, k, v)`` with scale 1 and no
+    rotary embedding; ``y = W_out (sigmoid(W_gate x) * RMSNorm(o))``. The fused projection is laid
+    out head by head (q, k, v of head 0, then of head 1, ...) and the norm spans all heads, so
+    parameters have the names and shapes of MiniMax checkpoints.
+
+    Args:
+        hidden_size: width of the input and the output.
+        num_heads: H.
+        head_dim: key and value dim of a head; ``H * head_dim`` need not be ``hidden_size``.
+        layer_index: index of the layer among all layers of the model, for the decay rates.
+        num_layers: number of all layers of the model.
+        decay: formula of the rates, see ``lasp.lightning.decay``.
+        norm_eps: of the RMSNorm over all heads.
+        exchange: how states cross ranks, see ``lasp.state_exchange``.
+        impl: who computes, see :func:`lasp.lightning_attention`: ``triton`` has kernels for the
+            activation, the norm and the gate too, see ``lasp.layers.norm_gate``.
+        device: where the parameters live.
+        dtype: of the parameters. The rates are float32 and stay on the CPU, whatever the module is
+            cast or moved to: the operator reads them there.
+
+    Source: MiniMax-01, arXiv:2501.08313, section 2; transformers 5.23
+    ``models/minimax/modeling_minimax.py``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        layer_index: int,
+        num_layers: int,
+        *,
+        decay: Variant = "minimax",
+        norm_eps: float = 1e-6,
+        exchange: Exchange = "all_gather",
+        impl: Impl = "eager",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.exchange: Exchange = exchange
+        self.impl: Impl = impl
+        inner_size = num_heads * head_dim
+        self.qkv_proj = nn.Linear(
+            hidden_size, 3 * inner_size, bias=False, device=device, dtype=dtype
+        )
+        self.output_gate = nn.Linear(
+            hidden_size, inner_size, bias=False, device=device, dtype=dtype
+        )
+        self.norm = GatedNorm(inner_size, eps=norm_eps, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(inner_size, hidden_size, bias=False, device=device, dtype=dtype)
+        self.rates = decay_rates(num_heads, layer_index, num_layers, decay)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        layout: SequenceLayout | None = None,
+        cp_group: dist.ProcessGroup | None = None,
+        initial_state: Tensor | None = None,
+    ) -> Tensor:
+        """Mix the tokens of each document.
+
+        Args:
+            hidden: ``[T, hidden_size]``, this rank's tokens of the pack, or ``[B, T, hidden_size]``
+                for rows of one document each.
+            layout: see :func:`lasp.lightning_attention`, which also gives the final states.
+            cp_group: likewise.
+            initial_state: likewise, ``[N or B, H, head_dim, head_dim]``.
+
+        Returns:
+            As ``hidden``.
+
+        Communication: that of :func:`lasp.lightning_attention`.
+        """
+        return self._mix(hidden, layout, cp_group, initial_state, output_final_state=False).output
+
+    def prefill(
+        self,
+        hidden: Tensor,
+        *,
+        layout: SequenceLayout | None = None,
+        cp_group: dist.ProcessGroup | None = None,
+        initial_state: Tensor | None = None,
+    ) -> LightningOutput:
+        """As :meth:`forward`, and the states that the documents leave, for :meth:`step`.
+
+        Prompts, parts of prompts and single tokens are documents of any lengths of one pack, each
+        with its initial state.
+
+        Args:
+            hidden: see :meth:`forward`.
+            layout: likewise.
+            cp_group: likewise.
+            initial_state: likewise.
+
+        Returns:
+            Output as ``hidden``, and final states as of :func:`lasp.lightning_attention`.
+
+        Communication: that of :func:`lasp.lightning_attention`.
+        """
+        return self._mix(hidden, layout, cp_group, initial_state, output_final_state=True)
+
+    @torch.no_grad()
+    def step(self, hidden: Tensor, state: Tensor, *, in_place: bool = False) -> LightningOutput:
+        """Mix the next tokens of each sequence, without gradients.
+
+        Args:
+            hidden: ``[B, T, hidden_size]``, the T next tokens (one, or a few) of B sequences.
+            state: ``[B, H, head_dim, head_dim]``, from :meth:`prefill` or the step before.
+            in_place: see :func:`lasp.lightning_decode`.
+
+        Returns:
+            Output as ``hidden``, and the states after these tokens.
+        """
+        if hidden.dim() != 3:
+            raise ValueError(
+                f"hidden must be [B, T, {self.hidden_size}], T new tokens a sequence, got"
+                f" {tuple(hidden.shape)}"
+            )
+        q, k, v = self._project(hidden)
+        mixed, new_state = lightning_decode(
+            q, k, v, self.rates, state, in_place=in_place, impl=self.impl
+        )
+        return LightningOutput(self._gate(hidden, mixed), new_state)
+
+    def _mix(
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout | None,
+        cp_group: dist.ProcessGroup | None,
+        initial_state: Tensor | None,
+        *,
+        output_final_state: bool,
+    ) -> LightningOutput:
+        q, k, v = self._project(hidden)
+        mixed, final_state = lightning_attention(
+            q,
+            k,
+            v,
+            self.rates,
+            layout=layout,
+            cp_group=cp_group,
+            initial_state=initial_state,
+            exchange=self.exchange,
+            impl=self.impl,
+            output_final_state=output_final_state,
+        )
+        return LightningOutput(self._gate(hidden, mixed), final_state)
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[..., H, head_dim]``."""
+        if hidden.dim() not in (2, 3) or hidden.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden must be [T, {self.hidden_size}] or [B, T, {self.hidden_size}], got"
+                f" {tuple(hidden.shape)}"
+            )
+        qkv = self.qkv_proj(hidden).unflatten(-1, (self.num_heads, 3 * self.head_dim))
+        return silu_split(qkv, self.head_dim, self.head_dim, impl=self.impl)
+
+    def _gate(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """The output of the layer, from that of the attention."""
+        mixed, gate = mixed.flatten(-2), self.output_gate(hidden)
+        projected: Tensor = self.out_proj(self.norm(mixed, gate, impl=self.impl))
+        return projected

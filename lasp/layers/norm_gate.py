@@ -1,0 +1,148 @@
+"""What lies around lightning attention in its layer: activation and head split, norm and gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from lasp._core.autocast import autocast_inputs
+from lasp._core.derivatives import Reference, refuse_forward_mode
+from lasp._core.joint_backward import join_backward
+from lasp.lightning.validation import Impl, check_impl, require_triton, state_dtype
+
+_NORM_OVER_RANKS = Reference("lasp.layers.norm_gate.norm_gate over a tp_group", "tp_group=None")
+
+
+def silu_split(
+    x: Tensor, key_dim: int, value_dim: int, *, impl: Impl = "eager"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``q, k, v = split(SiLU(x))``: the fused projection of :class:`lasp.LightningAttention`.
+
+    Args:
+        x: ``[..., H, 2K + V]``: the queries, keys and values of each head side by side; any
+            strides. bf16, fp16, fp32 or fp64.
+        key_dim: K.
+        value_dim: V.
+        impl: ``eager``, plain torch; ``triton``, one kernel that reads x once and writes q, k and
+            v once, each in one piece, and one for the backward: bf16, fp16 or fp32.
+
+    Returns:
+        q and k ``[..., H, K]``, v ``[..., H, V]`` in the dtype of ``x``.
+
+    Gradients: to ``x``. ``triton`` saves ``x`` alone and computes the activation again.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check_impl(impl)
+    if x.dim() < 2 or x.shape[-1] != 2 * key_dim + value_dim or min(key_dim, value_dim) < 1:
+        raise ValueError(
+            f"x must be [..., H, 2 * {key_dim} + {value_dim}], q, k and v of a head side by side,"
+            f" got {tuple(x.shape)}"
+        )
+    if impl == "eager":
+        q, k, v = F.silu(x).split((key_dim, key_dim, value_dim), dim=-1)
+        return q, k, v
+    require_triton()
+    from lasp.layers.triton import torch_ops as fused_layers  # noqa: F401
+
+    x_THW = x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
+    q, k, v = torch.ops.lasp.silu_split(x_THW, key_dim, value_dim)
+    if x.dim() == 3:
+        return q, k, v
+    q, k, v = (part.view(*x.shape[:-1], part.shape[-1]) for part in (q, k, v))
+    return q, k, v
+
+
+def norm_gate(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    tp_group: dist.ProcessGroup | None = None,
+    impl: Impl = "eager",
+) -> Tensor:
+    """``y = x / sqrt(mean(x^2) + eps) * weight * sigmoid(gate)``, over the features of all heads.
+
+    Args:
+        x: ``[..., W]``, the output of the attention, heads side by side; any strides. bf16, fp16,
+            fp32 or fp64; under autocast x and gate are cast to its dtype.
+        gate: like ``x``, before the sigmoid.
+        weight: ``[W]``.
+        eps: added to the mean square.
+        tp_group: the ranks that share the features of a token, W each: the mean is over all of
+            them. None: this one has them all.
+        impl: ``eager``, plain torch; ``triton``, one kernel forward and one backward, and with a
+            ``tp_group`` a small one before each: bf16, fp16 or fp32.
+
+    Returns:
+        ``[..., W]`` in the dtype of ``x``; computed in float32 or wider.
+
+    Gradients: to ``x``, ``gate`` and ``weight``; the same bits every time. ``triton`` saves the
+    inputs and one number a token.
+
+    Communication: over ``tp_group``, forward and backward, one all-reduce of 4 bytes a token. Every
+    rank must run the backward: the result requires gradients wherever gradients are enabled.
+
+    Raises:
+        ValueError: naming the argument, before any communication.
+    """
+    check_impl(impl)
+    x, gate = autocast_inputs(x, gate)
+    if gate.shape != x.shape or gate.dtype != x.dtype or gate.device != x.device:
+        raise ValueError(
+            f"gate must be like x, {tuple(x.shape)} in {x.dtype} on {x.device}, got"
+            f" {tuple(gate.shape)} in {gate.dtype} on {gate.device}"
+        )
+    if weight.shape != x.shape[-1:] or weight.device != x.device:
+        raise ValueError(
+            f"weight must be [{x.shape[-1]}] on {x.device}, got {tuple(weight.shape)} on"
+            f" {weight.device}: this rank's features"
+        )
+    x = join_backward(tp_group, x)
+    if impl == "triton":
+        require_triton()
+        from lasp.layers.triton import torch_ops as fused_layers
+
+        fused_layers.check_width(x)
+        group_name = "" if tp_group is None else tp_group.group_name
+        rows = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (x, gate))
+        y: Tensor = torch.ops.lasp.norm_gate(*rows, weight, eps, group_name)[0]
+        return y if x.dim() == 2 else y.view(x.shape)
+    wide = x.to(state_dtype(x.dtype))
+    squares, size = wide.square().sum(-1, keepdim=True), x.shape[-1]
+    if tp_group is not None:
+        squares = sum_over_ranks(squares, tp_group)
+        size *= tp_group.size()
+    normed = wide * torch.rsqrt(squares / size + eps) * weight
+    return (normed * torch.sigmoid(gate.to(wide.dtype))).to(x.dtype)
+
+
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of ``x`` over ``group``, which every rank uses in its own way.
+
+    Gradients: to ``x``, those of all ranks summed; of any order.
+
+    Communication: one all-reduce of ``x``, forward and backward.
+    """
+    refuse_forward_mode(_NORM_OVER_RANKS, x)
+    total: Tensor = _SumOverRanks.apply(x, group)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_over_ranks(grad, ctx.group), None  # differentiable in its turn

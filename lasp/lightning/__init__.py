@@ -1,0 +1,1 @@
+"""Lightning attention: the operator, its two implementations and its oracle."""

@@ -1,0 +1,244 @@
+"""Lightning attention over a sequence cut across ranks (LASP+): the operator.
+
+Per head, with ``lambda = exp(-rate)`` and S reset at each document start::
+
+    S_t = lambda S_{t-1} + k_t^T v_t        o_t = scale q_t S_t
+
+Ranks hold runs of the pack. What happened before a run reaches it as one K x V state a head, so
+each rank sums up its own tokens, starts to gather the sums of the others, computes its output as if
+nothing had come before, and adds the part of the incoming state when that is there. The backward
+is the same with time reversed: gradients of states flow from later runs to earlier ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp._core.autocast import autocast_inputs
+from lasp._core.derivatives import refuse_forward_mode, refuse_second_derivatives
+from lasp._core.graphs import outside_graphs
+from lasp._core.joint_backward import join_backward
+from lasp.lightning import eager as ops
+from lasp.lightning.decay import rates_by_value
+from lasp.lightning.op_context import (
+    REFERENCE,
+    Call,
+    heads_of_rows,
+    rows_of_heads,
+    start,
+    states_of_heads,
+    states_of_rows,
+)
+from lasp.lightning.validation import (
+    Impl,
+    check_impl,
+    check_qkv,
+    checked_call,
+    require_triton,
+    state_dtype,
+)
+from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.state_flow import flow_of
+from lasp.state_exchange import Exchange, HostGroups
+
+
+class LightningOutput(NamedTuple):
+    """What :func:`lightning_attention` returns.
+
+    Attributes:
+        output: ``[T, H, V]`` or ``[B, T, H, V]``, in the dtype of ``q``.
+        final_state: ``[N, H, K, V]`` or ``[B, H, K, V]``; None if not asked for.
+    """
+
+    output: Tensor
+    final_state: Tensor | None
+
+
+class _LightningAttention(torch.autograd.Function):
+    """q, k: [T, H, K], v: [T, H, V], rates: [H] and initial_state: [N, H, K, V] in state dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rates: Tensor,
+        initial_state: Tensor | None,
+        call: Call,
+    ) -> tuple[Tensor, Tensor | None]:
+        flow = flow_of(call.layout, call.rank)
+        with torch.autocast(q.device.type, enabled=False):
+            local_states = ops.run_states(k, v, rates, flow, given=initial_state)
+            wait = start(local_states, rates, flow, call)
+            scaled_q = _scaled(q, call.scale, rates)
+            output, final_state = ops.scan(
+                scaled_q, k, v, rates, flow, given=initial_state, with_result=call.with_final_state
+            )
+            incoming = wait()
+            ops.add_incoming(output, scaled_q, rates, flow, incoming, result=final_state)
+        ctx.save_for_backward(q, k, v, rates, initial_state, incoming)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return output.to(q.dtype), final_state
+
+    @staticmethod
+    @refuse_second_derivatives(REFERENCE)
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        dq, dk, dv, grad_initial = _gradients(ctx, grad_output, grad_final)
+        return dq, dk, dv, None, grad_initial, None
+
+
+def _gradients(
+    ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, rates, initial_state, incoming = ctx.saved_tensors
+    call = ctx.call
+    flow, back = (flow_of(call.layout, call.rank, reverse=r) for r in (False, True))
+    if grad_output is None:  # only the final state was used, on this rank
+        grad_output = v.new_zeros(()).expand_as(v)
+    with torch.autocast(q.device.type, enabled=False):
+        do = _scaled(grad_output, call.scale, rates)
+        local_states = ops.run_states(q, do, rates, back, given=grad_final)
+        wait = start(local_states, rates, back, call)
+        # dq needs only states of the forward pass: it runs under the exchange too.
+        dq, _ = ops.scan(
+            do, v, k, rates, flow, given=_transpose(initial_state), incoming=incoming.mT
+        )
+        dk, _ = ops.scan(v, do, q, rates, back, given=_transpose(grad_final))
+        dv, grad_initial = ops.scan(
+            k, q, do, rates, back, given=grad_final, with_result=ctx.needs_input_grad[4]
+        )
+        grad_incoming = wait()
+        ops.add_incoming(dk, v, rates, back, grad_incoming.mT)
+        ops.add_incoming(dv, k, rates, back, grad_incoming, result=grad_initial)
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), grad_initial
+
+
+def lightning_attention(  # the operator: its arguments are its documentation
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    *,
+    layout: SequenceLayout | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    exchange: Exchange | HostGroups = "all_gather",
+    impl: Impl = "eager",
+    output_final_state: bool = True,
+    state_eps: float | None = None,
+) -> LightningOutput:
+    """Causal linear attention with constant decay, over packed documents and over ranks.
+
+    ``S_t = exp(-rate) S_{t-1} + k_t^T v_t;  o_t = scale q_t S_t``, for each head, S reset to the
+    initial state at each document start. Exact: documents may be cut anywhere by rank borders.
+
+    Args:
+        q: this rank's queries, ``layout.shard`` of the pack: ``[T, H, K]``, or ``[B, T, H, K]``
+            for B rows that each hold one document of the layout. bf16, fp16, fp32 or fp64; any
+            strides. Under autocast q, k and v are cast to its dtype; states stay float32.
+        k: keys, as ``q``.
+        v: values ``[T, H, V]`` or ``[B, T, H, V]``; V need not be K.
+        rates: decay rates ``[H]`` of this rank's heads, float32 or float64, finite and >= 0, see
+            ``decay_rates``. On the CPU, where a check costs nothing; rates on the device of ``q``
+            are taken too, but every call then waits for that device to read them. From the CPU
+            they are copied once and remembered by value.
+        layout: who holds which tokens; by default one document of T tokens on one rank.
+        cp_group: the context-parallel ranks, ``layout.num_ranks`` of them; None for one rank.
+        scale: factor of the output; MiniMax uses 1, not K^-0.5.
+        initial_state: state before each document ``[N, H, K, V]`` (``[B, H, K, V]`` batched),
+            float32, or float64 with fp64 inputs; default zero. Row n is read on the rank that
+            holds the first token of document n, on rank 0 for an empty document.
+        exchange: how states cross ranks, a name or the ranks by host, see ``lasp.state_exchange``.
+        impl: who computes: ``eager``, plain torch; ``triton``, kernels for GPUs: bf16, fp16 or
+            fp32, K and V up to 256 (fastest at 64 and 128), any strides of tokens and heads.
+        output_final_state: False saves ``N H K V`` elements a rank, and with ``triton`` a cut of
+            the work at the end of each document.
+        state_eps: what has decayed below this may be left out of a state that crosses segments
+            (``triton``) or passes through a run on its way between ranks; 0 keeps all. None: a
+            512th of the last digit of a state, 2^-32 in float32 and 2^-61 in float64.
+
+    Returns:
+        The output and the final states, float32 (float64 with fp64 inputs). Row n is the state
+        after document n on the rank that holds its last token (rank 0 for an empty document), and
+        zero on every other: the sum over ranks is the whole. The tail padding is a document of its
+        own and has no row.
+
+    Gradients: to ``q``, ``k``, ``v`` and ``initial_state`` (nonzero where it is read), from both
+    results. None to ``rates``. Every rank must run the backward, one whose own inputs need no
+    gradient too: over several ranks the results require gradients wherever gradients are enabled
+    (``torch.no_grad()`` is for what no rank trains). Saved for it: the inputs, the incoming state
+    of each run and, with ``triton``, that of each segment, fp32.
+
+    Communication: forward and backward each exchange states once, and only if a document is cut:
+    ``all_gather`` receives ``(P - 1) * runs * H * K * V * 4`` bytes (runs: the most sending ones of
+    a rank); for the others see ``lasp.state_exchange``. In the forward ``eager`` computes under it
+    and ``triton`` waits for it, in the backward dq is computed under it.
+
+    Raises:
+        ValueError: naming the argument, before any communication.
+        lasp.state_exchange.ExchangeError: if a rank is gone, see ``lasp.state_exchange.failure``.
+
+    Source: Lightning Attention-2, arXiv:2401.04658; LASP, arXiv:2404.02882; LASP+, MiniMax-01,
+    arXiv:2501.08313, section 3.2.
+    """
+    check_impl(impl)
+    q, k, v = autocast_inputs(q, k, v)
+    if state_eps is None:
+        state_eps = 2.0**-61 if q.dtype == torch.float64 else 2.0**-32
+    settings: dict[str, Any] = {
+        "scale": scale,
+        "exchange": exchange,
+        "output_final_state": output_final_state,
+        "state_eps": state_eps,
+    }
+    if impl == "eager":
+        return _attend(q, k, v, rates, initial_state, layout, cp_group, settings)
+    require_triton()
+    from lasp.lightning.triton.torch_ops import attend  # which checks the rest when it runs
+
+    return LightningOutput(*attend(q, k, v, rates, initial_state, layout, cp_group, **settings))
+
+
+@outside_graphs
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    initial_state: Tensor | None,
+    layout: SequenceLayout | None,
+    cp_group: dist.ProcessGroup | None,
+    settings: dict[str, Any],
+) -> LightningOutput:
+    check_qkv(q, k, v)
+    refuse_forward_mode(REFERENCE, q, k, v, rates, initial_state)
+    call = checked_call(q, v, rates, initial_state, layout, cp_group, **settings)
+    q = join_backward(cp_group, q, k, v, initial_state)
+    if initial_state is not None:
+        initial_state = states_of_heads(initial_state, q)
+    tensors = [heads_of_rows(x) for x in (q, k, v)]
+    on_device = rates_by_value(call.rates, q.device, state_dtype(q.dtype))
+    output, final_state = _LightningAttention.apply(  # type: ignore[no-untyped-call]
+        *tensors, on_device, initial_state, call
+    )
+    if final_state is not None:
+        final_state = states_of_rows(final_state, q)
+    return LightningOutput(rows_of_heads(output, q), final_state)
+
+
+def _scaled(x: Tensor, scale: float, rates: Tensor) -> Tensor:
+    """Scaled in the dtype to compute in; untouched for scale 1."""
+    return x if scale == 1.0 else x.to(rates.dtype) * scale
+
+
+def _transpose(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.mT

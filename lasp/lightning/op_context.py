@@ -1,0 +1,81 @@
+"""What an autograd function of the operator must know of a call, whoever computes."""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp._core.derivatives import Reference
+from lasp._core.host_constants import to_device
+from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.state_flow import Flow
+from lasp.state_exchange import Choice, HostGroups, Transitions, Wait, kept_over, start_exchange
+
+REFERENCE = Reference(
+    "lightning_attention", "lasp.lightning.reference.recurrent_lightning_attention"
+)
+
+
+class Call(NamedTuple):
+    """Everything about a call that is not a tensor; rows of a batch count as heads."""
+
+    layout: SequenceLayout
+    rank: int
+    cp_group: dist.ProcessGroup | None
+    scale: float
+    exchange: tuple[Choice, ...]
+    with_final_state: bool
+    state_eps: float
+    rates: tuple[float, ...]
+    hosts: HostGroups | None = None
+
+
+def heads_of_rows(x: Tensor) -> Tensor:
+    """``[B, T, H, D]`` as ``[T, B H, D]``: heads are independent and rows share one layout."""
+    return x.transpose(0, 1).flatten(1, 2) if x.dim() == 4 else x
+
+
+def rows_of_heads(x: Tensor, like: Tensor) -> Tensor:
+    """``heads_of_rows`` back, if ``like`` has rows."""
+    return x.unflatten(1, (like.shape[0], -1)).transpose(0, 1) if like.dim() == 4 else x
+
+
+def states_of_heads(states: Tensor, q: Tensor) -> Tensor:
+    """``[B, H, K, V]`` as the ``[1, B H, K, V]`` of one document, if ``q`` has rows."""
+    return states.flatten(0, 1).unsqueeze(0) if q.dim() == 4 else states
+
+
+def states_of_rows(states: Tensor, q: Tensor) -> Tensor:
+    """``states_of_heads`` back."""
+    return states.squeeze(0).unflatten(0, (q.shape[0], -1)) if q.dim() == 4 else states
+
+
+def start(outgoing: Tensor, rates: Tensor, flow: Flow, call: Call) -> Wait:
+    """Start to send the states of this rank's runs on, ``[flow.num_slots, H, K, V]``."""
+
+    def transitions(choice: Choice) -> Transitions:
+        some = tuple(call.rates[head] for head in choice.heads)
+        decay = cache(
+            lambda length: _decay(some, length, call.state_eps, rates.dtype, rates.device)
+        )
+        return [decay(hop.length) if hop.passes else None for hop in flow.hops]
+
+    passed = [transitions(choice) for choice in call.exchange]
+    return start_exchange(call.exchange, outgoing, flow, passed, call.cp_group, call.hosts)
+
+
+@lru_cache(maxsize=4096)  # a few entries a layer
+def _decay(
+    rates: tuple[float, ...], length: int, eps: float, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """What heads keep over a run ``[H, 1, 1]``; None if that is nothing."""
+    kept = [kept_over(rate, length, eps) for rate in rates]
+    if not any(kept):
+        return None
+    with torch.inference_mode(False):  # remembered, and used in training too
+        decay = torch.tensor(kept, dtype=torch.float64, device="cpu").to(dtype).view(-1, 1, 1)
+        return to_device(decay, device)

@@ -1,0 +1,1 @@
+"""The Triton implementation; imported only where it is chosen."""

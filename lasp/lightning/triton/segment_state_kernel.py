@@ -1,0 +1,107 @@
+"""Loading the state before a segment, and leaving the one after it.
+
+What enters is the sum of three parts, each absent or present: the state from the segments before,
+the state that the document was given and the one that its run received, both as far as they have
+decayed on the way::
+
+    S = states[STATE_ROW] + lambda^DISTANCE (given[GIVEN_ROW] + incoming[INCOMING_ROW])
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.lightning.triton.chunk_state_kernel import (
+    COLUMNS,
+    DISTANCE,
+    GIVEN_ROW,
+    INCOMING_ROW,
+    LOG2E,
+    RESULT_ROW,
+    STATE_ROW,
+)
+
+
+@triton.jit
+def _state_offsets(
+    head,
+    block,  # of columns
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Of a head's state as the registers hold it, ``[BLOCK_E, BLOCK_D]``, and which columns exist.
+
+    Which dim is contiguous must be known to the compiler: else it loads number by number, and of
+    two programs that read the same rows one falls behind the other, farther than the L2 cache
+    reaches.
+    """
+    d_cols = tl.arange(0, BLOCK_D)
+    e_cols = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    if TRANSPOSED:  # [E, D] in memory
+        offsets = d_cols[None, :] + e_cols[:, None] * D
+    else:
+        offsets = d_cols[None, :] * E + e_cols[:, None]
+    return offsets + head.to(tl.int64) * (D * E), d_cols[None, :], (e_cols < E)[:, None]
+
+
+@triton.jit
+def entering_state(
+    states,
+    given,
+    incoming,
+    rates,
+    table,
+    row,  # segment and head
+    block,  # of columns
+    num_heads,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """The state before the first token of a segment."""
+    head = row % num_heads
+    table += row // num_heads * COLUMNS
+    offsets, d_cols, e_inside = _state_offsets(head, block, D, E, BLOCK_D, BLOCK_E, TRANSPOSED)
+    size = (num_heads * (D * E)).to(tl.int64)  # of one row of states
+    # Where a state is absent no column is loaded: a mask of all False.
+    state_row = tl.load(table + STATE_ROW)
+    inside = e_inside & (d_cols < tl.where(state_row >= 0, D, 0))
+    state = tl.load(states + state_row * size + offsets, mask=inside, other=0.0)
+    rate = tl.load(rates + head) * LOG2E
+    before = tl.exp2(-rate * tl.load(table + DISTANCE).to(tl.float32))
+    if given is not None:
+        given_row = tl.load(table + GIVEN_ROW)
+        inside = e_inside & (d_cols < tl.where(given_row >= 0, D, 0))
+        state += before * tl.load(given + given_row * size + offsets, mask=inside, other=0.0)
+    if incoming is not None:
+        incoming_row = tl.load(table + INCOMING_ROW)
+        inside = e_inside & (d_cols < tl.where(incoming_row >= 0, D, 0))
+        state += before * tl.load(incoming + incoming_row * size + offsets, mask=inside, other=0.0)
+    return state
+
+
+@triton.jit
+def leave_state(
+    state,
+    result,
+    table,
+    row,  # segment and head
+    block,  # of columns
+    num_heads,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Store the state after the last token of a segment whose document ends there."""
+    head = row % num_heads
+    offsets, d_cols, e_inside = _state_offsets(head, block, D, E, BLOCK_D, BLOCK_E, TRANSPOSED)
+    size = (num_heads * (D * E)).to(tl.int64)
+    result_row = tl.load(table + row // num_heads * COLUMNS + RESULT_ROW)
+    inside = e_inside & (d_cols < tl.where(result_row >= 0, D, 0))
+    tl.store(result + result_row * size + offsets, state, mask=inside)

@@ -1,0 +1,296 @@
+"""How the Triton kernels cut a rank's tokens into segments, and the two tensors that tell them.
+
+A segment is a stretch of tokens that one program a head walks chunk by chunk; many segments fill
+the GPU when heads are few. Cuts lie where a state must come in or go out: before a fragment that
+receives a state or starts from a given one, after a fragment that sends one or whose result is
+asked for, and around the tail padding. In between, cuts lie where they balance the work, whatever
+the documents: those are masks, see ``lasp.lightning.triton.chunk_kernel``.
+
+Example: documents of 3 and 5 tokens on one rank, no states asked for, segments of 4::
+
+    segments   tokens 0:4, nothing comes in      tokens 4:8, carries on document 1
+    reach      0 1 2 0                           1 2 3 4
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp._core.cache import ByteCache
+from lasp._core.host_constants import to_device
+from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.state_flow import Flow, Piece, flow_of
+
+FAR = 2**30  # tokens: a head that does not decay
+
+
+class Segment(NamedTuple):
+    """One row of the table that the kernels read; rows of tokens are in the order of the flow.
+
+    Attributes:
+        first: the first token, an index into the rank's tokens.
+        length: tokens.
+        state_length: tokens at its end, of one document, whose state somebody needs; 0 if nobody.
+        chain: the first segment that has part in the state that enters; its own index if none
+            enters from segments before.
+        given_row: which given state that document started from, or -1.
+        incoming_row: which run received its state, or -1.
+        distance: tokens of that document on this rank before the segment.
+        result_row: the document that ends here and whose result is asked for, or -1.
+        slot: which sending run ends here, or -1.
+        begin: tokens of the rank before it, in the order of the flow.
+        sum_row: which row of the sums of pass A is its own, or -1 if ``state_length`` is 0.
+        state_row: which row of the states of pass B enters from segments before, or -1.
+    """
+
+    first: int
+    length: int
+    state_length: int
+    chain: int
+    given_row: int
+    incoming_row: int
+    distance: int
+    result_row: int
+    slot: int
+    begin: int
+    sum_row: int
+    state_row: int
+
+
+class Plan(NamedTuple):
+    """What the kernels must know of one direction on one rank.
+
+    Attributes:
+        flow: where states come from and go to.
+        segments: in the order of the flow.
+        table: the segments ``[segments, 12]``, int32, on the device.
+        summed: the rows of the table whose state somebody needs ``[sums, 12]``, in its order.
+        reach: int32 ``[T]``: tokens of its document before each token in the order of the flow; a
+            state that comes in or is given counts as one.
+        state_lengths: of the segments.
+        num_states: segments that a state enters from segments before.
+        shared: whether a document starts inside a segment.
+    """
+
+    flow: Flow
+    segments: tuple[Segment, ...]
+    table: Tensor
+    summed: Tensor
+    reach: Tensor
+    state_lengths: tuple[int, ...]
+    num_states: int
+    shared: bool
+
+
+def plan_of(
+    layout: SequenceLayout,
+    rank: int,
+    device: torch.device,
+    *,
+    reverse: bool,
+    given: bool,
+    result: bool,
+    length: int,
+) -> Plan:
+    """The plan of ``rank``; those of the last batches are kept, because every layer asks.
+
+    Args:
+        layout: who holds which tokens.
+        rank: this rank.
+        device: where the tensors go, without waiting for it.
+        reverse: the direction.
+        given: documents start from given states.
+        result: the states that documents leave are asked for.
+        length: tokens of a segment, at most.
+    """
+    settings = (rank, device, reverse, given, result, length)
+    return _PLANS.get((layout, *settings), lambda: _plan_of(layout, *settings))
+
+
+def _plan_of(
+    layout: SequenceLayout,
+    rank: int,
+    device: torch.device,
+    reverse: bool,
+    given: bool,
+    result: bool,
+    length: int,
+) -> Plan:
+    flow = flow_of(layout, rank, reverse=reverse)
+    spans = _spans(flow, given, result)
+    segments: list[Segment] = []
+    summed: list[Segment] = []
+    num_states = 0
+    sending = (piece.offset for piece in flow.pieces if piece.sends)
+    slots = {offset: slot for slot, offset in enumerate(sending)}
+    for span in spans:
+        for segment in _cut(span, slots, length, reverse, given, result):
+            segments.append(_placed(segment, segments, len(summed), num_states))
+            num_states += segments[-1].state_row >= 0
+            if segment.state_length:
+                summed.append(segments[-1])
+    reach = torch.cat([_reach(piece, reverse, given) for piece in sorted_by_offset(flow)])
+    edges = {s.first - (s.length - 1 if reverse else 0) for s in segments}
+    return Plan(
+        flow,
+        tuple(segments),
+        _table(segments, device),
+        _table(summed, device),
+        to_device(reach, device),
+        tuple(segment.state_length for segment in segments),
+        num_states,
+        any(piece.offset not in edges for piece in flow.pieces),
+    )
+
+
+def _size_of(plan: Plan) -> int:
+    """Bytes of its tensors, and about those of the rows on the host."""
+    return plan.reach.nbytes + plan.table.nbytes + plan.summed.nbytes + 512 * len(plan.segments)
+
+
+_PLANS: ByteCache[Plan] = ByteCache(64 * 2**20, _size_of)
+
+
+class Parts(NamedTuple):
+    """Which programs sum up the states of segments: parts of tokens, counted back from the border.
+
+    Attributes:
+        length: tokens of a part.
+        rows: int32 ``[parts, 2]``: head, and how many parts of that head lie behind this one.
+        first: int32 ``[H + 1]``: the first part of each head.
+        reaches: int32 ``[H]``: tokens that matter to the state of a head.
+    """
+
+    length: int
+    rows: Tensor
+    first: Tensor
+    reaches: Tensor
+
+
+@lru_cache(maxsize=1024)  # one entry a layer
+def reaches_of(rates: tuple[float, ...], eps: float) -> tuple[int, ...]:
+    """How many tokens back a token's weight in a state is above ``eps``, for each head."""
+    exponent = math.log(1 / eps) if eps > 0 else math.inf
+    return tuple(
+        min(FAR, int(min(exponent / rate, FAR)) + 1) if rate > 0 else FAR for rate in rates
+    )
+
+
+@lru_cache(maxsize=1024)
+def parts_of(
+    state_lengths: tuple[int, ...], reaches: tuple[int, ...], length: int, device: torch.device
+) -> Parts:
+    """The parts of the longest state; shorter ones leave some idle."""
+    longest = max(state_lengths)
+    counts = [-(-min(longest, reach) // length) for reach in reaches]
+    rows = [(head, index) for head, count in enumerate(counts) for index in range(count)]
+    first = [0, *accumulate(counts)]
+    tensors = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in (rows, first, reaches))
+    return Parts(length, *(to_device(x, device) for x in tensors))
+
+
+def sorted_by_offset(flow: Flow) -> list[Piece]:
+    """The pieces in the order of memory."""
+    return sorted(flow.pieces, key=lambda piece: piece.offset)
+
+
+def _spans(flow: Flow, given: bool, result: bool) -> Iterator[list[Piece]]:
+    """Pieces between two places where a state must come in or go out."""
+    span: list[Piece] = []
+    for piece in flow.pieces:
+        if span and (_has_origin(piece, given) or _is_padding(piece)):
+            yield span
+            span = []
+        span.append(piece)
+        if piece.sends or result or _is_padding(piece):
+            yield span
+            span = []
+    if span:
+        yield span
+
+
+def _cut(
+    span: list[Piece], slots: dict[int, int], length: int, reverse: bool, given: bool, result: bool
+) -> Iterator[Segment]:
+    """Segments of one span; ``slots`` are those of the pieces that send, by their offset."""
+    total = sum(piece.length for piece in span)
+    each = -(-total // -(-total // length))
+    each = min(length, -(-each // 64) * 64)  # whole chunks, but for the last
+    ends: list[int] = []  # of the pieces, counted from the start of the span
+    for piece in span:
+        ends.append(piece.length + (ends[-1] if ends else 0))
+    origin = span[0].offset + (span[0].length - 1 if reverse else 0)
+    at = 0  # the piece that holds the first token of the segment
+    for start in range(0, total, each):
+        stop = min(start + each, total)
+        while ends[at] <= start:
+            at += 1
+        first, last = at, at
+        while ends[last] < stop:
+            last += 1
+        distance = start - (ends[first] - span[first].length)
+        own = stop - (ends[last] - span[last].length)
+        goes_on = stop < ends[last] or span[last].sends
+        leaves = stop == ends[last] and not span[last].sends and result
+        has_origin = _has_origin(span[first], given)
+        document, receives = span[first].document, span[first].receives
+        yield Segment(
+            first=origin - start if reverse else origin + start,
+            length=stop - start,
+            state_length=min(own, stop - start) if goes_on else 0,
+            chain=-1,
+            given_row=document if has_origin and not receives and document is not None else -1,
+            incoming_row=span[first].run if receives else -1,
+            distance=distance,
+            result_row=_row(span[last]) if leaves else -1,
+            slot=slots[span[last].offset] if goes_on and stop == ends[last] else -1,
+            begin=-1,
+            sum_row=-1,
+            state_row=-1,
+        )
+
+
+def _placed(segment: Segment, before: list[Segment], num_sums: int, num_states: int) -> Segment:
+    """``segment`` with what depends on those before it: how many have sums, how many states."""
+    index = len(before)
+    begin = before[-1].begin + before[-1].length if before else 0
+    chain = index
+    if segment.distance > 0:
+        whole = before[-1].state_length == before[-1].length
+        chain = before[-1].chain if whole else index - 1
+    return segment._replace(
+        chain=chain,
+        begin=begin,
+        sum_row=num_sums if segment.state_length else -1,
+        state_row=num_states if chain < index else -1,
+    )
+
+
+def _has_origin(piece: Piece, given: bool) -> bool:
+    return piece.receives or (given and not _is_padding(piece))
+
+
+def _is_padding(piece: Piece) -> bool:
+    return piece.document is None
+
+
+def _row(piece: Piece) -> int:
+    return -1 if piece.document is None else piece.document
+
+
+def _reach(piece: Piece, reverse: bool, given: bool) -> Tensor:
+    reach = torch.arange(piece.length, dtype=torch.int32, device="cpu") + int(
+        _has_origin(piece, given)
+    )
+    return reach.flip(0) if reverse else reach
+
+
+def _table(segments: list[Segment], device: torch.device) -> Tensor:
+    return to_device(torch.tensor(segments, dtype=torch.int32, device="cpu"), device)

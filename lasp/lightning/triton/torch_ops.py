@@ -1,0 +1,197 @@
+"""``lightning_attention(impl="triton")`` as operators of ``torch.ops.lasp``.
+
+Each direction is one operator, so that a compiler keeps it as it is: documents and rates are data
+to it, and a graph is good for every pack.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+from lasp._core.graphs import data_dependent_size
+from lasp._core.joint_backward import join_backward
+from lasp._core.operators import Operators
+from lasp.lightning.op_context import REFERENCE, Call
+from lasp.lightning.triton import schedule as fused
+from lasp.lightning.triton.device import check_inputs
+from lasp.lightning.validation import check_kinds, check_qkv, checked_call
+from lasp.sequence.layout import Order, SequenceLayout
+from lasp.state_exchange import Exchange, HostGroups
+
+# Of the groups the names: of all ranks, and with two levels those within and between hosts.
+_SETTINGS = (
+    "Tensor lengths, int num_ranks, str order, str[] groups,"
+    " float scale, str exchange, bool output_final_state, float state_eps"
+)
+_SCHEMA = (
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor? initial_state, {_SETTINGS})"
+    " -> (Tensor output, Tensor final_state, Tensor states, Tensor incoming)"
+)
+_BACKWARD_SCHEMA = (
+    "attention_backward(Tensor? grad_output, Tensor? grad_final, Tensor q, Tensor k, Tensor v,"
+    " Tensor rates, Tensor? initial_state, Tensor states, Tensor incoming, bool needs_initial,"
+    f" {_SETTINGS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor grad_initial)"
+)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    initial_state: Tensor | None,
+    layout: SequenceLayout | None,
+    cp_group: dist.ProcessGroup | None,
+    *,
+    scale: float,
+    exchange: Exchange | HostGroups,
+    output_final_state: bool,
+    state_eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and final state; arguments as those of ``lightning_attention``."""
+    # What the schema cannot say; the operator checks the rest when it runs.
+    check_qkv(q, k, v)
+    check_kinds(rates, q, layout, cp_group, exchange)
+    q = join_backward(cp_group, q, k, v, initial_state)
+    if layout is None:
+        lengths = torch.full((1,), q.shape[-3], dtype=torch.int64, device="cpu")
+        num_ranks, order = 1, "contiguous"
+    else:
+        lengths, num_ranks, order = layout._lengths, layout.num_ranks, layout.order
+    groups = [] if cp_group is None else [cp_group.group_name]
+    if isinstance(exchange, HostGroups):
+        groups += [exchange.inner.group_name, exchange.outer.group_name]
+        exchange = "auto"  # not looked at
+    output, final_state, _, _ = torch.ops.lasp.attention(
+        q, k, v, rates, initial_state, lengths, num_ranks, order, groups,
+        scale, exchange, output_final_state, state_eps,
+    )  # fmt: skip
+    return output, final_state if output_final_state else None
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, initial_state: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_inputs(q, v)
+    return fused.forward(q, k, v, initial_state, _call(q, v, rates, initial_state, *settings))
+
+
+def _attention_backward(
+    grad_output: Tensor | None,
+    grad_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    initial_state: Tensor | None,
+    states: Tensor,
+    incoming: Tensor,
+    needs_initial: bool,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = _call(q, v, rates, initial_state, *settings)
+    return fused.backward(
+        grad_output, grad_final, q, k, v, initial_state, states, incoming, needs_initial, call
+    )
+
+
+def _call(
+    q: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    initial_state: Tensor | None,
+    lengths: Tensor,
+    num_ranks: int,
+    order: Order,
+    groups: list[str],
+    scale: float,
+    exchange: Exchange,
+    output_final_state: bool,
+    state_eps: float,
+) -> Call:
+    resolved = [_resolve_process_group(name) for name in groups]  # type: ignore[arg-type]
+    return checked_call(
+        q, v, rates, initial_state,
+        SequenceLayout.from_lengths_tensor(lengths, num_ranks, order),
+        resolved[0] if resolved else None,
+        scale=scale,
+        exchange=HostGroups(*resolved[1:]) if len(resolved) == 3 else exchange,
+        output_final_state=output_final_state,
+        state_eps=state_eps,
+    )  # fmt: skip
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, lengths = inputs[:6]
+    ctx.save_for_backward(*tensors, lengths, *output[2:])
+    ctx.settings = inputs[6:]
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None, *_: object
+) -> tuple[Tensor | None, ...]:
+    *tensors, lengths, states, incoming = ctx.saved_tensors
+    needs_initial = ctx.needs_input_grad[4]
+    if not ctx.settings[5]:  # the final state was not asked for
+        grad_final = None
+    dq, dk, dv, grad_initial = torch.ops.lasp.attention_backward(
+        grad_output, grad_final, *tensors, states, incoming, needs_initial, lengths, *ctx.settings
+    )
+    return dq, dk, dv, None, grad_initial if needs_initial else None, *(None,) * 8
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, initial_state: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lengths, with_final_state = settings[0], settings[6]
+    rows = q.shape[0] if q.dim() == 4 else lengths.shape[-1]
+    final_state = v.new_empty(
+        (rows, q.shape[-2], q.shape[-1], v.shape[-1]) if with_final_state else 0,
+        dtype=torch.float32,
+    )
+    return (
+        _fake_rows(q, v),
+        final_state,
+        # Segments and runs depend on the documents.
+        final_state.new_empty(data_dependent_size()),
+        final_state.new_empty(data_dependent_size()),
+    )
+
+
+def _fake_rows(q: Tensor, x: Tensor) -> Tensor:
+    """A result of the shape of ``x``, with the strides that results have."""
+    if q.dim() == 3:
+        return x.new_empty(x.shape)
+    return x.new_empty(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
+
+
+def _fake_backward(
+    grad_output: Tensor | None,
+    grad_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    initial_state: Tensor | None,
+    states: Tensor,
+    incoming: Tensor,
+    needs_initial: bool,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = initial_state.shape if needs_initial and initial_state is not None else 0
+    initial = states.new_empty(shape)
+    return _fake_rows(q, q), _fake_rows(q, k), _fake_rows(q, v), initial
+
+
+_OPERATORS = Operators("lasp")
+_OPERATORS.define(_SCHEMA, _attention, _fake)
+_OPERATORS.define(_BACKWARD_SCHEMA, _attention_backward, _fake_backward)
+_OPERATORS.differentiate("attention", _gradients, _save, REFERENCE)
+_OPERATORS.refuse_second_derivatives("attention_backward", REFERENCE)

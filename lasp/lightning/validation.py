@@ -1,0 +1,230 @@
+"""Checks of what callers pass, all on the host: shapes, dtypes, devices and the values of rates.
+
+Every rank checks before the first collective, so that a wrong call raises instead of hanging.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from math import inf
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.lightning.op_context import Call
+from lasp.sequence.layout import SequenceLayout
+from lasp.state_exchange import Exchange, HostGroups, check_hosts, resolve_exchange
+
+Impl = Literal["eager", "triton"]
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states, carries and exchange: fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def check_impl(impl: str) -> None:
+    """Raise ValueError for a name that is not offered."""
+    if impl not in get_args(Impl):
+        raise ValueError(
+            f"impl must be one of {get_args(Impl)}, got {impl!r}: see lasp.lightning_attention"
+        )
+
+
+def check_exchange(exchange: Exchange | HostGroups) -> None:
+    """Raise ValueError for a name that is not offered; host groups were checked when made."""
+    if not isinstance(exchange, HostGroups) and exchange not in get_args(Exchange):
+        raise ValueError(
+            f"exchange must be one of {get_args(Exchange)} or host_groups(...), got {exchange!r}:"
+            " see lasp.state_exchange"
+        )
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q and k are [T, H, K] or [B, T, H, K] and v [.., H, V] alike."""
+    if q.dim() not in (3, 4) or q.numel() == 0:
+        raise ValueError(
+            "q must be [T, H, K] or [B, T, H, K] with at least one element, got shape"
+            f" {tuple(q.shape)}: split the heads into a dim of their own, x.unflatten(-1, (H, K))"
+        )
+    if k.shape != q.shape:
+        raise ValueError(
+            f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}: repeat heads that"
+            " several queries share, k.repeat_interleave(H // k.shape[-2], dim=-2)"
+        )
+    if v.dim() != q.dim() or v.shape[:-1] != q.shape[:-1] or v.shape[-1] == 0:
+        raise ValueError(
+            f"v must be {tuple(q.shape[:-1])} + (V,), all but the last dim as in q, got"
+            f" {tuple(v.shape)}: give it the tokens and heads of q, V may differ from K"
+        )
+    if not q.dtype.is_floating_point or torch.finfo(q.dtype).bits < 16:
+        raise ValueError(
+            f"q must be bf16, fp16, fp32 or fp64, got {q.dtype}: convert q, k and v, for example"
+            " with q.to(torch.bfloat16)"
+        )
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise ValueError(
+                f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}: convert one with"
+                " .to(dtype)"
+            )
+        _check_device(name, tensor, q)
+
+
+def checked_call(  # the operator's arguments
+    q: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    initial_state: Tensor | None,
+    layout: SequenceLayout | None,
+    cp_group: dist.ProcessGroup | None,
+    *,
+    scale: float,
+    exchange: Exchange | HostGroups,
+    output_final_state: bool,
+    state_eps: float,
+) -> Call:
+    """The call; raise ValueError for what does not fit ``q`` and ``v``."""
+    check_kinds(rates, q, layout, cp_group, exchange)
+    values = check_rates(rates)
+    if layout is None:
+        layout = SequenceLayout((q.shape[-3],), num_ranks=1)
+    rank = check_layout(layout, cp_group, q)
+    check_initial_state(initial_state, q, v, layout)
+    values *= q.shape[0] if q.dim() == 4 else 1  # rows are heads to those below
+    hosts = exchange if isinstance(exchange, HostGroups) else None
+    if hosts is not None and cp_group is not None:
+        check_hosts(hosts, cp_group)
+    name = "all_gather" if isinstance(exchange, HostGroups) else exchange
+    choices = resolve_exchange(name, layout, values, state_eps, q.shape[-1], v.shape[-1])
+    return Call(
+        layout, rank, cp_group, scale, choices, output_final_state, state_eps, values, hosts
+    )
+
+
+def check_kinds(
+    rates: Tensor,
+    q: Tensor,
+    layout: SequenceLayout | None,
+    cp_group: dist.ProcessGroup | None,
+    exchange: Exchange | HostGroups,
+) -> None:
+    """Raise ValueError for arguments that are no rates, layout, group or exchange of a call.
+
+    Values, and whether they belong together, are not looked at.
+    """
+    _check_rates_kind(rates, q)
+    if layout is not None and not isinstance(layout, SequenceLayout):
+        raise ValueError(f"layout must be a SequenceLayout, got {layout!r}: build one from lengths")
+    _check_group(cp_group)
+    check_exchange(exchange)
+    if isinstance(exchange, HostGroups) and cp_group is None:
+        raise ValueError(
+            "exchange must be a name without cp_group, got host groups: pass the group that they"
+            " were made of"
+        )
+
+
+def _check_rates_kind(rates: Tensor, q: Tensor) -> None:
+    if not isinstance(rates, Tensor):
+        raise ValueError(f"rates must be a tensor [H], got {rates!r}: see decay_rates")
+    num_heads = q.shape[-2]
+    if rates.shape != (num_heads,):
+        raise ValueError(
+            f"rates must be [H] with H = {num_heads}, the heads of q on this rank, got shape"
+            f" {tuple(rates.shape)}: under tensor parallelism slice the global vector,"
+            " decay_rates(..., tp_rank=, tp_size=)"
+        )
+    if rates.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"rates must be float32 or float64, got {rates.dtype}: keep them out of casts such as"
+            " module.to(torch.bfloat16)"
+        )
+    if rates.is_meta or rates.device not in (torch.device("cpu"), q.device):
+        raise ValueError(
+            f"rates must be on the CPU, or on the device of q, {q.device}, and have values, got"
+            f" {rates.device}: pass what decay_rates returns as it is"
+        )
+    if rates.requires_grad:
+        raise ValueError("rates must not require grad, they get none: pass rates.detach()")
+
+
+def check_rates(rates: Tensor) -> tuple[float, ...]:
+    """The rates; raise ValueError unless they are finite numbers >= 0."""
+    values: list[float] = rates.tolist()
+    if not all(0 <= rate < inf for rate in values):
+        raise ValueError(
+            f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {values}: see"
+            " decay_rates"
+        )
+    return tuple(values)
+
+
+def check_layout(layout: SequenceLayout, cp_group: dist.ProcessGroup | None, q: Tensor) -> int:
+    """Raise ValueError unless layout, group and q belong together; this rank within the group."""
+    _check_group(cp_group)
+    num_ranks = 1 if cp_group is None else cp_group.size()
+    if layout.num_ranks != num_ranks:
+        raise ValueError(
+            f"layout must be for the {num_ranks} ranks of cp_group, got num_ranks"
+            f" {layout.num_ranks}: build it with cp_group.size() and pass that group"
+        )
+    if layout.num_local_tokens != q.shape[-3]:
+        raise ValueError(
+            f"layout must hold the {q.shape[-3]} tokens a rank of q {tuple(q.shape)}, got"
+            f" {layout.num_local_tokens}: is this the layout of this batch, and q sharded by it?"
+        )
+    if q.dim() == 4 and layout.num_documents != 1:
+        raise ValueError(
+            "layout must hold one document when q is [B, T, H, K], whose rows share it, got"
+            f" {layout.num_documents}: pack the rows end to end as [T, H, K]"
+        )
+    return 0 if cp_group is None else cp_group.rank()
+
+
+def _check_group(cp_group: dist.ProcessGroup | None) -> None:
+    if cp_group is not None and not isinstance(cp_group, dist.ProcessGroup):
+        raise ValueError(
+            f"cp_group must be a process group that holds this rank, got {cp_group!r}: call the"
+            " operator on the members of the group only"
+        )
+
+
+def check_initial_state(
+    initial_state: Tensor | None, q: Tensor, v: Tensor, layout: SequenceLayout
+) -> None:
+    """Raise ValueError unless initial_state is None or [N or B, H, K, V] in the state dtype."""
+    if initial_state is None:
+        return
+    rows = layout.num_documents if q.dim() == 3 else q.shape[0]
+    shape = (rows, q.shape[-2], q.shape[-1], v.shape[-1])
+    if initial_state.shape != shape:
+        raise ValueError(
+            f"initial_state must be {shape}: [documents, H, K, V], or [B, H, K, V] for batched q,"
+            f" got {tuple(initial_state.shape)}: one state for each, that of empty documents too"
+        )
+    if initial_state.dtype != state_dtype(q.dtype):
+        raise ValueError(
+            f"initial_state must be {state_dtype(q.dtype)} for q in {q.dtype}, got"
+            f" {initial_state.dtype}: states are never rounded to the activation dtype"
+        )
+    _check_device("initial_state", initial_state, q)
+
+
+def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise ValueError(
+            f"{name} must be on the device of q, {q.device}, got {tensor.device}: move one with"
+            " .to(device)"
+        )
+
+
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def require_triton() -> None:
+    """Raise ValueError if triton is missing; ``torch.compile`` sees through it."""
+    if not _HAS_TRITON:
+        raise ValueError("impl must be 'eager' without triton: install triton for impl='triton'")

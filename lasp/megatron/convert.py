@@ -1,0 +1,219 @@
+"""Weights of the plain hybrid model as those of Megatron's GPTModel, and back.
+
+    load_plain_weights(gpt_model, dict(plain.named_parameters()))   # each rank takes its part
+    plain.load_state_dict(plain_weights([gpt_model]), strict=False) # whole, on every rank
+
+Between them a checkpoint of Megatron's ``dist_checkpointing`` may change every parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from lasp.megatron.checks import groups_of
+from lasp.megatron.lightning import merge_projections, split_projections
+from moe_parallel.experts.experts import Experts
+
+# One to one: names in lasp.hybrid.HybridModel and in GPTModel.
+_OF_MODEL = {
+    "embedding.weight": "embedding.word_embeddings.weight",
+    "final_norm.weight": "decoder.final_layernorm.weight",
+    "head.weight": "output_layer.weight",
+}
+_OF_LAYER = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.norm.weight": "self_attention.out_norm.weight",
+    "attention.out_proj.weight": "self_attention.out_proj.weight",
+    "attention.o_proj.weight": "self_attention.linear_proj.weight",
+    "moe_norm.weight": "pre_mlp_layernorm.weight",
+    "moe.gate.weight": "mlp.moe.gate.weight",
+    "moe.experts.w13": "mlp.moe.experts.w13",
+    "moe.experts.w2": "mlp.moe.experts.w2",
+}
+# Several to one, by head and by key head.
+_LIGHTNING = ("attention.qkv_proj.weight", "attention.output_gate.weight")
+_LIGHTNING_MERGED = "self_attention.in_proj.weight"
+_SOFTMAX = tuple(f"attention.{name}_proj.weight" for name in "qkv")
+_SOFTMAX_MERGED = "self_attention.linear_qkv.weight"
+
+
+def to_megatron(
+    weights: Mapping[str, Tensor], *, num_heads: int, num_kv_heads: int
+) -> dict[str, Tensor]:
+    """Whole weights, or their gradients, under the names and in the layouts of GPTModel.
+
+    Args:
+        weights: by the names of :class:`lasp.hybrid.HybridModel`, all of them or some.
+        num_heads: of all attention layers.
+        num_kv_heads: of the softmax layers.
+
+    Returns:
+        Tensors by the names of a GPTModel with all layers in one stage.
+
+    Raises:
+        ValueError: for a name that the plain model does not have.
+    """
+    left, named = dict(weights), {}
+    for ours, theirs in _names(left, "layers."):
+        if ours in left:
+            named[theirs] = left.pop(ours)
+    for index in _layers(left, "layers."):
+        prefix, merged = f"layers.{index}.", f"decoder.layers.{index}."
+        if prefix + _LIGHTNING[0] in left:
+            qkv, gate = (left.pop(prefix + name) for name in _LIGHTNING)
+            named[merged + _LIGHTNING_MERGED] = merge_projections(qkv, gate, num_heads)
+        if prefix + _SOFTMAX[0] in left:
+            parts = [left.pop(prefix + name).unflatten(0, (num_kv_heads, -1)) for name in _SOFTMAX]
+            named[merged + _SOFTMAX_MERGED] = torch.cat(parts, dim=1).flatten(0, 1)
+    _check_nothing_left(left, "lasp.hybrid.HybridModel")
+    return named
+
+
+def to_plain(
+    weights: Mapping[str, Tensor], *, num_heads: int, num_kv_heads: int
+) -> dict[str, Tensor]:
+    """Inverse of :func:`to_megatron`.
+
+    Raises:
+        ValueError: for a name that a GPTModel of hybrid layers with experts does not have.
+    """
+    left, named = dict(weights), {}
+    for ours, theirs in _names(left, "decoder.layers."):
+        if theirs in left:
+            named[ours] = left.pop(theirs)
+    for index in _layers(left, "decoder.layers."):
+        prefix, merged = f"layers.{index}.", f"decoder.layers.{index}."
+        if merged + _LIGHTNING_MERGED in left:
+            parts = split_projections(left.pop(merged + _LIGHTNING_MERGED), num_heads)
+            named |= {prefix + name: part for name, part in zip(_LIGHTNING, parts)}
+        if merged + _SOFTMAX_MERGED in left:
+            by_group = left.pop(merged + _SOFTMAX_MERGED).unflatten(0, (num_kv_heads, -1))
+            queries = num_heads // num_kv_heads
+            size = by_group.shape[1] // (queries + 2)
+            parts = by_group.split((queries * size, size, size), dim=1)
+            named |= {prefix + name: part.flatten(0, 1) for name, part in zip(_SOFTMAX, parts)}
+    _check_nothing_left(left, "a GPTModel of hybrid layers with experts")
+    return named
+
+
+@torch.no_grad()
+def load_plain_weights(
+    model: GPTModel,
+    weights: Mapping[str, Tensor],
+    *,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> None:
+    """Copy this rank's part of whole plain weights into its stage of a GPTModel.
+
+    Args:
+        model: GPTModel of :func:`hybrid_block_spec` with experts and untied embeddings, not
+            wrapped; with virtual stages call it for each.
+        weights: by the names of :class:`lasp.hybrid.HybridModel`, at least those of this stage, on
+            any device, of any dtype.
+        pg_collection: its tp, ep and expt_tp groups; of the parallel state if None.
+
+    Raises:
+        ValueError: if a weight is missing or of another shape.
+    """
+    groups = _groups(pg_collection)
+    whole = to_megatron(weights, **_heads(model))
+    for name, parameter in _named_parameters(model):
+        if name not in whole:
+            raise ValueError(f"weights must have {name} of this stage, got {sorted(whole)[:3]}...")
+        part = whole[name]
+        for group, dim in _cuts(name, parameter, groups):
+            part = part.chunk(group.size(), dim)[group.rank()]
+        if part.shape != parameter.shape:
+            raise ValueError(
+                f"{name} must have shape {tuple(parameter.shape)} on this rank, got"
+                f" {tuple(part.shape)} of {tuple(whole[name].shape)}: the models must be alike"
+            )
+        parameter.copy_(part)
+
+
+@torch.no_grad()
+def plain_weights(
+    models: Sequence[GPTModel], *, pg_collection: ProcessGroupCollection | None = None
+) -> dict[str, Tensor]:
+    """Whole weights of a GPTModel on every rank, for a plain model that fits on one.
+
+    Args:
+        models: the virtual stages of this rank, not wrapped.
+        pg_collection: its tp, ep, expt_tp and pp groups; of the parallel state if None.
+
+    Returns:
+        Tensors on the CPU by the names of :class:`lasp.hybrid.HybridModel`.
+
+    Communication: an all-gather of every split parameter over its groups, then of all of them over
+    the pipeline stages. Every rank must call it.
+    """
+    groups = _groups(pg_collection)
+    of_stage = {}
+    for model in models:
+        for name, parameter in _named_parameters(model):
+            whole = parameter.detach()
+            for group, dim in reversed(_cuts(name, parameter, groups)):
+                parts = [torch.empty_like(whole) for _ in range(group.size())]
+                dist.all_gather(parts, whole.contiguous(), group=group)
+                whole = torch.cat(parts, dim)
+            of_stage[name] = whole.cpu()
+    stages: list[Any] = [None] * groups["pp"].size()
+    dist.all_gather_object(stages, of_stage, group=groups["pp"])
+    weights = {name: weight for stage in stages for name, weight in stage.items()}
+    return to_plain(weights, **_heads(models[0]))
+
+
+def _heads(model: GPTModel) -> dict[str, int]:
+    config = model.config
+    return {"num_heads": config.num_attention_heads, "num_kv_heads": config.num_query_groups}
+
+
+def _groups(pg_collection: ProcessGroupCollection | None) -> dict[str, Any]:
+    names = ("tp", "ep", "expt_tp", "pp")
+    return dict(zip(names, groups_of(pg_collection, "conversion of weights", *names)))
+
+
+def _cuts(name: str, parameter: nn.Parameter, groups: dict[str, Any]) -> list[tuple[Any, int]]:
+    """How a parameter is cut: process groups, outermost first, and the dim of each."""
+    if ".experts." in name:
+        dims = Experts.sharding()[name.rpartition(".")[2]]
+        return [(groups["ep"], dims.ep_dim), (groups["expt_tp"], dims.etp_dim)]
+    if getattr(parameter, "tensor_model_parallel", False):
+        return [(groups["tp"], parameter.partition_dim)]  # type: ignore[attr-defined]
+    return []
+
+
+def _named_parameters(model: GPTModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by their names in a model with all layers in one stage."""
+    start = "decoder.layers."
+    for name, parameter in model.named_parameters():
+        if name.startswith(start):
+            index, _, rest = name.removeprefix(start).partition(".")
+            number = model.decoder.layers[int(index)].layer_number
+            name = f"{start}{number - 1}.{rest}"
+        yield name, parameter
+
+
+def _layers(weights: Mapping[str, Tensor], start: str) -> list[int]:
+    rests = (name.removeprefix(start) for name in weights if name.startswith(start))
+    return sorted({int(rest.partition(".")[0]) for rest in rests})
+
+
+def _names(weights: Mapping[str, Tensor], start: str) -> Iterator[tuple[str, str]]:
+    """Pairs of names that are one to one, the plain one first."""
+    yield from _OF_MODEL.items()
+    for index in _layers(weights, start):
+        for ours, theirs in _OF_LAYER.items():
+            yield f"layers.{index}.{ours}", f"decoder.layers.{index}.{theirs}"
+
+
+def _check_nothing_left(left: Mapping[str, Tensor], model: str) -> None:
+    if left:
+        raise ValueError(f"weights must be those of {model}, got {sorted(left)} besides")

@@ -1,0 +1,157 @@
+"""What our MoE layer computes, out of Megatron's options, and which of them it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from lasp.megatron.checks import require
+from moe_parallel.config import DropPolicy, Gemm, Impl, MoEConfig
+from moe_parallel.dispatch.symmetric_memory import PeerMemory
+
+PART = "the expert-parallel MoE layer"
+_POLICIES: dict[str, DropPolicy] = {"position": "position", "probs": "probability"}
+_WANTED: dict[str, object] = {
+    # experts: SwiGLU, weighted when their outputs come home
+    "activation_func": nn.functional.silu,
+    "activation_func_clamp_value": None,
+    "add_bias_linear": False,
+    "gated_linear_unit": True,
+    "glu_linear_offset": 0.0,
+    "moe_apply_probs_on_input": False,
+    "moe_latent_size": None,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_shared_expert_intermediate_size": None,
+    # router: softmax over the k largest logits
+    "moe_enable_routing_replay": False,
+    "moe_input_jitter_eps": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_force_biased": None,
+    "moe_router_force_load_balancing": False,
+    "moe_router_fusion": False,
+    "moe_router_group_topk": None,
+    "moe_router_num_groups": None,
+    "moe_router_pre_softmax": False,
+    "moe_router_quantile_balancing_ema": 0.0,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_limited_devices": None,
+    "moe_router_topk_scaling_factor": None,
+    "moe_z_loss_coeff": None,
+    # exchange: as many rows as were kept, never padded
+    "fine_grained_activation_offloading": False,
+    "moe_combine_bwd_dtype": "bf16",
+    "moe_dispatch_fwd_dtype": "bf16",
+    "moe_enable_deepep": False,
+    "moe_expert_rank_capacity_factor": None,
+    "moe_extended_tp": False,
+    "moe_pad_expert_input_to_capacity": False,
+    "moe_paged_stash": False,
+    "moe_permute_fusion": False,
+    "moe_router_padding_for_quantization": False,
+    "overlap_dispatch_backward_with_experts_wgrad": False,
+    "overlap_moe_expert_parallel_comm": False,
+}
+
+
+@dataclass(frozen=True)
+class ExpertOptions:
+    """What Megatron has no options for: see :class:`moe_parallel.MoEConfig`, which checks them.
+
+    Attributes:
+        gemm: how the experts multiply.
+        overlap_groups: into how many groups a rank's experts are cut; None: by a rule.
+        max_rows: most rows that the experts of one rank may take; None: as many as come.
+        impl: of the router, the activation, and the rows of tokens and their sums.
+        peers: memory of the ranks that share experts (Megatron's tp_ep), through which rows travel;
+            one object for all layers, see :class:`moe_parallel.PeerMemory`. The stages of the layer
+            do not use it.
+    """
+
+    gemm: Gemm = "auto"
+    overlap_groups: int | None = None
+    max_rows: int | None = None
+    impl: Impl = "auto"
+    peers: PeerMemory | None = None
+
+
+DEFAULT_OPTIONS = ExpertOptions()
+
+
+def moe_config(config: TransformerConfig, options: ExpertOptions = DEFAULT_OPTIONS) -> MoEConfig:
+    """What our layer computes, out of Megatron's options and ours.
+
+    Raises:
+        ValueError: for options that our layer does not have.
+    """
+    if config.num_moe_experts is None:
+        raise ValueError(
+            f"config.num_moe_experts must be a number for {PART}, got None: set it, or take a spec"
+            " with a dense MLP"
+        )
+    require(config, PART, **_WANTED)
+    if config.moe_token_dispatcher_type not in ("alltoall", "allgather"):
+        raise ValueError(
+            f"config.moe_token_dispatcher_type must be 'alltoall' or 'allgather' for {PART}, got"
+            f" {config.moe_token_dispatcher_type!r}: it has one exchange of its own, whichever of"
+            " the two is set, and none of the flex backends"
+        )
+    if config.moe_router_dtype == "fp64" and config.params_dtype != torch.float64:
+        raise ValueError(
+            "config.moe_router_dtype must be None or 'fp32' with parameters of"
+            f" {config.params_dtype}, got 'fp64': the router computes in float32 then"
+        )
+    modules = set(config.recompute_modules or ())
+    if config.recompute_granularity == "selective" and modules & {"moe_act", "shared_experts"}:
+        raise ValueError(
+            f"config.recompute_modules must be without 'moe_act' and 'shared_experts' for {PART},"
+            f" got {sorted(modules)}: name 'moe', which recomputes all of it"
+        )
+    if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
+        raise ValueError(
+            "config.sequence_parallel must be True with tensor parallelism, got False: every rank"
+            " passes tokens of its own to the experts"
+        )
+    return MoEConfig(
+        hidden_size=config.hidden_size,
+        ffn_size=config.moe_ffn_hidden_size or config.ffn_hidden_size,
+        num_experts=config.num_moe_experts,
+        top_k=config.moe_router_topk,
+        capacity_factor=config.moe_expert_capacity_factor,
+        drop_policy=_POLICIES[config.moe_token_drop_policy],
+        aux_loss_coefficient=_aux_loss_coefficient(config),
+        gemm=options.gemm,
+        overlap_groups=options.overlap_groups,
+        max_rows=options.max_rows,
+        impl=options.impl,
+    )
+
+
+def _aux_loss_coefficient(config: TransformerConfig) -> float:
+    """0 where Megatron adds no auxiliary loss; its other losses and balancers are refused."""
+    kind, coefficient = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if kind == "none" or (coefficient == 0 and kind in ("aux_loss", "seq_aux_loss")):
+        return 0.0
+    if kind != "global_aux_loss" or isinstance(coefficient, list):
+        raise ValueError(
+            "config.moe_router_load_balancing_type must be 'global_aux_loss' or 'none', got"
+            f" {kind!r} with moe_aux_loss_coeff {coefficient}: the router balances all ranks'"
+            " tokens together"
+        )
+    return float(coefficient)
+
+
+def check_groups(moe: MoEConfig, groups: ProcessGroupCollection) -> None:
+    """Raise ValueError unless the experts divide over the ranks."""
+    for what, size, group in (
+        ("num_moe_experts", moe.num_experts, groups.ep),
+        ("moe_ffn_hidden_size", moe.ffn_size, groups.expt_tp),
+    ):
+        if size % group.size():
+            raise ValueError(
+                f"config.{what} must divide over {group.size()} ranks, got {size}: choose another"
+                " expert_model_parallel_size or expert_tensor_parallel_size"
+            )

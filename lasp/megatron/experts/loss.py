@@ -1,0 +1,86 @@
+"""The auxiliary loss in Megatron's gradients and in its log."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from lasp.megatron.version import record_moe_loss
+from moe_parallel.router.route import Routing
+
+
+class StepBalance(nn.Module):
+    """The auxiliary loss over the micro-batches of a step: Megatron's ``global_aux_loss``.
+
+    In micro-batch m the part f_i of expert i is that in all assignments of micro-batches 1 to m of
+    the step, over all ranks; the mean probability m_i is this micro-batch's. Megatron's router
+    means the same for micro-batches of one size. Where sizes differ it averages counts and divides
+    by the tokens of the last micro-batch, so that its f_i do not sum to 1.
+
+    Counts are int64, which no cast of the model rounds, and are no part of a checkpoint: none is
+    written within a step.
+    """
+
+    assigned: Tensor
+
+    def __init__(self, num_experts: int, device: torch.device) -> None:
+        super().__init__()
+        zeros = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.register_buffer("assigned", zeros, persistent=False)
+        self.num_tokens = 0
+
+    def forward(self, routing: Routing) -> Tensor:
+        """Count a micro-batch, and return this rank's share of its loss."""
+        self.assigned += routing.counts.assigned.sum(0)
+        self.num_tokens += routing.num_tokens
+        return routing.balance_loss(self.assigned, self.num_tokens)
+
+    def reset_global_aux_loss_tracker(self) -> None:
+        """Megatron's hook: ``finalize_model_grads`` calls it at the end of a step."""
+        self.assigned.zero_()
+        self.num_tokens = 0
+
+
+def attach_aux_loss(
+    probs: Tensor,
+    share: Tensor,
+    *,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    num_tokens: int,
+    layer_number: int | None,
+) -> Tensor:
+    """``probs``, with whose gradients those of the auxiliary loss come.
+
+    Args:
+        probs: of the chosen experts.
+        share: this rank's, of the loss of the micro-batch.
+        config: Megatron's, with a coefficient above 0.
+        groups: tp, cp and tp_dp_cp.
+        num_tokens: routed tokens of all ranks.
+        layer_number: from 1, for the log.
+    """
+    record_moe_loss(
+        "global_load_balancing_loss",
+        share.detach() / config.moe_aux_loss_coeff,
+        layer_number,
+        config.num_layers,
+        groups.tp_dp_cp,
+    )
+    attached: Tensor = MoEAuxLossAutoScaler.apply(probs, share * _scale(config, groups, num_tokens))
+    return attached
+
+
+def _scale(config: TransformerConfig, groups: ProcessGroupCollection, num_tokens: int) -> int:
+    """Undo what Megatron will divide gradients by, so that shares sum to one loss.
+
+    Without ``calculate_per_token_loss`` its scaler and its DDP leave a factor 1 / dp; with it
+    gradients are divided by the tokens of all ranks and micro-batches.
+    """
+    if config.calculate_per_token_loss:
+        return num_tokens
+    dp: int = groups.tp_dp_cp.size() // (groups.tp.size() * groups.cp.size())
+    return dp

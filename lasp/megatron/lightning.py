@@ -1,0 +1,252 @@
+"""Lightning attention as the self-attention of a Megatron layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from lasp.layers.norm_gate import silu_split
+from lasp.lightning.attention import lightning_attention
+from lasp.lightning.decay import Variant, decay_rates
+from lasp.lightning.validation import Impl, check_exchange, check_impl
+from lasp.megatron.batch import layout_of, order_of_rows
+from lasp.megatron.checks import groups_of, refuse_arguments, require
+from lasp.megatron.norm import HeadsNorm
+from lasp.megatron.packs import PackedCut, check_packed_cut
+from lasp.state_exchange import Exchange
+
+# Sizes of Megatron's own linear attentions, by their defaults: heads here are num_attention_heads
+# of kv_channels, and there is no convolution.
+_OTHER_MIXERS = {
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+}
+
+
+@dataclass
+class LightningSelfAttentionSubmodules:
+    """Parts of :class:`LightningSelfAttention`.
+
+    Attributes:
+        in_proj: column parallel, hidden to (q, k, v, gate) of every head, head by head.
+        out_proj: row parallel, the heads back to hidden.
+    """
+
+    in_proj: Any = ColumnParallelLinear
+    out_proj: Any = RowParallelLinear
+
+
+class LightningSelfAttention(MegatronModule):
+    """The token mixer of :class:`lasp.LightningAttention` over tensor-parallel ranks.
+
+    Head by head, ``q, k, v, g = split(W_in x)``; ``o = lightning_attention(silu(q), silu(k),
+    silu(v))`` with scale 1; ``y = W_out (RMSNorm(o) * sigmoid(g))``. It has no positions, no mask
+    and no biases: the arguments for them are ignored. ``W_in`` is laid out ``[H, 4, head_dim]``, so
+    that a tensor-parallel slice is a range of heads, in a checkpoint too.
+
+    Args:
+        config: Megatron's; ``num_attention_heads``, ``kv_channels`` and ``num_layers`` count.
+        submodules: the projections.
+        layer_number: from 1, over all pipeline stages, as TransformerLayer passes it.
+        attn_mask_type: not read, lightning attention is causal.
+        pg_collection: its tp and cp groups; of the parallel state if None.
+        decay: formula of the decay rates, see ``lasp.lightning.decay``.
+        norm_eps: of the norm over all heads.
+        decay_layers: numbers of the layers that the decay formula counts; None: all. A HybridModel
+            numbers MLPs too.
+        impl: who computes, see :func:`lasp.lightning_attention`: ``triton`` has kernels for the
+            activation, the norm and the gate too, see ``lasp.layers.norm_gate``.
+        exchange: how states cross the context-parallel ranks, see ``lasp.state_exchange``.
+        packed_cut: how Megatron's own packs are cut, see :data:`lasp.megatron.PackedCut`.
+
+    Communication: Megatron's of two linear layers, that of :func:`lasp.lightning_attention` over
+    cp, that of :class:`HeadsNorm` over tp.
+
+    Raises:
+        ValueError: for heads that tp does not divide, names and options that are not supported.
+    """
+
+    # Megatron's arguments of a self-attention, then ours; a part a line, so it is long.
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: LightningSelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: object = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        decay: Variant = "minimax",
+        norm_eps: float = 1e-6,
+        decay_layers: Sequence[int] | None = None,
+        impl: Impl = "eager",
+        exchange: Exchange = "all_gather",
+        packed_cut: PackedCut | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        part = "lightning attention"
+        require(config, part, attention_dropout=0.0, multi_latent_attention=False, qk_clip=False)
+        require(config, part, attention_output_gate=False, fine_grained_activation_offloading=False)
+        require(config, part, add_bias_linear=False, add_qkv_bias=False, **_OTHER_MIXERS)
+        self.order, self.packed_cut = order_of_rows(config, part), packed_cut
+        check_packed_cut(packed_cut)
+        check_impl(impl)
+        check_exchange(exchange)
+        self.tp_group, self.cp_group = groups_of(pg_collection, part, "tp", "cp")
+        heads, tp_size = config.num_attention_heads, self.tp_group.size()
+        if heads % tp_size:
+            raise ValueError(
+                f"num_attention_heads must divide over {tp_size} tensor-parallel ranks, got"
+                f" {heads}: choose another tensor_model_parallel_size"
+            )
+        self.head_dim, self.impl, self.exchange = config.kv_channels, impl, exchange
+        inner = heads * self.head_dim
+        linear = {"config": config, "bias": False, "skip_bias_add": True, "is_expert": False}
+        self.in_proj = build_module(
+            submodules.in_proj,
+            config.hidden_size,
+            4 * inner,
+            init_method=config.init_method,
+            gather_output=False,
+            tp_comm_buffer_name="qkvg",
+            tp_group=self.tp_group,
+            **linear,
+        )
+        self.out_norm = HeadsNorm(config, inner, eps=norm_eps, tp_group=self.tp_group)
+        self.out_proj = build_module(
+            submodules.out_proj,
+            inner,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            tp_comm_buffer_name="proj",
+            tp_group=self.tp_group,
+            **linear,
+        )
+        counted = range(1, config.num_layers + 1) if decay_layers is None else decay_layers
+        if layer_number not in counted:
+            raise ValueError(
+                f"layer_number must be one of decay_layers {list(counted)}, got {layer_number}:"
+                " list every attention layer of the model"
+            )
+        self.rates = decay_rates(  # float32 on the CPU, whatever the module is cast or moved to
+            heads,
+            counted.index(layer_number),
+            len(counted),
+            decay,
+            tp_rank=self.tp_group.rank(),
+            tp_size=tp_size,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        key_value_states: Tensor | None = None,
+        inference_context: object = None,
+        inference_params: object = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: object,
+    ) -> tuple[Tensor, None]:
+        """Mix the tokens of each document.
+
+        Args:
+            hidden_states: ``[T / tp if sequence parallel else T, B, hidden]``, B is 1 for packs.
+            attention_mask: not read.
+            key_value_states: must be None.
+            inference_context: must be None.
+            inference_params: must be None.
+            attention_bias: must be None.
+            packed_seq_params: see :func:`layout_of`.
+
+        Returns:
+            As ``hidden_states``, and None for the bias.
+        """
+        refuse_arguments(
+            "lightning attention",
+            key_value_states=key_value_states,
+            inference_context=inference_context,
+            inference_params=inference_params,
+            attention_bias=attention_bias,
+        )
+        gathered = self.tp_group.size() if self.config.sequence_parallel else 1
+        num_tokens = hidden_states.shape[0] * gathered
+        layout = layout_of(
+            packed_seq_params, num_tokens, self.cp_group.size(), self.order, self.packed_cut
+        )
+        mixed, _bias = self.in_proj(hidden_states)
+        packed = packed_seq_params is not None
+        mixed = mixed.squeeze(1) if packed else mixed.transpose(0, 1)
+        qkv, gate = mixed.unflatten(-1, (-1, 4 * self.head_dim)).split(
+            (3 * self.head_dim, self.head_dim), dim=-1
+        )
+        q, k, v = silu_split(qkv, self.head_dim, self.head_dim, impl=self.impl)
+        output = lightning_attention(
+            q,
+            k,
+            v,
+            self.rates,
+            layout=layout,
+            cp_group=self.cp_group,
+            exchange=self.exchange,
+            impl=self.impl,
+            output_final_state=False,
+        ).output
+        gated = self.out_norm(output.flatten(-2), gate.flatten(-2), impl=self.impl)
+        projected: Tensor
+        projected, _bias = self.out_proj(gated.unsqueeze(1) if packed else gated.transpose(0, 1))
+        return projected, None
+
+    def backward_dw(self) -> None:
+        """Nothing is delayed: the weight gradients are part of the backward."""
+
+
+def lightning_attention_spec(
+    *,
+    decay: Variant = "minimax",
+    norm_eps: float = 1e-6,
+    decay_layers: Sequence[int] | None = None,
+    impl: Impl = "eager",
+    exchange: Exchange = "all_gather",
+    packed_cut: PackedCut | None = None,
+) -> ModuleSpec:
+    """Spec of a ``self_attention`` for ``TransformerLayerSubmodules``."""
+    return ModuleSpec(
+        module=LightningSelfAttention,
+        submodules=LightningSelfAttentionSubmodules(),
+        params={
+            "decay": decay,
+            "norm_eps": norm_eps,
+            "decay_layers": decay_layers,
+            "impl": impl,
+            "exchange": exchange,
+            "packed_cut": packed_cut,
+        },
+    )
+
+
+def merge_projections(qkv: Tensor, gate: Tensor, num_heads: int) -> Tensor:
+    """``in_proj.weight`` out of the two weights of :class:`lasp.LightningAttention`."""
+    q_k_v, gates = qkv.unflatten(0, (num_heads, -1)), gate.unflatten(0, (num_heads, -1))
+    return torch.cat((q_k_v, gates), dim=1).flatten(0, 1)
+
+
+def split_projections(merged: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Inverse of :func:`merge_projections`."""
+    by_head = merged.unflatten(0, (num_heads, 4, -1))
+    return by_head[:, :3].flatten(0, 2), by_head[:, 3].flatten(0, 1)

@@ -1,0 +1,129 @@
+"""The decoder layer with residuals of its own that both forms of a hybrid model are made of."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any, Literal
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from lasp.megatron.checks import groups_of, refuse_arguments
+from lasp.megatron.experts.layer import ExpertParallelMoELayer
+from lasp.megatron.hybrid_config import PART, ResidualScale, check_layers
+from lasp.megatron.packing import token_order_of
+from lasp.megatron.packs import PackedCut
+
+
+class ScaledLayer(TransformerLayer):
+    """Attention and an MLP, or one of the two, around weighted residuals.
+
+    ``post``: ``h = norm(x); y = alpha h + beta attention(h); g = norm(y); alpha g + beta mlp(g)``.
+    ``pre``: the same with x and y for the residuals h and g. Of a part that is missing there is no
+    norm and no residual either.
+
+    The MoE layer gets the process groups of this layer in every Megatron version, and the token
+    order of a :class:`lasp.megatron.PackedSequence`.
+
+    Args:
+        config: Megatron's.
+        submodules: the parts; IdentityOp is none.
+        layer_number: as TransformerLayer's.
+        pg_collection: process groups; of the parallel state if None.
+        residual: ``pre`` or ``post``.
+        attention_scale: residual weights around the attention.
+        mlp_scale: around the MLP.
+        packed_cut: how Megatron's own packs are cut, see :data:`lasp.megatron.PackedCut`.
+        optional: what a Megatron version passes besides.
+
+    Raises:
+        ValueError: for options that are not supported, of this layer or its parts.
+    """
+
+    # Megatron's arguments of a layer, then ours.
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        residual: Literal["pre", "post"],
+        attention_scale: ResidualScale,
+        mlp_scale: ResidualScale,
+        packed_cut: PackedCut | None = None,
+        **optional: Any,
+    ) -> None:
+        check_layers(config)
+        groups_of(pg_collection, PART, "pp", "tp", "cp")
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        parts = copy(submodules)
+        module = getattr(submodules.mlp, "module", None)
+        with_experts = isinstance(module, type) and issubclass(module, ExpertParallelMoELayer)
+        if with_experts:
+            # Built below: TransformerLayer of 0.16 gives groups to Megatron's own MoELayer only.
+            parts.mlp = IdentityOp
+        super().__init__(config, parts, layer_number, pg_collection=pg_collection, **optional)
+        if with_experts:
+            self.mlp = build_module(submodules.mlp, config=config, pg_collection=pg_collection)
+            self.mlp.set_layer_number(self.layer_number)
+            self.is_moe_layer = True
+        self.post_norm = residual == "post"
+        self.attention_scale, self.mlp_scale = attention_scale, mlp_scale
+        self.packed_cut = packed_cut
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        rotary_pos_emb: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        inference_context: object = None,
+        inference_params: object = None,
+        packed_seq_params: Any = None,
+        padding_mask: Tensor | None = None,
+        **_: object,
+    ) -> tuple[Tensor, None]:
+        """One layer over this rank's tokens ``[T, B, hidden]``; no context comes back."""
+        refuse_arguments(
+            PART,
+            context=context,
+            padding_mask=padding_mask,
+            rotary_pos_emb=rotary_pos_emb,
+            inference_params=inference_params,
+        )
+        if not isinstance(self.self_attention, IdentityOp):
+            normed = self.input_layernorm(hidden_states)
+            mixed = self.self_attention(
+                normed,
+                attention_mask,
+                attention_bias=attention_bias,
+                inference_context=inference_context,
+                packed_seq_params=packed_seq_params,
+            )
+            residual = normed if self.post_norm else hidden_states
+            hidden_states = _add(residual, mixed, self.attention_scale)
+        if not isinstance(self.mlp, IdentityOp):
+            normed = self.pre_mlp_layernorm(hidden_states)
+            options = {}
+            if isinstance(self.mlp, ExpertParallelMoELayer):
+                options["token_order"] = token_order_of(
+                    packed_seq_params, len(normed), self.packed_cut, self.mlp.groups
+                )
+            residual = normed if self.post_norm else hidden_states
+            hidden_states = _add(residual, self.mlp(normed, **options), self.mlp_scale)
+        return hidden_states, None
+
+
+def _add(residual: Tensor, part: tuple[Tensor, Tensor | None], scale: ResidualScale) -> Tensor:
+    output, bias = part
+    if bias is not None:
+        output = output + bias
+    return scale.alpha * residual + scale.beta * output

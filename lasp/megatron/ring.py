@@ -1,0 +1,166 @@
+"""Megatron's self-attention with the positions of the layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from lasp.megatron.checks import groups_of, refuse_arguments, require
+from lasp.megatron.packs import PackedCut, check_packed_cut
+from lasp.megatron.positions import check_positions
+from lasp.megatron.ring_core import RingCoreAttention
+from ring.rope import apply_rotary, check_rotary_dim
+
+
+class RingSelfAttention(SelfAttention):
+    """Megatron's self-attention with positions of the layout: RoPE right for every order.
+
+    Megatron's RoPE takes packs for cut per document. Here angles are computed in float64 at
+    ``layout.position_ids``. The projections, their initialisation and checkpoint keys are
+    SelfAttention's.
+
+    Args:
+        config: Megatron's.
+        submodules: SelfAttention's; ``core_attention`` is :class:`RingCoreAttention`.
+        layer_number: from 1.
+        attn_mask_type: ``causal`` or ``no_mask``.
+        pg_collection: its tp and cp groups; of the parallel state if None.
+        rotary_dim: dims of each head that are rotated; 0: none. MiniMax-01: half.
+        rope_base: of the wavelengths.
+        packed_cut: how Megatron's own packs are cut, see :data:`lasp.megatron.PackedCut`.
+        optional: what a Megatron version passes besides.
+
+    Raises:
+        ValueError: for options that are not supported.
+    """
+
+    # Megatron's arguments of a self-attention, then ours.
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        rotary_dim: int = 0,
+        rope_base: float = 10_000.0,
+        packed_cut: PackedCut | None = None,
+        **optional: Any,
+    ) -> None:
+        part = "ring self-attention"
+        require(config, part, apply_rope_fusion=False, rotary_interleaved=False, no_rope_freq=None)
+        require(config, part, attention_output_gate=False, fused_single_qkv_rope=False)
+        require(config, part, qk_layernorm=False, qk_l2_norm=False)
+        require(config, part, fine_grained_activation_offloading=False)
+        check_rotary_dim(rotary_dim, config.kv_channels)
+        check_positions(config, rotary_dim, rope_base)
+        check_packed_cut(packed_cut)
+        tp_group, _ = groups_of(pg_collection, part, "tp", "cp")
+        groups = config.num_query_groups
+        if groups % tp_group.size() or config.num_attention_heads % tp_group.size():
+            raise ValueError(
+                f"num_attention_heads and num_query_groups must divide over {tp_group.size()}"
+                f" tensor-parallel ranks, got {config.num_attention_heads} and {groups}: choose"
+                " another tensor_model_parallel_size"
+            )
+        super().__init__(
+            config,
+            submodules,
+            layer_number,
+            attn_mask_type=attn_mask_type,
+            pg_collection=pg_collection,
+            **optional,
+        )
+        self.rotary_dim, self.rope_base = rotary_dim, rope_base
+        self.core_attention.positions_of_layout = True
+        self.core_attention.packed_cut = packed_cut
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        key_value_states: Tensor | None = None,
+        inference_context: object = None,
+        inference_params: object = None,
+        rotary_pos_emb: object = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of this rank's tokens to their documents.
+
+        Args:
+            hidden_states: ``[T / tp if sequence parallel else T, B, hidden]``, B is 1 for packs.
+            attention_mask: not read.
+            key_value_states: must be None.
+            inference_context: must be None.
+            inference_params: must be None.
+            rotary_pos_emb: must be None: GPTModel(position_embedding_type="none").
+            attention_bias: must be None.
+            packed_seq_params: see :func:`lasp.megatron.layout_of`.
+
+        Returns:
+            The output as ``hidden_states``, and the bias of the projection, not added.
+        """
+        refuse_arguments(
+            "ring self-attention",
+            key_value_states=key_value_states,
+            inference_context=inference_context,
+            inference_params=inference_params,
+            rotary_pos_emb=rotary_pos_emb,
+        )
+        core, cp_group = self.core_attention, self.core_attention.cp_group
+        gathered = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        num_tokens = hidden_states.shape[0] * gathered
+        layout = core.layout_of(packed_seq_params, num_tokens)
+        query, key, value = self.get_query_key_value_tensors(hidden_states, None)
+        positions = layout.position_ids(cp_group.rank(), query.device)
+        query, key = (  # apply_rotary takes [..., T, H, D]
+            apply_rotary(
+                x.transpose(0, 1), positions, rotary_dim=self.rotary_dim, base=self.rope_base
+            ).transpose(0, 1)
+            for x in (query, key)
+        )
+        packed = packed_seq_params is not None
+        if packed:
+            query, key, value = (x.squeeze(1) for x in (query, key, value))
+        output = self.core_attention(
+            query,
+            key,
+            value,
+            attention_bias=attention_bias,
+            packed_seq_params=packed_seq_params,
+        )
+        projected: tuple[Tensor, Tensor | None]
+        projected = self.linear_proj(output.unsqueeze(1) if packed else output)
+        return projected
+
+
+def ring_attention_spec(
+    *, rotary_dim: int, rope_base: float = 10_000.0, packed_cut: PackedCut | None = None
+) -> ModuleSpec:
+    """Spec of a ``self_attention`` for ``TransformerLayerSubmodules``."""
+    return ModuleSpec(
+        module=RingSelfAttention,
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=RingCoreAttention,
+            linear_proj=RowParallelLinear,
+        ),
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "rotary_dim": rotary_dim,
+            "rope_base": rope_base,
+            "packed_cut": packed_cut,
+        },
+    )

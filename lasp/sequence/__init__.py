@@ -1,0 +1,1 @@
+"""Which tokens of which documents each rank holds, and where states flow."""

@@ -1,0 +1,142 @@
+"""Which strategy for which heads: a decision of the host, the same on every rank.
+
+A head of rate r keeps ``exp(-r n)`` of a state over n tokens. Below ``eps`` it is taken to keep
+nothing, whatever the strategy. So heads fall into three groups:
+
+- *gone*: nothing is left after one token, before anybody can use it. They are never sent.
+- *fast*: nothing is left after the shortest run that a state passes through; what a run receives is
+  the sum of its neighbour alone. One hop is exact.
+- *slow*: the others.
+
+``auto`` compares one strategy for fast and slow heads together with one hop for the fast and
+another for the slow, and takes what costs least by the model of ``lasp.state_exchange.cost``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Literal, NamedTuple, get_args
+
+from lasp.sequence.layout import Order, SequenceLayout
+from lasp.sequence.state_flow import flow_of
+from lasp.state_exchange.cost import StateSize, exchange_us, link_of, scan_blocks, traffic_of
+
+Exchange = Literal["auto", "all_gather", "sliced", "scan", "one_hop", "serial"]
+EXACT = ("all_gather", "sliced", "scan")  # in the order in which auto prefers equals
+
+
+class Choice(NamedTuple):
+    """How some heads are exchanged.
+
+    Attributes:
+        strategy: a key of ``STRATEGIES``; two levels have their own and do not look at it.
+        heads: which, ascending.
+        num_blocks: into how many parts ``scan`` cuts a state.
+    """
+
+    strategy: str
+    heads: tuple[int, ...]
+    num_blocks: int = 1
+
+
+def kept_over(rate: float, length: int, eps: float) -> float:
+    """Share of a state that a head keeps over so many tokens, 0 where it is below ``eps``."""
+    kept = math.exp(-rate * length)
+    return kept if kept >= eps else 0.0
+
+
+def resolve_exchange(
+    name: str,
+    layout: SequenceLayout,
+    rates: tuple[float, ...],
+    eps: float,
+    key_dim: int,
+    value_dim: int,
+) -> tuple[Choice, ...]:
+    """The strategies of a call, each head in one at most.
+
+    Args:
+        name: a strategy for all heads that matter, or ``auto``.
+        layout: of the batch.
+        rates: decay rates of the heads.
+        eps: what has decayed below this need not be sent on.
+        key_dim: K.
+        value_dim: V.
+
+    Raises:
+        ValueError: for an unknown name, an eps that is no share of a state, and for ``one_hop``
+            where more would have to pass.
+    """
+    if name not in get_args(Exchange):
+        raise ValueError(
+            f"exchange must be one of {get_args(Exchange)} or host_groups(...), got {name!r}"
+        )
+    if not 0 <= eps < 1:
+        raise ValueError(f"state_eps must be in [0, 1), got {eps}: 0 keeps all")
+    return _resolved(name, layout.definition, rates, eps, key_dim, value_dim)
+
+
+@lru_cache(maxsize=1024)  # one entry a layer and batch; a layout itself would keep tensors alive
+def _resolved(
+    name: str,
+    definition: tuple[tuple[int, ...], int, Order, tuple[int, ...] | None],
+    rates: tuple[float, ...],
+    eps: float,
+    key_dim: int,
+    value_dim: int,
+) -> tuple[Choice, ...]:
+    layout = SequenceLayout(*definition)
+    flow = flow_of(layout, 0)
+    heads = [head for head, rate in enumerate(rates) if kept_over(rate, 1, eps) > 0]
+    if flow.num_slots == 0 or not heads:
+        return ()
+    shortest = flow.shortest_pass
+    slow = [
+        head for head in heads if shortest is not None and kept_over(rates[head], shortest, eps) > 0
+    ]
+
+    if name == "one_hop" and slow:
+        kept = math.exp(-min(rates) * (shortest or 0))
+        raise ValueError(
+            "exchange must be another than 'one_hop' where states pass through runs: a run of"
+            f" {shortest} tokens keeps {kept:.1e} of a state, more than state_eps {eps:.1e}: use"
+            " 'auto'"
+        )
+    choose = partial(_choose, layout=layout, rates=rates, eps=eps, state=(key_dim, value_dim))
+    if name != "auto":
+        return (choose((name,), heads)[1],)
+    if not slow:
+        return (choose(("one_hop",), heads)[1],)
+    together, apart = choose(EXACT, heads), choose(EXACT, slow)
+    fast = [head for head in heads if head not in slow]
+    if not fast:
+        return (together[1],)
+    hop = choose(("one_hop",), fast)
+    return (together[1],) if together[0] <= apart[0] + hop[0] else (apart[1], hop[1])
+
+
+def _choose(
+    names: Sequence[str],
+    heads: Sequence[int],
+    *,
+    layout: SequenceLayout,
+    rates: tuple[float, ...],
+    eps: float,
+    state: tuple[int, int],
+) -> tuple[float, Choice]:
+    """The cost in us and the choice of the cheapest of these strategies for these heads."""
+    slowest = min(rates[head] for head in heads)
+    traffic = traffic_of(
+        flow_of(layout, 0).hops,
+        layout.num_ranks,
+        lambda length: kept_over(slowest, length, eps) > 0,
+    )
+    size, link = StateSize(len(heads), *state), link_of(layout.num_ranks)
+    options = []
+    for name in names:
+        blocks = scan_blocks(traffic, size, link) if name == "scan" else 1
+        cost = exchange_us(name, traffic, size, link, blocks)
+        options.append((cost, Choice(name, tuple(heads), blocks)))
+    return min(options, key=lambda option: option[0])

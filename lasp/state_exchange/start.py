@@ -1,0 +1,151 @@
+"""What starts an exchange: in the background, each choice on its heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp._core.host_constants import to_device
+from lasp.sequence.state_flow import Flow
+from lasp.state_exchange.choice import Choice
+from lasp.state_exchange.failure import naming
+from lasp.state_exchange.hosts import start_two_level
+from lasp.state_exchange.strategies import STRATEGIES
+from lasp.state_exchange.task import Finish, HostGroups, Task, Transitions
+
+Wait = Callable[[], Tensor]
+# The one hop is one collective, which runs behind the caller's back anyway; the chain of LASP is to
+# be waited for.
+ON_MAIN_STREAM = ("one_hop", "serial")
+
+
+def start_exchange(
+    choices: Sequence[Choice],
+    outgoing: Tensor,
+    flow: Flow,
+    transitions: Sequence[Transitions],
+    cp_group: dist.ProcessGroup | None,
+    hosts: HostGroups | None = None,
+) -> Wait:
+    """Start to send the local states on; the returned function waits for those that come in.
+
+    Args:
+        choices: strategies, for different heads; those of no strategy are not sent.
+        outgoing: U of this rank's sending runs ``[flow.num_slots, H, K, V]``.
+        flow: who sends to whom.
+        transitions: for each choice and each hop M, broadcastable to ``[heads, K, V]``; None where
+            nothing passes.
+        cp_group: the ranks of the layout; may be None where no state crosses a border.
+        hosts: the ranks by host: two levels, whatever the strategies.
+
+    Returns:
+        A function to be called once, which returns the incoming states
+        ``[flow.num_runs, H, K, V]``, zero for a run that receives nothing. On a GPU it makes the
+        current stream wait, not the host.
+
+    Communication: none if no document is cut by a border of runs; else that of the strategies.
+
+    Raises:
+        ExchangeError: here or in the returned function, if a rank is gone or does not come within
+            the timeout of the group, see ``lasp.state_exchange.failure``.
+    """
+    incoming = _nothing_yet(choices, outgoing, flow)
+    if cp_group is None or flow.num_slots == 0:
+        return lambda: incoming
+    group = cp_group
+
+    def start_all() -> list[Finish]:
+        return [
+            _start_choice(choice, incoming, outgoing, flow, passed, group, hosts)
+            for choice, passed in zip(choices, transitions)
+        ]
+
+    if outgoing.is_cuda and any(choice.strategy not in ON_MAIN_STREAM for choice in choices):
+        return _on_side_stream(start_all, incoming, outgoing)
+    finishes = start_all()
+
+    def finish_all() -> Tensor:
+        for finish in finishes:
+            finish()
+        return incoming
+
+    return finish_all
+
+
+def _nothing_yet(choices: Sequence[Choice], outgoing: Tensor, flow: Flow) -> Tensor:
+    """Incoming states, zero unless all of them will be written."""
+    shape = (flow.num_runs, *outgoing.shape[1:])
+    receiving = sum(hop.receives for hop in flow.hops if hop.rank == flow.rank)
+    whole = receiving == flow.num_runs and any(len(c.heads) == shape[1] for c in choices)
+    return outgoing.new_empty(shape) if whole else outgoing.new_zeros(shape)
+
+
+def _on_side_stream(
+    start_all: Callable[[], list[Finish]], incoming: Tensor, outgoing: Tensor
+) -> Wait:
+    """Queue all of it.
+
+    Both tensors were made on the main stream and are held until that has waited, so that their
+    memory cannot go to others while the side stream uses it.
+    """
+    side = _side_stream(outgoing.device)
+    side.wait_stream(torch.cuda.current_stream(outgoing.device))
+    with torch.cuda.stream(side):
+        for finish in start_all():
+            finish()
+    done = side.record_event()
+
+    def wait(_held: Tensor = outgoing) -> Tensor:
+        torch.cuda.current_stream(incoming.device).wait_event(done)
+        return incoming
+
+    return wait
+
+
+def _start_choice(
+    choice: Choice,
+    incoming: Tensor,
+    outgoing: Tensor,
+    flow: Flow,
+    transitions: Transitions,
+    cp_group: dist.ProcessGroup,
+    hosts: HostGroups | None,
+) -> Finish:
+    """Start one strategy on its heads, which become a tensor of their own if they are not all."""
+    own, part = outgoing, incoming
+    heads: slice | Tensor = slice(None)
+    if len(choice.heads) < outgoing.shape[1]:
+        heads = _index(choice.heads, outgoing.device)
+        own = outgoing[:, heads].contiguous()
+        part = own.new_zeros(flow.num_runs, *own.shape[1:])
+    task = Task(part, own, flow, transitions, cp_group, choice.num_blocks)
+    name = "host groups" if hosts else choice.strategy
+    with naming(name, cp_group):
+        finish = start_two_level(task, hosts) if hosts else STRATEGIES[choice.strategy](task)
+
+    def place() -> None:
+        with naming(name, cp_group):
+            finish()
+        if part is not incoming:
+            incoming[:, heads] = part
+
+    return place
+
+
+@lru_cache(maxsize=16)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of high priority: what it computes is little, and others wait for it."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+@lru_cache(maxsize=1024)
+def _index(heads: tuple[int, ...], device: torch.device) -> slice | Tensor:
+    first, last = heads[0], heads[-1]
+    if last - first + 1 == len(heads):
+        return slice(first, last + 1)
+    with torch.inference_mode(False):
+        return to_device(torch.tensor(heads, device="cpu"), device)

@@ -1,0 +1,53 @@
+"""What a strategy works on, and the one step of arithmetic that all share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.sequence.state_flow import Flow
+
+Finish = Callable[[], None]
+Transitions = Sequence[Tensor | None]
+
+
+class HostGroups(NamedTuple):
+    """The ranks of a context-parallel group by host, see ``lasp.state_exchange.hosts.host_groups``.
+
+    Attributes:
+        inner: the ranks of this host.
+        outer: the ranks of the same place on every host.
+    """
+
+    inner: dist.ProcessGroup
+    outer: dist.ProcessGroup
+
+
+class Task(NamedTuple):
+    """The states of some heads in one direction.
+
+    Attributes:
+        incoming: to be filled in ``[flow.num_runs, H, K, V]``, zero for runs that receive nothing.
+        outgoing: U of this rank's sending runs ``[flow.num_slots, H, K, V]``; slots beyond theirs
+            may hold anything, also NaN, and no strategy may read them.
+        flow: who sends to whom.
+        transitions: for each hop M, broadcastable to ``[H, K, V]``; None where nothing passes.
+        cp_group: the ranks of the layout.
+        num_blocks: see ``Choice``.
+    """
+
+    incoming: Tensor
+    outgoing: Tensor
+    flow: Flow
+    transitions: Transitions
+    cp_group: dist.ProcessGroup
+    num_blocks: int
+
+
+def advance(local: Tensor, transition: Tensor | None, received: Tensor) -> Tensor:
+    """The state that a run sends on: ``local + transition received``."""
+    return local if transition is None else torch.addcmul(local, transition, received)

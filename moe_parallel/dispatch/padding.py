@@ -1,0 +1,64 @@
+"""Padding to capacity: shapes that nothing but the batch's size decides.
+
+Every rank sends C rows to every expert, C = ceil(factor T k / E) with T the most tokens of a rank.
+Where an assignment goes is known without asking the others::
+
+    row = place of its expert * C + its number among the rank's assignments to this expert
+
+Assignments numbered C and more are dropped, so capacity is counted on each rank by itself, not over
+all as without padding. Rows that nobody fills are zero, and so is what the experts make of them. No
+size depends on the routing: nothing is copied to the host.
+
+Example: E = 2, C = 2, k = 1, experts (0, 1, 0, 0) of 4 tokens::
+
+    row of token      0, 2, 1, dropped (-1)
+    token of row      0, 2, 1, none (-1)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_parallel.dispatch.permute import RowOrder
+from moe_parallel.router.capacity import AssignmentCounts
+from moe_parallel.router.counts import at_assignments, rows_before
+from moe_parallel.router.route import Routing
+
+
+def drop_by_rank(routing: Routing, capacity: int) -> tuple[Routing, Tensor]:
+    """Keep the first ``capacity`` assignments of every (rank, expert), by position.
+
+    Args:
+        routing: dropless.
+        capacity: C, the same on every rank.
+
+    Returns:
+        The routing with these drops, counts of all ranks included; and ``[T, k]`` int64,
+        the number of each assignment among the rank's to its expert.
+
+    Communication: none; what each rank keeps follows from the counts they have gathered.
+    """
+    assigned_RE = routing.counts.assigned
+    before_ET = rows_before(routing.experts, assigned_RE.shape[1])
+    number_Tk = at_assignments(before_ET - before_ET[:, :1], routing.experts)
+    kept_RE = assigned_RE.clamp(max=capacity)
+    dropped = routing._replace(
+        mask=number_Tk < capacity,
+        counts=AssignmentCounts(assigned_RE, kept_RE),
+        histogram=None,
+    )
+    return dropped, number_Tk
+
+
+def padded_order(places_Tk: Tensor, number_Tk: Tensor, capacity: int, num_experts: int) -> RowOrder:
+    """``C`` rows for every expert, those that nobody fills -1.
+
+    Args:
+        places_Tk: of each assignment's expert, in the order in which rows leave.
+        number_Tk: of :func:`drop_by_rank`.
+        capacity: C.
+        num_experts: E.
+    """
+    row_Tk = places_Tk * capacity + number_Tk
+    row_Tk = row_Tk.masked_fill(number_Tk >= capacity, -1)
+    return RowOrder(row_Tk, num_experts * capacity, padded=True)

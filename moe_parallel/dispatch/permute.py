@@ -1,0 +1,224 @@
+"""Between tokens and rows: one row for each kept (token, slot) assignment, grouped by expert.
+
+Both directions go by known places, forward and backward, each row by itself, so that sums run in
+slot order and results are bit-identical from run to run (a scatter on a GPU adds with atomics).
+With ``impl="triton"`` a token is read once, written to its rows, and a sum reads each row once
+(:mod:`moe_parallel.kernels.slots_kernel`).
+
+Example: 3 tokens, k = 2, the assignment of token 1 to expert 0 dropped::
+
+    experts_Tk      (1, 0) (0, 2) (2, 1)
+    by expert       expert 0: token 0    expert 1: tokens 0, 2    expert 2: tokens 1, 2
+    assignment      1, 0, 5, 3, 4        index into [T * k]
+    row             (1, 0) (-1, 3) (4, 2)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lasp._core.derivatives import Reference, refuse_forward_mode, refuse_second_derivatives
+from moe_parallel.dispatch.symmetric_memory import PeerRows
+from moe_parallel.impl import ChosenImpl
+from moe_parallel.kernels.histogram import Histogram
+from moe_parallel.router.counts import at_assignments, rows_before
+from moe_parallel.router.gate import gate_dtype
+
+_REFERENCE = Reference("ExpertParallelMoE's rows of tokens", "moe_parallel.reference.reference_moe")
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """The rows a rank sends out and where each assignment went.
+
+    Attributes:
+        row: ``[T, k]``, for each assignment its row, -1 if it was dropped.
+        num_rows: A.
+        padded: some rows have no assignment: they are zero.
+        peers: in whose memory they are to be written, there until the next call.
+    """
+
+    row: Tensor
+    num_rows: int
+    padded: bool = False
+    peers: PeerRows | None = None
+
+    def new_rows(self, like: Tensor) -> Tensor:
+        """``[A, M]`` to write rows into, of so many columns and such a dtype."""
+        if self.peers is not None:
+            return self.peers.place(self.num_rows, like)
+        return like.new_empty(self.num_rows, like.shape[1])
+
+    @cached_property
+    def assignment(self) -> Tensor:
+        """``[A]``, for each row its assignment, token * k + slot, or -1; by expert, then token."""
+        # Dropped assignments are written beyond the end, and cut off.
+        target_A = self.row.masked_fill(self.row < 0, self.num_rows).flatten()
+        numbers_A = torch.arange(target_A.shape[0], device=target_A.device)
+        assignment_A = target_A.new_full((self.num_rows + 1,), -1)
+        return assignment_A.scatter_(0, target_A, numbers_A)[: self.num_rows]
+
+
+def row_order(
+    experts_Tk: Tensor,
+    kept_Tk: Tensor | None,
+    num_rows: int,
+    num_experts: int,
+    *,
+    histogram: Histogram | None = None,
+    places_E: Tensor | None = None,
+) -> RowOrder:
+    """Group the kept assignments by expert; within an expert tokens keep their order.
+
+    Args:
+        experts_Tk: chosen experts, int64, each at most once a token; of dropped assignments any
+            number.
+        kept_Tk: which assignments are kept; None for all.
+        num_rows: A, how many; known on the host, so that nothing here waits for the device.
+        num_experts: E.
+        histogram: of the same assignments, of which none is dropped: the kernels' way.
+        places_E: of every expert, its place among those that the rows are grouped by, int64; None:
+            its number.
+    """
+    if histogram is not None:
+        if kept_Tk is not None:
+            raise ValueError("kept_Tk must be None with a histogram, which counts all assignments")
+        from moe_parallel.kernels import launch_router
+
+        return RowOrder(launch_router.rows(experts_Tk, histogram, places_E), num_rows)
+    if places_E is not None:
+        experts_Tk = places_E[experts_Tk]
+    if kept_Tk is None:
+        return RowOrder(at_assignments(rows_before(experts_Tk, num_experts), experts_Tk), num_rows)
+    # Dropped assignments queue behind those of the experts.
+    experts_Tk = experts_Tk.masked_fill(~kept_Tk, num_experts)
+    row_Tk = at_assignments(rows_before(experts_Tk, num_experts + 1), experts_Tk)
+    return RowOrder(row_Tk.masked_fill(~kept_Tk, -1), num_rows)
+
+
+def permute(x_TM: Tensor, order: RowOrder, impl: ChosenImpl = "eager") -> Tensor:
+    """Rows ``[A, hidden]``: a copy of its token for every kept assignment.
+
+    In the memory of ``order.peers`` no backward may keep them.
+
+    Gradients: a token's is the sum of its rows' in slot order, in float32 or wider.
+    """
+    refuse_forward_mode(_REFERENCE, x_TM)
+    rows: Tensor = _Permute.apply(x_TM, order, impl)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def unpermute(
+    rows_AM: Tensor, weights_Tk: Tensor, order: RowOrder, impl: ChosenImpl = "eager"
+) -> Tensor:
+    """Tokens ``[T, hidden]``: the weighted sum of each token's rows, zero if it has none.
+
+    Sums in slot order in float32 or wider, rounded once to the dtype of the rows.
+
+    Gradients: to rows, with ``impl="triton"`` in the memory of ``order.peers``, and to weights; a
+    dropped assignment's weight gets zero.
+    """
+    refuse_forward_mode(_REFERENCE, rows_AM, weights_Tk)
+    tokens: Tensor = _Unpermute.apply(rows_AM, weights_Tk, order, impl)  # type: ignore[no-untyped-call]
+    return tokens
+
+
+def _token_rows(x_TM: Tensor, order: RowOrder, top_k: int, out_AM: Tensor | None = None) -> Tensor:
+    """``[A, hidden]``: the token of each row, zero for a row without one."""
+    token_A = order.assignment.div(top_k, rounding_mode="floor")
+    if out_AM is None:
+        out_AM = x_TM.new_empty(order.num_rows, x_TM.shape[1])
+    if x_TM.shape[0] == 0:
+        return out_AM.zero_()
+    index_A = token_A.clamp(min=0) if order.padded else token_A
+    torch.ops.aten.index.Tensor_out(x_TM, [index_A], out=out_AM)
+    return out_AM.masked_fill_(token_A.unsqueeze(1) < 0, 0) if order.padded else out_AM
+
+
+def _slot_rows(rows_AM: Tensor, row_T: Tensor) -> Tensor:
+    """``[T, hidden]``: the row of one slot of every token, zero where there is none."""
+    if rows_AM.shape[0] == 0:
+        return rows_AM.new_zeros(row_T.shape[0], rows_AM.shape[1])
+    return rows_AM[row_T.clamp(min=0)].masked_fill(row_T.unsqueeze(1) < 0, 0)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TM: Tensor,
+        order: RowOrder,
+        impl: ChosenImpl,
+    ) -> Tensor:
+        ctx.save_for_backward(order.row)
+        ctx.impl = impl
+        rows_AM = order.new_rows(x_TM)
+        if impl == "triton":
+            from moe_parallel.kernels import launch
+
+            return launch.copy_slots(x_TM, order.row, rows_AM, padded=order.padded)
+        return _token_rows(x_TM, order, order.row.shape[1], rows_AM)
+
+    @staticmethod
+    @refuse_second_derivatives(_REFERENCE)
+    def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
+        (row_Tk,) = ctx.saved_tensors
+        if ctx.impl == "triton":
+            from moe_parallel.kernels import launch
+
+            return launch.sum_slots(grad_AM, None, row_Tk), None, None
+        dtype = gate_dtype(grad_AM.dtype)
+        grad_TM = grad_AM.new_zeros(row_Tk.shape[0], grad_AM.shape[1], dtype=dtype)
+        for row_T in row_Tk.unbind(1):
+            grad_TM += _slot_rows(grad_AM, row_T)
+        return grad_TM.to(grad_AM.dtype), None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_AM: Tensor,
+        weights_Tk: Tensor,
+        order: RowOrder,
+        impl: ChosenImpl,
+    ) -> Tensor:
+        weights_Tk, row_Tk = weights_Tk.contiguous(), order.row
+        ctx.save_for_backward(rows_AM, weights_Tk)
+        ctx.order, ctx.impl = order, impl
+        if impl == "triton":
+            from moe_parallel.kernels import launch
+
+            return launch.sum_slots(rows_AM, weights_Tk, row_Tk)
+        dtype = torch.promote_types(gate_dtype(rows_AM.dtype), weights_Tk.dtype)
+        output_TM = rows_AM.new_zeros(row_Tk.shape[0], rows_AM.shape[1], dtype=dtype)
+        for weight_T, row_T in zip(weights_Tk.unbind(1), row_Tk.unbind(1)):
+            output_TM += weight_T.unsqueeze(1) * _slot_rows(rows_AM, row_T)
+        return output_TM.to(rows_AM.dtype)
+
+    @staticmethod
+    @refuse_second_derivatives(_REFERENCE)
+    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
+        rows_AM, weights_Tk = ctx.saved_tensors
+        order, row_Tk = ctx.order, ctx.order.row
+        if ctx.impl == "triton":
+            from moe_parallel.kernels import launch
+
+            tensors, drows = (grad_TM, rows_AM, weights_Tk, row_Tk), order.new_rows(rows_AM)
+            dweights = launch.sum_slots_backward(*tensors, drows, padded=order.padded)
+            return drows, dweights, None, None
+        grad_rows = _token_rows(grad_TM, order, row_Tk.shape[1])
+        grad_rows = grad_rows * _token_rows(weights_Tk.view(-1, 1), order, 1)
+        wide_TM = grad_TM.to(torch.promote_types(gate_dtype(rows_AM.dtype), weights_Tk.dtype))
+        grad_weights = [(wide_TM * _slot_rows(rows_AM, row)).sum(1) for row in row_Tk.unbind(1)]
+        return (
+            grad_rows.to(rows_AM.dtype),
+            torch.stack(grad_weights, 1).to(weights_Tk.dtype),
+            None,
+            None,
+        )

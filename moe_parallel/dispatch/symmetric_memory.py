@@ -1,0 +1,237 @@
+"""Memory that the GPUs of one host share, and words in it by which they wait for each other.
+
+An all-to-all of NCCL runs as thread blocks, and takes multiprocessors away from the products beside
+it. Ranks that see each other's memory need none: their copy engines move rows from where they are
+to where they belong (:mod:`moe_parallel.dispatch.copy_engine`). The buffers of a rank hold the rows
+that it sends and their results, so that their size does not depend on what the router does
+elsewhere.
+
+Ranks wait for each other's words: a rank writes 1 into its word on another, which waits for it and
+writes 0. A word is not written again before that: the combines of a call have two words in turn,
+and between two first words every rank has heard a combine of every other, which says it only after
+it has written the first one 0. So a CUDA graph can be replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_parallel.dispatch.stream_memory import (
+    CudaStreamMemory,
+    Prepared,
+    StreamMemory,
+    WordOperation,
+)
+
+PAGE_BYTES = 2**21  # memory is shared in pages of this size
+OPEN, EVEN, ODD = range(3)  # phases
+
+
+class SharedBuffers(NamedTuple):
+    """Memory of all ranks of a group, as one of them sees it.
+
+    Attributes:
+        buffers: ``[bytes]``, uint8, of each rank: a page of words, zero at first, then rows.
+        streams: what copies and waits there.
+        owners: of the memory, which lives as long as they do.
+    """
+
+    buffers: list[Tensor]
+    streams: StreamMemory
+    owners: tuple[object, ...] = ()
+
+
+class Copied:
+    """Copies that were queued: over when a stream is past them."""
+
+    def __init__(self, streams: Any, stream: Any) -> None:
+        self._streams, self._event = streams, stream.record_event()
+
+    def wait(self, stream: Any = None) -> None:
+        """The stream, None the current one, waits, not the host."""
+        (stream or self._streams.current_stream()).wait_event(self._event)
+
+
+class PeerMemory:
+    """Buffers on every GPU of a group, which all its ranks read and write.
+
+    Make one for the EP x ETP block, on all its ranks, and give it to every layer in its
+    :class:`moe_parallel.ExpertGroups`. It serves one call after another, on one stream or on
+    streams that you order.
+
+    It takes 1 + ETP times the bytes of the rows that the fullest rank can send, T k M b: for the
+    rows, and for the terms of their results that each ETP rank makes. It is there once for all
+    layers, and grows at the first call that needs more: there the host waits for the device. Call
+    :meth:`reserve` before a CUDA graph is captured. If a rank dies the streams of the others wait;
+    the timeout of a collective that is queued behind them ends their processes.
+
+    Args:
+        group: of CUDA ranks that reach each other's memory, in practice on one host.
+
+    Attributes:
+        num_bytes: of rows that fit.
+        terms: of a result that fit.
+
+    Communication: making it and growing it are collective over the group.
+
+    Raises:
+        ValueError: if the group is not of CUDA ranks, or they do not reach each other.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.ranks = group, group.rank(), range(group.size())
+        # Beginning with the next rank, so that not all turn to the same one.
+        self.others = [*self.ranks[self.rank + 1 :], *self.ranks[: self.rank]]
+        self.num_bytes, self.terms, self.captured = 0, 1, False
+        self.num_holders = 0  # so far, of the place for rows
+        self._shared: SharedBuffers | None = None
+        # What cannot be shared shows here, not in a step.
+        device = self.reserve(1).buffers[0].device
+        self.module = torch.get_device_module(device)
+        # Of no priority: copies within a GPU are thread blocks, and should have those that the last
+        # tiles of a product leave, not take theirs.
+        self.pulls, self.pushes = (self.module.Stream() for _ in range(2))
+
+    def fits(self, num_bytes: int, terms: int = 1) -> bool:
+        """Whether :meth:`reserve` has nothing to do."""
+        return num_bytes <= self.num_bytes and terms <= self.terms
+
+    def reserve(self, num_bytes: int, terms: int = 1) -> SharedBuffers:
+        """Have buffers for so many bytes of rows, the same number on every rank of the group.
+
+        Args:
+            num_bytes: of the rows that the fullest rank sends.
+            terms: of each result, the number of ETP ranks.
+
+        Raises:
+            ValueError: if they would have to grow and a CUDA graph knows the ones there are.
+        """
+        if self._shared is not None and self.fits(num_bytes, terms):
+            return self._shared
+        if self.captured or (
+            torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        ):
+            raise ValueError(
+                f"rows must fit into the {self.num_bytes} bytes, and results into the {self.terms}"
+                f" terms, that a captured CUDA graph uses, got {num_bytes} and {terms}: call"
+                f" reserve({num_bytes}, {terms}) on all ranks before the capture"
+            )
+        if self._shared is not None:
+            self.module.synchronize()  # what is queued may use what is given back
+        pages, terms = -(-max(num_bytes, self.num_bytes) // PAGE_BYTES), max(terms, self.terms)
+        self._shared, self.num_bytes, self.terms = None, 0, 1
+        with torch.inference_mode(False):  # kept, and used in training too
+            shared = self._share(PAGE_BYTES * (1 + (1 + terms) * pages))
+        self._shared, self.streams = shared, shared.streams
+        self.num_bytes, self.terms = pages * PAGE_BYTES, terms
+        words = [buffer.data_ptr() for buffer in shared.buffers]
+        self.rows_at = [word + PAGE_BYTES for word in words]
+        self.results_at = [rows_at + self.num_bytes for rows_at in self.rows_at]  # term by term
+        self._said, self._heard = zip(*(self._phase(words, phase) for phase in range(3)))
+        return shared
+
+    def _share(self, num_bytes: int) -> SharedBuffers:
+        if "nccl" not in dist.get_backend_config(self.group):
+            raise ValueError(
+                "group must be of CUDA ranks for PeerMemory, got one with the backend"
+                f" {dist.get_backend(self.group)!r}: without it rows travel by all-to-all"
+            )
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        device = torch.device("cuda", torch.cuda.current_device())
+        own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+        own[:PAGE_BYTES].zero_()
+        torch.cuda.synchronize()  # before others, past the rendezvous, write there
+        try:
+            handle: Any = symmetric_memory.rendezvous(own, self.group.group_name)
+            buffers = [handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in self.ranks]
+            streams = CudaStreamMemory()
+        except (torch.OutOfMemoryError, dist.DistError):
+            raise
+        except (OSError, RuntimeError) as error:  # OSError: there is no CUDA driver
+            raise ValueError(
+                "group must be of ranks that reach each other's memory for PeerMemory, got ranks"
+                f" {dist.get_process_group_ranks(self.group)}: without it rows travel by"
+                f" all-to-all. {error}"
+            ) from error
+        return SharedBuffers(buffers, streams, (own, handle))
+
+    def _phase(self, words: Sequence[int], phase: int) -> tuple[Prepared, Prepared]:
+        """To say that this rank is at a phase, and to hear it of the others."""
+
+        def word(of: int, on: int) -> int:
+            return words[on] + 4 * (phase * len(words) + of)
+
+        mine = [word(of, self.rank) for of in self.others]
+        said = [WordOperation("write", word(self.rank, on), 1) for on in self.others]
+        heard = [WordOperation("wait", at, 1) for at in mine]
+        heard += [WordOperation("write", at, 0) for at in mine]
+        return self.streams.prepared(said), self.streams.prepared(heard)
+
+    def say(self, phase: int, stream: Any) -> None:
+        """This rank is at a phase when the stream is here."""
+        self.streams.run(self._said[phase], stream)
+
+    def hear(self, phase: int, stream: Any) -> None:
+        """The stream waits until all ranks are at a phase."""
+        self.streams.run(self._heard[phase], stream)
+
+    def place(self, num_rows: int, like: Tensor) -> Tensor:
+        """``[num_rows, M]``: where this rank's rows, like these, travel from."""
+        return self._view(0, 1, num_rows, like).squeeze(0)
+
+    def results(self, num_rows: int, like: Tensor) -> Tensor:
+        """``[terms, num_rows, M]``: where the terms of the results of these rows arrive."""
+        return self._view(1, self.terms, num_rows, like)
+
+    def _view(self, first: int, count: int, num_rows: int, like: Tensor) -> Tensor:
+        """The beginning of some of the parts after the words."""
+        num_bytes = num_rows * like.element_size() * like.shape[1]
+        if num_bytes > self.num_bytes:
+            raise ValueError(
+                f"rows must fit into the {self.num_bytes} bytes that are reserved, got {num_bytes}:"
+                f" call reserve({num_bytes}) on all ranks"
+            )
+        start = PAGE_BYTES + first * self.num_bytes
+        parts = self.reserve(0).buffers[self.rank].narrow(0, start, count * self.num_bytes)
+        rows = parts.view(count, -1)[:, :num_bytes].view(like.dtype)
+        view: Tensor = rows.unflatten(1, (num_rows, like.shape[1]))
+        return view
+
+
+class PeerRows:
+    """One call's hold of the place that its rows travel from, in the forward and the backward.
+
+    Args:
+        memory: of the block.
+    """
+
+    def __init__(self, memory: PeerMemory) -> None:
+        self.memory, self._holder = memory, -1
+
+    def place(self, num_rows: int, like: Tensor) -> Tensor:
+        """See :meth:`PeerMemory.place`: to be written and sent before another call takes it."""
+        self.memory.num_holders += 1
+        self._holder = self.memory.num_holders
+        return self.memory.place(num_rows, like)
+
+    def hold(self, rows: Tensor) -> bool:
+        """Whether these rows lie there.
+
+        Raises:
+            RuntimeError: if another call took it since.
+        """
+        if rows.data_ptr() != self.memory.rows_at[self.memory.rank]:
+            return False
+        if self.memory.num_holders != self._holder:
+            raise RuntimeError(
+                "rows in PeerMemory were overwritten by another call before their experts were"
+                " called, in the backward by one that a checkpoint repeats: let the checkpoint"
+                " cover the whole layer"
+            )
+        return True

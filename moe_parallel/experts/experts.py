@@ -1,0 +1,282 @@
+"""The experts of one rank: SwiGLU feed-forward networks over rows grouped by expert."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lasp._core.autocast import autocast_inputs
+from lasp._core.derivatives import (
+    Reference,
+    anchor,
+    refuse_forward_mode,
+    refuse_second_derivatives,
+)
+from lasp._core.dtensors import local
+from lasp._core.joint_backward import join_backward
+from moe_parallel.config import Gemm, Impl
+from moe_parallel.experts.gemm import (
+    GROUPED_ALIGNMENT_BYTES,
+    LOOP_ROWS,
+    ChosenGemm,
+    backward_product,
+    forward_product,
+    weight_product,
+)
+from moe_parallel.experts.parts import Parts, ShardedDims
+from moe_parallel.experts.swiglu import swiglu, swiglu_backward
+from moe_parallel.impl import ChosenImpl, chosen_impl
+from moe_parallel.pipeline.pipeline import Pipeline
+
+_REFERENCE = Reference("ExpertParallelMoE's experts", "moe_parallel.reference.reference_moe")
+
+
+class Experts(Parts):
+    """This rank's part of E SwiGLU experts: rows in, rows out.
+
+    Row x of expert e: y = w2[e] (silu(w13[e, 0] x) * w13[e, 1] x). With ``etp_size`` > 1 each rank
+    holds F / etp_size of the FFN dimension, and y is this rank's term of the sum over ETP.
+
+    Parameters: ``w13`` ``[E_local, 2, F_local, hidden]`` (gate, up), ``w2``
+    ``[E_local, hidden, F_local]``; :meth:`sharding` tells how they are cut out of the whole. Where
+    they are cut, ``state_dict()`` raises and no wrapper may shard them until they are DTensors
+    (:func:`moe_parallel.distribute_experts`), of which shapes are those of the whole.
+
+    Args:
+        hidden_size: width of a row.
+        ffn_size: F, of a whole expert.
+        num_experts: E, on all EP ranks; EP rank r holds experts r E_local to (r + 1) E_local - 1.
+        ep_rank: this rank in the EP group.
+        ep_size: EP ranks.
+        etp_rank: this rank in the ETP group.
+        etp_size: ETP ranks.
+        gemm: ``loop``, one matrix product an expert, any dtype; ``grouped``, one
+            ``torch.nn.functional.grouped_mm`` for all experts, not float64, rows of 16-byte
+            multiples; ``auto``, grouped for bfloat16 on CUDA with such rows, fewer than
+            ``gemm.LOOP_ROWS`` an expert, else loop.
+        impl: of the activation between them, see :func:`moe_parallel.impl.chosen_impl`.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    The parameters are uninitialised until :meth:`reset_parameters` or a checkpoint fills them.
+
+    Raises:
+        ValueError: naming the argument, if the sizes do not divide or ``gemm`` cannot run.
+    """
+
+    # The shard of a mesh position, a device and a dtype: past 8 parameters, but each one plain.
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        num_experts: int,
+        *,
+        ep_rank: int = 0,
+        ep_size: int = 1,
+        etp_rank: int = 0,
+        etp_size: int = 1,
+        gemm: Gemm = "auto",
+        impl: Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(ep_rank, ep_size, etp_rank, etp_size)
+        if num_experts % ep_size:
+            raise ValueError(
+                f"num_experts must divide over the ep group, got {num_experts} experts"
+                f" over {ep_size} ranks"
+            )
+        if ffn_size % etp_size:
+            raise ValueError(
+                f"ffn_size must divide over the etp group, got {ffn_size} over {etp_size} ranks"
+            )
+        if gemm not in get_args(Gemm):
+            raise ValueError(f"gemm must be one of {get_args(Gemm)}, got {gemm!r}")
+        self.hidden_size, self.ffn_size, self.num_experts = hidden_size, ffn_size, num_experts
+        self.num_local, self.ffn_local = num_experts // ep_size, ffn_size // etp_size
+        self.gemm: Gemm = gemm
+        self.impl: Impl = impl
+        shape_w13 = (self.num_local, 2, self.ffn_local, hidden_size)
+        shape_w2 = (self.num_local, hidden_size, self.ffn_local)
+        self.w13 = nn.Parameter(torch.empty(shape_w13, device=device, dtype=dtype))
+        self.w2 = nn.Parameter(torch.empty(shape_w2, device=device, dtype=dtype))
+        # These raise here, not between two collectives.
+        self.chosen_gemm(0)
+        chosen_impl(impl, self.w13.device, self.w13.dtype)
+
+    @staticmethod
+    def sharding() -> dict[str, ShardedDims]:
+        """For each parameter the dimensions cut over EP and ETP, in equal blocks in rank order."""
+        return {"w13": ShardedDims(ep_dim=0, etp_dim=2), "w2": ShardedDims(ep_dim=0, etp_dim=2)}
+
+    def reset_parameters(self, seed: int, *, gain: float = 1.0) -> None:
+        """Fill with Xavier normal values.
+
+        Args:
+            seed: see :meth:`fill`.
+            gain: factor of the standard deviation sqrt(2 / (fan_in + fan_out)).
+        """
+        std = gain * math.sqrt(2 / (self.hidden_size + self.ffn_size))
+        self.fill(seed, lambda _, whole, generator: whole.normal_(0, std, generator=generator))
+
+    @torch.no_grad()
+    def fill(self, seed: int, draw: Callable[[str, Tensor, torch.Generator], object]) -> None:
+        """Fill with values that depend on (seed, expert) alone, not on the mesh.
+
+        Each local expert is drawn whole, in float32 on the CPU, from a generator of its own, and
+        the ETP part is cut out of it: 3 x F x hidden samples an expert and rank, ``etp_size``
+        times what is kept. Parameters on the meta device are left alone.
+
+        Args:
+            seed: the same on every rank; give every layer another.
+            draw: fills in place the ``w13`` ``[2, F, hidden]`` of an expert, then its ``w2``
+                ``[hidden, F]``: called with the name, the tensor and the generator.
+        """
+        if self.w13.is_meta:
+            return
+        # Seeds by lot, so that expert e + 1 under one seed is not expert e under the next.
+        lots = torch.randint(
+            2**63 - 1, (self.num_experts,), generator=generator_of(seed), device="cpu"
+        ).tolist()
+        part = slice(self.etp_rank * self.ffn_local, (self.etp_rank + 1) * self.ffn_local)
+        w13_part, w2_part = local(self.w13), local(self.w2)
+        for expert in range(self.num_local):
+            generator = generator_of(lots[self.ep_rank * self.num_local + expert])
+            w13 = torch.empty(2, self.ffn_size, self.hidden_size, device="cpu", dtype=torch.float32)
+            w2 = torch.empty(self.hidden_size, self.ffn_size, device="cpu", dtype=torch.float32)
+            draw("w13", w13, generator)
+            draw("w2", w2, generator)
+            w13_part[expert].copy_(w13[:, part])
+            w2_part[expert].copy_(w2[:, part])
+
+    def chosen_gemm(self, num_rows: int, dtype: torch.dtype | None = None) -> ChosenGemm:
+        """What ``gemm`` comes to.
+
+        Args:
+            num_rows: that the experts of this rank take together, on average.
+            dtype: of rows and weights; None: of the parameters as they are now.
+
+        Raises:
+            ValueError: if ``grouped`` was asked for and cannot run.
+        """
+        dtype = dtype or self.w13.dtype
+        aligned = all(
+            size * dtype.itemsize % GROUPED_ALIGNMENT_BYTES == 0
+            for size in (self.hidden_size, self.ffn_local)
+        )
+        if self.gemm == "grouped" and (dtype == torch.float64 or not aligned):
+            raise ValueError(
+                f"gemm='grouped' needs a dtype other than float64 and rows of multiples of"
+                f" {GROUPED_ALIGNMENT_BYTES} bytes, got {dtype} rows of {self.hidden_size} and"
+                f" {self.ffn_local}: use gemm='loop'"
+            )
+        if self.gemm == "auto":
+            fast = self.w13.is_cuda and dtype == torch.bfloat16 and aligned
+            return "grouped" if fast and num_rows < LOOP_ROWS * self.num_local else "loop"
+        return self.gemm
+
+    def forward(self, rows_AM: Tensor, pipeline: Pipeline, *, num_rows: int) -> Tensor:
+        """Send rows to their experts on other ranks, apply these, and bring the results back.
+
+        Args:
+            rows_AM: ``[A, hidden]``, in the order of
+            :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`.
+            pipeline: who sends what, in which groups; for rows that are with their experts already
+                :func:`moe_parallel.pipeline.pipeline.local_pipeline`.
+            num_rows: that the experts of a rank take, on the average of all ranks: all multiply
+                alike, however tokens are split over them.
+
+        Returns:
+            ``[A, hidden]``, in the same order.
+
+        Gradients: to rows, ``w13`` and ``w2``; exact zeros for an expert without rows. Kept for
+        the backward of each row that an expert takes: it and both halves of its first product,
+        hidden + 2 F_local elements. Under autocast rows and weights are cast to its dtype.
+
+        Communication: of :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`, in the backward
+        again, which every rank must run, one that needs no gradient itself too: over several ranks
+        the results require gradients wherever gradients are enabled. The host waits for nothing but
+        the counts; ``grouped`` queues small copies to the device.
+        """
+        rows_AM, w13, w2 = autocast_inputs(rows_AM, local(self.w13), local(self.w2))
+        dtype = rows_AM.dtype
+        if w13.dtype != dtype:
+            raise ValueError(f"rows must be {w13.dtype} like the experts, got {dtype}")
+        refuse_forward_mode(_REFERENCE, rows_AM, w13, w2)
+        for group in (pipeline.ep_group, pipeline.etp_group):
+            rows_AM = join_backward(group, rows_AM, w13, w2)
+        how = (self.chosen_gemm(num_rows, dtype), chosen_impl(self.impl, rows_AM.device, dtype))
+        results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
+            rows_AM, w13, w2, anchor(rows_AM), pipeline, *how
+        )
+        return results
+
+
+class _OverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_AM: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        anchor_0M: Tensor,
+        pipeline: Pipeline,
+        gemm: ChosenGemm,
+        impl: ChosenImpl,
+    ) -> Tensor:
+        kept: list[Tensor] = []
+        w13_ENM = w13.flatten(1, 2)
+
+        def compute(g: int, rows: Tensor) -> Tensor:
+            counts, own = pipeline.plans[g].expert_rows, _slice(pipeline.experts[g])
+            hidden = forward_product(rows, w13_ENM[own], counts, gemm)
+            kept.extend((rows, hidden))
+            return forward_product(swiglu(hidden, impl), w2[own], counts, gemm)
+
+        with torch.autocast(rows_AM.device.type, enabled=False):
+            results = pipeline.run(rows_AM, compute)
+        ctx.save_for_backward(anchor_0M, w13, w2, *kept)
+        ctx.arguments = (pipeline, gemm, impl)
+        return results
+
+    @staticmethod
+    @refuse_second_derivatives(_REFERENCE)
+    def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
+        _, w13, w2, *kept = ctx.saved_tensors
+        pipeline, gemm, impl = ctx.arguments
+        dw13, dw2 = w13.new_empty(w13.shape), w2.new_empty(w2.shape)  # written as views
+        w13_ENM, dw13_ENM = w13.flatten(1, 2), dw13.flatten(1, 2)
+        made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what weight gradients are made of
+
+        def compute(g: int, dy: Tensor) -> Tensor:
+            counts, own = pipeline.plans[g].expert_rows, _slice(pipeline.experts[g])
+            dact = backward_product(dy, w2[own], counts, gemm)
+            dhidden, act = swiglu_backward(dact, kept[2 * g + 1], impl)
+            made[g] = (dy, dhidden, act)
+            return backward_product(dhidden, w13_ENM[own], counts, gemm)
+
+        def weights(g: int) -> None:
+            dy, dhidden, act = made.pop(g)
+            counts, own = pipeline.plans[g].expert_rows, _slice(pipeline.experts[g])
+            with pipeline.computing("weights", g, dy.device):
+                weight_product(dhidden, kept[2 * g], counts, gemm, dw13_ENM[own])
+                weight_product(dy, act, counts, gemm, dw2[own])
+
+        with torch.autocast(grad_AM.device.type, enabled=False):
+            # An expanded gradient has strides that products reject.
+            wanted = any(ctx.needs_input_grad[1:3])
+            drows = pipeline.run(grad_AM.contiguous(), compute, weights if wanted else None)
+        return drows, *((dw13, dw2) if wanted else (None, None)), None, None, None, None
+
+
+def _slice(experts: range) -> slice:
+    return slice(experts.start, experts.stop)
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """A CPU generator at the start of a seed's sequence."""
+    return torch.Generator("cpu").manual_seed(seed)

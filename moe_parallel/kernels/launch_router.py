@@ -1,0 +1,146 @@
+"""``impl="triton"``: launches of the router's kernels. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_parallel.kernels import tuning
+from moe_parallel.kernels.gate_kernel import split_kernel, top_k_backward_kernel, top_k_kernel
+from moe_parallel.kernels.histogram import Histogram
+from moe_parallel.kernels.places_kernel import before_kernel, row_kernel
+
+
+def split(x_NM: Tensor, *, pairs: bool = False) -> Tensor:
+    """``[3 N, M]``: the parts of :func:`moe_parallel.router.gate.bfloat16_parts`, stacked.
+
+    Or ``[6 N, M]`` for pairs: low, middle, high, middle, high, high, which meet those of
+    :func:`top_k_backward`.
+    """
+    copies, size = 6 if pairs else 3, x_NM.numel()
+    parts = x_NM.new_empty(copies * x_NM.shape[0], x_NM.shape[1], dtype=torch.bfloat16)
+    if size:
+        with torch.cuda.device_of(parts):
+            split_kernel[(-(-size // tuning.SPLIT_BLOCK),)](
+                x_NM.contiguous(), parts, SIZE=size, PAIRS=pairs, BLOCK=tuning.SPLIT_BLOCK
+            )
+    return parts
+
+
+def top_k(
+    product_TPE: Tensor, num_experts: int, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Histogram]:
+    """The best experts of every token.
+
+    Args:
+        product_TPE: ``[T, P E]`` float32: logits as a sum of P parts, the smallest last.
+        num_experts: E.
+        top_k: k.
+
+    Returns:
+        Logits ``[T, E]``, experts ``[T, k]`` int64, weights ``[T, k]``, and the histogram.
+    """
+    product_TPE = product_TPE.contiguous()
+    num_tokens, parts = product_TPE.shape[0], product_TPE.shape[1] // num_experts
+    logits = product_TPE if parts == 1 else product_TPE.new_empty(num_tokens, num_experts)
+    experts = product_TPE.new_empty(num_tokens, top_k, dtype=torch.int64)
+    weights = product_TPE.new_empty(num_tokens, top_k)
+    span = tuning.router_span(num_tokens, num_experts)
+    programs = -(-num_tokens // span)
+    before = product_TPE.new_empty(programs, num_experts, dtype=torch.int32)
+    totals = product_TPE.new_empty(num_experts, dtype=torch.int64)
+    with torch.cuda.device_of(product_TPE):
+        if programs:
+            top_k_kernel[(programs,)](
+                product_TPE,
+                None if parts == 1 else logits,
+                experts,
+                weights,
+                before,
+                num_tokens,
+                span,
+                E=num_experts,
+                K=top_k,
+                PARTS=parts,
+                E_PAD=tuning.power_of_2(num_experts),
+                K_PAD=tuning.power_of_2(top_k),
+                TOKENS=tuning.router_tokens(num_experts),
+                num_warps=tuning.ROUTER_WARPS,
+            )
+        before_kernel[(-(-num_experts // tuning.SCAN_COLUMNS),)](
+            before,
+            totals,
+            programs,
+            E=num_experts,
+            PROGRAMS=tuning.power_of_2(tuning.ROUTER_PROGRAMS),
+            COLUMNS=tuning.SCAN_COLUMNS,
+        )
+    return logits, experts, weights, Histogram(before, totals)
+
+
+def top_k_backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    weights_Tk: Tensor,
+    experts_Tk: Tensor,
+    num_experts: int,
+    *,
+    parts: bool,
+    pairs: bool = False,
+) -> Tensor:
+    """The gradient of the logits, ``[T, E]`` float32, or its bfloat16 parts side by side.
+
+    Args:
+        grads: of the weights and of the logits, None for zeros.
+        weights_Tk: of :func:`top_k`.
+        experts_Tk: likewise.
+        num_experts: E.
+        parts: ``[T, 3 E]``, low, middle, high, in the place of their sum.
+        pairs: ``[T, 6 E]``, high, middle, low, high, middle, high, which meet those of
+            :func:`split`: the first half are all parts.
+    """
+    num_tokens, top_k = weights_Tk.shape
+    copies, dtype = (6 if pairs else 3, torch.bfloat16) if parts else (1, torch.float32)
+    grad = weights_Tk.new_empty(num_tokens, copies * num_experts, dtype=dtype)
+    tokens = tuning.router_tokens(num_experts)
+    if num_tokens:
+        with torch.cuda.device_of(grad):
+            top_k_backward_kernel[(-(-num_tokens // tokens),)](
+                *(None if g is None else g.contiguous() for g in grads),
+                weights_Tk,
+                experts_Tk,
+                grad,
+                num_tokens,
+                E=num_experts,
+                K=top_k,
+                PARTS=parts,
+                PAIRS=pairs,
+                E_PAD=tuning.power_of_2(num_experts),
+                TOKENS=tokens,
+                num_warps=tuning.ROUTER_WARPS,
+            )
+    return grad
+
+
+def rows(experts_Tk: Tensor, histogram: Histogram, places_E: Tensor | None) -> Tensor:
+    """``[T, k]`` int64: the row of each assignment, see :mod:`moe_parallel.dispatch.permute`."""
+    (num_tokens, top_k), num_experts = experts_Tk.shape, histogram.totals.shape[0]
+    row = torch.empty_like(experts_Tk, memory_format=torch.contiguous_format)
+    padded = tuning.power_of_2(num_experts)
+    if num_tokens:
+        with torch.cuda.device_of(row):
+            row_kernel[(histogram.before.shape[0],)](
+                experts_Tk.contiguous(),
+                histogram.before,
+                histogram.totals,
+                places_E,
+                row,
+                num_tokens,
+                tuning.router_span(num_tokens, num_experts),
+                E=num_experts,
+                K=top_k,
+                E_PAD=padded,
+                OTHERS=min(padded, max(1, tuning.PLACES_TILE // padded)),
+                TOKENS=tuning.router_tokens(num_experts),
+                num_warps=tuning.ROUTER_WARPS,
+            )
+    return row

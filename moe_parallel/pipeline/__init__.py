@@ -1,0 +1,1 @@
+"""Communication under the products of the experts."""

@@ -1,0 +1,1 @@
+"""The router decision: one for all ranks of the token group."""

@@ -1,0 +1,138 @@
+"""Which assignments a full expert drops, and what the ranks gather to agree on it.
+
+Where assignments drop by position, ranks that train and ranks that do not send messages of one
+size, and a number at the end tells the mode: they learn that they differ, and none waits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp._core.collectives import all_gather
+from moe_parallel.router.counts import at_assignments, rows_before
+from moe_parallel.router.token_order import TokenOrder
+
+
+class AssignmentCounts(NamedTuple):
+    """Assignments of every rank of the token group to every expert, ``[R, E]`` int64.
+
+    Attributes:
+        assigned: before drop.
+        kept: after drop; without drops the same tensor.
+        training: ``[R]`` int64, 1 for ranks that drop and 0 for ranks that do not, where ranks must
+            be asked; else None.
+    """
+
+    assigned: Tensor
+    kept: Tensor
+    training: Tensor | None = None
+
+
+def counts_of_ranks(
+    assigned_E: Tensor, num_segments: int, token_group: dist.ProcessGroup | None
+) -> AssignmentCounts:
+    """Counts without drops; with segments in the message of ranks that drop by position."""
+    num_experts = len(assigned_E)
+    if not num_segments or token_group is None:
+        assigned_RE = all_gather(assigned_E, token_group)
+        return AssignmentCounts(assigned_RE, assigned_RE)
+    message = assigned_E.new_zeros(num_segments * num_experts + 1)
+    message[:num_experts] = assigned_E
+    counts_RJE, training_R = _with_training(all_gather(message, token_group), num_experts)
+    assigned_RE = counts_RJE.sum(1)
+    return AssignmentCounts(assigned_RE, assigned_RE, training_R)
+
+
+def _with_training(messages: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Messages ``[R, J E + 1]`` as ``[R, J, E]`` and ``[R]``."""
+    return messages[:, :-1].unflatten(1, (-1, num_experts)), messages[:, -1]
+
+
+def keep_by_position(
+    experts_Tk: Tensor,
+    num_experts: int,
+    capacity: int,
+    order: TokenOrder,
+    rank: int,
+    token_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, AssignmentCounts]:
+    """First come, first served in the global order.
+
+    The place of an assignment in its expert's queue is the count of the expert in all earlier
+    segments, of any rank, plus the count so far in its own segment.
+    """
+    before_ET = rows_before(experts_Tk, num_experts)
+    bounds_J = order.segment_bounds(rank, experts_Tk.device)
+    at_bounds_JE = before_ET[:, bounds_J].T.long()
+    counts_JE, training_R = at_bounds_JE.diff(dim=0), None
+    if token_group is None:
+        counts_RJE = counts_JE.unsqueeze(0)
+    else:
+        message = torch.cat([counts_JE.flatten(), counts_JE.new_ones(1)])
+        counts_RJE, training_R = _with_training(all_gather(message, token_group), num_experts)
+    assigned_RE = counts_RJE.sum(1)
+
+    by_position = order.segments_by_position(experts_Tk.device)
+    queue_JE = counts_RJE.flatten(0, 1)[by_position]
+    earlier_JE = torch.empty_like(queue_JE)
+    earlier_JE[by_position] = queue_JE.cumsum(0) - queue_JE
+    earlier_RJE = earlier_JE.view(counts_RJE.shape)
+    kept_RE = torch.minimum(counts_RJE, (capacity - earlier_RJE).clamp(min=0)).sum(1)
+
+    first_TE = torch.repeat_interleave(
+        earlier_RJE[rank] - at_bounds_JE[:-1],
+        bounds_J.diff(),
+        dim=0,
+        output_size=experts_Tk.shape[0],
+    )
+    place_Tk = first_TE.gather(1, experts_Tk) + at_assignments(before_ET, experts_Tk)
+    return place_Tk < capacity, AssignmentCounts(assigned_RE, kept_RE, training_R)
+
+
+def keep_by_probability(
+    experts_Tk: Tensor,
+    probabilities_Tk: Tensor,
+    num_experts: int,
+    capacity: int,
+    order: TokenOrder,
+    rank: int,
+    token_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, AssignmentCounts]:
+    """Highest gate probability first, equal ones in the global order.
+
+    Every rank gathers all assignments and sorts them alike: N k rows of memory and work a rank.
+    """
+    tokens, top_k = experts_Tk.shape
+    ranks, most = order.num_ranks, order.max_local_tokens
+    # An expert number is exact in float64 and so is a float32 probability: one message for both.
+    mine = probabilities_Tk.new_zeros(most, top_k, 2, dtype=torch.float64)
+    mine[:tokens, :, 0] = experts_Tk.double()
+    mine[:tokens, :, 1] = probabilities_Tk.double()
+    by_position = order.tokens_by_position(experts_Tk.device)
+    gathered_A2 = all_gather(mine, token_group).view(ranks * most, top_k, 2)[by_position]
+    experts_A = gathered_A2[..., 0].long().flatten()
+    probabilities_A = gathered_A2[..., 1].flatten()
+    # (rank, expert) of every assignment as one number; sums of integers do not depend on order.
+    pair_A = by_position.div(max(most, 1), rounding_mode="floor").repeat_interleave(top_k)
+    pair_A = pair_A * num_experts + experts_A
+    zeros = experts_A.new_zeros(ranks * num_experts)
+    assigned_RE = zeros.index_add(0, pair_A, torch.ones_like(pair_A)).view(ranks, num_experts)
+
+    # Two stable sorts: by expert, within it by probability, within that by position.
+    best_A = probabilities_A.sort(descending=True, stable=True).indices
+    queue_A = best_A[experts_A[best_A].sort(stable=True).indices]
+    place_A = torch.empty_like(queue_A)
+    place_A[queue_A] = torch.arange(len(queue_A), device=queue_A.device)
+    assigned_E = assigned_RE.sum(0)
+    first_E = assigned_E.cumsum(0) - assigned_E
+    kept_A = place_A - first_E[experts_A] < capacity
+    kept_RE = zeros.index_add(0, pair_A, kept_A.long()).view(ranks, num_experts)
+
+    kept_RTk = kept_A.new_zeros(ranks * most, top_k)
+    kept_RTk[by_position] = kept_A.view(-1, top_k)
+    kept_Tk = kept_RTk.view(ranks, most, top_k)[rank, :tokens]
+    return kept_Tk, AssignmentCounts(assigned_RE, kept_RE)

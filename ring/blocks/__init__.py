@@ -1,0 +1,1 @@
+"""Block kernels behind one interface, and the merge of their partial results."""

@@ -1,0 +1,83 @@
+"""Gradients of some rows over some keys, through the output and through the lse.
+
+With p the probabilities of the keys s of a row, the gradient of its scores is::
+
+    p_s (do . v_s - do . o + dlse)
+
+Kernels of others compute ``do . o`` themselves and know of no dlse. What it adds is the same
+backward once more, of values that are all one, of an output of zeros, and of a gradient of the
+output whose columns sum up to dlse: ``do . v_s - do . o`` is dlse then, for every key.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ring.blocks.interface import QKV, Block, Segments
+from ring.blocks.merge import Partial
+
+
+class RowGradients:
+    """The backward of a block for the rows of a rank.
+
+    Args:
+        block: the kernel.
+        doutput: ``[T, Hq, D]``, contiguous.
+        dlse: ``[T, Hq]``, dtype of the lse; None if nothing depends on the lse: then each method
+            is one call of the kernel, else two.
+        merged: output and lse of the rows over all their keys.
+        scale: factor of the scores.
+    """
+
+    def __init__(
+        self, block: Block, doutput: Tensor, dlse: Tensor | None, merged: Partial, scale: float
+    ) -> None:
+        self._block, self._scale = block, scale
+        self._through_output = (doutput, merged)
+        self._through_lse: tuple[Tensor, Partial] | None = None
+        if dlse is not None:
+            nothing = Partial(torch.zeros_like(merged.output), merged.lse)
+            self._through_lse = (_columns(dlse, doutput), nothing)
+
+    def over(self, rows: slice, part: QKV) -> QKV:
+        """Some rows over keys that all of them see."""
+
+        def backward(doutput: Tensor, merged: Partial, part: QKV) -> QKV:
+            of_rows = Partial(*(x[rows] for x in merged))
+            return self._block.backward(
+                doutput[rows], of_rows, part, causal=False, scale=self._scale
+            )
+
+        grads = backward(*self._through_output, part)
+        if self._through_lse is not None:
+            grads = _sum(grads, backward(*self._through_lse, _of_ones(part)))
+        return grads
+
+    def within(self, segments: Segments, qkv: QKV) -> QKV:
+        """All rows, each segment over itself."""
+        backward, scale = self._block.backward_varlen, self._scale
+        grads = backward(*self._through_output, qkv, segments, scale=scale)
+        if self._through_lse is not None:
+            grads = _sum(grads, backward(*self._through_lse, _of_ones(qkv), segments, scale=scale))
+        return grads
+
+
+def _columns(dlse_TH: Tensor, like_THD: Tensor) -> Tensor:
+    """``[T, Hq, D]``, zero but for columns that sum up to dlse: of 16 bits a second one."""
+    columns_THD = torch.zeros_like(like_THD)
+    columns_THD[..., 0] = dlse_TH
+    if like_THD.element_size() == 2 and like_THD.shape[-1] > 1:
+        columns_THD[..., 1] = dlse_TH - columns_THD[..., 0]
+    return columns_THD
+
+
+def _of_ones(qkv: QKV) -> QKV:
+    return qkv._replace(v=torch.ones_like(qkv.v))
+
+
+def _sum(through_output: QKV, through_lse: QKV) -> QKV:
+    """Added in float32 or wider; the lse does not depend on the values."""
+    dtype = torch.promote_types(through_output.q.dtype, torch.float32)
+    dq, dk = (a.to(dtype) + b for a, b in zip(through_output[:2], through_lse[:2]))
+    return QKV(dq, dk, through_output.v)

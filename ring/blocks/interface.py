@@ -1,0 +1,131 @@
+"""Block kernels: softmax attention of some rows over some keys, forward and backward.
+
+Four kinds behind one interface (:class:`Block`): dense, for the rectangles of the schedule, and
+varlen, for the fragments of a rank. Only where queries and keys are the same tokens is there
+``causal``: its conventions for unequal lengths never matter.
+
+A backward gets the *merged* output and lse of its rows, so exp(score - lse) is a probability over
+all keys: the dq of the blocks add up, dk and dv are final contributions of the rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp._core.host_constants import to_device
+from ring.blocks.merge import Partial
+
+
+class QKV(NamedTuple):
+    """Queries ``[Tq, Hq, D]``, keys and values ``[Tk, Hkv, D]``; or the gradients to them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Segments(NamedTuple):
+    """Intervals of the same rows and keys, each attending to itself only; never an empty one.
+
+    Attributes:
+        borders: cumulative lengths on the host, 0 first.
+        cu_seqlens: the same on the device of the queries, int32.
+        causal: whether a row sees only itself and what comes before it.
+    """
+
+    borders: tuple[int, ...]
+    cu_seqlens: Tensor
+    causal: bool
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor, int, int]:
+        """What varlen kernels ask: cu_seqlens and longest segment, of rows and of keys."""
+        longest = max(stop - start for start, stop in pairwise(self.borders))
+        return self.cu_seqlens, self.cu_seqlens, longest, longest
+
+
+class Block(ABC):
+    """A kind of kernel.
+
+    Query head h reads key head h // (Hq / Hkv). The lse is a natural log in float32 (float64 for
+    float64); outputs and gradients come in the dtype of q or wider, in memory of their own: callers
+    add to it. Never call it with zero rows or zero keys: some kernels fault on them.
+    """
+
+    name: str
+
+    @abstractmethod
+    def obstacle(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why this kind cannot run there; None if it can."""
+
+    @abstractmethod
+    def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
+        """All rows over all keys; ``causal`` only with Tq = Tk."""
+
+    @abstractmethod
+    def backward(
+        self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
+    ) -> QKV:
+        """What these keys contribute to dq, and these rows to dk and dv."""
+
+    def row_cuts(self, rows: int, keys: int) -> tuple[slice, ...]:
+        """Which rows each partial of :meth:`forward_parts` has."""
+        return (slice(0, rows),)
+
+    def forward_parts(self, qkv: QKV, *, scale: float) -> Iterator[Partial]:
+        """All rows over all keys, in partials over disjoint pairs for an ``Accumulator``."""
+        yield self.forward(qkv, causal=False, scale=scale)
+
+    def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
+        """Each segment over itself."""
+        parts = [
+            self.forward(QKV(*(x[a:b] for x in qkv)), causal=segments.causal, scale=scale)
+            for a, b in pairwise(segments.borders)
+        ]
+        return Partial(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+    def backward_varlen(
+        self, doutput: Tensor, merged: Partial, qkv: QKV, segments: Segments, *, scale: float
+    ) -> QKV:
+        """What each segment contributes to its own dq, dk and dv."""
+        parts = [
+            self.backward(
+                doutput[a:b],
+                Partial(*(x[a:b] for x in merged)),
+                QKV(*(x[a:b] for x in qkv)),
+                causal=segments.causal,
+                scale=scale,
+            )
+            for a, b in pairwise(segments.borders)
+        ]
+        return QKV(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+
+def bhtd(x_THD: Tensor) -> Tensor:
+    """The view ``[1, H, T, D]`` that dense kernels take."""
+    return x_THD.transpose(0, 1)[None]
+
+
+def thd(x_BHTD: Tensor) -> Tensor:
+    """:func:`bhtd` back."""
+    return x_BHTD[0].transpose(0, 1)
+
+
+def wide_like(x: Tensor) -> Tensor:
+    """Uninitialised memory for sums of what ``x`` holds: contiguous, float32 or float64."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=256)  # a few batches in flight
+def cu_seqlens(borders: tuple[int, ...], device: torch.device) -> Tensor:
+    """Borders of segments as kernels take them, int32, remembered."""
+    with torch.inference_mode(False):  # remembered, and used in training too
+        return to_device(torch.tensor(borders, dtype=torch.int32, device="cpu"), device)

@@ -1,1 +1,0 @@
-"""Triton kernels, imported where one is launched."""

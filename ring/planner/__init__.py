@@ -1,0 +1,1 @@
+"""What each rank computes and exchanges, from the layout alone."""

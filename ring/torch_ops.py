@@ -1,0 +1,188 @@
+"""Ring attention as operators of ``torch.ops.ring``.
+
+Each direction is one operator, so that a compiler keeps it as it is and a checkpoint can keep its
+results: documents are data to both, and a graph is good for every pack.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+from lasp._core.derivatives import Reference
+from lasp._core.graphs import data_dependent_size
+from lasp._core.operators import Operators
+from lasp.sequence.layout import Order, SequenceLayout
+from ring import passes
+from ring.blocks.interface import QKV
+from ring.blocks.merge import Partial
+from ring.blocks.registry import resolve_block
+from ring.planner.schedule import plan_ring
+from ring.validation import locate
+
+# Of the group the name; of one rank, without a group, no name.
+_WHERE = "Tensor lengths, int num_ranks, str order, str group"
+_SETTINGS = f"{_WHERE}, bool causal, float scale, str block, bool keep_kv"
+_SCHEMA = (
+    f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS})"
+    " -> (Tensor output, Tensor lse, Tensor kept)"
+)
+_BACKWARD_SCHEMA = (
+    "attention_backward(Tensor doutput, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor output,"
+    f" Tensor lse, Tensor kept, {_SETTINGS}) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+_REFERENCE = Reference("ring_attention", "ring.reference.dense_attention")
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: SequenceLayout | None,
+    cp_group: dist.ProcessGroup | None,
+    causal: bool,
+    scale: float,
+    block: str,
+    keep_kv: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output and lse of packed tokens ``[T, H, D]``; arguments as those of ``ring_attention``."""
+    where = _where(q.shape[0], layout, cp_group)
+    output, lse, _ = torch.ops.ring.attention(q, k, v, *where, causal, scale, block, keep_kv)
+    return output, lse
+
+
+def positions(
+    hidden: Tensor, layout: SequenceLayout | None, cp_group: dist.ProcessGroup | None
+) -> Tensor:
+    """Position of each token of ``hidden [..., T, C]`` within its document: int64 ``[T]``.
+
+    Raises:
+        ValueError: as :func:`ring.validation.locate`.
+    """
+    where = _where(hidden.shape[-2], layout, cp_group)
+    found: Tensor = torch.ops.ring.positions(hidden, *where)
+    return found
+
+
+def _where(
+    num_tokens: int, layout: SequenceLayout | None, cp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, int, str, str]:
+    """Layout and group as a schema takes them."""
+    group = "" if cp_group is None else cp_group.group_name
+    if layout is None:
+        lengths = torch.full((1,), num_tokens, dtype=torch.int64, device="cpu")
+        return lengths, 1, "contiguous", group
+    return layout._lengths, layout.num_ranks, layout.order, group
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call, keep_kv = _call(q, *settings)
+    with torch.autocast(q.device.type, enabled=False):
+        (output, lse), kept = passes.forward(_rows(q, k, v), call, keep_kv=keep_kv)
+    return output.contiguous(), lse.contiguous(), kept
+
+
+def _attention_backward(
+    doutput: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    call, keep_kv = _call(q, *settings)
+    merged = Partial(output, lse)
+    with torch.autocast(q.device.type, enabled=False):
+        gradients = passes.backward(
+            doutput, dlse, merged, _rows(q, k, v), call, kept if keep_kv else None
+        )
+    dq, dk, dv = (x.contiguous() for x in gradients)
+    return dq, dk, dv
+
+
+def _rows(q: Tensor, k: Tensor, v: Tensor) -> QKV:
+    """Contiguous: dense kernels would copy strided rows tile by tile."""
+    return QKV(*(x.contiguous() for x in (q, k, v)))
+
+
+def _call(
+    q: Tensor,
+    lengths: Tensor,
+    num_ranks: int,
+    order: Order,
+    group: str,
+    causal: bool,
+    scale: float,
+    block: str,
+    keep_kv: bool,
+) -> tuple[passes.Call, bool]:
+    """The call, checked: what a graph does not know is checked here, before any communication."""
+    cp_group = _group(group)
+    layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
+    rank = locate("q", q, -3, layout, cp_group)
+    kernel = resolve_block(block, q.device, q.dtype, q.shape[-1])
+    return passes.Call(plan_ring(layout, rank, causal), cp_group, kernel, scale), keep_kv
+
+
+def _positions(hidden: Tensor, lengths: Tensor, num_ranks: int, order: Order, group: str) -> Tensor:
+    layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
+    rank = locate("hidden", hidden, -2, layout, _group(group))
+    return layout.position_ids(rank, hidden.device)
+
+
+def _group(name: str) -> dist.ProcessGroup | None:
+    return _resolve_process_group(name) if name else None  # type: ignore[arg-type]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+    ctx.settings = inputs[4:]
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # a gradient of the lse would be work
+
+
+def _gradients(
+    ctx: Any, doutput: Tensor | None, dlse: Tensor | None, *_: object
+) -> tuple[Tensor | None, ...]:
+    *tensors, lengths = ctx.saved_tensors
+    if doutput is None:  # not used here; others may wait for the gradients of their keys
+        doutput = torch.zeros_like(tensors[3])
+    gradients = torch.ops.ring.attention_backward(doutput, dlse, *tensors, lengths, *ctx.settings)
+    return *gradients, *(None,) * 8
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    # How much is received depends on the documents: 2 R rows.
+    rows = data_dependent_size() if settings[-1] else 0
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape[:2], dtype=lse_dtype),
+        k.new_empty(rows, *k.shape[1:]),
+    )
+
+
+def _fake_backward(
+    doutput: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_OPERATORS = Operators("ring")
+_OPERATORS.define(_SCHEMA, _attention, _fake)
+_OPERATORS.define(_BACKWARD_SCHEMA, _attention_backward, _fake_backward)
+_OPERATORS.define(
+    f"positions(Tensor hidden, {_WHERE}) -> Tensor",
+    _positions,
+    lambda hidden, *_: hidden.new_empty(hidden.shape[-2], dtype=torch.int64),
+)
+_OPERATORS.differentiate("attention", _gradients, _save, _REFERENCE)
+_OPERATORS.refuse_second_derivatives("attention_backward", _REFERENCE)

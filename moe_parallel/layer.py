@@ -163,8 +163,8 @@ class ExpertParallelMoE(nn.Module):
 
         Raises:
             ValueError: naming the argument, if it does not fit the layer; on every rank alike, if
-                the ranks hold different orders or, without one, different numbers of tokens, and if
-                with a capacity only some ranks are in training mode.
+                ranks hold different orders or numbers of tokens, and if with a capacity some do not
+                train (drops by probability, padding: :func:`moe_parallel.agreement.check_order`).
         """
         (hidden,) = autocast_inputs(hidden)
         check_hidden(hidden, self.experts.w13)

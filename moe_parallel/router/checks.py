@@ -34,7 +34,9 @@ def check_order(
         num_rows: rows this rank passes to the layer, padding included.
         token_group: the ranks of ``order``; None for this rank alone.
         device: of the message.
-        training: what the rows' shapes depend on, compared too; None where they do not.
+        training: what the shapes of messages depend on, compared too; None where they do not. All
+            ranks must switch together: only the first call in a mode compares. A rank that switches
+            alone after it gets the backend's error, or waits for its timeout.
 
     Communication: the first time for an order object, a group and ``training``, an all-gather of 24
     bytes a rank over ``token_group``, one copy to the device and one back.

@@ -1,4 +1,4 @@
-"""Forward-mode AD through every operator: the right derivative, or an error that says a way out."""
+"""Forward-mode AD and torch.func through every operator: right, or an error that says a way out."""
 
 from __future__ import annotations
 
@@ -200,3 +200,36 @@ def test_a_level_without_tangents_changes_nothing(name: str) -> None:
     expected = function(x)
     with forward_ad.dual_level():
         assert_equal_to_rounding(function(x), expected)
+
+
+def total(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: function(x).float().sum()
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "grad": lambda function, x: torch.func.grad(total(function))(x),
+    "vjp": lambda function, x: torch.func.vjp(total(function), x)[1](x.new_ones(()).float())[0],
+    "jacrev": lambda function, x: torch.func.jacrev(total(function))(x),
+    "vmap": lambda function, x: torch.vmap(total(function))(x.expand(2, *x.shape))[0],
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_torch_func_is_right_or_an_error(name: str, transform: str) -> None:
+    function, refused, dtype = CASES[name]
+    if "decode" in name or "rates" in name:
+        pytest.skip("it has no gradients")
+    x = torch.randn(5, 2, 4, dtype=dtype, device=DEVICE)
+    operators = ("ring_attention", "lse", "RingAttention", "norm_gate triton", "silu_split triton")
+    looped = transform == "vmap" and name in (*operators, "lightning_attention triton")
+    if refused is not None and not looped:  # torch calls torch.ops one by one
+        message = f"{refused[0]}.* torch.func.* use torch.autograd.grad .*{refused[1]}"
+        with pytest.raises(RuntimeError, match=message):
+            TRANSFORMS[transform](function, x)
+        return
+    x.requires_grad_()
+    expected = result = total(function)(x)
+    if transform != "vmap":
+        (expected,) = torch.autograd.grad(result, x)
+    torch.testing.assert_close(TRANSFORMS[transform](function, x.detach()), expected)

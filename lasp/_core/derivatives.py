@@ -44,6 +44,19 @@ def refuse_forward_mode(reference: Reference, *tensors: Tensor | None) -> None:
         )
 
 
+def refuse_transforms(reference: Reference, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError for tangents, and in ``torch.func.grad``, ``vjp``, ``jacrev``, ``vmap``.
+
+    For what is an ``autograd.Function``: torch's own error would name nothing that a user called.
+    """
+    refuse_forward_mode(reference, *tensors)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{reference.operator} does not run in torch.func and torch.vmap, got a call in one of"
+            f" their transforms: use torch.autograd.grad or the backward, or {reference.instead}"
+        )
+
+
 def has_tangent(x: Tensor) -> bool:
     """Whether forward-mode AD differentiates by ``x``."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None

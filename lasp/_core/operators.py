@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp._core.derivatives import Reference, refuse_forward_mode, second_derivative_error
+from lasp._core.derivatives import (
+    Reference,
+    refuse_forward_mode,
+    refuse_transforms,
+    second_derivative_error,
+)
 from lasp._core.graphs import outside_graphs
 
 
@@ -44,7 +49,7 @@ class Operators:
         save: Callable[[Any, tuple[Any, ...], Any], None],
         reference: Reference,
     ) -> None:
-        """Give an operator its gradients; forward-mode derivatives raise RuntimeError.
+        """Give an operator its gradients; forward-mode AD and torch.func raise RuntimeError.
 
         Args:
             name: of the operator.
@@ -66,6 +71,7 @@ class Operators:
             tensors = [x for x in arguments if isinstance(x, Tensor)]
             refuse_forward_mode(reference, *tensors)
             if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+                refuse_transforms(reference)
                 return function.apply(*arguments)  # type: ignore[attr-defined]
             return below_autograd(*arguments)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lasp._core.autocast import autocast_inputs
-from lasp._core.derivatives import Reference, refuse_forward_mode
+from lasp._core.derivatives import Reference, refuse_transforms
 from lasp._core.joint_backward import join_backward
 from lasp.lightning.validation import Impl, check_impl, require_triton, state_dtype
 
@@ -130,7 +130,7 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     Communication: one all-reduce of ``x``, forward and backward.
     """
-    refuse_forward_mode(_NORM_OVER_RANKS, x)
+    refuse_transforms(_NORM_OVER_RANKS, x)
     total: Tensor = _SumOverRanks.apply(x, group)  # type: ignore[no-untyped-call]
     return total
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.autocast import autocast_inputs
-from lasp._core.derivatives import refuse_forward_mode, refuse_second_derivatives
+from lasp._core.derivatives import refuse_second_derivatives, refuse_transforms
 from lasp._core.graphs import outside_graphs
 from lasp._core.joint_backward import join_backward
 from lasp.lightning import eager as ops
@@ -220,7 +220,7 @@ def _attend(
     settings: dict[str, Any],
 ) -> LightningOutput:
     check_qkv(q, k, v)
-    refuse_forward_mode(REFERENCE, q, k, v, rates, initial_state)
+    refuse_transforms(REFERENCE, q, k, v, rates, initial_state)
     call = checked_call(q, v, rates, initial_state, layout, cp_group, **settings)
     q = join_backward(cp_group, q, k, v, initial_state)
     if initial_state is not None:

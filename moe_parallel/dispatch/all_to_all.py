@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp._core.derivatives import Reference, refuse_forward_mode
+from lasp._core.derivatives import Reference, refuse_transforms
 from lasp._core.joint_backward import join_backward
 from moe_parallel.mesh import ExpertMesh
 
@@ -222,7 +222,7 @@ def add_terms(terms: Tensor, into: Tensor | None = None) -> Tensor:
 def _all_to_all(rows_AM: Tensor, splits: Splits, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return rows_AM
-    refuse_forward_mode(_REFERENCE, rows_AM)
+    refuse_transforms(_REFERENCE, rows_AM)
     rows_AM = join_backward(group, rows_AM)
     received: Tensor = _AllToAll.apply(rows_AM, splits, group)  # type: ignore[no-untyped-call]
     return received

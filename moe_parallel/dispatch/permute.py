@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp._core.derivatives import Reference, refuse_forward_mode, refuse_second_derivatives
+from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_transforms
 from moe_parallel.dispatch.symmetric_memory import PeerRows
 from moe_parallel.impl import ChosenImpl
 from moe_parallel.kernels.histogram import Histogram
@@ -108,7 +108,7 @@ def permute(x_TM: Tensor, order: RowOrder, impl: ChosenImpl = "eager") -> Tensor
 
     Gradients: a token's is the sum of its rows' in slot order, in float32 or wider.
     """
-    refuse_forward_mode(_REFERENCE, x_TM)
+    refuse_transforms(_REFERENCE, x_TM)
     rows: Tensor = _Permute.apply(x_TM, order, impl)  # type: ignore[no-untyped-call]
     return rows
 
@@ -123,7 +123,7 @@ def unpermute(
     Gradients: to rows, with ``impl="triton"`` in the memory of ``order.peers``, and to weights; a
     dropped assignment's weight gets zero.
     """
-    refuse_forward_mode(_REFERENCE, rows_AM, weights_Tk)
+    refuse_transforms(_REFERENCE, rows_AM, weights_Tk)
     tokens: Tensor = _Unpermute.apply(rows_AM, weights_Tk, order, impl)  # type: ignore[no-untyped-call]
     return tokens
 

@@ -13,8 +13,8 @@ from lasp._core.autocast import autocast_inputs
 from lasp._core.derivatives import (
     Reference,
     anchor,
-    refuse_forward_mode,
     refuse_second_derivatives,
+    refuse_transforms,
 )
 from lasp._core.dtensors import local
 from lasp._core.joint_backward import join_backward
@@ -206,7 +206,7 @@ class Experts(Parts):
         dtype = rows_AM.dtype
         if w13.dtype != dtype:
             raise ValueError(f"rows must be {w13.dtype} like the experts, got {dtype}")
-        refuse_forward_mode(_REFERENCE, rows_AM, w13, w2)
+        refuse_transforms(_REFERENCE, rows_AM, w13, w2)
         for group in (pipeline.ep_group, pipeline.etp_group):
             rows_AM = join_backward(group, rows_AM, w13, w2)
         how = (self.chosen_gemm(num_rows, dtype), chosen_impl(self.impl, rows_AM.device, dtype))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp._core.derivatives import Reference, refuse_forward_mode, refuse_second_derivatives
+from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_transforms
 
 _REFERENCE = Reference(
     "ExpertParallelMoE's gate in bfloat16 parts", "moe_parallel.router.gate.wide_product"
@@ -65,7 +65,7 @@ def split_logits(x_TM: Tensor, gate_EM: Tensor) -> Tensor:
     Gradients: to x, rounded once to bfloat16, and to the gate. Differentiating them again raises
     RuntimeError. Kept for the backward: the arguments.
     """
-    refuse_forward_mode(_REFERENCE, x_TM, gate_EM)
+    refuse_transforms(_REFERENCE, x_TM, gate_EM)
     logits_TE: Tensor = _SplitGate.apply(x_TM, gate_EM)  # type: ignore[no-untyped-call]
     return logits_TE
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lasp._core.derivatives import Reference, refuse_forward_mode, refuse_second_derivatives
+from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_transforms
 from moe_parallel.impl import ChosenImpl
 from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.router.gate import gate_logits, parts_product, summed, takes_parts, wide_product
@@ -44,7 +44,7 @@ def choose(x_TM: Tensor, gate_EM: Tensor, top_k: int, impl: ChosenImpl = "eager"
     again raises RuntimeError, and the arguments are kept for the backward beside the results.
     """
     if impl == "triton":
-        refuse_forward_mode(_REFERENCE, x_TM, gate_EM)
+        refuse_transforms(_REFERENCE, x_TM, gate_EM)
         logits, experts, weights, *histogram = _Choose.apply(x_TM, gate_EM, top_k)  # type: ignore[no-untyped-call]
         return Choice(logits, experts, weights, Histogram(*histogram))
     logits = gate_logits(x_TM, gate_EM)

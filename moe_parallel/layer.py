@@ -164,7 +164,7 @@ class ExpertParallelMoE(nn.Module):
         Raises:
             ValueError: naming the argument, if it does not fit the layer; on every rank alike, if
                 ranks hold different orders or numbers of tokens, and if with a capacity some do not
-                train (drops by probability, padding: :func:`moe_parallel.agreement.check_order`).
+                train (by probability or padded: see :func:`moe_parallel.router.checks.check_order`).
         """
         (hidden,) = autocast_inputs(hidden)
         check_hidden(hidden, self.experts.w13)

@@ -22,8 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lasp.hybrid import HybridConfig, HybridModel
-from lasp.megatron import HybridConfig as MegatronHybridConfig
-from lasp.megatron import hybrid_block_spec, load_plain_weights
+from lasp.megatron import HybridOptions, hybrid_block_spec, load_plain_weights
 
 if TYPE_CHECKING:
     from pretrain_hybrid import Options
@@ -98,7 +97,7 @@ def build_model(options: Options, device: torch.device) -> list[DistributedDataP
     plain.reset_parameters(options.seed)
     weights = dict(plain.named_parameters())
     pattern = f"{model.softmax_period - 1}:1"
-    hybrid = MegatronHybridConfig.deepnorm(
+    hybrid = HybridOptions.deepnorm(
         model.num_layers,
         rotary_dim=model.attention.rotary_dim,
         rope_base=model.attention.rope_base,

@@ -26,14 +26,14 @@ from lasp.megatron.experts import (
     expert_parallel_moe_spec,
     moe_config,
 )
-from lasp.megatron.hybrid_config import MINIMAX_TEXT_01, HybridConfig, ResidualScale, is_softmax
 from lasp.megatron.hybrid_layer import (
-    HybridLayer,
-    HybridLayerSubmodules,
+    HybridTransformerLayer,
+    HybridTransformerLayerSubmodules,
     hybrid_block_spec,
     hybrid_layer_spec,
     minimax_layer_spec,
 )
+from lasp.megatron.hybrid_options import HybridOptions, ResidualScale, is_softmax, minimax_options
 from lasp.megatron.lightning import (
     LightningSelfAttention,
     LightningSelfAttentionSubmodules,
@@ -49,13 +49,12 @@ from lasp.megatron.ring import RingSelfAttention, ring_attention_spec
 from lasp.megatron.ring_core import RingCoreAttention
 
 __all__ = [
-    "MINIMAX_TEXT_01",
     "ExpertOptions",
     "ExpertParallelMoELayer",
     "HeadsNorm",
-    "HybridConfig",
-    "HybridLayer",
-    "HybridLayerSubmodules",
+    "HybridOptions",
+    "HybridTransformerLayer",
+    "HybridTransformerLayerSubmodules",
     "LightningSelfAttention",
     "LightningSelfAttentionSubmodules",
     "PackedCut",
@@ -77,6 +76,7 @@ __all__ = [
     "load_plain_weights",
     "merge_projections",
     "minimax_layer_spec",
+    "minimax_options",
     "moe_config",
     "names_padding",
     "order_of_rows",

@@ -22,12 +22,12 @@ from megatron.core.transformer.transformer_layer import (
 
 from lasp.megatron.checks import groups_of
 from lasp.megatron.experts.layer import expert_parallel_moe_spec
-from lasp.megatron.hybrid_config import (
+from lasp.megatron.hybrid_options import (
     PRE_NORM,
-    HybridConfig,
+    HybridOptions,
     check_config,
     is_softmax,
-    minimax,
+    minimax_options,
     softmax_layers,
 )
 from lasp.megatron.lightning import lightning_attention_spec
@@ -38,8 +38,8 @@ from lasp.megatron.ring import ring_attention_spec
 
 
 @dataclass
-class HybridLayerSubmodules(TransformerLayerSubmodules):
-    """Parts of :class:`HybridLayer`: ``self_attention`` is one of two, by layer number.
+class HybridTransformerLayerSubmodules(TransformerLayerSubmodules):
+    """Parts of :class:`HybridTransformerLayer`: ``self_attention`` is one of two, by layer number.
 
     Attributes:
         lightning: spec of the linear attention.
@@ -50,7 +50,7 @@ class HybridLayerSubmodules(TransformerLayerSubmodules):
     softmax: ModuleSpec | None = None
 
 
-class HybridLayer(ScaledLayer):
+class HybridTransformerLayer(ScaledLayer):
     """A :class:`ScaledLayer` whose attention is lightning or softmax by its global layer number.
 
     Args:
@@ -71,13 +71,13 @@ class HybridLayer(ScaledLayer):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: HybridLayerSubmodules,
+        submodules: HybridTransformerLayerSubmodules,
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         *,
         pattern: str | None = None,
-        hybrid: HybridConfig = PRE_NORM,
+        hybrid: HybridOptions = PRE_NORM,
         **optional: Any,
     ) -> None:
         check_config(config)
@@ -103,7 +103,7 @@ class HybridLayer(ScaledLayer):
 def hybrid_layer_spec(
     config: TransformerConfig | None = None,
     pattern: str | None = None,
-    hybrid: HybridConfig = PRE_NORM,
+    hybrid: HybridOptions = PRE_NORM,
 ) -> ModuleSpec:
     """One spec for every layer: each picks its attention by its global number.
 
@@ -122,8 +122,8 @@ def hybrid_layer_spec(
     else:
         mlp = expert_parallel_moe_spec(init_gain=hybrid.expert_init_gain, options=hybrid.experts)
     return ModuleSpec(
-        module=HybridLayer,
-        submodules=HybridLayerSubmodules(
+        module=HybridTransformerLayer,
+        submodules=HybridTransformerLayerSubmodules(
             input_layernorm=ResidualNorm,
             pre_mlp_layernorm=ResidualNorm,
             mlp=mlp,
@@ -148,7 +148,7 @@ def hybrid_block_spec(
     pattern: str | None = None,
     vp_stage: int | None = None,
     *,
-    hybrid: HybridConfig = PRE_NORM,
+    hybrid: HybridOptions = PRE_NORM,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and a final norm, for GPTModel or TransformerBlock.
@@ -173,7 +173,7 @@ def hybrid_block_spec(
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=ResidualNorm)
 
 
-class MiniMaxLayer(HybridLayer):
+class MiniMaxLayer(HybridTransformerLayer):
     """MiniMax-Text-01's layer in a model of ``config.num_layers`` layers, its parts included.
 
     ``config.linear_attention_freq`` says which layers are softmax attention: 8 in MiniMax-Text-01.
@@ -186,17 +186,17 @@ class MiniMaxLayer(HybridLayer):
     Args:
         config: Megatron's.
         submodules: the parts; None: those of :func:`hybrid_layer_spec`.
-        optional: see :class:`HybridLayer`.
+        optional: see :class:`HybridTransformerLayer`.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: HybridLayerSubmodules | None = None,
+        submodules: HybridTransformerLayerSubmodules | None = None,
         *args: Any,
         **optional: Any,
     ) -> None:
-        hybrid = minimax(config.num_layers, cut_of_training_loop())
+        hybrid = minimax_options(config.num_layers, cut_of_training_loop())
         parts = submodules or hybrid_layer_spec(config, hybrid=hybrid).submodules
         pattern = "7:1" if config.linear_attention_freq is None else None
         super().__init__(config, parts, *args, pattern=pattern, hybrid=hybrid, **optional)

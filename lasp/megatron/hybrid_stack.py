@@ -21,12 +21,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from lasp.megatron.checks import training_argument
 from lasp.megatron.experts.layer import expert_parallel_moe_spec
-from lasp.megatron.hybrid_config import (
+from lasp.megatron.hybrid_options import (
     PRE_NORM,
-    HybridConfig,
+    HybridOptions,
     ResidualScale,
     kinds_of,
-    minimax,
+    minimax_options,
     softmax_layers,
 )
 from lasp.megatron.lightning import lightning_attention_spec
@@ -136,10 +136,10 @@ class MiniMaxStack(LocalHybridStack):
             raise ValueError(
                 "hybrid_layer_pattern must be among Megatron's training arguments for"
                 " minimax_stack_spec with pipeline stages, got none: give HybridModel"
-                " hybrid_stack_spec(pattern, hybrid=minimax(attention layers of the pattern))"
+                " hybrid_stack_spec(pattern, hybrid=minimax_options(its attention layers))"
             )
         mixers = sum(symbol in "G*" for symbol in pattern)
-        spec = hybrid_stack_spec(pattern, hybrid=minimax(mixers, cut_of_training_loop()))
+        spec = hybrid_stack_spec(pattern, hybrid=minimax_options(mixers, cut_of_training_loop()))
         super().__init__(
             config,
             spec.submodules,
@@ -150,7 +150,7 @@ class MiniMaxStack(LocalHybridStack):
         )
 
 
-def hybrid_stack_spec(pattern: str, *, hybrid: HybridConfig = PRE_NORM) -> ModuleSpec:
+def hybrid_stack_spec(pattern: str, *, hybrid: HybridOptions = PRE_NORM) -> ModuleSpec:
     """Spec of the stack of a HybridModel, the model of :func:`hybrid_block_spec` part by part.
 
     Args:
@@ -192,7 +192,7 @@ def hybrid_stack_spec(pattern: str, *, hybrid: HybridConfig = PRE_NORM) -> Modul
     )
 
 
-def _layer(hybrid: HybridConfig, scale: ResidualScale, **part: ModuleSpec) -> ModuleSpec:
+def _layer(hybrid: HybridOptions, scale: ResidualScale, **part: ModuleSpec) -> ModuleSpec:
     """A layer of one part, with its norm."""
     norm = "input_layernorm" if "self_attention" in part else "pre_mlp_layernorm"
     return ModuleSpec(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lasp.megatron.checks import groups_of, refuse_arguments
 from lasp.megatron.experts.layer import ExpertParallelMoELayer
-from lasp.megatron.hybrid_config import PART, ResidualScale, check_layers
+from lasp.megatron.hybrid_options import PART, ResidualScale, check_layers
 from lasp.megatron.packing import token_order_of
 from lasp.megatron.packs import PackedCut
 

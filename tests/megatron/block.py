@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lasp.hybrid import AttentionConfig, HybridModel
 from lasp.hybrid import HybridConfig as PlainConfig
-from lasp.megatron import HybridConfig, hybrid_block_spec, to_megatron
+from lasp.megatron import HybridOptions, hybrid_block_spec, to_megatron
 from moe_parallel import MoEConfig
 from tests.megatron.attention import CUT, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, parallel_config
 from tests.megatron.cpu import gathered, summed
@@ -18,7 +18,7 @@ from tests.megatron.cpu import gathered, summed
 PACKS = ((13, 1, 0, 20, 6), (2, 37, 1))
 TOKENS = sum(map(sum, PACKS))
 LAYERS, PATTERN = 4, "1:1"
-HYBRID = HybridConfig.deepnorm(LAYERS, rotary_dim=4, rope_base=100.0)
+HYBRID = HybridOptions.deepnorm(LAYERS, rotary_dim=4, rope_base=100.0)
 OPTIONS = {
     "num_layers": LAYERS,
     "linear_attention_freq": 2,
@@ -64,7 +64,7 @@ def cuts(name: str, groups: Any) -> list[tuple[Any, int]]:
 
 
 def build_block(
-    sizes: dict[str, int], groups: Any, hybrid: HybridConfig = HYBRID, **options: Any
+    sizes: dict[str, int], groups: Any, hybrid: HybridOptions = HYBRID, **options: Any
 ) -> TransformerBlock:
     config = parallel_config(sizes, **(OPTIONS | options))
     stage, stages = groups.pp.rank(), groups.pp.size()

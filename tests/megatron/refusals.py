@@ -16,7 +16,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lasp.megatron import (
-    HybridConfig,
+    HybridOptions,
     PackedSequence,
     ResidualNorm,
     hybrid_block_spec,
@@ -53,7 +53,7 @@ def experts(config: TransformerConfig, groups: Any) -> torch.nn.Module:
 
 
 def hybrid(config: TransformerConfig, groups: Any, pattern: str = "1:1") -> torch.nn.Module:
-    spec = hybrid_layer_spec(config, pattern, HybridConfig(rotary_dim=4))
+    spec = hybrid_layer_spec(config, pattern, HybridOptions(rotary_dim=4))
     return build_module(spec, config=config, layer_number=1, pg_collection=groups)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lasp.hybrid import pack_batch
 from lasp.megatron import (
-    HybridConfig,
+    HybridOptions,
     ResidualScale,
     hybrid_block_spec,
     pack_sequences,
@@ -205,7 +205,7 @@ def dense_on_rank(sizes: dict[str, int], sequence_parallel: bool = True) -> dict
     options = {"num_layers": 3, "linear_attention_freq": 2, "sequence_parallel": sequence_parallel}
     config = parallel_config(sizes, **options)
     scale = ResidualScale(alpha=0.5, beta=2.0)
-    hybrid = HybridConfig(rotary_dim=4, softmax=scale, mlp=scale._replace(beta=3.0))
+    hybrid = HybridOptions(rotary_dim=4, softmax=scale, mlp=scale._replace(beta=3.0))
     torch.manual_seed(6)  # weights are drawn whole on the CPU and cut
     block = TransformerBlock(
         config, hybrid_block_spec(config, PATTERN, hybrid=hybrid), pg_collection=groups

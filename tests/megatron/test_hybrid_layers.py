@@ -17,12 +17,12 @@ from torch import Tensor
 
 from lasp.lightning.decay import decay_rates
 from lasp.megatron import (
-    MINIMAX_TEXT_01,
-    HybridConfig,
+    HybridOptions,
     hybrid_block_spec,
     hybrid_layer_spec,
     is_softmax,
     minimax_layer_spec,
+    minimax_options,
 )
 from moe_parallel.megatron import ExpertOptions, ExpertParallelMoELayer
 from ring.megatron import RingSelfAttention
@@ -129,10 +129,10 @@ def test_the_static_spec_of_a_dense_config_has_dense_mlps() -> None:
 
 def test_patterns_residuals_and_names_that_are_none() -> None:
     with pytest.raises(ValueError, match="residual must be"):
-        HybridConfig(residual="middle")
+        HybridOptions(residual="middle")
     for name in ("impl", "exchange", "decay"):
         with pytest.raises(ValueError, match=f"{name} must be one of .*, got 'fast'"):
-            HybridConfig(**{name: "fast"})
+            HybridOptions(**{name: "fast"})
     for pattern in ("7", "0:0", "a:b", "-1:2"):
         with pytest.raises(ValueError, match="pattern must be"):
             is_softmax(pattern, 0)
@@ -150,12 +150,13 @@ def test_a_stack_needs_hybrid_model() -> None:
 
 
 def test_minimax_has_the_residuals_of_deepnorm() -> None:
-    assert abs(MINIMAX_TEXT_01.mlp.alpha - 3.5565588200778455) < 1e-12
-    assert MINIMAX_TEXT_01.lightning == MINIMAX_TEXT_01.softmax == MINIMAX_TEXT_01.mlp
-    assert MINIMAX_TEXT_01.residual == "post"
+    options = minimax_options(80)
+    assert abs(options.mlp.alpha - 3.5565588200778455) < 1e-12
+    assert options.lightning == options.softmax == options.mlp
+    assert options.residual == "post"
 
 
-CHOSEN = HybridConfig(
+CHOSEN = HybridOptions(
     impl="triton",
     exchange="sliced",
     decay="retnet",

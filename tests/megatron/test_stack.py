@@ -16,7 +16,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from lasp.lightning.decay import decay_rates
-from lasp.megatron import HybridConfig, hybrid_block_spec, pack_sequences
+from lasp.megatron import HybridOptions, hybrid_block_spec, pack_sequences
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import HEADS, parallel_config
 from tests.megatron.block import OPTIONS
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.megatron
 
 LAYERS, VOCAB = 4, 24
 LENGTHS = (13, 1, 0, 20, 6)
-HYBRID = HybridConfig.deepnorm(LAYERS, rotary_dim=4, rope_base=100.0)
+HYBRID = HybridOptions.deepnorm(LAYERS, rotary_dim=4, rope_base=100.0)
 DENSE = {name: value for name, value in OPTIONS.items() if "moe" not in name}
 
 

@@ -59,7 +59,7 @@ class ExpertParallelMoELayer(MoELayer):
         layer_number: from 1, under which Megatron logs the auxiliary loss.
         pg_collection: its groups; of the parallel state if None. TransformerLayer of 0.16 and 0.17
             passes none to a subclass of MoELayer: with a collection of your own use
-            ``lasp.megatron.HybridLayer``, which passes it in every version.
+            ``lasp.megatron.HybridTransformerLayer``, which passes it in every version.
         init_gain: factor of the experts' initial values, which ``config.init_method`` and
             ``config.output_layer_init_method`` draw; DeepNorm's beta. They do not depend on the
             ranks.

@@ -29,7 +29,7 @@ _NO_SCALE, _BY_RULES = ResidualScale(), ExpertOptions()
 
 
 @dataclass(frozen=True)
-class HybridConfig:
+class HybridOptions:
     """What a hybrid layer needs beside Megatron's TransformerConfig.
 
     Attributes:
@@ -76,23 +76,20 @@ class HybridConfig:
             )
 
     @classmethod
-    def deepnorm(cls, num_layers: int, **fields: Any) -> HybridConfig:
+    def deepnorm(cls, num_layers: int, **fields: Any) -> HybridOptions:
         """Post-norm with alpha = (2 N)^(1/4), beta 1 and experts drawn (8 N)^(-1/4) smaller."""
         scale = ResidualScale(alpha=math.pow(2 * num_layers, 0.25))
         gain = math.pow(8 * num_layers, -0.25)
         return cls("post", scale, scale, scale, expert_init_gain=gain, **fields)
 
 
-PRE_NORM = HybridConfig()
+PRE_NORM = HybridOptions()
 
 
-def minimax(num_layers: int, packed_cut: PackedCut | None = None) -> HybridConfig:
+def minimax_options(num_layers: int, packed_cut: PackedCut | None = None) -> HybridOptions:
     """MiniMax-Text-01's residuals and RoPE for a model of so many layers; it has 80."""
     rope = {"rotary_dim": 64, "rope_base": 10_000_000.0}
-    return HybridConfig.deepnorm(num_layers, **rope, packed_cut=packed_cut)
-
-
-MINIMAX_TEXT_01 = minimax(80)
+    return HybridOptions.deepnorm(num_layers, **rope, packed_cut=packed_cut)
 
 
 def is_softmax(pattern: str, layer_index: int) -> bool:

@@ -58,7 +58,7 @@ def triton_step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor) -
 
 def eager_step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor) -> Tensor:
     """Plain torch."""
-    return lightning_decode(q, k, v, rates, state, in_place=True).output
+    return lightning_decode(q, k, v, rates, state, in_place=True, impl="eager").output
 
 
 def fla_step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Options:
         drop_policy: which tokens a full expert drops.
         learning_rate: peak of the schedule.
         dtype: of parameters and activations; bfloat16 is autocast's, over float32 parameters.
-        impl: who computes lightning attention; triton needs a GPU.
+        impl: who computes lightning attention; triton needs a GPU, auto takes it there.
         seed: of the weights and of the order of the corpus.
         out: folder of metrics, plot and checkpoints.
         save_every: steps between checkpoints.
@@ -89,7 +89,7 @@ class Options:
     drop_policy: Literal["position", "probability"] = "position"
     learning_rate: float = 6e-3
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    impl: Literal["eager", "triton"] = "eager"
+    impl: Literal["auto", "eager", "triton"] = "auto"
     seed: int = 0
     out: Path = Path("runs/hybrid")
     save_every: int = 100

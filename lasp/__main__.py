@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from lasp import SequenceLayout, decay_rates, lightning_attention
+from lasp._core.impl import chosen_impl
 from lasp.lightning.reference import recurrent_lightning_attention
 from lasp.state_exchange import resolve_exchange
 from moe_parallel import ExpertParallelMoE, MoEConfig
@@ -27,10 +28,17 @@ def environment() -> dict[str, str]:
     rows["triton"] = version("triton") if find_spec("triton") else "not installed"
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     rows["devices"] = ", ".join(devices) or "CPU only"
-    for device in ["cpu"] + ["cuda"] * bool(devices):
+    return rows
+
+
+def kernel_rules() -> dict[str, str]:
+    """What ``impl="auto"`` and ``block="auto"`` take for heads of 128."""
+    rows: dict[str, str] = {}
+    for device in map(torch.device, ["cpu"] + ["cuda"] * torch.cuda.is_available()):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            rule = resolve_block("auto", torch.device(device), dtype, 128)
-            rows[f"ring block='auto' {device} {str(dtype)[6:]}"] = rule.name
+            inputs = f"{device} {str(dtype)[6:]}"
+            rows[f"impl='auto' {inputs}"] = chosen_impl("auto", device, dtype)
+            rows[f"ring block='auto' {inputs}"] = resolve_block("auto", device, dtype, 128).name
     return rows
 
 
@@ -69,7 +77,7 @@ def self_check() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    for name, value in (environment() | exchange_rule()).items():
+    for name, value in (environment() | kernel_rules() | exchange_rule()).items():
         print(f"{name:36} {value}")
     for name, error in self_check().items():
         print(f"{name:36} largest difference from the oracle {error:.1e}")

@@ -13,7 +13,7 @@ def small_hybrid(
     capacity_factor: float,
     *,
     drop_policy: Literal["position", "probability"] = "position",
-    impl: Literal["eager", "triton"] = "eager",
+    impl: Literal["auto", "eager", "triton"] = "auto",
 ) -> HybridConfig:
     """MiniMax-Text-01's shape at hidden size 64: 8 layers (7 lightning, 1 softmax), 8 experts.
 

@@ -1,1 +1,1 @@
-"""What ``lasp``, ``ring`` and ``moe_parallel`` share. It imports nothing but torch."""
+"""What ``lasp``, ``ring`` and ``moe_parallel`` share. It needs torch; triton where kernels run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lasp.lightning.validation import Impl
+from lasp._core.impl import Impl
 from moe_parallel import MoEConfig
 
 
@@ -43,7 +43,7 @@ class HybridConfig:
     moe: MoEConfig
     softmax_period: int = 8
     norm_eps: float = 1e-5
-    lightning_impl: Impl = "eager"
+    lightning_impl: Impl = "auto"
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "vocab_size", "softmax_period"):

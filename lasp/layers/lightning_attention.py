@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lasp._core.impl import Impl
 from lasp.layers.norm_gate import norm_gate, silu_split
 from lasp.lightning.attention import LightningOutput, lightning_attention
 from lasp.lightning.decay import Variant, decay_rates
 from lasp.lightning.decode import lightning_decode
-from lasp.lightning.validation import Impl
 from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange import Exchange
 
@@ -65,8 +65,8 @@ class LightningAttention(nn.Module):
         *,
         decay: Variant = "minimax",
         norm_eps: float = 1e-6,
-        exchange: Exchange = "all_gather",
-        impl: Impl = "eager",
+        exchange: Exchange = "auto",
+        impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -11,14 +11,16 @@ from torch.nn import functional as F
 
 from lasp._core.autocast import autocast_inputs
 from lasp._core.derivatives import Reference, refuse_transforms
+from lasp._core.impl import Impl, chosen_impl
 from lasp._core.joint_backward import join_backward
-from lasp.lightning.validation import Impl, check_impl, require_triton, state_dtype
+from lasp.lightning.triton.tuning import WIDEST_ROW
+from lasp.lightning.validation import state_dtype
 
 _NORM_OVER_RANKS = Reference("lasp.layers.norm_gate.norm_gate over a tp_group", "tp_group=None")
 
 
 def silu_split(
-    x: Tensor, key_dim: int, value_dim: int, *, impl: Impl = "eager"
+    x: Tensor, key_dim: int, value_dim: int, *, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``q, k, v = split(SiLU(x))``: the fused projection of :class:`lasp.LightningAttention`.
 
@@ -28,7 +30,8 @@ def silu_split(
         key_dim: K.
         value_dim: V.
         impl: ``eager``, plain torch; ``triton``, one kernel that reads x once and writes q, k and
-            v once, each in one piece, and one for the backward: bf16, fp16 or fp32.
+            v once, each in one piece, and one for the backward: bf16, fp16 or fp32; ``auto``,
+            ``triton`` where it can, see ``lasp._core.impl``.
 
     Returns:
         q and k ``[..., H, K]``, v ``[..., H, V]`` in the dtype of ``x``.
@@ -38,16 +41,14 @@ def silu_split(
     Raises:
         ValueError: naming the argument.
     """
-    check_impl(impl)
     if x.dim() < 2 or x.shape[-1] != 2 * key_dim + value_dim or min(key_dim, value_dim) < 1:
         raise ValueError(
             f"x must be [..., H, 2 * {key_dim} + {value_dim}], q, k and v of a head side by side,"
             f" got {tuple(x.shape)}"
         )
-    if impl == "eager":
+    if chosen_impl(impl, x.device, x.dtype) == "eager":
         q, k, v = F.silu(x).split((key_dim, key_dim, value_dim), dim=-1)
         return q, k, v
-    require_triton()
     from lasp.layers.triton import torch_ops as fused_layers  # noqa: F401
 
     x_THW = x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
@@ -65,7 +66,7 @@ def norm_gate(
     *,
     eps: float,
     tp_group: dist.ProcessGroup | None = None,
-    impl: Impl = "eager",
+    impl: Impl = "auto",
 ) -> Tensor:
     """``y = x / sqrt(mean(x^2) + eps) * weight * sigmoid(gate)``, over the features of all heads.
 
@@ -78,7 +79,8 @@ def norm_gate(
         tp_group: the ranks that share the features of a token, W each: the mean is over all of
             them. None: this one has them all.
         impl: ``eager``, plain torch; ``triton``, one kernel forward and one backward, and with a
-            ``tp_group`` a small one before each: bf16, fp16 or fp32.
+            ``tp_group`` a small one before each: bf16, fp16 or fp32, up to 16384 features a rank;
+            ``auto``, ``triton`` where it can, see ``lasp._core.impl``.
 
     Returns:
         ``[..., W]`` in the dtype of ``x``; computed in float32 or wider.
@@ -92,7 +94,6 @@ def norm_gate(
     Raises:
         ValueError: naming the argument, before any communication.
     """
-    check_impl(impl)
     x, gate = autocast_inputs(x, gate)
     if gate.shape != x.shape or gate.dtype != x.dtype or gate.device != x.device:
         raise ValueError(
@@ -105,11 +106,11 @@ def norm_gate(
             f" {weight.device}: this rank's features"
         )
     x = join_backward(tp_group, x)
-    if impl == "triton":
-        require_triton()
-        from lasp.layers.triton import torch_ops as fused_layers
+    width = x.shape[-1]
+    unserved = "" if width <= WIDEST_ROW else f"{width} features a rank, above {WIDEST_ROW}"
+    if chosen_impl(impl, x.device, x.dtype, unserved) == "triton":
+        from lasp.layers.triton import torch_ops as fused_layers  # noqa: F401
 
-        fused_layers.check_width(x)
         group_name = "" if tp_group is None else tp_group.group_name
         rows = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (x, gate))
         y: Tensor = torch.ops.lasp.norm_gate(*rows, weight, eps, group_name)[0]

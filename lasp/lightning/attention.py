@@ -21,6 +21,7 @@ from torch import Tensor
 from lasp._core.autocast import autocast_inputs
 from lasp._core.derivatives import refuse_second_derivatives, refuse_transforms
 from lasp._core.graphs import outside_graphs
+from lasp._core.impl import Impl, chosen_impl
 from lasp._core.joint_backward import join_backward
 from lasp.lightning import eager as ops
 from lasp.lightning.decay import rates_by_value
@@ -33,14 +34,7 @@ from lasp.lightning.op_context import (
     states_of_heads,
     states_of_rows,
 )
-from lasp.lightning.validation import (
-    Impl,
-    check_impl,
-    check_qkv,
-    checked_call,
-    require_triton,
-    state_dtype,
-)
+from lasp.lightning.validation import check_qkv, checked_call, state_dtype, unserved
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import flow_of
 from lasp.state_exchange import Exchange, HostGroups
@@ -131,8 +125,8 @@ def lightning_attention(  # the operator: its arguments are its documentation
     cp_group: dist.ProcessGroup | None = None,
     scale: float = 1.0,
     initial_state: Tensor | None = None,
-    exchange: Exchange | HostGroups = "all_gather",
-    impl: Impl = "eager",
+    exchange: Exchange | HostGroups = "auto",
+    impl: Impl = "auto",
     output_final_state: bool = True,
     state_eps: float | None = None,
 ) -> LightningOutput:
@@ -159,7 +153,8 @@ def lightning_attention(  # the operator: its arguments are its documentation
             holds the first token of document n, on rank 0 for an empty document.
         exchange: how states cross ranks, a name or the ranks by host, see ``lasp.state_exchange``.
         impl: who computes: ``eager``, plain torch; ``triton``, kernels for GPUs: bf16, fp16 or
-            fp32, K and V up to 256 (fastest at 64 and 128), any strides of tokens and heads.
+            fp32, K and V up to 256 (fastest at 64 and 128), any strides of tokens and heads;
+            ``auto``, ``triton`` where it can, see ``lasp._core.impl``.
         output_final_state: False saves ``N H K V`` elements a rank, and with ``triton`` a cut of
             the work at the end of each document.
         state_eps: what has decayed below this may be left out of a state that crosses segments
@@ -190,8 +185,9 @@ def lightning_attention(  # the operator: its arguments are its documentation
     Source: Lightning Attention-2, arXiv:2401.04658; LASP, arXiv:2404.02882; LASP+, MiniMax-01,
     arXiv:2501.08313, section 3.2.
     """
-    check_impl(impl)
     q, k, v = autocast_inputs(q, k, v)
+    check_qkv(q, k, v)
+    chosen = chosen_impl(impl, q.device, q.dtype, unserved(q, v))
     if state_eps is None:
         state_eps = 2.0**-61 if q.dtype == torch.float64 else 2.0**-32
     settings: dict[str, Any] = {
@@ -200,9 +196,8 @@ def lightning_attention(  # the operator: its arguments are its documentation
         "output_final_state": output_final_state,
         "state_eps": state_eps,
     }
-    if impl == "eager":
+    if chosen == "eager":
         return _attend(q, k, v, rates, initial_state, layout, cp_group, settings)
-    require_triton()
     from lasp.lightning.triton.torch_ops import attend  # which checks the rest when it runs
 
     return LightningOutput(*attend(q, k, v, rates, initial_state, layout, cp_group, **settings))
@@ -219,7 +214,6 @@ def _attend(
     cp_group: dist.ProcessGroup | None,
     settings: dict[str, Any],
 ) -> LightningOutput:
-    check_qkv(q, k, v)
     refuse_transforms(REFERENCE, q, k, v, rates, initial_state)
     call = checked_call(q, v, rates, initial_state, layout, cp_group, **settings)
     q = join_backward(cp_group, q, k, v, initial_state)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lasp._core.autocast import autocast_inputs
 from lasp._core.derivatives import Reference, refuse_forward_mode
+from lasp._core.impl import Impl, chosen_impl
 from lasp.lightning.attention import LightningOutput
 from lasp.lightning.decay import rates_on
-from lasp.lightning.validation import Impl, check_impl, check_qkv, require_triton, state_dtype
+from lasp.lightning.validation import check_qkv, state_dtype, unserved
 
 _TRITON = Reference("lightning_decode with impl='triton'", "impl='eager'")
 _RATES = Reference(
@@ -32,7 +33,7 @@ def lightning_decode(
     *,
     scale: float = 1.0,
     in_place: bool = False,
-    impl: Impl = "eager",
+    impl: Impl = "auto",
 ) -> LightningOutput:
     """Lightning attention of the next tokens of each sequence, given the states before them.
 
@@ -55,7 +56,8 @@ def lightning_decode(
         scale: factor of the output.
         in_place: leave the new states in ``state``, which must then be contiguous.
         impl: ``eager``, plain torch; ``triton``, one kernel for GPUs that reads and writes each
-            state once: bf16, fp16 or fp32, K and V up to 256.
+            state once: bf16, fp16 or fp32, K and V up to 256; ``auto``, ``triton`` where it can,
+            see ``lasp._core.impl``.
 
     Returns:
         The output ``[B, T, H, V]`` in the dtype of ``q``, and the states after the last token:
@@ -68,12 +70,10 @@ def lightning_decode(
 
     Source: Lightning Attention-2, arXiv:2401.04658, inference.
     """
-    check_impl(impl)
     q, k, v = autocast_inputs(q, k, v)
     check_qkv(q, k, v)
     _check_step(q, k, v, rates, state, in_place)
-    if impl == "triton":
-        require_triton()
+    if chosen_impl(impl, q.device, q.dtype, unserved(q, v)) == "triton":
         refuse_forward_mode(_TRITON, q, k, v, rates, state)
         from lasp.lightning.triton import decode as fused_decode  # noqa: F401
 

@@ -5,19 +5,17 @@ Every rank checks before the first collective, so that a wrong call raises inste
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from math import inf
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lasp.lightning.op_context import Call
+from lasp.lightning.triton.tuning import MAX_HEAD_DIM
 from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange import Exchange, HostGroups, check_hosts, resolve_exchange
-
-Impl = Literal["eager", "triton"]
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,12 +23,10 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_impl(impl: str) -> None:
-    """Raise ValueError for a name that is not offered."""
-    if impl not in get_args(Impl):
-        raise ValueError(
-            f"impl must be one of {get_args(Impl)}, got {impl!r}: see lasp.lightning_attention"
-        )
+def unserved(q: Tensor, v: Tensor) -> str:
+    """The head dim that the Triton kernels do not serve; empty if they serve both."""
+    dim = max(q.shape[-1], v.shape[-1])
+    return "" if dim <= MAX_HEAD_DIM else f"a head dim of {dim}, above {MAX_HEAD_DIM}"
 
 
 def check_exchange(exchange: Exchange | HostGroups) -> None:
@@ -219,12 +215,3 @@ def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
             f"{name} must be on the device of q, {q.device}, got {tensor.device}: move one with"
             " .to(device)"
         )
-
-
-_HAS_TRITON = find_spec("triton") is not None
-
-
-def require_triton() -> None:
-    """Raise ValueError if triton is missing; ``torch.compile`` sees through it."""
-    if not _HAS_TRITON:
-        raise ValueError("impl must be 'eager' without triton: install triton for impl='triton'")

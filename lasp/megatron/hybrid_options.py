@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from lasp._core.impl import Impl, check_impl
 from lasp.lightning.decay import Variant
-from lasp.lightning.validation import Impl, check_exchange, check_impl
+from lasp.lightning.validation import check_exchange
 from lasp.megatron.checks import require
 from lasp.megatron.experts.config import ExpertOptions
 from lasp.megatron.packs import PackedCut, check_packed_cut
@@ -55,8 +56,8 @@ class HybridOptions:
     rotary_dim: int = 0
     rope_base: float = 10_000.0
     decay: Variant = "minimax"
-    impl: Impl = "eager"
-    exchange: Exchange = "all_gather"
+    impl: Impl = "auto"
+    exchange: Exchange = "auto"
     expert_init_gain: float = 1.0
     experts: ExpertOptions = _BY_RULES
     packed_cut: PackedCut | None = None

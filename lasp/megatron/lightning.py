@@ -15,10 +15,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from lasp._core.impl import Impl, check_impl
 from lasp.layers.norm_gate import silu_split
 from lasp.lightning.attention import lightning_attention
 from lasp.lightning.decay import Variant, decay_rates
-from lasp.lightning.validation import Impl, check_exchange, check_impl
+from lasp.lightning.validation import check_exchange
 from lasp.megatron.batch import layout_of, order_of_rows
 from lasp.megatron.checks import groups_of, refuse_arguments, require
 from lasp.megatron.norm import HeadsNorm
@@ -91,8 +92,8 @@ class LightningSelfAttention(MegatronModule):
         decay: Variant = "minimax",
         norm_eps: float = 1e-6,
         decay_layers: Sequence[int] | None = None,
-        impl: Impl = "eager",
-        exchange: Exchange = "all_gather",
+        impl: Impl = "auto",
+        exchange: Exchange = "auto",
         packed_cut: PackedCut | None = None,
         **_: object,
     ) -> None:
@@ -221,8 +222,8 @@ def lightning_attention_spec(
     decay: Variant = "minimax",
     norm_eps: float = 1e-6,
     decay_layers: Sequence[int] | None = None,
-    impl: Impl = "eager",
-    exchange: Exchange = "all_gather",
+    impl: Impl = "auto",
+    exchange: Exchange = "auto",
     packed_cut: PackedCut | None = None,
 ) -> ModuleSpec:
     """Spec of a ``self_attention`` for ``TransformerLayerSubmodules``."""

@@ -14,8 +14,8 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
+from lasp._core.impl import Impl
 from lasp.layers.norm_gate import norm_gate
-from lasp.lightning.validation import Impl
 from lasp.megatron.checks import parameter_device, require
 
 

@@ -216,7 +216,7 @@ def test_what_the_kernel_does_not_do() -> None:
 
 def test_without_triton() -> None:
     q, k, v, state = make_inputs(1, 1, 4, 4, torch.float32)
-    with patch("lasp.lightning.validation._HAS_TRITON", False):
+    with patch("lasp._core.impl.HAS_TRITON", False):
         for call in (
             lambda: lightning_decode(q, k, v, RATES, state, impl="triton"),
             lambda: silu_split(q, 1, 2, impl="triton"),

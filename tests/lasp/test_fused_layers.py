@@ -47,7 +47,7 @@ def test_heads_far_apart() -> None:
     heads, stride = 65, 2**25
     memory = torch.empty(heads * stride, dtype=torch.bfloat16, device="cuda")
     x = memory.as_strided((3, heads, 6), (6, stride, 1)).normal_()
-    exact, honest = (silu_split(y, 2, 2) for y in (x.double(), x))
+    exact, honest = (silu_split(y, 2, 2, impl="eager") for y in (x.double(), x))
     for actual, true, fair in zip(silu_split(x, 2, 2, impl="triton"), exact, honest):
         assert_within_budget(actual, true, fair)
 

@@ -268,7 +268,7 @@ def test_any_decay_over_many_tokens(rate: float) -> None:
     rates = torch.full((2,), rate)
     exact = lightning_attention(*(x.double() for x in (q, k, v)), rates).output
     with RoundedProducts(16):
-        honest = lightning_attention(q, k, v, rates).output
+        honest = lightning_attention(q, k, v, rates, impl="eager").output
     actual = lightning_attention(q, k, v, rates, impl="triton").output
     assert_within_budget(actual, exact, honest)
 
@@ -282,7 +282,7 @@ def test_offsets_past_two_to_the_31() -> None:
     rates = torch.full((heads,), 0.1, device="cuda")
     output = lightning_attention(q, k, v, rates, impl="triton").output
     expected = lightning_attention(*(x[-tail:].double() for x in (q, k, v)), rates).output
-    honest = lightning_attention(*(x[-tail:] for x in (q, k, v)), rates).output
+    honest = lightning_attention(*(x[-tail:] for x in (q, k, v)), rates, impl="eager").output
     last = slice(-500, None)
     assert_within_budget(output[last], expected[last], honest[last])
 

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.impl import Impl
 from lasp.layers.lightning_attention import LightningAttention
 from lasp.lightning.decay import decay_rates
 from lasp.lightning.reference import recurrent_lightning_attention
-from lasp.lightning.validation import Impl
 from lasp.sequence.layout import Order, SequenceLayout
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.lasp.cases import ORDERS

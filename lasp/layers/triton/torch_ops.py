@@ -23,14 +23,12 @@ from lasp.layers.triton.norm_gate_kernel import (
 )
 from lasp.layers.triton.silu_split_kernel import silu_split_backward_kernel, silu_split_kernel
 from lasp.lightning.triton import tuning
-from lasp.lightning.triton.device import check_tensor
 
 # ---- SiLU and head split ------------------------------------------------------------------------
 
 
 def silu_split(x_THW: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """``q, k, v = split(SiLU(x))``, each contiguous; ``[T, H, 2K + V]`` of any strides."""
-    check_tensor("x", x_THW)
     x_THW = _in_pieces(x_THW)
     q, k, v = _fake_split(x_THW, key_dim, value_dim)
     if q.numel():
@@ -94,7 +92,6 @@ def norm_gate(
     x_TW: Tensor, gate_TW: Tensor, weight_W: Tensor, eps: float, tp_group: str
 ) -> tuple[Tensor, Tensor]:
     """``y = RMSNorm(x) weight sigmoid(gate)`` and ``1 / rms`` of each row in float32."""
-    check_tensor("x", x_TW)
     num_rows, width = x_TW.shape
     x_TW, gate_TW, weight_W = _in_pieces(x_TW), _in_pieces(gate_TW), weight_W.contiguous()
     y, rstd = _fake_norm(x_TW)
@@ -196,15 +193,6 @@ def _norm_gradients(ctx: Any, dy: Tensor, _: object) -> tuple[Tensor | None, ...
 
 
 # ---- both ---------------------------------------------------------------------------------------
-
-
-def check_width(x: Tensor) -> None:
-    """Raise ValueError for rows that a program cannot hold."""
-    if x.shape[-1] > tuning.WIDEST_ROW:
-        raise ValueError(
-            f"x must have up to {tuning.WIDEST_ROW} features a rank for impl='triton', got"
-            f" {x.shape[-1]}: use impl='eager'"
-        )
 
 
 def _in_pieces(x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from lasp._core.operators import Operators
 from lasp.lightning.decay import rates_on
 from lasp.lightning.triton import tuning
 from lasp.lightning.triton.decode_kernel import decode_kernel
-from lasp.lightning.triton.device import check_inputs
 
 
 def decode(
@@ -31,7 +30,6 @@ def decode_(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor, scale
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor, new_state: Tensor, scale: float
 ) -> Tensor:
-    check_inputs(q, v)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     batch, num_tokens, num_heads, key_dim = q.shape
     value_dim = v.shape[3]

@@ -18,8 +18,7 @@ from lasp._core.joint_backward import join_backward
 from lasp._core.operators import Operators
 from lasp.lightning.op_context import REFERENCE, Call
 from lasp.lightning.triton import schedule as fused
-from lasp.lightning.triton.device import check_inputs
-from lasp.lightning.validation import check_kinds, check_qkv, checked_call
+from lasp.lightning.validation import check_kinds, checked_call
 from lasp.sequence.layout import Order, SequenceLayout
 from lasp.state_exchange import Exchange, HostGroups
 
@@ -55,7 +54,6 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Output and final state; arguments as those of ``lightning_attention``."""
     # What the schema cannot say; the operator checks the rest when it runs.
-    check_qkv(q, k, v)
     check_kinds(rates, q, layout, cp_group, exchange)
     q = join_backward(cp_group, q, k, v, initial_state)
     if layout is None:
@@ -77,7 +75,6 @@ def attend(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, rates: Tensor, initial_state: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_inputs(q, v)
     return fused.forward(q, k, v, initial_state, _call(q, v, rates, initial_state, *settings))
 
 

@@ -24,6 +24,7 @@ class Blocks(NamedTuple):
     max_registers: int | None = None
 
 
+MAX_HEAD_DIM = 256  # that the kernels of the attention serve
 # One token of a state, in tokens of an output program; benchmarks.tune_kernels measures it.
 STATE_COST = 0.6
 START_COST = 256  # to fill the pipeline and to fetch the state, in the same unit

@@ -1,0 +1,68 @@
+"""Who computes an operator: plain torch or Triton kernels. One rule for all operators."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+
+Impl = Literal["auto", "eager", "triton"]
+ChosenImpl = Literal["eager", "triton"]
+
+HAS_TRITON = find_spec("triton") is not None
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_impl(impl: str) -> None:
+    """Raise ValueError for a name that is not offered."""
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
+
+
+def chosen_impl(
+    impl: Impl, device: torch.device, dtype: torch.dtype, refusal: str = ""
+) -> ChosenImpl:
+    """The implementation that a call takes.
+
+    ``auto`` is ``triton`` on CUDA where triton is installed and the kernels serve the dtype and the
+    shapes of the call, else ``eager``. The choice is made before anything runs: an error of a
+    kernel never leads to the other implementation. An explicit name is taken or refused.
+
+    Args:
+        impl: the name that the user gave.
+        device: where the call computes.
+        dtype: of its inputs, under autocast that of autocast.
+        refusal: a shape that the kernels of this operator do not serve, as ``a head dim of 300``;
+            empty where they serve all shapes of the call.
+
+    Raises:
+        ValueError: for an unknown name, and for ``triton`` where it cannot run: without triton, in
+            float64, for a refused shape, on a CPU unless ``TRITON_INTERPRET=1`` was set before
+            triton was imported.
+    """
+    if impl == "auto":
+        served = device.type == "cuda" and HAS_TRITON and dtype in KERNEL_DTYPES and not refusal
+        return "triton" if served else "eager"
+    check_impl(impl)
+    if impl == "triton":
+        _check_triton(device, dtype, refusal)
+    return impl
+
+
+def _check_triton(device: torch.device, dtype: torch.dtype, refusal: str) -> None:
+    if not HAS_TRITON:
+        raise ValueError("impl must be 'eager' without triton: install triton for impl='triton'")
+    if dtype not in KERNEL_DTYPES or refusal:
+        raise ValueError(
+            f"impl must be 'auto' or 'eager' for {refusal or dtype}, got 'triton': its kernels take"
+            " bf16, fp16 and fp32, and bounded shapes"
+        )
+    if device.type not in ("cuda", "meta"):
+        from lasp._core.interpreter import INTERPRETED  # which imports triton
+
+        if not INTERPRETED:
+            raise ValueError(
+                f"impl must be 'auto' or 'eager' on {device.type}, got 'triton': move the inputs to"
+                " a GPU, or set TRITON_INTERPRET=1 before triton is imported to interpret kernels"
+            )

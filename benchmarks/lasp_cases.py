@@ -20,7 +20,7 @@ from lasp import SequenceLayout, decay_rates, lightning_attention
 from lasp.state_exchange import Choice, resolve_exchange
 
 LAYERS = 80
-EXCHANGES = ("all_gather", "sliced", "scan", "one_hop", "auto", "serial")
+EXCHANGES = ("all_gather", "sliced", "scan", "one_hop", "auto")
 PEERS = ("LASP", "LASP-2", "head parallel")
 
 

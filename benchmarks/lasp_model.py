@@ -32,13 +32,12 @@ from lasp.state_exchange.cost import (
     exchange_us,
     received_bytes,
     scan_blocks,
-    slice_rows,
     traffic_of,
 )
 
 LINKS = {"NVLink": NVLINK, "network": NETWORK}
 RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-STRATEGIES = (*EXACT, "one_hop", "serial")
+STRATEGIES = (*EXACT, "one_hop")
 EPS = 2.0**-32
 
 
@@ -53,25 +52,6 @@ def predicted_us(name: str, num_ranks: int, size: StateSize, link: Link) -> floa
     traffic = one_document(num_ranks, name == "one_hop")
     blocks = scan_blocks(traffic, size, link) if name == "scan" else 1
     return exchange_us(name, traffic, size, link, blocks)
-
-
-def two_level_us(num_ranks: int, size: StateSize, per_host: int = 8) -> float:
-    """One document, hosts over NVLink and the network between, ``lasp.state_exchange.hosts``.
-
-    The last gather is of slices: what it moves is that of a gather of whole states over the host,
-    divided by its ranks.
-    """
-    within, between = one_document(per_host), one_document(num_ranks // per_host)
-    slices = StateSize(1, slice_rows(size, per_host), size.value_dim)
-    outer = min(
-        exchange_us(name, between, slices, NETWORK, scan_blocks(between, slices, NETWORK))
-        for name in EXACT
-    )
-    return (
-        exchange_us("all_gather", within, size, NVLINK)
-        + outer
-        + exchange_us("all_gather", within, slices, NVLINK)
-    )
 
 
 class Measured(NamedTuple):
@@ -97,12 +77,18 @@ class Measured(NamedTuple):
 
 
 def read(paths: Sequence[Path]) -> list[Measured]:
-    """Rows of ``lasp_ranks`` about the exchange alone, over NCCL."""
+    """Rows of ``lasp_ranks`` about the exchange alone, over NCCL.
+
+    Earlier versions had an exchange that the model does not know any more, ``serial``.
+    """
     rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     return [
         _measured(row)
         for row in rows
-        if row["benchmark"] == "lasp_ranks" and row["metric"] == "exchange_ms" and row["nccl"]
+        if row["benchmark"] == "lasp_ranks"
+        and row["metric"] == "exchange_ms"
+        and row["nccl"]
+        and row["impl"] != "serial"
     ]
 
 
@@ -166,8 +152,6 @@ def print_model(heads: int, head_dim: int) -> None:
         for ranks in RANKS:
             times = (predicted_us(strategy, ranks, size, link) for strategy in STRATEGIES)
             print(f"{ranks:8}    " + "".join(f"{us:12.0f}" for us in times))
-    two_level = (f"{ranks}: {two_level_us(ranks, size):.0f}" for ranks in RANKS if ranks > 8)
-    print("\ntwo levels, hosts of 8, us    " + "   ".join(two_level))
     print(f"\n   P, MB    {head}")
     for ranks in RANKS:
         volumes = (
@@ -222,9 +206,6 @@ def plot(path: Path, rows: Sequence[Measured], heads: int, head_dim: int) -> Non
             if dots:
                 axis.scatter(*zip(*dots), color=f"C{index}", zorder=3)
         if link is NETWORK:
-            large = [ranks for ranks in RANKS if ranks > 8]
-            times = [two_level_us(ranks, size) / 1e3 for ranks in large]
-            axis.loglog(large, times, label="two levels, hosts of 8", color="black", ls="--")
             axis.legend()
         axis.set_title(f"{link_name}, {link.gb_per_s:.0f} GB/s: model (lines), measured (dots)")
         axis.set_xticks(RANKS, [str(ranks) for ranks in RANKS])

@@ -112,7 +112,7 @@ def auto(cases: Cases) -> Iterator[str]:
 
 def exchanges(cases: Cases) -> Iterator[str]:
     """Microseconds of the exchange alone."""
-    impls = (*SINGLE, "auto", "serial")
+    impls = (*SINGLE, "auto", "serial")  # serial: LASP's chain, in rows of earlier versions
     yield "| case | " + " | ".join(impls) + " |"
     yield "| --- |" + " ---: |" * len(impls)
     for key, case in cases.items():

@@ -37,7 +37,7 @@ from lasp.lightning.op_context import (
 from lasp.lightning.validation import check_qkv, checked_call, state_dtype, unserved
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import flow_of
-from lasp.state_exchange import Exchange, HostGroups
+from lasp.state_exchange import Exchange
 
 
 class LightningOutput(NamedTuple):
@@ -125,7 +125,7 @@ def lightning_attention(  # the operator: its arguments are its documentation
     cp_group: dist.ProcessGroup | None = None,
     scale: float = 1.0,
     initial_state: Tensor | None = None,
-    exchange: Exchange | HostGroups = "auto",
+    exchange: Exchange = "auto",
     impl: Impl = "auto",
     output_final_state: bool = True,
     state_eps: float | None = None,
@@ -151,7 +151,7 @@ def lightning_attention(  # the operator: its arguments are its documentation
         initial_state: state before each document ``[N, H, K, V]`` (``[B, H, K, V]`` batched),
             float32, or float64 with fp64 inputs; default zero. Row n is read on the rank that
             holds the first token of document n, on rank 0 for an empty document.
-        exchange: how states cross ranks, a name or the ranks by host, see ``lasp.state_exchange``.
+        exchange: how states cross ranks, see ``lasp.state_exchange``.
         impl: who computes: ``eager``, plain torch; ``triton``, kernels for GPUs: bf16, fp16 or
             fp32, K and V up to 256 (fastest at 64 and 128), any strides of tokens and heads;
             ``auto``, ``triton`` where it can, see ``lasp._core.impl``.

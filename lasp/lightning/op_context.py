@@ -13,7 +13,7 @@ from lasp._core.derivatives import Reference
 from lasp._core.host_constants import to_device
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import Flow
-from lasp.state_exchange import Choice, HostGroups, Transitions, Wait, kept_over, start_exchange
+from lasp.state_exchange import Choice, Transitions, Wait, kept_over, start_exchange
 
 REFERENCE = Reference(
     "lightning_attention", "lasp.lightning.reference.recurrent_lightning_attention"
@@ -31,7 +31,6 @@ class Call(NamedTuple):
     with_final_state: bool
     state_eps: float
     rates: tuple[float, ...]
-    hosts: HostGroups | None = None
 
 
 def heads_of_rows(x: Tensor) -> Tensor:
@@ -65,7 +64,7 @@ def start(outgoing: Tensor, rates: Tensor, flow: Flow, call: Call) -> Wait:
         return [decay(hop.length) if hop.passes else None for hop in flow.hops]
 
     passed = [transitions(choice) for choice in call.exchange]
-    return start_exchange(call.exchange, outgoing, flow, passed, call.cp_group, call.hosts)
+    return start_exchange(call.exchange, outgoing, flow, passed, call.cp_group)
 
 
 @lru_cache(maxsize=4096)  # a few entries a layer

@@ -15,7 +15,7 @@ from torch import Tensor
 from lasp.lightning.op_context import Call
 from lasp.lightning.triton.tuning import MAX_HEAD_DIM
 from lasp.sequence.layout import SequenceLayout
-from lasp.state_exchange import Exchange, HostGroups, check_hosts, resolve_exchange
+from lasp.state_exchange import Exchange, resolve_exchange
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,12 +29,12 @@ def unserved(q: Tensor, v: Tensor) -> str:
     return "" if dim <= MAX_HEAD_DIM else f"a head dim of {dim}, above {MAX_HEAD_DIM}"
 
 
-def check_exchange(exchange: Exchange | HostGroups) -> None:
-    """Raise ValueError for a name that is not offered; host groups were checked when made."""
-    if not isinstance(exchange, HostGroups) and exchange not in get_args(Exchange):
+def check_exchange(exchange: Exchange) -> None:
+    """Raise ValueError for a name that is not offered."""
+    if exchange not in get_args(Exchange):
         raise ValueError(
-            f"exchange must be one of {get_args(Exchange)} or host_groups(...), got {exchange!r}:"
-            " see lasp.state_exchange"
+            f"exchange must be one of {get_args(Exchange)}, got {exchange!r}: see"
+            " lasp.state_exchange"
         )
 
 
@@ -78,7 +78,7 @@ def checked_call(  # the operator's arguments
     cp_group: dist.ProcessGroup | None,
     *,
     scale: float,
-    exchange: Exchange | HostGroups,
+    exchange: Exchange,
     output_final_state: bool,
     state_eps: float,
 ) -> Call:
@@ -90,14 +90,8 @@ def checked_call(  # the operator's arguments
     rank = check_layout(layout, cp_group, q)
     check_initial_state(initial_state, q, v, layout)
     values *= q.shape[0] if q.dim() == 4 else 1  # rows are heads to those below
-    hosts = exchange if isinstance(exchange, HostGroups) else None
-    if hosts is not None and cp_group is not None:
-        check_hosts(hosts, cp_group)
-    name = "all_gather" if isinstance(exchange, HostGroups) else exchange
-    choices = resolve_exchange(name, layout, values, state_eps, q.shape[-1], v.shape[-1])
-    return Call(
-        layout, rank, cp_group, scale, choices, output_final_state, state_eps, values, hosts
-    )
+    choices = resolve_exchange(exchange, layout, values, state_eps, q.shape[-1], v.shape[-1])
+    return Call(layout, rank, cp_group, scale, choices, output_final_state, state_eps, values)
 
 
 def check_kinds(
@@ -105,7 +99,7 @@ def check_kinds(
     q: Tensor,
     layout: SequenceLayout | None,
     cp_group: dist.ProcessGroup | None,
-    exchange: Exchange | HostGroups,
+    exchange: Exchange,
 ) -> None:
     """Raise ValueError for arguments that are no rates, layout, group or exchange of a call.
 
@@ -116,11 +110,6 @@ def check_kinds(
         raise ValueError(f"layout must be a SequenceLayout, got {layout!r}: build one from lengths")
     _check_group(cp_group)
     check_exchange(exchange)
-    if isinstance(exchange, HostGroups) and cp_group is None:
-        raise ValueError(
-            "exchange must be a name without cp_group, got host groups: pass the group that they"
-            " were made of"
-        )
 
 
 def _check_rates_kind(rates: Tensor, q: Tensor) -> None:

@@ -22,34 +22,25 @@ the flow: same bits from each, run to run. Volumes are for one direction, with s
   little that it does not matter. One state received a run, one step.
 - ``auto``: the least time by the cost model of ``lasp.state_exchange.cost``. Heads that decay fast
   may go one hop while slow ones take another way, see ``lasp.state_exchange.choice``.
-- ``host_groups(cp_group, 8)`` in place of a name: within hosts first, then between them, see
-  ``lasp.state_exchange.hosts``.
-- ``serial`` (LASP): states are handed from run to run whole; each rank waits for its turn before it
-  goes on. One state received a run, up to P - 1 steps: the baseline.
-  Source: LASP, arXiv:2404.02882.
 
 On a GPU an exchange is queued on a stream of its own, whole, when it is started; ``one_hop`` needs
 none, it is one collective. On the CPU the first collective runs behind the caller's back and the
-rest when it is waited for. ``serial`` runs where it is called.
+rest when it is waited for.
 """
 
 from lasp.state_exchange.choice import Choice, Exchange, kept_over, resolve_exchange
 from lasp.state_exchange.failure import ExchangeError
-from lasp.state_exchange.hosts import check_hosts, host_groups
 from lasp.state_exchange.start import Wait, start_exchange
 from lasp.state_exchange.strategies import STRATEGIES
-from lasp.state_exchange.task import HostGroups, Transitions
+from lasp.state_exchange.task import Transitions
 
 __all__ = [
     "STRATEGIES",
     "Choice",
     "Exchange",
     "ExchangeError",
-    "HostGroups",
     "Transitions",
     "Wait",
-    "check_hosts",
-    "host_groups",
     "kept_over",
     "resolve_exchange",
     "start_exchange",

@@ -23,7 +23,7 @@ from lasp.sequence.layout import Order, SequenceLayout
 from lasp.sequence.state_flow import flow_of
 from lasp.state_exchange.cost import StateSize, exchange_us, link_of, scan_blocks, traffic_of
 
-Exchange = Literal["auto", "all_gather", "sliced", "scan", "one_hop", "serial"]
+Exchange = Literal["auto", "all_gather", "sliced", "scan", "one_hop"]
 EXACT = ("all_gather", "sliced", "scan")  # in the order in which auto prefers equals
 
 
@@ -31,7 +31,7 @@ class Choice(NamedTuple):
     """How some heads are exchanged.
 
     Attributes:
-        strategy: a key of ``STRATEGIES``; two levels have their own and do not look at it.
+        strategy: a key of ``STRATEGIES``.
         heads: which, ascending.
         num_blocks: into how many parts ``scan`` cuts a state.
     """
@@ -70,9 +70,7 @@ def resolve_exchange(
             where more would have to pass.
     """
     if name not in get_args(Exchange):
-        raise ValueError(
-            f"exchange must be one of {get_args(Exchange)} or host_groups(...), got {name!r}"
-        )
+        raise ValueError(f"exchange must be one of {get_args(Exchange)}, got {name!r}")
     if not 0 <= eps < 1:
         raise ValueError(f"state_eps must be in [0, 1), got {eps}: 0 keeps all")
     return _resolved(name, layout.definition, rates, eps, key_dim, value_dim)

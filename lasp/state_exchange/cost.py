@@ -6,7 +6,6 @@
     sliced       2 (launch + latency) + (P - 1) rank + bytes / bandwidth    two all-to-alls
     scan         (depth + blocks - 1) (launch + latency + block / bandwidth)
     one_hop      the scan with depth 1 and one block
-    serial       depth (launch + latency + state / bandwidth)
 
 where depth counts the rank borders that a state crosses one after the other, at most, and bytes are
 those of the rank that receives most.
@@ -136,7 +135,7 @@ def exchange_us(
         return 0.0
     step = link.launch_us + link.latency_us
     bytes_per_us = link.gb_per_s * 1e3
-    if name in ("scan", "one_hop", "serial"):
+    if name in ("scan", "one_hop"):
         blocks = num_blocks if name == "scan" else 1
         # A rank with several receiving runs takes in as many blocks a step, at most.
         block = max(traffic.receives) * size.bytes / blocks

@@ -13,14 +13,10 @@ from lasp._core.host_constants import to_device
 from lasp.sequence.state_flow import Flow
 from lasp.state_exchange.choice import Choice
 from lasp.state_exchange.failure import naming
-from lasp.state_exchange.hosts import start_two_level
 from lasp.state_exchange.strategies import STRATEGIES
-from lasp.state_exchange.task import Finish, HostGroups, Task, Transitions
+from lasp.state_exchange.task import Finish, Task, Transitions
 
 Wait = Callable[[], Tensor]
-# The one hop is one collective, which runs behind the caller's back anyway; the chain of LASP is to
-# be waited for.
-ON_MAIN_STREAM = ("one_hop", "serial")
 
 
 def start_exchange(
@@ -29,7 +25,6 @@ def start_exchange(
     flow: Flow,
     transitions: Sequence[Transitions],
     cp_group: dist.ProcessGroup | None,
-    hosts: HostGroups | None = None,
 ) -> Wait:
     """Start to send the local states on; the returned function waits for those that come in.
 
@@ -40,7 +35,6 @@ def start_exchange(
         transitions: for each choice and each hop M, broadcastable to ``[heads, K, V]``; None where
             nothing passes.
         cp_group: the ranks of the layout; may be None where no state crosses a border.
-        hosts: the ranks by host: two levels, whatever the strategies.
 
     Returns:
         A function to be called once, which returns the incoming states
@@ -60,11 +54,12 @@ def start_exchange(
 
     def start_all() -> list[Finish]:
         return [
-            _start_choice(choice, incoming, outgoing, flow, passed, group, hosts)
+            _start_choice(choice, incoming, outgoing, flow, passed, group)
             for choice, passed in zip(choices, transitions)
         ]
 
-    if outgoing.is_cuda and any(choice.strategy not in ON_MAIN_STREAM for choice in choices):
+    # A one hop is one collective, which runs in the background without a stream of ours.
+    if outgoing.is_cuda and any(choice.strategy != "one_hop" for choice in choices):
         return _on_side_stream(start_all, incoming, outgoing)
     finishes = start_all()
 
@@ -113,7 +108,6 @@ def _start_choice(
     flow: Flow,
     transitions: Transitions,
     cp_group: dist.ProcessGroup,
-    hosts: HostGroups | None,
 ) -> Finish:
     """Start one strategy on its heads, which become a tensor of their own if they are not all."""
     own, part = outgoing, incoming
@@ -123,12 +117,11 @@ def _start_choice(
         own = outgoing[:, heads].contiguous()
         part = own.new_zeros(flow.num_runs, *own.shape[1:])
     task = Task(part, own, flow, transitions, cp_group, choice.num_blocks)
-    name = "host groups" if hosts else choice.strategy
-    with naming(name, cp_group):
-        finish = start_two_level(task, hosts) if hosts else STRATEGIES[choice.strategy](task)
+    with naming(choice.strategy, cp_group):
+        finish = STRATEGIES[choice.strategy](task)
 
     def place() -> None:
-        with naming(name, cp_group):
+        with naming(choice.strategy, cp_group):
             finish()
         if part is not incoming:
             incoming[:, heads] = part

@@ -99,27 +99,9 @@ def _start_sliced(task: Task) -> Finish:
     return finish
 
 
-def _start_serial(task: Task) -> Finish:
-    """Blocking calls: a rank goes on when its turn is over."""
-    flow, cp_group = task.flow, task.cp_group
-    state = torch.zeros_like(task.outgoing[0])
-    for j, (hop, transition) in enumerate(zip(flow.hops, task.transitions)):
-        if hop.rank != flow.rank:
-            continue
-        if hop.receives:
-            state = torch.empty_like(state)
-            dist.recv(state, group=cp_group, group_src=flow.hops[j - 1].rank)
-            task.incoming[hop.run] = state
-        if hop.sends:
-            state = advance(task.outgoing[hop.slot], transition, state)
-            dist.send(state, group=cp_group, group_dst=flow.hops[j + 1].rank)
-    return lambda: None
-
-
 STRATEGIES: dict[str, Callable[[Task], Finish]] = {
     "all_gather": _start_all_gather,
     "sliced": _start_sliced,
     "scan": start_scan,
     "one_hop": start_scan,  # nothing passes
-    "serial": _start_serial,
 }

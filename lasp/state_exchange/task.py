@@ -15,18 +15,6 @@ Finish = Callable[[], None]
 Transitions = Sequence[Tensor | None]
 
 
-class HostGroups(NamedTuple):
-    """The ranks of a context-parallel group by host, see ``lasp.state_exchange.hosts.host_groups``.
-
-    Attributes:
-        inner: the ranks of this host.
-        outer: the ranks of the same place on every host.
-    """
-
-    inner: dist.ProcessGroup
-    outer: dist.ProcessGroup
-
-
 class Task(NamedTuple):
     """The states of some heads in one direction.
 

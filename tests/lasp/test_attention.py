@@ -113,7 +113,7 @@ def attend_in_halves(case: Case) -> list[Tensor]:
     return attend(case, groups[dist.get_rank() % 2], dist.get_rank() // 2)
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "scan", "serial"])
+@pytest.mark.parametrize("exchange", ["all_gather", "scan"])
 def test_strided_groups(exchange: str) -> None:
     case = Case(PACKS["chunks and empty ones"], 2, "zigzag", exchange)
     results = run_on_ranks(attend_in_halves, 4, case)
@@ -174,7 +174,7 @@ def gradcheck_on_rank(lengths: tuple[int, ...], order: Order, exchange: str) -> 
 
 @pytest.mark.parametrize(
     ("lengths", "order", "exchange"),
-    [((3, 0, 4), "contiguous", "all_gather"), ((6, 1), "zigzag", "serial")],
+    [((3, 0, 4), "contiguous", "all_gather"), ((6, 1), "zigzag", "scan")],
 )
 def test_gradcheck_over_ranks(lengths: tuple[int, ...], order: Order, exchange: str) -> None:
     assert all(run_on_ranks(gradcheck_on_rank, 2, lengths, order, exchange))
@@ -298,7 +298,7 @@ def test_one_gpu_equals_the_oracle_without_a_device_sync() -> None:
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("exchange", ["all_gather", "sliced", "scan", "auto", "serial"])
+@pytest.mark.parametrize("exchange", ["all_gather", "sliced", "scan", "auto"])
 def test_two_gpus_equal_the_oracle(exchange: str) -> None:
     cases = [Case(lengths, 2, order, exchange) for lengths in PACKS.values() for order in ORDERS]
     results = run_on_ranks(attend_on_rank, 2, cases, device="cuda", backend="nccl")

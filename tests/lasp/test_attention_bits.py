@@ -69,8 +69,8 @@ def test_a_document_within_one_rank_equals_the_document_alone_bit_for_bit() -> N
 
 def attend_twice(cases: list[Case]) -> list[bool]:
     first, second = attend_on_rank(cases), attend_on_rank(cases)
-    serial = attend_on_rank([case._replace(exchange="serial") for case in cases])
-    return [bits_equal(a, b) and bits_equal(a, c) for a, b, c in zip(first, second, serial)]
+    scanned = attend_on_rank([case._replace(exchange="scan") for case in cases])
+    return [bits_equal(a, b) and bits_equal(a, c) for a, b, c in zip(first, second, scanned)]
 
 
 @pytest.mark.parametrize("order", ORDERS)

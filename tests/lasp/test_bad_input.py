@@ -14,7 +14,6 @@ import torch.distributed as dist
 from lasp.lightning.attention import lightning_attention
 from lasp.lightning.decay import decay_rates
 from lasp.sequence.layout import SequenceLayout
-from lasp.state_exchange import HostGroups
 from tests.ranks import run_on_ranks, subgroup
 
 T, H, K, V = 6, 4, 3, 5
@@ -106,14 +105,7 @@ TABLE: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "state_eps is negative": ("state_eps must", lambda: {"state_eps": -1e-9}),
     "state_eps keeps nothing": ("state_eps must", lambda: {"state_eps": 1.0}),
     "exchange is no name": ("exchange must", lambda: {"exchange": None}),
-    "host groups of no group": (
-        "exchange must be a name without cp_group",
-        lambda: {
-            "layout": SequenceLayout((6,), 1),
-            "cp_group": None,
-            "exchange": HostGroups(dist.group.WORLD, dist.group.WORLD),
-        },
-    ),
+    "exchange of earlier versions": ("exchange must", lambda: {"exchange": "serial"}),
     "rates are a list": ("rates must", lambda: {"rates": [0.1] * H}),
     "layout is a list": ("layout must", lambda: {"layout": [7, 5]}),
     "unknown impl": ("impl must", lambda: {"impl": "cuda"}),

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lasp.lightning.decode import lightning_decode
 from lasp.sequence.layout import SequenceLayout
-from lasp.state_exchange import host_groups
 from tests.closeness import assert_equal_to_rounding
 from tests.lasp.cases import Case, attend, gather, names, oracle
 from tests.ranks import run_on_ranks
@@ -106,21 +105,11 @@ def test_other_documents_do_not_notice(impl: str, with_states: bool) -> None:
         check_spoiled(case, expected, spoiled)
 
 
-def run_by_hosts(cases: list[Case]) -> list[list[Tensor]]:
-    hosts = host_groups(dist.group.WORLD, 2)
-    return run([case._replace(exchange=hosts) for case in cases], dist.group.WORLD)
-
-
-@pytest.mark.parametrize("exchange", ["all_gather", "sliced", "scan", "serial", "hosts"])
+@pytest.mark.parametrize("exchange", ["all_gather", "sliced", "scan"])
 def test_nor_do_they_over_ranks(exchange: str) -> None:
-    num_ranks = 4 if exchange == "hosts" else 2
-    base = Case(LENGTHS, num_ranks, order="fold", rates=(0.0, 0.25), with_states=False)
-    if exchange != "hosts":
-        base = base._replace(exchange=exchange)
-    clean, *cases = cases_of(base)
-    results = run_on_ranks(
-        run_by_hosts if exchange == "hosts" else run_on_all, num_ranks, [clean, *cases]
-    )
+    base = Case(LENGTHS, 2, order="fold", rates=(0.0, 0.25), with_states=False)
+    clean, *cases = cases_of(base._replace(exchange=exchange))
+    results = run_on_ranks(run_on_all, 2, [clean, *cases])
     expected, *others = (gather(clean, list(parts)) for parts in zip(*results))
     for case, spoiled in zip(cases, others, strict=True):
         check_spoiled(case, expected, spoiled)
@@ -197,7 +186,7 @@ def test_a_rate_past_float32_forgets_all(impl: str) -> None:
     bits_of_200(case, lambda case: run([case])[0])
 
 
-@pytest.mark.parametrize("exchange", ["auto", "all_gather", "sliced", "scan", "serial"])
+@pytest.mark.parametrize("exchange", ["auto", "all_gather", "sliced", "scan"])
 def test_a_rate_past_float32_forgets_all_over_ranks(exchange: str) -> None:
     case = Case((70, 3), 2, order="zigzag", rates=(1e39, 3e38, 0.25), dtype=torch.float32)
     case = case._replace(exchange=exchange)

@@ -49,7 +49,7 @@ ALL = tuple(range(HEADS))
 CHOICES: dict[str, tuple[Choice, ...]] = {name: (Choice(name, ALL),) for name in STRATEGIES} | {
     "scan 3": (Choice("scan", ALL, 3),),
     "apart": (Choice("scan", (0, 2), 3), Choice("all_gather", (1,))),
-    "in a row": (Choice("sliced", (1, 2)), Choice("serial", (0,))),
+    "in a row": (Choice("sliced", (1, 2)), Choice("scan", (0,))),
 }
 
 
@@ -150,7 +150,7 @@ STATE = StateSize(HEADS, KEY, VALUE, itemsize=8)
         ((24, 24), 2, "contiguous", "one_hop", [0, 0]),
         ((25, 23), 2, "contiguous", "all_gather", [1, 1]),
         ((25, 23), 2, "contiguous", "one_hop", [0, 1]),
-        ((25, 23), 2, "contiguous", "serial", [0, 1]),
+        ((25, 23), 2, "contiguous", "scan", [0, 1]),
         ((48,), 3, "zigzag", "all_gather", [4, 4, 4]),
         ((48,), 3, "zigzag", "scan", [1, 2, 1]),
         # 4 links: rank 1 sends and receives 2 states, the others 1. A rank receives its third of

@@ -52,7 +52,7 @@ def test_cost_of_a_chain() -> None:
     assert traffic.depth == 7
     link = Link(latency_us=5.0, gb_per_s=300.0, launch_us=20.0, rank_us=4.0)
     step, state_us = 20.0 + 5.0, size.bytes / 300e3
-    assert exchange_us("serial", traffic, size, link) == pytest.approx(7 * (step + state_us))
+    assert exchange_us("scan", traffic, size, link) == pytest.approx(7 * (step + state_us))
     assert exchange_us("scan", traffic, size, link, 4) == pytest.approx(10 * (step + state_us / 4))
     assert exchange_us("all_gather", traffic, size, link) == pytest.approx(
         20.0 + 7 * (5.0 + 4.0) + 7 * state_us

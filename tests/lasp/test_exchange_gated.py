@@ -26,7 +26,7 @@ HEADS, KEY, VALUE = 2, 3, 4
 CHOICES = [
     (Choice("all_gather", (0, 1)),),
     (Choice("sliced", (0, 1)),),
-    (Choice("serial", (0, 1)),),
+    (Choice("scan", (0, 1)),),
     (Choice("scan", (1,), 2), Choice("scan", (0,), 4)),
 ]
 

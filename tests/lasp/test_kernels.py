@@ -163,7 +163,7 @@ def attend_small(cases: list[Case]) -> list[list[Tensor]]:
 @pytest.mark.skipif(DEVICE == "cuda", reason="gloo ranks are on the CPU")
 @pytest.mark.parametrize(
     ("num_ranks", "order", "exchange"),
-    [(2, "zigzag", "all_gather"), (3, "contiguous", "serial"), (2, "fold", "all_gather")],
+    [(2, "zigzag", "all_gather"), (3, "contiguous", "scan"), (2, "fold", "all_gather")],
 )
 def test_over_ranks(num_ranks: int, order: str, exchange: str) -> None:
     base = CASE._replace(num_ranks=num_ranks, order=order, exchange=exchange, rates=(0.0, 0.25))

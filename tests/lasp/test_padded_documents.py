@@ -41,7 +41,7 @@ def cases_for(num_ranks: int) -> list[Case]:
     ]
     exchanges = [
         case._replace(lengths=PACKS[2], exchange=exchange, with_states=exchange != "scan")
-        for exchange in ("sliced", "scan", "serial", "auto")
+        for exchange in ("sliced", "scan", "auto")
     ]
     fast = case._replace(lengths=(200, 0, 53, 90), exchange="one_hop", rates=(7.0, 9.0))
     return [*by_document, *explicit, *other_orders, *exchanges, fast]

@@ -20,11 +20,11 @@ from lasp.lightning.op_context import REFERENCE, Call
 from lasp.lightning.triton import schedule as fused
 from lasp.lightning.validation import check_kinds, checked_call
 from lasp.sequence.layout import Order, SequenceLayout
-from lasp.state_exchange import Exchange, HostGroups
+from lasp.state_exchange import Exchange
 
-# Of the groups the names: of all ranks, and with two levels those within and between hosts.
+# cp_group is the name of the process group; empty: none.
 _SETTINGS = (
-    "Tensor lengths, int num_ranks, str order, str[] groups,"
+    "Tensor lengths, int num_ranks, str order, str cp_group,"
     " float scale, str exchange, bool output_final_state, float state_eps"
 )
 _SCHEMA = (
@@ -48,7 +48,7 @@ def attend(
     cp_group: dist.ProcessGroup | None,
     *,
     scale: float,
-    exchange: Exchange | HostGroups,
+    exchange: Exchange,
     output_final_state: bool,
     state_eps: float,
 ) -> tuple[Tensor, Tensor | None]:
@@ -61,12 +61,9 @@ def attend(
         num_ranks, order = 1, "contiguous"
     else:
         lengths, num_ranks, order = layout._lengths, layout.num_ranks, layout.order
-    groups = [] if cp_group is None else [cp_group.group_name]
-    if isinstance(exchange, HostGroups):
-        groups += [exchange.inner.group_name, exchange.outer.group_name]
-        exchange = "auto"  # not looked at
+    group_name = "" if cp_group is None else cp_group.group_name
     output, final_state, _, _ = torch.ops.lasp.attention(
-        q, k, v, rates, initial_state, lengths, num_ranks, order, groups,
+        q, k, v, rates, initial_state, lengths, num_ranks, order, group_name,
         scale, exchange, output_final_state, state_eps,
     )  # fmt: skip
     return output, final_state if output_final_state else None
@@ -105,19 +102,18 @@ def _call(
     lengths: Tensor,
     num_ranks: int,
     order: Order,
-    groups: list[str],
+    cp_group: str,
     scale: float,
     exchange: Exchange,
     output_final_state: bool,
     state_eps: float,
 ) -> Call:
-    resolved = [_resolve_process_group(name) for name in groups]  # type: ignore[arg-type]
     return checked_call(
         q, v, rates, initial_state,
         SequenceLayout.from_lengths_tensor(lengths, num_ranks, order),
-        resolved[0] if resolved else None,
+        _resolve_process_group(cp_group) if cp_group else None,  # type: ignore[arg-type]
         scale=scale,
-        exchange=HostGroups(*resolved[1:]) if len(resolved) == 3 else exchange,
+        exchange=exchange,
         output_final_state=output_final_state,
         state_eps=state_eps,
     )  # fmt: skip

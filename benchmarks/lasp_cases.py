@@ -17,7 +17,7 @@ from benchmarks import lasp_peers
 from benchmarks.lasp_peers import Forward
 from benchmarks.lightning_kernels import Case as Pack
 from lasp import SequenceLayout, decay_rates, lightning_attention
-from lasp.state_exchange import Choice, resolve_exchange
+from lasp.state_exchange import ExchangeChoice, resolve_exchange
 
 LAYERS = 80
 EXCHANGES = ("all_gather", "sliced", "scan", "one_hop", "auto")
@@ -106,7 +106,7 @@ def one_hop_is_exact(case: Case) -> bool:
     return True
 
 
-def choices(case: Case, name: str) -> tuple[Choice, ...]:
+def choices(case: Case, name: str) -> tuple[ExchangeChoice, ...]:
     """What the operator does under this name."""
     rates = tuple(case.rates().tolist())
     return resolve_exchange(name, case.layout(), rates, 2.0**-32, case.head_dim, case.head_dim)

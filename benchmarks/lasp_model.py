@@ -22,13 +22,13 @@ import torch
 from lasp import SequenceLayout, decay_rates
 from lasp.sequence.state_flow import flow_of
 from lasp.state_exchange import resolve_exchange
-from lasp.state_exchange.choice import EXACT, Choice, kept_over
+from lasp.state_exchange.choice import EXACT, ExchangeChoice, kept_over
 from lasp.state_exchange.cost import (
     NETWORK,
     NVLINK,
+    ExchangeTraffic,
     Link,
     StateSize,
-    Traffic,
     exchange_us,
     received_bytes,
     scan_blocks,
@@ -41,10 +41,10 @@ STRATEGIES = (*EXACT, "one_hop")
 EPS = 2.0**-32
 
 
-def one_document(num_ranks: int, one_hop: bool = False) -> Traffic:
-    """Traffic of one document that all runs pass on, or none."""
-    hops = flow_of(SequenceLayout((num_ranks,), num_ranks), 0).hops
-    return traffic_of(hops, num_ranks, lambda length: not one_hop)
+def one_document(num_ranks: int, one_hop: bool = False) -> ExchangeTraffic:
+    """ExchangeTraffic of one document that all runs pass on, or none."""
+    steps = flow_of(SequenceLayout((num_ranks,), num_ranks), 0).steps
+    return traffic_of(steps, num_ranks, lambda length: not one_hop)
 
 
 def predicted_us(name: str, num_ranks: int, size: StateSize, link: Link) -> float:
@@ -66,7 +66,7 @@ class Measured(NamedTuple):
     tokens: int
     device: str
     us: float
-    parts: tuple[tuple[Choice, Traffic, StateSize], ...]
+    parts: tuple[tuple[ExchangeChoice, ExchangeTraffic, StateSize], ...]
 
     def model_us(self, link: Link) -> float:
         """By the model, over this link."""
@@ -108,11 +108,13 @@ def _measured(row: dict[str, Any]) -> Measured:
         left = [head for head in left if head not in some]
         slowest = min(rates[head] for head in some)
         traffic = traffic_of(
-            flow_of(layout, 0).hops,
+            flow_of(layout, 0).steps,
             ranks,
             lambda length, rate=slowest: kept_over(rate, length, EPS) > 0,
         )
-        parts.append((Choice(strategy, tuple(some), blocks), traffic, StateSize(heads, dim, dim)))
+        parts.append(
+            (ExchangeChoice(strategy, tuple(some), blocks), traffic, StateSize(heads, dim, dim))
+        )
     return Measured(
         row["impl"], ranks, case["heads"], case["order"], case["documents"], case["layer_index"],
         case["tokens"], row["device"], 1e3 * row["p50"], tuple(parts),

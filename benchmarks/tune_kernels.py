@@ -77,20 +77,26 @@ class Problem:
         """Of one document in segments of so many tokens."""
         layout = SequenceLayout((TOKENS,), 1)
         return plan_of(
-            layout, 0, self.query.device, reverse=False, given=False, result=False, length=length
+            layout,
+            0,
+            self.query.device,
+            reverse=False,
+            with_initial=False,
+            with_final=False,
+            length=length,
         )
 
     def states(self, plan: Plan) -> launch.States:
-        """Passes A and B."""
-        return launch.run_states(
-            self.key, self.value, self.rates, plan, self.reaches, given=None, scale=1.0
+        """Chunk state and state passing."""
+        return launch.chunk_state(
+            self.key, self.value, self.rates, plan, self.reaches, initial_state=None, scale=1.0
         )
 
     def output(self, plan: Plan, states: launch.States) -> Tensor:
-        """Pass C."""
+        """Chunk scan."""
         return launch.output(
             self.query, self.key, self.value, self.rates, plan, states.entering,
-            given=None, incoming=None, scale=1.0,
+            initial_state=None, incoming=None, scale=1.0,
         )  # fmt: skip
 
 

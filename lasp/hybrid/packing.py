@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from lasp._core.agreement import check_same_on_ranks
+from lasp._core.consistency import check_same_on_ranks
 from lasp.sequence.layout import Order, RealTokens, SequenceLayout
 from moe_parallel import TokenOrder, TokenSegment
 

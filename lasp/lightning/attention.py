@@ -27,14 +27,14 @@ from lasp.lightning import eager as ops
 from lasp.lightning.decay import rates_by_value
 from lasp.lightning.op_context import (
     REFERENCE,
-    Call,
+    OpContext,
     heads_of_rows,
     rows_of_heads,
     start,
     states_of_heads,
     states_of_rows,
 )
-from lasp.lightning.validation import check_qkv, checked_call, state_dtype, unserved
+from lasp.lightning.validation import check_qkv, checked_context, state_dtype, unserved
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import flow_of
 from lasp.state_exchange import Exchange
@@ -63,20 +63,26 @@ class _LightningAttention(torch.autograd.Function):
         v: Tensor,
         rates: Tensor,
         initial_state: Tensor | None,
-        call: Call,
+        op: OpContext,
     ) -> tuple[Tensor, Tensor | None]:
-        flow = flow_of(call.layout, call.rank)
+        flow = flow_of(op.layout, op.rank)
         with torch.autocast(q.device.type, enabled=False):
-            local_states = ops.run_states(k, v, rates, flow, given=initial_state)
-            wait = start(local_states, rates, flow, call)
-            scaled_q = _scaled(q, call.scale, rates)
-            output, final_state = ops.scan(
-                scaled_q, k, v, rates, flow, given=initial_state, with_result=call.with_final_state
+            local_states = ops.chunk_state(k, v, rates, flow, initial_state=initial_state)
+            wait = start(local_states, rates, flow, op)
+            scaled_q = _scaled(q, op.scale, rates)
+            output, final_state = ops.chunk_scan(
+                scaled_q,
+                k,
+                v,
+                rates,
+                flow,
+                initial_state=initial_state,
+                with_final_state=op.with_final_state,
             )
             incoming = wait()
-            ops.add_incoming(output, scaled_q, rates, flow, incoming, result=final_state)
+            ops.add_incoming(output, scaled_q, rates, flow, incoming, final_state=final_state)
         ctx.save_for_backward(q, k, v, rates, initial_state, incoming)
-        ctx.call = call
+        ctx.op = op
         ctx.set_materialize_grads(False)
         return output.to(q.dtype), final_state
 
@@ -93,25 +99,31 @@ def _gradients(
     ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     q, k, v, rates, initial_state, incoming = ctx.saved_tensors
-    call = ctx.call
-    flow, back = (flow_of(call.layout, call.rank, reverse=r) for r in (False, True))
+    op = ctx.op
+    flow, back = (flow_of(op.layout, op.rank, reverse=r) for r in (False, True))
     if grad_output is None:  # only the final state was used, on this rank
         grad_output = v.new_zeros(()).expand_as(v)
     with torch.autocast(q.device.type, enabled=False):
-        do = _scaled(grad_output, call.scale, rates)
-        local_states = ops.run_states(q, do, rates, back, given=grad_final)
-        wait = start(local_states, rates, back, call)
+        do = _scaled(grad_output, op.scale, rates)
+        local_states = ops.chunk_state(q, do, rates, back, initial_state=grad_final)
+        wait = start(local_states, rates, back, op)
         # dq needs only states of the forward pass: it runs under the exchange too.
-        dq, _ = ops.scan(
-            do, v, k, rates, flow, given=_transpose(initial_state), incoming=incoming.mT
+        dq, _ = ops.chunk_scan(
+            do, v, k, rates, flow, initial_state=_transpose(initial_state), incoming=incoming.mT
         )
-        dk, _ = ops.scan(v, do, q, rates, back, given=_transpose(grad_final))
-        dv, grad_initial = ops.scan(
-            k, q, do, rates, back, given=grad_final, with_result=ctx.needs_input_grad[4]
+        dk, _ = ops.chunk_scan(v, do, q, rates, back, initial_state=_transpose(grad_final))
+        dv, grad_initial = ops.chunk_scan(
+            k,
+            q,
+            do,
+            rates,
+            back,
+            initial_state=grad_final,
+            with_final_state=ctx.needs_input_grad[4],
         )
         grad_incoming = wait()
         ops.add_incoming(dk, v, rates, back, grad_incoming.mT)
-        ops.add_incoming(dv, k, rates, back, grad_incoming, result=grad_initial)
+        ops.add_incoming(dv, k, rates, back, grad_incoming, final_state=grad_initial)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), grad_initial
 
 
@@ -215,14 +227,14 @@ def _attend(
     settings: dict[str, Any],
 ) -> LightningOutput:
     refuse_transforms(REFERENCE, q, k, v, rates, initial_state)
-    call = checked_call(q, v, rates, initial_state, layout, cp_group, **settings)
+    op = checked_context(q, v, rates, initial_state, layout, cp_group, **settings)
     q = join_backward(cp_group, q, k, v, initial_state)
     if initial_state is not None:
         initial_state = states_of_heads(initial_state, q)
     tensors = [heads_of_rows(x) for x in (q, k, v)]
-    on_device = rates_by_value(call.rates, q.device, state_dtype(q.dtype))
+    on_device = rates_by_value(op.rates, q.device, state_dtype(q.dtype))
     output, final_state = _LightningAttention.apply(  # type: ignore[no-untyped-call]
-        *tensors, on_device, initial_state, call
+        *tensors, on_device, initial_state, op
     )
     if final_state is not None:
         final_state = states_of_rows(final_state, q)

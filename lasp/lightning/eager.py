@@ -20,10 +20,10 @@ causal mask, walk backwards.
 
 Three passes, as the Triton kernels have them:
 
-- :func:`run_states` (A): what each run adds to the state it sends on.
-- the exchange (B), in ``lasp.state_exchange``.
-- :func:`scan` (C): the output, from the states that are known locally, and
-  :func:`add_incoming`: the part of the output that comes from a state received meanwhile.
+- :func:`chunk_state`: what each run adds to the state that it sends on.
+- state passing: the exchange of these states between ranks, in ``lasp.state_exchange``.
+- :func:`chunk_scan`: the output, from the states that are known locally. :func:`add_incoming` then
+  adds what a state contributes that was received meanwhile.
 
 Everything is computed in the dtype of ``rates`` (fp32, or fp64 for fp64 inputs), whatever the dtype
 of the operands; matrix products follow ``torch.set_float32_matmul_precision``.
@@ -37,53 +37,60 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.sequence.state_flow import Flow, Piece
+from lasp.sequence.state_flow import DirectedFragment, StateFlow
 
 CHUNK = 64
 # Chunks computed at once: few torch calls, and temporaries bounded by GROUP states a head.
 GROUP = 16
 
 
-def run_states(
-    key_THK: Tensor, value_THV: Tensor, rates_H: Tensor, flow: Flow, *, given: Tensor | None
+def chunk_state(
+    key_THK: Tensor,
+    value_THV: Tensor,
+    rates_H: Tensor,
+    flow: StateFlow,
+    *,
+    initial_state: Tensor | None,
 ) -> Tensor:
-    """Pass A: the local part of the state that each sending run hands on.
+    """The local part of the state that each sending run hands on.
 
-    The decayed sum of ``key^T value`` over the fragment at the border, plus the decayed given state
-    if the document starts in it. What a run receives and passes on is the exchange's part.
+    The decayed sum of ``key^T value`` over the fragment at the border, plus the decayed initial
+    state if the document starts in it. The exchange adds what a run receives and passes on.
 
     Args:
         key_THK: ``[T, H, K]``.
         value_THV: ``[T, H, V]``.
         rates_H: ``[H]``, in the dtype to compute in.
         flow: direction and fragments.
-        given: state at the start of each document ``[N, H, K, V]``, or None for zero.
+        initial_state: state at the start of each document ``[N, H, K, V]``, or None for zero.
 
     Returns:
         ``[flow.num_slots, H, K, V]``; slots that this rank does not use are zero.
     """
     states = rates_H.new_zeros(flow.num_slots, *key_THK.shape[1:], value_THV.shape[2])
-    for slot, piece in enumerate(piece for piece in flow.pieces if piece.sends):
-        key_HnK, value_HnV = (_heads_first(x, piece, rates_H) for x in (key_THK, value_THV))
-        leaving_Hn1 = _leaving(rates_H, piece.length, flow.reverse)
+    for slot, fragment in enumerate(fragment for fragment in flow.fragments if fragment.sends):
+        key_HnK, value_HnV = (_heads_first(x, fragment, rates_H) for x in (key_THK, value_THV))
+        leaving_Hn1 = _leaving(rates_H, fragment.length, flow.reverse)
         states[slot] = (key_HnK * leaving_Hn1).mT @ value_HnV
-        if given is not None and piece.document is not None and not piece.receives:
-            states[slot].addcmul_(decay_over(rates_H, piece.length), given[piece.document])
+        if initial_state is not None and fragment.document is not None and not fragment.receives:
+            states[slot].addcmul_(
+                decay_over(rates_H, fragment.length), initial_state[fragment.document]
+            )
     return states
 
 
-def scan(
+def chunk_scan(
     query_THK: Tensor,
     key_THK: Tensor,
     value_THV: Tensor,
     rates_H: Tensor,
-    flow: Flow,
+    flow: StateFlow,
     *,
-    given: Tensor | None,
+    initial_state: Tensor | None,
     incoming: Tensor | None = None,
-    with_result: bool = False,
+    with_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Pass C: the output of every token, fragment by fragment, chunk by chunk.
+    """The output of every token, fragment by fragment, chunk by chunk.
 
     Chunks are counted from the start of the fragment and operands are copied before they are used,
     so that a document takes the same sequence of operations, and gets the same bits, whatever else
@@ -95,10 +102,10 @@ def scan(
         value_THV: ``[T, H, V]``.
         rates_H: ``[H]``, in the dtype to compute in.
         flow: direction and fragments.
-        given: state at the start of each document ``[N, H, K, V]``, or None for zero.
+        initial_state: state at the start of each document ``[N, H, K, V]``, or None for zero.
         incoming: states that runs receive ``[runs of this rank, H, K, V]``; None where they are
             not known yet: :func:`add_incoming` then adds their part.
-        with_result: return what the documents that end here leave.
+        with_final_state: return the states of the documents that end here.
 
     Returns:
         output ``[T, H, V]`` in the dtype of the rates, and ``[N, H, K, V]``, zero for documents
@@ -107,16 +114,16 @@ def scan(
     num_tokens, num_heads, key_dim = query_THK.shape
     state_shape = (num_heads, key_dim, value_THV.shape[2])
     output = rates_H.new_empty(num_tokens, num_heads, value_THV.shape[2])
-    result = rates_H.new_zeros(flow.num_documents, *state_shape) if with_result else None
+    final_state = rates_H.new_zeros(flow.num_documents, *state_shape) if with_final_state else None
     decay = _chunk_decay(rates_H, flow.reverse)
-    for piece in flow.pieces:
+    for fragment in flow.fragments:
         state_HKV = rates_H.new_zeros(state_shape)
-        if piece.receives:
+        if fragment.receives:
             if incoming is not None:
-                state_HKV = incoming[piece.run]
-        elif given is not None and piece.document is not None:
-            state_HKV = given[piece.document]
-        for offset, count, length in _chunk_groups(piece, flow.reverse):
+                state_HKV = incoming[fragment.run]
+        elif initial_state is not None and fragment.document is not None:
+            state_HKV = initial_state[fragment.document]
+        for offset, count, length in _chunk_groups(fragment, flow.reverse):
             tokens = slice(offset, offset + count * length)
             output_cHCV, state_HKV = _scan_chunks(
                 _chunks(query_THK[tokens], count, rates_H),
@@ -127,42 +134,44 @@ def scan(
                 flow.reverse,
             )
             output[tokens].unflatten(0, (count, length)).copy_(output_cHCV.transpose(1, 2))
-        if result is not None and piece.document is not None and not piece.sends:
-            result[piece.document] = state_HKV
-    if result is not None and given is not None:
+        if final_state is not None and fragment.document is not None and not fragment.sends:
+            final_state[fragment.document] = state_HKV
+    if final_state is not None and initial_state is not None:
         for document in flow.empty_documents:
-            result[document] = given[document]
-    return output, result
+            final_state[document] = initial_state[document]
+    return output, final_state
 
 
 def add_incoming(
     output_THV: Tensor,
     query_THK: Tensor,
     rates_H: Tensor,
-    flow: Flow,
+    flow: StateFlow,
     incoming: Tensor,
     *,
-    result: Tensor | None = None,
+    final_state: Tensor | None = None,
 ) -> None:
     """Add in place what a received state contributes to the fragment at the border.
 
     Args:
-        output_THV: the output of :func:`scan` ``[T, H, V]``.
+        output_THV: the output of :func:`chunk_scan` ``[T, H, V]``.
         query_THK: ``[T, H, K]``.
         rates_H: ``[H]``.
         flow: direction and fragments.
         incoming: received states ``[runs of this rank, H, K, V]``.
-        result: the results of :func:`scan` ``[N, H, K, V]``, for documents that end right here.
+        final_state: that of :func:`chunk_scan` ``[N, H, K, V]``, for documents that end here.
     """
-    for piece in flow.pieces:
-        if piece.receives:
-            query_HnK = _heads_first(query_THK, piece, rates_H)
-            entering_Hn1 = _entering(rates_H, piece.length, flow.reverse)
-            tokens = slice(piece.offset, piece.offset + piece.length)
-            output_THV[tokens] += ((query_HnK * entering_Hn1) @ incoming[piece.run]).transpose(0, 1)
-            if result is not None and piece.document is not None and not piece.sends:
-                decay_H11 = decay_over(rates_H, piece.length)
-                result[piece.document].addcmul_(decay_H11, incoming[piece.run])
+    for fragment in flow.fragments:
+        if fragment.receives:
+            query_HnK = _heads_first(query_THK, fragment, rates_H)
+            entering_Hn1 = _entering(rates_H, fragment.length, flow.reverse)
+            tokens = slice(fragment.offset, fragment.offset + fragment.length)
+            output_THV[tokens] += ((query_HnK * entering_Hn1) @ incoming[fragment.run]).transpose(
+                0, 1
+            )
+            if final_state is not None and fragment.document is not None and not fragment.sends:
+                decay_H11 = decay_over(rates_H, fragment.length)
+                final_state[fragment.document].addcmul_(decay_H11, incoming[fragment.run])
 
 
 def decay_over(rates_H: Tensor, length: int) -> Tensor:
@@ -244,15 +253,15 @@ def _scan_chunks(
     return output_cHCV, state_HKV
 
 
-def _chunk_groups(piece: Piece, reverse: bool) -> Iterator[tuple[int, int, int]]:
+def _chunk_groups(fragment: DirectedFragment, reverse: bool) -> Iterator[tuple[int, int, int]]:
     """(offset, chunks, tokens a chunk) of chunks computed at once, in the order of the flow."""
-    full, tail = divmod(piece.length, CHUNK)
+    full, tail = divmod(fragment.length, CHUNK)
     groups = [
-        (piece.offset + first * CHUNK, min(GROUP, full - first), CHUNK)
+        (fragment.offset + first * CHUNK, min(GROUP, full - first), CHUNK)
         for first in range(0, full, GROUP)
     ]
     if tail:
-        groups.append((piece.offset + full * CHUNK, 1, tail))
+        groups.append((fragment.offset + full * CHUNK, 1, tail))
     return reversed(groups) if reverse else iter(groups)
 
 
@@ -262,7 +271,7 @@ def _chunks(x_THD: Tensor, count: int, like: Tensor) -> Tensor:
     return x_cHCD.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _heads_first(x_THD: Tensor, piece: Piece, like: Tensor) -> Tensor:
-    """The piece's tokens ``[H, n, D]``, a contiguous copy in the dtype to compute in."""
-    x_nHD = x_THD[piece.offset : piece.offset + piece.length]
+def _heads_first(x_THD: Tensor, fragment: DirectedFragment, like: Tensor) -> Tensor:
+    """The fragment's tokens ``[H, n, D]``, a contiguous copy in the dtype to compute in."""
+    x_nHD = x_THD[fragment.offset : fragment.offset + fragment.length]
     return x_nHD.transpose(0, 1).to(like.dtype, copy=True, memory_format=torch.contiguous_format)

@@ -12,22 +12,22 @@ from torch import Tensor
 from lasp._core.derivatives import Reference
 from lasp._core.host_constants import to_device
 from lasp.sequence.layout import SequenceLayout
-from lasp.sequence.state_flow import Flow
-from lasp.state_exchange import Choice, Transitions, Wait, kept_over, start_exchange
+from lasp.sequence.state_flow import StateFlow
+from lasp.state_exchange import ExchangeChoice, Transitions, Wait, kept_over, start_exchange
 
 REFERENCE = Reference(
     "lightning_attention", "lasp.lightning.reference.recurrent_lightning_attention"
 )
 
 
-class Call(NamedTuple):
+class OpContext(NamedTuple):
     """Everything about a call that is not a tensor; rows of a batch count as heads."""
 
     layout: SequenceLayout
     rank: int
     cp_group: dist.ProcessGroup | None
     scale: float
-    exchange: tuple[Choice, ...]
+    exchange: tuple[ExchangeChoice, ...]
     with_final_state: bool
     state_eps: float
     rates: tuple[float, ...]
@@ -53,18 +53,16 @@ def states_of_rows(states: Tensor, q: Tensor) -> Tensor:
     return states.squeeze(0).unflatten(0, (q.shape[0], -1)) if q.dim() == 4 else states
 
 
-def start(outgoing: Tensor, rates: Tensor, flow: Flow, call: Call) -> Wait:
+def start(outgoing: Tensor, rates: Tensor, flow: StateFlow, op: OpContext) -> Wait:
     """Start to send the states of this rank's runs on, ``[flow.num_slots, H, K, V]``."""
 
-    def transitions(choice: Choice) -> Transitions:
-        some = tuple(call.rates[head] for head in choice.heads)
-        decay = cache(
-            lambda length: _decay(some, length, call.state_eps, rates.dtype, rates.device)
-        )
-        return [decay(hop.length) if hop.passes else None for hop in flow.hops]
+    def transitions(choice: ExchangeChoice) -> Transitions:
+        some = tuple(op.rates[head] for head in choice.heads)
+        decay = cache(lambda length: _decay(some, length, op.state_eps, rates.dtype, rates.device))
+        return [decay(step.length) if step.passes else None for step in flow.steps]
 
-    passed = [transitions(choice) for choice in call.exchange]
-    return start_exchange(call.exchange, outgoing, flow, passed, call.cp_group)
+    passed = [transitions(choice) for choice in op.exchange]
+    return start_exchange(op.exchange, outgoing, flow, passed, op.cp_group)
 
 
 @lru_cache(maxsize=4096)  # a few entries a layer

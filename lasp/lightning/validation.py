@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.lightning.op_context import Call
+from lasp.lightning.op_context import OpContext
 from lasp.lightning.triton.tuning import MAX_HEAD_DIM
 from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange import Exchange, resolve_exchange
@@ -69,7 +69,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         _check_device(name, tensor, q)
 
 
-def checked_call(  # the operator's arguments
+def checked_context(  # the operator's arguments
     q: Tensor,
     v: Tensor,
     rates: Tensor,
@@ -81,7 +81,7 @@ def checked_call(  # the operator's arguments
     exchange: Exchange,
     output_final_state: bool,
     state_eps: float,
-) -> Call:
+) -> OpContext:
     """The call; raise ValueError for what does not fit ``q`` and ``v``."""
     check_kinds(rates, q, layout, cp_group, exchange)
     values = check_rates(rates)
@@ -91,7 +91,7 @@ def checked_call(  # the operator's arguments
     check_initial_state(initial_state, q, v, layout)
     values *= q.shape[0] if q.dim() == 4 else 1  # rows are heads to those below
     choices = resolve_exchange(exchange, layout, values, state_eps, q.shape[-1], v.shape[-1])
-    return Call(layout, rank, cp_group, scale, choices, output_final_state, state_eps, values)
+    return OpContext(layout, rank, cp_group, scale, choices, output_final_state, state_eps, values)
 
 
 def check_kinds(

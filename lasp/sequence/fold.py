@@ -19,7 +19,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
-Interval = tuple[int, int]
+from lasp.sequence.runs import TokenRange
 
 # Largest first: the more is absorbed, the fewer the runs. The second row is for the rare pack that
 # nothing in the first suits (documents about as long as a rank's share).
@@ -59,7 +59,7 @@ class WorkIndex:
 class _Queue:
     """Intervals consumed from the front, token by token, with their work."""
 
-    def __init__(self, intervals: Sequence[Interval], work: WorkIndex) -> None:
+    def __init__(self, intervals: Sequence[TokenRange], work: WorkIndex) -> None:
         self._intervals = intervals
         self._work = work
         self._tokens = [0]
@@ -85,9 +85,9 @@ class _Queue:
             work += self._work.between(start, start + tokens - self._tokens[index])
         return work
 
-    def take(self, count: int) -> list[Interval]:
+    def take(self, count: int) -> list[TokenRange]:
         """Remove and return the next ``count`` tokens as intervals."""
-        taken: list[Interval] = []
+        taken: list[TokenRange] = []
         position, end = self._taken, self._taken + count
         while position < end:
             index = bisect_right(self._tokens, position) - 1
@@ -100,7 +100,7 @@ class _Queue:
         return taken
 
 
-def fold_runs(borders: Sequence[int], num_ranks: int) -> list[list[Interval]]:
+def fold_runs(borders: Sequence[int], num_ranks: int) -> list[list[TokenRange]]:
     """Runs of every rank under the fold order.
 
     Args:
@@ -112,7 +112,7 @@ def fold_runs(borders: Sequence[int], num_ranks: int) -> list[list[Interval]]:
     """
     work = WorkIndex(borders)
     mean_work = work.until(borders[-1]) / num_ranks
-    plans: list[tuple[float, int, int, list[list[Interval]]]] = []
+    plans: list[tuple[float, int, int, list[list[TokenRange]]]] = []
     for absorb in ABSORB_FRACTIONS:
         runs = _assign(borders, work, num_ranks, absorb)
         heaviest = max(sum(work.between(*run) for run in rank_runs) for rank_runs in runs)
@@ -126,10 +126,10 @@ def fold_runs(borders: Sequence[int], num_ranks: int) -> list[list[Interval]]:
 
 def _split(
     borders: Sequence[int], mean_density: int, granularity: int, absorb_tokens: float
-) -> tuple[list[Interval], list[Interval]]:
+) -> tuple[list[TokenRange], list[TokenRange]]:
     """Heavy and light intervals; touching light intervals of successive documents are one."""
-    heavy: list[Interval] = []
-    light: list[Interval] = []
+    heavy: list[TokenRange] = []
+    light: list[TokenRange] = []
     current = 0
     for start, stop in pairwise(borders):
         border = -(-(start + mean_density) // granularity) * granularity
@@ -145,7 +145,7 @@ def _split(
 
 def _assign(
     borders: Sequence[int], work: WorkIndex, num_ranks: int, absorb: float
-) -> list[list[Interval]]:
+) -> list[list[TokenRange]]:
     total_tokens, total_work = borders[-1], work.until(borders[-1])
     tokens = total_tokens // num_ranks
     # Cuts fall on multiples of the granularity where they can, so that kernels see round blocks.
@@ -155,7 +155,7 @@ def _assign(
     )
     heavy, light = _Queue(heavy_intervals, work), _Queue(light_intervals, work)
     work_left = total_work
-    runs: list[list[Interval]] = []
+    runs: list[list[TokenRange]] = []
     for rank in range(num_ranks):
         low, high = max(0, tokens - len(light)), min(tokens, len(heavy))
         target = work_left / (num_ranks - rank)
@@ -174,9 +174,9 @@ def _assign(
     return runs
 
 
-def _merge(intervals: list[Interval]) -> list[Interval]:
+def _merge(intervals: list[TokenRange]) -> list[TokenRange]:
     """Sort by position and join touching intervals."""
-    merged: list[Interval] = []
+    merged: list[TokenRange] = []
     for start, stop in sorted(intervals):
         if merged and merged[-1][1] == start:
             merged[-1] = (merged[-1][0], stop)

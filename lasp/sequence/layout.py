@@ -37,8 +37,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp._core.agreement import check_same_on_ranks
 from lasp._core.cache import ByteCache
+from lasp._core.consistency import check_same_on_ranks
 from lasp._core.host_constants import to_device
 from lasp.sequence.fold import WorkIndex, fold_runs
 from lasp.sequence.pack import Order, PackDefinition

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-Interval = tuple[int, int]
+TokenRange = tuple[int, int]
 
 
 class Sections(NamedTuple):
@@ -101,13 +101,13 @@ def sections_of(document_lengths: Sequence[int], padding_lengths: Sequence[int])
     return Sections(tuple(accumulate(lengths, initial=0)), tuple(documents), num_documents)
 
 
-def contiguous_runs(num_tokens: int, num_ranks: int) -> list[list[Interval]]:
+def contiguous_runs(num_tokens: int, num_ranks: int) -> list[list[TokenRange]]:
     """One run a rank, in rank order."""
     tokens = num_tokens // num_ranks
     return [[(rank * tokens, (rank + 1) * tokens)] for rank in range(num_ranks)]
 
 
-def zigzag_runs(borders: Sequence[int], num_ranks: int) -> list[list[Interval]]:
+def zigzag_runs(borders: Sequence[int], num_ranks: int) -> list[list[TokenRange]]:
     """Pieces r and 2P - 1 - r of the 2P equal ones of every interval between two borders.
 
     Pieces that touch are one run: the middle ones on the last rank; on the first rank the last
@@ -115,7 +115,7 @@ def zigzag_runs(borders: Sequence[int], num_ranks: int) -> list[list[Interval]]:
     """
     if num_ranks == 1:
         return [[(0, borders[-1])]]
-    runs: list[list[Interval]] = [[] for _ in range(num_ranks)]
+    runs: list[list[TokenRange]] = [[] for _ in range(num_ranks)]
     for start, stop in pairwise(borders):
         piece = (stop - start) // (2 * num_ranks)
         for rank in range(num_ranks if piece else 0):
@@ -128,7 +128,7 @@ def zigzag_runs(borders: Sequence[int], num_ranks: int) -> list[list[Interval]]:
     return runs
 
 
-def cut_at_borders(runs: Sequence[Interval], sections: Sections) -> Iterator[Fragment]:
+def cut_at_borders(runs: Sequence[TokenRange], sections: Sections) -> Iterator[Fragment]:
     """Fragments of one rank: its runs cut at the borders of sections, empty ones left out."""
     borders, documents, _ = sections
     offset = 0
@@ -144,7 +144,7 @@ def cut_at_borders(runs: Sequence[Interval], sections: Sections) -> Iterator[Fra
             section += 1
 
 
-def link_runs(runs_of_ranks: Sequence[Sequence[Interval]], sections: Sections) -> list[RunLink]:
+def link_runs(runs_of_ranks: Sequence[Sequence[TokenRange]], sections: Sections) -> list[RunLink]:
     """All runs of all ranks in pack order."""
     links: list[RunLink] = []
     for rank, runs in enumerate(runs_of_ranks):

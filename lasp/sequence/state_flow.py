@@ -1,19 +1,20 @@
 """A layout as one direction of the recurrence sees it: where states come from and where they go.
 
-Forward, states flow from a document's start to its end; backward, their gradients flow from its end
-to its start. Both are the same walk over the same runs and fragments, in opposite order and with
-"receives" and "sends" exchanged, so everything downstream is written once for a :class:`Flow`.
+Forward, states flow from a document's start to its end. Backward, gradients of states flow from its
+end to its start. Both walk over the same runs and fragments, in opposite order and with "receives"
+and "sends" exchanged. So everything downstream is written once, for a :class:`StateFlow`.
 
 Example: one document of 5 tokens and one of 3 over 2 ranks, contiguous (runs 0:4 and 4:8)::
 
     pack      0 1 2 3 | 4   0 1 2
-    forward   hops    run 0: sends           run 1: receives
-              pieces  rank 0: 0:4 sends      rank 1: 4:5 receives, 0:3 neither
-    reverse   hops    run 1: sends           run 0: receives
-              pieces  rank 1: 0:3 neither, 4:5 sends      rank 0: 0:4 receives
+    forward   steps      run 0: sends           run 1: receives
+              fragments  rank 0: 0:4 sends      rank 1: 4:5 receives, 0:3 neither
+    reverse   steps      run 1: sends           run 0: receives
+              fragments  rank 1: 0:3 neither, 4:5 sends      rank 0: 0:4 receives
 
-Every document starts from a *given* state (forward its initial state, reverse the gradient of its
-final state, zero by default) and leaves a *result* (its final state; the initial state's gradient).
+In either direction a document starts from an initial state, zero by default, and leaves a final
+state. In reverse the initial state is the gradient of the document's final state, and the final
+state is the gradient of its initial state.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from typing import NamedTuple
 from lasp.sequence.layout import SequenceLayout
 
 
-class Hop(NamedTuple):
-    """One run of any rank, a station on the way of the states through the pack.
+class RunStep(NamedTuple):
+    """One run of any rank, as a step of the states on their way through the pack.
 
     Attributes:
         rank: the rank that holds the run.
         run: index of the run among that rank's runs.
         length: tokens of the run.
-        receives: a state comes in from the hop before.
-        sends: a state goes on to the hop after.
+        receives: a state comes in from the step before.
+        sends: a state goes on to the step after.
         passes: what comes in goes on: the whole run lies inside one document.
         slot: index among the sending runs of the rank, in the order of the flow.
     """
@@ -46,16 +47,16 @@ class Hop(NamedTuple):
     slot: int
 
 
-class Piece(NamedTuple):
-    """One fragment of this rank.
+class DirectedFragment(NamedTuple):
+    """One fragment of this rank, in one direction.
 
     Attributes:
-        document: index into the given states and the results; None for padding.
+        document: index into the initial and final states; None for padding.
         length: tokens of the fragment.
         offset: where the fragment starts among the rank's tokens.
         run: index of the run among the rank's runs.
-        receives: its state comes in from another run; else it starts from the given state.
-        sends: its state goes on to another run; else it is the result of the document.
+        receives: its state comes in from another run; else it starts from the initial state.
+        sends: its state goes on to another run; else it is the document's final state.
     """
 
     document: int | None
@@ -66,14 +67,14 @@ class Piece(NamedTuple):
     sends: bool
 
 
-class Flow(NamedTuple):
-    """What one rank must know of one direction.
+class StateFlow(NamedTuple):
+    """One direction of the recurrence, as one rank sees it.
 
     Attributes:
         rank: this rank.
         reverse: states flow from the end of the pack to its start.
-        hops: all runs of all ranks, in the order of the flow.
-        pieces: fragments of this rank, in the order of the flow.
+        steps: all runs of all ranks, in the order of the flow.
+        fragments: fragments of this rank, in the order of the flow.
         num_runs: runs of this rank.
         num_slots: most sending runs of any one rank; 0 if no document is cut, the same on all.
         shortest_pass: tokens of the shortest run of any rank that a state passes through, if any.
@@ -83,8 +84,8 @@ class Flow(NamedTuple):
 
     rank: int
     reverse: bool
-    hops: tuple[Hop, ...]
-    pieces: tuple[Piece, ...]
+    steps: tuple[RunStep, ...]
+    fragments: tuple[DirectedFragment, ...]
     num_runs: int
     num_slots: int
     shortest_pass: int | None
@@ -93,33 +94,33 @@ class Flow(NamedTuple):
 
 
 @lru_cache(maxsize=64)  # a few batches in flight, both directions
-def flow_of(layout: SequenceLayout, rank: int, *, reverse: bool = False) -> Flow:
+def flow_of(layout: SequenceLayout, rank: int, *, reverse: bool = False) -> StateFlow:
     """The flow of ``layout`` seen from ``rank``; pure, remembered because every layer asks."""
-    hops = _hops(layout, reverse)
+    steps = _run_steps(layout, reverse)
     lengths = layout.document_lengths
-    return Flow(
+    return StateFlow(
         rank=rank,
         reverse=reverse,
-        hops=hops,
-        pieces=_pieces(layout, rank, reverse),
+        steps=steps,
+        fragments=_directed_fragments(layout, rank, reverse),
         num_runs=len(layout.runs(rank)),
-        num_slots=1 + max((hop.slot for hop in hops if hop.sends), default=-1),
-        shortest_pass=min((hop.length for hop in hops if hop.passes), default=None),
+        num_slots=1 + max((step.slot for step in steps if step.sends), default=-1),
+        shortest_pass=min((step.length for step in steps if step.passes), default=None),
         num_documents=layout.num_documents,
         empty_documents=tuple(n for n, length in enumerate(lengths) if length == 0 and rank == 0),
     )
 
 
-def _hops(layout: SequenceLayout, reverse: bool) -> tuple[Hop, ...]:
+def _run_steps(layout: SequenceLayout, reverse: bool) -> tuple[RunStep, ...]:
     links = layout.run_links
     slots = [0] * layout.num_ranks
-    hops = []
+    steps = []
     for j in reversed(range(len(links))) if reverse else range(len(links)):
         link = links[j]
         before, after = link.continues, j + 1 < len(links) and links[j + 1].continues
         receives, sends = (after, before) if reverse else (before, after)
-        hops.append(
-            Hop(
+        steps.append(
+            RunStep(
                 rank=link.rank,
                 run=link.run,
                 length=link.stop - link.start,
@@ -130,18 +131,20 @@ def _hops(layout: SequenceLayout, reverse: bool) -> tuple[Hop, ...]:
             )
         )
         slots[link.rank] += sends
-    return tuple(hops)
+    return tuple(steps)
 
 
-def _pieces(layout: SequenceLayout, rank: int, reverse: bool) -> tuple[Piece, ...]:
-    pieces = []
+def _directed_fragments(
+    layout: SequenceLayout, rank: int, reverse: bool
+) -> tuple[DirectedFragment, ...]:
+    directed = []
     for fragment in layout.fragments(rank):
         document = fragment.document if fragment.document < layout.num_documents else None
         before, after = False, False  # no state flows through padding
         if document is not None:
             before, after = fragment.start > 0, fragment.stop < layout.document_lengths[document]
-        pieces.append(
-            Piece(
+        directed.append(
+            DirectedFragment(
                 document=document,
                 length=fragment.stop - fragment.start,
                 offset=fragment.offset,
@@ -150,4 +153,4 @@ def _pieces(layout: SequenceLayout, rank: int, reverse: bool) -> tuple[Piece, ..
                 sends=before if reverse else after,
             )
         )
-    return tuple(reversed(pieces) if reverse else pieces)
+    return tuple(reversed(directed) if reverse else directed)

@@ -1,6 +1,6 @@
 """How states cross rank borders: one interface, one strategy a name, chosen for each head.
 
-Run j of the flow sends on ``S_j = U_j + M_j S_{j-1}``: its own part U_j (pass A of
+Run j of the flow sends on ``S_j = U_j + M_j S_{j-1}``: its own part U_j (``chunk_state`` of
 ``lasp.lightning.eager``) plus what it received, moved through by the transition M_j. That affine
 pair is all that crosses ranks. For lightning attention M_j = lambda^length, one number a head, but
 a strategy takes any tensor that broadcasts to a state: a gate that depends on data changes nothing
@@ -28,7 +28,7 @@ none, it is one collective. On the CPU the first collective runs behind the call
 rest when it is waited for.
 """
 
-from lasp.state_exchange.choice import Choice, Exchange, kept_over, resolve_exchange
+from lasp.state_exchange.choice import Exchange, ExchangeChoice, kept_over, resolve_exchange
 from lasp.state_exchange.failure import ExchangeError
 from lasp.state_exchange.start import Wait, start_exchange
 from lasp.state_exchange.strategies import STRATEGIES
@@ -36,8 +36,8 @@ from lasp.state_exchange.task import Transitions
 
 __all__ = [
     "STRATEGIES",
-    "Choice",
     "Exchange",
+    "ExchangeChoice",
     "ExchangeError",
     "Transitions",
     "Wait",

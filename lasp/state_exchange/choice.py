@@ -27,7 +27,7 @@ Exchange = Literal["auto", "all_gather", "sliced", "scan", "one_hop"]
 EXACT = ("all_gather", "sliced", "scan")  # in the order in which auto prefers equals
 
 
-class Choice(NamedTuple):
+class ExchangeChoice(NamedTuple):
     """How some heads are exchanged.
 
     Attributes:
@@ -54,7 +54,7 @@ def resolve_exchange(
     eps: float,
     key_dim: int,
     value_dim: int,
-) -> tuple[Choice, ...]:
+) -> tuple[ExchangeChoice, ...]:
     """The strategies of a call, each head in one at most.
 
     Args:
@@ -84,7 +84,7 @@ def _resolved(
     eps: float,
     key_dim: int,
     value_dim: int,
-) -> tuple[Choice, ...]:
+) -> tuple[ExchangeChoice, ...]:
     layout = SequenceLayout(*definition)
     flow = flow_of(layout, 0)
     heads = [head for head, rate in enumerate(rates) if kept_over(rate, 1, eps) > 0]
@@ -123,11 +123,11 @@ def _choose(
     rates: tuple[float, ...],
     eps: float,
     state: tuple[int, int],
-) -> tuple[float, Choice]:
+) -> tuple[float, ExchangeChoice]:
     """The cost in us and the choice of the cheapest of these strategies for these heads."""
     slowest = min(rates[head] for head in heads)
     traffic = traffic_of(
-        flow_of(layout, 0).hops,
+        flow_of(layout, 0).steps,
         layout.num_ranks,
         lambda length: kept_over(slowest, length, eps) > 0,
     )
@@ -136,5 +136,5 @@ def _choose(
     for name in names:
         blocks = scan_blocks(traffic, size, link) if name == "scan" else 1
         cost = exchange_us(name, traffic, size, link, blocks)
-        options.append((cost, Choice(name, tuple(heads), blocks)))
+        options.append((cost, ExchangeChoice(name, tuple(heads), blocks)))
     return min(options, key=lambda option: option[0])

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lasp.sequence.state_flow import Hop
+from lasp.sequence.state_flow import RunStep
 
 MAX_BLOCKS = 16
 
@@ -65,7 +65,7 @@ class StateSize(NamedTuple):
         return self.heads * self.key_dim * self.value_dim * self.itemsize
 
 
-class Traffic(NamedTuple):
+class ExchangeTraffic(NamedTuple):
     """What must cross in one direction, for heads to which the same runs are passable.
 
     Attributes:
@@ -84,32 +84,34 @@ class Traffic(NamedTuple):
         return len(self.sends)
 
 
-def traffic_of(hops: Sequence[Hop], num_ranks: int, passes: Callable[[int], bool]) -> Traffic:
-    """Count the hops.
+def traffic_of(
+    steps: Sequence[RunStep], num_ranks: int, passes: Callable[[int], bool]
+) -> ExchangeTraffic:
+    """Count the run steps.
 
     Args:
-        hops: of a flow.
+        steps: of a flow.
         num_ranks: P.
         passes: whether anything that matters passes through a run of so many tokens.
     """
     sends, receives = [0] * num_ranks, [0] * num_ranks
-    for hop in hops:
-        sends[hop.rank] += hop.sends
-        receives[hop.rank] += hop.receives
-    reached = depths(hops, [hop.passes and passes(hop.length) for hop in hops])
-    return Traffic(tuple(sends), tuple(receives), max(reached, default=-1) + 1)
+    for step in steps:
+        sends[step.rank] += step.sends
+        receives[step.rank] += step.receives
+    reached = depths(steps, [step.passes and passes(step.length) for step in steps])
+    return ExchangeTraffic(tuple(sends), tuple(receives), max(reached, default=-1) + 1)
 
 
-def depths(hops: Sequence[Hop], passes: Sequence[bool]) -> list[int]:
-    """For each hop, through how many runs in a row has come what it sends on; -1: sends nothing."""
+def depths(steps: Sequence[RunStep], passes: Sequence[bool]) -> list[int]:
+    """For each run step, how many runs in a row its outgoing state passed; -1 if it sends none."""
     result: list[int] = []
-    for hop, through in zip(hops, passes):
+    for step, through in zip(steps, passes):
         before = result[-1] if result else -1
-        result.append(-1 if not hop.sends else before + 1 if through else 0)
+        result.append(-1 if not step.sends else before + 1 if through else 0)
     return result
 
 
-def received_bytes(name: str, traffic: Traffic, size: StateSize, rank: int) -> int:
+def received_bytes(name: str, traffic: ExchangeTraffic, size: StateSize, rank: int) -> int:
     """What ``rank`` receives from other ranks, provided no two runs of one rank are neighbours."""
     others = traffic.num_ranks - 1
     if sum(traffic.sends) == 0:
@@ -128,7 +130,7 @@ def slice_rows(size: StateSize, num_ranks: int) -> int:
 
 
 def exchange_us(
-    name: str, traffic: Traffic, size: StateSize, link: Link, num_blocks: int = 1
+    name: str, traffic: ExchangeTraffic, size: StateSize, link: Link, num_blocks: int = 1
 ) -> float:
     """Time of one exchange that nothing hides, by the model of the module."""
     if traffic.depth == 0 or size.heads == 0:
@@ -147,7 +149,7 @@ def exchange_us(
     return link.launch_us + others * (link.latency_us + link.rank_us) + most / bytes_per_us
 
 
-def scan_blocks(traffic: Traffic, size: StateSize, link: Link) -> int:
+def scan_blocks(traffic: ExchangeTraffic, size: StateSize, link: Link) -> int:
     """The number of blocks, a power of two, for which the model has the scan take least time."""
     most = min(MAX_BLOCKS, size.value_dim)
     options = [1 << power for power in range(most.bit_length())]

@@ -25,15 +25,15 @@ from lasp.state_exchange.task import Finish, Task, advance
 
 
 class Message(NamedTuple):
-    """Some columns of the state that hop ``hop`` sends to the hop after it."""
+    """Some columns of the state that run step number ``run_step`` sends to the one after it."""
 
     source: int
     target: int
-    hop: int
+    run_step: int
     columns: slice
 
 
-class Step(NamedTuple):
+class ScanStep(NamedTuple):
     """A step on its way: what arrives, one message after the other, and where it belongs."""
 
     work: dist.Work
@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 def start_scan(task: Task) -> Finish:
     """Start the chain; where nothing passes it is the one hop."""
-    reached = depths(task.flow.hops, [passed is not None for passed in task.transitions])
+    reached = depths(task.flow.steps, [passed is not None for passed in task.transitions])
     num_steps = max(reached) + task.num_blocks
     first = _start_step(task, reached, 0)
 
@@ -57,7 +57,7 @@ def start_scan(task: Task) -> Finish:
     return finish
 
 
-def _start_step(task: Task, reached: list[int], index: int) -> Step:
+def _start_step(task: Task, reached: list[int], index: int) -> ScanStep:
     """Messages between two ranks go in the order of the flow."""
     messages = _messages(task, reached, index)
     rank = task.flow.rank
@@ -85,28 +85,28 @@ def _start_step(task: Task, reached: list[int], index: int) -> Step:
         group=task.cp_group,
         async_op=True,
     )
-    return Step(work, arriving, targets)
+    return ScanStep(work, arriving, targets)
 
 
 def _messages(task: Task, reached: list[int], step: int) -> list[Message]:
     """Those of one step that this rank sends or receives, in the order of the flow."""
-    hops, rank, width = task.flow.hops, task.flow.rank, task.outgoing.shape[-1]
+    run_steps, rank, width = task.flow.steps, task.flow.rank, task.outgoing.shape[-1]
     cuts = [width * block // task.num_blocks for block in range(task.num_blocks + 1)]
     blocks = [slice(*cut) for cut in pairwise(cuts)]
     return [
-        Message(hop.rank, after.rank, j, blocks[step - depth])
-        for j, (hop, after, depth) in enumerate(zip(hops, hops[1:], reached))
-        if depth >= 0 and 0 <= step - depth < len(blocks) and rank in (hop.rank, after.rank)
+        Message(run_step.rank, after.rank, j, blocks[step - depth])
+        for j, (run_step, after, depth) in enumerate(zip(run_steps, run_steps[1:], reached))
+        if depth >= 0 and 0 <= step - depth < len(blocks) and rank in (run_step.rank, after.rank)
     ]
 
 
 def _block(task: Task, message: Message) -> Tensor:
-    hop, columns = task.flow.hops[message.hop], message.columns
-    transition = task.transitions[message.hop]
+    run_step, columns = task.flow.steps[message.run_step], message.columns
+    transition = task.transitions[message.run_step]
     if transition is not None and transition.shape[-1] > 1:
         transition = transition[..., columns]
-    received = task.incoming[hop.run, ..., columns]
-    return advance(task.outgoing[hop.slot, ..., columns], transition, received)
+    received = task.incoming[run_step.run, ..., columns]
+    return advance(task.outgoing[run_step.slot, ..., columns], transition, received)
 
 
 def _joined(task: Task, blocks: list[Tensor]) -> Tensor:
@@ -114,10 +114,10 @@ def _joined(task: Task, blocks: list[Tensor]) -> Tensor:
 
 
 def _target(task: Task, message: Message) -> Tensor:
-    return task.incoming[task.flow.hops[message.hop + 1].run, ..., message.columns]
+    return task.incoming[task.flow.steps[message.run_step + 1].run, ..., message.columns]
 
 
-def _place(step: Step) -> None:
+def _place(step: ScanStep) -> None:
     step.work.wait()
     start = 0
     for target in step.targets:

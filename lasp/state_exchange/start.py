@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.host_constants import to_device
-from lasp.sequence.state_flow import Flow
-from lasp.state_exchange.choice import Choice
+from lasp.sequence.state_flow import StateFlow
+from lasp.state_exchange.choice import ExchangeChoice
 from lasp.state_exchange.failure import naming
 from lasp.state_exchange.strategies import STRATEGIES
 from lasp.state_exchange.task import Finish, Task, Transitions
@@ -20,9 +20,9 @@ Wait = Callable[[], Tensor]
 
 
 def start_exchange(
-    choices: Sequence[Choice],
+    choices: Sequence[ExchangeChoice],
     outgoing: Tensor,
-    flow: Flow,
+    flow: StateFlow,
     transitions: Sequence[Transitions],
     cp_group: dist.ProcessGroup | None,
 ) -> Wait:
@@ -32,8 +32,8 @@ def start_exchange(
         choices: strategies, for different heads; those of no strategy are not sent.
         outgoing: U of this rank's sending runs ``[flow.num_slots, H, K, V]``.
         flow: who sends to whom.
-        transitions: for each choice and each hop M, broadcastable to ``[heads, K, V]``; None where
-            nothing passes.
+        transitions: for each choice and each run step M, broadcastable to ``[heads, K, V]``; None
+            where nothing passes.
         cp_group: the ranks of the layout; may be None where no state crosses a border.
 
     Returns:
@@ -71,10 +71,10 @@ def start_exchange(
     return finish_all
 
 
-def _nothing_yet(choices: Sequence[Choice], outgoing: Tensor, flow: Flow) -> Tensor:
+def _nothing_yet(choices: Sequence[ExchangeChoice], outgoing: Tensor, flow: StateFlow) -> Tensor:
     """Incoming states, zero unless all of them will be written."""
     shape = (flow.num_runs, *outgoing.shape[1:])
-    receiving = sum(hop.receives for hop in flow.hops if hop.rank == flow.rank)
+    receiving = sum(step.receives for step in flow.steps if step.rank == flow.rank)
     whole = receiving == flow.num_runs and any(len(c.heads) == shape[1] for c in choices)
     return outgoing.new_empty(shape) if whole else outgoing.new_zeros(shape)
 
@@ -102,10 +102,10 @@ def _on_side_stream(
 
 
 def _start_choice(
-    choice: Choice,
+    choice: ExchangeChoice,
     incoming: Tensor,
     outgoing: Tensor,
-    flow: Flow,
+    flow: StateFlow,
     transitions: Transitions,
     cp_group: dist.ProcessGroup,
 ) -> Finish:

@@ -30,16 +30,16 @@ def _start_all_gather(task: Task) -> Finish:
 
     def finish() -> None:
         work.wait()
-        left = sum(hop.receives for hop in flow.hops if hop.rank == flow.rank)
+        left = sum(step.receives for step in flow.steps if step.rank == flow.rank)
         state = torch.zeros_like(outgoing[0])
-        for hop, transition in zip(flow.hops, task.transitions):
+        for step, transition in zip(flow.steps, task.transitions):
             if left == 0:
                 break
-            if hop.receives and hop.rank == flow.rank:
-                task.incoming[hop.run] = state
+            if step.receives and step.rank == flow.rank:
+                task.incoming[step.run] = state
                 left -= 1
-            if hop.sends:
-                state = advance(gathered[hop.rank, hop.slot], transition, state)
+            if step.sends:
+                state = advance(gathered[step.rank, step.slot], transition, state)
 
     return finish
 
@@ -51,8 +51,10 @@ def _start_sliced(task: Task) -> Finish:
     rows = slice_rows(StateSize(num_heads, key_dim, value_dim), num_ranks)
     padding = (0, 0, 0, rows * num_ranks - num_heads * key_dim)
     own_rows = slice(flow.rank * rows, (flow.rank + 1) * rows)
-    sends = [sum(hop.sends for hop in flow.hops if hop.rank == r) for r in range(num_ranks)]
-    receives = [sum(hop.receives for hop in flow.hops if hop.rank == r) for r in range(num_ranks)]
+    sends = [sum(step.sends for step in flow.steps if step.rank == r) for r in range(num_ranks)]
+    receives = [
+        sum(step.receives for step in flow.steps if step.rank == r) for r in range(num_ranks)
+    ]
 
     padded = F.pad(outgoing[: sends[flow.rank]].flatten(1, 2), padding)
     by_target = padded.unflatten(1, (num_ranks, rows)).transpose(0, 1).flatten(0, 1).contiguous()
@@ -70,13 +72,13 @@ def _start_sliced(task: Task) -> Finish:
         first = list(accumulate(sends, initial=0))
         by_rank: list[list[Tensor]] = [[] for _ in range(num_ranks)]
         state = torch.zeros_like(parts[0])
-        for hop, transition in zip(flow.hops, task.transitions):
-            if hop.receives:
-                by_rank[hop.rank].append(state)
-            if hop.sends:
+        for step, transition in zip(flow.steps, task.transitions):
+            if step.receives:
+                by_rank[step.rank].append(state)
+            if step.sends:
                 if transition is not None:
                     transition = rows_of(transition)
-                state = advance(parts[first[hop.rank] + hop.slot], transition, state)
+                state = advance(parts[first[step.rank] + step.slot], transition, state)
         return torch.stack([state for states in by_rank for state in states])
 
     def finish() -> None:
@@ -92,7 +94,7 @@ def _start_sliced(task: Task) -> Finish:
         ).wait()
         whole = own.unflatten(0, (num_ranks, -1)).transpose(0, 1).flatten(1, 2)
         states = whole[:, : num_heads * key_dim].unflatten(1, (num_heads, key_dim))
-        runs = (hop.run for hop in flow.hops if hop.receives and hop.rank == flow.rank)
+        runs = (step.run for step in flow.steps if step.receives and step.rank == flow.rank)
         for run, state in zip(runs, states.unbind()):
             task.incoming[run] = state
 

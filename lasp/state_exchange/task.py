@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.sequence.state_flow import Flow
+from lasp.sequence.state_flow import StateFlow
 
 Finish = Callable[[], None]
 Transitions = Sequence[Tensor | None]
@@ -23,14 +23,14 @@ class Task(NamedTuple):
         outgoing: U of this rank's sending runs ``[flow.num_slots, H, K, V]``; slots beyond theirs
             may hold anything, also NaN, and no strategy may read them.
         flow: who sends to whom.
-        transitions: for each hop M, broadcastable to ``[H, K, V]``; None where nothing passes.
+        transitions: for each run step M, broadcastable to ``[H, K, V]``; None where nothing passes.
         cp_group: the ranks of the layout.
-        num_blocks: see ``Choice``.
+        num_blocks: see ``ExchangeChoice``.
     """
 
     incoming: Tensor
     outgoing: Tensor
-    flow: Flow
+    flow: StateFlow
     transitions: Transitions
     cp_group: dist.ProcessGroup
     num_blocks: int

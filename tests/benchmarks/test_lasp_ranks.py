@@ -87,7 +87,7 @@ def test_the_fit_finds_the_link_behind_the_rows() -> None:
         for size in sizes:
             for name in ("all_gather", "sliced", "scan"):
                 traffic = lasp_model.one_document(ranks)
-                choice = lasp_model.Choice(name, tuple(range(size.heads)), 2)
+                choice = lasp_model.ExchangeChoice(name, tuple(range(size.heads)), 2)
                 part = (choice, traffic, size)
                 row = lasp_model.Measured(
                     name, ranks, size.heads, "contiguous", 1, 0, 1, "GPU", 0.0, (part,)

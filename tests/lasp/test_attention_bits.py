@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from lasp.lightning.attention import lightning_attention
 from lasp.sequence.layout import Order, SequenceLayout
-from lasp.sequence.state_flow import Flow, flow_of
+from lasp.sequence.state_flow import StateFlow, flow_of
 from tests.lasp.cases import (
     NAMES,
     ORDERS,
@@ -86,18 +86,18 @@ def test_runs_and_exchanges_agree_in_every_bit(order: Order) -> None:
 # ---- no leak between documents ------------------------------------------------------------------
 
 
-def leaky_flow(layout: SequenceLayout, rank: int, *, reverse: bool = False) -> Flow:
+def leaky_flow(layout: SequenceLayout, rank: int, *, reverse: bool = False) -> StateFlow:
     """What a wrong "continues" would do: every rank border hands the state on (contiguous)."""
     flow = flow_of(layout, rank, reverse=reverse)
-    last = len(flow.hops) - 1
-    hops = tuple(
-        hop._replace(receives=j > 0, sends=j < last, slot=0) for j, hop in enumerate(flow.hops)
+    last = len(flow.steps) - 1
+    steps = tuple(
+        step._replace(receives=j > 0, sends=j < last, slot=0) for j, step in enumerate(flow.steps)
     )
-    own = next(hop for hop in hops if hop.rank == rank)
-    pieces = list(flow.pieces)
-    pieces[0] = pieces[0]._replace(receives=own.receives)
-    pieces[-1] = pieces[-1]._replace(sends=own.sends)
-    return flow._replace(hops=hops, pieces=tuple(pieces), num_slots=1)
+    own = next(step for step in steps if step.rank == rank)
+    fragments = list(flow.fragments)
+    fragments[0] = fragments[0]._replace(receives=own.receives)
+    fragments[-1] = fragments[-1]._replace(sends=own.sends)
+    return flow._replace(steps=steps, fragments=tuple(fragments), num_slots=1)
 
 
 def documents_disturbed(lengths: tuple[int, ...], disturbed: int, planted: bool) -> list[bool]:

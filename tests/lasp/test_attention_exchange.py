@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lasp.lightning.attention import lightning_attention
 from lasp.sequence.layout import SequenceLayout
-from lasp.state_exchange import Choice, resolve_exchange
+from lasp.state_exchange import ExchangeChoice, resolve_exchange
 from lasp.state_exchange.choice import _resolved
 from lasp.state_exchange.cost import Link
 from tests.lasp.cases import (
@@ -41,7 +41,7 @@ def apart_and_together() -> list[list[list[Tensor]]]:
     """Forward and backward with heads apart, together, and with nothing left out."""
     tokens, rates = 192, (0.0, 3.0, 0.3, 8.0, 0.47)
     layout, rank = SequenceLayout((tokens,), dist.get_world_size()), dist.get_rank()
-    apart = (Choice("scan", (0, 2), 2), Choice("one_hop", (1, 3, 4)))
+    apart = (ExchangeChoice("scan", (0, 2), 2), ExchangeChoice("one_hop", (1, 3, 4)))
     inputs = make_inputs(Case((tokens,), layout.num_ranks, rates=rates))
     results = []
     for exchange, eps in (("apart", 2.0**-32), ("all_gather", 2.0**-32), ("all_gather", 0.0)):

@@ -1,4 +1,4 @@
-"""Passes A and C as a backend of somebody else's exchange, in the shape of Megatron's protocol.
+"""chunk_state and chunk_scan as a backend of somebody else's exchange, in Megatron's protocol.
 
 From its main branch on (in no release up to 0.19) Megatron drives linear attention over context
 parallel ranks itself: it asks a ``LinearAttentionCPBackend`` for a float32 summary of the rank,
@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.lightning.eager import decay_over, run_states, scan
+from lasp.lightning.eager import chunk_scan, chunk_state, decay_over
 from lasp.sequence.layout import SequenceLayout
-from lasp.sequence.state_flow import Flow, flow_of
+from lasp.sequence.state_flow import StateFlow, flow_of
 from lasp.state_exchange.strategies import all_gather
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.lasp.cases import ORDERS, PACKS, Case, attend_on_rank, gather, make_inputs, names, oracle
@@ -48,22 +48,22 @@ class LightningBackend:
     """The four methods of the protocol."""
 
     def cp_forward_prepare(self, inputs: Inputs) -> tuple[Tensor, Inputs]:
-        """Pass A: what each run adds to the state it sends on."""
+        """chunk_state: what each run adds to the state it sends on."""
         flow = flow_of(inputs.layout, inputs.rank)
         return self.summary(inputs.k, inputs.v, inputs, flow), inputs
 
     def cp_forward_apply(self, inputs: Inputs, preceding: Tensor) -> tuple[Tensor, Saved]:
-        """Pass C from the states that came in."""
+        """chunk_scan from the states that came in."""
         flow = flow_of(inputs.layout, inputs.rank)
         incoming = compose(preceding, inputs.rates, flow)
         q, k, v, rates, *_ = inputs
-        output, _ = scan(q, k, v, rates, flow, given=None, incoming=incoming)
+        output, _ = chunk_scan(q, k, v, rates, flow, initial_state=None, incoming=incoming)
         return output, Saved(inputs, incoming)
 
     def cp_backward_prepare(
         self, output_grad: Tensor, saved: Saved
     ) -> tuple[Tensor, tuple[Tensor, Saved]]:
-        """Pass A with time reversed."""
+        """chunk_state with time reversed."""
         inputs = saved.inputs
         back = flow_of(inputs.layout, inputs.rank, reverse=True)
         return self.summary(inputs.q, output_grad, inputs, back), (output_grad, saved)
@@ -71,48 +71,48 @@ class LightningBackend:
     def cp_backward_apply(
         self, context: tuple[Tensor, Saved], following: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Pass C with time reversed: the gradients of q, k and v."""
+        """chunk_scan with time reversed: the gradients of q, k and v."""
         do, ((q, k, v, rates, layout, rank), incoming) = context
         flow, back = (flow_of(layout, rank, reverse=reverse) for reverse in (False, True))
         grad_incoming = compose(following, rates, back)
-        dq, _ = scan(do, v, k, rates, flow, given=None, incoming=incoming.mT)
-        dk, _ = scan(v, do, q, rates, back, given=None, incoming=grad_incoming.mT)
-        dv, _ = scan(k, q, do, rates, back, given=None, incoming=grad_incoming)
+        dq, _ = chunk_scan(do, v, k, rates, flow, initial_state=None, incoming=incoming.mT)
+        dk, _ = chunk_scan(v, do, q, rates, back, initial_state=None, incoming=grad_incoming.mT)
+        dv, _ = chunk_scan(k, q, do, rates, back, initial_state=None, incoming=grad_incoming)
         return dq, dk, dv
 
     @staticmethod
-    def summary(key: Tensor, value: Tensor, inputs: Inputs, flow: Flow) -> Tensor:
+    def summary(key: Tensor, value: Tensor, inputs: Inputs, flow: StateFlow) -> Tensor:
         """``[slots, H, K, V]``, at least one slot: Megatron gathers whatever the documents are."""
-        states = run_states(key, value, inputs.rates, flow, given=None)
+        states = chunk_state(key, value, inputs.rates, flow, initial_state=None)
         return states if len(states) else states.new_zeros(1, *states.shape[1:])
 
 
-def compose(summaries: Tensor, rates: Tensor, flow: Flow) -> Tensor:
+def compose(summaries: Tensor, rates: Tensor, flow: StateFlow) -> Tensor:
     """States that the runs of this rank receive, out of the summaries of ``sending_ranks``.
 
     The transitions are no part of the summaries: every rank knows them from the layout.
     """
     incoming = summaries.new_zeros(flow.num_runs, *summaries.shape[2:])
     state, ranks = torch.zeros_like(incoming[0]), sending_ranks(flow)
-    for hop in flow.hops:
-        if hop.receives and hop.rank == flow.rank:
-            incoming[hop.run] = state
-        if hop.sends and ranks.start <= hop.rank < ranks.stop:
-            summary = summaries[hop.rank - ranks.start, hop.slot]
-            state = summary + decay_over(rates, hop.length) * state if hop.passes else summary
+    for step in flow.steps:
+        if step.receives and step.rank == flow.rank:
+            incoming[step.run] = state
+        if step.sends and ranks.start <= step.rank < ranks.stop:
+            summary = summaries[step.rank - ranks.start, step.slot]
+            state = summary + decay_over(rates, step.length) * state if step.passes else summary
     return incoming
 
 
 @cache
-def sending_ranks(flow: Flow) -> slice:
+def sending_ranks(flow: StateFlow) -> slice:
     """From the first to the last rank whose tokens a run of this rank hears of, its own counted."""
     on_the_way: set[int] = set()
     heard: set[int] = set()
-    for hop in flow.hops:
-        if hop.receives and hop.rank == flow.rank:
+    for step in flow.steps:
+        if step.receives and step.rank == flow.rank:
             heard |= on_the_way
-        if hop.sends:
-            on_the_way = {*on_the_way, hop.rank} if hop.passes else {hop.rank}
+        if step.sends:
+            on_the_way = {*on_the_way, step.rank} if step.passes else {step.rank}
     return slice(min(heard, default=0), max(heard, default=-1) + 1)
 
 

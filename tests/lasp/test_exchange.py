@@ -7,8 +7,8 @@ from torch import Tensor
 
 from benchmarks.wire import counted
 from lasp.sequence.layout import Order, SequenceLayout
-from lasp.sequence.state_flow import Flow, flow_of
-from lasp.state_exchange import STRATEGIES, Choice, start_exchange
+from lasp.sequence.state_flow import StateFlow, flow_of
+from lasp.state_exchange import STRATEGIES, ExchangeChoice, start_exchange
 from lasp.state_exchange.cost import StateSize, received_bytes, traffic_of
 from tests.closeness import assert_equal_to_rounding
 from tests.lasp.cases import ORDERS, PACKS
@@ -17,26 +17,26 @@ from tests.ranks import run_on_ranks, subgroup
 HEADS, KEY, VALUE = 3, 2, 5
 
 
-def inputs_of(flow: Flow, num_ranks: int) -> tuple[Tensor, list[Tensor | None]]:
-    """U for every rank and slot, and a transition of its own for every hop that passes."""
+def inputs_of(flow: StateFlow, num_ranks: int) -> tuple[Tensor, list[Tensor | None]]:
+    """U for every rank and slot, and a transition of its own for every run step that passes."""
     generator = torch.Generator().manual_seed(7)
     shape = (num_ranks, flow.num_slots, HEADS, KEY, VALUE)
     states = torch.randn(shape, generator=generator, dtype=torch.float64)
-    decays = torch.rand((len(flow.hops), HEADS, 1, 1), generator=generator, dtype=torch.float64)
-    return states, [decays[j] if hop.passes else None for j, hop in enumerate(flow.hops)]
+    decays = torch.rand((len(flow.steps), HEADS, 1, 1), generator=generator, dtype=torch.float64)
+    return states, [decays[j] if step.passes else None for j, step in enumerate(flow.steps)]
 
 
-def expected_of(flow: Flow, num_ranks: int, rank: int) -> Tensor:
+def expected_of(flow: StateFlow, num_ranks: int, rank: int) -> Tensor:
     states, transitions = inputs_of(flow, num_ranks)
     incoming = torch.zeros(flow.num_runs, HEADS, KEY, VALUE, dtype=torch.float64)
-    for j, hop in enumerate(flow.hops):
-        if hop.rank != rank or not hop.receives:
+    for j, step in enumerate(flow.steps):
+        if step.rank != rank or not step.receives:
             continue
         # S_in = U_{j-1} + M_{j-1} U_{j-2} + M_{j-1} M_{j-2} U_{j-3} + ..., as far as states pass.
         weight: Tensor = torch.ones(HEADS, 1, 1, dtype=torch.float64)
         for before in range(j - 1, -1, -1):
-            source = flow.hops[before]
-            incoming[hop.run] += weight * states[source.rank, source.slot]
+            source = flow.steps[before]
+            incoming[step.run] += weight * states[source.rank, source.slot]
             transition = transitions[before]
             if transition is None:
                 break
@@ -46,16 +46,18 @@ def expected_of(flow: Flow, num_ranks: int, rank: int) -> Tensor:
 
 ALL = tuple(range(HEADS))
 # Every strategy for all heads; unequal blocks; heads apart, in a row or not.
-CHOICES: dict[str, tuple[Choice, ...]] = {name: (Choice(name, ALL),) for name in STRATEGIES} | {
-    "scan 3": (Choice("scan", ALL, 3),),
-    "apart": (Choice("scan", (0, 2), 3), Choice("all_gather", (1,))),
-    "in a row": (Choice("sliced", (1, 2)), Choice("scan", (0,))),
+CHOICES: dict[str, tuple[ExchangeChoice, ...]] = {
+    name: (ExchangeChoice(name, ALL),) for name in STRATEGIES
+} | {
+    "scan 3": (ExchangeChoice("scan", ALL, 3),),
+    "apart": (ExchangeChoice("scan", (0, 2), 3), ExchangeChoice("all_gather", (1,))),
+    "in a row": (ExchangeChoice("sliced", (1, 2)), ExchangeChoice("scan", (0,))),
 }
 
 
 def exchange(
-    choices: tuple[Choice, ...],
-    flow: Flow,
+    choices: tuple[ExchangeChoice, ...],
+    flow: StateFlow,
     num_ranks: int,
     group: dist.ProcessGroup,
     device: str = "cpu",
@@ -126,10 +128,10 @@ def test_ranks_are_ranks_of_the_group(order: Order) -> None:
             expected = expected_of(flow, 2, world_rank // 2)
             for incoming in result.values():
                 assert_equal_to_rounding(incoming, expected)
-            assert expected.any() or not any(h.receives for h in flow.hops if h.rank == flow.rank)
+            assert expected.any() or not any(h.receives for h in flow.steps if h.rank == flow.rank)
 
 
-def count_bytes(layout: SequenceLayout, choice: Choice) -> list[int]:
+def count_bytes(layout: SequenceLayout, choice: ExchangeChoice) -> list[int]:
     """Bytes that this rank receives from others, forward and reverse."""
     counts = []
     for reverse in (False, True):
@@ -162,10 +164,12 @@ def test_bytes_are_those_of_the_formula(
     lengths: tuple[int, ...], num_ranks: int, order: Order, name: str, expected: list[float]
 ) -> None:
     layout = SequenceLayout(lengths, num_ranks, order)
-    counted = run_on_ranks(count_bytes, num_ranks, layout, Choice(name, ALL, 1 + (name == "scan")))
+    counted = run_on_ranks(
+        count_bytes, num_ranks, layout, ExchangeChoice(name, ALL, 1 + (name == "scan"))
+    )
     for rank, (forward, backward) in enumerate(counted):
         flows = [flow_of(layout, rank, reverse=reverse) for reverse in (False, True)]
-        traffic = [traffic_of(flow.hops, num_ranks, lambda length: True) for flow in flows]
+        traffic = [traffic_of(flow.steps, num_ranks, lambda length: True) for flow in flows]
         assert forward == received_bytes(name, traffic[0], STATE, rank)
         assert backward == received_bytes(name, traffic[1], STATE, rank)
         assert forward == expected[rank] * STATE.bytes

@@ -6,7 +6,7 @@ from lasp.__main__ import exchange_rule
 from lasp.lightning.decay import decay_rates
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import flow_of
-from lasp.state_exchange import Choice, resolve_exchange
+from lasp.state_exchange import ExchangeChoice, resolve_exchange
 from lasp.state_exchange.cost import NETWORK, Link, StateSize, exchange_us, scan_blocks, traffic_of
 
 EPS = 2.0**-32  # gone after 23 e-foldings
@@ -48,7 +48,7 @@ def test_cost_of_a_chain() -> None:
     """By hand: one document over 8 ranks, 7 borders, each state received whole."""
     flow = flow_of(SequenceLayout((800,), 8), 0)
     size = StateSize(64, 128, 128)
-    traffic = traffic_of(flow.hops, 8, lambda length: True)
+    traffic = traffic_of(flow.steps, 8, lambda length: True)
     assert traffic.depth == 7
     link = Link(latency_us=5.0, gb_per_s=300.0, launch_us=20.0, rank_us=4.0)
     step, state_us = 20.0 + 5.0, size.bytes / 300e3
@@ -61,15 +61,15 @@ def test_cost_of_a_chain() -> None:
     best = exchange_us("scan", traffic, size, NETWORK, blocks)
     assert all(best <= exchange_us("scan", traffic, size, NETWORK, b) for b in (1, 2, 4, 8, 16))
     # A document border, or decay, cuts the chain.
-    cut = traffic_of(flow_of(SequenceLayout((401, 399), 8), 0).hops, 8, lambda length: True)
+    cut = traffic_of(flow_of(SequenceLayout((401, 399), 8), 0).steps, 8, lambda length: True)
     assert cut.depth == 4
-    assert traffic_of(flow.hops, 8, lambda length: False).depth == 1
+    assert traffic_of(flow.steps, 8, lambda length: False).depth == 1
 
 
 def test_blocks_are_of_the_choice() -> None:
     layout = SequenceLayout((640,), 64)
     (choice,) = resolve_exchange("scan", layout, (0.0,) * 64, EPS, 128, 128)
-    assert choice == Choice("scan", tuple(range(64)), choice.num_blocks)
+    assert choice == ExchangeChoice("scan", tuple(range(64)), choice.num_blocks)
     assert choice.num_blocks > 1
     (choice,) = resolve_exchange("scan", layout, (0.0,), EPS, 128, 1)
     assert choice.num_blocks == 1

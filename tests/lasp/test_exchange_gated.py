@@ -16,18 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.sequence.layout import Order, SequenceLayout
-from lasp.sequence.state_flow import Flow, Piece, flow_of
-from lasp.state_exchange import Choice, start_exchange
+from lasp.sequence.state_flow import DirectedFragment, StateFlow, flow_of
+from lasp.state_exchange import ExchangeChoice, start_exchange
 from tests.closeness import assert_equal_to_rounding
 from tests.lasp.cases import ORDERS
 from tests.ranks import run_on_ranks
 
 HEADS, KEY, VALUE = 2, 3, 4
 CHOICES = [
-    (Choice("all_gather", (0, 1)),),
-    (Choice("sliced", (0, 1)),),
-    (Choice("scan", (0, 1)),),
-    (Choice("scan", (1,), 2), Choice("scan", (0,), 4)),
+    (ExchangeChoice("all_gather", (0, 1)),),
+    (ExchangeChoice("sliced", (0, 1)),),
+    (ExchangeChoice("scan", (0, 1)),),
+    (ExchangeChoice("scan", (1,), 2), ExchangeChoice("scan", (0,), 4)),
 ]
 
 
@@ -63,9 +63,11 @@ def recurrence(lengths: tuple[int, ...]) -> list[Tensor]:
     return [output.detach(), *torch.autograd.grad(output, leaves, inputs.do)]
 
 
-def states_of(piece: Piece, x: Inputs, entering: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """S_t of each token of a piece (reverse: G_t), and what leaves the piece."""
-    tokens = range(piece.offset, piece.offset + piece.length)
+def states_of(
+    fragment: DirectedFragment, x: Inputs, entering: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """S_t of each token of a fragment (reverse: G_t), and what leaves the fragment."""
+    tokens = range(fragment.offset, fragment.offset + fragment.length)
     states, state = [], entering
     for t in reversed(tokens) if reverse else tokens:
         gate = x.gate[t, :, None, None]
@@ -78,28 +80,31 @@ def states_of(piece: Piece, x: Inputs, entering: Tensor, reverse: bool) -> tuple
     return torch.stack(states[::-1] if reverse else states), state
 
 
-def all_states(flow: Flow, x: Inputs, choices: tuple[Choice, ...]) -> tuple[Tensor, Tensor]:
+def all_states(
+    flow: StateFlow, x: Inputs, choices: tuple[ExchangeChoice, ...]
+) -> tuple[Tensor, Tensor]:
     """S_t (reverse: G_t) of each token of this rank, and what entered its runs."""
     zero = torch.zeros(HEADS, KEY, VALUE, dtype=torch.float64)
     outgoing = torch.zeros(flow.num_slots, HEADS, KEY, VALUE, dtype=torch.float64)
-    sending = [piece for piece in flow.pieces if piece.sends]
-    for slot, piece in enumerate(sending):
-        outgoing[slot] = states_of(piece, x, zero, flow.reverse)[1]
+    sending = [fragment for fragment in flow.fragments if fragment.sends]
+    for slot, fragment in enumerate(sending):
+        outgoing[slot] = states_of(fragment, x, zero, flow.reverse)[1]
     own = {
-        piece.run: x.gate[piece.offset : piece.offset + piece.length].prod(0) for piece in sending
+        fragment.run: x.gate[fragment.offset : fragment.offset + fragment.length].prod(0)
+        for fragment in sending
     }
     products: list[dict[int, Tensor]] = [{}] * dist.get_world_size()
     dist.all_gather_object(products, own)
     transitions = [
-        products[hop.rank][hop.run][:, None, None] if hop.passes else None for hop in flow.hops
+        products[step.rank][step.run][:, None, None] if step.passes else None for step in flow.steps
     ]
     passed = [[None if t is None else t[list(c.heads)] for t in transitions] for c in choices]
     incoming = start_exchange(choices, outgoing, flow, passed, dist.group.WORLD)()
     states = torch.empty(len(x.q), HEADS, KEY, VALUE, dtype=torch.float64)
-    for piece in flow.pieces:
-        entering = incoming[piece.run] if piece.receives else zero
-        states[piece.offset : piece.offset + piece.length] = states_of(
-            piece, x, entering, flow.reverse
+    for fragment in flow.fragments:
+        entering = incoming[fragment.run] if fragment.receives else zero
+        states[fragment.offset : fragment.offset + fragment.length] = states_of(
+            fragment, x, entering, flow.reverse
         )[0]
     return states, incoming
 
@@ -114,10 +119,10 @@ def attend_on_rank(layouts: list[SequenceLayout]) -> list[list[list[Tensor]]]:
             states, incoming = all_states(flow, x, choices)
             grads, _ = all_states(flow_of(layout, rank, reverse=True), x, choices)
             before = torch.zeros_like(states)  # S_{t-1}
-            for piece in flow.pieces:
-                first, stop = piece.offset, piece.offset + piece.length
+            for fragment in flow.fragments:
+                first, stop = fragment.offset, fragment.offset + fragment.length
                 before[first + 1 : stop] = states[first : stop - 1]
-                before[first] = incoming[piece.run] if piece.receives else 0
+                before[first] = incoming[fragment.run] if fragment.receives else 0
             results[-1].append(
                 [
                     (x.q[..., None, :] @ states).squeeze(-2),

@@ -20,16 +20,19 @@ layouts = st.builds(
 def test_example_of_the_module() -> None:
     layout = SequenceLayout((5, 3), 2)
     first, second = (flow_of(layout, rank) for rank in range(2))
-    assert [(hop.receives, hop.sends) for hop in first.hops] == [(False, True), (True, False)]
-    assert [(p.length, p.receives, p.sends) for p in first.pieces] == [(4, False, True)]
-    assert [(p.length, p.receives, p.sends) for p in second.pieces] == [
+    assert [(step.receives, step.sends) for step in first.steps] == [
+        (False, True),
+        (True, False),
+    ]
+    assert [(p.length, p.receives, p.sends) for p in first.fragments] == [(4, False, True)]
+    assert [(p.length, p.receives, p.sends) for p in second.fragments] == [
         (1, True, False),
         (3, False, False),
     ]
     first, second = (flow_of(layout, rank, reverse=True) for rank in range(2))
-    assert [hop.rank for hop in first.hops] == [1, 0]
-    assert [(p.length, p.receives, p.sends) for p in first.pieces] == [(4, True, False)]
-    assert [(p.length, p.receives, p.sends) for p in second.pieces] == [
+    assert [step.rank for step in first.steps] == [1, 0]
+    assert [(p.length, p.receives, p.sends) for p in first.fragments] == [(4, True, False)]
+    assert [(p.length, p.receives, p.sends) for p in second.fragments] == [
         (3, False, False),
         (1, False, True),
     ]
@@ -40,23 +43,25 @@ def test_example_of_the_module() -> None:
 def test_hops_and_pieces_tell_the_same_story(layout: SequenceLayout) -> None:
     for reverse in (False, True):
         flows = [flow_of(layout, rank, reverse=reverse) for rank in range(layout.num_ranks)]
-        hops = flows[0].hops
-        assert all(flow.hops == hops for flow in flows)
-        assert not hops[0].receives
-        assert not hops[-1].sends
-        assert all(a.sends == b.receives for a, b in pairwise(hops))
+        steps = flows[0].steps
+        assert all(flow.steps == steps for flow in flows)
+        assert not steps[0].receives
+        assert not steps[-1].sends
+        assert all(a.sends == b.receives for a, b in pairwise(steps))
         for flow in flows:
-            own = [hop for hop in hops if hop.rank == flow.rank]
-            sending = [hop for hop in own if hop.sends]
-            assert [hop.slot for hop in sending] == list(range(len(sending)))
+            own = [step for step in steps if step.rank == flow.rank]
+            sending = [step for step in own if step.sends]
+            assert [step.slot for step in sending] == list(range(len(sending)))
             assert len(sending) <= flow.num_slots
             # Pieces at the borders of a run carry its receives and sends; those inside neither.
-            for hop in own:
-                pieces = [piece for piece in flow.pieces if piece.run == hop.run]
-                assert sum(piece.length for piece in pieces) == hop.length
-                assert [p.receives for p in pieces] == [hop.receives] + [False] * (len(pieces) - 1)
-                assert [p.sends for p in pieces] == [False] * (len(pieces) - 1) + [hop.sends]
-                assert hop.passes == (len(pieces) == 1 and hop.receives and hop.sends)
+            for step in own:
+                fragments = [fragment for fragment in flow.fragments if fragment.run == step.run]
+                assert sum(fragment.length for fragment in fragments) == step.length
+                assert [p.receives for p in fragments] == [step.receives] + [False] * (
+                    len(fragments) - 1
+                )
+                assert [p.sends for p in fragments] == [False] * (len(fragments) - 1) + [step.sends]
+                assert step.passes == (len(fragments) == 1 and step.receives and step.sends)
 
 
 @settings(max_examples=50, deadline=None)
@@ -64,8 +69,8 @@ def test_hops_and_pieces_tell_the_same_story(layout: SequenceLayout) -> None:
 def test_reverse_is_the_mirror(layout: SequenceLayout) -> None:
     for rank in range(layout.num_ranks):
         flow, back = flow_of(layout, rank), flow_of(layout, rank, reverse=True)
-        mirrored = [p._replace(receives=p.sends, sends=p.receives) for p in flow.pieces]
-        assert list(back.pieces) == mirrored[::-1]
+        mirrored = [p._replace(receives=p.sends, sends=p.receives) for p in flow.fragments]
+        assert list(back.fragments) == mirrored[::-1]
         assert flow.num_slots == 0 or back.num_slots > 0
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from lasp.lightning import eager as ops
 from lasp.lightning.reference import recurrent_lightning_attention
 from lasp.sequence.layout import SequenceLayout
-from lasp.sequence.state_flow import Flow, Piece, flow_of
+from lasp.sequence.state_flow import DirectedFragment, StateFlow, flow_of
 from tests.closeness import assert_equal_to_rounding
 
 RATES = torch.tensor([0.0, 0.2, 8.0], dtype=torch.float64)
@@ -17,9 +17,9 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-def one_piece(length: int, *, receives: bool, sends: bool, reverse: bool) -> Flow:
-    piece = Piece(0, length, 0, 0, receives, sends)
-    return Flow(0, reverse, (), (piece,), 1, int(sends), None, 1, ())
+def one_fragment(length: int, *, receives: bool, sends: bool, reverse: bool) -> StateFlow:
+    fragment = DirectedFragment(0, length, 0, 0, receives, sends)
+    return StateFlow(0, reverse, (), (fragment,), 1, int(sends), None, 1, ())
 
 
 def by_tokens(q: Tensor, k: Tensor, v: Tensor, state: Tensor, reverse: bool) -> tuple:
@@ -48,31 +48,35 @@ def test_passes_compose_to_the_recurrence(length: int, reverse: bool) -> None:
     expected, expected_state = by_tokens(q, k, v, state, reverse)
 
     # The state is given: scan knows it.
-    flow = one_piece(length, receives=False, sends=False, reverse=reverse)
-    output, result = ops.scan(q, k, v, RATES, flow, given=state[None], with_result=True)
-    assert result is not None
+    flow = one_fragment(length, receives=False, sends=False, reverse=reverse)
+    output, final_state = ops.chunk_scan(
+        q, k, v, RATES, flow, initial_state=state[None], with_final_state=True
+    )
+    assert final_state is not None
     assert_equal_to_rounding(output, expected)
-    assert_equal_to_rounding(result[0], expected_state)
+    assert_equal_to_rounding(final_state[0], expected_state)
 
     # The state comes in before the scan, as in dq.
-    flow = one_piece(length, receives=True, sends=False, reverse=reverse)
-    output, _ = ops.scan(q, k, v, RATES, flow, given=None, incoming=state[None])
+    flow = one_fragment(length, receives=True, sends=False, reverse=reverse)
+    output, _ = ops.chunk_scan(q, k, v, RATES, flow, initial_state=None, incoming=state[None])
     assert_equal_to_rounding(output, expected)
 
     # The state comes in after the scan.
-    output, result = ops.scan(q, k, v, RATES, flow, given=None, with_result=True)
-    assert result is not None
-    ops.add_incoming(output, q, RATES, flow, state[None], result=result)
+    output, final_state = ops.chunk_scan(
+        q, k, v, RATES, flow, initial_state=None, with_final_state=True
+    )
+    assert final_state is not None
+    ops.add_incoming(output, q, RATES, flow, state[None], final_state=final_state)
     assert_equal_to_rounding(output, expected)
-    assert_equal_to_rounding(result[0], expected_state)
+    assert_equal_to_rounding(final_state[0], expected_state)
 
     # The state goes out: with the given one, or without the received one.
-    flow = one_piece(length, receives=False, sends=True, reverse=reverse)
+    flow = one_fragment(length, receives=False, sends=True, reverse=reverse)
     assert_equal_to_rounding(
-        ops.run_states(k, v, RATES, flow, given=state[None])[0], expected_state
+        ops.chunk_state(k, v, RATES, flow, initial_state=state[None])[0], expected_state
     )
-    flow = one_piece(length, receives=True, sends=True, reverse=reverse)
-    own = ops.run_states(k, v, RATES, flow, given=state[None])[0]
+    flow = one_fragment(length, receives=True, sends=True, reverse=reverse)
+    own = ops.chunk_state(k, v, RATES, flow, initial_state=state[None])[0]
     assert_equal_to_rounding(own + ops.decay_over(RATES, length) * state, expected_state)
 
 
@@ -82,9 +86,15 @@ def test_roles_of_the_backward() -> None:
     reference, _ = recurrent_lightning_attention(*leaves, RATES)
     expected = torch.autograd.grad(reference, leaves, do)
     forward, reverse = (flow_of(SequenceLayout((70,), 1), 0, reverse=r) for r in (False, True))
-    assert_equal_to_rounding(ops.scan(do, v, k, RATES, forward, given=None)[0], expected[0])
-    assert_equal_to_rounding(ops.scan(v, do, q, RATES, reverse, given=None)[0], expected[1])
-    assert_equal_to_rounding(ops.scan(k, q, do, RATES, reverse, given=None)[0], expected[2])
+    assert_equal_to_rounding(
+        ops.chunk_scan(do, v, k, RATES, forward, initial_state=None)[0], expected[0]
+    )
+    assert_equal_to_rounding(
+        ops.chunk_scan(v, do, q, RATES, reverse, initial_state=None)[0], expected[1]
+    )
+    assert_equal_to_rounding(
+        ops.chunk_scan(k, q, do, RATES, reverse, initial_state=None)[0], expected[2]
+    )
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -112,11 +122,13 @@ def test_steep_decay_and_ragged_tails_stay_finite(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(layout.num_tokens, 3, 4).to(dtype) for _ in range(3))
     for reverse in (False, True):
         flow = flow_of(layout, 0, reverse=reverse)
-        output, result = ops.scan(q, k, v, rates, flow, given=None, with_result=True)
-        assert result is not None
+        output, final_state = ops.chunk_scan(
+            q, k, v, rates, flow, initial_state=None, with_final_state=True
+        )
+        assert final_state is not None
         assert output.isfinite().all()
-        assert result.isfinite().all()
-        assert output.dtype == result.dtype == torch.float32
+        assert final_state.isfinite().all()
+        assert output.dtype == final_state.dtype == torch.float32
 
 
 def test_operands_need_not_be_contiguous() -> None:
@@ -124,8 +136,10 @@ def test_operands_need_not_be_contiguous() -> None:
     views = fused.split(4, dim=-1)
     flow = flow_of(SequenceLayout((70, 80), 1), 0)
     for operands in (views, [x.flip(0).flip(0)[:, :, :] for x in views]):
-        output, _ = ops.scan(*operands, RATES, flow, given=None)
-        contiguous, _ = ops.scan(*(x.contiguous() for x in views), RATES, flow, given=None)
+        output, _ = ops.chunk_scan(*operands, RATES, flow, initial_state=None)
+        contiguous, _ = ops.chunk_scan(
+            *(x.contiguous() for x in views), RATES, flow, initial_state=None
+        )
         assert torch.equal(output, contiguous)
 
 
@@ -136,7 +150,9 @@ def test_nothing_is_read_back_from_the_device() -> None:
     rates, states = RATES.float().to("meta"), torch.empty(4, 3, 4, 4, device="meta")
     for reverse in (False, True):
         flow = flow_of(layout, 0, reverse=reverse)
-        output, result = ops.scan(q, k, v, rates, flow, given=states, with_result=True)
-        ops.add_incoming(output, q, rates, flow, states[:1], result=result)
-        ops.run_states(k, v, rates, flow, given=states)
+        output, final_state = ops.chunk_scan(
+            q, k, v, rates, flow, initial_state=states, with_final_state=True
+        )
+        ops.add_incoming(output, q, rates, flow, states[:1], final_state=final_state)
+        ops.chunk_state(k, v, rates, flow, initial_state=states)
         assert output.shape == (layout.num_tokens, 3, 4)

@@ -29,7 +29,7 @@ class RecordedWork:
 def events_of_one_call() -> tuple[list[str], list[str]]:
     """What happened in forward and backward, in order, on this rank."""
     events: list[str] = []
-    gather, scan = strategies.all_gather, ops.scan
+    gather, chunk_scan = strategies.all_gather, ops.chunk_scan
 
     def recorded_gather(*args: Any, **kwargs: Any) -> RecordedWork:
         assert kwargs["async_op"]
@@ -38,18 +38,19 @@ def events_of_one_call() -> tuple[list[str], list[str]]:
 
     def recorded_scan(*args: Any, **kwargs: Any) -> Any:
         events.append("compute")
-        return scan(*args, **kwargs)
+        return chunk_scan(*args, **kwargs)
 
     layout = SequenceLayout((40,), dist.get_world_size())
     q, k, v = (torch.randn(20, 2, 4, requires_grad=True) for _ in range(3))
     with (
         mock.patch.object(strategies, "all_gather", recorded_gather),
-        mock.patch.object(ops, "scan", recorded_scan),
+        mock.patch.object(ops, "chunk_scan", recorded_scan),
     ):
         rates = decay_rates(2, 0, 2)
         output, _ = lightning_attention(
-            q, k, v, rates, layout=layout, cp_group=dist.group.WORLD, output_final_state=False
-        )
+            q, k, v, rates, layout=layout, cp_group=dist.group.WORLD, exchange="all_gather",
+            output_final_state=False,
+        )  # fmt: skip
         forward = events.copy()
         events.clear()
         output.sum().backward()

@@ -21,7 +21,7 @@ from tests.lasp.test_kernels import DEVICE, small_blocks
 
 
 def plan(lengths: tuple[int, ...], length: int, **options: bool) -> Plan:
-    options = {"reverse": False, "given": False, "result": True} | options
+    options = {"reverse": False, "with_initial": False, "with_final": True} | options
     return plan_of(SequenceLayout(lengths, 1), 0, torch.device("cpu"), length=length, **options)
 
 
@@ -41,10 +41,10 @@ def test_only_segments_that_hand_a_state_on_have_sums(reverse: bool) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_documents_share_segments_where_no_state_is_asked_for(reverse: bool) -> None:
     lengths = (5, 0, 40, 300)
-    assert plan(lengths, 64, reverse=reverse, result=False).shared
+    assert plan(lengths, 64, reverse=reverse, with_final=False).shared
     assert not plan(lengths, 64, reverse=reverse).shared
-    assert not plan(lengths, 64, reverse=reverse, result=False, given=True).shared
-    assert not plan((345,), 64, reverse=reverse, result=False).shared
+    assert not plan(lengths, 64, reverse=reverse, with_final=False, with_initial=True).shared
+    assert not plan((345,), 64, reverse=reverse, with_final=False).shared
 
 
 def test_sums_and_programs_are_of_few_segments() -> None:
@@ -58,10 +58,10 @@ def test_sums_and_programs_are_of_few_segments() -> None:
 
             return launch
 
-    kernel = state_pass.segment_states_kernel
+    kernel = state_pass.chunk_state_kernel
     x, rates = torch.randn(120, 1, 32, device=DEVICE), torch.zeros(1, device=DEVICE)
     layout = SequenceLayout((4,) * 10 + (40,) + (4,) * 10, 1)
-    with small_blocks(), patch.object(state_pass, "segment_states_kernel", Kernel()):
+    with small_blocks(), patch.object(state_pass, "chunk_state_kernel", Kernel()):
         lightning_attention(x, x, x, rates, layout=layout, impl="triton", output_final_state=True)
     assert launched == [(2, 1)]  # two parts of the 32 tokens that end one segment of 22
 
@@ -84,7 +84,7 @@ def test_planning_looks_at_each_piece_a_few_times(result: bool) -> None:
     flow = flow_of(layout, 0)
     Counted.looks = 0
     with patch.object(
-        segments, "flow_of", lambda *_, **__: flow._replace(pieces=Counted(flow.pieces))
+        segments, "flow_of", lambda *_, **__: flow._replace(fragments=Counted(flow.fragments))
     ):
         segments._plan_of(layout, 0, torch.device("cpu"), False, False, result, 64)
     assert 300 <= Counted.looks <= 4 * 300

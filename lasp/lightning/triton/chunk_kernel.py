@@ -1,4 +1,4 @@
-"""One chunk of pass C: the output of its tokens, and the state after it.
+"""One chunk of the chunk scan: the output of its tokens, and the state after it.
 
 For the rows r, s of a chunk of n, in the order of the flow (see ``chunk_state``)::
 
@@ -11,7 +11,7 @@ Documents are masks on this fixed grid. ``reach_r`` counts the tokens of its doc
 ``n - 1 - s <= reach_(n-1)``, the state on entry to that on leaving iff ``reach_(n-1) >= n``. That
 last one holds iff no document starts in the chunk: then there is nothing to mask.
 
-Example: documents of 3 and 5 tokens, chunks of 4, no state given::
+Example: documents of 3 and 5 tokens, chunks of 4, no initial states::
 
     reach     0 1 2 0 | 1 2 3 4
     chunk 0   row 3 sees itself alone, and it alone enters the state

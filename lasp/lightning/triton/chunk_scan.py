@@ -1,4 +1,4 @@
-"""Pass C: the output and the gradients."""
+"""Chunk scan: launches of the kernels that give the output and the gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lasp.lightning.triton import tuning
-from lasp.lightning.triton.chunk_scan_kernel import key_value_gradients_kernel, output_kernel
+from lasp.lightning.triton.chunk_scan_kernel import chunk_scan_kernel, key_value_gradients_kernel
 from lasp.lightning.triton.device import arithmetic, device_limits
 from lasp.lightning.triton.segments import Plan
 
@@ -20,13 +20,13 @@ def chunk_scan(  # an argument a line, of one launch: longer than our functions 
     plan: Plan,
     states: Tensor,
     *,
-    given: Tensor | None,
+    initial_state: Tensor | None,
     incoming: Tensor | None,
-    result: Tensor | None = None,
+    final_state: Tensor | None = None,
     scale: float,
     transposed: bool = False,
 ) -> Tensor:
-    """Pass C: ``[T, H, E]`` in the dtype of the query, and ``result`` filled in if there is one.
+    """The output ``[T, H, E]`` in the dtype of the query; fills in ``final_state`` if there is one.
 
     The output is this scan of (q, k, v), and dq is that of (do, v, k) with transposed states.
 
@@ -37,9 +37,9 @@ def chunk_scan(  # an argument a line, of one launch: longer than our functions 
         rates_H: ``[H]`` float32.
         plan: direction and segments.
         states: ``States.entering``.
-        given: state at the start of each document, or None.
+        initial_state: state at the start of each document, or None.
         incoming: states that runs receive ``[runs, H, D, E]``, or None.
-        result: where to leave the state at the end of each document, or None.
+        final_state: where to leave the state at the end of each document, or None.
         scale: of the output.
         transposed: all states are ``[..., E, D]`` in memory.
     """
@@ -55,14 +55,14 @@ def chunk_scan(  # an argument a line, of one launch: longer than our functions 
     tiles = _tiles(tensors, widths, blocks.chunk)
     with torch.cuda.device_of(out):
         for repair in (False, True)[: 1 + plan.shared]:
-            output_kernel[(len(plan.segments) * num_heads * -(-dim_out // blocks.columns),)](
+            chunk_scan_kernel[(len(plan.segments) * num_heads * -(-dim_out // blocks.columns),)](
                 *(tiles[:3] if tiles else tensors[:3]),
                 out,
                 tiles[3] if tiles else None,
                 states,
-                given,
+                initial_state,
                 incoming,
-                result,
+                final_state,
                 rates_H,
                 plan.table,
                 plan.reach,
@@ -96,12 +96,12 @@ def key_value_gradients(  # as above
     plan: Plan,
     states: Tensor,
     *,
-    given: Tensor | None,
+    initial_state: Tensor | None,
     incoming: Tensor | None,
-    result: Tensor | None = None,
+    final_state: Tensor | None = None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Pass C of the backward: dk and dv, and ``result`` filled in if there is one.
+    """The gradients dk and dv; fills in ``final_state`` if there is one.
 
     In reverse dk is the output of (v, do, q) and dv that of (k, q, do): in one launch, where
     K = V, in which q and do come from memory once.
@@ -114,9 +114,9 @@ def key_value_gradients(  # as above
         rates_H: ``[H]`` float32.
         plan: reverse direction and segments.
         states: ``States.entering``.
-        given: gradient of the state at the end of each document, or None.
+        initial_state: gradient of the state at the end of each document, or None.
         incoming: gradients of states that runs receive ``[runs, H, K, V]``, or None.
-        result: where to leave the gradient of each document's initial state, or None.
+        final_state: where to leave the gradient of each document's initial state, or None.
         scale: of the output.
     """
     q, k, v, do = q_THK, k_THK, v_THV, do_THV
@@ -124,11 +124,11 @@ def key_value_gradients(  # as above
     if v.shape[2] != dim:
         dk = chunk_scan(
             v, do, q, rates_H, plan, states,
-            given=given, incoming=incoming, scale=scale, transposed=True,
+            initial_state=initial_state, incoming=incoming, scale=scale, transposed=True,
         )  # fmt: skip
         dv = chunk_scan(
             k, q, do, rates_H, plan, states,
-            given=given, incoming=incoming, result=result, scale=scale,
+            initial_state=initial_state, incoming=incoming, final_state=final_state, scale=scale,
         )  # fmt: skip
         return dk, dv
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
@@ -145,9 +145,9 @@ def key_value_gradients(  # as above
                 dv,
                 *(tiles[6:] if tiles else (None, None)),
                 states,
-                given,
+                initial_state,
                 incoming,
-                result,
+                final_state,
                 rates_H,
                 plan.table,
                 plan.reach,

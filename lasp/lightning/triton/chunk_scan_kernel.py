@@ -1,4 +1,4 @@
-"""Pass C: the output of every token, chunk by chunk, the state in registers.
+"""Chunk scan: the output of every token, chunk by chunk, the state in registers.
 
 One program walks one segment of one head and keeps the state of all key rows and a block of value
 columns in float32 registers, transposed. Operands are read once and the output is written once;
@@ -129,16 +129,16 @@ def _ends_finite(
 
 
 @triton.jit(do_not_specialize=["num_heads"])
-def output_kernel(
+def chunk_scan_kernel(
     query,  # [T, H, D]
     key,  # [T, H, D]
     value,  # [T, H, E]
     output,  # [T, H, E], contiguous
     output_tiles,  # its tensor descriptor, or None
     states,  # [states, H, K, V] float32: what enters segments from those before
-    given,  # [N, H, K, V] float32: what each document starts from, or None
+    initial_state,  # [N, H, K, V] float32: what each document starts from, or None
     incoming,  # [runs, H, K, V] float32: what runs receive, or None
-    result,  # [N, H, K, V] float32: what each document leaves, or None
+    final_state,  # [N, H, K, V] float32: what each document leaves, or None
     rates,  # [H] float32
     table,  # [segments, COLUMNS] int32
     reach,  # [T] int32
@@ -173,7 +173,7 @@ def output_kernel(
         if _ends_finite(output, table, row, block, num_heads, E, BLOCK_E, STEP):
             return
     state = entering_state(
-        states, given, incoming, rates, table, row, block, num_heads,
+        states, initial_state, incoming, rates, table, row, block, num_heads,
         D, E, BLOCK_D, BLOCK_E, TRANSPOSED,
     )  # fmt: skip
     state = _walk(
@@ -182,8 +182,10 @@ def output_kernel(
         query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
         D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, TMA, OPERAND, PRECISION, REPAIR,
     )  # fmt: skip
-    if result is not None:
-        leave_state(state, result, table, row, block, num_heads, D, E, BLOCK_D, BLOCK_E, TRANSPOSED)
+    if final_state is not None:
+        leave_state(
+            state, final_state, table, row, block, num_heads, D, E, BLOCK_D, BLOCK_E, TRANSPOSED
+        )
 
 
 @triton.jit(do_not_specialize=["num_heads"])
@@ -198,10 +200,10 @@ def key_value_gradients_kernel(
     dv,  # [T, H, D], contiguous
     dk_tiles,  # their tensor descriptors, or None
     dv_tiles,
-    states,  # [states, H, D, D] float32, and so on: see output_kernel
-    given,
+    states,  # [states, H, D, D] float32, and so on: see chunk_scan_kernel
+    initial_state,
     incoming,
-    result,
+    final_state,
     rates,
     table,
     reach,
@@ -246,7 +248,7 @@ def key_value_gradients_kernel(
         key_stride_t, key_stride_h = q_stride_t, q_stride_h
         value_stride_t, value_stride_h = do_stride_t, do_stride_h
         state = entering_state(
-            states, given, incoming, rates, table, row, block, num_heads,
+            states, initial_state, incoming, rates, table, row, block, num_heads,
             D, D, BLOCK_D, BLOCK_E, False,
         )  # fmt: skip
     else:
@@ -255,7 +257,7 @@ def key_value_gradients_kernel(
         key_stride_t, key_stride_h = do_stride_t, do_stride_h
         value_stride_t, value_stride_h = q_stride_t, q_stride_h
         state = entering_state(
-            states, given, incoming, rates, table, row, block, num_heads,
+            states, initial_state, incoming, rates, table, row, block, num_heads,
             D, D, BLOCK_D, BLOCK_E, True,
         )  # fmt: skip
     state = _walk(
@@ -264,6 +266,8 @@ def key_value_gradients_kernel(
         query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
         D, D, BLOCK_D, BLOCK_E, CHUNK, -1, TMA, OPERAND, PRECISION, REPAIR,
     )  # fmt: skip
-    if result is not None:  # noqa: SIM102 (known when this is compiled, the other is not)
+    if final_state is not None:  # noqa: SIM102 (known when this is compiled, the other is not)
         if of_dv:
-            leave_state(state, result, table, row, block, num_heads, D, D, BLOCK_D, BLOCK_E, False)
+            leave_state(
+                state, final_state, table, row, block, num_heads, D, D, BLOCK_D, BLOCK_E, False
+            )

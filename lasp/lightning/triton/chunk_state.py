@@ -1,4 +1,4 @@
-"""Passes A and B: the states between segments."""
+"""Chunk state and state passing: launches of the kernels that give the states between segments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lasp.lightning.triton import tuning
-from lasp.lightning.triton.chunk_state_kernel import combine_states_kernel, segment_states_kernel
+from lasp.lightning.triton.chunk_state_kernel import chunk_state_kernel, state_passing_kernel
 from lasp.lightning.triton.device import arithmetic, device_limits
 from lasp.lightning.triton.segments import Plan, parts_of
 
@@ -34,17 +34,17 @@ def segment_length(q: Tensor, v: Tensor, reaches: tuple[int, ...]) -> int:
     return length
 
 
-def run_states(  # two launches, an argument a line: longer than our functions are
+def chunk_state(  # two launches, an argument a line: longer than our functions are
     key_THK: Tensor,
     value_THV: Tensor,
     rates_H: Tensor,
     plan: Plan,
     reaches: tuple[int, ...],
     *,
-    given: Tensor | None,
+    initial_state: Tensor | None,
     scale: float,
 ) -> States:
-    """Passes A and B: the states between segments, and those that runs send on.
+    """The states between segments, and those that runs send on.
 
     Args:
         key_THK: ``[T, H, K]``.
@@ -52,7 +52,7 @@ def run_states(  # two launches, an argument a line: longer than our functions a
         rates_H: ``[H]`` float32.
         plan: direction and segments.
         reaches: for each head, how many tokens at the end of a segment count.
-        given: state at the start of each document ``[N, H, K, V]`` float32, or None.
+        initial_state: state at the start of each document ``[N, H, K, V]`` float32, or None.
         scale: of the states.
     """
     num_heads, key_dim = key_THK.shape[1:]
@@ -74,7 +74,7 @@ def run_states(  # two launches, an argument a line: longer than our functions a
     num_sums = plan.summed.shape[0]
     sums = rates_H.new_empty(num_sums, num_parts, key_dim, value_dim)
     with torch.cuda.device_of(states):
-        segment_states_kernel[(num_sums * num_parts * programs,)](
+        chunk_state_kernel[(num_sums * num_parts * programs,)](
             key_THK,
             value_THV,
             sums,
@@ -99,11 +99,11 @@ def run_states(  # two launches, an argument a line: longer than our functions a
             maxnreg=blocks.max_registers,
         )
         group, block = tuning.combine_blocks(len(plan.segments))
-        combine_states_kernel[(num_heads * -(-key_dim * value_dim // block),)](
+        state_passing_kernel[(num_heads * -(-key_dim * value_dim // block),)](
             sums,
             states,
             outgoing,
-            given,
+            initial_state,
             rates_H,
             plan.table,
             parts.first,

@@ -1,14 +1,15 @@
-"""Passes A and B: the states between segments.
+"""Chunk state and state passing: the states between segments.
 
-Pass A sums, for each segment whose state somebody needs, ``lambda^distance key^T value`` over the
-tokens that belong to the document at its end, but only as far back as they matter to a head: a fast
-head takes few tokens. Long sums are split over programs. Pass B walks the segments in the order of
-the flow and turns these sums into the state that enters each segment.
+``chunk_state_kernel`` computes one sum for each segment whose state somebody needs:
+``lambda^distance key^T value`` over the tokens that belong to the document at its end. The sum goes
+only as far back as tokens matter to a head: a fast head takes few tokens. Long sums are split over
+programs. ``state_passing_kernel`` walks the segments in the order of the flow. It turns these sums
+into the state that enters each segment.
 
 Example: one document of 6 tokens in segments of 2, lambda = 1/2, and x_t = key_t^T value_t::
 
-    pass A    U_0 = x_0 / 2 + x_1      U_1 = x_2 / 2 + x_3      (nobody needs that of the last)
-    pass B    enters 1: U_0            enters 2: U_0 / 4 + U_1
+    chunk state      U_0 = x_0 / 2 + x_1      U_1 = x_2 / 2 + x_3      (nobody needs the last one)
+    state passing    enters 1: U_0            enters 2: U_0 / 4 + U_1
 
 Rows of a segment are counted in the order of the flow: row r is token ``first + STEP r``, with STEP
 1 forward and -1 in reverse. A state that enters has decayed by ``lambda^(r + SHIFT)`` at row r, and
@@ -26,10 +27,10 @@ FIRST = tl.constexpr(0)
 LENGTH = tl.constexpr(1)
 STATE_LENGTH = tl.constexpr(2)
 CHAIN = tl.constexpr(3)
-GIVEN_ROW = tl.constexpr(4)
+INITIAL_ROW = tl.constexpr(4)
 INCOMING_ROW = tl.constexpr(5)
 DISTANCE = tl.constexpr(6)
-RESULT_ROW = tl.constexpr(7)
+FINAL_ROW = tl.constexpr(7)
 SLOT = tl.constexpr(8)
 BEGIN = tl.constexpr(9)
 SUM_ROW = tl.constexpr(10)
@@ -52,7 +53,7 @@ def as_operand(x, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_parts", "part_length"])
-def segment_states_kernel(
+def chunk_state_kernel(
     key,  # [T, H, K], any strides but that of the last dim, which is 1
     value,  # [T, H, V]
     sums,  # [sums, parts, K, V] float32, contiguous
@@ -76,7 +77,7 @@ def segment_states_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Pass A: one program a sum, part and block of value columns."""
+    """Chunk state: one program a sum, part and block of value columns."""
     blocks = tl.cdiv(V, BLOCK_V)
     program = tl.program_id(0)
     block, row = program % blocks, program // blocks
@@ -114,11 +115,11 @@ def segment_states_kernel(
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_heads", "num_parts", "part_length"])
-def combine_states_kernel(
-    sums,  # [sums, parts, K, V] float32: from pass A
+def state_passing_kernel(
+    sums,  # [sums, parts, K, V] float32: from chunk_state_kernel
     states,  # [states, H, K, V] float32: the states that enter segments
     outgoing,  # [slots, H, K, V] float32: what the runs send on
-    given,  # [N, H, K, V] float32 or None
+    initial_state,  # [N, H, K, V] float32 or None
     rates,  # [H]
     table,  # [segments, COLUMNS]
     first_parts,  # [H + 1] int32: where the parts of a head begin
@@ -131,7 +132,7 @@ def combine_states_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Pass B: one program a head and block of the state, a group of segments at a time.
+    """State passing: one program a head and block of the state, a group of segments at a time.
 
     What enters segment s is the sum over the segments j of its document before it of
     ``lambda^(tokens between j and s) U_j``: one small triangular product a group, in float32, plus
@@ -188,18 +189,18 @@ def combine_states_kernel(
         )
         after = own + through[:, None] * entering
         carry = tl.sum(tl.where((s == first + GROUP - 1)[:, None], after, 0.0), axis=0)
-        if given is not None:
-            given_row = tl.load(row + GIVEN_ROW, mask=exists, other=-1)
+        if initial_state is not None:
+            initial_row = tl.load(row + INITIAL_ROW, mask=exists, other=-1)
             whole = length + tl.load(row + DISTANCE, mask=exists, other=0)
-            pointers = given + given_row.to(tl.int64)[:, None] * size + offsets
-            start = tl.load(pointers, mask=inside & (given_row >= 0)[:, None], other=0.0)
+            pointers = initial_state + initial_row.to(tl.int64)[:, None] * size + offsets
+            start = tl.load(pointers, mask=inside & (initial_row >= 0)[:, None], other=0.0)
             after += tl.exp2(-rate * whole.to(tl.float32))[:, None] * start
         pointers = outgoing + slot.to(tl.int64)[:, None] * size + offsets
         tl.store(pointers, after, mask=inside & (slot >= 0)[:, None])
     if tl.sum(carry * 0.0) != 0.0:  # NaN is not 0 either
         tl.debug_barrier()  # what is stored again must come after what was stored above
         _combine_one_by_one(
-            sums, states, outgoing, given, table, reach, rate, offsets, inside, cols, size,
+            sums, states, outgoing, initial_state, table, reach, rate, offsets, inside, cols, size,
             first_part, head_parts, num_segments, num_parts, part_length, SIZE, BLOCK,
         )  # fmt: skip
 
@@ -209,7 +210,7 @@ def _combine_one_by_one(
     sums,
     states,
     outgoing,
-    given,
+    initial_state,
     table,
     reach,
     rate,
@@ -246,11 +247,11 @@ def _combine_one_by_one(
         through = tl.exp2(-rate * length.to(tl.float32))[:, None] * entering
         after = own + tl.where((state_length == length)[:, None], through, 0.0)
         leaving = after
-        if given is not None:
-            given_row = tl.load(row + GIVEN_ROW)[:, None]
+        if initial_state is not None:
+            initial_row = tl.load(row + INITIAL_ROW)[:, None]
             whole = length + tl.load(row + DISTANCE)
-            pointers = given + given_row.to(tl.int64) * size + offsets
-            start = tl.load(pointers, mask=inside & (given_row >= 0), other=0.0)
+            pointers = initial_state + initial_row.to(tl.int64) * size + offsets
+            start = tl.load(pointers, mask=inside & (initial_row >= 0), other=0.0)
             leaving += tl.exp2(-rate * whole.to(tl.float32))[:, None] * start
         slot = tl.load(row + SLOT)[:, None]
         pointers = outgoing + slot.to(tl.int64) * size + offsets

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lasp.lightning.decay import rates_by_value
 from lasp.lightning.op_context import (
-    Call,
+    OpContext,
     heads_of_rows,
     rows_of_heads,
     start,
@@ -23,29 +23,37 @@ from lasp.lightning.op_context import (
     states_of_rows,
 )
 from lasp.lightning.triton.chunk_scan import chunk_scan, key_value_gradients
-from lasp.lightning.triton.chunk_state import run_states, segment_length
+from lasp.lightning.triton.chunk_state import chunk_state, segment_length
 from lasp.lightning.triton.segments import Plan, plan_of, reaches_of
-from lasp.sequence.state_flow import Flow
+from lasp.sequence.state_flow import StateFlow
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, call: Call
+    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, op: OpContext
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, final states, and what the backward needs of states; empty where there is none."""
-    like, rates = q, _rates(call, q)
+    like, rates = q, _rates(op, q)
     q, k, v = (_rows(x) for x in (q, k, v))
-    given = _given(initial_state, like)
-    plan = _plan(call, q, v, given is not None)
-    states, outgoing = run_states(
-        k, v, rates, plan, reaches_of(call.rates, call.state_eps), given=given, scale=1.0
+    initial_state = _states(initial_state, like)
+    plan = _plan(op, q, v, initial_state is not None)
+    states, outgoing = chunk_state(
+        k,
+        v,
+        rates,
+        plan,
+        reaches_of(op.rates, op.state_eps),
+        initial_state=initial_state,
+        scale=1.0,
     )
-    incoming = _start(outgoing, rates, plan.flow, call)()
+    incoming = _start(outgoing, rates, plan.flow, op)()
     final_state = None
-    if call.with_final_state:
-        final_state = _results(q, v, plan.flow.num_documents, given, plan.flow.empty_documents)
+    if op.with_final_state:
+        final_state = _final_states(
+            q, v, plan.flow.num_documents, initial_state, plan.flow.empty_documents
+        )
     output = chunk_scan(
         q, k, v, rates, plan, states,
-        given=given, incoming=incoming, result=final_state, scale=call.scale,
+        initial_state=initial_state, incoming=incoming, final_state=final_state, scale=op.scale,
     )  # fmt: skip
     return (
         rows_of_heads(output, like),
@@ -65,34 +73,34 @@ def backward(
     states: Tensor,
     incoming: Tensor,
     needs_initial: bool,
-    call: Call,
+    op: OpContext,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the initial state; the latter empty if not asked for."""
-    like, rates = q, _rates(call, q)
+    like, rates = q, _rates(op, q)
     if grad_output is None:  # only the final state was used, on this rank
         grad_output = torch.zeros_like(v)
     q, k, v, do = (_rows(x) for x in (q, k, v, grad_output))
-    given, given_back = _given(initial_state, like), _given(grad_final, like)
+    initial_state, grad_final = _states(initial_state, like), _states(grad_final, like)
     received = incoming if incoming.numel() else None
-    plan = _plan(call, q, v, given is not None)
-    back = _plan(call, q, v, given_back is not None, reverse=True, result=needs_initial)
-    states_back, outgoing = run_states(
-        q, do, rates, back, reaches_of(call.rates, call.state_eps),
-        given=given_back, scale=call.scale,
+    plan = _plan(op, q, v, initial_state is not None)
+    back = _plan(op, q, v, grad_final is not None, reverse=True, with_final=needs_initial)
+    states_back, outgoing = chunk_state(
+        q, do, rates, back, reaches_of(op.rates, op.state_eps),
+        initial_state=grad_final, scale=op.scale,
     )  # fmt: skip
-    wait = _start(outgoing, rates, back.flow, call)
+    wait = _start(outgoing, rates, back.flow, op)
     dq = chunk_scan(
         do, v, k, rates, plan, states,
-        given=given, incoming=received, scale=call.scale, transposed=True,
+        initial_state=initial_state, incoming=received, scale=op.scale, transposed=True,
     )  # fmt: skip
     grad_initial = None
     if needs_initial:
         flow = back.flow
-        grad_initial = _results(q, v, flow.num_documents, given_back, flow.empty_documents)
+        grad_initial = _final_states(q, v, flow.num_documents, grad_final, flow.empty_documents)
     incoming_back = wait()
     dk, dv = key_value_gradients(
         q, k, v, do, rates, back, states_back,
-        given=given_back, incoming=incoming_back, result=grad_initial, scale=call.scale,
+        initial_state=grad_final, incoming=incoming_back, final_state=grad_initial, scale=op.scale,
     )  # fmt: skip
     return (
         rows_of_heads(dq, like),
@@ -103,17 +111,23 @@ def backward(
 
 
 def _plan(
-    call: Call, q: Tensor, v: Tensor, given: bool, *, reverse: bool = False, result: bool = False
+    op: OpContext,
+    q: Tensor,
+    v: Tensor,
+    with_initial: bool,
+    *,
+    reverse: bool = False,
+    with_final: bool = False,
 ) -> Plan:
-    length = segment_length(q, v, reaches_of(call.rates, call.state_eps))
+    length = segment_length(q, v, reaches_of(op.rates, op.state_eps))
     return plan_of(
-        call.layout, call.rank, q.device, reverse=reverse, given=given,
-        result=result if reverse else call.with_final_state, length=length,
+        op.layout, op.rank, q.device, reverse=reverse, with_initial=with_initial,
+        with_final=with_final if reverse else op.with_final_state, length=length,
     )  # fmt: skip
 
 
-def _rates(call: Call, q: Tensor) -> Tensor:
-    return rates_by_value(call.rates, q.device, torch.float32)
+def _rates(op: OpContext, q: Tensor) -> Tensor:
+    return rates_by_value(op.rates, q.device, torch.float32)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -122,26 +136,28 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _given(states: Tensor | None, q: Tensor) -> Tensor | None:
+def _states(states: Tensor | None, q: Tensor) -> Tensor | None:
     return None if states is None else states_of_heads(states, q).contiguous()
 
 
-def _start(outgoing: Tensor, rates: Tensor, flow: Flow, call: Call) -> Callable[[], Tensor | None]:
+def _start(
+    outgoing: Tensor, rates: Tensor, flow: StateFlow, op: OpContext
+) -> Callable[[], Tensor | None]:
     """As ``start``; None comes in if no document is cut: nothing to load then."""
     if flow.num_slots == 0:
         return lambda: None
-    wait = start(outgoing, rates, flow, call)
+    wait = start(outgoing, rates, flow, op)
     return lambda: wait().contiguous()
 
 
-def _results(
-    q: Tensor, v: Tensor, num_documents: int, given: Tensor | None, empty: tuple[int, ...]
+def _final_states(
+    q: Tensor, v: Tensor, num_documents: int, initial_state: Tensor | None, empty: tuple[int, ...]
 ) -> Tensor:
-    """Zero for documents that end elsewhere, the given state for empty ones, to be filled in."""
-    results = torch.zeros(
+    """Zero for documents that end elsewhere, the initial state for empty ones; to be filled in."""
+    states = torch.zeros(
         num_documents, q.shape[1], q.shape[2], v.shape[2], dtype=torch.float32, device=q.device
     )
-    if given is not None:
+    if initial_state is not None:
         for document in empty:
-            results[document] = given[document]
-    return results
+            states[document] = initial_state[document]
+    return states

@@ -1,10 +1,10 @@
 """Loading the state before a segment, and leaving the one after it.
 
 What enters is the sum of three parts, each absent or present: the state from the segments before,
-the state that the document was given and the one that its run received, both as far as they have
-decayed on the way::
+the initial state of the document and the state that its run received. The last two have decayed on
+the way::
 
-    S = states[STATE_ROW] + lambda^DISTANCE (given[GIVEN_ROW] + incoming[INCOMING_ROW])
+    S = states[STATE_ROW] + lambda^DISTANCE (initial_state[INITIAL_ROW] + incoming[INCOMING_ROW])
 """
 
 import triton
@@ -13,10 +13,10 @@ import triton.language as tl
 from lasp.lightning.triton.chunk_state_kernel import (
     COLUMNS,
     DISTANCE,
-    GIVEN_ROW,
+    FINAL_ROW,
     INCOMING_ROW,
+    INITIAL_ROW,
     LOG2E,
-    RESULT_ROW,
     STATE_ROW,
 )
 
@@ -49,7 +49,7 @@ def _state_offsets(
 @triton.jit
 def entering_state(
     states,
-    given,
+    initial_state,
     incoming,
     rates,
     table,
@@ -73,10 +73,12 @@ def entering_state(
     state = tl.load(states + state_row * size + offsets, mask=inside, other=0.0)
     rate = tl.load(rates + head) * LOG2E
     before = tl.exp2(-rate * tl.load(table + DISTANCE).to(tl.float32))
-    if given is not None:
-        given_row = tl.load(table + GIVEN_ROW)
-        inside = e_inside & (d_cols < tl.where(given_row >= 0, D, 0))
-        state += before * tl.load(given + given_row * size + offsets, mask=inside, other=0.0)
+    if initial_state is not None:
+        initial_row = tl.load(table + INITIAL_ROW)
+        inside = e_inside & (d_cols < tl.where(initial_row >= 0, D, 0))
+        state += before * tl.load(
+            initial_state + initial_row * size + offsets, mask=inside, other=0.0
+        )
     if incoming is not None:
         incoming_row = tl.load(table + INCOMING_ROW)
         inside = e_inside & (d_cols < tl.where(incoming_row >= 0, D, 0))
@@ -87,7 +89,7 @@ def entering_state(
 @triton.jit
 def leave_state(
     state,
-    result,
+    final_state,
     table,
     row,  # segment and head
     block,  # of columns
@@ -102,6 +104,6 @@ def leave_state(
     head = row % num_heads
     offsets, d_cols, e_inside = _state_offsets(head, block, D, E, BLOCK_D, BLOCK_E, TRANSPOSED)
     size = (num_heads * (D * E)).to(tl.int64)
-    result_row = tl.load(table + row // num_heads * COLUMNS + RESULT_ROW)
-    inside = e_inside & (d_cols < tl.where(result_row >= 0, D, 0))
-    tl.store(result + result_row * size + offsets, state, mask=inside)
+    final_row = tl.load(table + row // num_heads * COLUMNS + FINAL_ROW)
+    inside = e_inside & (d_cols < tl.where(final_row >= 0, D, 0))
+    tl.store(final_state + final_row * size + offsets, state, mask=inside)

@@ -2,9 +2,9 @@
 
 A segment is a stretch of tokens that one program a head walks chunk by chunk; many segments fill
 the GPU when heads are few. Cuts lie where a state must come in or go out: before a fragment that
-receives a state or starts from a given one, after a fragment that sends one or whose result is
-asked for, and around the tail padding. In between, cuts lie where they balance the work, whatever
-the documents: those are masks, see ``lasp.lightning.triton.chunk_kernel``.
+receives a state or starts from an initial one, after a fragment that sends one or whose final state
+is asked for, and around the tail padding. In between, cuts lie where they balance the work,
+whatever the documents: those are masks, see ``lasp.lightning.triton.chunk_kernel``.
 
 Example: documents of 3 and 5 tokens on one rank, no states asked for, segments of 4::
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from lasp._core.cache import ByteCache
 from lasp._core.host_constants import to_device
 from lasp.sequence.layout import SequenceLayout
-from lasp.sequence.state_flow import Flow, Piece, flow_of
+from lasp.sequence.state_flow import DirectedFragment, StateFlow, flow_of
 
 FAR = 2**30  # tokens: a head that does not decay
 
@@ -40,24 +40,24 @@ class Segment(NamedTuple):
         state_length: tokens at its end, of one document, whose state somebody needs; 0 if nobody.
         chain: the first segment that has part in the state that enters; its own index if none
             enters from segments before.
-        given_row: which given state that document started from, or -1.
+        initial_row: which initial state that document started from, or -1.
         incoming_row: which run received its state, or -1.
         distance: tokens of that document on this rank before the segment.
-        result_row: the document that ends here and whose result is asked for, or -1.
+        final_row: the document that ends here and whose final state is asked for, or -1.
         slot: which sending run ends here, or -1.
         begin: tokens of the rank before it, in the order of the flow.
-        sum_row: which row of the sums of pass A is its own, or -1 if ``state_length`` is 0.
-        state_row: which row of the states of pass B enters from segments before, or -1.
+        sum_row: which row of the sums of chunk_state is its own, or -1 if ``state_length`` is 0.
+        state_row: which row of the states of state_passing enters from segments before, or -1.
     """
 
     first: int
     length: int
     state_length: int
     chain: int
-    given_row: int
+    initial_row: int
     incoming_row: int
     distance: int
-    result_row: int
+    final_row: int
     slot: int
     begin: int
     sum_row: int
@@ -73,13 +73,13 @@ class Plan(NamedTuple):
         table: the segments ``[segments, 12]``, int32, on the device.
         summed: the rows of the table whose state somebody needs ``[sums, 12]``, in its order.
         reach: int32 ``[T]``: tokens of its document before each token in the order of the flow; a
-            state that comes in or is given counts as one.
+            state that enters the document counts as one.
         state_lengths: of the segments.
         num_states: segments that a state enters from segments before.
         shared: whether a document starts inside a segment.
     """
 
-    flow: Flow
+    flow: StateFlow
     segments: tuple[Segment, ...]
     table: Tensor
     summed: Tensor
@@ -95,8 +95,8 @@ def plan_of(
     device: torch.device,
     *,
     reverse: bool,
-    given: bool,
-    result: bool,
+    with_initial: bool,
+    with_final: bool,
     length: int,
 ) -> Plan:
     """The plan of ``rank``; those of the last batches are kept, because every layer asks.
@@ -106,11 +106,11 @@ def plan_of(
         rank: this rank.
         device: where the tensors go, without waiting for it.
         reverse: the direction.
-        given: documents start from given states.
-        result: the states that documents leave are asked for.
+        with_initial: documents start from given states.
+        with_final: the states that documents leave are asked for.
         length: tokens of a segment, at most.
     """
-    settings = (rank, device, reverse, given, result, length)
+    settings = (rank, device, reverse, with_initial, with_final, length)
     return _PLANS.get((layout, *settings), lambda: _plan_of(layout, *settings))
 
 
@@ -119,24 +119,26 @@ def _plan_of(
     rank: int,
     device: torch.device,
     reverse: bool,
-    given: bool,
-    result: bool,
+    with_initial: bool,
+    with_final: bool,
     length: int,
 ) -> Plan:
     flow = flow_of(layout, rank, reverse=reverse)
-    spans = _spans(flow, given, result)
+    spans = _spans(flow, with_initial, with_final)
     segments: list[Segment] = []
     summed: list[Segment] = []
     num_states = 0
-    sending = (piece.offset for piece in flow.pieces if piece.sends)
+    sending = (fragment.offset for fragment in flow.fragments if fragment.sends)
     slots = {offset: slot for slot, offset in enumerate(sending)}
     for span in spans:
-        for segment in _cut(span, slots, length, reverse, given, result):
+        for segment in _cut(span, slots, length, reverse, with_initial, with_final):
             segments.append(_placed(segment, segments, len(summed), num_states))
             num_states += segments[-1].state_row >= 0
             if segment.state_length:
                 summed.append(segments[-1])
-    reach = torch.cat([_reach(piece, reverse, given) for piece in sorted_by_offset(flow)])
+    reach = torch.cat(
+        [_reach(fragment, reverse, with_initial) for fragment in sorted_by_offset(flow)]
+    )
     edges = {s.first - (s.length - 1 if reverse else 0) for s in segments}
     return Plan(
         flow,
@@ -146,7 +148,7 @@ def _plan_of(
         to_device(reach, device),
         tuple(segment.state_length for segment in segments),
         num_states,
-        any(piece.offset not in edges for piece in flow.pieces),
+        any(fragment.offset not in edges for fragment in flow.fragments),
     )
 
 
@@ -158,7 +160,7 @@ def _size_of(plan: Plan) -> int:
 _PLANS: ByteCache[Plan] = ByteCache(64 * 2**20, _size_of)
 
 
-class Parts(NamedTuple):
+class SegmentParts(NamedTuple):
     """Which programs sum up the states of segments: parts of tokens, counted back from the border.
 
     Attributes:
@@ -186,30 +188,32 @@ def reaches_of(rates: tuple[float, ...], eps: float) -> tuple[int, ...]:
 @lru_cache(maxsize=1024)
 def parts_of(
     state_lengths: tuple[int, ...], reaches: tuple[int, ...], length: int, device: torch.device
-) -> Parts:
+) -> SegmentParts:
     """The parts of the longest state; shorter ones leave some idle."""
     longest = max(state_lengths)
     counts = [-(-min(longest, reach) // length) for reach in reaches]
     rows = [(head, index) for head, count in enumerate(counts) for index in range(count)]
     first = [0, *accumulate(counts)]
     tensors = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in (rows, first, reaches))
-    return Parts(length, *(to_device(x, device) for x in tensors))
+    return SegmentParts(length, *(to_device(x, device) for x in tensors))
 
 
-def sorted_by_offset(flow: Flow) -> list[Piece]:
-    """The pieces in the order of memory."""
-    return sorted(flow.pieces, key=lambda piece: piece.offset)
+def sorted_by_offset(flow: StateFlow) -> list[DirectedFragment]:
+    """The fragments in the order of memory."""
+    return sorted(flow.fragments, key=lambda fragment: fragment.offset)
 
 
-def _spans(flow: Flow, given: bool, result: bool) -> Iterator[list[Piece]]:
-    """Pieces between two places where a state must come in or go out."""
-    span: list[Piece] = []
-    for piece in flow.pieces:
-        if span and (_has_origin(piece, given) or _is_padding(piece)):
+def _spans(
+    flow: StateFlow, with_initial: bool, with_final: bool
+) -> Iterator[list[DirectedFragment]]:
+    """Fragments between two places where a state must come in or go out."""
+    span: list[DirectedFragment] = []
+    for fragment in flow.fragments:
+        if span and (_has_origin(fragment, with_initial) or _is_padding(fragment)):
             yield span
             span = []
-        span.append(piece)
-        if piece.sends or result or _is_padding(piece):
+        span.append(fragment)
+        if fragment.sends or with_final or _is_padding(fragment):
             yield span
             span = []
     if span:
@@ -217,17 +221,22 @@ def _spans(flow: Flow, given: bool, result: bool) -> Iterator[list[Piece]]:
 
 
 def _cut(
-    span: list[Piece], slots: dict[int, int], length: int, reverse: bool, given: bool, result: bool
+    span: list[DirectedFragment],
+    slots: dict[int, int],
+    length: int,
+    reverse: bool,
+    with_initial: bool,
+    with_final: bool,
 ) -> Iterator[Segment]:
-    """Segments of one span; ``slots`` are those of the pieces that send, by their offset."""
-    total = sum(piece.length for piece in span)
+    """Segments of one span; ``slots`` are those of the fragments that send, by their offset."""
+    total = sum(fragment.length for fragment in span)
     each = -(-total // -(-total // length))
     each = min(length, -(-each // 64) * 64)  # whole chunks, but for the last
-    ends: list[int] = []  # of the pieces, counted from the start of the span
-    for piece in span:
-        ends.append(piece.length + (ends[-1] if ends else 0))
+    ends: list[int] = []  # of the fragments, counted from the start of the span
+    for fragment in span:
+        ends.append(fragment.length + (ends[-1] if ends else 0))
     origin = span[0].offset + (span[0].length - 1 if reverse else 0)
-    at = 0  # the piece that holds the first token of the segment
+    at = 0  # the fragment that holds the first token of the segment
     for start in range(0, total, each):
         stop = min(start + each, total)
         while ends[at] <= start:
@@ -238,18 +247,18 @@ def _cut(
         distance = start - (ends[first] - span[first].length)
         own = stop - (ends[last] - span[last].length)
         goes_on = stop < ends[last] or span[last].sends
-        leaves = stop == ends[last] and not span[last].sends and result
-        has_origin = _has_origin(span[first], given)
+        leaves = stop == ends[last] and not span[last].sends and with_final
+        has_origin = _has_origin(span[first], with_initial)
         document, receives = span[first].document, span[first].receives
         yield Segment(
             first=origin - start if reverse else origin + start,
             length=stop - start,
             state_length=min(own, stop - start) if goes_on else 0,
             chain=-1,
-            given_row=document if has_origin and not receives and document is not None else -1,
+            initial_row=document if has_origin and not receives and document is not None else -1,
             incoming_row=span[first].run if receives else -1,
             distance=distance,
-            result_row=_row(span[last]) if leaves else -1,
+            final_row=_row(span[last]) if leaves else -1,
             slot=slots[span[last].offset] if goes_on and stop == ends[last] else -1,
             begin=-1,
             sum_row=-1,
@@ -273,21 +282,21 @@ def _placed(segment: Segment, before: list[Segment], num_sums: int, num_states: 
     )
 
 
-def _has_origin(piece: Piece, given: bool) -> bool:
-    return piece.receives or (given and not _is_padding(piece))
+def _has_origin(fragment: DirectedFragment, with_initial: bool) -> bool:
+    return fragment.receives or (with_initial and not _is_padding(fragment))
 
 
-def _is_padding(piece: Piece) -> bool:
-    return piece.document is None
+def _is_padding(fragment: DirectedFragment) -> bool:
+    return fragment.document is None
 
 
-def _row(piece: Piece) -> int:
-    return -1 if piece.document is None else piece.document
+def _row(fragment: DirectedFragment) -> int:
+    return -1 if fragment.document is None else fragment.document
 
 
-def _reach(piece: Piece, reverse: bool, given: bool) -> Tensor:
-    reach = torch.arange(piece.length, dtype=torch.int32, device="cpu") + int(
-        _has_origin(piece, given)
+def _reach(fragment: DirectedFragment, reverse: bool, with_initial: bool) -> Tensor:
+    reach = torch.arange(fragment.length, dtype=torch.int32, device="cpu") + int(
+        _has_origin(fragment, with_initial)
     )
     return reach.flip(0) if reverse else reach
 

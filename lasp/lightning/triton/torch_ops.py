@@ -16,9 +16,9 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 from lasp._core.graphs import data_dependent_size
 from lasp._core.joint_backward import join_backward
 from lasp._core.operators import Operators
-from lasp.lightning.op_context import REFERENCE, Call
+from lasp.lightning.op_context import REFERENCE, OpContext
 from lasp.lightning.triton import schedule as fused
-from lasp.lightning.validation import check_kinds, checked_call
+from lasp.lightning.validation import check_kinds, checked_context
 from lasp.sequence.layout import Order, SequenceLayout
 from lasp.state_exchange import Exchange
 
@@ -72,7 +72,7 @@ def attend(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, rates: Tensor, initial_state: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fused.forward(q, k, v, initial_state, _call(q, v, rates, initial_state, *settings))
+    return fused.forward(q, k, v, initial_state, _context(q, v, rates, initial_state, *settings))
 
 
 def _attention_backward(
@@ -88,13 +88,13 @@ def _attention_backward(
     needs_initial: bool,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = _call(q, v, rates, initial_state, *settings)
+    op = _context(q, v, rates, initial_state, *settings)
     return fused.backward(
-        grad_output, grad_final, q, k, v, initial_state, states, incoming, needs_initial, call
+        grad_output, grad_final, q, k, v, initial_state, states, incoming, needs_initial, op
     )
 
 
-def _call(
+def _context(
     q: Tensor,
     v: Tensor,
     rates: Tensor,
@@ -107,8 +107,8 @@ def _call(
     exchange: Exchange,
     output_final_state: bool,
     state_eps: float,
-) -> Call:
-    return checked_call(
+) -> OpContext:
+    return checked_context(
         q, v, rates, initial_state,
         SequenceLayout.from_lengths_tensor(lengths, num_ranks, order),
         _resolve_process_group(cp_group) if cp_group else None,  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ from benchmarks.lasp_cases import (
 )
 from benchmarks.wire import counted
 from lasp import lightning_attention
-from lasp.lightning.op_context import Call, start
+from lasp.lightning.op_context import OpContext, start
 from lasp.sequence.state_flow import flow_of
 
 FLUSHES = 64
@@ -177,10 +177,10 @@ def measure_exchange(case: Case, names: list[str], machine: Machine) -> Iterator
     timed = {}
     for name in names:
         if name in EXCHANGES and (name != "one_hop" or one_hop_is_exact(case)):
-            call = Call(
+            op = OpContext(
                 layout, rank, dist.group.WORLD, 1.0, choices(case, name), False, 2.0**-32, values
             )
-            timed[name] = Timed(partial(_exchange, outgoing, rates, flow, call))
+            timed[name] = Timed(partial(_exchange, outgoing, rates, flow, op))
     for name, times in samples_ms(timed, machine).items():
         yield row(case, name, "exchange_ms", times, "ms")
 

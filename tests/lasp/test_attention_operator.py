@@ -73,7 +73,7 @@ def test_well_registered(padded: bool) -> None:
     q, k, v = make_inputs(12, 2, 4)
     initial = torch.randn(3, 2, 4, 4, device=DEVICE, requires_grad=True)
     lengths = torch.tensor([[5, 0, 3], [5, 0, 7]] if padded else [5, 0, 7])
-    settings = (lengths, 1, "contiguous", [], 1.0, "auto", True, 0.0)
+    settings = (lengths, 1, "contiguous", "", 1.0, "auto", True, 0.0)
     with small_blocks():
         lightning_attention(q, k, v, RATES, impl="triton")  # registers both
         operators = torch.ops.lasp

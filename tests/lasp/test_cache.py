@@ -33,6 +33,8 @@ def test_large_batches_leave_no_more_bytes_than_small_ones() -> None:
     for number in range(12):
         large = SequenceLayout((tokens - number, number), 1)
         large.position_ids(0)
-        segments.plan_of(large, 0, cpu, reverse=False, given=False, result=False, length=4096)
+        segments.plan_of(
+            large, 0, cpu, reverse=False, with_initial=False, with_final=False, length=4096
+        )
     for cache in (layout._POSITIONS, segments._PLANS):
         assert 0 < cache.num_bytes <= cache.max_bytes == 64 * 2**20

@@ -25,7 +25,13 @@ GPU = torch.device("cuda", 0)
 ORDER = TokenOrder(segments=(((0, 2, 3), (5, 0, 1)),), rows_per_rank=(5,))
 CALLS: dict[str, Callable[[], Any]] = {
     "segments": lambda: plan_of(
-        SequenceLayout((3,), 1), 0, GPU, reverse=False, given=False, result=False, length=64
+        SequenceLayout((3,), 1),
+        0,
+        GPU,
+        reverse=False,
+        with_initial=False,
+        with_final=False,
+        length=64,
     ),
     "parts": lambda: parts_of((64,), (64,), 64, GPU),
     "transitions": lambda: _decay((0.125,), 3, 0.0, torch.float32, GPU),

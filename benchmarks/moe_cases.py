@@ -15,13 +15,14 @@ from torch import Tensor
 
 from benchmarks.lasp_ranks import Machine
 from benchmarks.token_groups import token_groups
-from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig, PeerMemory
-from moe_parallel.dispatch.all_to_all import Splits
+from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig, SymmetricMemory
+from moe_parallel.dispatch import all_to_all, make_dispatcher
+from moe_parallel.dispatch.dispatcher import Dispatcher, RowTransfer
+from moe_parallel.dispatch.plan import Splits
 from moe_parallel.dispatch.stream_memory import CudaStreamMemory
-from moe_parallel.dispatch.symmetric_memory import PeerRows
 from moe_parallel.experts.gemm import backward_product, forward_product, weight_product
 from moe_parallel.pipeline.groups import expert_groups
-from moe_parallel.pipeline.pipeline import Pipeline, PipelinePlans, Transfer
+from moe_parallel.pipeline.pipeline import Pipeline
 
 PLANTED = 4.0  # what a token's features say of its experts, against features of size 1
 SILENT = ("nothing sent", "nothing copied")
@@ -96,24 +97,17 @@ def nothing_sent(machine: Machine) -> Any:
     arrived: dict[int, Tensor] = {}
 
     def start(
-        self: Pipeline,
-        lane: str,
-        name: str,
-        g: int,
-        rows: Tensor,
-        splits: Splits,
-        into: Tensor | None = None,
-        *_: None,
-    ) -> Transfer:
+        rows: Tensor, splits: Splits, group: dist.ProcessGroup, into: Tensor | None = None
+    ) -> RowTransfer:
         count = sum(splits.receive)
         if into is None and len(arrived.get(rows.shape[1], ())) < count:
             arrived[rows.shape[1]] = torch.randn(
                 count, rows.shape[1], device=machine.device, dtype=rows.dtype
             )
         there = arrived[rows.shape[1]][:count] if into is None else into
-        return Transfer(there, rows, None)
+        return RowTransfer(there, rows)
 
-    return patch.object(Pipeline, "start", start)
+    return patch.object(all_to_all, "start_all_to_all", start)
 
 
 def nothing_copied() -> Any:
@@ -122,23 +116,18 @@ def nothing_copied() -> Any:
 
 
 def only_sent(
-    layer: ExpertParallelMoE, x: Tensor, times: int, peers: PeerMemory | None = None
+    layer: ExpertParallelMoE, x: Tensor, times: int, dispatcher: Dispatcher
 ) -> Callable[[], None]:
-    """A call of the all-to-alls of one group, ``times`` there and back, on rows that are there."""
+    """A call that sends the rows of one group, ``times`` there and back."""
     rows = x.detach().repeat(layer.config.top_k, 1)
     per_rank = [[len(rows) // layer.config.num_experts] * layer.config.num_experts]
     counts = per_rank * layer.mesh.num_token_ranks
     experts = expert_groups(layer.experts.num_local, 1)
-    plans = PipelinePlans(lambda: counts, layer.mesh, experts)
-    held = None
-    if peers is not None:
-        peers.reserve(rows.nbytes, layer.mesh.etp_size)
-        held = PeerRows(peers)
-    pipeline = Pipeline(experts, plans, layer.groups.ep, layer.groups.etp, held)
+    sent = dispatcher.start_call(lambda: counts, experts, most_rows=len(rows), like=rows)
 
     def call() -> None:
         for _ in range(times):
-            pipeline.run(rows, lambda g, arrived: arrived)
+            Pipeline(sent).run(rows, lambda g, arrived: arrived)
 
     return call
 
@@ -167,26 +156,26 @@ def bare_products(layer: ExpertParallelMoE, x: Tensor, *, backward: bool) -> Cal
     return call
 
 
-def ways(layer: ExpertParallelMoE, machine: Machine) -> dict[str, Way]:
+def ways(
+    layer: ExpertParallelMoE, machine: Machine, memory: SymmetricMemory | None = None
+) -> dict[str, Way]:
     """Ours by name: in groups of experts, in two groups of tokens, and with nothing sent."""
-    peers = layer.groups.peers
 
-    def in_groups(num_groups: int | None, peers: PeerMemory | None, x: Tensor) -> Tensor:
+    def in_groups(num_groups: int | None, dispatcher: Dispatcher, x: Tensor) -> Tensor:
         layer.config = replace(layer.config, overlap_groups=num_groups)
-        layer.groups = layer.groups._replace(peers=peers)
+        layer.dispatcher = dispatcher
         return layer(x).output
 
-    def way(num_groups: int | None, peers: PeerMemory | None = None) -> Way:
-        return Way(partial(in_groups, num_groups, peers), tuple(layer.parameters()))
-
-    most = layer.experts.num_local
+    most, parameters = layer.experts.num_local, tuple(layer.parameters())
     found = {}
-    for memory in [None] if peers is None else [None, peers]:
-        how = "" if memory is None else ", copied"
+    for copied in [False] if memory is None else [False, True]:
+        how, used = (", copied", memory) if copied else ("", None)
+        dispatcher = make_dispatcher(layer.mesh, layer.groups, used)
         for g in sorted({1, 2, max(1, most // 2), most}):
-            found[f"lasp {g} groups{how}"] = way(g, memory)
-        found[f"lasp, groups by the rule{how}"] = way(None, memory)
-        silent = nothing_sent(machine) if memory is None else nothing_copied()
-        found[SILENT[memory is not None]] = way(1, memory)._replace(in_force=silent)
-    found["2 token groups"] = way(None)._replace(forward=partial(token_groups, layer))
+            found[f"lasp {g} groups{how}"] = Way(partial(in_groups, g, dispatcher), parameters)
+        by_rule = Way(partial(in_groups, None, dispatcher), parameters)
+        found[f"lasp, groups by the rule{how}"] = by_rule
+        silent = nothing_copied() if copied else nothing_sent(machine)
+        found[SILENT[copied]] = Way(partial(in_groups, 1, dispatcher), parameters, silent)
+    found["2 token groups"] = Way(partial(token_groups, layer), parameters)
     return found

@@ -8,8 +8,8 @@ Exposed communication of a layer in G groups of experts, by time medians of call
 buffer of the same shape. ``only sent`` is those all-to-alls back to back, without products. E of
 one group is what a layer without overlap shows, about 1. The router, its counts and the copy to
 the host are in all of them. Routing is planted: each expert gets as many tokens from every rank.
-``copied`` is through ``moe_parallel.PeerMemory``, and compared with the layer that waits for its
-peers and copies nothing, ``nothing copied``, and with copies alone, ``only copied``.
+``copied`` is through ``moe_parallel.SymmetricMemory``, and compared with the layer whose ranks wait
+for each other and copy nothing, ``nothing copied``, and with copies alone, ``only copied``.
 
 Baselines: one group of experts; two groups of *tokens*, the scheme of MiniMax-01's figure 9, with
 the same pipeline; experts cut over all ranks (ETP alone), which is plain tensor parallelism; and
@@ -56,9 +56,10 @@ from moe_parallel import (
     ExpertGroups,
     ExpertParallelMoE,
     ExpertTopology,
-    PeerMemory,
+    SymmetricMemory,
     Timeline,
 )
+from moe_parallel.dispatch import make_dispatcher
 from moe_parallel.reference import reference_moe
 
 
@@ -68,7 +69,7 @@ def calls(
     x: Tensor,
     grad: Tensor,
     *,
-    peers: PeerMemory | None = None,
+    memory: SymmetricMemory | None = None,
     backward: bool,
 ) -> dict[str, Timed]:
     """Forward, or forward and backward, of every way; and parts of them alone."""
@@ -80,22 +81,28 @@ def calls(
 
     timed = {name: Timed(partial(call, way), way.in_force) for name, way in every.items()}
     times = 2 if backward else 1
-    timed[SENT] = Timed(only_sent(layer, x, times))
-    if peers is not None:
-        timed[COPIED] = Timed(only_sent(layer, x, times, peers))
+    for name, used in ((SENT, None), (COPIED, memory)):
+        if name == SENT or used is not None:
+            dispatcher = make_dispatcher(layer.mesh, layer.groups, used)
+            timed[name] = Timed(only_sent(layer, x, times, dispatcher))
     timed[BARE] = Timed(bare_products(layer, x, backward=backward))
     return timed
 
 
 def measure(
-    case: Case, layer: ExpertParallelMoE, groups: ExpertGroups, machine: Machine
+    case: Case,
+    layer: ExpertParallelMoE,
+    groups: ExpertGroups,
+    machine: Machine,
+    memory: SymmetricMemory | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of times, bound by the bare products, and of the share of communication exposed."""
     x, grad = inputs(case, machine)
-    ours, others = ways(layer, machine), moe_megatron.peers(case, layer, groups, machine)
+    ours = ways(layer, machine, memory)
+    others = moe_megatron.peers(case, layer, groups, machine)
     for direction in ("forward", "both"):
         backward = direction == "both"
-        timed = calls(layer, ours | others, x, grad, peers=groups.peers, backward=backward)
+        timed = calls(layer, ours | others, x, grad, memory=memory, backward=backward)
         times = samples_ms(timed, machine)
         medians = {name: values[len(values) // 2] for name, values in times.items()}
         for name, values in times.items():
@@ -123,7 +130,9 @@ def row(case: Case, impl: str, metric: str, values: list[float], unit: str) -> d
     }  # fmt: skip
 
 
-def check(case: Case, groups: ExpertGroups, machine: Machine) -> dict[str, float]:
+def check(
+    case: Case, groups: ExpertGroups, machine: Machine, memory: SymmetricMemory | None = None
+) -> dict[str, float]:
     """Right before fast: output and input gradient of each way against a loop in float64.
 
     Returns:
@@ -140,7 +149,8 @@ def check(case: Case, groups: ExpertGroups, machine: Machine) -> dict[str, float
         top_k=case.top_k, capacity_factor=None, drop_policy="position", aux_loss_coefficient=0.0,
     ).output  # fmt: skip
     exact_grad = torch.autograd.grad(exact, exact_x, grad.double().cpu())[0]
-    ours, peers = ways(layer, machine), moe_megatron.peers(case, layer, groups, machine)
+    ours = ways(layer, machine, memory)
+    peers = moe_megatron.peers(case, layer, groups, machine)
     first, differences = None, {}
     for name, way in (ours | peers).items():
         if name in SILENT:
@@ -177,14 +187,18 @@ def groups_of(case: Case) -> Iterator[ExpertGroups]:
                 if dist.get_rank() in ranks:
                     mine[axis] = group
     block = dist.group.WORLD if len(mine) == 2 else None
-    shared = block or mine.get("ep") or mine.get("etp")
-    # Copies know no limit of thread blocks.
-    copied = dist.get_backend() == "nccl" and shared is not None and not case.max_ctas
-    peers = PeerMemory(shared) if copied else None
-    yield ExpertGroups(dist.group.WORLD, mine.get("ep"), mine.get("etp"), block, peers)
+    yield ExpertGroups(dist.group.WORLD, mine.get("ep"), mine.get("etp"), block)
     for group in made:
         if group is not dist.GroupMember.NON_GROUP_MEMBER:
             dist.destroy_process_group(group)
+
+
+def memory_of(case: Case, groups: ExpertGroups) -> SymmetricMemory | None:
+    """The memory of the ranks that share experts, where rows are copied too."""
+    shared = groups.ep_etp or groups.ep or groups.etp
+    # Copies know no limit of thread blocks.
+    copied = dist.get_backend() == "nccl" and shared is not None and not case.max_ctas
+    return SymmetricMemory(shared) if copied else None
 
 
 def parse() -> argparse.Namespace:
@@ -236,11 +250,12 @@ def main() -> None:
     for case in cases(options, dist.get_world_size()):
         with groups_of(case) as groups:
             small = case._replace(tokens=8 * case.experts, hidden=64, ffn=128)
-            for name, difference in check(small, groups, machine).items():
+            memory = memory_of(case, groups)
+            for name, difference in check(small, groups, machine, memory).items():
                 if first:
                     print(f"{name}: its output and ours differ by {difference:.1e} at most")
             layer = build(case, groups, machine, on_device=True)
-            for result in measure(case, layer, groups, machine):
+            for result in measure(case, layer, groups, machine, memory):
                 if first:
                     write_rows([result | common], options.out)
                     print(*case, result["impl"], result["metric"], f"{result['p50']:.4g}",
@@ -248,6 +263,7 @@ def main() -> None:
             timeline = Timeline()
             x, grad = inputs(case, machine)
             layer.config = case.config  # groups by the rule
+            layer.dispatcher = make_dispatcher(layer.mesh, groups, memory)
             layer(x, timeline=timeline).output.backward(grad)
             if first:
                 print(timeline, flush=True)

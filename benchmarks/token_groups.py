@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_parallel import ExpertParallelMoE, TokenOrder
-from moe_parallel.dispatch.all_to_all import plan_exchange
+from moe_parallel.dispatch.all_to_all import AllToAllDispatch
 from moe_parallel.dispatch.permute import permute, row_order, unpermute
+from moe_parallel.dispatch.plan import plan_exchange
 from moe_parallel.experts.gemm import backward_product, forward_product, weight_product
 from moe_parallel.experts.swiglu import swiglu, swiglu_backward
 from moe_parallel.impl import chosen_impl
@@ -43,11 +44,11 @@ def token_groups(layer: ExpertParallelMoE, x_TM: Tensor) -> Tensor:
     rows = row_order(place_Tk, None, 2 * sum(plan.dispatch_rows), 2 * config.num_experts)
     later = plan._replace(first=sum(plan.dispatch_rows))
     everybody = range(layer.experts.num_local)
-    pipeline = Pipeline((everybody,) * 2, (plan, later), groups.ep, groups.etp)
+    sent = AllToAllDispatch((everybody,) * 2, (plan, later), groups.ep, groups.etp)
     experts = layer.experts
     gemm = experts.chosen_gemm(2 * sum(plan.expert_rows))
     results = _TokenGroups.apply(
-        permute(x_TM, rows, impl), experts.w13, experts.w2, pipeline, gemm, impl
+        permute(x_TM, rows, impl), experts.w13, experts.w2, Pipeline(sent), gemm, impl
     )
     return unpermute(results, routing.weights, rows, impl)
 
@@ -60,7 +61,7 @@ class _TokenGroups(torch.autograd.Function):
         kept: list[Tensor] = []
 
         def compute(g: int, rows: Tensor) -> Tensor:
-            counts = pipeline.plans[g].expert_rows
+            counts = pipeline.dispatch.expert_rows(g)
             hidden = forward_product(rows, w13.flatten(1, 2), counts, gemm)
             kept.extend((rows, hidden))
             return forward_product(swiglu(hidden, impl), w2, counts, gemm)
@@ -79,14 +80,14 @@ class _TokenGroups(torch.autograd.Function):
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
         def compute(g: int, dy: Tensor) -> Tensor:
-            counts = pipeline.plans[g].expert_rows
+            counts = pipeline.dispatch.expert_rows(g)
             dact = backward_product(dy, w2, counts, gemm)
             dhidden, act = swiglu_backward(dact, kept[2 * g + 1], impl)
             made[g] = (dy, dhidden, act)
             return backward_product(dhidden, w13.flatten(1, 2), counts, gemm)
 
         def weights(g: int) -> None:
-            (dy, dhidden, act), counts = made.pop(g), pipeline.plans[g].expert_rows
+            (dy, dhidden, act), counts = made.pop(g), pipeline.dispatch.expert_rows(g)
             weight_product(dhidden, kept[2 * g], counts, gemm, parts[g][0].flatten(1, 2))
             weight_product(dy, act, counts, gemm, parts[g][1])
 

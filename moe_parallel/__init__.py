@@ -1,7 +1,7 @@
 """Mixture-of-experts layers over EP x ETP ranks."""
 
 from moe_parallel.config import MoEConfig
-from moe_parallel.dispatch.symmetric_memory import PeerMemory
+from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 from moe_parallel.layer import ExpertParallelMoE, MoEOutput
 from moe_parallel.pipeline.timeline import Timeline
 from moe_parallel.router.route import RoutingStats
@@ -17,8 +17,8 @@ __all__ = [
     "MoEConfig",
     "MoEOutput",
     "ParallelGroups",
-    "PeerMemory",
     "RoutingStats",
+    "SymmetricMemory",
     "Timeline",
     "TokenOrder",
     "TokenSegment",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,17 +13,19 @@ from torch import Tensor, nn
 from lasp._core.autocast import autocast_inputs
 from lasp._core.graphs import outside_graphs
 from moe_parallel.config import MoEConfig
+from moe_parallel.dispatch import make_dispatcher
 from moe_parallel.dispatch.padding import drop_by_rank, padded_order
 from moe_parallel.dispatch.permute import RowOrder, permute, row_order, unpermute
-from moe_parallel.dispatch.symmetric_memory import PeerRows
+from moe_parallel.dispatch.plan import RowCounts
+from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 from moe_parallel.experts.experts import Experts, generator_of
 from moe_parallel.impl import chosen_impl
 from moe_parallel.mesh import block_ranks, expert_mesh
-from moe_parallel.pipeline.groups import DispatchOrder, expert_groups, groups_that_pay
-from moe_parallel.pipeline.pipeline import Pipeline, PipelinePlans
+from moe_parallel.pipeline.groups import ExpertPermutation, expert_groups
+from moe_parallel.pipeline.pipeline import Pipeline
 from moe_parallel.pipeline.timeline import Timeline
-from moe_parallel.router.checks import check_rows
-from moe_parallel.router.host_counts import KeptCounts, agreed_order, check_hidden
+from moe_parallel.router.checks import checked_rows
+from moe_parallel.router.host_counts import HostTokenCounts, agreed_order, check_hidden
 from moe_parallel.router.module import Router
 from moe_parallel.router.route import Routing, RoutingStats, expert_capacity
 from moe_parallel.router.token_order import TokenOrder
@@ -34,7 +37,7 @@ class MoEOutput(NamedTuple):
     """Result of :class:`ExpertParallelMoE`.
 
     Attributes:
-        output: of the shape of the input and its dtype, or autocast's; zero for padding and for
+        output: the shape and dtype of the input, or autocast's dtype; zero for padding and for
             tokens whose assignments were all dropped.
         aux_loss: this rank's share of the auxiliary loss, a float32 (float64) scalar. Add it to
             this rank's loss: the shares sum to the loss of the whole batch.
@@ -63,9 +66,11 @@ class ExpertParallelMoE(nn.Module):
         config: sizes and policies.
         groups: process groups, :attr:`moe_parallel.topology.ParallelGroups.experts` or your own;
             the default is one rank.
-        seed: of the initial values, which do not depend on the mesh; give every layer another.
-        device: of the parameters; ``meta`` makes no values.
-        dtype: of the experts and the tokens.
+        symmetric_memory: memory of the EP x ETP block, through which rows travel by copy engines;
+            None: by all-to-all.
+        seed: seed of the initial values, which do not depend on the mesh; give every layer another.
+        device: device of the parameters; ``meta`` makes no values.
+        dtype: dtype of the experts and the tokens.
 
     Gradients: parameter gradients are this rank's. If the loss is the sum of the ranks' losses (a
     mean must divide by the global token count), the caller sums ``experts.*`` over the EDP group
@@ -75,9 +80,9 @@ class ExpertParallelMoE(nn.Module):
     Communication, per call: one all-gather over the token group (:mod:`moe_parallel.router.route`);
     two all-to-alls over EP and two over ETP for each of ``overlap_groups`` groups of experts, under
     the products of another (:mod:`moe_parallel.pipeline.pipeline`), twice that with backward; with
-    ``groups.peers`` they are copies (:mod:`moe_parallel.dispatch.copy_engine`). One device-to-host
-    copy of ranks x E counts, none with ``pad_to_capacity``. Once for a ``token_order``, at the
-    first layer that sees it, ranks compare it: 24 bytes each, and one more copy
+    ``symmetric_memory`` copies of as many bytes (:mod:`moe_parallel.dispatch.copy_engine`). One
+    device-to-host copy of ranks x E counts, none with ``pad_to_capacity``. The first layer that
+    sees a ``token_order`` has the ranks compare it: 24 bytes each, and one more copy
     (:mod:`moe_parallel.router.checks`).
 
     Raises:
@@ -90,6 +95,7 @@ class ExpertParallelMoE(nn.Module):
         config: MoEConfig,
         *,
         groups: ExpertGroups = ExpertGroups(),  # noqa: B008 (immutable)
+        symmetric_memory: SymmetricMemory | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -98,11 +104,11 @@ class ExpertParallelMoE(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         self.config = config
         self.mesh = expert_mesh(groups)
-        # Of one rank no row travels, and what the experts keep must not lie in shared memory.
-        alone = len(self.mesh.sources) == 1
-        self.groups = groups._replace(peers=None) if alone else groups
-        self._block = frozenset() if alone else block_ranks(groups)
-        self._order = DispatchOrder(config.num_experts, self.mesh.ep_size)
+        self.groups = groups
+        self.dispatcher = make_dispatcher(self.mesh, groups, symmetric_memory)
+        several = len(self.mesh.sources) > 1
+        self._block = frozenset(block_ranks(groups) if several else ())
+        self._permutation = ExpertPermutation(config.num_experts, self.mesh.ep_size)
         self.gate = Router(config, token_group=self.groups.token, device=device, dtype=dtype)
         self.experts = Experts(
             config.hidden_size,
@@ -132,7 +138,7 @@ class ExpertParallelMoE(nn.Module):
             seed: the same on every rank; give every layer another.
             gain: factor of the experts' standard deviation (DeepNorm's beta); not of the gate's.
         """
-        # A lot each: from the same start, the gate would be rows of whatever else the seed draws.
+        # A seed each: from the same start, the gate would be rows of whatever else the seed draws.
         for_gate, for_experts = torch.randint(
             2**63 - 1, (2,), generator=generator_of(seed), device="cpu"
         ).tolist()
@@ -140,7 +146,7 @@ class ExpertParallelMoE(nn.Module):
         self.gate.reset_parameters(generator_of(for_gate))
 
     @outside_graphs
-    def forward(  # the contract of the layer and its checks, then one call for each stage
+    def forward(
         self,
         hidden: Tensor,
         *,
@@ -156,7 +162,7 @@ class ExpertParallelMoE(nn.Module):
                 the token group, equal on all of them; tokens it leaves out are padding. None, on
                 all ranks or on none: every rank holds as many tokens as this one, in rank order;
                 an order is then built a call, and with drops by probability compared a call.
-            timeline: takes down what runs when, forward and backward; None costs nothing.
+            timeline: records what ran when, forward and backward; None costs nothing.
 
         Returns:
             :class:`MoEOutput`.
@@ -164,24 +170,17 @@ class ExpertParallelMoE(nn.Module):
         Raises:
             ValueError: naming the argument, if it does not fit the layer; on every rank alike, if
                 ranks hold different orders or numbers of tokens, and if with a capacity some do not
-                train (by probability or padded: see :func:`moe_parallel.router.checks.check_order`).
+                train (by probability or padded: :func:`moe_parallel.router.checks.check_order`).
         """
         (hidden,) = autocast_inputs(hidden)
         check_hidden(hidden, self.experts.w13)
-        check_replicas(self.experts, self._block)
+        if self._block:
+            check_replicas(self.experts, self._block)
         rows = hidden.reshape(-1, self.config.hidden_size)
         token_order = self.agreed_order(rows, token_order)
         x_TM = token_order.take(rows, self.mesh.token_rank)
         routing: Routing = self.gate(x_TM, token_order)
-        impl = chosen_impl(self.config.impl, x_TM.device, x_TM.dtype)
-        if self.config.pad_to_capacity and self.training:
-            routing, rows_AM, order = self._padded(x_TM, routing, token_order, timeline)
-        else:
-            counts = KeptCounts(routing, token_order)
-            rows_AM, order = self.through_experts(
-                x_TM, routing.experts, routing.mask, counts, timeline=timeline
-            )
-        output_TM = unpermute(rows_AM, routing.weights, order, impl)
+        output_TM, routing = self.through_experts(x_TM, routing, token_order, timeline=timeline)
         output = token_order.put(output_TM, self.mesh.token_rank).view_as(hidden)
         return MoEOutput(output, routing.aux_loss, routing.stats)
 
@@ -199,73 +198,76 @@ class ExpertParallelMoE(nn.Module):
     def through_experts(
         self,
         x_TM: Tensor,
-        experts_Tk: Tensor,
-        kept_Tk: Tensor | None,
-        counts: KeptCounts,
+        routing: Routing,
+        token_order: TokenOrder,
         *,
         timeline: Timeline | None = None,
-    ) -> tuple[Tensor, RowOrder]:
-        """Send each kept assignment's token to its expert and bring the result back.
+    ) -> tuple[Tensor, Routing]:
+        """Send tokens to their experts and add up the weighted results.
 
         Args:
             x_TM: this rank's routed tokens.
-            experts_Tk: their experts; of assignments that are not kept any number.
-            kept_Tk: which assignments are kept; None for all.
-            counts: how many each rank of the token group keeps for each expert.
+            routing: the decision of ``gate`` for them.
+            token_order: where the tokens of every rank stand.
             timeline: see :meth:`forward`.
 
         Returns:
-            The results ``[A, hidden]``, and which row is whose.
+            ``[T, hidden]``, zero for tokens whose assignments were all dropped; and the routing,
+            with the drops of ``pad_to_capacity``.
 
         Communication: see :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`.
 
         Raises:
             ValueError: if a rank of the block would take more than ``max_rows``.
         """
-        experts = self._groups(counts.of_all(), x_TM)
+        config, mesh = self.config, self.mesh
+        impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
+        if config.pad_to_capacity and self.training:
+            routing, rows = self._padded_rows(x_TM, routing, token_order)
+        else:
+            rows = self._kept_rows(x_TM, routing, token_order)
+        wait = rows.wait
+        if config.max_rows is not None:
+            wait = partial(checked_rows, wait, config.max_rows, mesh)
+        dispatch = self.dispatcher.start_call(wait, rows.groups, most_rows=rows.most, like=x_TM)
+        order = replace(rows.order, place=dispatch.place)
+        # Without drops the host waits for the counts after this: meanwhile the device permutes.
+        rows_AM = permute(x_TM, order, impl)
+        mean_rows = rows.total // mesh.num_token_ranks * mesh.etp_size
+        results_AM: Tensor = self.experts(rows_AM, Pipeline(dispatch, timeline), num_rows=mean_rows)
+        return unpermute(results_AM, routing.weights, order, impl), routing
+
+    def _kept_rows(self, x_TM: Tensor, routing: Routing, token_order: TokenOrder) -> _Rows:
+        """One row for each kept assignment."""
+        counts = HostTokenCounts(routing, token_order)
+        total = counts.of_all()
+        groups = self._groups(total, x_TM)
         order = row_order(
-            experts_Tk,
-            kept_Tk,
+            routing.experts,
+            routing.mask,
             counts.of_rank(self.mesh.token_rank),
             self.config.num_experts,
-            histogram=counts.histogram,
-            places_E=self._order.places(experts, x_TM.device),
+            histogram=routing.histogram,
+            positions_E=self._permutation.positions(groups, x_TM.device),
         )
-        order = replace(order, peers=self._reserved(counts.most, x_TM, counts))
-        # A call without drops waits for the counts only in it: the device meanwhile permutes.
-        return self._run(x_TM, order, counts.wait, counts.of_all(), experts, timeline), order
+        return _Rows(order, groups, counts.wait, total, counts.most)
 
-    def _padded(
-        self, x_TM: Tensor, routing: Routing, token_order: TokenOrder, timeline: Timeline | None
-    ) -> tuple[Routing, Tensor, RowOrder]:
-        """As :meth:`through_experts`, with as many rows for every expert: no host copies."""
+    def _padded_rows(
+        self, x_TM: Tensor, routing: Routing, token_order: TokenOrder
+    ) -> tuple[Routing, _Rows]:
+        """As many rows for every expert: nothing is copied to the host."""
         config, num_experts = self.config, self.config.num_experts
         factor = config.capacity_factor or 0.0
         capacity = expert_capacity(factor, token_order.max_local_tokens, config.top_k, num_experts)
         routing, number_Tk = drop_by_rank(routing, capacity)
-        rows_RE = [[capacity] * num_experts] * self.mesh.num_token_ranks
-        num_rows = sum(map(sum, rows_RE))
-        experts = self._groups(num_rows, x_TM)
-        places_E = self._order.places(experts, x_TM.device)
-        chosen_Tk = routing.experts if places_E is None else places_E[routing.experts]
+        most = capacity * num_experts
+        total = most * self.mesh.num_token_ranks
+        groups = self._groups(total, x_TM)
+        positions_E = self._permutation.positions(groups, x_TM.device)
+        chosen_Tk = routing.experts if positions_E is None else positions_E[routing.experts]
         order = padded_order(chosen_Tk, number_Tk, capacity, num_experts)
-        order = replace(order, peers=self._reserved(capacity * num_experts, x_TM))
-        results_AM = self._run(x_TM, order, lambda: rows_RE, num_rows, experts, timeline)
-        return routing, results_AM, order
-
-    def _reserved(
-        self, num_rows: int, x_TM: Tensor, counts: KeptCounts | None = None
-    ) -> PeerRows | None:
-        """The memory of the block, if rows travel through it, with room for so many."""
-        peers = self.groups.peers
-        if peers is None:
-            return None
-        num_bytes = num_rows * x_TM.element_size() * self.config.hidden_size
-        needed = (num_bytes, self.mesh.etp_size)
-        if counts is not None and not peers.fits(*needed):
-            counts.wait()  # raises on ranks that believe in other numbers: they do not grow
-        peers.reserve(*needed)
-        return PeerRows(peers)
+        kept_RE = [[capacity] * num_experts] * self.mesh.num_token_ranks
+        return routing, _Rows(order, groups, lambda: kept_RE, total, most)
 
     def _groups(self, num_rows: int, x_TM: Tensor) -> tuple[range, ...]:
         """The groups of a rank's experts for so many rows of all ranks."""
@@ -273,28 +275,23 @@ class ExpertParallelMoE(nn.Module):
         if num_groups is None:
             row_bytes = x_TM.element_size() * self.config.hidden_size
             rank_bytes = num_rows // self.mesh.num_token_ranks * row_bytes
-            copied = self.groups.peers is not None
-            num_groups = groups_that_pay(num_local, rank_bytes, self.mesh, copied=copied)
+            num_groups = self.dispatcher.overlap_groups(num_local, rank_bytes)
         return expert_groups(num_local, num_groups)
 
-    def _run(
-        self,
-        x_TM: Tensor,
-        order: RowOrder,
-        kept_RE: Callable[[], Sequence[Sequence[int]]],
-        num_rows: int,
-        experts: tuple[range, ...],
-        timeline: Timeline | None,
-    ) -> Tensor:
-        """The results of tokens' rows, so many of each rank and expert, together ``num_rows``."""
-        rows_AM = permute(x_TM, order, chosen_impl(self.config.impl, x_TM.device, x_TM.dtype))
 
-        def checked_RE() -> Sequence[Sequence[int]]:
-            check_rows(found := kept_RE(), self.config.max_rows, self.mesh)
-            return found
+class _Rows(NamedTuple):
+    """The rows of a call.
 
-        plans = PipelinePlans(checked_RE, self.mesh, experts)
-        pipeline = Pipeline(experts, plans, self.groups.ep, self.groups.etp, order.peers, timeline)
-        mean_rows = num_rows // self.mesh.num_token_ranks * self.mesh.etp_size
-        results_AM: Tensor = self.experts(rows_AM, pipeline, num_rows=mean_rows)
-        return results_AM
+    Attributes:
+        order: which row is whose.
+        groups: the experts of a rank in the groups of the pipeline.
+        wait: for the counts: rows each rank of the token group sends to each expert.
+        total: rows that all ranks send.
+        most: no rank sends more.
+    """
+
+    order: RowOrder
+    groups: tuple[range, ...]
+    wait: Callable[[], RowCounts]
+    total: int
+    most: int

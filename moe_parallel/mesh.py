@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch.distributed as dist
 
 from moe_parallel.topology import ExpertGroups
 
 
-class ExpertMesh(NamedTuple):
+@dataclass(frozen=True)
+class ExpertMesh:
     """The EP x ETP block of this rank, in ranks of the token group; host data.
 
     Attributes:
@@ -26,17 +28,17 @@ class ExpertMesh(NamedTuple):
     etp_rank: int
     token_ranks: tuple[tuple[int, ...], ...]
 
-    @property
+    @cached_property
     def ep_size(self) -> int:
         """Number of EP ranks."""
         return len(self.token_ranks[0])
 
-    @property
+    @cached_property
     def etp_size(self) -> int:
         """Number of ETP ranks."""
         return len(self.token_ranks)
 
-    @property
+    @cached_property
     def sources(self) -> tuple[int, ...]:
         """Ranks of the token group whose rows this one computes, in the order of the plans."""
         return tuple(rank for token_ranks in self.token_ranks for rank in token_ranks)
@@ -46,10 +48,10 @@ def _members(group: dist.ProcessGroup | None, me: int) -> list[int]:
     return [me] if group is None else dist.get_process_group_ranks(group)
 
 
-def block_ranks(groups: ExpertGroups) -> frozenset[int]:
-    """Global ranks of the EP x ETP block; of groups that :func:`expert_mesh` has checked."""
+def block_ranks(groups: ExpertGroups) -> list[int]:
+    """Global ranks of the EP x ETP block of groups that :func:`expert_mesh` has checked."""
     block = groups.ep_etp or groups.ep or groups.etp
-    return frozenset(_members(block, dist.get_rank()))
+    return [dist.get_rank()] if block is None else dist.get_process_group_ranks(block)
 
 
 def expert_mesh(groups: ExpertGroups) -> ExpertMesh:
@@ -84,12 +86,6 @@ def expert_mesh(groups: ExpertGroups) -> ExpertMesh:
         raise ValueError(
             f"groups.token must hold the whole EP x ETP block {ep_etp}, got {token}: it is the"
             " group of all ranks over which the tokens are split"
-        )
-    if groups.peers is not None and _members(groups.peers.group, me) != ep_etp:
-        name = "ep_etp" if groups.ep_etp is not None else "ep" if groups.ep is not None else "etp"
-        raise ValueError(
-            f"groups.peers must be the memory of the EP x ETP block {ep_etp}, got that of ranks"
-            f" {_members(groups.peers.group, me)}: make it with PeerMemory(groups.{name})"
         )
     token_ranks = tuple(
         tuple(token.index(ep_etp[ep_at * len(etp) + etp_at]) for ep_at in range(len(ep)))

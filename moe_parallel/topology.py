@@ -26,8 +26,6 @@ from typing import Literal, NamedTuple, get_args
 
 import torch.distributed as dist
 
-from moe_parallel.dispatch.symmetric_memory import PeerMemory
-
 Axis = Literal["tp", "cp", "dp", "pp", "dp_cp", "token", "ep", "etp", "edp", "ep_etp"]
 
 # Every axis as (mesh, the coordinates that vary inside one of its groups).
@@ -72,15 +70,12 @@ class ExpertGroups(NamedTuple):
         ep: ranks that hold different experts and the same part of each; tokens travel over it.
         etp: ranks that hold different parts of the same experts.
         ep_etp: the EP x ETP block of this rank, etp fastest; may be left out if ep or etp is None.
-        peers: memory of the ranks of ``ep_etp`` (of ``ep`` or ``etp`` if that is left out), through
-            which rows travel by copy engines; None: by all-to-all.
     """
 
     token: dist.ProcessGroup | None = None
     ep: dist.ProcessGroup | None = None
     etp: dist.ProcessGroup | None = None
     ep_etp: dist.ProcessGroup | None = None
-    peers: PeerMemory | None = None
 
     def __deepcopy__(self, memo: object) -> ExpertGroups:
         """Itself: copies of a model, as for moving averages, work over the same ranks."""

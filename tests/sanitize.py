@@ -77,8 +77,8 @@ def router() -> None:
         x = torch.randn(700, 40, device=DEVICE).to(dtype).requires_grad_()
         with patch.object(top_k, "takes_parts", lambda x: x.dtype == torch.bfloat16):
             choice = top_k.choose(x, gate, 2, "triton")
-        places = torch.randperm(5, device=DEVICE)
-        rows = row_order(choice.experts, None, 1400, 5, tally=choice.tally, places_E=places)
+        order = {"histogram": choice.histogram, "positions_E": torch.randperm(5, device=DEVICE)}
+        rows = row_order(choice.experts, None, 1400, 5, **order)
         loss = choice.weights.square().sum() + choice.logits.sum()
         (loss + permute(x, rows, "triton").float().sum()).backward()
 

@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 from lasp import LightningAttention, lightning_attention, lightning_decode
 from lasp.layers.norm_gate import norm_gate, silu_split, sum_over_ranks
 from moe_parallel import ExpertParallelMoE, MoEConfig
-from moe_parallel.dispatch.all_to_all import ExchangePlan, dispatch
 from moe_parallel.dispatch.permute import permute, row_order, unpermute
 from moe_parallel.experts.experts import Experts
 from moe_parallel.pipeline.pipeline import local_pipeline
@@ -89,11 +88,6 @@ def rows(x: Tensor) -> tuple[Tensor, Any]:
     return x.flatten(1), row_order(experts, None, 5, 2)
 
 
-def sent(x: Tensor) -> Tensor:
-    """Fails before it needs a group."""
-    return dispatch(x.flatten(1), ExchangePlan(0, (5,), (5,), (5,), ((5,),), (0,), (0,)), object())
-
-
 LIGHTNING = ("lightning_attention", "recurrent_lightning_attention")
 RING = ("ring_attention", "dense_attention")
 MOE = ("ExpertParallelMoE", "reference_moe")
@@ -149,7 +143,6 @@ CASES = {
     "permute": Case(lambda x: permute(*rows(x)), MOE),
     "unpermute": Case(lambda x: unpermute(rows(x)[0], x.new_ones(5, 1), rows(x)[1]), MOE),
     "experts": Case(layer(experts(), local_pipeline((2, 3)), num_rows=5), MOE),
-    "exchange of rows": Case(sent, ("exchange", "reference_moe")),
     "ExpertParallelMoE": Case(layer(ExpertParallelMoE(MoEConfig(8, 6, 4, 2), device=DEVICE)), MOE),
 }
 PARAMETERS = [pytest.param(name, marks=NEEDS_TRITON if "triton" in name else ()) for name in CASES]

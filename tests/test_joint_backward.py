@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 from lasp import LightningAttention, SequenceLayout, lightning_attention
 from lasp.layers.norm_gate import norm_gate
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig
-from moe_parallel.dispatch.all_to_all import ExchangePlan, dispatch
 from ring import RingAttention, ring_attention
 from tests.closeness import assert_equal_to_rounding
 from tests.moe_parallel.layers import groups_of
@@ -76,18 +75,11 @@ def experts(*tensors: Tensor) -> Tensor:
     return through(ExpertParallelMoE(MoEConfig(8, 6, 4, 2), groups=groups), *tensors)
 
 
-def exchange(*tensors: Tensor) -> Tensor:
-    plan = ExchangePlan(0, (3, 5), (3, 5), (8,), ((3,), (5,)), (0, 1), (0, 0))
-    if dist.get_rank():
-        plan = plan._replace(dispatch_rows=(5, 3), receive_rows=(5, 3))
-    return dispatch(sum(tensors), plan, dist.group.WORLD)
-
-
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (
         attention, lightning, triton_lightning, norm, triton_norm, softmax_layer,
-        lightning_layer, experts, exchange,
+        lightning_layer, experts,
     )
 }  # fmt: skip
 

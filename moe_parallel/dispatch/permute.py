@@ -1,8 +1,8 @@
 """Between tokens and rows: one row for each kept (token, slot) assignment, grouped by expert.
 
-Both directions go by known places, forward and backward, each row by itself, so that sums run in
-slot order and results are bit-identical from run to run (a scatter on a GPU adds with atomics).
-With ``impl="triton"`` a token is read once, written to its rows, and a sum reads each row once
+Each assignment knows its row, in the forward and in the backward. So sums run in slot order, and
+results are bit-identical from run to run (a scatter on a GPU adds with atomics). With
+``impl="triton"`` a token is read once and written to its rows, and a sum reads each row once
 (:mod:`moe_parallel.kernels.slots_kernel`).
 
 Example: 3 tokens, k = 2, the assignment of token 1 to expert 0 dropped::
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_transforms
-from moe_parallel.dispatch.symmetric_memory import PeerRows
+from moe_parallel.dispatch.dispatcher import Place
 from moe_parallel.impl import ChosenImpl
 from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.router.counts import at_assignments, rows_before
@@ -40,18 +40,18 @@ class RowOrder:
         row: ``[T, k]``, for each assignment its row, -1 if it was dropped.
         num_rows: A.
         padded: some rows have no assignment: they are zero.
-        peers: in whose memory they are to be written, there until the next call.
+        place: makes the tensor that rows are written into; None: any memory will do.
     """
 
     row: Tensor
     num_rows: int
     padded: bool = False
-    peers: PeerRows | None = None
+    place: Place | None = None
 
     def new_rows(self, like: Tensor) -> Tensor:
-        """``[A, M]`` to write rows into, of so many columns and such a dtype."""
-        if self.peers is not None:
-            return self.peers.place(self.num_rows, like)
+        """``[A, M]`` to write rows into, with the columns and the dtype of ``like``."""
+        if self.place is not None:
+            return self.place(self.num_rows, like)
         return like.new_empty(self.num_rows, like.shape[1])
 
     @cached_property
@@ -71,7 +71,7 @@ def row_order(
     num_experts: int,
     *,
     histogram: Histogram | None = None,
-    places_E: Tensor | None = None,
+    positions_E: Tensor | None = None,
 ) -> RowOrder:
     """Group the kept assignments by expert; within an expert tokens keep their order.
 
@@ -81,18 +81,17 @@ def row_order(
         kept_Tk: which assignments are kept; None for all.
         num_rows: A, how many; known on the host, so that nothing here waits for the device.
         num_experts: E.
-        histogram: of the same assignments, of which none is dropped: the kernels' way.
-        places_E: of every expert, its place among those that the rows are grouped by, int64; None:
-            its number.
+        histogram: counts of the same assignments, none of them dropped; the kernels then do this.
+        positions_E: the position of each expert in the order of the rows, int64; None: its number.
     """
     if histogram is not None:
         if kept_Tk is not None:
             raise ValueError("kept_Tk must be None with a histogram, which counts all assignments")
         from moe_parallel.kernels import launch_router
 
-        return RowOrder(launch_router.rows(experts_Tk, histogram, places_E), num_rows)
-    if places_E is not None:
-        experts_Tk = places_E[experts_Tk]
+        return RowOrder(launch_router.rows(experts_Tk, histogram, positions_E), num_rows)
+    if positions_E is not None:
+        experts_Tk = positions_E[experts_Tk]
     if kept_Tk is None:
         return RowOrder(at_assignments(rows_before(experts_Tk, num_experts), experts_Tk), num_rows)
     # Dropped assignments queue behind those of the experts.
@@ -104,7 +103,7 @@ def row_order(
 def permute(x_TM: Tensor, order: RowOrder, impl: ChosenImpl = "eager") -> Tensor:
     """Rows ``[A, hidden]``: a copy of its token for every kept assignment.
 
-    In the memory of ``order.peers`` no backward may keep them.
+    No backward may keep them if they lie in ``order.place``: the next call overwrites it.
 
     Gradients: a token's is the sum of its rows' in slot order, in float32 or wider.
     """
@@ -120,8 +119,8 @@ def unpermute(
 
     Sums in slot order in float32 or wider, rounded once to the dtype of the rows.
 
-    Gradients: to rows, with ``impl="triton"`` in the memory of ``order.peers``, and to weights; a
-    dropped assignment's weight gets zero.
+    Gradients: to rows, with ``impl="triton"`` in ``order.place``, and to weights; the weight of a
+    dropped assignment gets zero.
     """
     refuse_transforms(_REFERENCE, rows_AM, weights_Tk)
     tokens: Tensor = _Unpermute.apply(rows_AM, weights_Tk, order, impl)  # type: ignore[no-untyped-call]

@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 Prepared = Any
 
 
-class WordOperation(NamedTuple):
-    """On an int32 in memory.
+class SignalOperation(NamedTuple):
+    """An operation on an int32 in memory.
 
     Attributes:
         kind: ``write`` it after all that the stream held before, for all GPUs to see; or ``wait``
@@ -33,17 +33,17 @@ class WordOperation(NamedTuple):
 class StreamMemory(Protocol):
     """Operations on a stream, by address."""
 
-    def copy(self, to: int, of: int, num_bytes: int, stream: Any) -> None:
+    def copy(self, to: int, source: int, num_bytes: int, stream: Any) -> None:
         """Copy bytes between places in device memory, of any GPU."""
 
-    def prepared(self, operations: Sequence[WordOperation]) -> Prepared:
+    def prepared(self, operations: Sequence[SignalOperation]) -> Prepared:
         """Operations to :meth:`run` more than once."""
 
     def run(self, operations: Prepared, stream: Any) -> None:
         """One after another."""
 
 
-class _WordParameters(ctypes.Structure):  # CUstreamBatchMemOpParams, the same for both kinds
+class _SignalParameters(ctypes.Structure):  # CUstreamBatchMemOpParams, the same for both kinds
     _fields_ = (
         ("operation", ctypes.c_uint),
         ("address", ctypes.c_uint64),
@@ -59,7 +59,7 @@ _FLAGS = {"wait": 1, "write": 0}  # CU_STREAM_WAIT_VALUE_EQ; a write that fences
 
 
 class CudaStreamMemory:
-    """Of the CUDA driver, for the device that is current."""
+    """Calls of the CUDA driver, for the current device."""
 
     def __init__(self) -> None:
         self._driver = ctypes.CDLL("libcuda.so.1")
@@ -67,17 +67,17 @@ class CudaStreamMemory:
         self._driver.cuMemcpyAsync.argtypes = (address, address, ctypes.c_size_t, stream)
         self._driver.cuStreamBatchMemOp_v2.argtypes = (stream, uint, pointer, uint)
 
-    def copy(self, to: int, of: int, num_bytes: int, stream: Any) -> None:
+    def copy(self, to: int, source: int, num_bytes: int, stream: Any) -> None:
         """See :class:`StreamMemory`."""
-        self._check(self._driver.cuMemcpyAsync(to, of, num_bytes, stream.cuda_stream))
+        self._check(self._driver.cuMemcpyAsync(to, source, num_bytes, stream.cuda_stream))
 
-    def prepared(self, operations: Sequence[WordOperation]) -> Prepared:
+    def prepared(self, operations: Sequence[SignalOperation]) -> Prepared:
         """See :class:`StreamMemory`."""
         parameters = [
-            _WordParameters(_OPERATIONS[kind], at, value, _FLAGS[kind])
+            _SignalParameters(_OPERATIONS[kind], at, value, _FLAGS[kind])
             for kind, at, value in operations
         ]
-        return (_WordParameters * len(operations))(*parameters)
+        return (_SignalParameters * len(operations))(*parameters)
 
     def run(self, operations: Prepared, stream: Any) -> None:
         """See :class:`StreamMemory`."""

@@ -1,20 +1,29 @@
-"""Memory that the GPUs of one host share, and words in it by which they wait for each other.
+"""Memory that the GPUs of one host share, and signals in it by which they wait for each other.
 
-An all-to-all of NCCL runs as thread blocks, and takes multiprocessors away from the products beside
-it. Ranks that see each other's memory need none: their copy engines move rows from where they are
-to where they belong (:mod:`moe_parallel.dispatch.copy_engine`). The buffers of a rank hold the rows
-that it sends and their results, so that their size does not depend on what the router does
-elsewhere.
+An all-to-all of NCCL runs as thread blocks and takes multiprocessors away from the products beside
+it. Ranks that see each other's memory need none: their copy engines move the rows
+(:mod:`moe_parallel.dispatch.copy_engine`). A buffer holds the rows that its rank sends and their
+results, so its size does not depend on what other ranks route::
 
-Ranks wait for each other's words: a rank writes 1 into its word on another, which waits for it and
-writes 0. A word is not written again before that: the combines of a call have two words in turn,
-and between two first words every rank has heard a combine of every other, which says it only after
-it has written the first one 0. So a CUDA graph can be replayed.
+    signals (one page)      OPEN    EVEN    ODD      one int32 for each phase and other rank
+    rows                    the rows that this rank sends
+    results                 one part for each ETP rank: its partial sums of these rows' results
+
+A rank signals a phase by writing 1 into its int32 on every other rank. Their streams wait for the
+1, then write 0, without a kernel. One run with three groups::
+
+    rank 0      OPEN   pull 0  pull 1  pull 2   push 0 EVEN   push 1 ODD   push 2 EVEN
+    rank 1      OPEN   pull 0  pull 1  pull 2   push 0 EVEN   push 1 ODD   push 2 EVEN
+    all wait for OPEN before their first pull, and for each EVEN or ODD after their own push
+
+No signal is overwritten before it was read. A rank is at most one combine ahead of another, so two
+phases in turn suffice. OPEN is signalled again only after a combine of every other rank was waited
+for, and a rank signals a combine only after it has reset OPEN. So a CUDA graph can be replayed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +33,8 @@ from torch import Tensor
 from moe_parallel.dispatch.stream_memory import (
     CudaStreamMemory,
     Prepared,
+    SignalOperation,
     StreamMemory,
-    WordOperation,
 )
 
 PAGE_BYTES = 2**21  # memory is shared in pages of this size
@@ -36,7 +45,7 @@ class SharedBuffers(NamedTuple):
     """Memory of all ranks of a group, as one of them sees it.
 
     Attributes:
-        buffers: ``[bytes]``, uint8, of each rank: a page of words, zero at first, then rows.
+        buffers: ``[bytes]``, uint8, of each rank: a page of signals, zero at first, then rows.
         streams: what copies and waits there.
         owners: of the memory, which lives as long as they do.
     """
@@ -46,36 +55,39 @@ class SharedBuffers(NamedTuple):
     owners: tuple[object, ...] = ()
 
 
-class Copied:
-    """Copies that were queued: over when a stream is past them."""
+def queued_copies(module: Any, stream: Any) -> Callable[[Any], None]:
+    """What is queued on a stream of a device module, as a function that makes others wait for it.
 
-    def __init__(self, streams: Any, stream: Any) -> None:
-        self._streams, self._event = streams, stream.record_event()
+    The function takes a stream, None for the current one; the host does not wait.
+    """
+    event = stream.record_event()
 
-    def wait(self, stream: Any = None) -> None:
-        """The stream, None the current one, waits, not the host."""
-        (stream or self._streams.current_stream()).wait_event(self._event)
+    def wait(other: Any) -> None:
+        (other or module.current_stream()).wait_event(event)
+
+    return wait
 
 
-class PeerMemory:
+class SymmetricMemory:
     """Buffers on every GPU of a group, which all its ranks read and write.
 
-    Make one for the EP x ETP block, on all its ranks, and give it to every layer in its
-    :class:`moe_parallel.ExpertGroups`. It serves one call after another, on one stream or on
+    Make one for the EP x ETP block, on all its ranks, and give it to every
+    :class:`moe_parallel.ExpertParallelMoE`. It serves one call after another, on one stream or on
     streams that you order.
 
     It takes 1 + ETP times the bytes of the rows that the fullest rank can send, T k M b: for the
-    rows, and for the terms of their results that each ETP rank makes. It is there once for all
-    layers, and grows at the first call that needs more: there the host waits for the device. Call
-    :meth:`reserve` before a CUDA graph is captured. If a rank dies the streams of the others wait;
-    the timeout of a collective that is queued behind them ends their processes.
+    rows, and for each ETP rank's partial sums of their results. All layers share it. It grows at
+    the first call that needs more, where the host waits for the device. Call :meth:`reserve` before
+    a CUDA graph is captured. If a rank dies the streams of the others wait; the timeout of a
+    collective that is queued behind them ends their processes.
 
     Args:
         group: of CUDA ranks that reach each other's memory, in practice on one host.
 
     Attributes:
-        num_bytes: of rows that fit.
-        terms: of a result that fit.
+        num_bytes: bytes of rows that fit.
+        terms: partial sums of a result that fit.
+        global_ranks: of the group, in its order.
 
     Communication: making it and growing it are collective over the group.
 
@@ -85,16 +97,17 @@ class PeerMemory:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.ranks = group, group.rank(), range(group.size())
+        self.global_ranks = dist.get_process_group_ranks(group)
         # Beginning with the next rank, so that not all turn to the same one.
         self.others = [*self.ranks[self.rank + 1 :], *self.ranks[: self.rank]]
         self.num_bytes, self.terms, self.captured = 0, 1, False
-        self.num_holders = 0  # so far, of the place for rows
+        self.num_holders = 0  # calls that took the place for rows so far
         self._shared: SharedBuffers | None = None
         # What cannot be shared shows here, not in a step.
         device = self.reserve(1).buffers[0].device
         self.module = torch.get_device_module(device)
-        # Of no priority: copies within a GPU are thread blocks, and should have those that the last
-        # tiles of a product leave, not take theirs.
+        # Without priority: copies within a GPU are thread blocks. They should run where the last
+        # tiles of a product leave room, not take theirs.
         self.pulls, self.pushes = (self.module.Stream() for _ in range(2))
 
     def fits(self, num_bytes: int, terms: int = 1) -> bool:
@@ -105,8 +118,8 @@ class PeerMemory:
         """Have buffers for so many bytes of rows, the same number on every rank of the group.
 
         Args:
-            num_bytes: of the rows that the fullest rank sends.
-            terms: of each result, the number of ETP ranks.
+            num_bytes: bytes of the rows that the fullest rank sends.
+            terms: partial sums of each result, the number of ETP ranks.
 
         Raises:
             ValueError: if they would have to grow and a CUDA graph knows the ones there are.
@@ -129,16 +142,16 @@ class PeerMemory:
             shared = self._share(PAGE_BYTES * (1 + (1 + terms) * pages))
         self._shared, self.streams = shared, shared.streams
         self.num_bytes, self.terms = pages * PAGE_BYTES, terms
-        words = [buffer.data_ptr() for buffer in shared.buffers]
-        self.rows_at = [word + PAGE_BYTES for word in words]
+        signals = [buffer.data_ptr() for buffer in shared.buffers]
+        self.rows_at = [start + PAGE_BYTES for start in signals]
         self.results_at = [rows_at + self.num_bytes for rows_at in self.rows_at]  # term by term
-        self._said, self._heard = zip(*(self._phase(words, phase) for phase in range(3)))
+        self._signals, self._waits = zip(*(self._phase(signals, phase) for phase in range(3)))
         return shared
 
     def _share(self, num_bytes: int) -> SharedBuffers:
         if "nccl" not in dist.get_backend_config(self.group):
             raise ValueError(
-                "group must be of CUDA ranks for PeerMemory, got one with the backend"
+                "group must be of CUDA ranks for SymmetricMemory, got one with the backend"
                 f" {dist.get_backend(self.group)!r}: without it rows travel by all-to-all"
             )
         from torch.distributed import _symmetric_memory as symmetric_memory
@@ -155,31 +168,30 @@ class PeerMemory:
             raise
         except (OSError, RuntimeError) as error:  # OSError: there is no CUDA driver
             raise ValueError(
-                "group must be of ranks that reach each other's memory for PeerMemory, got ranks"
-                f" {dist.get_process_group_ranks(self.group)}: without it rows travel by"
-                f" all-to-all. {error}"
+                "group must be of ranks that reach each other's memory for SymmetricMemory, got"
+                f" ranks {self.global_ranks}: without it rows travel by all-to-all. {error}"
             ) from error
         return SharedBuffers(buffers, streams, (own, handle))
 
-    def _phase(self, words: Sequence[int], phase: int) -> tuple[Prepared, Prepared]:
-        """To say that this rank is at a phase, and to hear it of the others."""
+    def _phase(self, signals: Sequence[int], phase: int) -> tuple[Prepared, Prepared]:
+        """Operations that signal a phase to the others, and those that wait for theirs."""
 
-        def word(of: int, on: int) -> int:
-            return words[on] + 4 * (phase * len(words) + of)
+        def address(source: int, on: int) -> int:
+            return signals[on] + 4 * (phase * len(signals) + source)
 
-        mine = [word(of, self.rank) for of in self.others]
-        said = [WordOperation("write", word(self.rank, on), 1) for on in self.others]
-        heard = [WordOperation("wait", at, 1) for at in mine]
-        heard += [WordOperation("write", at, 0) for at in mine]
-        return self.streams.prepared(said), self.streams.prepared(heard)
+        mine = [address(other, self.rank) for other in self.others]
+        signal = [SignalOperation("write", address(self.rank, on), 1) for on in self.others]
+        wait = [SignalOperation("wait", at, 1) for at in mine]
+        wait += [SignalOperation("write", at, 0) for at in mine]
+        return self.streams.prepared(signal), self.streams.prepared(wait)
 
-    def say(self, phase: int, stream: Any) -> None:
-        """This rank is at a phase when the stream is here."""
-        self.streams.run(self._said[phase], stream)
+    def signal(self, phase: int, stream: Any) -> None:
+        """Tell all ranks that this one is at a phase, once the stream is here."""
+        self.streams.run(self._signals[phase], stream)
 
-    def hear(self, phase: int, stream: Any) -> None:
-        """The stream waits until all ranks are at a phase."""
-        self.streams.run(self._heard[phase], stream)
+    def wait(self, phase: int, stream: Any) -> None:
+        """Make the stream wait until all ranks are at a phase."""
+        self.streams.run(self._waits[phase], stream)
 
     def place(self, num_rows: int, like: Tensor) -> Tensor:
         """``[num_rows, M]``: where this rank's rows, like these, travel from."""
@@ -190,7 +202,7 @@ class PeerMemory:
         return self._view(1, self.terms, num_rows, like)
 
     def _view(self, first: int, count: int, num_rows: int, like: Tensor) -> Tensor:
-        """The beginning of some of the parts after the words."""
+        """The beginning of ``count`` parts after the signals, from part ``first`` on."""
         num_bytes = num_rows * like.element_size() * like.shape[1]
         if num_bytes > self.num_bytes:
             raise ValueError(
@@ -204,18 +216,18 @@ class PeerMemory:
         return view
 
 
-class PeerRows:
-    """One call's hold of the place that its rows travel from, in the forward and the backward.
+class OutgoingRows:
+    """The rows of one call in the memory they travel from, in the forward and in the backward.
 
     Args:
         memory: of the block.
     """
 
-    def __init__(self, memory: PeerMemory) -> None:
+    def __init__(self, memory: SymmetricMemory) -> None:
         self.memory, self._holder = memory, -1
 
     def place(self, num_rows: int, like: Tensor) -> Tensor:
-        """See :meth:`PeerMemory.place`: to be written and sent before another call takes it."""
+        """See :meth:`SymmetricMemory.place`; write and send them before another call takes it."""
         self.memory.num_holders += 1
         self._holder = self.memory.num_holders
         return self.memory.place(num_rows, like)
@@ -230,7 +242,7 @@ class PeerRows:
             return False
         if self.memory.num_holders != self._holder:
             raise RuntimeError(
-                "rows in PeerMemory were overwritten by another call before their experts were"
+                "rows in SymmetricMemory were overwritten by another call before their experts were"
                 " called, in the backward by one that a checkpoint repeats: let the checkpoint"
                 " cover the whole layer"
             )

@@ -185,10 +185,10 @@ class Experts(Parts):
         Args:
             rows_AM: ``[A, hidden]``, in the order of
             :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`.
-            pipeline: who sends what, in which groups; for rows that are with their experts already
-                :func:`moe_parallel.pipeline.pipeline.local_pipeline`.
-            num_rows: that the experts of a rank take, on the average of all ranks: all multiply
-                alike, however tokens are split over them.
+            pipeline: moves the rows, in groups of experts; for rows that are with their experts
+                already :func:`moe_parallel.pipeline.pipeline.local_pipeline`.
+            num_rows: rows that the experts of a rank take, averaged over the ranks: all choose the
+                same product, however tokens are split over them.
 
         Returns:
             ``[A, hidden]``, in the same order.
@@ -207,7 +207,7 @@ class Experts(Parts):
         if w13.dtype != dtype:
             raise ValueError(f"rows must be {w13.dtype} like the experts, got {dtype}")
         refuse_transforms(_REFERENCE, rows_AM, w13, w2)
-        for group in (pipeline.ep_group, pipeline.etp_group):
+        for group in pipeline.dispatch.process_groups:
             rows_AM = join_backward(group, rows_AM, w13, w2)
         how = (self.chosen_gemm(num_rows, dtype), chosen_impl(self.impl, rows_AM.device, dtype))
         results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
@@ -229,10 +229,10 @@ class _OverRanks(torch.autograd.Function):
         impl: ChosenImpl,
     ) -> Tensor:
         kept: list[Tensor] = []
-        w13_ENM = w13.flatten(1, 2)
+        dispatch, w13_ENM = pipeline.dispatch, w13.flatten(1, 2)
 
         def compute(g: int, rows: Tensor) -> Tensor:
-            counts, own = pipeline.plans[g].expert_rows, _slice(pipeline.experts[g])
+            counts, own = dispatch.expert_rows(g), _slice(dispatch.experts[g])
             hidden = forward_product(rows, w13_ENM[own], counts, gemm)
             kept.extend((rows, hidden))
             return forward_product(swiglu(hidden, impl), w2[own], counts, gemm)
@@ -248,12 +248,13 @@ class _OverRanks(torch.autograd.Function):
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
         _, w13, w2, *kept = ctx.saved_tensors
         pipeline, gemm, impl = ctx.arguments
+        dispatch = pipeline.dispatch
         dw13, dw2 = w13.new_empty(w13.shape), w2.new_empty(w2.shape)  # written as views
         w13_ENM, dw13_ENM = w13.flatten(1, 2), dw13.flatten(1, 2)
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what weight gradients are made of
 
         def compute(g: int, dy: Tensor) -> Tensor:
-            counts, own = pipeline.plans[g].expert_rows, _slice(pipeline.experts[g])
+            counts, own = dispatch.expert_rows(g), _slice(dispatch.experts[g])
             dact = backward_product(dy, w2[own], counts, gemm)
             dhidden, act = swiglu_backward(dact, kept[2 * g + 1], impl)
             made[g] = (dy, dhidden, act)
@@ -261,7 +262,7 @@ class _OverRanks(torch.autograd.Function):
 
         def weights(g: int) -> None:
             dy, dhidden, act = made.pop(g)
-            counts, own = pipeline.plans[g].expert_rows, _slice(pipeline.experts[g])
+            counts, own = dispatch.expert_rows(g), _slice(dispatch.experts[g])
             with pipeline.computing("weights", g, dy.device):
                 weight_product(dhidden, kept[2 * g], counts, gemm, dw13_ENM[own])
                 weight_product(dy, act, counts, gemm, dw2[own])

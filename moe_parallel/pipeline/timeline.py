@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
 
-from moe_parallel.dispatch.symmetric_memory import Copied
-
-Lane = Literal["ep", "etp", "compute"]
-_LANES: tuple[Lane, ...] = ("ep", "etp", "compute")
+TimelineLane = Literal["ep", "etp", "compute"]
+_LANES: tuple[TimelineLane, ...] = ("ep", "etp", "compute")
 _WIDTH = 72  # characters of a lane
 
 
@@ -23,12 +21,12 @@ class Span(NamedTuple):
         lane: who does it.
         name: what it is; its first letter is drawn.
         group: which group of experts.
-        start_ms: since the first piece. Of a collective: when it was queued, or when the one
-            before it in its lane was over.
-        stop_ms: likewise.
+        start_ms: since the first piece. A collective starts when it is queued, or when the one
+            before it in its lane is over.
+        stop_ms: since the first piece.
     """
 
-    lane: Lane
+    lane: TimelineLane
     name: str
     group: int
     start_ms: float
@@ -38,10 +36,10 @@ class Span(NamedTuple):
 class Timeline:
     """Give one to a call of the layer, run forward and backward, print it.
 
-    On a GPU marks are CUDA events. That of the end of a collective is recorded on a stream of its
-    own, so that the lanes keep running beside each other; what two groups compute beside each other
-    overlaps in the drawing. On the CPU they are the clock of the
-    host, and a collective is over when it has been waited for.
+    On a GPU marks are CUDA events. The end of a collective is recorded on a stream of its own, so
+    that the lanes keep running at the same time. Groups that are computed on two streams overlap in
+    the drawing. On the CPU marks are the clock of the host, and a collective is over when it has
+    been waited for.
 
     Example, two groups: the second is on its way while the first is computed::
 
@@ -50,7 +48,7 @@ class Timeline:
     """
 
     def __init__(self) -> None:
-        self._marks: list[tuple[Lane, str, int, _Mark, _Mark]] = []
+        self._marks: list[tuple[TimelineLane, str, int, _Mark, _Mark]] = []
         self._aside: torch.cuda.Stream | None = None
 
     @contextmanager
@@ -60,16 +58,20 @@ class Timeline:
         yield
         self._marks.append(("compute", name, group, start, _mark(device)))
 
-    def queued(self, lane: Lane, name: str, group: int, device: torch.device) -> int:
+    def queued(self, lane: TimelineLane, name: str, group: int, device: torch.device) -> int:
         """A collective is being started; the number to give to :meth:`over`."""
         mark = _mark(device)
         self._marks.append((lane, name, group, mark, mark))
         return len(self._marks) - 1
 
-    def over(
-        self, number: int, work: torch.distributed.Work | Copied, device: torch.device
-    ) -> None:
-        """Call it at once on a GPU, and after the wait on the CPU."""
+    def over(self, number: int, wait: Callable[[None], object], device: torch.device) -> None:
+        """Note when a collective is over: call this at once on a GPU, after the wait on the CPU.
+
+        Args:
+            number: see :meth:`queued`.
+            wait: makes the current stream wait for the collective.
+            device: where it runs.
+        """
         lane, name, group, start, _ = self._marks[number]
         if device.type != "cuda":
             self._marks[number] = (lane, name, group, start, _mark(device))
@@ -77,7 +79,7 @@ class Timeline:
         if self._aside is None:
             self._aside = torch.cuda.Stream(device)
         with torch.cuda.stream(self._aside):
-            work.wait()
+            wait(None)
             self._marks[number] = (lane, name, group, start, _mark(device))
 
     @property
@@ -88,7 +90,7 @@ class Timeline:
         if isinstance(self._marks[0][3], torch.cuda.Event):
             torch.cuda.synchronize()
         origin = self._marks[0][3]
-        over: dict[Lane, float] = {}
+        over: dict[TimelineLane, float] = {}
         spans = []
         for lane, name, group, start, stop in self._marks:
             start_ms = _between(origin, start)

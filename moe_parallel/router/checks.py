@@ -7,7 +7,7 @@ numbers each, whose shape nobody can get wrong.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -99,16 +99,17 @@ def check_counts(assigned_RE: Sequence[Sequence[int]], top_k: int, order: TokenO
             )
 
 
-def check_rows(kept_RE: Sequence[Sequence[int]], max_rows: int | None, mesh: ExpertMesh) -> None:
-    """Raise ValueError, on every rank of the EP x ETP block alike, if one would take too many rows.
+def checked_rows(
+    wait: Callable[[], Sequence[Sequence[int]]], max_rows: int, mesh: ExpertMesh
+) -> Sequence[Sequence[int]]:
+    """The counts; ValueError, on every rank of the block alike, if one would take too many rows.
 
     Args:
-        kept_RE: rows each rank of the token group sends to each expert, on the host.
-        max_rows: most rows for the experts of one rank; None for any number.
-        mesh: the block of this rank.
+        wait: returns the rows each rank of the token group sends to each expert.
+        max_rows: most rows for the experts of one rank.
+        mesh: the EP x ETP block of this rank.
     """
-    if max_rows is None:
-        return
+    kept_RE = wait()
     num_local = len(kept_RE[0]) // mesh.ep_size
     for ep_rank in range(mesh.ep_size):
         experts = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
@@ -119,3 +120,4 @@ def check_rows(kept_RE: Sequence[Sequence[int]], max_rows: int | None, mesh: Exp
                 f" take, got {max_rows} for {rows}: set a capacity_factor, route fewer tokens a"
                 " call, or allow more"
             )
+    return kept_RE

@@ -75,7 +75,7 @@ def check_hidden(hidden: Tensor, weight: Tensor) -> None:
         )
 
 
-class KeptCounts:
+class HostTokenCounts:
     """How many assignments each rank keeps for each expert, on their way to the host.
 
     The one device-to-host copy: collectives and buffers after it need sizes on the host. It starts
@@ -87,13 +87,11 @@ class KeptCounts:
         order: where the tokens of every rank stand.
 
     Attributes:
-        dropless: the routing's.
-        histogram: likewise.
+        dropless: no assignment can be dropped.
     """
 
     def __init__(self, routing: Routing, order: TokenOrder) -> None:
-        self.dropless, self.histogram = routing.dropless, routing.histogram
-        self._order = order
+        self.dropless, self._order = routing.dropless, order
         self._top_k = routing.experts.shape[1]
         assigned_RE, kept_RE, training_R = routing.counts
         self._num_experts, self._tells_training = assigned_RE.shape[1], training_R is not None

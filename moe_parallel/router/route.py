@@ -152,7 +152,7 @@ def route(  # longer than our functions are, and of ten arguments: the contract 
         aux_loss_coefficient: 0.01 in MiniMax-01's pre-training.
         impl: who chooses and counts; what is gathered does not depend on it.
         training: False drops nothing; must be equal on every rank. By position it rides along in
-            the message, whose size does not depend on it, for :class:`KeptCounts` to check.
+            the message, whose size does not depend on it, for :class:`HostTokenCounts` to check.
 
     Returns:
         :class:`Routing`. ``aux_loss`` is a share: its sum over the token group is the loss.

@@ -18,7 +18,7 @@ from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange.start import _index
 from moe_parallel import TokenOrder
 from moe_parallel.experts import gemm
-from moe_parallel.pipeline.groups import DispatchOrder
+from moe_parallel.pipeline.groups import ExpertPermutation
 from ring.blocks import interface
 
 GPU = torch.device("cuda", 0)
@@ -44,7 +44,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "segments by position": lambda: ORDER.segments_by_position(GPU),
     "tokens by position": lambda: ORDER.tokens_by_position(GPU),
     "ends of a grouped product": lambda: gemm._ends((1, 2), GPU, False),
-    "places of experts": lambda: DispatchOrder(4, 2).places((range(1), range(1, 2)), GPU),
+    "positions of experts": lambda: ExpertPermutation(4, 2).positions((range(1), range(1, 2)), GPU),
 }
 
 

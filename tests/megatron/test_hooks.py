@@ -15,17 +15,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from moe_parallel import TokenOrder
-from moe_parallel.megatron import expert_parallel_moe_spec
 from tests.closeness import assert_equal_to_rounding
 from tests.hooks import calls_of_owners
-from tests.megatron import test_gpt, test_moe_parallel
-from tests.megatron.attention import parallel_config
+from tests.megatron import test_gpt
 from tests.megatron.cpu import gathered, initialize, summed, train_on_cpu
-from tests.moe_parallel.batch import random_batch
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.megatron
@@ -103,24 +98,6 @@ def test_owners_in_hybrid_model_are_called() -> None:
     pytest.importorskip("megatron.core.models.hybrid.hybrid_model")
     (calls,) = run_on_ranks(calls_in_hybrid_model, 1)
     assert set(calls.values()) == {1}, calls
-
-
-def calls_of_stages(sizes: dict[str, int]) -> dict[str, int]:
-    groups = initialize(**sizes)
-    options = parallel_config(sizes, **test_moe_parallel.OPTIONS)
-    layer = build_module(expert_parallel_moe_spec(), config=options, pg_collection=groups)
-    batch = random_batch(12, 10)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
-    hidden, grad = (x.unsqueeze(1) for x in (batch.x, batch.grad))
-    with calls_of_owners(layer) as calls:
-        order = TokenOrder.contiguous([12] * groups.tp_dp_cp.size())
-        test_moe_parallel.in_stages(layer, hidden.requires_grad_(), order, grad)
-    return calls
-
-
-def test_owners_are_called_in_the_stages_of_the_moe_layer() -> None:
-    for calls in run_on_ranks(calls_of_stages, 2, {"ep": 2}):
-        assert set(calls.values()) == {1}, calls
 
 
 # ---- with overlap, the same numbers ------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, track_
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder
+from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig
 from moe_parallel.megatron import (
     ExpertOptions,
     ExpertParallelMoELayer,
@@ -24,7 +23,7 @@ from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import config, parallel_config
 from tests.megatron.cpu import initialize, summed
 from tests.moe_parallel.batch import ORDERS, assemble, assemble_expert, local_rows, random_batch
-from tests.moe_parallel.peers import peer_memory
+from tests.moe_parallel.host_memory import host_memory
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.megatron
@@ -59,71 +58,16 @@ def load_plain(layer: ExpertParallelMoELayer, groups: ProcessGroupCollection) ->
         getattr(experts, name).data.copy_(weight)
 
 
-def in_one_call(layer: ExpertParallelMoELayer, hidden: Tensor, order: TokenOrder, grad: Tensor):
-    """Output and input gradient."""
-    output, bias = layer(hidden, token_order=order)
-    assert bias is None
-    output.backward(grad)
-    return output.detach(), hidden.grad
-
-
-class Step:
-    """A step of Megatron's 1F1B schedule: its arguments are cut out of the graph.
-
-    The first ``freed`` of them lose their memory after it, and with them what the step before has
-    given out: as should_free_input of Megatron's schedule says.
-    """
-
-    def __init__(self, stage: Callable[..., Any], arguments: Sequence[Tensor], freed: int = 0):
-        self.leaves = [a.detach().requires_grad_(a.requires_grad) for a in arguments]
-        self.outputs = stage(*self.leaves)
-        for leaf in self.leaves[:freed]:
-            leaf.untyped_storage().resize_(0)
-
-    def backward(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        torch.autograd.backward(self.outputs, grads)
-        return [leaf.grad for leaf in self.leaves]
-
-
-def in_stages(layer: ExpertParallelMoELayer, hidden: Tensor, order: TokenOrder, grad: Tensor):
-    """The same, stage by stage as the schedule calls them."""
-
-    def before_dispatch(hidden: Tensor) -> tuple[Tensor, Tensor]:
-        assert layer.shared_experts_compute(hidden) is None
-        return layer.preprocess(hidden, *layer.route(hidden, token_order=order))
-
-    def experts(tokens: Tensor, probs: Tensor) -> list[Tensor]:
-        output, bias = layer.routed_experts_compute(tokens, probs)
-        assert bias is None
-        return [output]
-
-    def combine(output: Tensor) -> list[Tensor]:
-        return [layer.postprocess(layer.combine(output), None)]
-
-    steps: list[Step] = []
-    arguments: Sequence[Tensor] = [hidden]
-    # The probs of the experts live on: the schedule keeps them beside their arguments.
-    for stage, freed in ((before_dispatch, 0), (layer.dispatch, 2), (experts, 1), (combine, 1)):
-        steps.append(Step(stage, arguments, freed))
-        arguments = steps[-1].outputs
-    grads: Sequence[Tensor] = [grad]
-    for step in reversed(steps):
-        grads = step.backward(grads)
-    layer.backward_dw(routed_experts=True)
-    return steps[-1].outputs[0].detach(), grads[0]
-
-
 def layer_on_rank(
     sizes: dict[str, int],
     order_name: str,
     options: dict[str, Any],
-    run: Callable = in_one_call,
     copied: bool = False,
 ) -> list[Tensor]:
     """Output, input gradient, and what Megatron's scaling makes of the parameter gradients."""
     groups = initialize(**sizes)
     spec = expert_parallel_moe_spec(
-        options=ExpertOptions(peers=peer_memory(groups.tp_ep) if copied else None)
+        options=ExpertOptions(symmetric_memory=host_memory(groups.tp_ep) if copied else None)
     )
     layer = build_module(
         spec, config=parallel_config(sizes, **OPTIONS, **options), pg_collection=groups
@@ -140,10 +84,12 @@ def layer_on_rank(
     divisor = NUM_TOKENS if options.get("calculate_per_token_loss") else dp * cp
     scale = 1.0 if options.get("calculate_per_token_loss") else float(cp)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([scale]))
-    output, hidden_grad = run(layer, hidden, order, grad * divisor)
+    output, bias = layer(hidden, token_order=order)
+    assert bias is None
+    output.backward(grad * divisor)
     gate = summed(layer.moe.gate.weight.grad, groups.tp_dp_cp) / divisor
     experts = [summed(p.grad, groups.expt_dp) / divisor for p in layer.moe.experts.parameters()]
-    return [output.squeeze(1), hidden_grad.squeeze(1) / divisor, gate, *experts]
+    return [output.detach().squeeze(1), hidden.grad.squeeze(1) / divisor, gate, *experts]
 
 
 def plain_results() -> list[Tensor]:
@@ -188,17 +134,6 @@ def test_equals_the_plain_layer(num_ranks, sizes, order_name) -> None:
     check(num_ranks, sizes, order_name)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "order_name"), [({"ep": 2, "etp": 2}, "ragged"), ({"ep": 4, "cp": 2}, "shuffled")]
-)
-def test_stages_one_by_one_are_the_forward(sizes: dict[str, int], order_name: str) -> None:
-    whole = run_on_ranks(layer_on_rank, 4, sizes, order_name, {})
-    staged = run_on_ranks(layer_on_rank, 4, sizes, order_name, {}, in_stages)
-    for rank, results in enumerate(zip(whole, staged, strict=True)):
-        for name, expected, actual in zip(NAMES, *results, strict=True):
-            assert torch.equal(actual, expected), f"{name} of rank {rank}"
-
-
 def test_loss_per_token() -> None:
     check(4, {"cp": 2, "ep": 2}, "zigzag", calculate_per_token_loss=True)
 
@@ -215,9 +150,6 @@ def other_balancers() -> None:
         layer = build_module(spec, config=config(**options), pg_collection=groups)
         assert isinstance(layer, MoELayer)
         assert layer.moe.config.aux_loss_coefficient == 0.0
-        hidden = torch.zeros(4, 1, 10, dtype=torch.float64)
-        with pytest.raises(ValueError, match="route must be called before the other stages"):
-            layer.combine(hidden)
 
 
 def test_other_balancers_without_a_loss() -> None:

@@ -16,7 +16,7 @@ from tests.moe_parallel.batch import (
     local_rows,
     random_batch,
 )
-from tests.moe_parallel.peers import with_peers
+from tests.moe_parallel.host_memory import memory_of
 from tests.ranks import run_on_ranks
 
 NUM_TOKENS = 29
@@ -53,9 +53,8 @@ def layer_on_rank(
     copied: bool = False,
 ) -> LayerResult:
     groups = groups_of(topology).experts
-    if copied:
-        groups = with_peers(groups)
-    layer = build(config, dtype, skew, groups=groups, device=device)
+    memory = memory_of(groups) if copied else None
+    layer = build(config, dtype, skew, groups=groups, symmetric_memory=memory, device=device)
     rank = layer.mesh.token_rank
     whole = random_batch(order.num_tokens, config.hidden_size)
     # NaN in the padding: it must be neither routed nor multiplied by zero.

@@ -12,7 +12,7 @@ import torch
 from moe_parallel import MoEConfig, TokenOrder
 from moe_parallel import layer as layer_module
 from moe_parallel.router import host_counts as decision
-from moe_parallel.router.host_counts import KeptCounts
+from moe_parallel.router.host_counts import HostTokenCounts
 from moe_parallel.router.route import route
 from moe_parallel.router.token_order import to_host
 from tests.moe_parallel.batch import random_batch
@@ -48,7 +48,7 @@ def test_sums_that_are_known_before_are_those_of_the_counts(capacity_factor: flo
     order = TokenOrder.contiguous([13])
     x, gate = torch.randn(13, 4), torch.randn(6, 4)
     routing = route(x, gate, top_k=3, order=order, capacity_factor=capacity_factor)
-    counts = KeptCounts(routing, order)
+    counts = HostTokenCounts(routing, order)
     assert counts.of_rank(0) == counts.of_all() == sum(counts.wait()[0])
     assert counts.of_all() == int(routing.kept.sum())
     assert counts.dropless == (capacity_factor is None)

@@ -1,24 +1,23 @@
+"""Dispatchers bring rows to their experts and back."""
+
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from moe_parallel import ExpertTopology
-from moe_parallel.dispatch.all_to_all import (
-    combine,
-    dispatch,
-    gather_etp,
-    group_by_expert,
-    group_by_source,
-    plan_exchange,
-    scatter_etp,
-)
+from moe_parallel.dispatch import make_dispatcher
+from moe_parallel.dispatch.dispatcher import Dispatch
+from moe_parallel.dispatch.plan import plan_exchange
 from moe_parallel.mesh import ExpertMesh, expert_mesh
+from moe_parallel.pipeline.pipeline import Pipeline
 from tests.closeness import assert_equal_to_rounding
 from tests.moe_parallel.batch import Replicated, Summed, groups_of
+from tests.moe_parallel.host_memory import memory_of
 from tests.ranks import run_on_ranks
 
 Counts = list[list[int]]
@@ -48,27 +47,41 @@ def labelled(counts: Counts, rank: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
 
 
-def there_and_back(topology: ExpertTopology, counts: Counts) -> dict[str, object]:
-    groups = groups_of(topology)
-    mesh = expert_mesh(groups.experts)
+def start(topology: ExpertTopology, counts: Counts, copied: bool = False) -> Dispatch:
+    """A call with all experts in one group, which sends these rows."""
+    groups = groups_of(topology).experts
+    mesh = expert_mesh(groups)
+    dispatcher = make_dispatcher(mesh, groups, memory_of(groups) if copied else None)
+    everybody, rows = (range(len(counts[0]) // mesh.ep_size),), max(map(sum, counts))
+    like = torch.empty(0, 3, dtype=torch.float64)
+    return dispatcher.start_call(lambda: counts, everybody, most_rows=rows, like=like)
+
+
+def there_and_back(topology: ExpertTopology, counts: Counts, copied: bool) -> dict[str, object]:
+    mesh = expert_mesh(groups_of(topology).experts)
     stage = counts[: mesh.num_token_ranks]
-    plan = plan_exchange(stage, mesh)
+    dispatch, found = start(topology, stage, copied), []
     sent = labelled(stage, mesh.token_rank)
-    gathered = gather_etp(dispatch(sent, plan, groups.ep), plan, groups.etp)
-    by_expert = group_by_expert(gathered, plan)
-    assert torch.equal(group_by_source(by_expert, plan), gathered)
-    back = combine(scatter_etp(gathered, plan, groups.etp), plan, groups.ep)
-    assert torch.equal(back, sent * mesh.etp_size)
-    return {"rows": by_expert, "expert_rows": plan.expert_rows, "mesh": mesh}
+
+    def compute(g: int, rows: Tensor) -> Tensor:
+        found.append((rows.clone(), dispatch.expert_rows(g)))
+        return rows
+
+    assert torch.equal(Pipeline(dispatch).run(sent, compute), sent * mesh.etp_size)
+    ((by_expert, expert_rows),) = found
+    again = dispatch.by_expert(0, dispatch.by_arrival(0, by_expert))
+    assert torch.equal(again, by_expert)
+    return {"rows": by_expert, "expert_rows": expert_rows, "mesh": mesh}
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("topology", MESHES)
 def test_rows_reach_their_experts_in_order_and_come_back(
-    topology: ExpertTopology, case: str
+    topology: ExpertTopology, case: str, copied: bool
 ) -> None:
     counts = CASES[case]
-    for part in run_on_ranks(there_and_back, topology.world_size, topology, counts):
+    for part in run_on_ranks(there_and_back, topology.world_size, topology, counts, copied):
         mesh: ExpertMesh = part["mesh"]
         local = range(4 // mesh.ep_size * mesh.ep_rank, 4 // mesh.ep_size * (mesh.ep_rank + 1))
         expected = [
@@ -85,25 +98,33 @@ def test_rows_reach_their_experts_in_order_and_come_back(
         )
 
 
+class Scaled(torch.autograd.Function):
+    """What the experts do, in small: another factor for every expert and ETP part."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, dispatch: Dispatch, etp_rank: int) -> Tensor:
+        ctx.dispatch, ctx.etp_rank = dispatch, etp_rank
+
+        def compute(g: int, rows: Tensor) -> Tensor:
+            counts = torch.tensor(dispatch.expert_rows(g))
+            factors = torch.arange(len(counts)) + 1.0 + 10 * etp_rank
+            return rows * factors.repeat_interleave(counts).unsqueeze(1)
+
+        return Pipeline(dispatch).run(rows, compute)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return Scaled.apply(grad.contiguous(), ctx.dispatch, ctx.etp_rank), None, None
+
+
 def stages_gradcheck(topology: ExpertTopology, counts: Counts) -> bool:
     """Every rank perturbs the same element: a function of all ranks' rows, held by all ranks."""
-    groups = groups_of(topology)
-    mesh = expert_mesh(groups.experts)
-    plan = plan_exchange(counts, mesh)
+    mesh = expert_mesh(groups_of(topology).experts)
     sizes = [sum(row) for row in counts]
 
     def function(rows: Tensor) -> Tensor:
         mine = Replicated.apply(rows).split(sizes)[mesh.token_rank]
-        gathered = gather_etp(dispatch(mine, plan, groups.ep), plan, groups.etp)
-        # What the experts do, in small: another factor for every expert and ETP part.
-        scale = torch.cat(
-            [
-                torch.full((count, 1), 1.0 + expert + 10 * mesh.etp_rank, dtype=torch.float64)
-                for expert, count in enumerate(plan.expert_rows)
-            ]
-        )
-        rows = group_by_source(group_by_expert(gathered, plan) * scale, plan)
-        back = combine(scatter_etp(rows, plan, groups.etp), plan, groups.ep)
+        back = Scaled.apply(mine, start(topology, counts), mesh.etp_rank)
         parts = [back.new_zeros(size, back.shape[1]) for size in sizes]
         parts[mesh.token_rank] = back
         return Summed.apply(torch.cat(parts))
@@ -124,13 +145,14 @@ def test_gradcheck_in_lockstep(topology: ExpertTopology) -> None:
 def etp_sum(dtype: torch.dtype) -> Tensor:
     topology = ExpertTopology(4, etp=4)
     mesh = expert_mesh(groups_of(topology).experts)
-    plan = plan_exchange([[1]] * 4, mesh)
+    etp = start(topology, [[1]] * 4).etp
     term = [256.0, 1.0, 1.0, 1.0][mesh.etp_rank]
-    rows = torch.full((4, 1), term, dtype=dtype)
-    return scatter_etp(rows, plan, groups_of(topology).etp)
+    transfer = etp.scatter(0, torch.full((4, 1), term, dtype=dtype))
+    transfer.wait(None)
+    return etp.add_up(0, transfer.rows)
 
 
-def test_etp_terms_in_bfloat16_are_rounded_once() -> None:
+def test_partial_sums_in_bfloat16_are_rounded_once() -> None:
     # In bfloat16 256 + 1 rounds to 256, so adding one by one gives 256; 259 rounds to 260.
     assert [part.item() for part in run_on_ranks(etp_sum, 4, torch.bfloat16)] == [260.0] * 4
 
@@ -154,10 +176,9 @@ def test_plan_conserves_rows() -> None:
 
 def test_rows_keep_their_bits() -> None:
     assert_equal_to_rounding(
-        group_by_expert(
-            torch.arange(6.0).unsqueeze(1),
-            plan_exchange([[1, 2], [2, 1]], ExpertMesh(0, 2, 0, 0, ((0,), (1,)))),
-        ).flatten(),
+        plan_exchange([[1, 2], [2, 1]], ExpertMesh(0, 2, 0, 0, ((0,), (1,))))
+        .group_by_expert(torch.arange(6.0).unsqueeze(1))
+        .flatten(),
         torch.tensor([0.0, 3, 4, 1, 2, 5]),
         tolerance=0.0,
     )

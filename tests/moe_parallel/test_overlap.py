@@ -9,16 +9,12 @@ import torch
 import torch.distributed as dist
 
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, Timeline
+from moe_parallel.dispatch.all_to_all import LEAST_BYTES, MOST_WITH_ETP, AllToAllDispatcher
+from moe_parallel.dispatch.copy_engine import COPIED_BYTES, CopyEngineDispatcher
+from moe_parallel.dispatch.dispatcher import LocalDispatcher
+from moe_parallel.dispatch.plan import GroupPlans
 from moe_parallel.mesh import ExpertMesh
-from moe_parallel.pipeline.groups import (
-    COPIED_BYTES,
-    LEAST_BYTES,
-    MOST_WITH_ETP,
-    dispatch_places,
-    expert_groups,
-    groups_that_pay,
-)
-from moe_parallel.pipeline.pipeline import PipelinePlans
+from moe_parallel.pipeline.groups import dispatch_positions, expert_groups
 from tests.moe_parallel.batch import ORDERS, groups_of
 from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, layer_on_rank, on_ranks
 from tests.ranks import run_on_ranks
@@ -152,16 +148,18 @@ def test_nothing_is_marked_without_a_timeline() -> None:
 
 def test_groups_are_as_many_as_pay() -> None:
     mesh = ExpertMesh(0, 2, 0, 0, ((0, 1),))
+    sent = AllToAllDispatcher(mesh, None, None).overlap_groups
     for num_bytes, groups in ((0, 1), (1, 1), (4 * LEAST_BYTES - 1, 3), (400 * LEAST_BYTES, 4)):
-        assert groups_that_pay(4, num_bytes, mesh, copied=False) == groups
+        assert sent(4, num_bytes) == groups
+    copied = CopyEngineDispatcher(mesh, (), None).overlap_groups
     for num_bytes, groups in ((0, 1), (1, 1), (9 * COPIED_BYTES - 1, 2), (400 * COPIED_BYTES, 4)):
-        assert groups_that_pay(4, num_bytes, mesh, copied=True) == groups
-    alone = ExpertMesh(0, 2, 0, 0, ((0,),))
-    assert groups_that_pay(4, 400 * LEAST_BYTES, alone, copied=False) == 1  # nothing travels
+        assert copied(4, num_bytes) == groups
+    assert LocalDispatcher().overlap_groups(4, 400 * LEAST_BYTES) == 1  # nothing travels
     etp = ExpertMesh(0, 2, 0, 0, ((0,), (1,)))
-    assert groups_that_pay(4, 400 * LEAST_BYTES, etp, copied=False) == MOST_WITH_ETP
-    assert groups_that_pay(1, 400 * LEAST_BYTES, etp, copied=False) == 1
-    assert groups_that_pay(4, 400 * LEAST_BYTES, etp, copied=True) == 4
+    sent = AllToAllDispatcher(etp, None, None).overlap_groups
+    assert sent(4, 400 * LEAST_BYTES) == MOST_WITH_ETP
+    assert sent(1, 400 * LEAST_BYTES) == 1
+    assert CopyEngineDispatcher(etp, (), None).overlap_groups(4, 400 * LEAST_BYTES) == 4
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 4])
@@ -169,7 +167,7 @@ def test_groups_hold_every_expert_and_row_once(num_groups: int) -> None:
     mesh = ExpertMesh(0, 2, 0, 0, ((0, 1),))
     experts = expert_groups(4, num_groups)
     assert [e for group in experts for e in group] == list(range(4))
-    plans = PipelinePlans(lambda: [[*range(8)], [3] * 8], mesh, experts)
+    plans = GroupPlans(lambda: [[*range(8)], [3] * 8], mesh, experts)
     assert len(plans) == num_groups
     assert sum(sum(plan.dispatch_rows) for plan in plans) == sum(range(8))
 
@@ -189,8 +187,8 @@ def test_experts_leave_group_by_group() -> None:
     groups = expert_groups(3, 2)
     assert groups == (range(0, 2), range(2, 3))
     # Experts 0 and 1 of the one rank, then of the other, then 2 of both.
-    assert dispatch_places(6, 2, groups) == [0, 1, 4, 2, 3, 5]
-    assert dispatch_places(6, 2, expert_groups(3, 1)) == list(range(6))
+    assert dispatch_positions(6, 2, groups) == [0, 1, 4, 2, 3, 5]
+    assert dispatch_positions(6, 2, expert_groups(3, 1)) == list(range(6))
 
 
 @pytest.mark.parametrize("num_groups", [0, 17, 1.5])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -14,10 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_parallel import MoEConfig, TokenOrder
+from moe_parallel import layer as layer_module
 from moe_parallel.dispatch.padding import drop_by_rank, padded_order
 from moe_parallel.dispatch.permute import RowOrder, permute, row_order
 from moe_parallel.router import top_k
-from moe_parallel.router.host_counts import KeptCounts
 from moe_parallel.router.route import Routing, route
 from tests.moe_parallel.layers import build
 
@@ -47,11 +46,11 @@ def test_rows_are_those_of_plain_torch(
 ) -> None:
     logits = torch.randn(tokens, num_experts, device=DEVICE)
     logits[:, -1] += 100 * hot
-    places_E = torch.randperm(num_experts, device=DEVICE) if grouped else None
+    positions_E = torch.randperm(num_experts, device=DEVICE) if grouped else None
     _, experts, _, histogram = launch_router.top_k(logits, num_experts, chosen)
     size = (experts.numel(), num_experts)
-    expected = row_order(experts, None, *size, places_E=places_E)
-    actual = row_order(experts, None, *size, histogram=histogram, places_E=places_E)
+    expected = row_order(experts, None, *size, positions_E=positions_E)
+    actual = row_order(experts, None, *size, histogram=histogram, positions_E=positions_E)
     assert actual.row.dtype == torch.int64
     assert torch.equal(actual.row, expected.row)
     assert torch.equal(actual.assignment, expected.assignment)
@@ -108,8 +107,8 @@ def test_rows_are_written_as_by_plain_torch(name: str, width: int, dtype: torch.
     order = orders()[name]
     x = torch.randn(100, width, device=DEVICE).to(dtype)
     memory = torch.full((order.num_rows, width), torch.nan, device=DEVICE, dtype=dtype)
-    peers = SimpleNamespace(place=lambda num_rows, like: memory[:num_rows])
-    rows = permute(x, replace(order, peers=peers), "triton")
+    placed = replace(order, place=lambda num_rows, like: memory[:num_rows])
+    rows = permute(x, placed, "triton")
     assert rows.data_ptr() == memory.data_ptr()
     assert torch.equal(rows, permute(x, order, "eager"))
     assert (order.assignment < 0).any() == (name == "padded")
@@ -175,8 +174,7 @@ def test_few_launches_until_rows_leave_and_in_the_routers_backward() -> None:
         order = layer.agreed_order(x, None)
         tokens = order.take(x, layer.mesh.token_rank)
         routing = layer.gate(tokens, order)
-        counts = KeptCounts(routing, order)
-        layer.through_experts(tokens, routing.experts, routing.mask, counts)
+        layer.through_experts(tokens, routing, order)
         return routing
 
     stages = ("split", "top_k", "before", "row", "top_k_backward")
@@ -186,6 +184,7 @@ def test_few_launches_until_rows_leave_and_in_the_routers_backward() -> None:
         patch.object(top_k, "takes_parts", lambda _: True),
         patch.object(top_k, "parts_product", queued.one("mm", top_k.parts_product)),
         patch.object(layer.experts, "forward", lambda rows, *_, **__: rows),
+        patch.object(layer_module, "unpermute", lambda rows, *_: rows),
     ]
     for each in patches:
         each.start()

@@ -20,13 +20,13 @@ from tests.moe_parallel.layers import build
 def test_every_stage_of_every_group_comes_once_after_what_it_takes(
     count: int, gathers: bool
 ) -> None:
-    for beside in (False, True):
-        found = steps(count, gathers=gathers, beside=beside)
-        stages = ["dispatch", *["gather"] * gathers, "experts", "combine", *["beside"] * beside]
+    for wgrad in (False, True):
+        found = steps(count, gathers=gathers, wgrad=wgrad)
+        stages = ["dispatch", *["gather"] * gathers, "experts", "combine", *["wgrad"] * wgrad]
         assert len(found) == len(set(found)) == count * len(stages)
         for g in range(count):
             places = [found.index((stage, g)) for stage in stages]
-            order = places if not beside else [*places[:-2], min(places[-2:]), max(places[-2:])]
+            order = places if not wgrad else [*places[:-2], min(places[-2:]), max(places[-2:])]
             assert order == sorted(order)
         for stage in stages:
             assert [g for name, g in found if name == stage] == list(range(count))

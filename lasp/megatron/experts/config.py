@@ -11,7 +11,7 @@ from torch import nn
 
 from lasp.megatron.checks import require
 from moe_parallel.config import DropPolicy, Gemm, Impl, MoEConfig
-from moe_parallel.dispatch.symmetric_memory import PeerMemory
+from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 
 PART = "the expert-parallel MoE layer"
 _POLICIES: dict[str, DropPolicy] = {"position": "position", "probs": "probability"}
@@ -66,16 +66,15 @@ class ExpertOptions:
         overlap_groups: into how many groups a rank's experts are cut; None: by a rule.
         max_rows: most rows that the experts of one rank may take; None: as many as come.
         impl: of the router, the activation, and the rows of tokens and their sums.
-        peers: memory of the ranks that share experts (Megatron's tp_ep), through which rows travel;
-            one object for all layers, see :class:`moe_parallel.PeerMemory`. The stages of the layer
-            do not use it.
+        symmetric_memory: memory of the ranks that share experts (Megatron's tp_ep), through which
+            rows travel; one object for all layers, see :class:`moe_parallel.SymmetricMemory`.
     """
 
     gemm: Gemm = "auto"
     overlap_groups: int | None = None
     max_rows: int | None = None
     impl: Impl = "auto"
-    peers: PeerMemory | None = None
+    symmetric_memory: SymmetricMemory | None = None
 
 
 DEFAULT_OPTIONS = ExpertOptions()

@@ -1,4 +1,4 @@
-"""The layer: MoELayer's six stages, and forward as their composition."""
+"""The layer in the place of Megatron's MoELayer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lasp.megatron.checks import groups_of, parameter_device, refuse_arguments
-from lasp.megatron.experts.call import Call
 from lasp.megatron.experts.checkpoint import sharded_experts
 from lasp.megatron.experts.config import (
     DEFAULT_OPTIONS,
@@ -24,12 +23,7 @@ from lasp.megatron.experts.config import (
 )
 from lasp.megatron.experts.initial import draw_initial_values
 from lasp.megatron.experts.loss import StepBalance, attach_aux_loss
-from moe_parallel.dispatch import all_to_all as exchange
-from moe_parallel.dispatch.permute import permute, row_order, unpermute
-from moe_parallel.impl import chosen_impl
 from moe_parallel.layer import ExpertParallelMoE
-from moe_parallel.pipeline.pipeline import local_pipeline
-from moe_parallel.router.host_counts import KeptCounts
 from moe_parallel.router.route import Routing
 from moe_parallel.router.token_order import TokenOrder
 from moe_parallel.topology import ExpertGroups
@@ -40,17 +34,9 @@ _GROUPS = ("tp", "cp", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_dp_cp")
 class ExpertParallelMoELayer(MoELayer):
     """:class:`moe_parallel.ExpertParallelMoE` in the place of Megatron's MoELayer.
 
-    The stages of MoELayer, which Megatron's 1F1B schedule calls one by one::
-
-        probs, routing_map = route(hidden)          experts of every token, over all ranks
-        tokens, probs = preprocess(hidden, probs, routing_map)      rows by expert
-        tokens, probs = dispatch(tokens, probs)     all-to-all over EP
-        output, _ = routed_experts_compute(tokens, probs)           over ETP: gather, scatter
-        output = combine(output)                    all-to-all over EP
-        output = postprocess(output, None)          weighted sum of each token's rows
-
-    A call ends before the next one starts, gradients flow through the arguments alone, so that each
-    may be detached between stages, and what a stage is given may be freed after it.
+    It routes, exchanges and computes in one call. Megatron's 1F1B overlap schedule, which calls the
+    stages of MoELayer one by one, is refused (``config.overlap_moe_expert_parallel_comm``): the
+    layer overlaps its own communication.
 
     Args:
         config: Megatron's, see :func:`moe_config`; ``moe_token_dispatcher_type`` ``alltoall`` and
@@ -104,8 +90,8 @@ class ExpertParallelMoELayer(MoELayer):
                 several["ep"],
                 several["expt_tp"],
                 several["tp_ep"],
-                options.peers,
             ),
+            symmetric_memory=options.symmetric_memory,
             # Megatron seeds the CPU generator alike on the ranks of a stage.
             seed=int(torch.randint(2**31, ())),
             device=parameter_device(config),
@@ -127,7 +113,6 @@ class ExpertParallelMoELayer(MoELayer):
             "moe" in config.recompute_modules
         )
         self.step_balance = StepBalance(moe.num_experts, parameter_device(config))
-        self._call: Call | None = None
 
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron's hook."""
@@ -144,7 +129,7 @@ class ExpertParallelMoELayer(MoELayer):
         *,
         token_order: TokenOrder | None = None,
     ) -> tuple[Tensor, None]:
-        """The six stages, in the same bits; 2 to 5 by :mod:`moe_parallel.pipeline.pipeline`.
+        """Route, dispatch, compute and combine.
 
         Args:
             hidden_states: ``[T / tp, B, hidden]``, this rank's tokens.
@@ -156,127 +141,34 @@ class ExpertParallelMoELayer(MoELayer):
         Returns:
             As ``hidden_states``, and None for the bias.
         """
-        refuse_arguments(PART, intermediate_tensors=intermediate_tensors)
+        refuse_arguments(PART, intermediate_tensors=intermediate_tensors, padding_mask=padding_mask)
 
         def compute(hidden: Tensor) -> Tensor:
-            probs, routing_map = self.route(hidden, padding_mask, token_order=token_order)
-            call = self._under_way()
-            x_TM = call.order.take(hidden.flatten(0, 1), self.moe.mesh.token_rank)
-            call.probs = probs
-            output, call.rows = self.moe.through_experts(
-                x_TM, routing_map, call.kept(routing_map), call.counts
-            )
-            return self.postprocess(output, None)
+            rows = hidden.flatten(0, 1)
+            order, rank = self.moe.agreed_order(rows, token_order), self.moe.mesh.token_rank
+            tokens = order.take(rows, rank)
+            routing = self._with_aux_loss(self.moe.gate(tokens, order))
+            output, _ = self.moe.through_experts(tokens, routing, order)
+            return order.put(output, rank).view(hidden.shape)
 
         if self.recompute:
             return tensor_parallel.checkpoint(compute, False, hidden_states), None
         return compute(hidden_states), None
 
-    # ---- the stages --------------------------------------------------------------------------
-
-    def route(
-        self,
-        hidden_states: Tensor,
-        padding_mask: Tensor | None = None,
-        *,
-        token_order: TokenOrder | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Choose the experts of every token, over the tokens of all ranks.
-
-        Args:
-            hidden_states: as :meth:`forward`'s.
-            padding_mask: must be None.
-            token_order: as :meth:`forward`'s.
-
-        Returns:
-            For the T routed tokens by global position, best expert first: ``probs`` ``[T, k]``, in
-            the dtype of the gate, and ``routing_map`` ``[T, k]`` int64, the expert. Of a dropped
-            assignment they are 0 and -1.
-
-        Communication: one all-gather over tp x cp x dp, see
-        :func:`moe_parallel.router.route.route`.
-        """
-        refuse_arguments(PART, padding_mask=padding_mask)
-        rows = hidden_states.flatten(0, 1)
-        order = self.moe.agreed_order(rows, token_order)
-        tokens = order.take(rows, self.moe.mesh.token_rank)
-        routing: Routing = self.moe.gate(tokens, order)
-        # New memory: arguments of stages are freed after them, and the softmax keeps its output.
-        if routing.mask is None:
-            probs, routing_map = routing.weights.clone(), routing.experts.clone()
-        else:
-            probs = routing.weights.masked_fill(~routing.mask, 0.0)
-            routing_map = routing.experts.masked_fill(~routing.mask, -1)
-        # Once of a layer that is recomputed: its first forward has no gradients.
-        if self.training and torch.is_grad_enabled() and self.moe.config.aux_loss_coefficient:
-            probs = attach_aux_loss(
-                probs,
-                self.step_balance(routing),
-                config=self.config,
-                groups=self.groups,
-                num_tokens=order.num_tokens,
-                layer_number=self.layer_number,
-            )
-        impl = chosen_impl(self.moe.config.impl, tokens.device, tokens.dtype)
-        self._call = Call(order, hidden_states.shape, KeptCounts(routing, order), impl)
-        return probs, routing_map
-
-    def preprocess(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Rows ``[A, hidden]`` of the kept assignments, by expert; ``probs`` are passed on."""
-        call, mesh = self._under_way(), self.moe.mesh
-        call.rows = row_order(
-            routing_map,
-            call.kept(routing_map),
-            call.counts.of_rank(mesh.token_rank),
-            self.moe.config.num_experts,
-            histogram=call.counts.histogram,
+    def _with_aux_loss(self, routing: Routing) -> Routing:
+        """The routing, with whose weights' gradients those of the auxiliary loss come."""
+        # A layer that is recomputed counts once: its first forward has no gradients.
+        if not (self.training and torch.is_grad_enabled() and self.moe.config.aux_loss_coefficient):
+            return routing
+        weights = attach_aux_loss(
+            routing.weights,
+            self.step_balance(routing),
+            config=self.config,
+            groups=self.groups,
+            num_tokens=routing.num_tokens,
+            layer_number=self.layer_number,
         )
-        x_TM = call.order.take(hidden_states.flatten(0, 1), mesh.token_rank)
-        rows = permute(x_TM, call.rows, call.impl)
-        call.plan = exchange.plan_exchange(call.counts.wait(), mesh)
-        return rows, probs
-
-    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows to their experts, see :mod:`moe_parallel.dispatch.all_to_all`; ``probs`` stay."""
-        rows = exchange.dispatch(hidden_states, self._under_way().plan, self.moe.groups.ep)
-        return rows, probs.clone()
-
-    def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """The local experts' rows, over ETP, computed; None for the bias."""
-        call, etp_group = self._under_way(), self.moe.groups.etp
-        call.probs, plan = probs, call.plan
-        rows = exchange.gather_etp(hidden_states, plan, etp_group)
-        rows = exchange.group_by_expert(rows, plan)
-        if rows is hidden_states:
-            rows = rows.clone()  # the experts keep them, and hidden_states may be freed
-        counts = plan.expert_rows
-        rows = self.moe.experts(rows, local_pipeline(counts), num_rows=sum(counts))
-        rows = exchange.scatter_etp(exchange.group_by_source(rows, plan), plan, etp_group)
-        return rows, None
-
-    def combine(self, output: Tensor) -> Tensor:
-        """Rows back to the ranks of their tokens, see :mod:`moe_parallel.dispatch.all_to_all`."""
-        return exchange.combine(output, self._under_way().plan, self.moe.groups.ep)
-
-    def shared_experts_compute(self, hidden_states: Tensor) -> None:
-        """Nothing: options for shared experts are refused."""
-
-    def postprocess(self, output: Tensor, shared_expert_output: None) -> Tensor:
-        """The weighted sum of each token's rows, shaped as the hidden states; ends the call."""
-        refuse_arguments(PART, shared_expert_output=shared_expert_output)
-        call, self._call = self._under_way(), None  # it keeps no graph alive
-        tokens = unpermute(output, call.probs, call.rows, call.impl)
-        return call.order.put(tokens, self.moe.mesh.token_rank).view(call.shape)
-
-    def _under_way(self) -> Call:
-        if self._call is None:
-            raise ValueError(
-                "route must be called before the other stages, got no call under way: call the"
-                " stages in order, once each"
-            )
-        return self._call
+        return routing._replace(weights=weights)
 
     # ---- checkpoints -------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Upstream's tests of MoE layers and token dispatchers with our MoE layer."""
+"""Upstream's tests of MoE layers with our MoE layer."""
 
 from __future__ import annotations
 
@@ -23,14 +23,8 @@ def expert_checks() -> Iterator[Check]:
             yield Check(f"{suite}[tp {tp}, ep {ep}]", tp * ep, moe_layer, (suite, test, arguments))
     why = "a padding mask: refused, padding is what a token order leaves out"
     yield Check("TestMoELayerRecompute[with_padding_mask]", 1, moe_layer, (), why)
-    for test, capacity in (("dispatcher_dropless_test", None), ("dispatcher_capacity_test", 0.5)):
-        for tp, ep, etp in ((1, 1, 1), (1, 2, 1), (2, 1, 2), (1, 4, 1), (4, 1, 4), (2, 2, 2)):
-            sizes = {"tp_size": tp, "ep_size": ep, "moe_tp_size": etp}
-            name = f"MoEModelTestContainer.{test}[tp {tp}, ep {ep}, etp {etp}]"
-            ranks = max(tp, ep * etp)
-            yield Check(name, ranks, token_dispatcher, (test, sizes, capacity))
     for name, why in (
-        ("MoEModelTestContainer.dispatcher_drop_and_pad_test", "padding to capacity: refused"),
+        ("MoEModelTestContainer", "calls a dispatcher apart from its layer; ours is part of it"),
         ("TestMoELayerInit", "GELU experts without a gate and TransformerEngine's"),
         ("TestMoELayerDispatcherDiscrepancy", "compares Megatron's dispatchers; ours is one"),
         ("TestAuxLoss, TestSeqAuxLoss", "losses in each sequence, refused; ours is global"),
@@ -57,69 +51,3 @@ def moe_layer(folder: str, device: str, suite: str, test: str, arguments: dict[s
         mock.patch.object(module, "TransformerConfig", config),
     ):
         getattr(getattr(module, suite)(), test)(**arguments)
-
-
-def token_dispatcher(
-    folder: str, device: str, test: str, sizes: dict[str, int], capacity: float | None
-) -> None:
-    """Rows sent to their experts and back are the tokens they came from; so are gradients."""
-    module = upstream("transformer.moe.test_token_dispatcher")
-    config = supported(module.TransformerConfig, device, **expert_options(device))
-    with (
-        mock.patch.object(module, "MoELayer", layer_with_dispatcher()),
-        mock.patch.object(module, "TransformerConfig", config),
-    ):
-        container = module.MoEModelTestContainer(
-            pp_size=1, moe_expert_capacity_factor=capacity, **sizes
-        )
-        getattr(container, test)()
-
-
-def layer_with_dispatcher() -> type:
-    """Our layer with its stages under the names of a router and of a dispatcher.
-
-    The tests multiply rows by the probs they get with them and sum; ours are weighted when they
-    are back, by the probs of dispatch_preprocess, so those of the rows are 1.
-    """
-    from moe_parallel.dispatch import all_to_all as exchange
-    from moe_parallel.megatron import ExpertParallelMoELayer
-
-    class Router(torch.nn.Module):
-        def __init__(self, layer: Any) -> None:
-            super().__init__()
-            self.route, self.topk = layer.route, layer.config.moe_router_topk
-
-        def forward(self, hidden: torch.Tensor) -> Any:
-            return self.route(hidden if hidden.dim() == 3 else hidden.unsqueeze(1))
-
-    class Dispatcher:
-        def __init__(self, layer: Any) -> None:
-            self.layer, self.etp = layer, layer.moe.groups.etp
-            self.token_dispatch, self.token_combine = layer.dispatch, layer.combine
-
-        def dispatch_preprocess(self, hidden: Any, routing_map: Any, probs: Any) -> Any:
-            self.shape = hidden.shape
-            hidden = hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
-            return self.layer.preprocess(hidden, probs, routing_map)
-
-        def dispatch_postprocess(self, rows: Any, probs: Any) -> Any:
-            call = self.layer._call
-            call.probs = probs
-            rows = exchange.gather_etp(rows, call.plan, self.etp)
-            rows = exchange.group_by_expert(rows, call.plan)
-            counts = torch.tensor(call.plan.expert_rows)
-            return rows, counts, rows.new_ones(len(rows))
-
-        def combine_preprocess(self, rows: Any) -> Any:
-            plan = self.layer._call.plan
-            return exchange.scatter_etp(exchange.group_by_source(rows, plan), plan, self.etp)
-
-        def combine_postprocess(self, rows: Any) -> Any:
-            return self.layer.postprocess(rows, None).view(self.shape)
-
-    class Layer(ExpertParallelMoELayer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.router, self.token_dispatcher = Router(self), Dispatcher(self)
-
-    return Layer

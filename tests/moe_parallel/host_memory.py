@@ -1,4 +1,4 @@
-"""Memory of peers for ranks on the CPU: files that all of them map."""
+"""Symmetric memory for ranks on the CPU: files that all of them map."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-from moe_parallel import ExpertGroups, PeerMemory
-from moe_parallel.dispatch.stream_memory import WordOperation
+from moe_parallel import ExpertGroups, SymmetricMemory
+from moe_parallel.dispatch.stream_memory import SignalOperation
 from moe_parallel.dispatch.symmetric_memory import PAGE_BYTES, SharedBuffers
 
 
 class HostMemory:
-    """What a stream does, done at once; words are polled, as the front end of a GPU does."""
+    """What a stream does, done at once; signals are polled, as the front end of a GPU does."""
 
-    def copy(self, to: int, of: int, num_bytes: int, stream: object) -> None:
-        ctypes.memmove(to, of, num_bytes)
+    def copy(self, to: int, source: int, num_bytes: int, stream: object) -> None:
+        ctypes.memmove(to, source, num_bytes)
 
-    def prepared(self, operations: Sequence[WordOperation]) -> Sequence[WordOperation]:
+    def prepared(self, operations: Sequence[SignalOperation]) -> Sequence[SignalOperation]:
         return tuple(operations)
 
-    def run(self, operations: Sequence[WordOperation], stream: object) -> None:
+    def run(self, operations: Sequence[SignalOperation], stream: object) -> None:
         deadline = time.monotonic() + 30
         for kind, address, value in operations:
-            word = ctypes.c_int32.from_address(address)
+            signal = ctypes.c_int32.from_address(address)
             if kind == "write":
-                assert word.value != value  # whoever waits for the one before has seen it
-                word.value = value
-            while kind == "wait" and word.value != value:
+                assert signal.value != value  # whoever waits for the one before has seen it
+                signal.value = value
+            while kind == "wait" and signal.value != value:
                 assert time.monotonic() < deadline
                 time.sleep(0)
 
 
-class FileMemory(PeerMemory):
+class FileMemory(SymmetricMemory):
     """As on GPUs, but for whose memory it is."""
 
     def _share(self, num_bytes: int) -> SharedBuffers:
         paths: list[str] = [""] * len(self.ranks)
-        handle, path = tempfile.mkstemp(prefix="peers-")
+        handle, path = tempfile.mkstemp(prefix="memory-")
         os.truncate(handle, num_bytes)
         os.close(handle)
         dist.all_gather_object(paths, path, group=self.group)
@@ -58,12 +58,12 @@ class FileMemory(PeerMemory):
 
 
 @cache  # as a program has one for all layers: calls follow each other in the same memory
-def peer_memory(group: dist.ProcessGroup) -> PeerMemory:
+def host_memory(group: dist.ProcessGroup) -> SymmetricMemory:
     """One for a group."""
-    return (FileMemory if dist.get_backend(group) == "gloo" else PeerMemory)(group)
+    return (FileMemory if dist.get_backend(group) == "gloo" else SymmetricMemory)(group)
 
 
-def with_peers(groups: ExpertGroups) -> ExpertGroups:
-    """The groups, and the memory of their EP x ETP block."""
+def memory_of(groups: ExpertGroups) -> SymmetricMemory | None:
+    """The memory of the EP x ETP block of these groups; None for one rank."""
     block = groups.ep_etp or groups.ep or groups.etp
-    return groups if block is None else groups._replace(peers=peer_memory(block))
+    return None if block is None else host_memory(block)

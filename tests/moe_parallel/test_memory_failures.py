@@ -1,4 +1,4 @@
-"""Memory of peers that grows, that does not fit, and calls that raise."""
+"""Symmetric memory that grows, that does not fit, and calls that raise."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, PeerMemory
-from moe_parallel.dispatch.symmetric_memory import PAGE_BYTES, PeerRows
+from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, SymmetricMemory
+from moe_parallel.dispatch.symmetric_memory import PAGE_BYTES, OutgoingRows
 from moe_parallel.experts import experts
 from moe_parallel.experts.swiglu import swiglu
 from tests.moe_parallel.batch import groups_of
+from tests.moe_parallel.host_memory import host_memory, memory_of
 from tests.moe_parallel.layers import build
-from tests.moe_parallel.peers import peer_memory, with_peers
-from tests.moe_parallel.test_peer_memory import TOPOLOGIES, config
+from tests.moe_parallel.test_symmetric_memory import TOPOLOGIES, config
 from tests.ranks import run_on_ranks
 
 
 def grown_on_rank(topology: ExpertTopology) -> list[int]:
     """Rank function: bytes of the buffers after calls of more and fewer rows; and backwards."""
     groups = groups_of(topology).experts
-    memory = type(peer_memory(groups.ep))(groups.ep)
-    layer = build(config(), torch.float64, False, groups=groups._replace(peers=memory))
+    memory = type(host_memory(groups.ep))(groups.ep)
+    layer = build(config(), torch.float64, False, groups=groups, symmetric_memory=memory)
     sizes, outputs = [memory.num_bytes], []
     for tokens in (8, 2 * PAGE_BYTES // (2 * 16 * 8), 16):
         with torch.inference_mode(tokens > 16):
@@ -44,8 +44,8 @@ def test_buffers_grow_to_the_rows_of_a_rank_and_stay() -> None:
 def differing_on_rank(topology: ExpertTopology) -> str:
     """Rank function: the error where ranks hold other numbers of tokens, and nothing said so."""
     groups = groups_of(topology).experts
-    memory = type(peer_memory(groups.ep))(groups.ep)
-    layer = build(config(), torch.float64, False, groups=groups._replace(peers=memory))
+    memory = type(host_memory(groups.ep))(groups.ep)
+    layer = build(config(), torch.float64, False, groups=groups, symmetric_memory=memory)
     tokens = 8 if dist.get_rank() else PAGE_BYTES
     with pytest.raises(ValueError, match="token") as error:
         layer(torch.ones(tokens, 16, dtype=torch.float64))
@@ -62,10 +62,9 @@ def call_next(functions: Callable, *args: object) -> object:
 
 def tried_again_on_rank(topology: ExpertTopology) -> list[torch.Tensor]:
     """Rank function: results of a layer before and after calls that take too many rows."""
-    groups = with_peers(groups_of(topology).experts)
-    good, bad = (
-        build(config(2, max_rows=most), torch.float64, False, groups=groups) for most in (None, 1)
-    )
+    groups = groups_of(topology).experts
+    how = {"groups": groups, "symmetric_memory": memory_of(groups)}
+    good, bad = (build(config(2, max_rows=most), torch.float64, False, **how) for most in (None, 1))
     x = torch.linspace(-1, 1, 16 * 12, dtype=torch.float64).view(12, 16)
     outputs = [good(x).output]
     for _ in range(3):
@@ -89,7 +88,7 @@ def test_a_call_that_raises_on_all_ranks_leaves_it_in_order(topology: ExpertTopo
 def failures_on_rank(topology: ExpertTopology) -> None:
     """Rank function: what does not fit, cannot grow, or is in a graph."""
     groups = groups_of(topology).experts
-    memory = type(peer_memory(groups.ep))(groups.ep)
+    memory = type(host_memory(groups.ep))(groups.ep)
     rows = torch.ones(PAGE_BYTES // 64 + 1, 16)
     with pytest.raises(ValueError, match="rows must fit into the 2097152 bytes that are reserved"):
         memory.place(len(rows), rows)
@@ -97,12 +96,12 @@ def failures_on_rank(topology: ExpertTopology) -> None:
         memory.reserve(rows.nbytes)
     assert memory.num_bytes == 0
     memory.reserve(rows.nbytes)
-    first, second = PeerRows(memory), PeerRows(memory)
+    first, second = OutgoingRows(memory), OutgoingRows(memory)
     placed = first.place(len(rows), rows)
     assert first.hold(placed)
     assert not first.hold(rows)
     second.place(len(rows), rows)
-    with pytest.raises(RuntimeError, match="rows in PeerMemory were overwritten by another call"):
+    with pytest.raises(RuntimeError, match="SymmetricMemory were overwritten by another call"):
         first.hold(placed)
     memory.captured = True
     memory.reserve(2 * PAGE_BYTES)
@@ -122,12 +121,12 @@ def refusals_on_rank() -> list[str]:
         dist.group.WORLD,
         dist.new_group([dist.get_rank()], use_local_synchronization=True),
     )
-    groups, found = ExpertGroups(world, world, peers=peer_memory(alone)), []
+    groups, found = ExpertGroups(world, world), []
     with pytest.raises(ValueError, match="must be the memory of the EP x ETP block") as error:
-        ExpertParallelMoE(config(), groups=groups)
+        ExpertParallelMoE(config(), groups=groups, symmetric_memory=host_memory(alone))
     found.append(str(error.value))
-    with pytest.raises(ValueError, match="group must be of CUDA ranks for PeerMemory") as error:
-        PeerMemory(world)
+    with pytest.raises(ValueError, match="must be of CUDA ranks for SymmetricMemory") as error:
+        SymmetricMemory(world)
     return [*found, str(error.value)]
 
 

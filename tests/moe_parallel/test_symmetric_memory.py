@@ -1,4 +1,4 @@
-"""Rows through the memory of peers: the bits of an all-to-all."""
+"""Rows through symmetric memory: the bits of an all-to-all."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from moe_parallel import (
     MoEConfig,
     Timeline,
 )
-from moe_parallel.dispatch.symmetric_memory import PeerRows
+from moe_parallel.dispatch.symmetric_memory import OutgoingRows
 from moe_parallel.impl import chosen_impl
 from tests.moe_parallel.batch import ORDERS, groups_of
+from tests.moe_parallel.host_memory import memory_of
 from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, layer_on_rank, on_ranks
-from tests.moe_parallel.peers import with_peers
 from tests.ranks import run_on_ranks
 
 TOPOLOGIES = [
@@ -93,20 +93,18 @@ def shared_on_rank(
     groups = groups_of(topology).experts
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     if copied:
-        block = groups.ep_etp or groups.ep or groups.etp or alone
-        groups = with_peers(groups._replace(ep_etp=block))
-    layers = [
-        build(config(n, impl=impl), dtype, False, groups=groups, device=device) for n in (1, 2, 3)
-    ]
+        groups = groups._replace(ep_etp=groups.ep_etp or groups.ep or groups.etp or alone)
+    how = {"groups": groups, "symmetric_memory": memory_of(groups) if copied else None}
+    layers = [build(config(n, impl=impl), dtype, False, device=device, **how) for n in (1, 2, 3)]
     x = torch.linspace(-1, 1, 16 * num_tokens, device=device).to(dtype).view(-1, 16)
     x.requires_grad_()
     timeline = Timeline()
     again = torch.utils.checkpoint.checkpoint(
         lambda x: layers[2](x, timeline=timeline).output, x + 1, use_reentrant=False
     )
-    hold, in_place = PeerRows.hold, []
+    hold, in_place = OutgoingRows.hold, []
     with mock.patch.object(
-        PeerRows, "hold", lambda *args: in_place.append(hold(*args)) or in_place[-1]
+        OutgoingRows, "hold", lambda *args: in_place.append(hold(*args)) or in_place[-1]
     ):
         (layers[0](x).output + layers[1](2 * x).output + again).square().sum().backward()
     if copied and chosen_impl(impl, x.device, dtype) == "triton":
@@ -176,7 +174,7 @@ def replayed_on_rank(topology: ExpertTopology) -> None:
     order = ORDERS["shuffled"](64, 2)
     layer = build(
         config(4, capacity_factor=1.0, pad_to_capacity=True), torch.bfloat16, False,
-        groups=with_peers(groups), device="cuda",
+        groups=groups, symmetric_memory=memory_of(groups), device="cuda",
     )  # fmt: skip
     x = torch.randn(order.rows_per_rank[dist.get_rank()], 16, device="cuda", dtype=torch.bfloat16)
     stream = torch.cuda.Stream()

@@ -23,9 +23,10 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks.harness import copy_bytes_per_s, measure_ms
 from lasp import SequenceLayout, decay_rates
-from lasp.lightning import triton as launch
 from lasp.lightning.decay import rates_by_value
+from lasp.lightning.triton import chunk_state as launch
 from lasp.lightning.triton import tuning
+from lasp.lightning.triton.chunk_scan import EdgeStates, chunk_scan
 from lasp.lightning.triton.segments import Plan, plan_of, reaches_of
 from lasp.lightning.triton.tuning import Blocks
 
@@ -94,10 +95,8 @@ class Problem:
 
     def output(self, plan: Plan, states: launch.States) -> Tensor:
         """Chunk scan."""
-        return launch.output(
-            self.query, self.key, self.value, self.rates, plan, states.entering,
-            initial_state=None, incoming=None, scale=1.0,
-        )  # fmt: skip
+        edges = EdgeStates(states.entering, None, None)
+        return chunk_scan(self.query, self.key, self.value, self.rates, plan, edges, scale=1.0)
 
 
 def print_blocks(dim_in: int, dim_out: int, console: Console) -> None:

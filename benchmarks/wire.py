@@ -23,7 +23,7 @@ class Received:
 def counted() -> Iterator[Received]:
     """Count the collectives that exchanges are made of."""
     received = Received()
-    gather, single, receive = strategies.all_gather, dist.all_to_all_single, dist.recv
+    gather, single, receive = strategies.all_gather_into, dist.all_to_all_single, dist.recv
 
     def count_gather(output: Tensor, own: Tensor, **kwargs: Any) -> Any:
         received.bytes += output.nbytes - own.nbytes
@@ -47,7 +47,7 @@ def counted() -> Iterator[Received]:
         return receive(output, **kwargs)
 
     with (
-        patch.object(strategies, "all_gather", count_gather),
+        patch.object(strategies, "all_gather_into", count_gather),
         patch.object(dist, "all_to_all_single", count_single),
         patch.object(dist, "recv", count_recv),
     ):

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from lasp._core.autocast import autocast_inputs
 from lasp._core.derivatives import Reference, refuse_transforms
+from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import Impl, chosen_impl
 from lasp._core.joint_backward import join_backward
 from lasp.lightning.triton.tuning import WIDEST_ROW
-from lasp.lightning.validation import state_dtype
 
 _NORM_OVER_RANKS = Reference("lasp.layers.norm_gate.norm_gate over a tp_group", "tp_group=None")
 
@@ -115,7 +115,14 @@ def norm_gate(
         rows = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (x, gate))
         y: Tensor = torch.ops.lasp.norm_gate(*rows, weight, eps, group_name)[0]
         return y if x.dim() == 2 else y.view(x.shape)
-    wide = x.to(state_dtype(x.dtype))
+    return _norm_gate(x, gate, weight, eps, tp_group)
+
+
+def _norm_gate(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, tp_group: dist.ProcessGroup | None
+) -> Tensor:
+    """In plain torch."""
+    wide = x.to(wide_dtype(x.dtype))
     squares, size = wide.square().sum(-1, keepdim=True), x.shape[-1]
     if tp_group is not None:
         squares = sum_over_ranks(squares, tp_group)

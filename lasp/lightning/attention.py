@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lasp._core.autocast import autocast_inputs
 from lasp._core.derivatives import refuse_second_derivatives, refuse_transforms
+from lasp._core.dtypes import wide_dtype
 from lasp._core.graphs import outside_graphs
 from lasp._core.impl import Impl, chosen_impl
 from lasp._core.joint_backward import join_backward
@@ -34,7 +35,7 @@ from lasp.lightning.op_context import (
     states_of_heads,
     states_of_rows,
 )
-from lasp.lightning.validation import check_qkv, checked_context, state_dtype, unserved
+from lasp.lightning.validation import check_qkv, checked_context, unserved
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import flow_of
 from lasp.state_exchange import Exchange
@@ -127,7 +128,7 @@ def _gradients(
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), grad_initial
 
 
-def lightning_attention(  # the operator: its arguments are its documentation
+def lightning_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -232,7 +233,7 @@ def _attend(
     if initial_state is not None:
         initial_state = states_of_heads(initial_state, q)
     tensors = [heads_of_rows(x) for x in (q, k, v)]
-    on_device = rates_by_value(op.rates, q.device, state_dtype(q.dtype))
+    on_device = rates_by_value(op.rates, q.device, wide_dtype(q.dtype))
     output, final_state = _LightningAttention.apply(  # type: ignore[no-untyped-call]
         *tensors, on_device, initial_state, op
     )

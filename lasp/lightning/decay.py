@@ -106,14 +106,20 @@ def rates_on(rates: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 @lru_cache(maxsize=1024)  # one entry a layer
 def rates_by_value(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """The rates as a tensor that every call with these values shares, none above ``FASTEST``."""
+    check_rates(values)
+    with torch.inference_mode(False):  # else a model first run in inference mode could not train
+        rates = torch.tensor(values, dtype=torch.float64, device="cpu").clamp(max=FASTEST)
+        return to_device(rates.to(dtype), device, wait=True)
+
+
+def check_rates(values: tuple[float, ...]) -> tuple[float, ...]:
+    """The rates; raise ValueError unless they are finite numbers >= 0."""
     if not all(0 <= rate < inf for rate in values):
         raise ValueError(
             f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {values}: see"
             " decay_rates"
         )
-    with torch.inference_mode(False):  # else a model first run in inference mode could not train
-        rates = torch.tensor(values, dtype=torch.float64, device="cpu").clamp(max=FASTEST)
-        return to_device(rates.to(dtype), device, wait=True)
+    return values
 
 
 def _alibi_slopes(num_heads: int) -> Tensor:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lasp._core.autocast import autocast_inputs
 from lasp._core.derivatives import Reference, refuse_forward_mode
+from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import Impl, chosen_impl
 from lasp.lightning.attention import LightningOutput
 from lasp.lightning.decay import rates_on
-from lasp.lightning.validation import check_qkv, state_dtype, unserved
+from lasp.lightning.validation import check_qkv, unserved
 
 _TRITON = Reference("lightning_decode with impl='triton'", "impl='eager'")
 _RATES = Reference(
@@ -80,12 +81,18 @@ def lightning_decode(
         if in_place:
             return LightningOutput(torch.ops.lasp.decode_(q, k, v, rates, state, scale), state)
         return LightningOutput(*torch.ops.lasp.decode(q, k, v, rates, state, scale))
+    return _decode(q, k, v, rates, state if in_place else state.clone(), scale)
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, new_state: Tensor, scale: float
+) -> LightningOutput:
+    """In plain torch; ``new_state`` is the old one, and changed."""
     refuse_forward_mode(_RATES, rates)
-    new_state = state if in_place else state.clone()
-    decay_H11 = torch.exp(-rates_on(rates, q.device, state.dtype))[:, None, None]
+    decay_H11 = torch.exp(-rates_on(rates, q.device, new_state.dtype))[:, None, None]
     outputs = []
     with torch.autocast(q.device.type, enabled=False):  # states and what reads them stay wide
-        for q_BHK, k_BHK, v_BHV in zip(*(x.to(state.dtype).unbind(1) for x in (q, k, v))):
+        for q_BHK, k_BHK, v_BHV in zip(*(x.to(new_state.dtype).unbind(1) for x in (q, k, v))):
             new_state.mul_(decay_H11).addcmul_(k_BHK.unsqueeze(3), v_BHV.unsqueeze(2))
             outputs.append(scale * (q_BHK.unsqueeze(2) @ new_state).squeeze(2))
     return LightningOutput(torch.stack(outputs, dim=1).to(q.dtype), new_state)
@@ -111,9 +118,9 @@ def _check_step(
             " them with rates.to(q.device), or leave them on the CPU"
         )
     shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    if state.shape != shape or state.dtype != state_dtype(q.dtype) or state.device != q.device:
+    if state.shape != shape or state.dtype != wide_dtype(q.dtype) or state.device != q.device:
         raise ValueError(
-            f"state must be {shape} in {state_dtype(q.dtype)} on {q.device}, got"
+            f"state must be {shape} in {wide_dtype(q.dtype)} on {q.device}, got"
             f" {tuple(state.shape)} in {state.dtype} on {state.device}: start from zeros of that"
             " shape, or from the final_state of lightning_attention, [documents, H, K, V]"
         )

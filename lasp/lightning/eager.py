@@ -117,12 +117,9 @@ def chunk_scan(
     final_state = rates_H.new_zeros(flow.num_documents, *state_shape) if with_final_state else None
     decay = _chunk_decay(rates_H, flow.reverse)
     for fragment in flow.fragments:
-        state_HKV = rates_H.new_zeros(state_shape)
-        if fragment.receives:
-            if incoming is not None:
-                state_HKV = incoming[fragment.run]
-        elif initial_state is not None and fragment.document is not None:
-            state_HKV = initial_state[fragment.document]
+        state_HKV = _entry_state(fragment, initial_state, incoming)
+        if state_HKV is None:
+            state_HKV = rates_H.new_zeros(state_shape)
         for offset, count, length in _chunk_groups(fragment, flow.reverse):
             tokens = slice(offset, offset + count * length)
             output_cHCV, state_HKV = _scan_chunks(
@@ -172,6 +169,17 @@ def add_incoming(
             if final_state is not None and fragment.document is not None and not fragment.sends:
                 decay_H11 = decay_over(rates_H, fragment.length)
                 final_state[fragment.document].addcmul_(decay_H11, incoming[fragment.run])
+
+
+def _entry_state(
+    fragment: DirectedFragment, initial_state: Tensor | None, incoming: Tensor | None
+) -> Tensor | None:
+    """The state before a fragment as far as it is known; None for zero."""
+    if fragment.receives:
+        return None if incoming is None else incoming[fragment.run]
+    if initial_state is None or fragment.document is None:
+        return None
+    return initial_state[fragment.document]
 
 
 def decay_over(rates_H: Tensor, length: int) -> Tensor:

@@ -5,22 +5,18 @@ Every rank checks before the first collective, so that a wrong call raises inste
 
 from __future__ import annotations
 
-from math import inf
 from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.dtypes import wide_dtype
+from lasp.lightning.decay import check_rates
 from lasp.lightning.op_context import OpContext
 from lasp.lightning.triton.tuning import MAX_HEAD_DIM
 from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange import Exchange, resolve_exchange
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of states, carries and exchange: fp32, or fp64 for fp64 inputs."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def unserved(q: Tensor, v: Tensor) -> str:
@@ -69,7 +65,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         _check_device(name, tensor, q)
 
 
-def checked_context(  # the operator's arguments
+def checked_context(
     q: Tensor,
     v: Tensor,
     rates: Tensor,
@@ -84,7 +80,7 @@ def checked_context(  # the operator's arguments
 ) -> OpContext:
     """The call; raise ValueError for what does not fit ``q`` and ``v``."""
     check_kinds(rates, q, layout, cp_group, exchange)
-    values = check_rates(rates)
+    values = check_rates(tuple(rates.tolist()))
     if layout is None:
         layout = SequenceLayout((q.shape[-3],), num_ranks=1)
     rank = check_layout(layout, cp_group, q)
@@ -136,17 +132,6 @@ def _check_rates_kind(rates: Tensor, q: Tensor) -> None:
         raise ValueError("rates must not require grad, they get none: pass rates.detach()")
 
 
-def check_rates(rates: Tensor) -> tuple[float, ...]:
-    """The rates; raise ValueError unless they are finite numbers >= 0."""
-    values: list[float] = rates.tolist()
-    if not all(0 <= rate < inf for rate in values):
-        raise ValueError(
-            f"rates must be finite and >= 0 (the state decays by exp(-rate)), got {values}: see"
-            " decay_rates"
-        )
-    return tuple(values)
-
-
 def check_layout(layout: SequenceLayout, cp_group: dist.ProcessGroup | None, q: Tensor) -> int:
     """Raise ValueError unless layout, group and q belong together; this rank within the group."""
     _check_group(cp_group)
@@ -190,9 +175,9 @@ def check_initial_state(
             f"initial_state must be {shape}: [documents, H, K, V], or [B, H, K, V] for batched q,"
             f" got {tuple(initial_state.shape)}: one state for each, that of empty documents too"
         )
-    if initial_state.dtype != state_dtype(q.dtype):
+    if initial_state.dtype != wide_dtype(q.dtype):
         raise ValueError(
-            f"initial_state must be {state_dtype(q.dtype)} for q in {q.dtype}, got"
+            f"initial_state must be {wide_dtype(q.dtype)} for q in {q.dtype}, got"
             f" {initial_state.dtype}: states are never rounded to the activation dtype"
         )
     _check_device("initial_state", initial_state, q)

@@ -9,24 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from lasp._core.collectives import all_gather_into
 from lasp.state_exchange.cost import StateSize, slice_rows
 from lasp.state_exchange.scan import start_scan
 from lasp.state_exchange.task import Finish, Task, advance
-
-# torch 2.13 renamed it and warns about the old name; torch before that has only the old one.
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def _start_all_gather(task: Task) -> Finish:
     outgoing, flow = task.outgoing, task.flow
     gathered = outgoing.new_empty(task.cp_group.size(), *outgoing.shape)
-    work = all_gather(gathered.flatten(0, 1), outgoing, group=task.cp_group, async_op=True)
+    work = all_gather_into(gathered.flatten(0, 1), outgoing, group=task.cp_group, async_op=True)
 
     def finish() -> None:
         work.wait()
@@ -44,58 +43,87 @@ def _start_all_gather(task: Task) -> Finish:
     return finish
 
 
-def _start_sliced(task: Task) -> Finish:
-    """A slice is a range of the H K rows of a state, padded to a multiple of P."""
-    outgoing, flow, cp_group = task.outgoing, task.flow, task.cp_group
-    num_ranks, (num_heads, key_dim, value_dim) = cp_group.size(), outgoing.shape[1:]
-    rows = slice_rows(StateSize(num_heads, key_dim, value_dim), num_ranks)
-    padding = (0, 0, 0, rows * num_ranks - num_heads * key_dim)
-    own_rows = slice(flow.rank * rows, (flow.rank + 1) * rows)
-    sends = [sum(step.sends for step in flow.steps if step.rank == r) for r in range(num_ranks)]
-    receives = [
-        sum(step.receives for step in flow.steps if step.rank == r) for r in range(num_ranks)
-    ]
+class _Slices(NamedTuple):
+    """States cut into P slices: ranges of their H K rows, padded to a multiple of P.
 
-    padded = F.pad(outgoing[: sends[flow.rank]].flatten(1, 2), padding)
-    by_target = padded.unflatten(1, (num_ranks, rows)).transpose(0, 1).flatten(0, 1).contiguous()
-    parts = outgoing.new_empty(sum(sends), rows, value_dim)  # by rank, then by slot
-    work = dist.all_to_all_single(
-        parts, by_target, sends, [sends[flow.rank]] * num_ranks, group=cp_group, async_op=True
-    )
+    Attributes:
+        task: whose states.
+        rows: of a slice.
+        sends: how many runs of each rank send.
+        receives: how many runs of each rank receive.
+    """
 
-    @cache  # runs of one length share a transition
-    def rows_of(transition: Tensor) -> Tensor:
-        whole = transition.expand(num_heads, key_dim, -1).flatten(0, 1)
-        return F.pad(whole, padding)[own_rows]
+    task: Task
+    rows: int
+    sends: list[int]
+    receives: list[int]
 
-    def scanned() -> Tensor:
-        first = list(accumulate(sends, initial=0))
-        by_rank: list[list[Tensor]] = [[] for _ in range(num_ranks)]
+    def cut(self, states: Tensor) -> Tensor:
+        """``[..., H, K, V]`` as slices ``[..., P, rows, V]``."""
+        num_ranks, flat = len(self.sends), states.flatten(-3, -2)
+        padding = (0, 0, 0, self.rows * num_ranks - flat.shape[-2])
+        slices: Tensor = F.pad(flat, padding).unflatten(-2, (num_ranks, self.rows))
+        return slices
+
+    def joined(self, slices: Tensor) -> Tensor:
+        """Slices ``[P * runs, rows, V]``, by slice, as states ``[runs, H, K, V]``."""
+        heads_and_keys = self.task.outgoing.shape[1:3]
+        whole = slices.unflatten(0, (len(self.sends), -1)).transpose(0, 1).flatten(1, 2)
+        states: Tensor = whole[:, : heads_and_keys.numel()].unflatten(1, heads_and_keys)
+        return states
+
+    def scan(self, parts: Tensor) -> Tensor:
+        """What runs receive, this rank's slice of it.
+
+        Args:
+            parts: this rank's slice of every U ``[sending runs, rows, V]``, by rank, then by slot.
+
+        Returns:
+            ``[receiving runs, rows, V]``, by rank, then in the order of the flow.
+        """
+        flow, (num_heads, key_dim) = self.task.flow, self.task.outgoing.shape[1:3]
+
+        @cache  # runs of one length share a transition
+        def own_slice(transition: Tensor) -> Tensor:
+            return self.cut(transition.expand(num_heads, key_dim, -1))[flow.rank]
+
+        first = list(accumulate(self.sends, initial=0))
+        by_rank: list[list[Tensor]] = [[] for _ in self.receives]
         state = torch.zeros_like(parts[0])
-        for step, transition in zip(flow.steps, task.transitions):
+        for step, transition in zip(flow.steps, self.task.transitions):
             if step.receives:
                 by_rank[step.rank].append(state)
             if step.sends:
-                if transition is not None:
-                    transition = rows_of(transition)
-                state = advance(parts[first[step.rank] + step.slot], transition, state)
+                passed = None if transition is None else own_slice(transition)
+                state = advance(parts[first[step.rank] + step.slot], passed, state)
         return torch.stack([state for states in by_rank for state in states])
 
+
+def _start_sliced(task: Task) -> Finish:
+    """Start the first of two all-to-alls: to rank r the r-th slice of every U."""
+    outgoing, flow, cp_group = task.outgoing, task.flow, task.cp_group
+    num_ranks, value_dim = cp_group.size(), outgoing.shape[3]
+    sends, receives = [0] * num_ranks, [0] * num_ranks
+    for step in flow.steps:
+        sends[step.rank] += step.sends
+        receives[step.rank] += step.receives
+    slices = _Slices(task, slice_rows(StateSize(*outgoing.shape[1:]), num_ranks), sends, receives)
+    num_sends, num_receives = sends[flow.rank], receives[flow.rank]
+    by_target = slices.cut(outgoing[:num_sends]).transpose(0, 1).flatten(0, 1).contiguous()
+    parts = outgoing.new_empty(sum(sends), slices.rows, value_dim)
+    first = dist.all_to_all_single(
+        parts, by_target, sends, [num_sends] * num_ranks, group=cp_group, async_op=True
+    )
+
     def finish() -> None:
-        work.wait()
-        own = outgoing.new_empty(num_ranks * receives[flow.rank], rows, value_dim)
+        first.wait()
+        own = outgoing.new_empty(num_ranks * num_receives, slices.rows, value_dim)
         dist.all_to_all_single(
-            own,
-            scanned(),
-            [receives[flow.rank]] * num_ranks,
-            receives,
-            group=cp_group,
-            async_op=True,
-        ).wait()
-        whole = own.unflatten(0, (num_ranks, -1)).transpose(0, 1).flatten(1, 2)
-        states = whole[:, : num_heads * key_dim].unflatten(1, (num_heads, key_dim))
-        runs = (step.run for step in flow.steps if step.receives and step.rank == flow.rank)
-        for run, state in zip(runs, states.unbind()):
+            own, slices.scan(parts), [num_receives] * num_ranks, receives,
+            group=cp_group, async_op=True,
+        ).wait()  # fmt: skip
+        runs = [s.run for s in flow.steps if s.receives and s.rank == flow.rank]
+        for run, state in zip(runs, slices.joined(own).unbind()):
             task.incoming[run] = state
 
     return finish

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.collectives import all_gather_into
 from lasp.lightning.eager import chunk_scan, chunk_state, decay_over
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import StateFlow, flow_of
-from lasp.state_exchange.strategies import all_gather
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.lasp.cases import ORDERS, PACKS, Case, attend_on_rank, gather, make_inputs, names, oracle
 from tests.ranks import run_on_ranks
@@ -122,7 +122,7 @@ def gathered(summary: Tensor, ranks: slice) -> Tensor:
     assert summary.dtype == state_dtype  # Megatron takes float32; float64 is ours, to compare
     assert summary.is_contiguous()
     parts = summary.new_empty(dist.get_world_size(), *summary.shape)
-    all_gather(parts.flatten(0, 1), summary)
+    all_gather_into(parts.flatten(0, 1), summary)
     return parts[ranks]
 
 

@@ -29,7 +29,7 @@ class RecordedWork:
 def events_of_one_call() -> tuple[list[str], list[str]]:
     """What happened in forward and backward, in order, on this rank."""
     events: list[str] = []
-    gather, chunk_scan = strategies.all_gather, ops.chunk_scan
+    gather, chunk_scan = strategies.all_gather_into, ops.chunk_scan
 
     def recorded_gather(*args: Any, **kwargs: Any) -> RecordedWork:
         assert kwargs["async_op"]
@@ -43,7 +43,7 @@ def events_of_one_call() -> tuple[list[str], list[str]]:
     layout = SequenceLayout((40,), dist.get_world_size())
     q, k, v = (torch.randn(20, 2, 4, requires_grad=True) for _ in range(3))
     with (
-        mock.patch.object(strategies, "all_gather", recorded_gather),
+        mock.patch.object(strategies, "all_gather_into", recorded_gather),
         mock.patch.object(ops, "chunk_scan", recorded_scan),
     ):
         rates = decay_rates(2, 0, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -12,21 +14,36 @@ from lasp.lightning.triton.device import arithmetic, device_limits
 from lasp.lightning.triton.segments import Plan
 
 
-def chunk_scan(  # an argument a line, of one launch: longer than our functions are
+class EdgeStates(NamedTuple):
+    """The states that a scan reads and writes, in the order in which the kernels take them.
+
+    In reverse they are gradients: ``initial`` of final states, ``final`` of initial states.
+
+    Attributes:
+        entering: what enters segments from those before, ``States.entering``.
+        initial: state at the start of each document ``[N, H, K, V]``, or None for zero.
+        incoming: states that runs receive ``[runs, H, K, V]``, or None.
+        final: where to leave the state at the end of each document ``[N, H, K, V]``, or None.
+    """
+
+    entering: Tensor
+    initial: Tensor | None
+    incoming: Tensor | None
+    final: Tensor | None = None
+
+
+def chunk_scan(
     query_THD: Tensor,
     key_THD: Tensor,
     value_THE: Tensor,
     rates_H: Tensor,
     plan: Plan,
-    states: Tensor,
+    states: EdgeStates,
     *,
-    initial_state: Tensor | None,
-    incoming: Tensor | None,
-    final_state: Tensor | None = None,
     scale: float,
     transposed: bool = False,
 ) -> Tensor:
-    """The output ``[T, H, E]`` in the dtype of the query; fills in ``final_state`` if there is one.
+    """The output ``[T, H, E]`` in the dtype of the query; fills in ``states.final``, if given.
 
     The output is this scan of (q, k, v), and dq is that of (do, v, k) with transposed states.
 
@@ -36,106 +53,86 @@ def chunk_scan(  # an argument a line, of one launch: longer than our functions 
         value_THE: ``[T, H, E]``.
         rates_H: ``[H]`` float32.
         plan: direction and segments.
-        states: ``States.entering``.
-        initial_state: state at the start of each document, or None.
-        incoming: states that runs receive ``[runs, H, D, E]``, or None.
-        final_state: where to leave the state at the end of each document, or None.
+        states: of documents, runs and segments.
         scale: of the output.
         transposed: all states are ``[..., E, D]`` in memory.
     """
     num_tokens, num_heads, dim_in = query_THD.shape
     dim_out = value_THE.shape[2]
     out = query_THD.new_empty(num_tokens, num_heads, dim_out)
-    blocks = tuning.output_blocks(
-        dim_in, dim_out, query_THD.dtype, device_limits(query_THD.device)[1]
-    )
+    blocks = _blocks(query_THD, dim_out)
     block_d = tuning.padded(dim_in)
     tensors = (query_THD, key_THD, value_THE, out)
-    widths = (block_d, block_d, blocks.columns, blocks.columns)
-    tiles = _tiles(tensors, widths, blocks.chunk)
+    tiles = _tiles(tensors, (block_d, block_d, blocks.columns, blocks.columns), blocks.chunk)
+    meta = _meta(blocks, block_d, query_THD.dtype, bool(tiles))
     with torch.cuda.device_of(out):
         for repair in (False, True)[: 1 + plan.shared]:
             chunk_scan_kernel[(len(plan.segments) * num_heads * -(-dim_out // blocks.columns),)](
                 *(tiles[:3] if tiles else tensors[:3]),
                 out,
                 tiles[3] if tiles else None,
-                states,
-                initial_state,
-                incoming,
-                final_state,
-                rates_H,
-                plan.table,
-                plan.reach,
-                num_heads,
-                scale,
-                *query_THD.stride()[:2],
-                *key_THD.stride()[:2],
-                *value_THE.stride()[:2],
+                *states,
+                *(rates_H, plan.table, plan.reach, num_heads, scale),
+                *_strides(query_THD, key_THD, value_THE),
                 D=dim_in,
                 E=dim_out,
-                BLOCK_D=block_d,
-                BLOCK_E=blocks.columns,
-                CHUNK=blocks.chunk,
                 STEP=-1 if plan.flow.reverse else 1,
                 TRANSPOSED=transposed,
-                TMA=bool(tiles),
-                **arithmetic(query_THD.dtype),
-                num_warps=blocks.num_warps,
-                num_stages=blocks.num_stages,
                 REPAIR=repair,
+                **meta,
             )
     return out
 
 
-def key_value_gradients(  # as above
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THV: Tensor,
-    do_THV: Tensor,
+def key_value_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
     rates_H: Tensor,
     plan: Plan,
-    states: Tensor,
+    states: EdgeStates,
     *,
-    initial_state: Tensor | None,
-    incoming: Tensor | None,
-    final_state: Tensor | None = None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients dk and dv; fills in ``final_state`` if there is one.
+    """The gradients dk and dv; fills in ``states.final``, if given.
 
-    In reverse dk is the output of (v, do, q) and dv that of (k, q, do): in one launch, where
-    K = V, in which q and do come from memory once.
+    In reverse dk is the output of (v, do, q) and dv that of (k, q, do). With K = V one launch gives
+    both and reads q and do from memory once.
 
     Args:
-        q_THK: ``[T, H, K]``.
-        k_THK: ``[T, H, K]``.
-        v_THV: ``[T, H, V]``.
-        do_THV: gradient of the output ``[T, H, V]``.
+        q: ``[T, H, K]``.
+        k: ``[T, H, K]``.
+        v: ``[T, H, V]``.
+        do: gradient of the output ``[T, H, V]``.
         rates_H: ``[H]`` float32.
         plan: reverse direction and segments.
-        states: ``States.entering``.
-        initial_state: gradient of the state at the end of each document, or None.
-        incoming: gradients of states that runs receive ``[runs, H, K, V]``, or None.
-        final_state: where to leave the gradient of each document's initial state, or None.
+        states: gradients of states.
         scale: of the output.
     """
-    q, k, v, do = q_THK, k_THK, v_THV, do_THV
+    if v.shape[2] != q.shape[2]:
+        args, without_final = (rates_H, plan), states._replace(final=None)
+        dk = chunk_scan(v, do, q, *args, without_final, scale=scale, transposed=True)
+        return dk, chunk_scan(k, q, do, *args, states, scale=scale)
+    return _equal_dims_gradients((q, k, v, do), rates_H, plan, states, scale)
+
+
+def _equal_dims_gradients(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    rates_H: Tensor,
+    plan: Plan,
+    states: EdgeStates,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Dk and dv of (q, k, v, do) with K = V."""
+    q, k, v, do = inputs
     num_heads, dim = q.shape[1:]
-    if v.shape[2] != dim:
-        dk = chunk_scan(
-            v, do, q, rates_H, plan, states,
-            initial_state=initial_state, incoming=incoming, scale=scale, transposed=True,
-        )  # fmt: skip
-        dv = chunk_scan(
-            k, q, do, rates_H, plan, states,
-            initial_state=initial_state, incoming=incoming, final_state=final_state, scale=scale,
-        )  # fmt: skip
-        return dk, dv
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    blocks = tuning.output_blocks(dim, dim, q.dtype, device_limits(q.device)[1])
+    blocks = _blocks(q, dim)
     block_d = tuning.padded(dim)
-    tensors = (q, k, v, do, q, do, dk, dv)
+    tensors = (*inputs, q, do, dk, dv)
     tiles = _tiles(tensors, (block_d,) * 4 + (blocks.columns,) * 4, blocks.chunk)
+    meta = _meta(blocks, block_d, q.dtype, bool(tiles))
     programs = 2 * -(-dim // blocks.columns)
     with torch.cuda.device_of(dk):
         for repair in (False, True)[: 1 + plan.shared]:
@@ -144,30 +141,37 @@ def key_value_gradients(  # as above
                 dk,
                 dv,
                 *(tiles[6:] if tiles else (None, None)),
-                states,
-                initial_state,
-                incoming,
-                final_state,
-                rates_H,
-                plan.table,
-                plan.reach,
-                num_heads,
-                scale,
-                *q.stride()[:2],
-                *k.stride()[:2],
-                *v.stride()[:2],
-                *do.stride()[:2],
+                *states,
+                *(rates_H, plan.table, plan.reach, num_heads, scale),
+                *_strides(*inputs),
                 D=dim,
-                BLOCK_D=block_d,
-                BLOCK_E=blocks.columns,
-                CHUNK=blocks.chunk,
-                TMA=bool(tiles),
-                **arithmetic(q.dtype),
-                num_warps=blocks.num_warps,
-                num_stages=blocks.num_stages,
                 REPAIR=repair,
+                **meta,
             )
     return dk, dv
+
+
+def _blocks(query: Tensor, dim_out: int) -> tuning.Blocks:
+    shared_bytes = device_limits(query.device)[1]
+    return tuning.output_blocks(query.shape[2], dim_out, query.dtype, shared_bytes)
+
+
+def _meta(blocks: tuning.Blocks, block_d: int, dtype: torch.dtype, tma: bool) -> dict[str, object]:
+    """What both kernels are compiled for."""
+    return {
+        "BLOCK_D": block_d,
+        "BLOCK_E": blocks.columns,
+        "CHUNK": blocks.chunk,
+        "TMA": tma,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+        **arithmetic(dtype),
+    }
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Strides of tokens and heads."""
+    return tuple(stride for x in tensors for stride in x.stride()[:2])
 
 
 def _tiles(

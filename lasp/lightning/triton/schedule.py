@@ -22,7 +22,7 @@ from lasp.lightning.op_context import (
     states_of_heads,
     states_of_rows,
 )
-from lasp.lightning.triton.chunk_scan import chunk_scan, key_value_gradients
+from lasp.lightning.triton.chunk_scan import EdgeStates, chunk_scan, key_value_gradients
 from lasp.lightning.triton.chunk_state import chunk_state, segment_length
 from lasp.lightning.triton.segments import Plan, plan_of, reaches_of
 from lasp.sequence.state_flow import StateFlow
@@ -51,10 +51,8 @@ def forward(
         final_state = _final_states(
             q, v, plan.flow.num_documents, initial_state, plan.flow.empty_documents
         )
-    output = chunk_scan(
-        q, k, v, rates, plan, states,
-        initial_state=initial_state, incoming=incoming, final_state=final_state, scale=op.scale,
-    )  # fmt: skip
+    edges = EdgeStates(states, initial_state, incoming, final_state)
+    output = chunk_scan(q, k, v, rates, plan, edges, scale=op.scale)
     return (
         rows_of_heads(output, like),
         states.new_empty(0) if final_state is None else states_of_rows(final_state, like),
@@ -89,19 +87,14 @@ def backward(
         initial_state=grad_final, scale=op.scale,
     )  # fmt: skip
     wait = _start(outgoing, rates, back.flow, op)
-    dq = chunk_scan(
-        do, v, k, rates, plan, states,
-        initial_state=initial_state, incoming=received, scale=op.scale, transposed=True,
-    )  # fmt: skip
+    edges = EdgeStates(states, initial_state, received)
+    dq = chunk_scan(do, v, k, rates, plan, edges, scale=op.scale, transposed=True)
     grad_initial = None
     if needs_initial:
         flow = back.flow
         grad_initial = _final_states(q, v, flow.num_documents, grad_final, flow.empty_documents)
-    incoming_back = wait()
-    dk, dv = key_value_gradients(
-        q, k, v, do, rates, back, states_back,
-        initial_state=grad_final, incoming=incoming_back, final_state=grad_initial, scale=op.scale,
-    )  # fmt: skip
+    edges = EdgeStates(states_back, grad_final, wait(), grad_initial)
+    dk, dv = key_value_gradients(q, k, v, do, rates, back, edges, scale=op.scale)
     return (
         rows_of_heads(dq, like),
         rows_of_heads(dk, like),

@@ -15,6 +15,7 @@ Example: documents of 3 and 5 tokens on one rank, no states asked for, segments 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
@@ -228,38 +229,31 @@ def _cut(
     with_initial: bool,
     with_final: bool,
 ) -> Iterator[Segment]:
-    """Segments of one span; ``slots`` are those of the fragments that send, by their offset."""
-    total = sum(fragment.length for fragment in span)
+    """Segments of one span; ``slots`` are those of the fragments that send, by their offset.
+
+    What depends on the segments before is filled in by :func:`_placed`.
+    """
+    ends = list(accumulate(fragment.length for fragment in span))  # from the start of the span
+    total = ends[-1]
     each = -(-total // -(-total // length))
     each = min(length, -(-each // 64) * 64)  # whole chunks, but for the last
-    ends: list[int] = []  # of the fragments, counted from the start of the span
-    for fragment in span:
-        ends.append(fragment.length + (ends[-1] if ends else 0))
     origin = span[0].offset + (span[0].length - 1 if reverse else 0)
-    at = 0  # the fragment that holds the first token of the segment
     for start in range(0, total, each):
         stop = min(start + each, total)
-        while ends[at] <= start:
-            at += 1
-        first, last = at, at
-        while ends[last] < stop:
-            last += 1
-        distance = start - (ends[first] - span[first].length)
-        own = stop - (ends[last] - span[last].length)
-        goes_on = stop < ends[last] or span[last].sends
-        leaves = stop == ends[last] and not span[last].sends and with_final
-        has_origin = _has_origin(span[first], with_initial)
-        document, receives = span[first].document, span[first].receives
+        at, last_at = bisect_right(ends, start), bisect_left(ends, stop)
+        first, last = span[at], span[last_at]
+        at_end = stop == ends[last_at]
+        own = stop - (ends[last_at] - last.length)
         yield Segment(
             first=origin - start if reverse else origin + start,
             length=stop - start,
-            state_length=min(own, stop - start) if goes_on else 0,
+            state_length=min(own, stop - start) if last.sends or not at_end else 0,
             chain=-1,
-            initial_row=document if has_origin and not receives and document is not None else -1,
-            incoming_row=span[first].run if receives else -1,
-            distance=distance,
-            final_row=_row(span[last]) if leaves else -1,
-            slot=slots[span[last].offset] if goes_on and stop == ends[last] else -1,
+            initial_row=_row(first) if with_initial and not first.receives else -1,
+            incoming_row=first.run if first.receives else -1,
+            distance=start - (ends[at] - first.length),
+            final_row=_row(last) if with_final and at_end and not last.sends else -1,
+            slot=slots[last.offset] if at_end and last.sends else -1,
             begin=-1,
             sum_row=-1,
             state_row=-1,
@@ -295,9 +289,8 @@ def _row(fragment: DirectedFragment) -> int:
 
 
 def _reach(fragment: DirectedFragment, reverse: bool, with_initial: bool) -> Tensor:
-    reach = torch.arange(fragment.length, dtype=torch.int32, device="cpu") + int(
-        _has_origin(fragment, with_initial)
-    )
+    start = int(_has_origin(fragment, with_initial))
+    reach = torch.arange(start, start + fragment.length, dtype=torch.int32, device="cpu")
     return reach.flip(0) if reverse else reach
 
 

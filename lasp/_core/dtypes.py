@@ -1,0 +1,10 @@
+"""The dtype of what is summed: states, statistics, products that are rounded once."""
+
+from __future__ import annotations
+
+import torch
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64 inputs."""
+    return torch.promote_types(dtype, torch.float32)

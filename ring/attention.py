@@ -37,7 +37,6 @@ def ring_attention(  # the operator: its arguments are its documentation
     causal: bool = True,
     scale: float | None = None,
     block: str = "auto",
-    keep_kv: bool = False,
 ) -> RingOutput:
     """Softmax attention within each document of a pack whose tokens are spread over ranks.
 
@@ -61,8 +60,6 @@ def ring_attention(  # the operator: its arguments are its documentation
         scale: factor of the scores; None: 1 / sqrt(D).
         block: kernel, ``auto``, ``cudnn``, ``flash``, ``cpu_flash`` or ``eager``: see
             :func:`ring.blocks.registry.resolve_block`.
-        keep_kv: keep what the forward received, ``2 R Hkv D`` elements in the dtype of ``k``, so
-            that the backward need not fetch it again.
 
     Returns:
         Output and log-sum-exp of this rank's tokens.
@@ -78,8 +75,8 @@ def ring_attention(  # the operator: its arguments are its documentation
 
     Communication: in 1 to 4 stages, under the attention to what came before. Forward: every
     rank receives the keys and values that its rows need from others, each once: ``2 R Hkv D``
-    elements, R = ``plan_ring(layout, rank, causal).received_tokens``. Backward: the same again
-    unless ``keep_kv``, and as many gradients in float32, which end at the ranks that hold the keys.
+    elements, R = ``plan_ring(layout, rank, causal).received_tokens``. Backward: the same again,
+    and as many gradients in float32, which end at the ranks that hold the keys.
     One all-to-all a stage, and none at all, on any rank, if no document needs it. In memory at
     once: two stages of keys and values, in the backward of their gradients too.
 
@@ -109,7 +106,7 @@ def ring_attention(  # the operator: its arguments are its documentation
     tensors = (x.transpose(0, 1).flatten(1, 2) if x.ndim == 4 else x for x in (q, k, v))
     output, lse = attend(
         *tensors, layout=layout, cp_group=cp_group,
-        causal=bool(causal), scale=scale, block=block, keep_kv=bool(keep_kv),
+        causal=bool(causal), scale=scale, block=block,
     )  # fmt: skip
     if q.ndim == 4:
         heads = (q.shape[0], q.shape[2])

@@ -61,7 +61,6 @@ class Arrivals:
         v: as ``k``.
         schedule: of this rank.
         cp_group: the context-parallel group; may be None where nothing moves.
-        buffers: one for each stage, see :func:`make_buffers`.
 
     Communication: for each stage one all-to-all-v; in all ``2 R Hkv D`` elements received, R =
     ``schedule.received_tokens``.
@@ -73,10 +72,10 @@ class Arrivals:
         v: Tensor,
         schedule: RingSchedule,
         cp_group: dist.ProcessGroup | None,
-        buffers: Sequence[Tensor],
     ) -> None:
         self._own, self._stages, self._group = (k, v), schedule.stages, cp_group
-        self._buffers, self._started, self._transfers = buffers, 0, deque[Transfer]()
+        self._buffers = make_buffers(k, schedule)
+        self._started, self._transfers = 0, deque[Transfer]()
         self._chain = schedule.way == "chain"  # not whether this rank forwards: all ranks as one
         self._slab: tuple[Tensor, Tensor] = self._own  # the first stage forwards nothing
         for _ in range(1 if self._chain else 2):
@@ -111,33 +110,19 @@ class Arrivals:
             self._transfers.append(_start(fetch, sent, self._buffers[number], self._group))
 
 
-def make_buffers(k: Tensor, schedule: RingSchedule, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """Memory that stages are received into.
+def make_buffers(k: Tensor, schedule: RingSchedule) -> list[Tensor]:
+    """Memory that stages are received into, in turn in two buffers.
 
     Args:
         k: dtype, device and shape ``[T, Hkv, D]``.
         schedule: of this rank.
-        keep: every stage has its own rows of one tensor ``[2 R, Hkv, D]``; else stages take turns
-            in two buffers.
 
     Returns:
-        That tensor, of no rows if not kept, and for each stage ``[2 tokens, Hkv, D]`` for its
-        messages.
+        For each stage ``[2 tokens, Hkv, D]`` for its messages.
     """
     rows = [2 * stage.tokens for stage in schedule.stages]
-    if keep:
-        kept = k.new_empty(sum(rows), *k.shape[1:])
-        return kept, list(kept.split(rows))
     buffers = [k.new_empty(max(rows[i::2], default=0), *k.shape[1:]) for i in (0, 1)]
-    in_turn = [buffers[number % 2][:length] for number, length in enumerate(rows)]
-    return k.new_empty(0, *k.shape[1:]), in_turn
-
-
-def kept_slabs(kept: Tensor, schedule: RingSchedule) -> Iterator[tuple[Stage, Tensor, Tensor]]:
-    """What :class:`Arrivals` yielded, out of the tensor that :func:`make_buffers` kept."""
-    messages = kept.split([2 * stage.tokens for stage in schedule.stages])
-    for stage, received in zip(schedule.stages, messages):
-        yield stage, *unpacked(received, stage.fetch.receive_tokens)
+    return [buffers[number % 2][:length] for number, length in enumerate(rows)]
 
 
 def give_back(stage: Stage, dslab: Tensor, cp_group: dist.ProcessGroup | None) -> Transfer:

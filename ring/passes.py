@@ -30,8 +30,6 @@ from ring.exchange import (
     Transfer,
     add_returned,
     give_back,
-    kept_slabs,
-    make_buffers,
 )
 from ring.planner.schedule import RingSchedule, Tile
 
@@ -52,21 +50,18 @@ class Call(NamedTuple):
     scale: float
 
 
-def forward(qkv: QKV, call: Call, *, keep_kv: bool) -> tuple[Partial, Tensor]:
-    """Output and lse of this rank's tokens, and the received keys and values if they are kept.
+def forward(qkv: QKV, call: Call) -> Partial:
+    """Output and lse of this rank's tokens.
 
     Args:
         qkv: ``[T, Hq, D]``, ``[T, Hkv, D]`` twice; the last dim contiguous.
         call: the rest.
-        keep_kv: whether stages have memory of their own, for :func:`backward`.
 
     Returns:
-        The output in the dtype of ``q`` and the lse in float32 (float64 for float64); and
-        the messages of all stages ``[2 R, Hkv, D]``, R = 0 if not kept.
+        The output in the dtype of ``q`` and the lse in float32 (float64 for float64).
     """
     schedule, block = call.schedule, call.block
-    kept, buffers = make_buffers(qkv.k, schedule, keep=keep_kv)
-    arrivals = Arrivals(qkv.k, qkv.v, schedule, call.cp_group, buffers)
+    arrivals = Arrivals(qkv.k, qkv.v, schedule, call.cp_group)
     local = block.forward_varlen(qkv, _segments(schedule, qkv.q.device), scale=call.scale)
     tiles = (*schedule.own_tiles, *(tile for stage in schedule.stages for tile in stage.tiles))
 
@@ -99,7 +94,7 @@ def forward(qkv: QKV, call: Call, *, keep_kv: bool) -> tuple[Partial, Tensor]:
     for stage, k, v in arrivals:
         attend(stage.tiles, k, v, arrivals.release)
         del k, v  # the next slab may have to be put together
-    return Partial(local.output.to(qkv.q.dtype), local.lse), kept
+    return Partial(local.output.to(qkv.q.dtype), local.lse)
 
 
 def backward(
@@ -108,7 +103,6 @@ def backward(
     merged: Partial,
     qkv: QKV,
     call: Call,
-    kept: Tensor | None,
 ) -> QKV:
     """Gradients to q, k and v of this rank's tokens, in their dtypes.
 
@@ -124,16 +118,9 @@ def backward(
         merged: what :func:`forward` returned.
         qkv: what it was given.
         call: likewise.
-        kept: likewise; None: keys and values are fetched again.
     """
     schedule, wide = call.schedule, merged.lse.dtype
-    fetched: Arrivals | None = None
-    if kept is None:
-        _, buffers = make_buffers(qkv.k, schedule, keep=False)
-        fetched = Arrivals(qkv.k, qkv.v, schedule, call.cp_group, buffers)
-        arrivals = iter(fetched)
-    else:
-        arrivals = kept_slabs(kept, schedule)
+    arrivals = Arrivals(qkv.k, qkv.v, schedule, call.cp_group)
     of_rows = RowGradients(call.block, doutput.contiguous(), dlse, merged, call.scale)
     dq: list[Tensor | None] = [None] * len(schedule.rows)
     across = bool(schedule.own_tiles or schedule.stages)
@@ -152,8 +139,7 @@ def backward(
         dslab = k.new_zeros(2, *k.shape, dtype=wide)
         differentiate(stage.tiles, k, v, dslab)
         del k, v
-        if fetched is not None:
-            fetched.release()
+        arrivals.release()
         if returning is not None:
             add_returned(returning, dkv, dslab)
         returning = give_back(stage, dslab, call.cp_group)

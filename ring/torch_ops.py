@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from lasp._core.derivatives import Reference
-from lasp._core.graphs import data_dependent_size
 from lasp._core.operators import Operators
 from lasp.sequence.layout import Order, SequenceLayout
 from ring import passes
@@ -26,14 +25,11 @@ from ring.validation import locate
 
 # Of the group the name; of one rank, without a group, no name.
 _WHERE = "Tensor lengths, int num_ranks, str order, str group"
-_SETTINGS = f"{_WHERE}, bool causal, float scale, str block, bool keep_kv"
-_SCHEMA = (
-    f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS})"
-    " -> (Tensor output, Tensor lse, Tensor kept)"
-)
+_SETTINGS = f"{_WHERE}, bool causal, float scale, str block"
+_SCHEMA = f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor output, Tensor lse)"
 _BACKWARD_SCHEMA = (
     "attention_backward(Tensor doutput, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor output,"
-    f" Tensor lse, Tensor kept, {_SETTINGS}) -> (Tensor dq, Tensor dk, Tensor dv)"
+    f" Tensor lse, {_SETTINGS}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 _REFERENCE = Reference("ring_attention", "ring.reference.dense_attention")
 
@@ -48,11 +44,10 @@ def attend(
     causal: bool,
     scale: float,
     block: str,
-    keep_kv: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse of packed tokens ``[T, H, D]``; arguments as those of ``ring_attention``."""
     where = _where(q.shape[0], layout, cp_group)
-    output, lse, _ = torch.ops.ring.attention(q, k, v, *where, causal, scale, block, keep_kv)
+    output, lse = torch.ops.ring.attention(q, k, v, *where, causal, scale, block)
     return output, lse
 
 
@@ -80,11 +75,11 @@ def _where(
     return layout._lengths, layout.num_ranks, layout.order, group
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, keep_kv = _call(q, *settings)
+def _attention(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    call = _call(q, *settings)
     with torch.autocast(q.device.type, enabled=False):
-        (output, lse), kept = passes.forward(_rows(q, k, v), call, keep_kv=keep_kv)
-    return output.contiguous(), lse.contiguous(), kept
+        output, lse = passes.forward(_rows(q, k, v), call)
+    return output.contiguous(), lse.contiguous()
 
 
 def _attention_backward(
@@ -95,15 +90,12 @@ def _attention_backward(
     v: Tensor,
     output: Tensor,
     lse: Tensor,
-    kept: Tensor,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call, keep_kv = _call(q, *settings)
+    call = _call(q, *settings)
     merged = Partial(output, lse)
     with torch.autocast(q.device.type, enabled=False):
-        gradients = passes.backward(
-            doutput, dlse, merged, _rows(q, k, v), call, kept if keep_kv else None
-        )
+        gradients = passes.backward(doutput, dlse, merged, _rows(q, k, v), call)
     dq, dk, dv = (x.contiguous() for x in gradients)
     return dq, dk, dv
 
@@ -122,14 +114,13 @@ def _call(
     causal: bool,
     scale: float,
     block: str,
-    keep_kv: bool,
-) -> tuple[passes.Call, bool]:
+) -> passes.Call:
     """The call, checked: what a graph does not know is checked here, before any communication."""
     cp_group = _group(group)
     layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
     rank = locate("q", q, -3, layout, cp_group)
     kernel = resolve_block(block, q.device, q.dtype, q.shape[-1])
-    return passes.Call(plan_ring(layout, rank, causal), cp_group, kernel, scale), keep_kv
+    return passes.Call(plan_ring(layout, rank, causal), cp_group, kernel, scale)
 
 
 def _positions(hidden: Tensor, lengths: Tensor, num_ranks: int, order: Order, group: str) -> Tensor:
@@ -145,29 +136,20 @@ def _group(name: str) -> dist.ProcessGroup | None:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:3], *output, inputs[3])
     ctx.settings = inputs[4:]
-    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)  # a gradient of the lse would be work
 
 
-def _gradients(
-    ctx: Any, doutput: Tensor | None, dlse: Tensor | None, *_: object
-) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, doutput: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, lengths = ctx.saved_tensors
     if doutput is None:  # not used here; others may wait for the gradients of their keys
         doutput = torch.zeros_like(tensors[3])
     gradients = torch.ops.ring.attention_backward(doutput, dlse, *tensors, lengths, *ctx.settings)
-    return *gradients, *(None,) * 8
+    return *gradients, *(None,) * 7
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    # How much is received depends on the documents: 2 R rows.
-    rows = data_dependent_size() if settings[-1] else 0
-    return (
-        q.new_empty(q.shape),
-        q.new_empty(q.shape[:2], dtype=lse_dtype),
-        k.new_empty(rows, *k.shape[1:]),
-    )
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype)
 
 
 def _fake_backward(

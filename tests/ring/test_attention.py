@@ -170,7 +170,7 @@ def test_rows_are_merged_over_tiles_in_float32() -> None:
     *qkv, _ = random_tensors(32, 4, 2, 8, torch.bfloat16)
     q, k, v = qkv = QKV(*qkv)
     schedule, block = tile_a_key(), BLOCKS["cpu_flash"]
-    (output, lse), _ = passes.forward(qkv, passes.Call(schedule, None, block, 1.0), keep_kv=False)
+    output, lse = passes.forward(qkv, passes.Call(schedule, None, block, 1.0))
     local = block.forward_varlen(qkv, passes._segments(schedule, q.device), scale=1.0)
     assert local.output.dtype == torch.bfloat16
     merged = Partial(local.output[16:].float(), local.lse[16:])
@@ -192,9 +192,9 @@ def test_dq_is_summed_over_tiles_in_float32() -> None:
         return QKV(*(x.clone() for x in parts[-1]))
 
     call = passes.Call(tile_a_key(), None, block, 1.0)
-    merged, _ = passes.forward(QKV(*qkv), call, keep_kv=False)
+    merged = passes.forward(QKV(*qkv), call)
     with patch.object(block, "backward", recorded):  # the varlen form calls it for each fragment
-        dq, _, _ = passes.backward(doutput, None, merged, QKV(*qkv), call, None)
+        dq, _, _ = passes.backward(doutput, None, merged, QKV(*qkv), call)
     assert {part.q.dtype for part in parts} == {torch.bfloat16}
     tiles, local = parts[:16], parts[16:]
     assert len(local) == 2

@@ -13,7 +13,7 @@ from lasp.sequence.layout import SequenceLayout
 from ring import exchange
 from ring.blocks.merge import Accumulator
 from ring.blocks.registry import BLOCKS, QKV, Block
-from ring.exchange import give_back, kept_slabs, make_buffers, packed, unpacked
+from ring.exchange import give_back, make_buffers, packed, unpacked
 from ring.passes import Call, forward
 from ring.planner.schedule import Interval, Part, plan_ring
 from ring.planner.stages import StageRule
@@ -62,15 +62,14 @@ def logged_on_world(tensors, layout: SequenceLayout, rule: StageRule, **kwargs) 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("keep_kv", [False, True])
-def test_ranks_start_the_same_exchanges_and_move_what_is_needed(order, rule, keep_kv) -> None:
+def test_ranks_start_the_same_exchanges_and_move_what_is_needed(order, rule) -> None:
     """Every rank starts all of them, even with nothing to send: else the others would hang."""
     lengths, kv_heads, head_dim, ranks = (7, 2, 20, 1), 2, 4, 3
     tensors = random_tensors(30, 6, kv_heads, head_dim, torch.bfloat16)
     layout = SequenceLayout(lengths, ranks, order)
     schedules = [plan_ring(layout, rank, True, rule) for rank in range(ranks)]
     size = 2 * kv_heads * head_dim  # k and v of a token
-    logs = run_on_ranks(logged_on_world, ranks, tensors, layout, rule, keep_kv=keep_kv)
+    logs = run_on_ranks(logged_on_world, ranks, tensors, layout, rule)
     for schedule, calls in zip(schedules, logs):
         fetches = [
             (size * stage.tokens, size * sum(stage.fetch.send_tokens), torch.bfloat16)
@@ -80,12 +79,10 @@ def test_ranks_start_the_same_exchanges_and_move_what_is_needed(order, rule, kee
             (size * sum(stage.give_back.receive_tokens), size * stage.tokens, torch.float32)
             for stage in schedule.stages
         ]
-        backward = [*returns]
-        if not keep_kv:  # of a chain one is ahead of the gradients, else two
-            ahead = 1 if schedule.way == "chain" else 2
-            backward = fetches[:ahead]
-            for fetch, back in zip((*fetches[ahead:], *[None] * ahead), returns):
-                backward += [back] if fetch is None else [fetch, back]
+        ahead = 1 if schedule.way == "chain" else 2  # of the gradients
+        backward = fetches[:ahead]
+        for fetch, back in zip((*fetches[ahead:], *[None] * ahead), returns):
+            backward += [back] if fetch is None else [fetch, back]
         assert calls == [*fetches, *backward]  # one for each stage and direction
         received = sum(call[0] for call in calls[: len(fetches)])
         assert received == size * schedule.received_tokens
@@ -134,19 +131,11 @@ def test_gradients_for_one_rank_are_sent_from_where_they_lie() -> None:
 def test_stages_take_turns_in_two_buffers(rule: StageRule) -> None:
     k = torch.randn(60, 2, 4)
     schedule = plan_ring(SequenceLayout((300,), 5), 4, True, rule)
-    kept, buffers = make_buffers(k, schedule, keep=False)
+    buffers = make_buffers(k, schedule)
     rows = [2 * stage.tokens for stage in schedule.stages]
     assert [buffer.shape for buffer in buffers] == [(n, 2, 4) for n in rows]
     assert all(buffer.is_contiguous() for buffer in buffers)
-    assert kept.numel() == 0
     assert len({buffer.data_ptr() for buffer in buffers}) == min(2, len(buffers))
-    kept, buffers = make_buffers(k, schedule, keep=True)
-    assert kept.shape == (2 * 240, 2, 4)
-    assert len({buffer.data_ptr() for buffer in buffers}) == len(buffers)
-    kept.normal_()
-    for buffer, (stage, *kv) in zip(buffers, kept_slabs(kept, schedule), strict=True):
-        expected = unpacked(buffer, stage.fetch.receive_tokens)
-        assert all(torch.equal(a, b) for a, b in zip(kv, expected))
 
 
 def test_transfers_get_multiprocessors_before_the_attention() -> None:
@@ -180,8 +169,7 @@ def test_a_chain_gives_way_to_each_transfer() -> None:
         patch.object(dist, "all_to_all_single", lambda received, *_, **__: Mock()),
         patch.object(exchange, "give_way", lambda *transfers: ways.append(len(transfers))),
     ):
-        _, buffers = exchange.make_buffers(k, schedule, keep=False)
-        for _ in exchange.Arrivals(k, v, schedule, None, buffers):
+        for _ in exchange.Arrivals(k, v, schedule, None):
             pass
     assert ways == [1] * len(schedule.stages) + [0]
 
@@ -203,7 +191,7 @@ def test_a_transfer_starts_before_the_last_merge_of_a_stage() -> None:
         patch.object(dist, "all_to_all_single", started),
         patch.object(Accumulator, "add", lambda *_: events.append("merge")),
     ):
-        forward(QKV(q, k, v), call, keep_kv=False)
+        forward(QKV(q, k, v), call)
     assert events == ["start", "start", "local", "tile", "start", "merge", *["tile", "merge"] * 2]
 
 
@@ -252,8 +240,7 @@ def events_on_world(tensors, layout: SequenceLayout, rule: StageRule, **kwargs) 
     return events
 
 
-@pytest.mark.parametrize("keep_kv", [False, True])
-def test_transfers_start_as_soon_as_a_buffer_is_free(keep_kv: bool) -> None:
+def test_transfers_start_as_soon_as_a_buffer_is_free() -> None:
     tensors = random_tensors(16, 2, 1, 4, torch.bfloat16)
     rule = StageRule(3, 1, NOTHING_HIDES, chain_gain=math.inf)
     forward = [
@@ -261,20 +248,14 @@ def test_transfers_start_as_soon_as_a_buffer_is_free(keep_kv: bool) -> None:
         *("wait kv", "tile", "wait kv", "tile"),
     ]
     # The last gradients go back under the local attention.
-    fetched = [
+    backward = [
         *("start kv", "start kv", "wait kv", "tile", "start kv", "start dkv"),
         *("wait kv", "tile", "wait dkv", "start dkv", "wait kv", "tile", "wait dkv", "start dkv"),
         *("local", "wait dkv"),
     ]
-    kept = [
-        *("tile", "start dkv", "tile", "wait dkv", "start dkv"),
-        *("tile", "wait dkv", "start dkv", "local", "wait dkv"),
-    ]
     layout = SequenceLayout((16,), 2)
-    for rank, events in enumerate(
-        run_on_ranks(events_on_world, 2, tensors, layout, rule, keep_kv=keep_kv)
-    ):
-        expected = forward + (kept if keep_kv else fetched)
+    for rank, events in enumerate(run_on_ranks(events_on_world, 2, tensors, layout, rule)):
+        expected = forward + backward
         if rank == 0:  # has nothing to attend to, but takes part
             expected = [event for event in expected if event != "tile"]
         assert events == expected

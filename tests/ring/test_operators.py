@@ -26,12 +26,12 @@ def make_inputs(tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]
     return [x.requires_grad_() for x in random_tensors(tokens, 4, 2, 8, dtype)[:3]]
 
 
-@pytest.mark.parametrize("keep_kv", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_operators_are_well_registered(dtype: torch.dtype, keep_kv: bool) -> None:
+def test_operators_are_well_registered(dtype: torch.dtype, padded: bool) -> None:
     inputs = make_inputs(12, dtype)
-    lengths = torch.tensor([[5, 3], [5, 7]] if keep_kv else [5, 7])  # padded, or documents alone
-    settings = (lengths, 1, "contiguous", "", True, 0.3, "auto", keep_kv)
+    lengths = torch.tensor([[5, 3], [5, 7]] if padded else [5, 7])
+    settings = (lengths, 1, "contiguous", "", True, 0.3, "auto")
     torch.library.opcheck(torch.ops.ring.attention.default, (*inputs, *settings))
     qkv = [x.detach() for x in inputs]
     results = torch.ops.ring.attention(*qkv, *settings)
@@ -41,8 +41,8 @@ def test_operators_are_well_registered(dtype: torch.dtype, keep_kv: bool) -> Non
         torch.library.opcheck(torch.ops.ring.attention_backward.default, arguments)
 
 
-def loss(q: Tensor, k: Tensor, v: Tensor, layout, group: Any = None, keep_kv=False) -> Tensor:
-    output, lse = ring_attention(q, k, v, layout=layout, cp_group=group, keep_kv=keep_kv)
+def loss(q: Tensor, k: Tensor, v: Tensor, layout, group: Any = None) -> Tensor:
+    output, lse = ring_attention(q, k, v, layout=layout, cp_group=group)
     return output.square().sum() + lse.square().sum()
 
 
@@ -84,18 +84,16 @@ def test_one_graph_for_every_padded_pack() -> None:
     assert len(graphs) == 3  # of the first sizes, of any, and of one document
 
 
-def compiled_on_world(tensors, lengths, keep_kv: bool) -> bool:
+def compiled_on_world(tensors, lengths) -> bool:
     layout, rank = SequenceLayout(lengths, 2, "document_zigzag"), dist.get_rank()
     inputs = [layout.shard(x, rank).detach().requires_grad_() for x in tensors]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    where = (layout, dist.group.WORLD, keep_kv)
-    results = [loss_and_gradients(f, inputs, *where) for f in (compiled, loss)]
+    results = [loss_and_gradients(f, inputs, layout, dist.group.WORLD) for f in (compiled, loss)]
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("keep_kv", [False, True])
-def test_one_graph_over_ranks(keep_kv: bool) -> None:
-    assert all(run_on_ranks(compiled_on_world, 2, make_inputs_detached(20), (13, 7), keep_kv))
+def test_one_graph_over_ranks() -> None:
+    assert all(run_on_ranks(compiled_on_world, 2, make_inputs_detached(20), (13, 7)))
 
 
 def make_inputs_detached(tokens: int) -> list[Tensor]:

@@ -56,9 +56,7 @@ def test_output_and_gradients_in_float64(num_ranks: int, order, causal: bool) ->
     for index, lengths in enumerate(PACKS):
         tensors = random_tensors(sum(lengths), *HEADS[index % len(HEADS)], 4, torch.float64)
         layout = SequenceLayout(lengths, num_ranks, order)
-        for number, rule in enumerate(RULES):
-            kwargs = {"causal": causal, "keep_kv": bool((index + number) % 2)}
-            cases.append((tensors, layout, rule, kwargs))
+        cases += [(tensors, layout, rule, {"causal": causal}) for rule in RULES]
     for (tensors, layout, _, _), actual in zip(cases, on_ranks(cases, num_ranks)):
         assert_all_equal(actual, oracle(tensors, layout.document_lengths, causal))
 
@@ -78,14 +76,12 @@ def test_lower_precision_within_the_error_of_one_eager_rank(dtype, causal: bool)
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_bits_are_the_same_in_two_runs_and_with_kept_keys(rule: StageRule, dtype) -> None:
+def test_bits_are_the_same_in_two_runs(rule: StageRule, dtype) -> None:
     tensors = random_tensors(120, 4, 2, 8, dtype)
     layout = SequenceLayout((100, 20), 4, "fold")
-    cases = [(tensors, layout, rule, {"keep_kv": keep}) for keep in (False, False, True)]
-    first, *others = on_ranks(cases, 4)
-    for other in others:
-        for name, a, b in zip(NAMES, first, other, strict=True):
-            assert torch.equal(a, b), name
+    first, second = on_ranks([(tensors, layout, rule, {})] * 2, 4)
+    for name, a, b in zip(NAMES, first, second, strict=True):
+        assert torch.equal(a, b), name
 
 
 def late_on_world(cases) -> list[list[Tensor]]:
@@ -118,11 +114,7 @@ def test_float64_over_gpus(order, causal: bool) -> None:
     lengths = (40, 1, 0, 70, 12)
     tensors = random_tensors(sum(lengths), 6, 2, 5, torch.float64)
     layout = SequenceLayout(lengths, 2, order)
-    cases = [
-        (tensors, layout, rule, {"causal": causal, "keep_kv": keep})
-        for rule in RULES
-        for keep in (False, True)
-    ]
+    cases = [(tensors, layout, rule, {"causal": causal}) for rule in RULES]
     for actual in on_ranks(cases, 2, "nccl"):
         assert_all_equal(actual, oracle(tensors, lengths, causal))
 
@@ -146,12 +138,12 @@ def test_tiles_of_cudnn_over_gpus(order, causal: bool) -> None:
     assert_all_within_budget(actual, expected, honest, torch.bfloat16)
 
 
-def syncs_on_world(tensors, layout: SequenceLayout, rule: StageRule, keep_kv: bool) -> None:
+def syncs_on_world(tensors, layout: SequenceLayout, rule: StageRule) -> None:
     """Warm, then once more with any wait of the host for the device an error."""
     rank = dist.get_rank()
     *qkv, doutput = (layout.shard(x, rank).to("cuda") for x in tensors)
     qkv = [x.detach().requires_grad_() for x in qkv]
-    kwargs = {"layout": layout, "cp_group": dist.group.WORLD, "keep_kv": keep_kv}
+    kwargs = {"layout": layout, "cp_group": dist.group.WORLD}
     with planned_by(rule):
         for mode in ("default", "error"):
             torch.cuda.set_sync_debug_mode(mode)
@@ -162,12 +154,11 @@ def syncs_on_world(tensors, layout: SequenceLayout, rule: StageRule, keep_kv: bo
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("keep_kv", [False, True])
-def test_the_host_never_waits(keep_kv: bool) -> None:
+def test_the_host_never_waits() -> None:
     lengths = (9000, 1, 300, 3000)
     tensors = random_tensors(sum(lengths), 4, 2, 64, torch.bfloat16)
     layout, rule = (
         SequenceLayout(lengths, 2, "fold"),
         StageRule(3, 1000, NOTHING_HIDES, chain_gain=math.inf),
     )
-    run_on_ranks(syncs_on_world, 2, tensors, layout, rule, keep_kv, backend="nccl")
+    run_on_ranks(syncs_on_world, 2, tensors, layout, rule, backend="nccl")

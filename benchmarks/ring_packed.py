@@ -77,7 +77,7 @@ def tile_fill(layout: SequenceLayout, rank: int, causal: bool) -> tuple[int, int
         used += length * (length + 1) // 2 if causal else length**2
         held += TILE**2 * (side * (side + 1) // 2 if causal else side**2)
     for tile in (*schedule.own_tiles, *(t for stage in schedule.stages for t in stage.tiles)):
-        rows, keys = schedule.rows[tile.rectangle].tokens, sum(k.tokens for k in tile.keys)
+        rows, keys = schedule.rows[tile.rectangle].length, tile.num_keys
         used += rows * keys
         held += TILE**2 * -(-rows // TILE) * -(-keys // TILE)
     return used, held

@@ -1,16 +1,16 @@
 """Moving keys and values to the ranks that need them, and their gradients back.
 
 An exchange is one all-to-all-v of exactly the tokens of the schedule, key heads unexpanded. What
-goes from one rank to another is one message: all k, then all v (or dk and dv). So what a rank
-receives are rows ``[2 tokens, Hkv, D]``, for two peers::
+goes from one rank to another is one message: all k, then all v (or dk and dv). So a rank receives
+rows ``[2 tokens, Hkv, D]``, from two peers for example::
 
     k of peer 0 | v of peer 0 | k of peer 1 | v of peer 1
 
-One collective and not two: on a GPU a second one could be left waiting while attention kernels hold
-every multiprocessor, long after the first. If nothing moves on any rank there are no stages and no
-collective is started: all ranks know it, from the layout.
+Keys and values travel in one collective and not in two: on a GPU a second one could be left waiting
+while attention kernels hold every multiprocessor, long after the first. If nothing moves on any
+rank there are no stages and no collective is started: all ranks know it, from the layout.
 
-All ranks start the same exchanges in the same order: those with nothing to send or receive too.
+All ranks start the same exchanges in the same order, even with nothing to send or receive.
 """
 
 from __future__ import annotations
@@ -23,38 +23,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring.planner.schedule import Exchange, Parts, RingSchedule, Stage
+from ring.planner.schedule import KVSlices, RingSchedule, RingStage, StageExchange
 
 KV = Tensor | tuple[Tensor, Tensor]  # k and v, or dk and dv, [tokens, Hkv, D] each
 
 
-class Transfer(NamedTuple):
+class KVTransfer(NamedTuple):
     """An exchange under way.
 
     Attributes:
-        exchange: what it is.
+        exchange: what is sent and received.
         received: messages ``[2 tokens, Hkv, D]``, to be read after :meth:`wait`.
-        sent: what is being sent, held until the transfer is over.
-        work: of the collective.
+        sent: the messages being sent, held until the transfer is over.
+        work: handle of the collective.
     """
 
-    exchange: Exchange
+    exchange: StageExchange
     received: Tensor
     sent: Tensor
     work: dist.Work
 
     def wait(self) -> Tensor:
-        """What was received; on CUDA its transfer is then ordered before later kernels."""
+        """Return what was received; on CUDA its transfer is then ordered before later kernels."""
         self.work.wait()
         return self.received
 
 
-class Arrivals:
-    """The stages of a schedule with their slabs, each transferred while others are used.
+class KVPrefetcher:
+    """The stages of a schedule with their kv buffers, each transferred while others are used.
 
-    Two transfers start here, each next one as soon as the buffer of one of them is free again. In a
+    Two transfers start here, each next one as soon as the memory of one of them is free again. In a
     chain a stage forwards what the one before brought: there one transfer starts here, and the next
-    one when the stage before it is taken. The order of transfers is that of the stages either way.
+    one when the stage before it is taken. The order of transfers is that of the stages either way::
+
+        direct    start 1, 2 | take 1, release, start 3 | take 2, release, start 4 | ...
+        chain     start 1    | take 1, start 2          | take 2, start 3          | ...
 
     Args:
         k: ``[T, Hkv, D]``, last dim contiguous.
@@ -62,7 +65,7 @@ class Arrivals:
         schedule: of this rank.
         cp_group: the context-parallel group; may be None where nothing moves.
 
-    Communication: for each stage one all-to-all-v; in all ``2 R Hkv D`` elements received, R =
+    Communication: one all-to-all-v for each stage; it receives ``2 R Hkv D`` elements in all, R =
     ``schedule.received_tokens``.
     """
 
@@ -74,103 +77,107 @@ class Arrivals:
         cp_group: dist.ProcessGroup | None,
     ) -> None:
         self._own, self._stages, self._group = (k, v), schedule.stages, cp_group
-        self._buffers = make_buffers(k, schedule)
-        self._started, self._transfers = 0, deque[Transfer]()
-        self._chain = schedule.way == "chain"  # not whether this rank forwards: all ranks as one
-        self._slab: tuple[Tensor, Tensor] = self._own  # the first stage forwards nothing
+        self._memory = receive_memory(k, schedule)
+        self._started, self._transfers = 0, deque[KVTransfer]()
+        self._chain = schedule.route == "chain"  # on every rank, whether it forwards or not
+        self._forwarded: tuple[Tensor, Tensor] = self._own  # the first stage forwards nothing
         for _ in range(1 if self._chain else 2):
             self._start_next()
-        give_way(*self._transfers)
+        yield_sms(*self._transfers)
 
-    def __iter__(self) -> Iterator[tuple[Stage, Tensor, Tensor]]:
-        """Each stage with k and v of its slab; :meth:`release` it before taking the next."""
+    def __iter__(self) -> Iterator[tuple[RingStage, Tensor, Tensor]]:
+        """Each stage with k and v of its kv buffer; :meth:`release` it before taking the next."""
         for stage in self._stages:
-            yield self._taken(stage)  # nothing here holds a slab while the next is put together
+            yield self._taken(stage)  # no buffer is held here while the next is put together
 
     def release(self) -> None:
-        """All that reads the slab taken last is queued: start what is received in its place."""
+        """Start the transfer that reuses the memory taken last: all that reads it is queued."""
         if not self._chain:
             self._start_next()
 
-    def _taken(self, stage: Stage) -> tuple[Stage, Tensor, Tensor]:
-        slab = unpacked(self._transfers.popleft().wait(), stage.fetch.receive_tokens)
+    def _taken(self, stage: RingStage) -> tuple[RingStage, Tensor, Tensor]:
+        received = self._transfers.popleft().wait()
+        kv_buffer = unpack_messages(received, stage.kv_exchange.receive_tokens)
         if self._chain:
-            self._slab = slab
+            self._forwarded = kv_buffer
             self._start_next()
-            self._slab = self._own
-            give_way(*self._transfers)
-        return stage, *slab
+            self._forwarded = self._own
+            yield_sms(*self._transfers)
+        return stage, *kv_buffer
 
     def _start_next(self) -> None:
         number = self._started
         if number < len(self._stages):
-            self._started, fetch = number + 1, self._stages[number].fetch
-            # Always a copy: no transfer reads a buffer that a later one is received into.
-            sent = packed(fetch.sends, self._own, self._slab)
-            self._transfers.append(_start(fetch, sent, self._buffers[number], self._group))
+            self._started, exchange = number + 1, self._stages[number].kv_exchange
+            # Always a copy: no transfer reads memory that a later one is received into.
+            sent = pack_messages(exchange.sends, self._own, self._forwarded)
+            self._transfers.append(_start(exchange, sent, self._memory[number], self._group))
 
 
-def make_buffers(k: Tensor, schedule: RingSchedule) -> list[Tensor]:
-    """Memory that stages are received into, in turn in two buffers.
+def receive_memory(k: Tensor, schedule: RingSchedule) -> list[Tensor]:
+    """Memory that stages are received into; they take turns in two tensors.
 
     Args:
-        k: dtype, device and shape ``[T, Hkv, D]``.
+        k: gives dtype, device and shape ``[T, Hkv, D]``.
         schedule: of this rank.
 
     Returns:
-        For each stage ``[2 tokens, Hkv, D]`` for its messages.
+        ``[2 tokens, Hkv, D]`` for the messages of each stage.
     """
     rows = [2 * stage.tokens for stage in schedule.stages]
-    buffers = [k.new_empty(max(rows[i::2], default=0), *k.shape[1:]) for i in (0, 1)]
-    return [buffers[number % 2][:length] for number, length in enumerate(rows)]
+    memory = [k.new_empty(max(rows[i::2], default=0), *k.shape[1:]) for i in (0, 1)]
+    return [memory[number % 2][:length] for number, length in enumerate(rows)]
 
 
-def give_back(stage: Stage, dslab: Tensor, cp_group: dist.ProcessGroup | None) -> Transfer:
-    """Start sending the gradients of a slab on: to the next rank of a chain, or to the owner.
+def send_kv_grads(
+    stage: RingStage, dkv_buffer: Tensor, cp_group: dist.ProcessGroup | None
+) -> KVTransfer:
+    """Start sending the gradients of a kv buffer, to the next rank of a chain or to the owner.
 
     Args:
         stage: the stage they belong to.
-        dslab: dk and dv ``[2, tokens, Hkv, D]``, float32 or float64; not to be changed.
+        dkv_buffer: dk and dv ``[2, tokens, Hkv, D]``, float32 or float64; not to be changed.
         cp_group: the context-parallel group.
 
     Returns:
-        A transfer of the gradients that come here after this stage, for :func:`add_returned`.
+        A transfer of the gradients that come here after this stage, for
+        :func:`accumulate_kv_grads`.
 
-    Communication: one all-to-all-v in the dtype of ``dslab``.
+    Communication: one all-to-all-v in the dtype of ``dkv_buffer``.
     """
-    exchange = stage.give_back
-    whole = [list(part.tokens) for parts in exchange.sends for part in parts]
+    exchange = stage.grad_exchange
+    whole = [list(part.rows) for parts in exchange.sends for part in parts]
     if whole == [[0, stage.tokens]]:
-        sent = dslab.flatten(0, 1)  # to one rank, in order: it is the message
+        sent = dkv_buffer.flatten(0, 1)  # to one rank, in order: it is the message
     else:
-        sent = packed(exchange.sends, dslab, dslab)
-    received = dslab.new_empty(2 * sum(exchange.receive_tokens), *dslab.shape[2:])
+        sent = pack_messages(exchange.sends, dkv_buffer, dkv_buffer)
+    received = dkv_buffer.new_empty(2 * sum(exchange.receive_tokens), *dkv_buffer.shape[2:])
     transfer = _start(exchange, sent, received, cp_group)
-    give_way(transfer)
+    yield_sms(transfer)
     return transfer
 
 
-def add_returned(transfer: Transfer, dkv: KV, dslab: KV) -> None:
-    """Wait for what comes back and add it, source by source: a fixed order.
+def accumulate_kv_grads(transfer: KVTransfer, dkv: KV, dkv_buffer: KV) -> None:
+    """Wait for gradients and add them, rank by rank: a fixed order.
 
     Args:
-        transfer: that :func:`give_back` started.
-        dkv: of own tokens; changed.
-        dslab: of the *next* stage, whose gradients a chain brings here first; changed.
+        transfer: started by :func:`send_kv_grads`.
+        dkv: gradients of own tokens; changed.
+        dkv_buffer: gradients of the *next* stage, which receives those of a chain; changed.
     """
     exchange = transfer.exchange
     messages = transfer.wait().split([2 * tokens for tokens in exchange.receive_tokens])
     for parts, tokens, message in zip(exchange.receives, exchange.receive_tokens, messages):
-        lengths = [part.tokens.tokens for part in parts]
+        lengths = [part.rows.length for part in parts]
         for i, gradients in enumerate((message[:tokens], message[tokens:])):
             for part, gradient in zip(parts, gradients.split(lengths)):
-                (dslab if part.of_slab else dkv)[i][slice(*part.tokens)] += gradient
+                (dkv_buffer if part.in_buffer else dkv)[i][slice(*part.rows)] += gradient
 
 
-def packed(sends: Sequence[Parts], own: KV, slab: KV) -> Tensor:
+def pack_messages(sends: Sequence[KVSlices], own: KV, kv_buffer: KV) -> Tensor:
     """Messages to each rank, end to end: ``[2 tokens, Hkv, D]``, a copy."""
     rows = [
-        (slab if part.of_slab else own)[i][slice(*part.tokens)]
+        (kv_buffer if part.in_buffer else own)[i][slice(*part.rows)]
         for parts in sends
         for i in (0, 1)
         for part in parts
@@ -178,8 +185,8 @@ def packed(sends: Sequence[Parts], own: KV, slab: KV) -> Tensor:
     return torch.cat(rows) if rows else own[0].new_empty(0, *own[0].shape[1:])
 
 
-def unpacked(messages: Tensor, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[tokens, Hkv, D]`` of all peers; contiguous, of one peer views."""
+def unpack_messages(messages: Tensor, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[tokens, Hkv, D]`` of all peers; contiguous, views if one peer sent."""
     sizes = [size for size in tokens if size for _ in "kv"]
     if len(sizes) <= 2:
         k, v = messages.tensor_split(2)
@@ -188,7 +195,7 @@ def unpacked(messages: Tensor, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
     return torch.cat(rows[::2]), torch.cat(rows[1::2])
 
 
-def give_way(*transfers: Transfer) -> None:
+def yield_sms(*transfers: KVTransfer) -> None:
     """Let transfers that just started have multiprocessors before the next attention kernel.
 
     cuDNN's kernels are persistent and take every multiprocessor at once. A transfer's kernel that
@@ -205,8 +212,8 @@ HEAD_START_CYCLES = 4_000  # 10 us on an H100; the transfer is 2 us behind
 
 
 def _start(
-    exchange: Exchange, sent: Tensor, received: Tensor, cp_group: dist.ProcessGroup | None
-) -> Transfer:
+    exchange: StageExchange, sent: Tensor, received: Tensor, cp_group: dist.ProcessGroup | None
+) -> KVTransfer:
     work = dist.all_to_all_single(
         received,
         sent,
@@ -215,4 +222,4 @@ def _start(
         group=cp_group,
         async_op=True,
     )
-    return Transfer(exchange, received, sent, work)
+    return KVTransfer(exchange, received, sent, work)

@@ -1,15 +1,22 @@
 """Ring attention, forward and backward: what one rank queues, in which order.
 
-Forward::
+Forward, with transfers under the attention::
 
-    start two transfers
-    local attention; tiles over own keys          } under them
-    for each stage: wait; tiles over the slab; start the transfer of the stage after the next
+    transfer   | stage 1 | stage 2 |    | stage 3    |
+    compute    | local, own keys | tiles of 1 | tiles of 2 | tiles of 3 |
 
-Backward: stages first, own tiles and the local attention last. After its tiles the gradients of a
-slab go on, to the next rank of a chain or to their owner, under the tiles of the next stage, those
-of the last one under the local attention: they are twice the bytes of the keys in 16 bits, whose
-first transfer nothing hides then. What came is added before they go.
+Two transfers start first. After the tiles of a stage, its memory is free and the transfer of the
+stage after the next starts.
+
+Backward, with stages first, and the tiles over own keys and the local attention last::
+
+    transfer   | keys 1 | keys 2 |  | gradients 1, keys 3 | gradients 2 | gradients 3 |
+    compute             | tiles of 1 | tiles of 2         | tiles of 3  | own keys, local |
+
+After its tiles a stage sends the gradients of its kv buffer on, to the next rank of a chain or to
+their owner, under the tiles of the next stage. The last ones go under the local attention: they
+have twice the bytes of the keys in 16 bits, whose first transfer nothing hides. What comes from
+other ranks is added before a kv buffer's gradients go on.
 """
 
 from __future__ import annotations
@@ -24,17 +31,11 @@ from torch import Tensor
 from ring.blocks.gradients import RowGradients
 from ring.blocks.interface import QKV, Block, Segments, cu_seqlens
 from ring.blocks.merge import Accumulator, Partial
-from ring.exchange import (
-    KV,
-    Arrivals,
-    Transfer,
-    add_returned,
-    give_back,
-)
-from ring.planner.schedule import RingSchedule, Tile
+from ring.exchange import KV, KVPrefetcher, KVTransfer, accumulate_kv_grads, send_kv_grads
+from ring.planner.schedule import KVTile, RingSchedule
 
 
-class Call(NamedTuple):
+class RingContext(NamedTuple):
     """Everything about a call that is not a tensor.
 
     Attributes:
@@ -50,59 +51,43 @@ class Call(NamedTuple):
     scale: float
 
 
-def forward(qkv: QKV, call: Call) -> Partial:
+def forward(qkv: QKV, context: RingContext) -> Partial:
     """Output and lse of this rank's tokens.
 
     Args:
         qkv: ``[T, Hq, D]``, ``[T, Hkv, D]`` twice; the last dim contiguous.
-        call: the rest.
+        context: schedule, group, block and scale.
 
     Returns:
         The output in the dtype of ``q`` and the lse in float32 (float64 for float64).
     """
-    schedule, block = call.schedule, call.block
-    arrivals = Arrivals(qkv.k, qkv.v, schedule, call.cp_group)
-    local = block.forward_varlen(qkv, _segments(schedule, qkv.q.device), scale=call.scale)
-    tiles = (*schedule.own_tiles, *(tile for stage in schedule.stages for tile in stage.tiles))
+    schedule, block, scale = context.schedule, context.block, context.scale
+    stages = KVPrefetcher(qkv.k, qkv.v, schedule, context.cp_group)
+    local = block.forward_varlen(qkv, _segments(schedule, qkv.q.device), scale=scale)
+    accumulators = _accumulators(local, schedule, block)
 
-    def cuts(tile: Tile) -> tuple[slice, ...]:
-        return block.row_cuts(schedule.rows[tile.rectangle].tokens, tile.num_keys)
-
-    # Only rows of rectangles are accumulated: in the precision of the lse, rounded at the end.
-    into = [
-        Accumulator(
-            Partial(*(x[slice(*rows)] for x in local)),
-            (cut for tile in tiles if tile.rectangle == number for cut in cuts(tile)),
-        )
-        for number, rows in enumerate(schedule.rows)
-    ]
-
-    def attend(tiles: Sequence[Tile], k: Tensor, v: Tensor, release: Callable[[], None]) -> None:
+    def attend(tiles: Sequence[KVTile], k: Tensor, v: Tensor, release: Callable[[], None]) -> None:
         """Merge tiles; ``release`` when all that reads k and v is queued, before the last merge."""
-        left = sum(len(cuts(tile)) for tile in tiles)
+        left = sum(len(_row_tiles(tile, schedule, block)) for tile in tiles)
         if not left:
             release()
         for tile in tiles:
-            part = _of_tile(tile, qkv.q, k, v, schedule)
-            for partial in block.forward_parts(part, scale=call.scale):
+            part = _gather(tile, qkv.q, k, v, schedule)
+            for partial in block.forward_parts(part, scale=scale):
                 left -= 1
                 if not left:
                     release()
-                into[tile.rectangle].add(partial)
+                accumulators[tile.rectangle].add(partial)
 
     attend(schedule.own_tiles, qkv.k, qkv.v, lambda: None)
-    for stage, k, v in arrivals:
-        attend(stage.tiles, k, v, arrivals.release)
-        del k, v  # the next slab may have to be put together
+    for stage, k, v in stages:
+        attend(stage.tiles, k, v, stages.release)
+        del k, v  # the next kv buffer may have to be put together
     return Partial(local.output.to(qkv.q.dtype), local.lse)
 
 
 def backward(
-    doutput: Tensor,
-    dlse: Tensor | None,
-    merged: Partial,
-    qkv: QKV,
-    call: Call,
+    doutput: Tensor, dlse: Tensor | None, merged: Partial, qkv: QKV, context: RingContext
 ) -> QKV:
     """Gradients to q, k and v of this rank's tokens, in their dtypes.
 
@@ -117,59 +102,98 @@ def backward(
             block.
         merged: what :func:`forward` returned.
         qkv: what it was given.
-        call: likewise.
+        context: likewise.
     """
-    schedule, wide = call.schedule, merged.lse.dtype
-    arrivals = Arrivals(qkv.k, qkv.v, schedule, call.cp_group)
-    of_rows = RowGradients(call.block, doutput.contiguous(), dlse, merged, call.scale)
-    dq: list[Tensor | None] = [None] * len(schedule.rows)
-    across = bool(schedule.own_tiles or schedule.stages)
-    dkv = qkv.k.new_zeros(2, len(qkv.k) if across else 0, *qkv.k.shape[1:], dtype=wide)
-
-    def differentiate(tiles: Iterable[Tile], k: Tensor, v: Tensor, into: KV) -> None:
-        for tile in tiles:
-            part = _of_tile(tile, qkv.q, k, v, schedule)
-            outside = of_rows.over(slice(*schedule.rows[tile.rectangle]), part)
-            so_far = dq[tile.rectangle]  # of one tile it stays what the kernel returned
-            dq[tile.rectangle] = outside.q if so_far is None else so_far.to(wide).add_(outside.q)
-            _scatter_add(tile, outside, into)
-
-    returning: Transfer | None = None
-    for stage, k, v in arrivals:
-        dslab = k.new_zeros(2, *k.shape, dtype=wide)
-        differentiate(stage.tiles, k, v, dslab)
+    schedule, cp_group = context.schedule, context.cp_group
+    stages = KVPrefetcher(qkv.k, qkv.v, schedule, cp_group)
+    rows = RowGradients(context.block, doutput.contiguous(), dlse, merged, context.scale)
+    sums = _TileGradients(qkv, rows, schedule, merged.lse.dtype)
+    returning: KVTransfer | None = None
+    for stage, k, v in stages:
+        dkv_buffer = k.new_zeros(2, *k.shape, dtype=merged.lse.dtype)
+        sums.add(stage.tiles, k, v, dkv_buffer)
         del k, v
-        arrivals.release()
+        stages.release()
         if returning is not None:
-            add_returned(returning, dkv, dslab)
-        returning = give_back(stage, dslab, call.cp_group)
-    differentiate(schedule.own_tiles, qkv.k, qkv.v, dkv)
-    local = of_rows.within(_segments(schedule, qkv.q.device), qkv)
+            accumulate_kv_grads(returning, sums.dkv, dkv_buffer)
+        returning = send_kv_grads(stage, dkv_buffer, cp_group)
+    sums.add(schedule.own_tiles, qkv.k, qkv.v, sums.dkv)
+    local = rows.within(_segments(schedule, qkv.q.device), qkv)
     if returning is not None:
-        add_returned(returning, dkv, dkv)  # there is no next slab, and nothing for one
-    for rows, outside_q in zip(schedule.rows, dq):
-        _add_once(local.q[slice(*rows)], outside_q)
-    if across:
-        _add_once(local.k, dkv[0])
-        _add_once(local.v, dkv[1])
+        accumulate_kv_grads(returning, sums.dkv, sums.dkv)  # after the last there is no next stage
+    sums.add_to(local)
     return QKV(*(x.to(y.dtype) for x, y in zip(local, qkv)))
 
 
-def _add_once(into: Tensor, outside: Tensor | None) -> None:
-    """Add in place, in the wider dtype of the two, and round to that of ``into``."""
-    if outside is not None:
-        into += outside
+class _TileGradients:
+    """Sums of what tiles contribute to the gradients of this rank's tokens.
+
+    Args:
+        qkv: tokens of this rank.
+        rows: backward of the block for their rows.
+        schedule: of this rank.
+        dtype: of the sums.
+
+    Attributes:
+        dkv: dk and dv ``[2, T, Hkv, D]``; without tokens where there are no tiles.
+    """
+
+    def __init__(
+        self, qkv: QKV, rows: RowGradients, schedule: RingSchedule, dtype: torch.dtype
+    ) -> None:
+        self._q, self._rows, self._schedule, self._dtype = qkv.q, rows, schedule, dtype
+        self._dq: list[Tensor | None] = [None] * len(schedule.rows)
+        self._any = bool(schedule.own_tiles or schedule.stages)
+        tokens = len(qkv.k) if self._any else 0
+        self.dkv = qkv.k.new_zeros(2, tokens, *qkv.k.shape[1:], dtype=dtype)
+
+    def add(self, tiles: Iterable[KVTile], k: Tensor, v: Tensor, dkv: KV) -> None:
+        """Add gradients of tiles over k and v: to dq, and to ``dkv`` of the shapes of k and v."""
+        for tile in tiles:
+            part = _gather(tile, self._q, k, v, self._schedule)
+            found = self._rows.over(slice(*self._schedule.rows[tile.rectangle]), part)
+            dq = self._dq[tile.rectangle]  # after one tile it is what the kernel returned
+            self._dq[tile.rectangle] = found.q if dq is None else dq.to(self._dtype).add_(found.q)
+            _scatter_add(tile, found, dkv)
+
+    def add_to(self, local: QKV) -> None:
+        """Add the sums to the local attention's gradients, in place, and round to their dtype."""
+        for rows, dq in zip(self._schedule.rows, self._dq):
+            if dq is not None:
+                local.q[slice(*rows)].add_(dq)
+        if self._any:
+            local.k.add_(self.dkv[0])
+            local.v.add_(self.dkv[1])
 
 
 def _segments(schedule: RingSchedule, device: torch.device) -> Segments:
-    layout, rank = schedule.layout, schedule.rank
-    starts = (fragment.offset for fragment in layout.fragments(rank))
-    borders = (*starts, layout.num_local_tokens)
+    borders = schedule.fragment_borders
     return Segments(borders, cu_seqlens(borders, device), schedule.causal)
 
 
-def _of_tile(tile: Tile, q: Tensor, k: Tensor, v: Tensor, schedule: RingSchedule) -> QKV:
-    """Rows and keys of a tile; copied only where the keys lie in several pieces."""
+def _accumulators(local: Partial, schedule: RingSchedule, block: Block) -> list[Accumulator]:
+    """One for each rectangle: only these rows are accumulated, in the precision of the lse."""
+    tiles = (*schedule.own_tiles, *(tile for stage in schedule.stages for tile in stage.tiles))
+    return [
+        Accumulator(
+            Partial(*(x[slice(*rows)] for x in local)),
+            (
+                some
+                for tile in tiles
+                if tile.rectangle == number
+                for some in _row_tiles(tile, schedule, block)
+            ),
+        )
+        for number, rows in enumerate(schedule.rows)
+    ]
+
+
+def _row_tiles(tile: KVTile, schedule: RingSchedule, block: Block) -> tuple[slice, ...]:
+    return block.row_tiles(schedule.rows[tile.rectangle].length, tile.num_keys)
+
+
+def _gather(tile: KVTile, q: Tensor, k: Tensor, v: Tensor, schedule: RingSchedule) -> QKV:
+    """Rows and keys of a tile; copied only where the keys lie in several ranges."""
     rows = q[slice(*schedule.rows[tile.rectangle])]
     if len(tile.keys) == 1:
         keys = slice(*tile.keys[0])
@@ -177,9 +201,9 @@ def _of_tile(tile: Tile, q: Tensor, k: Tensor, v: Tensor, schedule: RingSchedule
     return QKV(rows, *(torch.cat([x[slice(*keys)] for keys in tile.keys]) for x in (k, v)))
 
 
-def _scatter_add(tile: Tile, grads: QKV, into: KV) -> None:
-    """Add a tile's dk and dv where :func:`_of_tile` took k and v from."""
-    lengths = [keys.tokens for keys in tile.keys]
-    for target, gradient in zip(into, (grads.k, grads.v)):
+def _scatter_add(tile: KVTile, grads: QKV, dkv: KV) -> None:
+    """Add a tile's dk and dv where :func:`_gather` took k and v from."""
+    lengths = [keys.length for keys in tile.keys]
+    for target, gradient in zip(dkv, (grads.k, grads.v)):
         for keys, part in zip(tile.keys, gradient.split(lengths)):
             target[slice(*keys)] += part

@@ -23,7 +23,7 @@ from ring.blocks.registry import resolve_block
 from ring.planner.schedule import plan_ring
 from ring.validation import locate
 
-# Of the group the name; of one rank, without a group, no name.
+# The group by its name; an empty one for one rank without a group.
 _WHERE = "Tensor lengths, int num_ranks, str order, str group"
 _SETTINGS = f"{_WHERE}, bool causal, float scale, str block"
 _SCHEMA = f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor output, Tensor lse)"
@@ -76,9 +76,9 @@ def _where(
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    call = _call(q, *settings)
+    context = _context(q, *settings)
     with torch.autocast(q.device.type, enabled=False):
-        output, lse = passes.forward(_rows(q, k, v), call)
+        output, lse = passes.forward(_rows(q, k, v), context)
     return output.contiguous(), lse.contiguous()
 
 
@@ -92,10 +92,10 @@ def _attention_backward(
     lse: Tensor,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _call(q, *settings)
+    context = _context(q, *settings)
     merged = Partial(output, lse)
     with torch.autocast(q.device.type, enabled=False):
-        gradients = passes.backward(doutput, dlse, merged, _rows(q, k, v), call)
+        gradients = passes.backward(doutput, dlse, merged, _rows(q, k, v), context)
     dq, dk, dv = (x.contiguous() for x in gradients)
     return dq, dk, dv
 
@@ -105,7 +105,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor) -> QKV:
     return QKV(*(x.contiguous() for x in (q, k, v)))
 
 
-def _call(
+def _context(
     q: Tensor,
     lengths: Tensor,
     num_ranks: int,
@@ -114,13 +114,13 @@ def _call(
     causal: bool,
     scale: float,
     block: str,
-) -> passes.Call:
-    """The call, checked: what a graph does not know is checked here, before any communication."""
+) -> passes.RingContext:
+    """Check what a compiled graph does not know, before any communication."""
     cp_group = _group(group)
     layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
     rank = locate("q", q, -3, layout, cp_group)
     kernel = resolve_block(block, q.device, q.dtype, q.shape[-1])
-    return passes.Call(plan_ring(layout, rank, causal), cp_group, kernel, scale)
+    return passes.RingContext(plan_ring(layout, rank, causal), cp_group, kernel, scale)
 
 
 def _positions(hidden: Tensor, lengths: Tensor, num_ranks: int, order: Order, group: str) -> Tensor:

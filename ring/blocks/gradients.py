@@ -4,9 +4,9 @@ With p the probabilities of the keys s of a row, the gradient of its scores is::
 
     p_s (do . v_s - do . o + dlse)
 
-Kernels of others compute ``do . o`` themselves and know of no dlse. What it adds is the same
-backward once more, of values that are all one, of an output of zeros, and of a gradient of the
-output whose columns sum up to dlse: ``do . v_s - do . o`` is dlse then, for every key.
+Library kernels compute ``do . o`` themselves and take no dlse. Its term is a second call of the
+same backward: with values of ones, an output of zeros, and a gradient of the output whose columns
+sum up to dlse. Then ``do . v_s - do . o`` is dlse for every key.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RowGradients:
             self._through_lse = (_columns(dlse, doutput), nothing)
 
     def over(self, rows: slice, part: QKV) -> QKV:
-        """Some rows over keys that all of them see."""
+        """Gradients of some rows over keys that all of them see."""
 
         def backward(doutput: Tensor, merged: Partial, part: QKV) -> QKV:
             of_rows = Partial(*(x[rows] for x in merged))
@@ -55,7 +55,7 @@ class RowGradients:
         return grads
 
     def within(self, segments: Segments, qkv: QKV) -> QKV:
-        """All rows, each segment over itself."""
+        """Gradients of all rows, each segment over itself."""
         backward, scale = self._block.backward_varlen, self._scale
         grads = backward(*self._through_output, qkv, segments, scale=scale)
         if self._through_lse is not None:
@@ -64,7 +64,7 @@ class RowGradients:
 
 
 def _columns(dlse_TH: Tensor, like_THD: Tensor) -> Tensor:
-    """``[T, Hq, D]``, zero but for columns that sum up to dlse: of 16 bits a second one."""
+    """``[T, Hq, D]``, zero but for a column of dlse; in 16 bits a second one holds its rest."""
     columns_THD = torch.zeros_like(like_THD)
     columns_THD[..., 0] = dlse_TH
     if like_THD.element_size() == 2 and like_THD.shape[-1] > 1:
@@ -77,7 +77,7 @@ def _of_ones(qkv: QKV) -> QKV:
 
 
 def _sum(through_output: QKV, through_lse: QKV) -> QKV:
-    """Added in float32 or wider; the lse does not depend on the values."""
+    """Add in float32 or wider; the lse does not depend on the values."""
     dtype = torch.promote_types(through_output.q.dtype, torch.float32)
     dq, dk = (a.to(dtype) + b for a, b in zip(through_output[:2], through_lse[:2]))
     return QKV(dq, dk, through_output.v)

@@ -1,11 +1,11 @@
 """Block kernels: softmax attention of some rows over some keys, forward and backward.
 
-Four kinds behind one interface (:class:`Block`): dense, for the rectangles of the schedule, and
-varlen, for the fragments of a rank. Only where queries and keys are the same tokens is there
-``causal``: its conventions for unequal lengths never matter.
+Four kernels stand behind one interface (:class:`Block`), each with a dense form, for the rectangles
+of the schedule, and a varlen form, for the fragments of a rank. ``causal`` is used only where
+queries and keys are the same tokens: its conventions for unequal lengths never matter.
 
 A backward gets the *merged* output and lse of its rows, so exp(score - lse) is a probability over
-all keys: the dq of the blocks add up, dk and dv are final contributions of the rows.
+all keys: the dq of tiles add up, and dk and dv are final contributions of the rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class QKV(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Intervals of the same rows and keys, each attending to itself only; never an empty one.
+    """Ranges of tokens, each attending to itself only; none is empty.
 
     Attributes:
         borders: cumulative lengths on the host, 0 first.
@@ -46,45 +46,45 @@ class Segments(NamedTuple):
 
     @property
     def lengths(self) -> tuple[Tensor, Tensor, int, int]:
-        """What varlen kernels ask: cu_seqlens and longest segment, of rows and of keys."""
+        """Arguments of varlen kernels: cu_seqlens and longest segment, for rows and for keys."""
         longest = max(stop - start for start, stop in pairwise(self.borders))
         return self.cu_seqlens, self.cu_seqlens, longest, longest
 
 
 class Block(ABC):
-    """A kind of kernel.
+    """An attention kernel: dense and varlen, forward and backward.
 
     Query head h reads key head h // (Hq / Hkv). The lse is a natural log in float32 (float64 for
-    float64); outputs and gradients come in the dtype of q or wider, in memory of their own: callers
-    add to it. Never call it with zero rows or zero keys: some kernels fault on them.
+    float64). Outputs and gradients come in the dtype of q or wider, in memory of their own, to
+    which callers add. Never call it with zero rows or zero keys: some kernels fault on them.
     """
 
     name: str
 
     @abstractmethod
     def obstacle(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why this kind cannot run there; None if it can."""
+        """Why this kernel cannot run there; None if it can."""
 
     @abstractmethod
     def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
-        """All rows over all keys; ``causal`` only with Tq = Tk."""
+        """Attention of all rows over all keys; ``causal`` only with Tq = Tk."""
 
     @abstractmethod
     def backward(
         self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
     ) -> QKV:
-        """What these keys contribute to dq, and these rows to dk and dv."""
+        """Contributions of these keys to dq, and of these rows to dk and dv."""
 
-    def row_cuts(self, rows: int, keys: int) -> tuple[slice, ...]:
-        """Which rows each partial of :meth:`forward_parts` has."""
+    def row_tiles(self, rows: int, keys: int) -> tuple[slice, ...]:
+        """Rows of each partial that :meth:`forward_parts` yields."""
         return (slice(0, rows),)
 
     def forward_parts(self, qkv: QKV, *, scale: float) -> Iterator[Partial]:
-        """All rows over all keys, in partials over disjoint pairs for an ``Accumulator``."""
+        """Attention of all rows over all keys, in partials for an ``Accumulator``."""
         yield self.forward(qkv, causal=False, scale=scale)
 
     def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
-        """Each segment over itself."""
+        """Attention of each segment to itself."""
         parts = [
             self.forward(QKV(*(x[a:b] for x in qkv)), causal=segments.causal, scale=scale)
             for a, b in pairwise(segments.borders)
@@ -94,7 +94,7 @@ class Block(ABC):
     def backward_varlen(
         self, doutput: Tensor, merged: Partial, qkv: QKV, segments: Segments, *, scale: float
     ) -> QKV:
-        """What each segment contributes to its own dq, dk and dv."""
+        """Contributions of each segment to its own dq, dk and dv."""
         parts = [
             self.backward(
                 doutput[a:b],
@@ -119,13 +119,13 @@ def thd(x_BHTD: Tensor) -> Tensor:
 
 
 def wide_like(x: Tensor) -> Tensor:
-    """Uninitialised memory for sums of what ``x`` holds: contiguous, float32 or float64."""
+    """Uninitialised memory in the shape of ``x`` for sums: contiguous, float32 or float64."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=256)  # a few batches in flight
 def cu_seqlens(borders: tuple[int, ...], device: torch.device) -> Tensor:
-    """Borders of segments as kernels take them, int32, remembered."""
-    with torch.inference_mode(False):  # remembered, and used in training too
+    """Borders of segments on a device, int32; the last ones are kept."""
+    with torch.inference_mode(False):  # kept, and used in training too
         return to_device(torch.tensor(borders, dtype=torch.int32, device="cpu"), device)

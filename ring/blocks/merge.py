@@ -67,15 +67,15 @@ def merge_to(out: Partial, a: Partial, b: Partial) -> None:
 
 
 class Accumulator:
-    """Some rows to which partials over further keys come, one after the other.
+    """Rows to which partials over further keys are merged, one after the other.
 
-    Sums are in the dtype of the lse and are rounded once: a row's first merge reads the output that
-    is there, its last one writes the result in its place. Between them it is in a tensor of sums,
-    which rows with one merge do not need, nor an output in the dtype of the lse.
+    Sums are in the dtype of the lse and are rounded once. A row's first merge reads the output that
+    is there, its last one writes the result in its place, and between them it is in a tensor of
+    sums. None is needed for rows with one merge, or for an output in the dtype of the lse.
 
     Args:
-        rows: what they have so far; changed, complete after the last partial.
-        coming: which of the rows each partial has that will be added, in order.
+        rows: output and lse so far; changed, complete after the last partial.
+        coming: the rows of each partial that will be added, in order.
     """
 
     def __init__(self, rows: Partial, coming: Iterable[slice]) -> None:
@@ -83,7 +83,7 @@ class Accumulator:
         self._merges = iter(plan_merges(tuple((some.start, some.stop) for some in coming)))
 
     def add(self, part: Partial) -> None:
-        """The next partial, of the rows that were said to be its."""
+        """RowMerge the next partial, over the rows announced for it."""
         (output, lse), dtype = self._rows, self._rows.lse.dtype
         merges = next(self._merges)
         for start, stop, first, last in merges:
@@ -96,8 +96,8 @@ class Accumulator:
             merge_to(out, a, Partial(*(x[start - offset : stop - offset] for x in part)))
 
 
-class Merge(NamedTuple):
-    """Some rows of a partial: whether it is the first or the last one that they get."""
+class RowMerge(NamedTuple):
+    """Rows [start, stop) of a partial, and whether it is the first or the last one they get."""
 
     start: int
     stop: int
@@ -106,11 +106,11 @@ class Merge(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan_merges(coming: tuple[tuple[int, int], ...]) -> tuple[tuple[Merge, ...], ...]:
-    """For partials of rows [start, stop), in order, the merges of each: as few as can be.
+def plan_merges(coming: tuple[tuple[int, int], ...]) -> tuple[tuple[RowMerge, ...], ...]:
+    """The merges of each partial, as few as possible; partials are given as rows [start, stop).
 
-    Example: of partials of rows 0:4, 4:6 and 0:6 the third is the last one for all rows: one merge.
-    Of 0:4 and 0:6 the second is the last one for 0:4 and the only one for 4:6: two merges.
+    Example: with partials of rows 0:4, 4:6 and 0:6 the third is the last one for all rows: one
+    merge. With 0:4 and 0:6 the second is the last one for 0:4 and the only one for 4:6: two merges.
     """
     borders = sorted({border for rows in coming for border in rows})
     turns = {  # of rows between borders: the partials that they get
@@ -119,11 +119,11 @@ def plan_merges(coming: tuple[tuple[int, int], ...]) -> tuple[tuple[Merge, ...],
     }
     planned = []
     for number, (start, stop) in enumerate(coming):
-        merges: list[Merge] = []
+        merges: list[RowMerge] = []
         for low, high in pairwise(border for border in borders if start <= border <= stop):
             kind = (number == turns[low][0], number == turns[low][-1])
             if merges and (merges[-1].first, merges[-1].last) == kind:
                 low = merges.pop().start
-            merges.append(Merge(low, high, *kind))
+            merges.append(RowMerge(low, high, *kind))
         planned.append(tuple(merges))
     return tuple(planned)

@@ -1,18 +1,18 @@
-"""Two kernels as one: the faster one for dense tiles of few shapes, another for all the rest.
+"""Tiling for two kernels: the faster one for dense tiles of few shapes, another for the rest.
 
 cuDNN is the fastest dense kernel, but it builds a plan for every new (rows, keys) and direction, of
-about 100 ms, and packs bring new lengths with every batch. So its tiles have sides of 4 to 7 times
-a power of two (:func:`ring.planner.stages.bucket`): four sizes an octave, about 600 pairs up to
-65536, of which a run meets a part and keeps the plans. What is left over, less than 1024 rows or
-keys at the edges of a rectangle, goes to the other kernel::
+about 100 ms, and packs bring new lengths with every batch. So the sides of its tiles are 4 to 7
+times a power of two (:func:`ring.planner.stages.bucket`): four sizes an octave and about 600 pairs
+up to 65536, each planned once. The rest, less than 1024 rows or keys at the edges of a rectangle,
+goes to the other kernel::
 
                      keys: bucket   bucket   rest
     rows: bucket           dense    dense    other
     rows: rest             other    other    other
 
-A long fragment under a causal mask is a square of such a size, then what follows it in the same
-way, each with the rectangle of what is before it in the fragment. Short fragments and last rests
-that lie side by side go into one varlen call::
+A long fragment under a causal mask is cut into squares of such sizes and a rest. Each but the first
+also has a rectangle over all that comes before it in the fragment. Short fragments and rests that
+lie side by side go into one varlen call::
 
                      keys: square     square     rest
     rows: square           dense
@@ -38,26 +38,26 @@ from ring.blocks.interface import QKV, Block, Segments, cu_seqlens, wide_like
 from ring.blocks.merge import Accumulator, Partial
 from ring.planner.stages import bucket
 
-MIN_SIDE = 1024  # of a dense tile
-MAX_SIDE = 65536  # likewise: offsets within 64 heads of 128 stay far below 2^31
-MIN_SQUARE = 4096  # of a fragment that leaves the varlen call
+MIN_SIDE = 1024  # rows and keys of a dense tile, at least
+MAX_SIDE = 65536  # and at most: offsets within 64 heads of 128 stay far below 2^31
+MIN_SQUARE = 4096  # shorter fragments stay in the varlen call
 
 
-class Tile(NamedTuple):
-    """Some rows over some keys, and whether the dense kernel takes them."""
+class KernelTile(NamedTuple):
+    """Some rows over some keys; ``dense``: the dense kernel takes them, else the other one."""
 
     rows: slice
     keys: slice
     dense: bool
 
 
-class Local(NamedTuple):
-    """The fragments of a rank, sorted out.
+class LocalTiling(NamedTuple):
+    """How the fragments of a rank are tiled.
 
     Attributes:
         squares: long fragments or parts of them, each attending to itself.
-        stretches: borders of segments side by side, for one varlen call each.
-        rectangles: rows (of a square or a rest) over what comes before them in their fragment.
+        stretches: borders of adjacent segments, for one varlen call each.
+        rectangles: rows of a square or a rest, and the keys before them in their fragment.
     """
 
     squares: tuple[slice, ...]
@@ -65,7 +65,7 @@ class Local(NamedTuple):
     rectangles: tuple[tuple[slice, slice], ...]
 
 
-def cut_side(length: int, smallest: int) -> list[int]:
+def tile_side(length: int, smallest: int) -> list[int]:
     """Buckets from ``smallest`` to ``MAX_SIDE``, then the rest if any; they sum to ``length``."""
     sizes = []
     while length >= smallest:
@@ -75,30 +75,30 @@ def cut_side(length: int, smallest: int) -> list[int]:
 
 
 @lru_cache(maxsize=4096)
-def cut_rectangle(rows: int, keys: int) -> tuple[Tile, ...]:
+def tile_rectangle(rows: int, keys: int) -> tuple[KernelTile, ...]:
     """Dense tiles, then what is left: keys beyond the last bucket, and rows beyond it."""
-    sides = [[n for n in cut_side(length, MIN_SIDE) if n >= MIN_SIDE] for length in (rows, keys)]
+    sides = [[n for n in tile_side(length, MIN_SIDE) if n >= MIN_SIDE] for length in (rows, keys)]
     dense_rows, dense_keys = map(sum, sides)
     if not dense_rows or not dense_keys:
-        return (Tile(slice(0, rows), slice(0, keys), False),)
-    tiles = [Tile(r, k, True) for r in _slices(sides[0]) for k in _slices(sides[1])]
+        return (KernelTile(slice(0, rows), slice(0, keys), False),)
+    tiles = [KernelTile(r, k, True) for r in _slices(sides[0]) for k in _slices(sides[1])]
     if dense_keys < keys:
-        tiles.append(Tile(slice(0, dense_rows), slice(dense_keys, keys), False))
+        tiles.append(KernelTile(slice(0, dense_rows), slice(dense_keys, keys), False))
     if dense_rows < rows:
-        tiles.append(Tile(slice(dense_rows, rows), slice(0, keys), False))
+        tiles.append(KernelTile(slice(dense_rows, rows), slice(0, keys), False))
     return tuple(tiles)
 
 
 @lru_cache(maxsize=256)
-def sort_out(borders: tuple[int, ...], causal: bool) -> Local:
-    """What goes where of segments with these borders."""
+def tile_segments(borders: tuple[int, ...], causal: bool) -> LocalTiling:
+    """Tile the segments with these borders."""
     squares: list[slice] = []
     stretches: list[list[int]] = []
     rectangles: list[tuple[slice, slice]] = []
     for start, stop in pairwise(borders):
         # Without a mask a long segment is a square of any size, which is cut like a rectangle.
         long = stop - start >= MIN_SQUARE
-        sizes = cut_side(stop - start, MIN_SQUARE) if causal else [stop - start]
+        sizes = tile_side(stop - start, MIN_SQUARE) if causal else [stop - start]
         position = start
         for size in sizes:
             end = position + size
@@ -111,14 +111,14 @@ def sort_out(borders: tuple[int, ...], causal: bool) -> Local:
             if position > start:
                 rectangles.append((slice(position, end), slice(start, position)))
             position = end
-    return Local(tuple(squares), tuple(map(tuple, stretches)), tuple(rectangles))
+    return LocalTiling(tuple(squares), tuple(map(tuple, stretches)), tuple(rectangles))
 
 
-class CutBlock(Block):
+class TiledBlock(Block):
     """``dense`` for tiles of few shapes, ``other`` for what is left.
 
     Args:
-        name: of the block.
+        name: name of the block.
         dense: the faster kernel; its obstacles are those of the block.
         other: a kernel that runs wherever ``dense`` does.
     """
@@ -127,12 +127,12 @@ class CutBlock(Block):
         self.name, self.dense, self.other = name, dense, other
 
     def obstacle(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """That of ``dense``."""
+        """Return the obstacle of ``dense``."""
         return self.dense.obstacle(device, dtype, head_dim)
 
     def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
-        """A causal square is one call, a rectangle its tiles."""
-        tiles = cut_rectangle(len(qkv.q), len(qkv.k))
+        """Run a causal square in one call, a rectangle tile by tile."""
+        tiles = tile_rectangle(len(qkv.q), len(qkv.k))
         if causal or len(tiles) == 1:
             block = self.dense if tiles[0].dense else self.other
             return block.forward(qkv, causal=causal, scale=scale)
@@ -140,28 +140,28 @@ class CutBlock(Block):
         self._merge(into, qkv, scale)
         return into
 
-    def row_cuts(self, rows: int, keys: int) -> tuple[slice, ...]:
-        """Those of the tiles."""
-        return tuple(tile.rows for tile in cut_rectangle(rows, keys))
+    def row_tiles(self, rows: int, keys: int) -> tuple[slice, ...]:
+        """Rows of each tile."""
+        return tuple(tile.rows for tile in tile_rectangle(rows, keys))
 
     def forward_parts(self, qkv: QKV, *, scale: float) -> Iterator[Partial]:
-        """Tile by tile, so that each is merged once."""
-        for tile in cut_rectangle(len(qkv.q), len(qkv.k)):
+        """One partial for each tile, so that each is merged once."""
+        for tile in tile_rectangle(len(qkv.q), len(qkv.k)):
             block = self.dense if tile.dense else self.other
             part = QKV(qkv.q[tile.rows], qkv.k[tile.keys], qkv.v[tile.keys])
             yield block.forward(part, causal=False, scale=scale)
 
     def _merge(self, into: Partial, qkv: QKV, scale: float) -> None:
-        """All rows over all keys into what these rows have so far."""
-        accumulator = Accumulator(into, self.row_cuts(len(qkv.q), len(qkv.k)))
+        """Merge all rows over all keys into what these rows have so far."""
+        accumulator = Accumulator(into, self.row_tiles(len(qkv.q), len(qkv.k)))
         for partial in self.forward_parts(qkv, scale=scale):
             accumulator.add(partial)
 
     def backward(
         self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
     ) -> QKV:
-        """Of several tiles the sums, in float32 (float64 for float64)."""
-        tiles = cut_rectangle(len(qkv.q), len(qkv.k))
+        """Gradients; those of several tiles are summed in float32 (float64 for float64)."""
+        tiles = tile_rectangle(len(qkv.q), len(qkv.k))
         if causal or len(tiles) == 1:
             block = self.dense if tiles[0].dense else self.other
             return block.backward(doutput, merged, qkv, causal=causal, scale=scale)
@@ -176,8 +176,8 @@ class CutBlock(Block):
         return sums
 
     def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
-        """Long segments apart; rows of a rectangle are merged in float32 (float64 for float64)."""
-        local = sort_out(segments.borders, segments.causal)
+        """Segments in tiles; rows of a rectangle are merged in float32 (float64 for float64)."""
+        local = tile_segments(segments.borders, segments.causal)
         if not local.squares:
             return self.other.forward_varlen(qkv, segments, scale=scale)
         if local.squares == (slice(0, len(qkv.q)),):
@@ -199,8 +199,8 @@ class CutBlock(Block):
     def backward_varlen(
         self, doutput: Tensor, merged: Partial, qkv: QKV, segments: Segments, *, scale: float
     ) -> QKV:
-        """As the forward; with long segments sums in float32 (float64 for float64)."""
-        local = sort_out(segments.borders, segments.causal)
+        """Gradients of the tiles; with long segments summed in float32 (float64 for float64)."""
+        local = tile_segments(segments.borders, segments.causal)
         if not local.squares:
             return self.other.backward_varlen(doutput, merged, qkv, segments, scale=scale)
         if local.squares == (slice(0, len(qkv.q)),):
@@ -238,7 +238,7 @@ def _at(sums: QKV, rows: slice, keys: slice) -> QKV:
     return QKV(sums.q[rows], sums.k[keys], sums.v[keys])
 
 
-def _stretches(local: Local, segments: Segments) -> Iterator[tuple[slice, Segments]]:
+def _stretches(local: LocalTiling, segments: Segments) -> Iterator[tuple[slice, Segments]]:
     for start, *ends in local.stretches:
         borders = (0, *(end - start for end in ends))
         lengths = cu_seqlens(borders, segments.cu_seqlens.device)

@@ -8,7 +8,7 @@ a run, and no row is in two rectangles.
 
 The keys of a rectangle need no order (softmax without a mask is a sum over a set), so it is cut
 into tiles along its keys: those that other runs of the rank hold, and those that each stage brings
-into its slab (:mod:`ring.planner.traffic` says in which stage what comes, and from whom).
+into its kv buffer (:mod:`ring.planner.traffic` says in which stage what comes, and from whom).
 
 Example: one document of 8 tokens, 2 ranks, zigzag, causal::
 
@@ -18,8 +18,11 @@ Example: one document of 8 tokens, 2 ranks, zigzag, causal::
               rectangle of rows 2:4 with keys 0:6: own keys 0:2, and 2:6 from rank 1
     rank 1    local: rows 0:4 (tokens 2:6); rectangle of rows 0:4 with keys 0:2 from rank 0
 
-In two stages rank 0 would receive 2:4 and 4:6 into a slab of two tokens each, while rank 1 receives
-0:2 in the first and nothing in the second: both still start two exchanges.
+In two stages both ranks start two exchanges of keys and values, even with nothing to receive::
+
+    stage     rank 0 receives         rank 1 receives
+    1         2:4 into a kv buffer    0:2
+    2         4:6 likewise            nothing
 """
 
 from __future__ import annotations
@@ -28,95 +31,95 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
 from lasp.sequence.layout import SequenceLayout
 from ring.planner.stages import RULE, StageRule
-from ring.planner.traffic import Delivery, Traffic, traffic_of
+from ring.planner.traffic import KVDelivery, KVTraffic, plan_traffic
 
 
-class Interval(NamedTuple):
-    """Tokens [start, stop); of the pack, of a rank or of a slab, as the holder says."""
+class RowRange(NamedTuple):
+    """Rows [start, stop) of the pack, of a rank's tokens or of a kv buffer, as the holder says."""
 
     start: int
     stop: int
 
     @property
-    def tokens(self) -> int:
-        """Number of tokens."""
+    def length(self) -> int:
+        """Number of rows."""
         return self.stop - self.start
 
 
-class Tile(NamedTuple):
+class KVTile(NamedTuple):
     """All rows of a rectangle over some of its keys, without a mask.
 
     Attributes:
         rectangle: index into ``RingSchedule.rows``.
-        keys: of the rank's tokens or of the slab of a stage; disjoint, sorted, never empty.
+        keys: ranges of the rank's tokens or of a stage's kv buffer; disjoint, sorted, not empty.
     """
 
     rectangle: int
-    keys: tuple[Interval, ...]
+    keys: tuple[RowRange, ...]
 
     @property
     def num_keys(self) -> int:
-        """How many."""
-        return sum(interval.tokens for interval in self.keys)
+        """Number of keys in all ranges."""
+        return sum(some.length for some in self.keys)
 
 
-class Part(NamedTuple):
+class KVSlice(NamedTuple):
     """Where tokens of an exchange lie.
 
     Attributes:
-        of_slab: in the slab of a stage; else among the rank's own tokens.
-        tokens: there.
+        in_buffer: in the kv buffer of a stage; else among the rank's own tokens.
+        rows: there.
     """
 
-    of_slab: bool
-    tokens: Interval
+    in_buffer: bool
+    rows: RowRange
 
 
-Parts = tuple[Part, ...]  # to or from one rank; joined where one lies right after the other
+KVSlices = tuple[KVSlice, ...]  # to or from one rank; adjacent ones are joined
 
 
-class Exchange(NamedTuple):
+class StageExchange(NamedTuple):
     """What one rank sends and receives in one all-to-all-v.
 
     Attributes:
-        sends: to each rank.
-        send_tokens: likewise.
-        receives: from each rank.
-        receive_tokens: likewise.
+        sends: slices for each rank.
+        send_tokens: number of tokens for each rank.
+        receives: slices from each rank.
+        receive_tokens: number of tokens from each rank.
     """
 
-    sends: tuple[Parts, ...]
+    sends: tuple[KVSlices, ...]
     send_tokens: tuple[int, ...]
-    receives: tuple[Parts, ...]
+    receives: tuple[KVSlices, ...]
     receive_tokens: tuple[int, ...]
 
 
-class Stage(NamedTuple):
+class RingStage(NamedTuple):
     """What comes, what is computed with it, and where its gradients go.
 
     Attributes:
-        keys: intervals of the pack; the slab holds them end to end.
-        fetch: sends own tokens, or parts of the slab before; receives the slab.
-        tiles: over the slab.
-        give_back: the way of the gradients after the tiles: sends all of the slab, to the next
-            rank of a chain or to the owner; receives for own tokens or for the *next* slab.
+        keys: ranges of the pack; the kv buffer holds them end to end.
+        kv_exchange: sends own tokens, or parts of the kv buffer before; receives the kv buffer.
+        tiles: over the kv buffer.
+        grad_exchange: sends the gradients of the kv buffer after the tiles, to the next rank of a
+            chain or to the owner; receives for own tokens or for the *next* kv buffer.
     """
 
-    keys: tuple[Interval, ...]
-    fetch: Exchange
-    tiles: tuple[Tile, ...]
-    give_back: Exchange
+    keys: tuple[RowRange, ...]
+    kv_exchange: StageExchange
+    tiles: tuple[KVTile, ...]
+    grad_exchange: StageExchange
 
     @property
     def tokens(self) -> int:
-        """Tokens of the slab."""
-        return sum(interval.tokens for interval in self.keys)
+        """Tokens in the kv buffer."""
+        return sum(some.length for some in self.keys)
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class RingSchedule:
         layout: the layout it was made from.
         rank: rank within the context-parallel group.
         causal: whether a query sees only itself and what comes before it.
-        way: ``none``, ``direct`` or ``chain``: see :mod:`ring.planner.traffic`. The same on every
+        route: ``none``, ``direct`` or ``chain``: see :mod:`ring.planner.traffic`. The same on every
             rank.
         rows: query rows of each rectangle, of the rank's tokens; disjoint, never empty.
         own_tiles: over keys that other runs of the rank hold: no transfer.
@@ -137,10 +140,10 @@ class RingSchedule:
     layout: SequenceLayout
     rank: int
     causal: bool
-    way: str
-    rows: tuple[Interval, ...]
-    own_tiles: tuple[Tile, ...]
-    stages: tuple[Stage, ...]
+    route: str
+    rows: tuple[RowRange, ...]
+    own_tiles: tuple[KVTile, ...]
+    stages: tuple[RingStage, ...]
 
     @property
     def received_tokens(self) -> int:
@@ -149,8 +152,14 @@ class RingSchedule:
 
     @property
     def sent_tokens(self) -> int:
-        """Tokens sent, of others as well where they are forwarded."""
-        return sum(sum(stage.fetch.send_tokens) for stage in self.stages)
+        """Tokens sent, including those that are forwarded for others."""
+        return sum(sum(stage.kv_exchange.send_tokens) for stage in self.stages)
+
+    @cached_property
+    def fragment_borders(self) -> tuple[int, ...]:
+        """Borders of the rank's fragments among its tokens, 0 first, T last."""
+        starts = (fragment.offset for fragment in self.layout.fragments(self.rank))
+        return (*starts, self.layout.num_local_tokens)
 
 
 @lru_cache(maxsize=32)
@@ -159,8 +168,8 @@ def plan_ring(
 ) -> RingSchedule:
     """Schedule of ``rank``; the last 32 are kept, so that all layers of a batch share one.
 
-    Padding attends to the padding of its own fragment only: its rows are finite, they mean
-    nothing, and nothing of them moves.
+    Padding attends to the padding of its own fragment only: its rows are finite and mean nothing,
+    and it is never sent.
 
     Args:
         layout: the same on every rank.
@@ -172,15 +181,15 @@ def plan_ring(
         ValueError: if ``rank`` is not in [0, P).
     """
     own = layout.runs(rank)  # refuses a rank that is none
-    traffic = traffic_of(layout, causal, rule)
+    traffic = plan_traffic(layout, causal, rule)
     rectangles = _rectangles(layout, rank, causal)
-    own_tiles = _tiles(rectangles, _Held(own))
+    own_tiles = _tiles(rectangles, _TokenIndex(own))
     stages = _stages(traffic, rank, rectangles) if traffic.num_stages else ()
     rows = tuple(rows for rows, _ in rectangles)
-    return RingSchedule(layout, rank, causal, traffic.way, rows, own_tiles, stages)
+    return RingSchedule(layout, rank, causal, traffic.route, rows, own_tiles, stages)
 
 
-Rectangle = tuple[Interval, list[Interval]]  # rows of the rank, keys of the pack
+Rectangle = tuple[RowRange, list[RowRange]]  # rows of the rank, keys of the pack
 
 
 def _rectangles(layout: SequenceLayout, rank: int, causal: bool) -> list[Rectangle]:
@@ -190,105 +199,123 @@ def _rectangles(layout: SequenceLayout, rank: int, causal: bool) -> list[Rectang
             continue
         start = layout.document_starts[fragment.document]
         stop = start + layout.document_lengths[fragment.document]
-        before = Interval(start, start + fragment.start)
-        after = Interval(start + fragment.stop, stop)
-        keys = [side for side in ((before,) if causal else (before, after)) if side.tokens]
+        before = RowRange(start, start + fragment.start)
+        after = RowRange(start + fragment.stop, stop)
+        keys = [side for side in ((before,) if causal else (before, after)) if side.length]
         if keys:
             end = fragment.offset + fragment.stop - fragment.start
-            found.append((Interval(fragment.offset, end), keys))
+            found.append((RowRange(fragment.offset, end), keys))
     return found
 
 
-def _tiles(rectangles: list[Rectangle], held: _Held) -> tuple[Tile, ...]:
-    """Tiles over what is held of the keys of each rectangle."""
-    tiles = (Tile(number, held.overlap(keys)) for number, (_, keys) in enumerate(rectangles))
+def _tiles(rectangles: list[Rectangle], held: _TokenIndex) -> tuple[KVTile, ...]:
+    """Tiles over the held keys of each rectangle."""
+    tiles = (KVTile(number, held.overlap(keys)) for number, (_, keys) in enumerate(rectangles))
     return tuple(tile for tile in tiles if tile.keys)
 
 
-def _stages(traffic: Traffic, rank: int, rectangles: list[Rectangle]) -> tuple[Stage, ...]:
-    incoming, sent, returned = _deliveries(traffic, rank)
-    own = _Held(traffic.layout.runs(rank))
-    slabs = [
-        _Held(Interval(d.start, d.stop) for d in _in_order(incoming, s, "sender"))
-        for s in range(traffic.num_stages)
-    ]
-    slabs.append(_Held(()))  # nothing is forwarded after the last stage
+def _stages(traffic: KVTraffic, rank: int, rectangles: list[Rectangle]) -> tuple[RingStage, ...]:
+    num_ranks = traffic.layout.num_ranks
+    messages = _messages(traffic, rank)
+    received = [[d for _, d in some] for some in messages.kv_received]
+    own, nothing = _TokenIndex(traffic.layout.runs(rank)), _TokenIndex(())
+    buffers = [_TokenIndex((d.start, d.stop) for d in some) for some in received]
 
     def side(
-        deliveries: list[Delivery], stage: int, peer: str, slab: _Held
-    ) -> tuple[tuple[Parts, ...], tuple[int, ...]]:
-        """What goes to, or comes from, each ``peer`` in a stage: where it lies, and how much."""
-        by_rank: list[list[Part]] = [[] for _ in range(traffic.layout.num_ranks)]
-        tokens = [0] * traffic.layout.num_ranks
-        for d in _in_order(deliveries, stage, peer):
-            tokens[getattr(d, peer)] += d.stop - d.start
-            parts, of_slab = by_rank[getattr(d, peer)], d.owner != rank
-            start, stop = (slab if of_slab else own).find(d.start, d.stop)
-            if parts and parts[-1].of_slab == of_slab and parts[-1].tokens.stop == start:
-                start = parts.pop().tokens.start
-            parts.append(Part(of_slab, Interval(start, stop)))
-        return tuple(map(tuple, by_rank)), tuple(tokens)
+        messages: list[Message], buffer: _TokenIndex
+    ) -> tuple[tuple[KVSlices, ...], tuple[int, ...]]:
+        """Where the tokens to or from each rank lie, and how many they are."""
+        slices: list[list[KVSlice]] = [[] for _ in range(num_ranks)]
+        tokens = [0] * num_ranks
+        for peer, d in messages:
+            found = KVSlice(d.owner != rank, (own if d.owner == rank else buffer).find(d))
+            tokens[peer] += found.rows.length
+            _append_joined(slices[peer], found)
+        return tuple(map(tuple, slices)), tuple(tokens)
 
     stages = []
-    for s, slab in enumerate(slabs[:-1]):
-        fetch = Exchange(
-            *side(sent, s, "consumer", slabs[s - 1]), *side(incoming, s, "sender", slab)
-        )
-        give_back = Exchange(
-            *side(incoming, s, "returns_to", slab), *side(returned, s, "consumer", slabs[s + 1])
-        )
-        stages.append(Stage(slab.intervals, fetch, _tiles(rectangles, slab), give_back))
+    around = zip([nothing, *buffers], buffers, [*buffers[1:], nothing])
+    for number, (before, buffer, after) in enumerate(around):
+        kv_sent, kv_received, grads_sent, grads_received = (some[number] for some in messages)
+        kv_exchange = StageExchange(*side(kv_sent, before), *side(kv_received, buffer))
+        grad_exchange = StageExchange(*side(grads_sent, buffer), *side(grads_received, after))
+        tiles = _tiles(rectangles, buffer)
+        stages.append(RingStage(buffer.ranges, kv_exchange, tiles, grad_exchange))
     return tuple(stages)
 
 
-def _deliveries(
-    traffic: Traffic, rank: int
-) -> tuple[list[Delivery], list[Delivery], list[Delivery]]:
-    """Those that the rank receives, those that it sends, those whose gradients come to it."""
+Message = tuple[int, KVDelivery]  # the other rank, and what goes to it or comes from it
+
+
+class _Messages(NamedTuple):
+    """What one rank sends and receives in each stage, by the other rank, then by position.
+
+    That is the order of an all-to-all on both sides.
+    """
+
+    kv_sent: list[list[Message]]
+    kv_received: list[list[Message]]
+    grads_sent: list[list[Message]]
+    grads_received: list[list[Message]]
+
+
+def _messages(traffic: KVTraffic, rank: int) -> _Messages:
     incoming = [d for i in traffic.needed_by(rank) for d in traffic.deliveries(i, rank)]
-    owned = (i for i, piece in enumerate(traffic.pieces) if piece.owner == rank)
+    owned = (i for i, fragment in enumerate(traffic.fragments) if fragment.owner == rank)
     lent = [d for i in owned for r in traffic.consumers(i) for d in traffic.deliveries(i, r)]
     sent = [d for d in lent if d.sender == rank]
     returned = [d for d in lent if d.returns_to == rank]
     for d in incoming:
         if d.returns_to != d.owner:  # the next of the chain
-            sent += traffic.deliveries(d.piece, d.returns_to)
+            sent += traffic.deliveries(d.fragment, d.returns_to)
         if d.sender != d.owner:  # the one before
-            returned += traffic.deliveries(d.piece, d.sender)
-    return incoming, sent, returned
+            returned += traffic.deliveries(d.fragment, d.sender)
+    stages = range(traffic.num_stages)
+    return _Messages(
+        kv_sent=_by_stage(stages, [(d.consumer, d) for d in sent]),
+        kv_received=_by_stage(stages, [(d.sender, d) for d in incoming]),
+        grads_sent=_by_stage(stages, [(d.returns_to, d) for d in incoming]),
+        grads_received=_by_stage(stages, [(d.consumer, d) for d in returned]),
+    )
 
 
-def _in_order(deliveries: list[Delivery], stage: int, peer: str) -> list[Delivery]:
-    """Those of a stage, by peer, then by position: the order of an all-to-all on both sides."""
-    some = (d for d in deliveries if d.stage == stage)
-    return sorted(some, key=lambda d: (getattr(d, peer), d.start))
+def _by_stage(stages: range, messages: list[Message]) -> list[list[Message]]:
+    messages = sorted(messages, key=lambda message: (message[0], message[1].start))
+    return [[(peer, d) for peer, d in messages if d.stage == stage] for stage in stages]
 
 
-class _Held:
-    """Disjoint pack intervals, end to end: the tokens of a rank, or a slab."""
+def _append_joined(slices: list[KVSlice], new: KVSlice) -> None:
+    """Append a slice, or lengthen the last one where the new one follows it."""
+    if slices and slices[-1].in_buffer == new.in_buffer and slices[-1].rows.stop == new.rows.start:
+        new = KVSlice(new.in_buffer, RowRange(slices.pop().rows.start, new.rows.stop))
+    slices.append(new)
 
-    def __init__(self, intervals: Iterable[tuple[int, int]]) -> None:
-        self.intervals = tuple(Interval(*interval) for interval in intervals)
-        ends = accumulate((i.tokens for i in self.intervals), initial=0)
-        self._sorted = sorted((i.start, i.stop, offset) for i, offset in zip(self.intervals, ends))
 
-    def find(self, start: int, stop: int) -> Interval:
-        """Where pack positions [start, stop), all within one of the intervals, lie."""
-        first, _, offset = self._sorted[bisect_right(self._sorted, (start, sys.maxsize)) - 1]
-        return Interval(start - first + offset, stop - first + offset)
+class _TokenIndex:
+    """Disjoint ranges of the pack, end to end: the tokens of a rank, or a kv buffer."""
 
-    def overlap(self, wanted: Iterable[Interval]) -> tuple[Interval, ...]:
-        """Where what is held of some pack intervals lies: sorted, as few intervals as can be."""
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self.ranges = tuple(RowRange(*some) for some in ranges)
+        ends = accumulate((some.length for some in self.ranges), initial=0)
+        self._sorted = sorted((r.start, r.stop, offset) for r, offset in zip(self.ranges, ends))
+
+    def find(self, wanted: KVDelivery) -> RowRange:
+        """Where the tokens of a delivery, all within one of the ranges, lie."""
+        first, _, offset = self._sorted[bisect_right(self._sorted, (wanted.start, sys.maxsize)) - 1]
+        return RowRange(wanted.start - first + offset, wanted.stop - first + offset)
+
+    def overlap(self, wanted: Iterable[RowRange]) -> tuple[RowRange, ...]:
+        """Where the held part of some ranges of the pack lies: sorted, adjacent ranges joined."""
         found = (
             (max(start, want.start) - start + offset, min(stop, want.stop) - start + offset)
             for start, stop, offset in self._sorted
             for want in wanted
             if max(start, want.start) < min(stop, want.stop)
         )
-        union: list[Interval] = []
+        union: list[RowRange] = []
         for start, stop in sorted(found):
             if union and start == union[-1].stop:
-                union[-1] = Interval(union[-1].start, stop)
+                union[-1] = RowRange(union[-1].start, stop)
             else:
-                union.append(Interval(start, stop))
+                union.append(RowRange(start, stop))
         return tuple(union)

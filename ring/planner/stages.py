@@ -1,9 +1,9 @@
 """In how many stages ranks receive their keys, and how much in each.
 
-All ranks have the same number of stages, as few as possible: each is a tile more to merge and a
-point more where ranks wait for each other. What a rank needs is cut so that its stages take equal
-*times*: all ranks then stay in step, and the transfer of a stage never waits for a rank whose stage
-before was longer.
+All ranks have the same number of stages, as few as possible: each adds a tile to merge and a point
+where ranks wait for each other. What a rank needs is cut so that its stages take equal *times*: all
+ranks then stay in step, and the transfer of a stage never waits for a rank whose stage before was
+longer.
 
 Example: one document of 2 T tokens, 2 ranks, zigzag. Rank 0 has T / 2 rows for the T tokens of rank
 1, and rank 1 has T rows for T / 2 tokens: one stage each, of T^2 / 2 (query, key) pairs.
@@ -19,16 +19,16 @@ class StageRule(NamedTuple):
     """How transfers are cut into stages, and when fragments are forwarded.
 
     Attributes:
-        max_stages: at most so many.
-        min_tokens: a stage brings at least so many tokens; a rank that needs less than twice as
-            many has one stage. To merge a tile of n keys moves 8 bytes for 4 n operations; at
+        max_stages: upper limit of the number of stages.
+        min_tokens: the fewest tokens of a stage; a rank that needs less than twice as many has one
+            stage. To merge a tile of n keys moves 8 bytes for 4 n operations; at
             2.6 TB/s and 580 TFLOP/s that is 450 / n of its time, 11 % at 4096: less than it costs
             to be out of step.
         pairs_per_token: (query, key) pairs that a rank computes in the time in which it receives
             the key and value of one token: ``Hkv / Hq * FLOP/s / (bytes/s)``. 1400 is 8 query
             heads for one key head, 500 TFLOP/s, 16-bit elements and a 45 GB/s network; NVLink
             needs less, and hides more than the plan counts on.
-        chain_gain: chains are taken if direct sending takes more than so many times their time.
+        chain_gain: chains are taken if direct sending takes more than this many times their time.
     """
 
     max_stages: int = 4
@@ -41,10 +41,10 @@ RULE = StageRule()
 
 
 def stages_asked(needed: int, local_pairs: int, own_tokens: int, rule: StageRule) -> int:
-    """How few stages a rank could do with; the most that a rank asks for is the number of all.
+    """The fewest stages that suffice for a rank; all ranks take the largest such number.
 
-    One, unless what it receives in a stage would be more than ``own_tokens``, those of the rank
-    itself, or more than arrives under its ``local_pairs``: the attention to keys it holds.
+    One stage suffices unless it would bring more than ``own_tokens``, the tokens that the rank
+    holds, or more than arrives during its ``local_pairs``, the attention to keys it holds.
     """
     hidden = max(1, local_pairs // rule.pairs_per_token)
     wanted = max(-(-needed // own_tokens), -(-needed // hidden))
@@ -52,38 +52,39 @@ def stages_asked(needed: int, local_pairs: int, own_tokens: int, rule: StageRule
 
 
 def stages_filled(needed: int, stages: int, rule: StageRule) -> int:
-    """Of so many stages those in which a rank receives something, the first ones."""
+    """Number of stages in which this rank receives something: the first ones."""
     return max(1, min(stages, needed // rule.min_tokens))
 
 
 def stage_tokens(
-    needed: int, equal_cuts: Sequence[int], slab_tokens: int, rule: StageRule
+    needed: int, equal_borders: Sequence[int], buffer_tokens: int, rule: StageRule
 ) -> list[int]:
-    """Tokens that a rank receives in each stage; they sum to ``needed``.
+    """Tokens that a rank receives in each stage, ``needed`` in all.
 
     Every stage but the last is cut down to :func:`bucket`, so that shapes of tiles recur; the last
-    brings the rest. None brings less than ``rule.min_tokens``, and none more than ``slab_tokens``,
-    or than an equal share where that is more: cuts move for that, and are not rounded.
+    brings the rest. None brings less than ``rule.min_tokens``, and none more than
+    ``buffer_tokens``, or than an equal share where that is more: borders move for that, and are not
+    rounded.
 
     Args:
-        needed: by the rank.
-        equal_cuts: after how many tokens each stage but the last would end if all took the same
+        needed: tokens that the rank needs.
+        equal_borders: after how many tokens each stage but the last would end if all took the same
             time; one fewer than :func:`stages_filled`.
-        slab_tokens: a stage of any rank should bring no more.
-        rule: of all ranks.
+        buffer_tokens: a stage of any rank should bring no more.
+        rule: the same on every rank.
     """
-    count, sizes, left = len(equal_cuts) + 1, [], needed
-    least, most = rule.min_tokens, max(slab_tokens, -(-needed // count))
-    for number, cut in enumerate(equal_cuts, 1):
+    count, sizes, left = len(equal_borders) + 1, [], needed
+    least, most = rule.min_tokens, max(buffer_tokens, -(-needed // count))
+    for number, border in enumerate(equal_borders, 1):
         low = max(least, left - (count - number) * most)
         high = min(most, left - (count - number) * least)
-        size = min(max(cut - (needed - left), low), high)
+        size = min(max(border - (needed - left), low), high)
         sizes.append(bucket(size) if bucket(size) >= low else size)
         left -= sizes[-1]
     return [*sizes, left] if left else sizes
 
 
 def bucket(size: int) -> int:
-    """The largest of 1 to 7 times a power of two, at least half of them above 3, up to ``size``."""
+    """Round ``size`` down to its three leading bits: to 4, 5, 6 or 7 times a power of two."""
     granule = 1 << max(0, size.bit_length() - 3)
     return size // granule * granule

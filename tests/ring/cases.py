@@ -36,7 +36,7 @@ PACKS = (
 HEADS = ((4, 2), (6, 2), (3, 1), (5, 5))
 ORDERS = ("contiguous", "zigzag", "fold")
 NOTHING_HIDES = 10**9  # pairs per token: as many stages as are allowed
-# Each way in each number of stages, and what is planned when nobody asks.
+# Each route in each number of stages, and the default rule.
 RULES = (
     *(StageRule(n, 1, NOTHING_HIDES, chain_gain=math.inf) for n in (1, 2, 3, 4)),
     *(StageRule(n, 1, NOTHING_HIDES, chain_gain=0.0) for n in (2, 3, 4)),

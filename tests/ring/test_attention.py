@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lasp.sequence.layout import SequenceLayout
 from ring import passes, ring_attention
+from ring.blocks.interface import QKV
 from ring.blocks.merge import Partial, merge
-from ring.blocks.registry import BLOCKS, QKV
-from ring.planner.schedule import Interval, RingSchedule, Tile, plan_ring
+from ring.blocks.registry import BLOCKS
+from ring.planner.schedule import KVTile, RingSchedule, RowRange, plan_ring
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
 from tests.ring.cases import (
@@ -162,7 +163,7 @@ def test_autocast_casts_the_inputs_and_nothing_else(block: str) -> None:
 def tile_a_key() -> RingSchedule:
     """Of a rank with two runs, without the other rank: its second run sees the first key by key."""
     schedule = plan_ring(SequenceLayout((64,), 2, "zigzag"), 0, True)
-    tiles = tuple(Tile(0, (Interval(s, s + 1),)) for s in range(16))
+    tiles = tuple(KVTile(0, (RowRange(s, s + 1),)) for s in range(16))
     return replace(schedule, own_tiles=tiles, stages=())
 
 
@@ -170,7 +171,7 @@ def test_rows_are_merged_over_tiles_in_float32() -> None:
     *qkv, _ = random_tensors(32, 4, 2, 8, torch.bfloat16)
     q, k, v = qkv = QKV(*qkv)
     schedule, block = tile_a_key(), BLOCKS["cpu_flash"]
-    output, lse = passes.forward(qkv, passes.Call(schedule, None, block, 1.0))
+    output, lse = passes.forward(qkv, passes.RingContext(schedule, None, block, 1.0))
     local = block.forward_varlen(qkv, passes._segments(schedule, q.device), scale=1.0)
     assert local.output.dtype == torch.bfloat16
     merged = Partial(local.output[16:].float(), local.lse[16:])
@@ -191,10 +192,10 @@ def test_dq_is_summed_over_tiles_in_float32() -> None:
         parts.append(type(block).backward(block, *args, **kwargs))
         return QKV(*(x.clone() for x in parts[-1]))
 
-    call = passes.Call(tile_a_key(), None, block, 1.0)
-    merged = passes.forward(QKV(*qkv), call)
+    context = passes.RingContext(tile_a_key(), None, block, 1.0)
+    merged = passes.forward(QKV(*qkv), context)
     with patch.object(block, "backward", recorded):  # the varlen form calls it for each fragment
-        dq, _, _ = passes.backward(doutput, None, merged, QKV(*qkv), call)
+        dq, _, _ = passes.backward(doutput, None, merged, QKV(*qkv), context)
     assert {part.q.dtype for part in parts} == {torch.bfloat16}
     tiles, local = parts[:16], parts[16:]
     assert len(local) == 2

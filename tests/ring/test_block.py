@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ring.blocks.interface import QKV, Block, Segments
 from ring.blocks.merge import Partial, merge
-from ring.blocks.registry import BLOCKS, QKV, Block, Segments, resolve_block
+from ring.blocks.registry import BLOCKS, resolve_block
 from tests.ring.cases import (
     HEADS,
     assert_all_equal,

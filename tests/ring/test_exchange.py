@@ -11,11 +11,12 @@ from torch import Tensor
 
 from lasp.sequence.layout import SequenceLayout
 from ring import exchange
+from ring.blocks.interface import QKV, Block
 from ring.blocks.merge import Accumulator
-from ring.blocks.registry import BLOCKS, QKV, Block
-from ring.exchange import give_back, make_buffers, packed, unpacked
-from ring.passes import Call, forward
-from ring.planner.schedule import Interval, Part, plan_ring
+from ring.blocks.registry import BLOCKS
+from ring.exchange import pack_messages, receive_memory, send_kv_grads, unpack_messages
+from ring.passes import RingContext, forward
+from ring.planner.schedule import KVSlice, RowRange, plan_ring
 from ring.planner.stages import StageRule
 from tests.ranks import run_on_ranks, subgroup
 from tests.ring.cases import (
@@ -72,14 +73,14 @@ def test_ranks_start_the_same_exchanges_and_move_what_is_needed(order, rule) -> 
     logs = run_on_ranks(logged_on_world, ranks, tensors, layout, rule)
     for schedule, calls in zip(schedules, logs):
         fetches = [
-            (size * stage.tokens, size * sum(stage.fetch.send_tokens), torch.bfloat16)
+            (size * stage.tokens, size * sum(stage.kv_exchange.send_tokens), torch.bfloat16)
             for stage in schedule.stages
         ]
         returns = [
-            (size * sum(stage.give_back.receive_tokens), size * stage.tokens, torch.float32)
+            (size * sum(stage.grad_exchange.receive_tokens), size * stage.tokens, torch.float32)
             for stage in schedule.stages
         ]
-        ahead = 1 if schedule.way == "chain" else 2  # of the gradients
+        ahead = 1 if schedule.route == "chain" else 2  # of the gradients
         backward = fetches[:ahead]
         for fetch, back in zip((*fetches[ahead:], *[None] * ahead), returns):
             backward += [back] if fetch is None else [fetch, back]
@@ -90,27 +91,27 @@ def test_ranks_start_the_same_exchanges_and_move_what_is_needed(order, rule) -> 
 
 def test_a_message_is_all_k_then_all_v_of_a_rank() -> None:
     k, v = torch.arange(6.0)[:, None, None], 10 + torch.arange(6.0)[:, None, None]
-    slab = (100 + k, 100 + v)
+    kv_buffer = (100 + k, 100 + v)
     sends = (
-        (Part(False, Interval(4, 6)), Part(True, Interval(0, 1))),
+        (KVSlice(False, RowRange(4, 6)), KVSlice(True, RowRange(0, 1))),
         (),
-        (Part(False, Interval(0, 1)),),
+        (KVSlice(False, RowRange(0, 1)),),
     )
-    messages = packed(sends, (k, v), slab)
+    messages = pack_messages(sends, (k, v), kv_buffer)
     assert messages.flatten().tolist() == [4, 5, 100, 14, 15, 110, 0, 10]
-    keys, values = unpacked(messages, (3, 0, 1))
+    keys, values = unpack_messages(messages, (3, 0, 1))
     assert keys.flatten().tolist() == [4, 5, 100, 0]
     assert values.flatten().tolist() == [14, 15, 110, 10]
-    assert packed(((), ()), (k, v), slab).shape == (0, 1, 1)
+    assert pack_messages(((), ()), (k, v), kv_buffer).shape == (0, 1, 1)
 
 
 def test_what_comes_from_one_rank_is_used_where_it_lies() -> None:
     messages = torch.randn(8, 2, 4)
     for tokens in ((0, 4), (4, 0, 0)):
-        k, v = unpacked(messages, tokens)
+        k, v = unpack_messages(messages, tokens)
         assert torch.equal(torch.cat((k, v)), messages)
         assert (k.data_ptr(), v.data_ptr()) == (messages.data_ptr(), messages[4:].data_ptr())
-    assert [x.shape for x in unpacked(messages[:0], (0, 0))] == [(0, 2, 4)] * 2
+    assert [x.shape for x in unpack_messages(messages[:0], (0, 0))] == [(0, 2, 4)] * 2
 
 
 def test_gradients_for_one_rank_are_sent_from_where_they_lie() -> None:
@@ -120,10 +121,10 @@ def test_gradients_for_one_rank_are_sent_from_where_they_lie() -> None:
     ):
         for lengths, ranks, views in (((999, 5, 996), 2, True), ((40,), 5, False)):
             for stage in plan_ring(SequenceLayout(lengths, ranks), ranks - 1, True).stages:
-                dslab = torch.randn(2, stage.tokens, 2, 4)
-                give_back(stage, dslab, None)
+                dkv_buffer = torch.randn(2, stage.tokens, 2, 4)
+                send_kv_grads(stage, dkv_buffer, None)
                 assert sent[-1].shape == (2 * stage.tokens, 2, 4)
-                assert (sent[-1].data_ptr() == dslab.data_ptr()) is views
+                assert (sent[-1].data_ptr() == dkv_buffer.data_ptr()) is views
     assert len(sent) == 2
 
 
@@ -131,7 +132,7 @@ def test_gradients_for_one_rank_are_sent_from_where_they_lie() -> None:
 def test_stages_take_turns_in_two_buffers(rule: StageRule) -> None:
     k = torch.randn(60, 2, 4)
     schedule = plan_ring(SequenceLayout((300,), 5), 4, True, rule)
-    buffers = make_buffers(k, schedule)
+    buffers = receive_memory(k, schedule)
     rows = [2 * stage.tokens for stage in schedule.stages]
     assert [buffer.shape for buffer in buffers] == [(n, 2, 4) for n in rows]
     assert all(buffer.is_contiguous() for buffer in buffers)
@@ -149,29 +150,29 @@ def test_transfers_get_multiprocessors_before_the_attention() -> None:
         patch.object(torch.cuda, "_sleep", asleep.append),
         patch.object(torch.cuda, "device_of", nullcontext),
     ):
-        exchange.give_way()
-        exchange.give_way(still)
+        exchange.yield_sms()
+        exchange.yield_sms(still)
         assert not asleep
-        exchange.give_way(still, moving)
+        exchange.yield_sms(still, moving)
         assert asleep == [exchange.HEAD_START_CYCLES]
         moving.received.is_cuda = still.received.is_cuda = False
-        exchange.give_way(moving, still)
+        exchange.yield_sms(moving, still)
     assert len(asleep) == 1
 
 
-def test_a_chain_gives_way_to_each_transfer() -> None:
+def test_a_chain_yields_sms_to_each_transfer() -> None:
     schedule = plan_ring(SequenceLayout((64,), 4), 1, True, StageRule(3, 1, chain_gain=0.0))
-    assert schedule.way == "chain"
+    assert schedule.route == "chain"
     assert len(schedule.stages) > 1
     k, v, _, _ = random_tensors(16, 1, 1, 4, torch.float32)
-    ways: list[int] = []
+    yields: list[int] = []
     with (
         patch.object(dist, "all_to_all_single", lambda received, *_, **__: Mock()),
-        patch.object(exchange, "give_way", lambda *transfers: ways.append(len(transfers))),
+        patch.object(exchange, "yield_sms", lambda *transfers: yields.append(len(transfers))),
     ):
-        for _ in exchange.Arrivals(k, v, schedule, None):
+        for _ in exchange.KVPrefetcher(k, v, schedule, None):
             pass
-    assert ways == [1] * len(schedule.stages) + [0]
+    assert yields == [1] * len(schedule.stages) + [0]
 
 
 def test_a_transfer_starts_before_the_last_merge_of_a_stage() -> None:
@@ -180,7 +181,7 @@ def test_a_transfer_starts_before_the_last_merge_of_a_stage() -> None:
     q, k, v, _ = random_tensors(8, 2, 1, 4, torch.float32)
     rule = StageRule(3, 1, NOTHING_HIDES, chain_gain=math.inf)
     schedule = plan_ring(SequenceLayout((16,), 2), 1, True, rule)
-    call = Call(schedule, None, RecordingBlock(events), 1.0)
+    context = RingContext(schedule, None, RecordingBlock(events), 1.0)
 
     def started(received: Tensor, *args, **kwargs):
         received.zero_()
@@ -191,7 +192,7 @@ def test_a_transfer_starts_before_the_last_merge_of_a_stage() -> None:
         patch.object(dist, "all_to_all_single", started),
         patch.object(Accumulator, "add", lambda *_: events.append("merge")),
     ):
-        forward(QKV(q, k, v), call)
+        forward(QKV(q, k, v), context)
     assert events == ["start", "start", "local", "tile", "start", "merge", *["tile", "merge"] * 2]
 
 

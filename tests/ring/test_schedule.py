@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lasp.sequence.layout import SequenceLayout
-from ring.planner.schedule import Interval, RingSchedule, Tile, plan_ring
+from ring.planner.schedule import KVTile, RingSchedule, RowRange, plan_ring
 from ring.planner.stages import RULE, StageRule
 from tests.ring.cases import ORDERS, PACKS, RULES
 
@@ -19,8 +19,8 @@ LAYOUTS = st.builds(
 )
 
 
-def expand(intervals) -> list[int]:
-    return [position for start, stop in intervals for position in range(start, stop)]
+def expand(ranges) -> list[int]:
+    return [position for start, stop in ranges for position in range(start, stop)]
 
 
 def check_tokens(exchange, num_ranks: int) -> None:
@@ -29,13 +29,13 @@ def check_tokens(exchange, num_ranks: int) -> None:
         (exchange.receives, exchange.receive_tokens),
     ):
         assert len(tokens) == num_ranks
-        assert tokens == tuple(sum(part.tokens.tokens for part in some) for some in parts)
+        assert tokens == tuple(sum(part.rows.length for part in some) for some in parts)
 
 
-def by_peer(parts, held, slab) -> list[list[int]]:
+def by_peer(parts, held, kv_buffer) -> list[list[int]]:
     """Pack positions sent to, or received from, each rank."""
     return [
-        [(slab if of_slab else held)[i] for of_slab, where in some for i in range(*where)]
+        [(kv_buffer if in_buffer else held)[i] for in_buffer, where in some for i in range(*where)]
         for some in parts
     ]
 
@@ -46,18 +46,19 @@ def check_exchanges(layout: SequenceLayout, schedules: list[RingSchedule]) -> No
     held = [expand(layout.runs(rank)) for rank in ranks]
     stages = [schedule.stages for schedule in schedules]
     assert len({len(some) for some in stages}) == 1
-    slabs = [[expand(stage.keys) for stage in some] + [[]] for some in stages]
+    kv_buffers = [[expand(stage.keys) for stage in some] + [[]] for some in stages]
     home = [Counter() for _ in ranks]  # how many ranks' gradients came back, by own token
-    carried = [Counter() for _ in ranks]  # likewise, by token of the next slab
+    carried = [Counter() for _ in ranks]  # likewise, by token of the next kv buffer
     for s in range(len(stages[0])):
-        fetch, back = ([getattr(some[s], way) for some in stages] for way in ("fetch", "give_back"))
+        fetch = [some[s].kv_exchange for some in stages]
+        back = [some[s].grad_exchange for some in stages]
         for exchange in (*fetch, *back):
             check_tokens(exchange, layout.num_ranks)
         assert not any(
-            part.of_slab for r in ranks if s == 0 for some in fetch[r].sends for part in some
+            part.in_buffer for r in ranks if s == 0 for some in fetch[r].sends for part in some
         )
         sent, got, returned, came = (
-            [by_peer(parts, held[r], slabs[r][of]) for r, parts, of in some]
+            [by_peer(parts, held[r], kv_buffers[r][of]) for r, parts, of in some]
             for some in (
                 [(r, fetch[r].sends, s - 1) for r in ranks],
                 [(r, fetch[r].receives, s) for r in ranks],
@@ -65,18 +66,19 @@ def check_exchanges(layout: SequenceLayout, schedules: list[RingSchedule]) -> No
                 [(r, back[r].receives, s + 1) for r in ranks],
             )
         )
-        now = [Counter(slabs[r][s]) + carried[r] for r in ranks]  # own gradients, and those before
+        # Own gradients, and those before.
+        now = [Counter(kv_buffers[r][s]) + carried[r] for r in ranks]
         carried = [Counter() for _ in ranks]
         for r in ranks:
-            assert [x for some in got[r] for x in some] == slabs[r][s]
-            assert Counter(x for some in returned[r] for x in some) == Counter(slabs[r][s])
+            assert [x for some in got[r] for x in some] == kv_buffers[r][s]
+            assert Counter(x for some in returned[r] for x in some) == Counter(kv_buffers[r][s])
             for peer in ranks:
                 assert sent[r][peer] == got[peer][r]
                 assert returned[r][peer] == came[peer][r]
                 for x in returned[r][peer]:
                     into = home if x in held[peer] else carried
                     into[peer][x] += now[r][x]
-    users = Counter(x for some in slabs for slab in some for x in slab)
+    users = Counter(x for some in kv_buffers for kv_buffer in some for x in kv_buffer)
     assert sum(home, Counter()) == users
 
 
@@ -92,9 +94,13 @@ def check_schedule(layout: SequenceLayout, causal: bool, rule: StageRule = RULE)
         for fragment in layout.fragments(rank):
             tokens = held[fragment.offset : fragment.offset + fragment.stop - fragment.start]
             pairs += [(t, s) for t in tokens for s in tokens if s <= t or not causal]
-        slabs = [expand(stage.keys) for stage in schedule.stages]
+        kv_buffers = [expand(stage.keys) for stage in schedule.stages]
         tiles = [(tile, held) for tile in schedule.own_tiles]
-        tiles += [(t, slab) for stage, slab in zip(schedule.stages, slabs) for t in stage.tiles]
+        tiles += [
+            (t, kv_buffer)
+            for stage, kv_buffer in zip(schedule.stages, kv_buffers)
+            for t in stage.tiles
+        ]
         for (rectangle, keys), buffer in tiles:
             rows = [held[i] for i in range(*schedule.rows[rectangle])]
             assert rows
@@ -117,12 +123,12 @@ def check_schedule(layout: SequenceLayout, causal: bool, rule: StageRule = RULE)
         assert all(document[t] == document[s] and s in held for t, s in pairs if t not in real)
 
         needed = {s for _, s in allowed} - set(held)
-        assert sorted(x for slab in slabs for x in slab) == sorted(needed)
+        assert sorted(x for kv_buffer in kv_buffers for x in kv_buffer) == sorted(needed)
         assert schedule.received_tokens == len(needed)
-    assert len({schedule.way for schedule in schedules}) == 1
+    assert len({schedule.route for schedule in schedules}) == 1
     moved = sum(schedule.received_tokens for schedule in schedules)
     assert moved == sum(schedule.sent_tokens for schedule in schedules)
-    assert bool(schedules[0].stages) == (moved > 0) == (schedules[0].way != "none")
+    assert bool(schedules[0].stages) == (moved > 0) == (schedules[0].route != "none")
     check_exchanges(layout, schedules)
 
 
@@ -144,19 +150,19 @@ def test_adversarial_packs(order, causal: bool) -> None:
 def test_example_of_the_module_docstring() -> None:
     layout = SequenceLayout((8,), 2, "zigzag")
     first, second = (plan_ring(layout, rank, True) for rank in (0, 1))
-    assert first.rows == (Interval(2, 4),)
-    assert first.own_tiles == (Tile(0, (Interval(0, 2),)),)
+    assert first.rows == (RowRange(2, 4),)
+    assert first.own_tiles == (KVTile(0, (RowRange(0, 2),)),)
     (stage,) = first.stages
-    assert stage.keys == (Interval(2, 6),)
-    assert stage.tiles == (Tile(0, (Interval(0, 4),)),)
-    assert second.rows == (Interval(0, 4),)
+    assert stage.keys == (RowRange(2, 6),)
+    assert stage.tiles == (KVTile(0, (RowRange(0, 4),)),)
+    assert second.rows == (RowRange(0, 4),)
     assert not second.own_tiles
-    assert second.stages[0].keys == (Interval(0, 2),)
+    assert second.stages[0].keys == (RowRange(0, 2),)
 
     two = StageRule(max_stages=2, min_tokens=2, pairs_per_token=10**9)
     first, second = (plan_ring(layout, rank, True, two) for rank in (0, 1))
-    assert [stage.keys for stage in first.stages] == [(Interval(2, 4),), (Interval(4, 6),)]
-    assert [stage.keys for stage in second.stages] == [(Interval(0, 2),), ()]
+    assert [stage.keys for stage in first.stages] == [(RowRange(2, 4),), (RowRange(4, 6),)]
+    assert [stage.keys for stage in second.stages] == [(RowRange(0, 2),), ()]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -171,10 +177,10 @@ def test_keys_that_two_rectangles_need_are_received_once() -> None:
     # Both runs of rank 1 (pieces 1 and 4 of 6) need piece 0, which rank 0 holds.
     schedule = plan_ring(SequenceLayout((12,), 3, "zigzag"), 1, True)
     assert len(schedule.rows) == 2
-    assert [stage.keys for stage in schedule.stages] == [(Interval(0, 2), Interval(4, 8))]
+    assert [stage.keys for stage in schedule.stages] == [(RowRange(0, 2), RowRange(4, 8))]
     assert schedule.stages[0].tiles == (
-        Tile(0, (Interval(0, 2),)),
-        Tile(1, (Interval(0, 6),)),
+        KVTile(0, (RowRange(0, 2),)),
+        KVTile(1, (RowRange(0, 6),)),
     )
 
 
@@ -185,7 +191,7 @@ def test_nothing_moves_where_no_document_is_cut_by_a_rank_border(causal: bool) -
         schedule = plan_ring(layout, rank, causal)
         assert not schedule.rows
         assert not schedule.stages
-        assert schedule.way == "none"
+        assert schedule.route == "none"
 
 
 @pytest.mark.parametrize("causal", [True, False])

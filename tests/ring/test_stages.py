@@ -1,4 +1,4 @@
-"""Every way and number of stages gives the attention of one rank, in the same bits every time."""
+"""Every route and number of stages gives the attention of one rank, in the same bits every time."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from lasp.sequence.layout import SequenceLayout
 from ring.planner.schedule import plan_ring
 from ring.planner.stages import RULE, StageRule, bucket, stage_tokens, stages_asked, stages_filled
-from ring.planner.traffic import Traffic, traffic_of
+from ring.planner.traffic import KVTraffic, plan_traffic
 from tests.lasp.distributions import document_lengths as distribution
 from tests.ring.cases import NOTHING_HIDES, ORDERS
 
@@ -51,7 +51,7 @@ def test_no_stage_of_less_than_the_least() -> None:
     assert stage_tokens(8192, [8000], 8192, RULE) == [4096, 4096]
 
 
-def test_cuts_move_and_are_not_rounded_to_keep_slabs_small() -> None:
+def test_borders_move_and_are_not_rounded_to_keep_kv_buffers_small() -> None:
     assert stage_tokens(3 * 9000, [9000, 18000], 9000, RULE) == [9000] * 3
     assert stage_tokens(3 * 9000, [9000, 18000], 9500, RULE) == [8192, 9500, 9308]
     assert stage_tokens(3 * 9000, [5000, 7000], 10240, RULE) == [6520, 10240, 10240]
@@ -62,24 +62,21 @@ def test_cuts_move_and_are_not_rounded_to_keep_slabs_small() -> None:
 def test_stages_sum_to_what_is_needed_within_their_bounds(stages: int) -> None:
     rule = StageRule(stages, 3, 10)
     for needed in (1, 2, 5, 1000, 12345):
-        for slab in (1, 400, 10**5):
+        for kv_buffer in (1, 400, 10**5):
             count = stages_filled(needed, stages, rule)
             for cuts in combinations_with_replacement((0, 1, needed // 2, needed), count - 1):
-                sizes = stage_tokens(needed, cuts, slab, rule)
+                sizes = stage_tokens(needed, cuts, kv_buffer, rule)
                 assert sum(sizes) == needed
                 assert len(sizes) == count
                 assert min(sizes) >= min(3, needed)
-                assert max(sizes) <= max(slab, -(-needed // count))
+                assert max(sizes) <= max(kv_buffer, -(-needed // count))
 
 
 def pairs_by_stage(layout: SequenceLayout, causal: bool) -> list[list[int]]:
     """Of each rank."""
     schedules = [plan_ring(layout, rank, causal) for rank in range(layout.num_ranks)]
     return [
-        [
-            sum(s.rows[t.rectangle].tokens * sum(k.tokens for k in t.keys) for t in stage.tiles)
-            for stage in s.stages
-        ]
+        [sum(s.rows[t.rectangle].length * t.num_keys for t in stage.tiles) for stage in s.stages]
         for s in schedules
     ]
 
@@ -99,7 +96,7 @@ def test_stages_of_one_document_keep_ranks_in_step(ranks: int, stages: int, caus
 
 @pytest.mark.parametrize("pack", ["A", "B", "C", "one"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_slabs_are_no_larger_than_own_tokens_where_the_stages_allow_it(pack, order) -> None:
+def test_kv_buffers_are_no_larger_than_own_tokens_where_the_stages_allow_it(pack, order) -> None:
     lengths = (2**20,) if pack == "one" else distribution(pack, 2**20, 0)
     for ranks in (2, 4, 5, 16):
         layout = SequenceLayout(lengths, ranks, order)
@@ -114,33 +111,33 @@ def test_slabs_are_no_larger_than_own_tokens_where_the_stages_allow_it(pack, ord
 
 def test_the_attention_to_own_keys_hides_the_first_stage() -> None:
     layout = SequenceLayout((2 * 8192,), 2, "zigzag")
-    traffic = traffic_of(layout, True, RULE)
+    traffic = plan_traffic(layout, True, RULE)
     # Rank 0: two fragments of 4096 and one over the other; rank 1: one fragment of 8192.
     assert traffic._local_pairs() == [2 * (4096 * 4097 // 2) + 4096**2, 8192 * 8193 // 2]
     for pairs_per_token, stages in ((4096, 1), (4097, 2), (8192, 2)):
         rule = RULE._replace(pairs_per_token=pairs_per_token)
-        assert traffic_of(layout, True, rule).num_stages == stages
+        assert plan_traffic(layout, True, rule).num_stages == stages
 
 
-# ---- ways ------------------------------------------------------------------------------------
+# ---- routes ----------------------------------------------------------------------------------
 
 
-def forced(layout: SequenceLayout, way: str, causal: bool = True) -> Traffic:
-    rule = RULE._replace(chain_gain=0.0 if way == "chain" else math.inf)
-    traffic = traffic_of(layout, causal, rule)
-    assert traffic.way == way
+def forced(layout: SequenceLayout, route: str, causal: bool = True) -> KVTraffic:
+    rule = RULE._replace(chain_gain=0.0 if route == "chain" else math.inf)
+    traffic = plan_traffic(layout, causal, rule)
+    assert traffic.route == route
     return traffic
 
 
-def busiest_sender(layout: SequenceLayout, way: str) -> int:
-    rule = forced(layout, way).rule
+def busiest_sender(layout: SequenceLayout, route: str) -> int:
+    rule = forced(layout, route).rule
     return max(plan_ring(layout, r, True, rule).sent_tokens for r in range(layout.num_ranks))
 
 
 def test_a_hot_owner_starts_chains_instead_of_sending_to_all() -> None:
     layout = SequenceLayout(distribution("A", 2**20, 0), 64, "fold")
-    direct, chain = (busiest_sender(layout, way) for way in ("direct", "chain"))
-    assert traffic_of(layout, True, RULE).way == "chain"
+    direct, chain = (busiest_sender(layout, route) for route in ("direct", "chain"))
+    assert plan_traffic(layout, True, RULE).route == "chain"
     assert chain < direct / 2
 
 
@@ -150,21 +147,21 @@ def test_a_chain_through_one_document_is_the_ring(causal: bool) -> None:
     traffic = forced(layout, "chain", causal)
     assert traffic.num_stages == 4
     for rank in range(5):
-        for piece in traffic.needed_by(rank):
-            (delivery,) = traffic.deliveries(piece, rank)
+        for fragment in traffic.needed_by(rank):
+            (delivery,) = traffic.deliveries(fragment, rank)
             assert delivery.sender == (rank - 1) % 5
             assert delivery.stage == (rank - delivery.owner) % 5 - 1
 
 
 def test_a_document_over_two_ranks_goes_to_the_neighbour_directly() -> None:
     layout = SequenceLayout((6, 4, 6), 4)  # borders at 4, 8, 12
-    traffic = traffic_of(layout, True, RULE)
-    assert (traffic.way, traffic.num_stages) == ("direct", 1)
+    traffic = plan_traffic(layout, True, RULE)
+    assert (traffic.route, traffic.num_stages) == ("direct", 1)
     edges = [
         (d.sender, d.consumer)
         for rank in range(4)
-        for piece in traffic.needed_by(rank)
-        for d in traffic.deliveries(piece, rank)
+        for fragment in traffic.needed_by(rank)
+        for d in traffic.deliveries(fragment, rank)
     ]
     assert edges == [(0, 1), (1, 2), (2, 3)]
 
@@ -174,15 +171,15 @@ def test_documents_over_three_ranks_make_a_truncated_ring() -> None:
     edges = {
         (d.consumer - d.sender, d.consumer % 3)
         for rank in range(6)
-        for piece in traffic.needed_by(rank)
-        for d in traffic.deliveries(piece, rank)
+        for fragment in traffic.needed_by(rank)
+        for d in traffic.deliveries(fragment, rank)
     }
     assert edges == {(1, 1), (1, 2), (2, 2)}
 
 
 def test_sources_come_in_ring_order_backwards() -> None:
     rule = StageRule(max_stages=4, min_tokens=8, pairs_per_token=10**9, chain_gain=math.inf)
-    traffic = traffic_of(SequenceLayout((40,), 5), False, rule)
+    traffic = plan_traffic(SequenceLayout((40,), 5), False, rule)
     owners = {
         rank: [
             [
@@ -199,18 +196,18 @@ def test_sources_come_in_ring_order_backwards() -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("way", ["direct", "chain"])
-def test_estimated_times_are_those_of_the_schedules(order, way: str) -> None:
+@pytest.mark.parametrize("route", ["direct", "chain"])
+def test_estimated_times_are_those_of_the_schedules(order, route: str) -> None:
     layout = SequenceLayout(distribution("C", 2**16, 3), 8, order)
-    rule = StageRule(3, 100, NOTHING_HIDES, chain_gain=0.0 if way == "chain" else math.inf)
-    traffic = traffic_of(layout, True, rule)
-    assert traffic.way == way
+    rule = StageRule(3, 100, NOTHING_HIDES, chain_gain=0.0 if route == "chain" else math.inf)
+    traffic = plan_traffic(layout, True, rule)
+    assert traffic.route == route
     schedules = [plan_ring(layout, rank, True, rule) for rank in range(8)]
     time = sum(
-        max(max(sum(s.stages[n].fetch.send_tokens), s.stages[n].tokens) for s in schedules)
+        max(max(sum(s.stages[n].kv_exchange.send_tokens), s.stages[n].tokens) for s in schedules)
         for n in range(traffic.num_stages)
     )
-    estimate = traffic._chain_time(3) if way == "chain" else traffic._direct_time()
+    estimate = traffic._chain_time(3) if route == "chain" else traffic._direct_time()
     assert estimate == time
 
 
@@ -229,7 +226,7 @@ def test_planning_a_million_tokens_is_fast(num_ranks: int, bar_ms: float) -> Non
                 layout.fragments(0)  # the layout's own share
                 times_ms = []
                 for rank in (0, num_ranks // 2, num_ranks - 1):
-                    traffic_of.cache_clear()
+                    plan_traffic.cache_clear()
                     plan_ring.cache_clear()
                     start = time.process_time()
                     plan_ring(layout, rank, True)
@@ -240,10 +237,10 @@ def test_planning_a_million_tokens_is_fast(num_ranks: int, bar_ms: float) -> Non
 
 
 def test_all_layers_share_one_plan() -> None:
-    traffic_of.cache_clear()
+    plan_traffic.cache_clear()
     plan_ring.cache_clear()
     for _ in range(5):  # equal, not the same object: as when each layer builds its own
         plan_ring(SequenceLayout((100, 20), 4, "fold"), 1, True)
-    assert plan_ring.cache_info().misses == traffic_of.cache_info().misses == 1
+    assert plan_ring.cache_info().misses == plan_traffic.cache_info().misses == 1
     plan_ring(SequenceLayout((100, 20), 4, "fold"), 2, True)
-    assert (plan_ring.cache_info().misses, traffic_of.cache_info().misses) == (2, 1)
+    assert (plan_ring.cache_info().misses, plan_traffic.cache_info().misses) == (2, 1)

@@ -1,27 +1,27 @@
-"""Block kernels of NVIDIA GPUs, as PyTorch ships them."""
+"""FlashAttention-2 on NVIDIA GPUs, as PyTorch ships it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ring.blocks.interface import QKV, Block, Segments, bhtd, thd
+from ring.blocks.interface import QKV, Block, Segments
 from ring.blocks.merge import Partial
 
 aten = torch.ops.aten
 
 
-class Flash(Block):
-    """FlashAttention-2 as PyTorch ships it: one varlen call for all fragments.
+class FlashBlock(Block):
+    """FlashAttention-2, dense and varlen: one varlen call covers all fragments of a rank.
 
-    Its dq is bit-reproducible under ``torch.use_deterministic_algorithms(True)`` only.
+    dq is bit-reproducible under ``torch.use_deterministic_algorithms(True)`` only.
     """
 
     name = "flash"
     max_head_dim = 256
 
     def obstacle(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Device, dtype or head dim that the kernels refuse."""
+        """Name the device, dtype or head dim that the kernels refuse."""
         if device.type != "cuda" or torch.version.cuda is None:
             return "needs tensors on an NVIDIA GPU"
         if torch.cuda.get_device_capability(device) < (8, 0):
@@ -33,7 +33,7 @@ class Flash(Block):
         return None
 
     def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
-        """One call, whatever the shape."""
+        """Run one kernel call, whatever the shape."""
         lengths = (None, None, len(qkv.q), len(qkv.k))
         output, lse, *_ = aten._flash_attention_forward(
             *(x[None] for x in qkv), *lengths, 0.0, causal, False, scale=scale
@@ -43,7 +43,7 @@ class Flash(Block):
     def backward(
         self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
     ) -> QKV:
-        """Likewise."""
+        """Run one kernel call, whatever the shape."""
         tensors = (doutput, *qkv, merged.output, merged.lse.T.contiguous())
         lengths = (None, None, len(qkv.q), len(qkv.k))
         gradients = aten._flash_attention_backward(
@@ -52,7 +52,7 @@ class Flash(Block):
         return QKV(*(x[0] for x in gradients))
 
     def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
-        """One call for all segments."""
+        """Run one varlen call for all segments."""
         output, lse, *_ = aten._flash_attention_forward(
             *qkv, *segments.lengths, 0.0, segments.causal, False, scale=scale
         )
@@ -61,7 +61,7 @@ class Flash(Block):
     def backward_varlen(
         self, doutput: Tensor, merged: Partial, qkv: QKV, segments: Segments, *, scale: float
     ) -> QKV:
-        """Likewise."""
+        """Run one varlen call for all segments."""
         args = (doutput, *qkv, merged.output, merged.lse.T.contiguous(), *segments.lengths)
         rest = (0.0, segments.causal, *_no_dropout(qkv.q))
         return QKV(*aten._flash_attention_backward(*args, *rest, scale=scale))
@@ -70,35 +70,3 @@ class Flash(Block):
 def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
     """The two random-state arguments of a flash backward, which only dropout reads."""
     return torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
-
-
-class CudnnDense(Flash):
-    """cuDNN's dense attention: the fastest of all, with a plan to build for each new shape.
-
-    Rows, keys and head dims as :class:`Flash`, but two keys at least. Its varlen form rebuilds its
-    graph on every call (torch 2.11); what it inherits is FlashAttention's.
-    """
-
-    name = "cudnn"
-    max_head_dim = 128
-
-    def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
-        """One call, whatever the shape."""
-        output, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-            *(bhtd(x.contiguous()) for x in qkv), None, True, 0.0, causal, scale=scale
-        )
-        return Partial(thd(output), lse[0, :, :, 0].T)
-
-    def backward(
-        self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
-    ) -> QKV:
-        """Likewise."""
-        lse_BHT1 = merged.lse.T.contiguous()[None, :, :, None]
-        seed = torch.zeros((), dtype=torch.int64, device=doutput.device)  # only dropout reads it
-        bias, lengths = None, (None, None, len(qkv.q), len(qkv.k))
-        gradients = aten._scaled_dot_product_cudnn_attention_backward(
-            *(bhtd(x.contiguous()) for x in (doutput, *qkv, merged.output)),
-            *(lse_BHT1, seed, seed, bias, *lengths, 0.0, causal),
-            scale=scale,
-        )
-        return QKV(*(thd(x) for x in gradients))

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ring.blocks import tiling as cut
+from ring.blocks import tiling
 from ring.blocks.interface import QKV, Block, Segments
 from ring.blocks.merge import Partial
 from ring.blocks.registry import BLOCKS
-from ring.blocks.tiling import CutBlock, cut_rectangle, cut_side, sort_out
+from ring.blocks.tiling import TiledBlock, tile_rectangle, tile_segments, tile_side
 from ring.planner.stages import bucket
 from tests.ring.cases import HEADS, assert_all_equal, oracle, random_tensors
 from tests.ring.test_block import rectangle, rectangle_oracle, run_dense, run_varlen
@@ -41,23 +41,23 @@ class Noting(Block):
 @pytest.fixture(autouse=True)
 def small_thresholds():
     """Everything a thousand times smaller; what was remembered of other sizes is forgotten."""
-    with patch.multiple(cut, MIN_SIDE=4, MIN_SQUARE=8):
-        for cached in (cut_rectangle, sort_out):
+    with patch.multiple(tiling, MIN_SIDE=4, MIN_SQUARE=8):
+        for cached in (tile_rectangle, tile_segments):
             cached.cache_clear()
         yield
-    for cached in (cut_rectangle, sort_out):
+    for cached in (tile_rectangle, tile_segments):
         cached.cache_clear()
 
 
-def make_block() -> tuple[CutBlock, Noting, Noting]:
+def make_block() -> tuple[TiledBlock, Noting, Noting]:
     dense, other = Noting(), Noting()
-    return CutBlock("cut", dense, other), dense, other
+    return TiledBlock("cut", dense, other), dense, other
 
 
 @settings(deadline=None)
 @given(st.integers(1, 10**6), st.sampled_from([1, 4, 1024]))
 def test_sides_are_buckets_and_one_rest(length: int, smallest: int) -> None:
-    sizes = cut_side(length, smallest)
+    sizes = tile_side(length, smallest)
     assert sum(sizes) == length
     assert all(bucket(n) == n >= smallest and n <= 65536 for n in sizes[:-1])
     assert 0 < sizes[-1] < smallest or bucket(sizes[-1]) == sizes[-1]
@@ -68,11 +68,11 @@ def test_sides_are_buckets_and_one_rest(length: int, smallest: int) -> None:
 @given(st.integers(1, 90), st.integers(1, 90))
 def test_tiles_cover_each_pair_once_and_dense_ones_are_of_few_shapes(rows: int, keys: int) -> None:
     count = torch.zeros(rows, keys, dtype=torch.int64)
-    for tile in cut_rectangle(rows, keys):
+    for tile in tile_rectangle(rows, keys):
         count[tile.rows, tile.keys] += 1
         sides = [side.stop - side.start for side in (tile.rows, tile.keys)]
         assert min(sides) > 0
-        assert not tile.dense or all(bucket(n) == n >= cut.MIN_SIDE for n in sides)
+        assert not tile.dense or all(bucket(n) == n >= tiling.MIN_SIDE for n in sides)
     assert bool((count == 1).all())
 
 
@@ -85,7 +85,7 @@ def test_local_parts_cover_each_pair_once(lengths: list[int], causal: bool) -> N
         block = torch.ones(b - a, b - a, dtype=torch.int64)
         expected[a:b, a:b] = block.tril() if causal else block
     count = torch.zeros_like(expected)
-    local = sort_out(borders, causal)
+    local = tile_segments(borders, causal)
     once = torch.zeros(borders[-1], dtype=torch.int64)  # tokens of squares and stretches
     segments = [(s.start, s.stop) for s in local.squares]
     segments += [pair for stretch in local.stretches for pair in pairwise(stretch)]
@@ -126,13 +126,13 @@ def test_segments_in_parts_are_the_segments(lengths, causal: bool) -> None:
 
 
 def test_a_long_fragment_is_square_square_and_rest() -> None:
-    local = sort_out((0, 3, 50, 52), True)  # 47 = 40 + 7
+    local = tile_segments((0, 3, 50, 52), True)  # 47 = 40 + 7
     assert local.squares == (slice(3, 43),)
     assert local.stretches == ((0, 3), (43, 50, 52))
     assert local.rectangles == ((slice(43, 50), slice(3, 43)),)
-    local = sort_out((0, 59), True)  # 56 + 3
+    local = tile_segments((0, 59), True)  # 56 + 3
     assert local.stretches == ((56, 59),)
-    local = sort_out((0, 75), True)  # 64 + 10 + 1
+    local = tile_segments((0, 75), True)  # 64 + 10 + 1
     assert local.squares == (slice(0, 64), slice(64, 74))
     assert local.rectangles == (
         (slice(64, 74), slice(0, 64)),
@@ -166,15 +166,15 @@ def test_short_segments_are_one_varlen_call() -> None:
 
 
 def test_the_thresholds_of_the_module() -> None:
-    with patch.multiple(cut, MIN_SIDE=1024, MIN_SQUARE=4096):
-        cut_rectangle.cache_clear()
-        sort_out.cache_clear()
+    with patch.multiple(tiling, MIN_SIDE=1024, MIN_SQUARE=4096):
+        tile_rectangle.cache_clear()
+        tile_segments.cache_clear()
         shapes = {
             (t.rows.stop - t.rows.start, t.keys.stop - t.keys.start)
             for rows in range(1024, 20000, 501)
             for keys in range(1024, 20000, 707)
-            for t in cut_rectangle(rows, keys)
+            for t in tile_rectangle(rows, keys)
             if t.dense
         }
         assert len(shapes) <= 18**2  # of a thousand rectangles
-        assert sort_out((0, 4095, 8191), True).squares == (slice(4095, 8191),)
+        assert tile_segments((0, 4095, 8191), True).squares == (slice(4095, 8191),)

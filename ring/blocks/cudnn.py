@@ -1,0 +1,44 @@
+"""cuDNN's dense attention on NVIDIA GPUs, as PyTorch ships it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ring.blocks.flash import FlashBlock
+from ring.blocks.interface import QKV, bhtd, thd
+from ring.blocks.merge import Partial
+
+aten = torch.ops.aten
+
+
+class CudnnBlock(FlashBlock):
+    """cuDNN's dense attention: the fastest kernel, which builds a plan for each new shape.
+
+    It takes what :class:`FlashBlock` takes, but needs two keys and head dims up to 128. cuDNN's
+    varlen form rebuilds its graph on every call (torch 2.11): the one here is FlashAttention's.
+    """
+
+    name = "cudnn"
+    max_head_dim = 128
+
+    def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
+        """Run one kernel call, whatever the shape."""
+        output, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            *(bhtd(x.contiguous()) for x in qkv), None, True, 0.0, causal, scale=scale
+        )
+        return Partial(thd(output), lse[0, :, :, 0].T)
+
+    def backward(
+        self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
+    ) -> QKV:
+        """Run one kernel call, whatever the shape."""
+        lse_BHT1 = merged.lse.T.contiguous()[None, :, :, None]
+        seed = torch.zeros((), dtype=torch.int64, device=doutput.device)  # only dropout reads it
+        bias, lengths = None, (None, None, len(qkv.q), len(qkv.k))
+        gradients = aten._scaled_dot_product_cudnn_attention_backward(
+            *(bhtd(x.contiguous()) for x in (doutput, *qkv, merged.output)),
+            *(lse_BHT1, seed, seed, bias, *lengths, 0.0, causal),
+            scale=scale,
+        )
+        return QKV(*(thd(x) for x in gradients))

@@ -1,0 +1,64 @@
+"""Block attention in plain torch: the kernel that runs anywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ring.blocks.interface import QKV, Block
+from ring.blocks.merge import Partial
+
+
+class EagerBlock(Block):
+    """Plain torch for any device and dtype: every score is in memory, in float32 or float64.
+
+    Results stay in that precision, so that what is merged from several tiles is rounded once.
+    """
+
+    name = "eager"
+
+    def obstacle(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Return None: it runs anywhere."""
+        return None
+
+    def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
+        """Softmax of all scores at once."""
+        scores_HGTS = _scores(_grouped(qkv.q, qkv.k), _wide(qkv.k), causal, scale)
+        lse_HGT = scores_HGTS.logsumexp(-1)
+        p_HGTS = (scores_HGTS - lse_HGT.unsqueeze(-1)).exp()
+        output_THGD = torch.einsum("hgts,shd->thgd", p_HGTS, _wide(qkv.v))
+        return Partial(output_THGD.flatten(1, 2), lse_HGT.flatten(0, 1).T.contiguous())
+
+    def backward(
+        self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
+    ) -> QKV:
+        """Recompute the scores and differentiate them."""
+        k_SHD, v_SHD = _wide(qkv.k), _wide(qkv.v)
+        q_THGD, do_THGD, o_THGD = (_grouped(x, qkv.k) for x in (qkv.q, doutput, merged.output))
+        lse_HGT = merged.lse.T.unflatten(0, q_THGD.shape[1:3])
+        delta_HGT = (do_THGD * o_THGD).sum(-1).permute(1, 2, 0)
+        p_HGTS = (_scores(q_THGD, k_SHD, causal, scale) - lse_HGT.unsqueeze(-1)).exp()
+        dp_HGTS = torch.einsum("thgd,shd->hgts", do_THGD, v_SHD)
+        ds_HGTS = scale * p_HGTS * (dp_HGTS - delta_HGT.unsqueeze(-1))
+        return QKV(
+            torch.einsum("hgts,shd->thgd", ds_HGTS, k_SHD).flatten(1, 2),
+            torch.einsum("hgts,thgd->shd", ds_HGTS, q_THGD),
+            torch.einsum("hgts,thgd->shd", p_HGTS, do_THGD),
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _grouped(x_THD: Tensor, k: Tensor) -> Tensor:
+    """Query heads by the key head they read: [T, Hkv, Hq / Hkv, D]."""
+    return _wide(x_THD).reshape(len(x_THD), k.shape[1], -1, x_THD.shape[-1])
+
+
+def _scores(q_THGD: Tensor, k_SHD: Tensor, causal: bool, scale: float) -> Tensor:
+    scores_HGTS: Tensor = scale * torch.einsum("thgd,shd->hgts", q_THGD, k_SHD)
+    if causal:
+        future_TS = torch.ones_like(scores_HGTS[0, 0], dtype=torch.bool).triu(1)
+        scores_HGTS.masked_fill_(future_TS, float("-inf"))
+    return scores_HGTS

@@ -83,7 +83,7 @@ class Accumulator:
         self._merges = iter(plan_merges(tuple((some.start, some.stop) for some in coming)))
 
     def add(self, part: Partial) -> None:
-        """RowMerge the next partial, over the rows announced for it."""
+        """Merge the next partial, over the rows announced for it."""
         (output, lse), dtype = self._rows, self._rows.lse.dtype
         merges = next(self._merges)
         for start, stop, first, last in merges:

@@ -23,8 +23,8 @@ class ScaledLayer(TransformerLayer):
     """Attention and an MLP, or one of the two, around weighted residuals.
 
     ``post``: ``h = norm(x); y = alpha h + beta attention(h); g = norm(y); alpha g + beta mlp(g)``.
-    ``pre``: the same with x and y for the residuals h and g. Of a part that is missing there is no
-    norm and no residual either.
+    ``pre``: the same with x and y for the residuals h and g. A part that is missing has
+    neither norm nor residual.
 
     The MoE layer gets the process groups of this layer in every Megatron version, and the token
     order of a :class:`lasp.megatron.PackedSequence`.

@@ -49,7 +49,7 @@ def silu_split(
     if chosen_impl(impl, x.device, x.dtype) == "eager":
         q, k, v = F.silu(x).split((key_dim, key_dim, value_dim), dim=-1)
         return q, k, v
-    from lasp.layers.triton import torch_ops as fused_layers  # noqa: F401
+    import lasp.layers.triton.silu_split  # noqa: F401
 
     x_THW = x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
     q, k, v = torch.ops.lasp.silu_split(x_THW, key_dim, value_dim)
@@ -109,7 +109,7 @@ def norm_gate(
     width = x.shape[-1]
     unserved = "" if width <= WIDEST_ROW else f"{width} features a rank, above {WIDEST_ROW}"
     if chosen_impl(impl, x.device, x.dtype, unserved) == "triton":
-        from lasp.layers.triton import torch_ops as fused_layers  # noqa: F401
+        import lasp.layers.triton.norm_gate  # noqa: F401
 
         group_name = "" if tp_group is None else tp_group.group_name
         rows = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (x, gate))

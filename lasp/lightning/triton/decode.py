@@ -1,16 +1,82 @@
-"""``lightning_decode(impl="triton")``: one launch, as two operators of ``torch.ops.lasp``."""
+"""``lightning_decode(impl="triton")``: one launch, which reads and writes the state once.
 
-from __future__ import annotations
+One program holds all key rows of a block of value columns of the state of one head and walks the
+new tokens of its sequence. Columns of values do not depend on each other, so nothing is shared::
+
+    S = lambda S + key^T value        output = scale query S
+
+Example: K = V = 2, lambda = 1/2, and one new token with query (1, 0), key (1, 2), value (3, 4)::
+
+    S = (2 0; 0 2)   becomes   (1 0; 0 1) + (3 4; 6 8) = (4 4; 6 9)   and the output is (4, 4)
+"""
+
+# No ``from __future__ import annotations``: Triton's interpreter reads the annotations of kernels.
 
 from functools import cache
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from lasp._core.operators import Operators
 from lasp.lightning.decay import rates_on
 from lasp.lightning.triton import tuning
-from lasp.lightning.triton.decode_kernel import decode_kernel
+from lasp.lightning.triton.chunk_state_kernel import LOG2E
+
+
+@triton.jit(do_not_specialize=["num_heads"])
+def decode_kernel(
+    query,  # [B, T, H, K], any strides but that of the last dim, which is 1
+    key,  # [B, T, H, K]
+    value,  # [B, T, H, V]
+    rates,  # [H] float32
+    state,  # [B, H, K, V] float32, contiguous
+    new_state,  # likewise; may be the same
+    output,  # [B, T, H, V], contiguous
+    num_heads,
+    num_tokens,  # T
+    scale,
+    query_stride_b,
+    query_stride_t,
+    query_stride_h,
+    key_stride_b,
+    key_stride_t,
+    key_stride_h,
+    value_stride_b,
+    value_stride_t,
+    value_stride_h,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program a sequence, head and block of value columns."""
+    blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    program = tl.program_id(0)
+    block, row = program % blocks, program // blocks
+    head, sequence = row % num_heads, (row // num_heads).to(tl.int64)
+    k_cols = tl.arange(0, BLOCK_K)
+    v_cols = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    k_inside, v_inside = k_cols < K, v_cols < V
+    inside = k_inside[:, None] & v_inside[None, :]
+    offsets = row.to(tl.int64) * (K * V) + k_cols[:, None] * V + v_cols[None, :]
+    s = tl.load(state + offsets, mask=inside, other=0.0)
+    decay = tl.exp2(-tl.load(rates + head) * LOG2E)
+
+    head = head.to(tl.int64)
+    query += sequence * query_stride_b + head * query_stride_h + k_cols
+    key += sequence * key_stride_b + head * key_stride_h + k_cols
+    value += sequence * value_stride_b + head * value_stride_h + v_cols
+    output += (sequence * num_tokens * num_heads + head) * V + v_cols
+    for token in range(num_tokens):
+        q = tl.load(query + token * query_stride_t, mask=k_inside, other=0.0).to(tl.float32)
+        k = tl.load(key + token * key_stride_t, mask=k_inside, other=0.0).to(tl.float32)
+        v = tl.load(value + token * value_stride_t, mask=v_inside, other=0.0).to(tl.float32)
+        s = s * decay + k[:, None] * v[None, :]
+        o = tl.sum(q[:, None] * s, axis=0) * scale
+        tl.store(output + token * (num_heads * V), o.to(output.dtype.element_ty), mask=v_inside)
+    tl.store(new_state + offsets, s, mask=inside)
 
 
 def decode(

@@ -4,8 +4,18 @@ A row is one head of one token: K queries, K keys and V values side by side. A p
 of rows; the activation is computed again in the backward, which needs the projection alone.
 """
 
+# No ``from __future__ import annotations``: Triton's interpreter reads the annotations of kernels.
+
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from lasp._core.derivatives import Reference
+from lasp._core.operators import Operators
+from lasp.lightning.triton import tuning
 
 
 @triton.jit
@@ -92,3 +102,81 @@ def silu_split_backward_kernel(
     _backward_tile(x, dq, dx, x_rows, rows, live, 0, K, BLOCK_K, 2 * K + V)
     _backward_tile(x, dk, dx, x_rows, rows, live, K, K, BLOCK_K, 2 * K + V)
     _backward_tile(x, dv, dx, x_rows, rows, live, 2 * K, V, BLOCK_V, 2 * K + V)
+
+
+def silu_split(x_THW: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``q, k, v = split(SiLU(x))``, each contiguous; ``[T, H, 2K + V]`` of any strides."""
+    x_THW = _dense_rows(x_THW)
+    q, k, v = _fake_split(x_THW, key_dim, value_dim)
+    if q.numel():
+        _launch_split(silu_split_kernel, x_THW, q, k, v)
+    return q, k, v
+
+
+def silu_split_backward(x_THW: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+    """The gradient of x, contiguous."""
+    dx = torch.empty_like(x_THW, memory_format=torch.contiguous_format)
+    if dx.numel():
+        grads = (grad.contiguous() for grad in (dq, dk, dv))
+        _launch_split(silu_split_backward_kernel, _dense_rows(x_THW), *grads, dx)
+    return dx
+
+
+def _launch_split(kernel: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *dx: Tensor) -> None:
+    num_tokens, num_heads, key_dim = q.shape
+    value_dim = v.shape[2]
+    rows = tuning.split_rows(key_dim, value_dim)
+    with torch.cuda.device_of(x):
+        kernel[(-(-num_tokens * num_heads // rows.rows),)](
+            x,
+            q,
+            k,
+            v,
+            *dx,
+            num_tokens * num_heads,
+            num_heads,
+            *x.stride()[:2],
+            K=key_dim,
+            V=value_dim,
+            BLOCK_K=rows.blocks[0],
+            BLOCK_V=rows.blocks[1],
+            ROWS=rows.rows,
+            num_warps=rows.num_warps,
+        )
+
+
+def _fake_split(x_THW: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    num_tokens, num_heads, _ = x_THW.shape
+    return (
+        x_THW.new_empty(num_tokens, num_heads, key_dim),
+        x_THW.new_empty(num_tokens, num_heads, key_dim),
+        x_THW.new_empty(num_tokens, num_heads, value_dim),
+    )
+
+
+def _save_split(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _split_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.lasp.silu_split_backward(*ctx.saved_tensors, *grads), None, None
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+_REFERENCE = Reference("lasp.layers.norm_gate.silu_split with impl='triton'", "impl='eager'")
+_OPERATORS = Operators("lasp")
+_OPERATORS.define(
+    "silu_split(Tensor x, int key_dim, int value_dim) -> (Tensor, Tensor, Tensor)",
+    silu_split,
+    _fake_split,
+)
+_OPERATORS.define(
+    "silu_split_backward(Tensor x, Tensor dq, Tensor dk, Tensor dv) -> Tensor",
+    silu_split_backward,
+    lambda x, *_: x.new_empty(x.shape),
+)
+_OPERATORS.differentiate("silu_split", _split_gradients, _save_split, _REFERENCE)
+_OPERATORS.refuse_second_derivatives("silu_split_backward", _REFERENCE)

@@ -10,8 +10,21 @@ Where tensor-parallel ranks share a row, ``sum(x^2)`` and c are sums over the ra
 kernels give each rank's part, and the main ones take the whole.
 """
 
+# No ``from __future__ import annotations``: Triton's interpreter reads the annotations of kernels.
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+from lasp._core.derivatives import Reference
+from lasp._core.operators import Operators
+from lasp.lightning.triton import tuning
 
 
 @triton.jit
@@ -150,3 +163,136 @@ def norm_gate_backward_kernel(
         dweight += grad * normed * s
     dweights += program.to(tl.int64) * W
     tl.store(dweights + cols, tl.sum(dweight, axis=0), mask=cols < W)
+
+
+def norm_gate(
+    x_TW: Tensor, gate_TW: Tensor, weight_W: Tensor, eps: float, tp_group: str
+) -> tuple[Tensor, Tensor]:
+    """``y = RMSNorm(x) weight sigmoid(gate)`` and ``1 / rms`` of each row in float32."""
+    num_rows, width = x_TW.shape
+    x_TW, gate_TW = _dense_rows(x_TW), _dense_rows(gate_TW)
+    weight_W = weight_W.contiguous()
+    y, rstd = _fake_norm(x_TW)
+    cut = tuning.norm_rows(width)
+    grid = (-(-num_rows // cut.rows),)
+    shape = {"W": width, "ROWS": cut.rows, "BLOCK": cut.blocks[0], "num_warps": cut.num_warps}
+    squares, ranks = None, 1
+    with torch.cuda.device_of(x_TW):
+        if tp_group:
+            squares = torch.empty_like(rstd)
+            if num_rows:
+                row_squares_kernel[grid](x_TW, squares, num_rows, x_TW.stride(0), **shape)
+            ranks = _sum_over_ranks(squares, tp_group)
+        if num_rows:
+            norm_gate_kernel[grid](
+                x_TW,
+                gate_TW,
+                weight_W,
+                squares,
+                y,
+                rstd,
+                num_rows,
+                width * ranks,
+                eps,
+                x_TW.stride(0),
+                gate_TW.stride(0),
+                **shape,
+            )
+    return y, rstd
+
+
+def norm_gate_backward(
+    dy_TW: Tensor, x_TW: Tensor, gate_TW: Tensor, weight_W: Tensor, rstd_T: Tensor, tp_group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gate and weight."""
+    num_rows, width = x_TW.shape
+    dx, dgate, _ = _fake_norm_backward(dy_TW, x_TW, gate_TW, weight_W, rstd_T, tp_group)
+    rows = (_dense_rows(dy_TW), _dense_rows(x_TW), _dense_rows(gate_TW))
+    strides = tuple(x.stride(0) for x in rows)
+    weight_W = weight_W.contiguous()
+    cut = tuning.norm_backward_rows(width)
+    steps = -(-num_rows // cut.rows)
+    programs = min(steps, tuning.NORM_BACKWARD_PROGRAMS * _num_sms(x_TW.device))
+    dweights = rstd_T.new_empty(programs, width)
+    shape = {"W": width, "ROWS": cut.rows, "BLOCK": cut.blocks[0], "num_warps": cut.num_warps}
+    dots, ranks = None, 1
+    with torch.cuda.device_of(x_TW):
+        if tp_group:
+            dots = torch.empty_like(rstd_T)
+            if num_rows:
+                row_dots_kernel[(steps,)](*rows, weight_W, dots, num_rows, *strides, **shape)
+            ranks = _sum_over_ranks(dots, tp_group)
+        if num_rows:
+            norm_gate_backward_kernel[(programs,)](
+                *rows,
+                weight_W,
+                rstd_T,
+                dots,
+                dx,
+                dgate,
+                dweights,
+                num_rows,
+                width * ranks,
+                *strides,
+                STAGES=cut.num_stages,
+                **shape,
+            )
+    return dx, dgate, dweights.sum(0).to(weight_W.dtype)
+
+
+def _sum_over_ranks(x: Tensor, tp_group: str) -> int:
+    """Sum ``x`` over the group in place; how many ranks that are."""
+    group = _resolve_process_group(tp_group)  # type: ignore[arg-type]
+    dist.all_reduce(x, group=group)
+    return group.size()
+
+
+def _fake_norm(x_TW: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x_TW, memory_format=torch.contiguous_format)
+    return y, x_TW.new_empty(x_TW.shape[0], dtype=torch.float32)
+
+
+def _fake_norm_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor, tp_group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dgate = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, gate))
+    return dx, dgate, weight.new_empty(weight.shape)
+
+
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, _eps, ctx.tp_group = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _norm_gradients(ctx: Any, dy: Tensor, _: object) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.lasp.norm_gate_backward(dy, *ctx.saved_tensors, ctx.tp_group)
+    return (*grads, None, None)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@cache
+def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":  # interpreted
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_REFERENCE = Reference("lasp.layers.norm_gate.norm_gate with impl='triton'", "impl='eager'")
+_OPERATORS = Operators("lasp")
+_OPERATORS.define(
+    "norm_gate(Tensor x, Tensor gate, Tensor weight, float eps, str tp_group) -> (Tensor, Tensor)",
+    norm_gate,
+    _fake_norm,
+)
+_OPERATORS.define(
+    "norm_gate_backward(Tensor dy, Tensor x, Tensor gate, Tensor weight, Tensor rstd, str tp_group)"
+    " -> (Tensor, Tensor, Tensor)",
+    norm_gate_backward,
+    _fake_norm_backward,
+)
+_OPERATORS.differentiate("norm_gate", _norm_gradients, _save_norm, _REFERENCE)
+_OPERATORS.refuse_second_derivatives("norm_gate_backward", _REFERENCE)

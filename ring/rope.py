@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lasp._core.dtypes import wide_dtype
+
 
 def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
     """Raise ValueError unless ``rotary_dim`` is even and in [0, head_dim]."""
@@ -53,7 +55,7 @@ def apply_rotary(x: Tensor, position_ids: Tensor, *, rotary_dim: int, base: floa
     half = rotary_dim // 2
     exponents = torch.arange(half, dtype=torch.float64, device=x.device) / max(half, 1)
     angles_T1F = (position_ids.double().unsqueeze(-1) * base**-exponents).unsqueeze(-2)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     cos, sin = angles_T1F.cos().to(wide), angles_T1F.sin().to(wide)
     first, second, rest = x.split((half, half, x.shape[-1] - rotary_dim), dim=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)

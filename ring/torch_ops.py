@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from lasp._core.derivatives import Reference
+from lasp._core.dtypes import wide_dtype
 from lasp._core.operators import Operators
 from lasp.sequence.layout import Order, SequenceLayout
 from ring import passes
@@ -148,7 +149,7 @@ def _gradients(ctx: Any, doutput: Tensor | None, dlse: Tensor | None) -> tuple[T
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse_dtype = wide_dtype(q.dtype)
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp._core.dtensors import local
+from lasp._core.dtypes import wide_dtype
 from lasp._core.summed_gradients import any_summed
 from lasp.hybrid.model import HybridModel
 
@@ -20,7 +21,7 @@ def next_token_loss(logits: Tensor, labels: Tensor, num_targets: int) -> Tensor:
         labels: int64 ``[T]``, -100 where there is no target.
         num_targets: targets on all ranks of the token group.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(wide_dtype(logits.dtype))
     return F.cross_entropy(logits, labels, reduction="sum") / num_targets
 
 

@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lasp._core.dtypes import wide_dtype
+
 
 def recurrent_lightning_attention(
     q_THK: Tensor,
@@ -40,7 +42,7 @@ def recurrent_lightning_attention(
     Gradients: to every tensor argument, by autograd.
     """
     output_dtype = q_THK.dtype
-    dtype = torch.promote_types(output_dtype, torch.float32)
+    dtype = wide_dtype(output_dtype)
     q_THK, k_THK, v_THV = q_THK.to(dtype), k_THK.to(dtype), v_THV.to(dtype)
     decay_H11 = torch.exp(-rates_H.to(dtype))[:, None, None]
     borders = (0, q_THK.shape[0]) if cu_seqlens is None else cu_seqlens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lasp._core.dtypes import wide_dtype
 from ring.blocks.interface import QKV, Block
 from ring.blocks.merge import Partial
 
@@ -48,7 +49,7 @@ class EagerBlock(Block):
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(wide_dtype(x.dtype))
 
 
 def _grouped(x_THD: Tensor, k: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lasp._core.dtypes import wide_dtype
 from ring.blocks.interface import QKV, Block, Segments
 from ring.blocks.merge import Partial
 
@@ -78,6 +79,6 @@ def _of_ones(qkv: QKV) -> QKV:
 
 def _sum(through_output: QKV, through_lse: QKV) -> QKV:
     """Add in float32 or wider; the lse does not depend on the values."""
-    dtype = torch.promote_types(through_output.q.dtype, torch.float32)
+    dtype = wide_dtype(through_output.q.dtype)
     dq, dk = (a.to(dtype) + b for a, b in zip(through_output[:2], through_lse[:2]))
     return QKV(dq, dk, through_output.v)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lasp._core.impl import chosen_impl
 from moe_parallel import ExpertParallelMoE, TokenOrder
 from moe_parallel.dispatch.all_to_all import AllToAllDispatch
 from moe_parallel.dispatch.permute import permute, row_order, unpermute
 from moe_parallel.dispatch.plan import plan_exchange
 from moe_parallel.experts.gemm import backward_product, forward_product, weight_product
 from moe_parallel.experts.swiglu import swiglu, swiglu_backward
-from moe_parallel.impl import chosen_impl
 from moe_parallel.pipeline.pipeline import Pipeline
 from moe_parallel.router.route import route
 

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lasp._core.impl import Impl, check_impl
 from moe_parallel.topology import check_sizes
 
 DropPolicy = Literal["position", "probability"]
 Gemm = Literal["auto", "loop", "grouped"]
-Impl = Literal["auto", "eager", "triton"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class MoEConfig:
             drops by position.
         impl: of the router, the activation, and the rows of tokens and their sums: ``eager`` is
             plain torch, ``triton`` kernels, ``auto`` triton on CUDA but for float64
-            (:func:`moe_parallel.impl.chosen_impl`).
+            (:func:`lasp._core.impl.chosen_impl`).
 
     Raises:
         ValueError: naming the argument.
@@ -84,8 +84,7 @@ class MoEConfig:
             )
         if self.gemm not in get_args(Gemm):
             raise ValueError(f"gemm must be one of {get_args(Gemm)}, got {self.gemm!r}")
-        if self.impl not in get_args(Impl):
-            raise ValueError(f"impl must be one of {get_args(Impl)}, got {self.impl!r}")
+        check_impl(self.impl)
         check_drop(self.capacity_factor, self.drop_policy)
         by_position = self.capacity_factor is not None and self.drop_policy == "position"
         if self.pad_to_capacity and not by_position:

@@ -12,22 +12,21 @@ from torch import Tensor, nn
 
 from lasp._core.autocast import autocast_inputs
 from lasp._core.graphs import outside_graphs
+from lasp._core.impl import chosen_impl
 from moe_parallel.config import MoEConfig
 from moe_parallel.dispatch import make_dispatcher
 from moe_parallel.dispatch.padding import drop_by_rank, padded_order
 from moe_parallel.dispatch.permute import RowOrder, permute, row_order, unpermute
-from moe_parallel.dispatch.plan import RowCounts
+from moe_parallel.dispatch.plan import RowCounts, checked_rows
 from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 from moe_parallel.experts.experts import Experts, generator_of
-from moe_parallel.impl import chosen_impl
 from moe_parallel.mesh import block_ranks, expert_mesh
 from moe_parallel.pipeline.groups import ExpertPermutation, expert_groups
 from moe_parallel.pipeline.pipeline import Pipeline
 from moe_parallel.pipeline.timeline import Timeline
-from moe_parallel.router.checks import checked_rows
-from moe_parallel.router.host_counts import HostTokenCounts, agreed_order, check_hidden
-from moe_parallel.router.module import Router
-from moe_parallel.router.route import Routing, RoutingStats, expert_capacity
+from moe_parallel.router.checks import agreed_order, check_hidden
+from moe_parallel.router.counts import HostTokenCounts
+from moe_parallel.router.route import Router, Routing, RoutingStats, expert_capacity
 from moe_parallel.router.token_order import TokenOrder
 from moe_parallel.sharding import check_replicas
 from moe_parallel.topology import ExpertGroups
@@ -185,7 +184,7 @@ class ExpertParallelMoE(nn.Module):
         return MoEOutput(output, routing.aux_loss, routing.stats)
 
     def agreed_order(self, rows: Tensor, token_order: TokenOrder | None) -> TokenOrder:
-        """Where all tokens stand, see :func:`moe_parallel.router.host_counts.agreed_order`."""
+        """Where all tokens stand, see :func:`moe_parallel.router.checks.agreed_order`."""
         return agreed_order(
             rows,
             token_order,
@@ -241,14 +240,14 @@ class ExpertParallelMoE(nn.Module):
         """One row for each kept assignment."""
         counts = HostTokenCounts(routing, token_order)
         total = counts.of_all()
-        groups = self._groups(total, x_TM)
+        groups, positions_E = self._groups(total, x_TM)
         order = row_order(
             routing.experts,
             routing.mask,
             counts.of_rank(self.mesh.token_rank),
             self.config.num_experts,
             histogram=routing.histogram,
-            positions_E=self._permutation.positions(groups, x_TM.device),
+            positions_E=positions_E,
         )
         return _Rows(order, groups, counts.wait, total, counts.most)
 
@@ -262,21 +261,23 @@ class ExpertParallelMoE(nn.Module):
         routing, number_Tk = drop_by_rank(routing, capacity)
         most = capacity * num_experts
         total = most * self.mesh.num_token_ranks
-        groups = self._groups(total, x_TM)
-        positions_E = self._permutation.positions(groups, x_TM.device)
+        groups, positions_E = self._groups(total, x_TM)
         chosen_Tk = routing.experts if positions_E is None else positions_E[routing.experts]
         order = padded_order(chosen_Tk, number_Tk, capacity, num_experts)
         kept_RE = [[capacity] * num_experts] * self.mesh.num_token_ranks
         return routing, _Rows(order, groups, lambda: kept_RE, total, most)
 
-    def _groups(self, num_rows: int, x_TM: Tensor) -> tuple[range, ...]:
-        """The groups of a rank's experts for so many rows of all ranks."""
+    def _groups(self, num_rows: int, x_TM: Tensor) -> tuple[tuple[range, ...], Tensor | None]:
+        """Groups of a rank's experts for so many rows of all ranks, and the experts' positions."""
         num_local, num_groups = self.experts.num_local, self.config.overlap_groups
         if num_groups is None:
             row_bytes = x_TM.element_size() * self.config.hidden_size
             rank_bytes = num_rows // self.mesh.num_token_ranks * row_bytes
             num_groups = self.dispatcher.overlap_groups(num_local, rank_bytes)
-        return expert_groups(num_local, num_groups)
+        groups = expert_groups(num_local, num_groups)
+        if num_groups == 1:
+            return groups, None
+        return groups, self._permutation.positions(groups, x_TM.device)
 
 
 class _Rows(NamedTuple):

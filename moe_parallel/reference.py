@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_parallel.config import DropPolicy
-from moe_parallel.router.gate import gate_dtype
 from moe_parallel.router.route import expert_capacity
+from moe_parallel.router.top_k import gate_dtype
 
 
 class ReferenceOutput(NamedTuple):

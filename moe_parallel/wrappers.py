@@ -25,7 +25,7 @@ from lasp._core.dtensors import local
 from lasp._core.graphs import outside_graphs
 from lasp._core.summed_gradients import any_summed, mark_summed
 from moe_parallel.experts.experts import Experts
-from moe_parallel.router.module import Router
+from moe_parallel.router.route import Router
 from moe_parallel.sharding import distribute_experts, split_experts
 from moe_parallel.topology import ExpertTopology, ParallelGroups
 

@@ -17,7 +17,6 @@ from moe_parallel import ExpertParallelMoE, MoEConfig
 from moe_parallel.dispatch.permute import permute, row_order, unpermute
 from moe_parallel.experts.experts import Experts
 from moe_parallel.pipeline.pipeline import local_pipeline
-from moe_parallel.router.gate import split_logits
 from moe_parallel.router.top_k import choose
 from ring import RingAttention, ring_attention
 from tests.closeness import assert_equal_to_rounding
@@ -135,10 +134,6 @@ CASES = {
     ),
     "router triton": Case(
         lambda x: choose(x.flatten(1), torch.eye(8).to(x), 2, "triton").weights, ("router", EAGER)
-    ),
-    "gate in parts": Case(
-        lambda x: split_logits(x.flatten(1).bfloat16(), torch.eye(8).to(x)),
-        ("gate", "wide_product"),
     ),
     "permute": Case(lambda x: permute(*rows(x)), MOE),
     "unpermute": Case(lambda x: unpermute(rows(x)[0], x.new_ones(5, 1), rows(x)[1]), MOE),

@@ -20,8 +20,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_parallel.dispatch.permute import RowOrder
-from moe_parallel.router.capacity import AssignmentCounts
-from moe_parallel.router.counts import at_assignments, rows_before
+from moe_parallel.router.counts import AssignmentCounts, at_assignments, rows_before
 from moe_parallel.router.route import Routing
 
 

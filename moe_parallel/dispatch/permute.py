@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_transforms
+from lasp._core.impl import ChosenImpl
 from moe_parallel.dispatch.dispatcher import Place
-from moe_parallel.impl import ChosenImpl
 from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.router.counts import at_assignments, rows_before
-from moe_parallel.router.gate import gate_dtype
+from moe_parallel.router.top_k import gate_dtype
 
 _REFERENCE = Reference("ExpertParallelMoE's rows of tokens", "moe_parallel.reference.reference_moe")
 
@@ -87,9 +87,9 @@ def row_order(
     if histogram is not None:
         if kept_Tk is not None:
             raise ValueError("kept_Tk must be None with a histogram, which counts all assignments")
-        from moe_parallel.kernels import launch_router
+        from moe_parallel.kernels import router
 
-        return RowOrder(launch_router.rows(experts_Tk, histogram, positions_E), num_rows)
+        return RowOrder(router.rows(experts_Tk, histogram, positions_E), num_rows)
     if positions_E is not None:
         experts_Tk = positions_E[experts_Tk]
     if kept_Tk is None:
@@ -158,9 +158,9 @@ class _Permute(torch.autograd.Function):
         ctx.impl = impl
         rows_AM = order.new_rows(x_TM)
         if impl == "triton":
-            from moe_parallel.kernels import launch
+            from moe_parallel.kernels import slots
 
-            return launch.copy_slots(x_TM, order.row, rows_AM, padded=order.padded)
+            return slots.copy_slots(x_TM, order.row, rows_AM, padded=order.padded)
         return _token_rows(x_TM, order, order.row.shape[1], rows_AM)
 
     @staticmethod
@@ -168,9 +168,9 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
         (row_Tk,) = ctx.saved_tensors
         if ctx.impl == "triton":
-            from moe_parallel.kernels import launch
+            from moe_parallel.kernels import slots
 
-            return launch.sum_slots(grad_AM, None, row_Tk), None, None
+            return slots.sum_slots(grad_AM, None, row_Tk), None, None
         dtype = gate_dtype(grad_AM.dtype)
         grad_TM = grad_AM.new_zeros(row_Tk.shape[0], grad_AM.shape[1], dtype=dtype)
         for row_T in row_Tk.unbind(1):
@@ -191,9 +191,9 @@ class _Unpermute(torch.autograd.Function):
         ctx.save_for_backward(rows_AM, weights_Tk)
         ctx.order, ctx.impl = order, impl
         if impl == "triton":
-            from moe_parallel.kernels import launch
+            from moe_parallel.kernels import slots
 
-            return launch.sum_slots(rows_AM, weights_Tk, row_Tk)
+            return slots.sum_slots(rows_AM, weights_Tk, row_Tk)
         dtype = torch.promote_types(gate_dtype(rows_AM.dtype), weights_Tk.dtype)
         output_TM = rows_AM.new_zeros(row_Tk.shape[0], rows_AM.shape[1], dtype=dtype)
         for weight_T, row_T in zip(weights_Tk.unbind(1), row_Tk.unbind(1)):
@@ -206,10 +206,10 @@ class _Unpermute(torch.autograd.Function):
         rows_AM, weights_Tk = ctx.saved_tensors
         order, row_Tk = ctx.order, ctx.order.row
         if ctx.impl == "triton":
-            from moe_parallel.kernels import launch
+            from moe_parallel.kernels import slots
 
             tensors, drows = (grad_TM, rows_AM, weights_Tk, row_Tk), order.new_rows(rows_AM)
-            dweights = launch.sum_slots_backward(*tensors, drows, padded=order.padded)
+            dweights = slots.sum_slots_backward(*tensors, drows, padded=order.padded)
             return drows, dweights, None, None
         grad_rows = _token_rows(grad_TM, order, row_Tk.shape[1])
         grad_rows = grad_rows * _token_rows(weights_Tk.view(-1, 1), order, 1)

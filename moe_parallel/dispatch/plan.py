@@ -19,6 +19,28 @@ from moe_parallel.mesh import ExpertMesh
 RowCounts = Sequence[Sequence[int]]  # [R, E]: rows each rank keeps for each expert, on the host
 
 
+def checked_rows(wait: Callable[[], RowCounts], max_rows: int, mesh: ExpertMesh) -> RowCounts:
+    """The counts; ValueError, on every rank of the block alike, if one would take too many rows.
+
+    Args:
+        wait: returns the rows each rank of the token group sends to each expert.
+        max_rows: most rows for the experts of one rank.
+        mesh: the EP x ETP block of this rank.
+    """
+    kept_RE = wait()
+    num_local = len(kept_RE[0]) // mesh.ep_size
+    for ep_rank in range(mesh.ep_size):
+        experts = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
+        rows = sum(sum(kept_RE[source][experts]) for source in mesh.sources)
+        if rows > max_rows:
+            raise ValueError(
+                f"max_rows must be at least the rows that the experts of EP rank {ep_rank} are to"
+                f" take, got {max_rows} for {rows}: set a capacity_factor, route fewer tokens a"
+                " call, or allow more"
+            )
+    return kept_RE
+
+
 class Splits(NamedTuple):
     """Rows to and from each rank of a group in one all-to-all."""
 

@@ -17,8 +17,9 @@ from lasp._core.derivatives import (
     refuse_transforms,
 )
 from lasp._core.dtensors import local
+from lasp._core.impl import ChosenImpl, Impl, chosen_impl
 from lasp._core.joint_backward import join_backward
-from moe_parallel.config import Gemm, Impl
+from moe_parallel.config import Gemm
 from moe_parallel.experts.gemm import (
     GROUPED_ALIGNMENT_BYTES,
     LOOP_ROWS,
@@ -27,19 +28,18 @@ from moe_parallel.experts.gemm import (
     forward_product,
     weight_product,
 )
-from moe_parallel.experts.parts import Parts, ShardedDims
+from moe_parallel.experts.shard import ExpertShard, ShardedDims
 from moe_parallel.experts.swiglu import swiglu, swiglu_backward
-from moe_parallel.impl import ChosenImpl, chosen_impl
 from moe_parallel.pipeline.pipeline import Pipeline
 
 _REFERENCE = Reference("ExpertParallelMoE's experts", "moe_parallel.reference.reference_moe")
 
 
-class Experts(Parts):
+class Experts(ExpertShard):
     """This rank's part of E SwiGLU experts: rows in, rows out.
 
     Row x of expert e: y = w2[e] (silu(w13[e, 0] x) * w13[e, 1] x). With ``etp_size`` > 1 each rank
-    holds F / etp_size of the FFN dimension, and y is this rank's term of the sum over ETP.
+    holds F / etp_size of the FFN dimension, and y is this rank's partial sum over ETP.
 
     Parameters: ``w13`` ``[E_local, 2, F_local, hidden]`` (gate, up), ``w2``
     ``[E_local, hidden, F_local]``; :meth:`sharding` tells how they are cut out of the whole. Where
@@ -58,7 +58,7 @@ class Experts(Parts):
             ``torch.nn.functional.grouped_mm`` for all experts, not float64, rows of 16-byte
             multiples; ``auto``, grouped for bfloat16 on CUDA with such rows, fewer than
             ``gemm.LOOP_ROWS`` an expert, else loop.
-        impl: of the activation between them, see :func:`moe_parallel.impl.chosen_impl`.
+        impl: of the activation between them, see :func:`lasp._core.impl.chosen_impl`.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -68,7 +68,6 @@ class Experts(Parts):
         ValueError: naming the argument, if the sizes do not divide or ``gemm`` cannot run.
     """
 
-    # The shard of a mesh position, a device and a dtype: past 8 parameters, but each one plain.
     def __init__(
         self,
         hidden_size: int,
@@ -138,14 +137,14 @@ class Experts(Parts):
         """
         if self.w13.is_meta:
             return
-        # Seeds by lot, so that expert e + 1 under one seed is not expert e under the next.
-        lots = torch.randint(
+        # Seeds are drawn, so that expert e + 1 under one seed is not expert e under the next.
+        seeds = torch.randint(
             2**63 - 1, (self.num_experts,), generator=generator_of(seed), device="cpu"
         ).tolist()
         part = slice(self.etp_rank * self.ffn_local, (self.etp_rank + 1) * self.ffn_local)
         w13_part, w2_part = local(self.w13), local(self.w2)
         for expert in range(self.num_local):
-            generator = generator_of(lots[self.ep_rank * self.num_local + expert])
+            generator = generator_of(seeds[self.ep_rank * self.num_local + expert])
             w13 = torch.empty(2, self.ffn_size, self.hidden_size, device="cpu", dtype=torch.float32)
             w2 = torch.empty(self.hidden_size, self.ffn_size, device="cpu", dtype=torch.float32)
             draw("w13", w13, generator)

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_parallel.impl import ChosenImpl
+from lasp._core.impl import ChosenImpl
 
 
 def swiglu(hidden_A2F: Tensor, impl: ChosenImpl = "eager") -> Tensor:
     """``[A, F]``, computed in float32 or wider and rounded once."""
     if impl == "triton":
-        from moe_parallel.kernels import launch
+        from moe_parallel.kernels import swiglu as kernels
 
-        return launch.swiglu(hidden_A2F)
+        return kernels.swiglu(hidden_A2F)
     gate, up = _wide(hidden_A2F).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(hidden_A2F.dtype)
 
@@ -33,9 +33,9 @@ def swiglu_backward(
         dgate = grad up s (1 + gate (1 - s))        dup = grad gate s
     """
     if impl == "triton":
-        from moe_parallel.kernels import launch
+        from moe_parallel.kernels import swiglu as kernels
 
-        return launch.swiglu_backward(grad_AF, hidden_A2F)
+        return kernels.swiglu_backward(grad_AF, hidden_A2F)
     gate, up = _wide(hidden_A2F).chunk(2, dim=-1)
     grad, s = _wide(grad_AF), torch.sigmoid(gate)
     silu = gate * s

@@ -1,7 +1,7 @@
 """The gate around its products: bfloat16 parts, the choice of experts, the gradient of the logits.
 
 A float32 number is the sum of three bfloat16 ones, high, middle and low
-(:mod:`moe_parallel.router.gate`).
+(:mod:`moe_parallel.router.top_k`).
 
 Example, k = 2: logits = (1, 3, NaN, 3)    experts = (2, 1), weights NaN
                 logits = (1, 3, 0, 3)      experts = (1, 3), weights = (1/2, 1/2)

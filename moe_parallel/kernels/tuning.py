@@ -10,7 +10,7 @@ ROUTER_WARPS = 4
 # Most programs of the router, two a multiprocessor: the scan over their counts is one tile.
 ROUTER_PROGRAMS = 256
 SCAN_COLUMNS = 4  # experts of a program of that scan
-PLACES_TILE = 2048  # pairs of experts that are compared at a time
+POSITIONS_TILE = 2048  # pairs of experts that are compared at a time
 
 
 def router_tokens(num_experts: int) -> int:

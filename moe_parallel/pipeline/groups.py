@@ -44,10 +44,8 @@ class ExpertPermutation:
         self._num_experts, self._ep_size = num_experts, ep_size
         self._positions: dict[tuple[int, torch.device], Tensor] = {}
 
-    def positions(self, groups: Sequence[range], device: torch.device) -> Tensor | None:
-        """``[E]`` int64, the position of each expert; None for one group: the identity."""
-        if len(groups) == 1:
-            return None
+    def positions(self, groups: Sequence[range], device: torch.device) -> Tensor:
+        """``[E]`` int64, the position of each expert; for one group the identity."""
         key = (len(groups), device)
         if key not in self._positions:
             positions = dispatch_positions(self._num_experts, self._ep_size, groups)

@@ -1,7 +1,7 @@
 """Two streams for the products of groups in turn.
 
-A product leaves multiprocessors idle in its last round of tiles, and what is bound by memory leaves
-their tensor cores idle. Of two groups beside each other, one has work for them.
+A product leaves multiprocessors idle in its last round of tiles, and kernels bound by memory leave
+tensor cores idle. With two groups on two streams, one has work for what the other leaves idle.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ class TurnStreams:
     """The current stream for even groups, another one of the device for odd ones.
 
     As a context: the other stream begins where the current one is, and however the context ends,
-    the current stream then waits for it. Memory of a group is to be taken and given back in its
-    turn, or outside. On the CPU, and of one group, there is nothing to turn.
+    the current stream then waits for it. Allocate and free the memory of a group in its turn, or
+    outside. On the CPU, and with one group, there is nothing to turn.
 
     Args:
-        device: of the products.
-        num_groups: that take turns.
+        device: where the products run.
+        num_groups: number of groups that take turns.
     """
 
     def __init__(self, device: torch.device, num_groups: int) -> None:
@@ -43,7 +43,7 @@ class TurnStreams:
 
     def __enter__(self) -> TurnStreams:
         for other in self._streams[1:]:
-            # To make a stream the current one makes its device the current one.
+            # Making a stream current makes its device current too.
             self._restored.enter_context(torch.cuda.device(other.device))
             other.wait_stream(self._streams[0])
         return self

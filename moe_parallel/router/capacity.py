@@ -1,55 +1,23 @@
 """Which assignments a full expert drops, and what the ranks gather to agree on it.
 
 Where assignments drop by position, ranks that train and ranks that do not send messages of one
-size, and a number at the end tells the mode: they learn that they differ, and none waits.
+size. The last number of a message tells the mode, so ranks learn that they differ, and none waits.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.collectives import all_gather
-from moe_parallel.router.counts import at_assignments, rows_before
+from moe_parallel.router.counts import (
+    AssignmentCounts,
+    at_assignments,
+    rows_before,
+    with_training,
+)
 from moe_parallel.router.token_order import TokenOrder
-
-
-class AssignmentCounts(NamedTuple):
-    """Assignments of every rank of the token group to every expert, ``[R, E]`` int64.
-
-    Attributes:
-        assigned: before drop.
-        kept: after drop; without drops the same tensor.
-        training: ``[R]`` int64, 1 for ranks that drop and 0 for ranks that do not, where ranks must
-            be asked; else None.
-    """
-
-    assigned: Tensor
-    kept: Tensor
-    training: Tensor | None = None
-
-
-def counts_of_ranks(
-    assigned_E: Tensor, num_segments: int, token_group: dist.ProcessGroup | None
-) -> AssignmentCounts:
-    """Counts without drops; with segments in the message of ranks that drop by position."""
-    num_experts = len(assigned_E)
-    if not num_segments or token_group is None:
-        assigned_RE = all_gather(assigned_E, token_group)
-        return AssignmentCounts(assigned_RE, assigned_RE)
-    message = assigned_E.new_zeros(num_segments * num_experts + 1)
-    message[:num_experts] = assigned_E
-    counts_RJE, training_R = _with_training(all_gather(message, token_group), num_experts)
-    assigned_RE = counts_RJE.sum(1)
-    return AssignmentCounts(assigned_RE, assigned_RE, training_R)
-
-
-def _with_training(messages: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Messages ``[R, J E + 1]`` as ``[R, J, E]`` and ``[R]``."""
-    return messages[:, :-1].unflatten(1, (-1, num_experts)), messages[:, -1]
 
 
 def keep_by_position(
@@ -73,7 +41,7 @@ def keep_by_position(
         counts_RJE = counts_JE.unsqueeze(0)
     else:
         message = torch.cat([counts_JE.flatten(), counts_JE.new_ones(1)])
-        counts_RJE, training_R = _with_training(all_gather(message, token_group), num_experts)
+        counts_RJE, training_R = with_training(all_gather(message, token_group), num_experts)
     assigned_RE = counts_RJE.sum(1)
 
     by_position = order.segments_by_position(experts_Tk.device)

@@ -1,19 +1,21 @@
-"""Do the ranks hold the same :class:`moe_parallel.TokenOrder`? Asked before they rely on it.
+"""What a call of the layer checks before it routes: hidden states, and the order of the tokens.
 
 The order gives the shapes of the router's all-gathers. Ranks that disagree about it would call one
-collective with different sizes, which aborts gloo and hangs NCCL, so they first compare three
-numbers each, whose shape nobody can get wrong.
+collective with different sizes, which aborts gloo and hangs NCCL. So the first time they compare
+three numbers each, whose shape nobody can get wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from lasp._core.autocast import autocast_dtype
 from lasp._core.collectives import all_gather
+from moe_parallel.config import MoEConfig
 from moe_parallel.mesh import ExpertMesh
+from moe_parallel.router.counts import check_training
 from moe_parallel.router.token_order import TokenOrder
 
 
@@ -75,49 +77,62 @@ def check_order(
         order.agreed_groups.add((token_group, training))
 
 
-def check_training(training_R: Sequence[int]) -> None:
-    """Raise ValueError unless all ranks train, or none: with a capacity only those drop."""
-    ranks = {mode: [r for r, other in enumerate(training_R) if other == mode] for mode in (0, 1)}
-    if ranks[0] and ranks[1]:
-        raise ValueError(
-            "a layer with a capacity_factor must be in one mode on every rank of groups.token, got"
-            f" train() on ranks {ranks[1]} and eval() on ranks {ranks[0]}: call the same on all"
-        )
-
-
-def check_counts(assigned_RE: Sequence[Sequence[int]], top_k: int, order: TokenOrder) -> None:
-    """Raise ValueError, on every rank alike, if a rank routed other tokens than ``order`` says.
-
-    For orders that every rank assumed by itself and :func:`check_order` did not see.
-    """
-    for rank, assigned_E in enumerate(assigned_RE):
-        expected, routed = order.num_local_tokens(rank), sum(assigned_E) // top_k
-        if routed != expected:
-            raise ValueError(
-                f"token_order must be equal on every rank, got {expected} tokens for rank {rank},"
-                f" which routed {routed}: pass it if ranks hold different numbers of tokens"
-            )
-
-
-def checked_rows(
-    wait: Callable[[], Sequence[Sequence[int]]], max_rows: int, mesh: ExpertMesh
-) -> Sequence[Sequence[int]]:
-    """The counts; ValueError, on every rank of the block alike, if one would take too many rows.
+def agreed_order(
+    rows: Tensor,
+    token_order: TokenOrder | None,
+    *,
+    config: MoEConfig,
+    mesh: ExpertMesh,
+    token_group: dist.ProcessGroup | None,
+    training: bool,
+) -> TokenOrder:
+    """Where the tokens of every rank stand, in an order that the ranks have compared.
 
     Args:
-        wait: returns the rows each rank of the token group sends to each expert.
-        max_rows: most rows for the experts of one rank.
-        mesh: the EP x ETP block of this rank.
+        rows: ``[tokens, hidden]``, padding included.
+        token_order: see :meth:`moe_parallel.ExpertParallelMoE.forward`.
+        config: of the layer.
+        mesh: likewise.
+        token_group: likewise.
+        training: whether there is a capacity.
+
+    Communication: that of :func:`moe_parallel.router.checks.check_order`.
+
+    Raises:
+        ValueError: for orders that differ or are missing where they must not, on every rank alike.
     """
-    kept_RE = wait()
-    num_local = len(kept_RE[0]) // mesh.ep_size
-    for ep_rank in range(mesh.ep_size):
-        experts = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
-        rows = sum(sum(kept_RE[source][experts]) for source in mesh.sources)
-        if rows > max_rows:
-            raise ValueError(
-                f"max_rows must be at least the rows that the experts of EP rank {ep_rank} are to"
-                f" take, got {max_rows} for {rows}: set a capacity_factor, route fewer tokens a"
-                " call, or allow more"
-            )
-    return kept_RE
+    padded = config.pad_to_capacity and training
+    by_probability = config.capacity_factor is not None and config.drop_policy == "probability"
+    given = token_order is not None
+    if padded and not given and mesh.num_token_ranks > 1:
+        raise ValueError(
+            "token_order must be given with pad_to_capacity on several ranks, got None: without"
+            " it the ranks compare their numbers of tokens on the host; keep one for all calls"
+        )
+    if token_order is None:
+        token_order = TokenOrder.contiguous([rows.shape[0]] * mesh.num_token_ranks)
+    # Otherwise what the router gathers is E counts, whatever a rank believes of the others.
+    if given or by_probability:
+        # By position the router's own message tells who trains.
+        asked = training if by_probability or config.pad_to_capacity else None
+        check_order(token_order, rows.shape[0], token_group, rows.device, asked)
+    return token_order
+
+
+def check_hidden(hidden: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless hidden states fit experts with this weight, ``[..., hidden]``.
+
+    Under autocast ``hidden`` is cast already. The dtype of a DTensor is left to the experts: FSDP
+    may gather them in another.
+    """
+    width = weight.shape[-1]
+    if hidden.dim() not in (2, 3) or hidden.shape[-1] != width:
+        raise ValueError(
+            f"hidden must be [T, {width}] or [B, T, {width}], got shape {tuple(hidden.shape)}"
+        )
+    dtype = hidden.dtype if hasattr(weight, "device_mesh") else autocast_dtype(weight)
+    if hidden.dtype != dtype or hidden.device != weight.device:
+        raise ValueError(
+            f"hidden must be {dtype} on {weight.device} like the experts, got"
+            f" {hidden.dtype} on {hidden.device}: convert it, or build the layer with its dtype"
+        )

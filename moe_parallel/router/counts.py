@@ -1,6 +1,7 @@
-"""Where an assignment stands among all: a counting sort of assignments by expert.
+"""Counts of assignments: before each of them, of every rank, and on the host.
 
-The router, padding and the order of rows ask the same: how many assignments come before one.
+``rows_before`` is a counting sort of assignments by expert, for the router, padding and the order
+of rows.
 
 Example: 4 tokens, k = 1, experts (0, 1, 0, 0), E = 2::
 
@@ -12,12 +13,22 @@ Token 2's assignment to expert 0 is row 1, token 1's to expert 1 row 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from lasp._core.collectives import all_gather
+from moe_parallel.router.token_order import TokenOrder, to_host
+
+if TYPE_CHECKING:
+    from moe_parallel.router.route import Routing
 
 
 def rows_before(experts_Tk: Tensor, num_experts: int) -> Tensor:
-    """Of every expert and token, how many assignments come first: by expert, then by token.
+    """Number of assignments before each expert and token: by expert, then by token.
 
     Args:
         experts_Tk: chosen experts, int64, each at most once a token.
@@ -36,7 +47,7 @@ def rows_before(experts_Tk: Tensor, num_experts: int) -> Tensor:
 
 
 def at_assignments(counts_ET: Tensor, experts_Tk: Tensor) -> Tensor:
-    """``[T, k]`` int64: of each assignment, the count at its expert and token."""
+    """``[T, k]`` int64: for each assignment the count at its expert and token."""
     return counts_ET.gather(0, experts_Tk.T).T.to(
         torch.int64, memory_format=torch.contiguous_format
     )
@@ -47,3 +58,124 @@ def counted(experts_Tk: Tensor, num_experts: int) -> Tensor:
     experts_A = experts_Tk.flatten()
     # Integers: the order of the sums does not matter. bincount would wait for the device.
     return experts_A.new_zeros(num_experts).index_add_(0, experts_A, torch.ones_like(experts_A))
+
+
+class AssignmentCounts(NamedTuple):
+    """Assignments of every rank of the token group to every expert, ``[R, E]`` int64.
+
+    Attributes:
+        assigned: before drop.
+        kept: after drop; without drops the same tensor.
+        training: ``[R]`` int64, 1 for ranks that drop and 0 for ranks that do not, where ranks must
+            be asked; else None.
+    """
+
+    assigned: Tensor
+    kept: Tensor
+    training: Tensor | None = None
+
+
+def counts_of_ranks(
+    assigned_E: Tensor, num_segments: int, token_group: dist.ProcessGroup | None
+) -> AssignmentCounts:
+    """Counts without drops; with segments in the message of ranks that drop by position."""
+    num_experts = len(assigned_E)
+    if not num_segments or token_group is None:
+        alone = token_group is None
+        assigned_RE = assigned_E.unsqueeze(0) if alone else all_gather(assigned_E, token_group)
+        return AssignmentCounts(assigned_RE, assigned_RE)
+    message = assigned_E.new_zeros(num_segments * num_experts + 1)
+    message[:num_experts] = assigned_E
+    counts_RJE, training_R = with_training(all_gather(message, token_group), num_experts)
+    assigned_RE = counts_RJE.sum(1)
+    return AssignmentCounts(assigned_RE, assigned_RE, training_R)
+
+
+def with_training(messages: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Messages ``[R, J E + 1]`` as ``[R, J, E]`` and ``[R]``."""
+    return messages[:, :-1].unflatten(1, (-1, num_experts)), messages[:, -1]
+
+
+class HostTokenCounts:
+    """How many assignments each rank keeps for each expert, on their way to the host.
+
+    The one device-to-host copy: collectives and buffers after it need sizes on the host. It starts
+    here. Sums over the experts are known before it arrives if nothing can be dropped: what needs no
+    more is queued meanwhile, so that the device has work while the host reads.
+
+    Args:
+        routing: whose counts.
+        order: where the tokens of every rank stand.
+
+    Attributes:
+        dropless: no assignment can be dropped.
+    """
+
+    def __init__(self, routing: Routing, order: TokenOrder) -> None:
+        self.dropless, self._order = routing.dropless, order
+        self._top_k = routing.experts.shape[1]
+        assigned_RE, kept_RE, training_R = routing.counts
+        self._num_experts, self._tells_training = assigned_RE.shape[1], training_R is not None
+        told = [assigned_RE] if self.dropless else [assigned_RE, kept_RE]
+        if training_R is not None:
+            told.append(training_R.unsqueeze(1))
+        self._copied = to_host(assigned_RE if len(told) == 1 else torch.cat(told, dim=1))
+        self._kept_RE: list[list[int]] | None = None
+
+    def of_rank(self, rank: int) -> int:
+        """Assignments that a rank keeps; waits if some can be dropped."""
+        if self.dropless:
+            return self._order.num_local_tokens(rank) * self._top_k
+        return sum(self.wait()[rank])
+
+    @property
+    def most(self) -> int:
+        """The most that any one rank can keep; the same number on every rank, without waiting."""
+        return self._order.max_local_tokens * self._top_k
+
+    def of_all(self) -> int:
+        """Assignments that all ranks keep; likewise."""
+        if self.dropless:
+            return self._order.num_tokens * self._top_k
+        return sum(map(sum, self.wait()))
+
+    def wait(self) -> list[list[int]]:
+        """For each rank and expert.
+
+        Raises:
+            ValueError: if the ranks assigned other numbers of tokens than the order has, or some
+                train and others do not.
+        """
+        if self._kept_RE is None:
+            rows, num_experts = self._copied().tolist(), self._num_experts
+            if self._tells_training:
+                check_training([row[-1] for row in rows])
+            assigned_RE = [row[:num_experts] for row in rows]
+            check_counts(assigned_RE, self._top_k, self._order)
+            kept_RE = [row[num_experts : 2 * num_experts] for row in rows]
+            self._kept_RE = assigned_RE if self.dropless else kept_RE
+        return self._kept_RE
+
+
+def check_training(training_R: Sequence[int]) -> None:
+    """Raise ValueError unless all ranks train, or none: with a capacity only those drop."""
+    ranks = {mode: [r for r, other in enumerate(training_R) if other == mode] for mode in (0, 1)}
+    if ranks[0] and ranks[1]:
+        raise ValueError(
+            "a layer with a capacity_factor must be in one mode on every rank of groups.token, got"
+            f" train() on ranks {ranks[1]} and eval() on ranks {ranks[0]}: call the same on all"
+        )
+
+
+def check_counts(assigned_RE: Sequence[Sequence[int]], top_k: int, order: TokenOrder) -> None:
+    """Raise ValueError, on every rank alike, if a rank routed other tokens than ``order`` says.
+
+    For orders that every rank assumed by itself and :func:`check_order` did not see.
+    """
+    for rank, assigned_E in enumerate(assigned_RE):
+        expected, routed = order.num_local_tokens(rank), sum(assigned_E) // top_k
+        if routed != expected:
+            raise ValueError(
+                f"token_order must be equal on every rank, got {expected} tokens for rank {rank},"
+                f" which routed {routed}: pass it if ranks hold different numbers of tokens"
+            )

@@ -8,6 +8,23 @@ tell each other is gathered before any token travels, in one collective:
     drop by position       counts of every (segment, expert)       J x E x 8 + 8 bytes a rank
     drop by probability    (expert, probability) of assignments    T x k x 16 bytes a rank
 
+Gate: logits = x gate^T; the k largest are chosen (equal logits: the lower expert first), the
+weights are the softmax over the chosen logits. In float32 or wider, under autocast too, by
+:func:`moe_parallel.router.top_k.choose`.
+
+Capacity: an expert keeps at most C = ceil(capacity_factor * N * k / E) assignments of the N tokens
+of all ranks. ``position`` keeps those that come first in the global order (an expert is chosen at
+most once a token, so slots never compete); ``probability`` keeps those with the highest gate
+probability (softmax over all E logits), equal ones by position. A dropped assignment is not
+dispatched and adds nothing to the output. The split of the tokens over ranks changes only the last
+bits of the logits, as any change of a matrix product's shape does: only a tie to rounding can fall
+another way.
+
+Auxiliary loss, global: coefficient * E * sum_i f_i m_i, with f_i expert i's part of the N k
+assignments before drop, and m_i the mean of its gate probability over the N tokens. It is
+coefficient at perfect balance. MiniMax writes alpha * (1/E) * sum_i f_i m_i: for that, set
+coefficient = alpha / E^2 (alpha * k / E^2 if f_i counts assignments per token).
+
 Source: MiniMax-01 sections 2.1 (equation 1, auxiliary loss, global router); GShard for the loss.
 """
 
@@ -18,20 +35,16 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe_parallel.config import DropPolicy
-from moe_parallel.impl import ChosenImpl
+from lasp._core.impl import ChosenImpl, chosen_impl
+from moe_parallel.config import DropPolicy, MoEConfig
 from moe_parallel.kernels.histogram import Histogram
-from moe_parallel.router.capacity import (
-    AssignmentCounts,
-    counts_of_ranks,
-    keep_by_position,
-    keep_by_probability,
-)
-from moe_parallel.router.counts import counted
+from moe_parallel.router.capacity import keep_by_position, keep_by_probability
+from moe_parallel.router.counts import AssignmentCounts, counted, counts_of_ranks
 from moe_parallel.router.token_order import TokenOrder
-from moe_parallel.router.top_k import choose
+from moe_parallel.router.top_k import choose, gate_dtype
+from moe_parallel.topology import ExpertGroups
 
 
 class RoutingStats(NamedTuple):
@@ -76,7 +89,7 @@ class Routing(NamedTuple):
         """No assignment can be dropped: known on the host, as their numbers then are."""
         return self.mask is None
 
-    # No token waits for these three: they are made whenever they are asked for. Ask once.
+    # These three are computed at every access: no token waits for them. Read each once.
     @property
     def kept(self) -> Tensor:
         """``[T, k]``, False where the assignment is dropped."""
@@ -108,7 +121,7 @@ def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_exp
     return math.ceil(capacity_factor * num_tokens * top_k / num_experts)
 
 
-def route(  # longer than our functions are, and of ten arguments: the contract of the router
+def route(
     x_TM: Tensor,
     gate_EM: Tensor,
     *,
@@ -121,25 +134,7 @@ def route(  # longer than our functions are, and of ten arguments: the contract 
     impl: ChosenImpl = "eager",
     training: bool = True,
 ) -> Routing:
-    """Route this rank's tokens under a decision shared by all ranks of ``token_group``.
-
-    Gate: logits = x gate^T; the k largest are chosen (equal logits: the lower expert first), the
-    weights are the softmax over the chosen logits. In float32 or wider, under autocast too, by
-    :func:`moe_parallel.router.top_k.choose`.
-
-    Capacity: an expert keeps at most C = ceil(capacity_factor * N * k / E) assignments of the N
-    tokens of all ranks. ``position`` keeps those that come first in the global order (an expert is
-    chosen at most once a token, so slots never compete); ``probability`` keeps those with the
-    highest gate probability (softmax over all E logits), equal ones by position. A dropped
-    assignment is not dispatched and adds nothing to the output.
-
-    How the tokens are split does not enter these rules. It enters the last bits of the logits, as
-    any change of a matrix product's shape does, so only a tie to rounding can fall another way.
-
-    Auxiliary loss, global: coefficient * E * sum_i f_i m_i, with f_i expert i's part of the N k
-    assignments before drop, and m_i the mean of its gate probability over the N tokens. It is
-    coefficient at perfect balance. MiniMax writes alpha * (1/E) * sum_i f_i m_i: for that, set
-    coefficient = alpha / E^2 (alpha * k / E^2 if f_i counts assignments per token).
+    """Route this rank's tokens under a decision shared by all ranks; the rules are above.
 
     Args:
         x_TM: routed tokens of this rank, by global position; any float dtype.
@@ -150,9 +145,9 @@ def route(  # longer than our functions are, and of ten arguments: the contract 
         capacity_factor: None is dropless.
         drop_policy: who is dropped when an expert is full.
         aux_loss_coefficient: 0.01 in MiniMax-01's pre-training.
-        impl: who chooses and counts; what is gathered does not depend on it.
-        training: False drops nothing; must be equal on every rank. By position it rides along in
-            the message, whose size does not depend on it, for :class:`HostTokenCounts` to check.
+        impl: computes the choice and its counts; what is gathered does not depend on it.
+        training: False drops nothing; must be equal on every rank. By position the message tells
+            it, and :class:`moe_parallel.router.counts.HostTokenCounts` checks it.
 
     Returns:
         :class:`Routing`. ``aux_loss`` is a share: its sum over the token group is the loss.
@@ -163,31 +158,82 @@ def route(  # longer than our functions are, and of ten arguments: the contract 
     Communication: one all-gather over ``token_group``, see the top of this file; no host copy.
     """
     rank = 0 if token_group is None else dist.get_rank(token_group)
-    num_experts = gate_EM.shape[0]
+    num_experts, kept_Tk = gate_EM.shape[0], None
     logits_TE, experts_Tk, weights_Tk, histogram = choose(x_TM, gate_EM, top_k, impl)
-
-    kept_Tk: Tensor | None = None
     if capacity_factor is None or not training:
         assigned_E = counted(experts_Tk, num_experts) if histogram is None else histogram.totals
         asked = capacity_factor is not None and drop_policy == "position"
         counts = counts_of_ranks(assigned_E, order.max_segments if asked else 0, token_group)
     else:
-        capacity = expert_capacity(capacity_factor, order.num_tokens, top_k, num_experts)
-        place = (num_experts, capacity, order, rank, token_group)
         histogram = None
-        if drop_policy == "probability":
-            chosen_Tk = logits_TE.detach().softmax(1).gather(1, experts_Tk)
-            kept_Tk, counts = keep_by_probability(experts_Tk, chosen_Tk, *place)
+        capacity = expert_capacity(capacity_factor, order.num_tokens, top_k, num_experts)
+        how = (num_experts, capacity, order, rank, token_group)
+        if drop_policy == "position":
+            kept_Tk, counts = keep_by_position(experts_Tk, *how)
         else:
-            kept_Tk, counts = keep_by_position(experts_Tk, *place)
+            chosen_Tk = logits_TE.detach().softmax(1).gather(1, experts_Tk)
+            kept_Tk, counts = keep_by_probability(experts_Tk, chosen_Tk, *how)
+    decision = (experts_Tk, weights_Tk, kept_Tk, counts, logits_TE)
+    return Routing(*decision, order.num_tokens, aux_loss_coefficient, histogram)
 
-    return Routing(
-        experts_Tk,
-        weights_Tk,
-        kept_Tk,
-        counts,
-        logits_TE,
-        order.num_tokens,
-        aux_loss_coefficient,
-        histogram,
-    )
+
+class Router(nn.Module):
+    """The gate of an expert layer and its one decision over all ranks.
+
+    A module of its own, called once a call of the layer: wrappers that gather parameters in hooks
+    (FSDP, Megatron's ``overlap_param_gather``) gather the gate here.
+
+    Parameters: ``weight`` ``[E, hidden]``, the same on every rank, in :func:`gate_dtype` of
+    ``dtype``. It has no values until :meth:`reset_parameters` or a checkpoint fills it.
+
+    Args:
+        config: of the layer.
+        token_group: ranks that share the decision; None for this rank alone.
+        device: of the weight.
+        dtype: of the tokens.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        token_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.groups = config, ExpertGroups(token=token_group)
+        dtype = gate_dtype(dtype or torch.get_default_dtype())
+        shape = (config.num_experts, config.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Fill with Xavier normal values of a CPU generator; leave a weight on meta alone."""
+        if self.weight.is_meta:
+            return
+        std = math.sqrt(2 / (self.config.hidden_size + self.config.num_experts))
+        gate = torch.empty(self.weight.shape, device="cpu", dtype=torch.float32)
+        self.weight.copy_(gate.normal_(0, std, generator=generator))
+
+    def forward(self, x_TM: Tensor, order: TokenOrder) -> Routing:
+        """Where this rank's tokens go, see :func:`moe_parallel.router.route.route`.
+
+        Args:
+            x_TM: routed tokens of this rank, by global position.
+            order: where the tokens of every rank stand; equal on every rank.
+
+        Gradients, Communication: of :func:`moe_parallel.router.route.route`.
+        """
+        return route(
+            x_TM,
+            self.weight,
+            top_k=self.config.top_k,
+            order=order,
+            token_group=self.groups.token,
+            capacity_factor=None if self.config.pad_to_capacity else self.config.capacity_factor,
+            drop_policy=self.config.drop_policy,
+            aux_loss_coefficient=self.config.aux_loss_coefficient,
+            impl=chosen_impl(self.config.impl, x_TM.device, x_TM.dtype),
+            training=self.training,
+        )

@@ -1,34 +1,52 @@
-"""Logits, the k best experts of every token, and their weights: what no other rank is asked for.
+"""Logits, the k best experts of every token, and their weights, without communication.
 
 Equal logits: the lower expert first. NaN is larger than all, and makes the token's weights NaN.
-With ``impl="triton"`` a launch splits the gate, one multiplies, one chooses, one counts; the
-gradient of the logits is made in one too, as the parts that its two products take
-(:mod:`moe_parallel.kernels.gate_kernel`).
+Logits are float32 or wider, whatever the dtype of the tokens. Experts with the same weights have
+the same logits, bit for bit.
+
+With ``impl="triton"`` one launch splits the gate, one multiplies, one chooses, one counts. One more
+makes the gradient of the logits, as the parts that its two products take
+(:mod:`moe_parallel.kernels.gate_kernel`). bfloat16 tokens on a GPU are multiplied by its tensor
+cores. A float32 number is the sum of three bfloat16 ones, of 8 bits each, and the products of these
+are exact in float32::
+
+    w = high + middle + low           logits = x low^T + x middle^T + x high^T
+
+so that only additions round, as in a float32 product (tensor cores cut off where float32 units
+round to nearest). Tokens are neither copied to float32 nor kept in it for the backward, which
+splits the gradient d of the logits too::
+
+    dgate = d^T x, a product a part            dx = sum of d_i w_j, i + j <= 4, in one product
+
+What the sum leaves out, d_2 w_3 and smaller, is less than 2^-23 of |d| |w|, which is what a float32
+product rounds; dx is then rounded to bfloat16. Parts are exact for zero and 2^-110 <= |w| < 2^127
+(2 - 2^-8). Below, the last part is denormal and the sum off by at most 2^-134; above, the first
+part is infinite and the sum NaN.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_transforms
-from moe_parallel.impl import ChosenImpl
+from lasp._core.impl import ChosenImpl
 from moe_parallel.kernels.histogram import Histogram
-from moe_parallel.router.gate import gate_logits, parts_product, summed, takes_parts, wide_product
 
 _REFERENCE = Reference("ExpertParallelMoE's router with impl='triton'", "impl='eager'")
 
 
-class Choice(NamedTuple):
+class TopK(NamedTuple):
     """Result of :func:`choose`.
 
     Attributes:
         logits: ``[T, E]``, gate dtype, differentiable.
         experts: ``[T, k]``, best first, int64.
         weights: ``[T, k]``, softmax over the chosen logits, gate dtype, differentiable.
-        histogram: the rank's assignments, counted; None by plain torch.
+        histogram: the rank's assignments, counted; None with ``impl="eager"``.
     """
 
     logits: Tensor
@@ -37,8 +55,8 @@ class Choice(NamedTuple):
     histogram: Histogram | None
 
 
-def choose(x_TM: Tensor, gate_EM: Tensor, top_k: int, impl: ChosenImpl = "eager") -> Choice:
-    """The k largest logits of every token.
+def choose(x_TM: Tensor, gate_EM: Tensor, top_k: int, impl: ChosenImpl = "eager") -> TopK:
+    """The k largest logits ``x gate^T`` of every token, in :func:`gate_dtype` under autocast too.
 
     Gradients: of logits and weights to x and gate. With ``impl="triton"`` differentiating them
     again raises RuntimeError, and the arguments are kept for the backward beside the results.
@@ -46,17 +64,17 @@ def choose(x_TM: Tensor, gate_EM: Tensor, top_k: int, impl: ChosenImpl = "eager"
     if impl == "triton":
         refuse_transforms(_REFERENCE, x_TM, gate_EM)
         logits, experts, weights, *histogram = _Choose.apply(x_TM, gate_EM, top_k)  # type: ignore[no-untyped-call]
-        return Choice(logits, experts, weights, Histogram(*histogram))
-    logits = gate_logits(x_TM, gate_EM)
+        return TopK(logits, experts, weights, Histogram(*histogram))
+    logits = wide_product(x_TM, gate_EM.T)
     # topk leaves the order of equal values open; a stable sort does not.
     values, ranking = logits.sort(dim=1, descending=True, stable=True)
-    return Choice(logits, ranking[:, :top_k].contiguous(), values[:, :top_k].softmax(1), None)
+    return TopK(logits, ranking[:, :top_k].contiguous(), values[:, :top_k].softmax(1), None)
 
 
 class _Choose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TM: Tensor, gate_EM: Tensor, top_k: int) -> tuple[Tensor, ...]:
-        from moe_parallel.kernels import launch_router
+        from moe_parallel.kernels import router
 
         ctx.split = takes_parts(x_TM)
         if not ctx.split:
@@ -64,8 +82,8 @@ class _Choose(torch.autograd.Function):
         elif gate_EM.dtype == torch.bfloat16:
             product = parts_product(x_TM, gate_EM.T, torch.float32)
         else:
-            product = parts_product(x_TM, launch_router.split(gate_EM).T, torch.float32)
-        logits, experts, weights, histogram = launch_router.top_k(product, gate_EM.shape[0], top_k)
+            product = parts_product(x_TM, router.split(gate_EM).T, torch.float32)
+        logits, experts, weights, histogram = router.top_k(product, gate_EM.shape[0], top_k)
         ctx.save_for_backward(x_TM, gate_EM, experts, weights)
         ctx.mark_non_differentiable(experts, *histogram)
         ctx.set_materialize_grads(False)
@@ -76,13 +94,13 @@ class _Choose(torch.autograd.Function):
     def backward(
         ctx: Any, dlogits: Tensor | None, _: None, dweights: Tensor | None, *__: None
     ) -> tuple[Tensor | None, ...]:
-        from moe_parallel.kernels import launch_router
+        from moe_parallel.kernels import router
 
         x_TM, gate_EM, experts, weights = ctx.saved_tensors
         if dlogits is None and dweights is None:
             return None, None, None
         pairs = ctx.split and gate_EM.dtype != torch.bfloat16
-        grad = launch_router.top_k_backward(
+        grad = router.top_k_backward(
             (dweights, dlogits), weights, experts, len(gate_EM), parts=ctx.split, pairs=pairs
         )
         for_x, for_gate = ctx.needs_input_grad[:2]
@@ -92,9 +110,46 @@ class _Choose(torch.autograd.Function):
             return dx, dgate, None
         dx = dgate = None
         if for_x:
-            gates = launch_router.split(gate_EM, pairs=True) if pairs else torch.cat([gate_EM] * 3)
+            gates = router.split(gate_EM, pairs=True) if pairs else torch.cat([gate_EM] * 3)
             dx = parts_product(grad, gates, x_TM.dtype)
         if for_gate:
             high_to_low = parts_product(grad[:, : 3 * len(gate_EM)].T, x_TM, torch.float32).chunk(3)
             dgate = summed(high_to_low if pairs else high_to_low[::-1]).to(gate_EM.dtype)
         return dx, dgate, None
+
+
+def gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the router computes in: float32, or float64 for float64 tokens."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def takes_parts(x_TM: Tensor) -> bool:
+    """Whether tokens are multiplied as they are, with bfloat16 parts of the gate."""
+    return x_TM.is_cuda and x_TM.dtype == torch.bfloat16
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` in :func:`gate_dtype` of ``a``, under autocast too."""
+    dtype = gate_dtype(a.dtype)
+    # Autocast would round tokens and gate to bfloat16 for the product.
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(dtype) @ b.to(dtype)
+
+
+def parts_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a b`` of bfloat16 matrices, added up in float32 and rounded to ``dtype``."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.numel() == 0 or b.numel() == 0:
+            return a.new_zeros(a.shape[0], b.shape[1], dtype=dtype)
+        if a.is_cuda:
+            return torch.mm(a, b, out_dtype=dtype)
+        # torch has no such product on CPUs, which only tests ask for: the same numbers, widened.
+        return (a.float() @ b.float()).to(dtype)
+
+
+def summed(parts: Sequence[Tensor]) -> Tensor:
+    """The sum, the last part first, which is the smallest."""
+    total = parts[-1]
+    for part in reversed(parts[:-1]):
+        total = total + part
+    return total

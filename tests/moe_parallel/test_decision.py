@@ -11,8 +11,8 @@ import torch
 
 from moe_parallel import MoEConfig, TokenOrder
 from moe_parallel import layer as layer_module
-from moe_parallel.router import host_counts as decision
-from moe_parallel.router.host_counts import HostTokenCounts
+from moe_parallel.router import counts as decision
+from moe_parallel.router.counts import HostTokenCounts
 from moe_parallel.router.route import route
 from moe_parallel.router.token_order import to_host
 from tests.moe_parallel.batch import random_batch

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 
+from lasp._core.impl import chosen_impl
 from moe_parallel import (
     ExpertTopology,
     MoEConfig,
     Timeline,
 )
 from moe_parallel.dispatch.symmetric_memory import OutgoingRows
-from moe_parallel.impl import chosen_impl
 from tests.moe_parallel.batch import ORDERS, groups_of
 from tests.moe_parallel.host_memory import memory_of
 from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, layer_on_rank, on_ranks

@@ -9,8 +9,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from lasp._core.impl import Impl
 from lasp.megatron.checks import require
-from moe_parallel.config import DropPolicy, Gemm, Impl, MoEConfig
+from moe_parallel.config import DropPolicy, Gemm, MoEConfig
 from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 
 PART = "the expert-parallel MoE layer"

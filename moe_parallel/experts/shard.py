@@ -12,13 +12,13 @@ from torch import nn
 
 
 class ShardedDims(NamedTuple):
-    """How a parameter is cut: its dimension split over EP and the one split over ETP."""
+    """The dimensions of a parameter that are split over EP and over ETP."""
 
     ep_dim: int
     etp_dim: int
 
 
-class Parts(nn.Module):
+class ExpertShard(nn.Module):
     """The place of a rank in the EP x ETP block, and what must not happen to its parameters.
 
     Until they are DTensors over the axes that they are split over

@@ -1,4 +1,4 @@
-"""``impl="triton"``: launches of the router's kernels. Nothing here waits for the device."""
+"""Launches of the router's kernels. Nothing here waits for the device."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from moe_parallel.kernels import tuning
 from moe_parallel.kernels.gate_kernel import split_kernel, top_k_backward_kernel, top_k_kernel
 from moe_parallel.kernels.histogram import Histogram
-from moe_parallel.kernels.places_kernel import before_kernel, row_kernel
+from moe_parallel.kernels.rows_kernel import before_kernel, row_kernel
 
 
 def split(x_NM: Tensor, *, pairs: bool = False) -> Tensor:
-    """``[3 N, M]``: the parts of :func:`moe_parallel.router.gate.bfloat16_parts`, stacked.
+    """``[3 N, M]``: the bfloat16 parts of float32 numbers, the largest first, stacked.
 
     Or ``[6 N, M]`` for pairs: low, middle, high, middle, high, high, which meet those of
     :func:`top_k_backward`.
@@ -90,9 +90,9 @@ def top_k_backward(
     """The gradient of the logits, ``[T, E]`` float32, or its bfloat16 parts side by side.
 
     Args:
-        grads: of the weights and of the logits, None for zeros.
-        weights_Tk: of :func:`top_k`.
-        experts_Tk: likewise.
+        grads: gradients of the weights and of the logits, None for zeros.
+        weights_Tk: result of :func:`top_k`.
+        experts_Tk: result of :func:`top_k`.
         num_experts: E.
         parts: ``[T, 3 E]``, low, middle, high, in the place of their sum.
         pairs: ``[T, 6 E]``, high, middle, low, high, middle, high, which meet those of
@@ -121,7 +121,7 @@ def top_k_backward(
     return grad
 
 
-def rows(experts_Tk: Tensor, histogram: Histogram, places_E: Tensor | None) -> Tensor:
+def rows(experts_Tk: Tensor, histogram: Histogram, positions_E: Tensor | None) -> Tensor:
     """``[T, k]`` int64: the row of each assignment, see :mod:`moe_parallel.dispatch.permute`."""
     (num_tokens, top_k), num_experts = experts_Tk.shape, histogram.totals.shape[0]
     row = torch.empty_like(experts_Tk, memory_format=torch.contiguous_format)
@@ -132,14 +132,14 @@ def rows(experts_Tk: Tensor, histogram: Histogram, places_E: Tensor | None) -> T
                 experts_Tk.contiguous(),
                 histogram.before,
                 histogram.totals,
-                places_E,
+                positions_E,
                 row,
                 num_tokens,
                 tuning.router_span(num_tokens, num_experts),
                 E=num_experts,
                 K=top_k,
                 E_PAD=padded,
-                OTHERS=min(padded, max(1, tuning.PLACES_TILE // padded)),
+                OTHERS=min(padded, max(1, tuning.POSITIONS_TILE // padded)),
                 TOKENS=tuning.router_tokens(num_experts),
                 num_warps=tuning.ROUTER_WARPS,
             )

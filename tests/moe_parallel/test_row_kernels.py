@@ -23,7 +23,7 @@ from tests.moe_parallel.layers import build
 if find_spec("triton") is None:
     pytest.skip("the kernels need triton, which has no wheel here", allow_module_level=True)
 
-from moe_parallel.kernels import launch, launch_router, tuning
+from moe_parallel.kernels import router, slots, tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,7 +31,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(autouse=True)
 def several_programs() -> Iterator[None]:
     """Of several chunks each, from a hundred tokens on."""
-    with patch.multiple(tuning, ROUTER_TILE=64, ROUTER_PROGRAMS=4, SCAN_COLUMNS=2, PLACES_TILE=32):
+    with patch.multiple(
+        tuning, ROUTER_TILE=64, ROUTER_PROGRAMS=4, SCAN_COLUMNS=2, POSITIONS_TILE=32
+    ):
         yield
 
 
@@ -47,7 +49,7 @@ def test_rows_are_those_of_plain_torch(
     logits = torch.randn(tokens, num_experts, device=DEVICE)
     logits[:, -1] += 100 * hot
     positions_E = torch.randperm(num_experts, device=DEVICE) if grouped else None
-    _, experts, _, histogram = launch_router.top_k(logits, num_experts, chosen)
+    _, experts, _, histogram = router.top_k(logits, num_experts, chosen)
     size = (experts.numel(), num_experts)
     expected = row_order(experts, None, *size, positions_E=positions_E)
     actual = row_order(experts, None, *size, histogram=histogram, positions_E=positions_E)
@@ -178,9 +180,9 @@ def test_few_launches_until_rows_leave_and_in_the_routers_backward() -> None:
         return routing
 
     stages = ("split", "top_k", "before", "row", "top_k_backward")
-    patches = [queued.kernel(launch_router, f"{stage}_kernel") for stage in stages]
+    patches = [queued.kernel(router, f"{stage}_kernel") for stage in stages]
     patches += [
-        queued.kernel(launch, "copy_slots_kernel"),
+        queued.kernel(slots, "copy_slots_kernel"),
         patch.object(top_k, "takes_parts", lambda _: True),
         patch.object(top_k, "parts_product", queued.one("mm", top_k.parts_product)),
         patch.object(layer.experts, "forward", lambda rows, *_, **__: rows),

@@ -36,7 +36,7 @@ def row_kernel(
     experts,  # [T, K] int64
     before,  # [programs, E] int32
     totals,  # [E] int64
-    places,  # [E] int64: the order in which experts leave, or None: by number
+    positions,  # [E] int64: the position of each expert among the rows, or None: its number
     row,  # [T, K] int64
     num_tokens,  # T
     span,  # tokens of a program, a multiple of TOKENS
@@ -49,18 +49,18 @@ def row_kernel(
     """One program a span of tokens, the same as of ``top_k_kernel``; ``TOKENS`` at a time."""
     expert = tl.arange(0, E_PAD)[None, :]
     mask = expert < E
-    place = expert.to(tl.int64)
-    if places is not None:
-        place = tl.load(places + expert, mask=mask, other=0)
+    position = expert.to(tl.int64)
+    if positions is not None:
+        position = tl.load(positions + expert, mask=mask, other=0)
     # The next row of each expert: those of experts that leave before it, those of tokens before.
     following = tl.load(before + tl.program_id(0) * E + expert, mask=mask, other=0)
     for first in range(0, E, OTHERS):
         other = first + tl.arange(0, OTHERS)[:, None]
         total = tl.load(totals + other, mask=other < E, other=0).to(tl.int32)
-        other_place = other.to(tl.int64)
-        if places is not None:
-            other_place = tl.load(places + other, mask=other < E, other=0)
-        following += tl.sum(tl.where(other_place < place, total, 0), axis=0, keep_dims=True)
+        other_position = other.to(tl.int64)
+        if positions is not None:
+            other_position = tl.load(positions + other, mask=other < E, other=0)
+        following += tl.sum(tl.where(other_position < position, total, 0), axis=0, keep_dims=True)
 
     begin = tl.program_id(0) * span
     for first in range(begin, tl.minimum(begin + span, num_tokens), TOKENS):

@@ -38,7 +38,6 @@ class RingAttention(nn.Module):
         ValueError: if a size is below 1, the heads do not divide or ``rotary_dim`` does not fit.
     """
 
-    # As many parameters as the layer has choices; all but the four sizes by keyword.
     def __init__(
         self,
         hidden_size: int,

@@ -100,9 +100,9 @@ def backward(
         doutput: ``[T, Hq, D]``.
         dlse: ``[T, Hq]``; None if nothing depends on the lse. Else every tile is two calls of the
             block.
-        merged: what :func:`forward` returned.
-        qkv: what it was given.
-        context: likewise.
+        merged: output and lse from :func:`forward`.
+        qkv: the tensors of the forward.
+        context: the context of the forward.
     """
     schedule, cp_group = context.schedule, context.cp_group
     stages = KVPrefetcher(qkv.k, qkv.v, schedule, cp_group)

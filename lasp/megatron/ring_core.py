@@ -32,13 +32,13 @@ class RingCoreAttention(MegatronModule):
         pg_collection: its cp group; of the parallel state if None.
         packed_cut: how Megatron's own packs are cut, see :data:`lasp.megatron.PackedCut`.
 
-    ``positions_of_layout``: whether queries and keys come with the positions of the layout, or with
+    ``positions_of_layout``: True if queries and keys come with the positions of the layout, or with
     none. Megatron's SelfAttention rotates rows in zigzag order, and packs as zigzag in every
     document; other orders are refused over several ranks without it. :class:`RingSelfAttention`
     sets it.
 
-    Recomputing it (``recompute_modules=["core_attn"]``) saves nothing: only q, k, v, the output and
-    the log-sum-exp are kept anyway.
+    Recomputing it (``recompute_modules=["core_attn"]``) saves nothing: it keeps only q, k, v, the
+    output and the log-sum-exp.
 
     Raises:
         ValueError: for options that are not supported.
@@ -86,7 +86,7 @@ class RingCoreAttention(MegatronModule):
     def layout_of(
         self, packed_seq_params: PackedSeqParams | None, num_tokens: int
     ) -> SequenceLayout:
-        """:func:`lasp.megatron.layout_of` of a batch whose tokens on this rank are so many."""
+        """Layout of a batch: :func:`lasp.megatron.layout_of` of ``num_tokens`` on this rank."""
         cp_size = self.cp_group.size()
         return layout_of(packed_seq_params, num_tokens, cp_size, self.order, self.packed_cut)
 

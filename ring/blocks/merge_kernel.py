@@ -23,8 +23,8 @@ def merge_kernel(
     lse_out,  # [T, H] float32, any strides; written
     a,  # [T, H, D], like out; may be the same memory
     lse_a,  # [T, H], like lse_out; may be the same memory
-    b,  # likewise
-    lse_b,
+    b,  # [T, H, D], like a
+    lse_b,  # [T, H], like lse_a
     num_pairs,  # T * H
     num_heads,
     out_stride_t,

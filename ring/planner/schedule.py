@@ -27,29 +27,14 @@ In two stages both ranks start two exchanges of keys and values, even with nothi
 
 from __future__ import annotations
 
-import sys
-from bisect import bisect_right
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 from lasp.sequence.layout import SequenceLayout
+from ring.planner.ranges import RowRange, TokenIndex
 from ring.planner.stages import RULE, StageRule
 from ring.planner.traffic import KVDelivery, KVTraffic, plan_traffic
-
-
-class RowRange(NamedTuple):
-    """Rows [start, stop) of the pack, of a rank's tokens or of a kv buffer, as the holder says."""
-
-    start: int
-    stop: int
-
-    @property
-    def length(self) -> int:
-        """Number of rows."""
-        return self.stop - self.start
 
 
 class KVTile(NamedTuple):
@@ -183,7 +168,7 @@ def plan_ring(
     own = layout.runs(rank)  # refuses a rank that is none
     traffic = plan_traffic(layout, causal, rule)
     rectangles = _rectangles(layout, rank, causal)
-    own_tiles = _tiles(rectangles, _TokenIndex(own))
+    own_tiles = _tiles(rectangles, TokenIndex(own))
     stages = _stages(traffic, rank, rectangles) if traffic.num_stages else ()
     rows = tuple(rows for rows, _ in rectangles)
     return RingSchedule(layout, rank, causal, traffic.route, rows, own_tiles, stages)
@@ -208,7 +193,7 @@ def _rectangles(layout: SequenceLayout, rank: int, causal: bool) -> list[Rectang
     return found
 
 
-def _tiles(rectangles: list[Rectangle], held: _TokenIndex) -> tuple[KVTile, ...]:
+def _tiles(rectangles: list[Rectangle], held: TokenIndex) -> tuple[KVTile, ...]:
     """Tiles over the held keys of each rectangle."""
     tiles = (KVTile(number, held.overlap(keys)) for number, (_, keys) in enumerate(rectangles))
     return tuple(tile for tile in tiles if tile.keys)
@@ -218,17 +203,19 @@ def _stages(traffic: KVTraffic, rank: int, rectangles: list[Rectangle]) -> tuple
     num_ranks = traffic.layout.num_ranks
     messages = _messages(traffic, rank)
     received = [[d for _, d in some] for some in messages.kv_received]
-    own, nothing = _TokenIndex(traffic.layout.runs(rank)), _TokenIndex(())
-    buffers = [_TokenIndex((d.start, d.stop) for d in some) for some in received]
+    own, nothing = TokenIndex(traffic.layout.runs(rank)), TokenIndex(())
+    buffers = [TokenIndex((d.start, d.stop) for d in some) for some in received]
 
     def side(
-        messages: list[Message], buffer: _TokenIndex
+        messages: list[Message], buffer: TokenIndex
     ) -> tuple[tuple[KVSlices, ...], tuple[int, ...]]:
         """Where the tokens to or from each rank lie, and how many they are."""
         slices: list[list[KVSlice]] = [[] for _ in range(num_ranks)]
         tokens = [0] * num_ranks
         for peer, d in messages:
-            found = KVSlice(d.owner != rank, (own if d.owner == rank else buffer).find(d))
+            found = KVSlice(
+                d.owner != rank, (own if d.owner == rank else buffer).find(d.start, d.stop)
+            )
             tokens[peer] += found.rows.length
             _append_joined(slices[peer], found)
         return tuple(map(tuple, slices)), tuple(tokens)
@@ -289,33 +276,3 @@ def _append_joined(slices: list[KVSlice], new: KVSlice) -> None:
     if slices and slices[-1].in_buffer == new.in_buffer and slices[-1].rows.stop == new.rows.start:
         new = KVSlice(new.in_buffer, RowRange(slices.pop().rows.start, new.rows.stop))
     slices.append(new)
-
-
-class _TokenIndex:
-    """Disjoint ranges of the pack, end to end: the tokens of a rank, or a kv buffer."""
-
-    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
-        self.ranges = tuple(RowRange(*some) for some in ranges)
-        ends = accumulate((some.length for some in self.ranges), initial=0)
-        self._sorted = sorted((r.start, r.stop, offset) for r, offset in zip(self.ranges, ends))
-
-    def find(self, wanted: KVDelivery) -> RowRange:
-        """Where the tokens of a delivery, all within one of the ranges, lie."""
-        first, _, offset = self._sorted[bisect_right(self._sorted, (wanted.start, sys.maxsize)) - 1]
-        return RowRange(wanted.start - first + offset, wanted.stop - first + offset)
-
-    def overlap(self, wanted: Iterable[RowRange]) -> tuple[RowRange, ...]:
-        """Where the held part of some ranges of the pack lies: sorted, adjacent ranges joined."""
-        found = (
-            (max(start, want.start) - start + offset, min(stop, want.stop) - start + offset)
-            for start, stop, offset in self._sorted
-            for want in wanted
-            if max(start, want.start) < min(stop, want.stop)
-        )
-        union: list[RowRange] = []
-        for start, stop in sorted(found):
-            if union and start == union[-1].stop:
-                union[-1] = RowRange(union[-1].start, stop)
-            else:
-                union.append(RowRange(start, stop))
-        return tuple(union)

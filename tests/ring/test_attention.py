@@ -13,7 +13,8 @@ from ring import passes, ring_attention
 from ring.blocks.interface import QKV
 from ring.blocks.merge import Partial, merge
 from ring.blocks.registry import BLOCKS
-from ring.planner.schedule import KVTile, RingSchedule, RowRange, plan_ring
+from ring.planner.ranges import RowRange
+from ring.planner.schedule import KVTile, RingSchedule, plan_ring
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
 from tests.ring.cases import (
@@ -161,7 +162,7 @@ def test_autocast_casts_the_inputs_and_nothing_else(block: str) -> None:
 
 
 def tile_a_key() -> RingSchedule:
-    """Of a rank with two runs, without the other rank: its second run sees the first key by key."""
+    """Schedule of one rank alone, with two runs: the second sees the first key by key."""
     schedule = plan_ring(SequenceLayout((64,), 2, "zigzag"), 0, True)
     tiles = tuple(KVTile(0, (RowRange(s, s + 1),)) for s in range(16))
     return replace(schedule, own_tiles=tiles, stages=())

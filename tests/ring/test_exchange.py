@@ -16,7 +16,8 @@ from ring.blocks.merge import Accumulator
 from ring.blocks.registry import BLOCKS
 from ring.exchange import pack_messages, receive_memory, send_kv_grads, unpack_messages
 from ring.passes import RingContext, forward
-from ring.planner.schedule import KVSlice, RowRange, plan_ring
+from ring.planner.ranges import RowRange
+from ring.planner.schedule import KVSlice, plan_ring
 from ring.planner.stages import StageRule
 from tests.ranks import run_on_ranks, subgroup
 from tests.ring.cases import (

@@ -123,7 +123,7 @@ def test_a_graph_checks_its_arguments_when_it_runs() -> None:
 
 
 def test_no_second_derivative() -> None:
-    """Of the gradient to any of the three to any of them, whatever asks for it."""
+    """The gradient to any of the three has none to any of them, whatever asks for it."""
     for first, second in product(range(3), range(3)):
         tensors = make_inputs(6)
         value = loss(*tensors, SequenceLayout((6,), 1))

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lasp.sequence.layout import SequenceLayout
-from ring.planner.schedule import KVTile, RingSchedule, RowRange, plan_ring
+from ring.planner.ranges import RowRange
+from ring.planner.schedule import KVTile, RingSchedule, plan_ring
 from ring.planner.stages import RULE, StageRule
 from tests.ring.cases import ORDERS, PACKS, RULES
 

@@ -73,7 +73,7 @@ def test_stages_sum_to_what_is_needed_within_their_bounds(stages: int) -> None:
 
 
 def pairs_by_stage(layout: SequenceLayout, causal: bool) -> list[list[int]]:
-    """Of each rank."""
+    """(query, key) pairs of each rank in each stage."""
     schedules = [plan_ring(layout, rank, causal) for rank in range(layout.num_ranks)]
     return [
         [sum(s.rows[t.rectangle].length * t.num_keys for t in stage.tiles) for stage in s.stages]

@@ -1,0 +1,51 @@
+"""Ranges of rows, and where positions of the pack lie among the tokens that a rank holds."""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections.abc import Iterable
+from itertools import accumulate
+from typing import NamedTuple
+
+
+class RowRange(NamedTuple):
+    """Rows [start, stop) of the pack, of a rank's tokens or of a kv buffer, as the holder says."""
+
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
+
+
+class TokenIndex:
+    """Disjoint ranges of the pack, end to end: the tokens of a rank, or a kv buffer."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self.ranges = tuple(RowRange(*some) for some in ranges)
+        ends = accumulate((some.length for some in self.ranges), initial=0)
+        self._sorted = sorted((r.start, r.stop, offset) for r, offset in zip(self.ranges, ends))
+
+    def find(self, start: int, stop: int) -> RowRange:
+        """Where positions [start, stop) of the pack, all within one of the ranges, lie."""
+        first, _, offset = self._sorted[bisect_right(self._sorted, (start, sys.maxsize)) - 1]
+        return RowRange(start - first + offset, stop - first + offset)
+
+    def overlap(self, wanted: Iterable[RowRange]) -> tuple[RowRange, ...]:
+        """Where the held part of some ranges of the pack lies: sorted, adjacent ranges joined."""
+        found = (
+            (max(start, want.start) - start + offset, min(stop, want.stop) - start + offset)
+            for start, stop, offset in self._sorted
+            for want in wanted
+            if max(start, want.start) < min(stop, want.stop)
+        )
+        union: list[RowRange] = []
+        for start, stop in sorted(found):
+            if union and start == union[-1].stop:
+                union[-1] = RowRange(union[-1].start, stop)
+            else:
+                union.append(RowRange(start, stop))
+        return tuple(union)

@@ -213,9 +213,8 @@ def _stages(traffic: KVTraffic, rank: int, rectangles: list[Rectangle]) -> tuple
         slices: list[list[KVSlice]] = [[] for _ in range(num_ranks)]
         tokens = [0] * num_ranks
         for peer, d in messages:
-            found = KVSlice(
-                d.owner != rank, (own if d.owner == rank else buffer).find(d.start, d.stop)
-            )
+            holder = own if d.owner == rank else buffer
+            found = KVSlice(holder is buffer, holder.find(d.start, d.stop))
             tokens[peer] += found.rows.length
             _append_joined(slices[peer], found)
         return tuple(map(tuple, slices)), tuple(tokens)

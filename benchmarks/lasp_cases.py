@@ -35,7 +35,7 @@ class Case(NamedTuple):
     head_dim: int
 
     def layout(self) -> SequenceLayout:
-        """Of the whole pack: log-normal document lengths."""
+        """The layout of the whole pack, with log-normal document lengths."""
         num_ranks = dist.get_world_size()
         pack = Pack(self.heads, self.tokens * num_ranks, documents=self.documents)
         return SequenceLayout(pack.lengths(), num_ranks, self.order)

@@ -48,7 +48,7 @@ def one_document(num_ranks: int, one_hop: bool = False) -> ExchangeTraffic:
 
 
 def predicted_us(name: str, num_ranks: int, size: StateSize, link: Link) -> float:
-    """Of one document."""
+    """The time for one document."""
     traffic = one_document(num_ranks, name == "one_hop")
     blocks = scan_blocks(traffic, size, link) if name == "scan" else 1
     return exchange_us(name, traffic, size, link, blocks)

@@ -1,4 +1,7 @@
-"""Do the ranks of a group hold the same batch? Asked where a batch is made, never in a layer."""
+"""Consistency checks: do the ranks of a group hold the same batch?
+
+They run where a batch is made, never in a layer.
+"""
 
 from __future__ import annotations
 

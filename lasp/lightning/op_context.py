@@ -1,4 +1,4 @@
-"""What an autograd function of the operator must know of a call, whoever computes."""
+"""The context of one call of the operator, shared by both implementations."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class StateSize(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of one state."""
+        """Bytes of one state."""
         return self.heads * self.key_dim * self.value_dim * self.itemsize
 
 

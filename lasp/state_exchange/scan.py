@@ -24,7 +24,7 @@ from lasp.state_exchange.cost import depths
 from lasp.state_exchange.task import Finish, Task, advance
 
 
-class Message(NamedTuple):
+class ScanMessage(NamedTuple):
     """Some columns of the state that run step number ``run_step`` sends to the one after it."""
 
     source: int
@@ -65,7 +65,7 @@ def _start_step(task: Task, reached: list[int], index: int) -> ScanStep:
     expected = sorted((m for m in messages if m.target == rank), key=lambda m: m.source)
     rows = task.outgoing[0, ..., 0].numel()
 
-    def elements(some: list[Message]) -> int:
+    def elements(some: list[ScanMessage]) -> int:
         return sum(rows * (m.columns.stop - m.columns.start) for m in some)
 
     ranks = range(task.cp_group.size())
@@ -88,19 +88,19 @@ def _start_step(task: Task, reached: list[int], index: int) -> ScanStep:
     return ScanStep(work, arriving, targets)
 
 
-def _messages(task: Task, reached: list[int], step: int) -> list[Message]:
+def _messages(task: Task, reached: list[int], step: int) -> list[ScanMessage]:
     """Those of one step that this rank sends or receives, in the order of the flow."""
     run_steps, rank, width = task.flow.steps, task.flow.rank, task.outgoing.shape[-1]
     cuts = [width * block // task.num_blocks for block in range(task.num_blocks + 1)]
     blocks = [slice(*cut) for cut in pairwise(cuts)]
     return [
-        Message(run_step.rank, after.rank, j, blocks[step - depth])
+        ScanMessage(run_step.rank, after.rank, j, blocks[step - depth])
         for j, (run_step, after, depth) in enumerate(zip(run_steps, run_steps[1:], reached))
         if depth >= 0 and 0 <= step - depth < len(blocks) and rank in (run_step.rank, after.rank)
     ]
 
 
-def _block(task: Task, message: Message) -> Tensor:
+def _block(task: Task, message: ScanMessage) -> Tensor:
     run_step, columns = task.flow.steps[message.run_step], message.columns
     transition = task.transitions[message.run_step]
     if transition is not None and transition.shape[-1] > 1:
@@ -113,7 +113,7 @@ def _joined(task: Task, blocks: list[Tensor]) -> Tensor:
     return torch.cat([task.outgoing.new_empty(0), *(block.flatten() for block in blocks)])
 
 
-def _target(task: Task, message: Message) -> Tensor:
+def _target(task: Task, message: ScanMessage) -> Tensor:
     return task.incoming[task.flow.steps[message.run_step + 1].run, ..., message.columns]
 
 

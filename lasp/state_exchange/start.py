@@ -131,7 +131,7 @@ def _start_choice(
 
 @lru_cache(maxsize=16)
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Of high priority: what it computes is little, and others wait for it."""
+    """A stream of high priority: it computes little, and others wait for it."""
     return torch.cuda.Stream(device, priority=-1)
 
 

@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Of the forward pass, and the incoming states of the runs."""
+    """What the forward pass saves, and the incoming states of the runs."""
 
     inputs: Inputs
     incoming: Tensor

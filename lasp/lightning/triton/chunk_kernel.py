@@ -96,7 +96,7 @@ def _flow_rows(CHUNK: tl.constexpr, STEP: tl.constexpr):
 def _load_reach(
     reach, token, rows, n, CHUNK: tl.constexpr, STEP: tl.constexpr, RAGGED: tl.constexpr
 ):
-    """Of the rows of a chunk, in memory order."""
+    """The reach of the rows of a chunk, in memory order."""
     reach += (token if STEP > 0 else token - (CHUNK - 1)) + tl.arange(0, CHUNK)
     return tl.load(reach, mask=rows < n, other=0) if RAGGED else tl.load(reach)
 

@@ -31,7 +31,7 @@ def _state_offsets(
     BLOCK_E: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """Of a head's state as the registers hold it, ``[BLOCK_E, BLOCK_D]``, and which columns exist.
+    """Offsets of a head's state as registers hold it ``[BLOCK_E, BLOCK_D]``; which columns exist.
 
     Which dim is contiguous must be known to the compiler: else it loads number by number, and of
     two programs that read the same rows one falls behind the other, farther than the L2 cache

@@ -30,7 +30,7 @@ STATE_COST = 0.6
 START_COST = 256  # to fill the pipeline and to fetch the state, in the same unit
 SHORTEST_SEGMENT = 2048  # tokens: its states are then a few percent of its bytes
 SHORTEST_PART, LONGEST_PART = 256, 4096  # tokens
-# Of a tile by descriptor: rows of 256 floats take 256 KiB of shared memory in Triton 3.6.
+# The longest row of a tile by descriptor: 256 floats take 256 KiB of shared memory in Triton 3.6.
 LONGEST_TILE_ROW = 512  # bytes
 
 # Shared memory that programs of the newest data-centre chips may use, less what Triton keeps.

@@ -1,4 +1,4 @@
-"""This rank's place among the ranks that share its experts."""
+"""This rank's position among the ranks that share its experts."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp._core.dtypes import wide_dtype
 from moe_parallel.config import DropPolicy
 from moe_parallel.router.route import expert_capacity
-from moe_parallel.router.top_k import gate_dtype
 
 
 class ReferenceOutput(NamedTuple):
@@ -45,7 +45,7 @@ def reference_moe(
     one device; gradients by autograd. Nothing here is fast.
     """
     tokens, num_experts = x_NM.shape[0], gate_EM.shape[0]
-    dtype = gate_dtype(x_NM.dtype)
+    dtype = wide_dtype(x_NM.dtype)
     logits_NE = x_NM.to(dtype) @ gate_EM.to(dtype).T
     probabilities_NE = logits_NE.softmax(1)
 

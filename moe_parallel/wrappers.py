@@ -1,10 +1,10 @@
 """torch's DDP and FSDP2 around models with split experts: gradients that are sums over ranks.
 
 The loss of a rank is a share: the shares of all ranks sum to the loss of the batch. So gradients
-are to be summed, over the token group those of dense parameters, over the EDP group those of
-experts, which have seen the tokens of their whole EP x ETP block. Left alone the wrappers average,
-each over its own group: the gradients would be right in direction and wrong in size, dense ones
-another way than experts'.
+must be summed. Those of dense parameters are summed over the token group. Those of experts, which
+have seen the tokens of their whole EP x ETP block, are summed over the EDP group. By default the
+wrappers average, each over its own group: gradients of dense parameters and of experts would be too
+small by different factors.
 """
 
 from __future__ import annotations

@@ -182,18 +182,18 @@ class CopyEngineDispatch:
         """
         rows_AM, plan = rows_AM.contiguous(), self._plans[g]
         memory, pushes, me = self._memory, self._memory.pushes, self._memory.rank
-        here, terms, chunks = rows_AM.data_ptr(), len(plan.etp_rows), self._chunks.pop(g)
-        term = me % terms * memory.num_bytes
+        here, num_partial, chunks = rows_AM.data_ptr(), len(plan.etp_rows), self._chunks.pop(g)
+        part = me % num_partial * memory.num_bytes
         pushes.wait_stream(stream or memory.module.current_stream())
         for rank, there, start, size in chunks:
             if rank != me:
-                to = memory.results_at[rank] + term + there
+                to = memory.results_at[rank] + part + there
                 memory.streams.copy(to, here + start, size, pushes)
         phase = next(self._phases)
         memory.signal(phase, pushes)
         # A single partial sum is the result: mine need not go through the shared memory.
         mine = into.data_ptr() - plan.first * self._row_bytes
-        mine = mine if terms == 1 else memory.results_at[me] + term
+        mine = mine if num_partial == 1 else memory.results_at[me] + part
         for rank, there, start, size in chunks:
             if rank == me:
                 memory.streams.copy(mine + there, here + start, size, pushes)
@@ -203,11 +203,11 @@ class CopyEngineDispatch:
 
     def _take(self, into: Tensor, plan: ExchangePlan, stream: Any) -> None:
         """Copy or add up what arrived, out of the shared memory."""
-        memory, terms = self._memory, len(plan.etp_rows)
-        if terms > 1:
+        memory, num_partial = self._memory, len(plan.etp_rows)
+        if num_partial > 1:
             with memory.module.stream(stream):
                 results = memory.results(len(self._like), self._like)
-                add_partial_sums(results[:terms].narrow(1, plan.first, len(into)), into)
+                add_partial_sums(results[:num_partial].narrow(1, plan.first, len(into)), into)
             return
         source = memory.results_at[memory.rank] + plan.first * self._row_bytes
         target, start = into.data_ptr(), 0

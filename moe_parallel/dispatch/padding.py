@@ -3,11 +3,11 @@
 Every rank sends C rows to every expert, C = ceil(factor T k / E) with T the most tokens of a rank.
 Where an assignment goes is known without asking the others::
 
-    row = place of its expert * C + its number among the rank's assignments to this expert
+    row = position of its expert * C + its number among the rank's assignments to this expert
 
-Assignments numbered C and more are dropped, so capacity is counted on each rank by itself, not over
-all as without padding. Rows that nobody fills are zero, and so is what the experts make of them. No
-size depends on the routing: nothing is copied to the host.
+Assignments numbered C and more are dropped: each rank counts capacity by itself, where without
+padding all ranks count together. Rows without an assignment are zero, and so are their results. No
+size depends on the routing, so nothing is copied to the host.
 
 Example: E = 2, C = 2, k = 1, experts (0, 1, 0, 0) of 4 tokens::
 
@@ -49,15 +49,17 @@ def drop_by_rank(routing: Routing, capacity: int) -> tuple[Routing, Tensor]:
     return dropped, number_Tk
 
 
-def padded_order(places_Tk: Tensor, number_Tk: Tensor, capacity: int, num_experts: int) -> RowOrder:
+def padded_order(
+    positions_Tk: Tensor, number_Tk: Tensor, capacity: int, num_experts: int
+) -> RowOrder:
     """``C`` rows for every expert, those that nobody fills -1.
 
     Args:
-        places_Tk: of each assignment's expert, in the order in which rows leave.
+        positions_Tk: the position of each assignment's expert among the rows.
         number_Tk: of :func:`drop_by_rank`.
         capacity: C.
         num_experts: E.
     """
-    row_Tk = places_Tk * capacity + number_Tk
+    row_Tk = positions_Tk * capacity + number_Tk
     row_Tk = row_Tk.masked_fill(number_Tk >= capacity, -1)
     return RowOrder(row_Tk, num_experts * capacity, padded=True)

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_transforms
+from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import ChosenImpl
 from moe_parallel.dispatch.dispatcher import Place
 from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.router.counts import at_assignments, rows_before
-from moe_parallel.router.top_k import gate_dtype
 
 _REFERENCE = Reference("ExpertParallelMoE's rows of tokens", "moe_parallel.reference.reference_moe")
 
@@ -171,7 +171,7 @@ class _Permute(torch.autograd.Function):
             from moe_parallel.kernels import slots
 
             return slots.sum_slots(grad_AM, None, row_Tk), None, None
-        dtype = gate_dtype(grad_AM.dtype)
+        dtype = wide_dtype(grad_AM.dtype)
         grad_TM = grad_AM.new_zeros(row_Tk.shape[0], grad_AM.shape[1], dtype=dtype)
         for row_T in row_Tk.unbind(1):
             grad_TM += _slot_rows(grad_AM, row_T)
@@ -194,7 +194,7 @@ class _Unpermute(torch.autograd.Function):
             from moe_parallel.kernels import slots
 
             return slots.sum_slots(rows_AM, weights_Tk, row_Tk)
-        dtype = torch.promote_types(gate_dtype(rows_AM.dtype), weights_Tk.dtype)
+        dtype = torch.promote_types(wide_dtype(rows_AM.dtype), weights_Tk.dtype)
         output_TM = rows_AM.new_zeros(row_Tk.shape[0], rows_AM.shape[1], dtype=dtype)
         for weight_T, row_T in zip(weights_Tk.unbind(1), row_Tk.unbind(1)):
             output_TM += weight_T.unsqueeze(1) * _slot_rows(rows_AM, row_T)
@@ -213,7 +213,7 @@ class _Unpermute(torch.autograd.Function):
             return drows, dweights, None, None
         grad_rows = _token_rows(grad_TM, order, row_Tk.shape[1])
         grad_rows = grad_rows * _token_rows(weights_Tk.view(-1, 1), order, 1)
-        wide_TM = grad_TM.to(torch.promote_types(gate_dtype(rows_AM.dtype), weights_Tk.dtype))
+        wide_TM = grad_TM.to(torch.promote_types(wide_dtype(rows_AM.dtype), weights_Tk.dtype))
         grad_weights = [(wide_TM * _slot_rows(rows_AM, row)).sum(1) for row in row_Tk.unbind(1)]
         return (
             grad_rows.to(rows_AM.dtype),

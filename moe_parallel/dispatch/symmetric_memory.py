@@ -86,7 +86,7 @@ class SymmetricMemory:
 
     Attributes:
         num_bytes: bytes of rows that fit.
-        terms: partial sums of a result that fit.
+        num_partial: partial sums of a result for which there is room.
         global_ranks: of the group, in its order.
 
     Communication: making it and growing it are collective over the group.
@@ -100,7 +100,7 @@ class SymmetricMemory:
         self.global_ranks = dist.get_process_group_ranks(group)
         # Beginning with the next rank, so that not all turn to the same one.
         self.others = [*self.ranks[self.rank + 1 :], *self.ranks[: self.rank]]
-        self.num_bytes, self.terms, self.captured = 0, 1, False
+        self.num_bytes, self.num_partial, self.captured = 0, 1, False
         self.num_holders = 0  # calls that took the place for rows so far
         self._shared: SharedBuffers | None = None
         # What cannot be shared shows here, not in a step.
@@ -110,41 +110,43 @@ class SymmetricMemory:
         # tiles of a product leave room, not take theirs.
         self.pulls, self.pushes = (self.module.Stream() for _ in range(2))
 
-    def fits(self, num_bytes: int, terms: int = 1) -> bool:
+    def fits(self, num_bytes: int, num_partial: int = 1) -> bool:
         """Whether :meth:`reserve` has nothing to do."""
-        return num_bytes <= self.num_bytes and terms <= self.terms
+        return num_bytes <= self.num_bytes and num_partial <= self.num_partial
 
-    def reserve(self, num_bytes: int, terms: int = 1) -> SharedBuffers:
+    def reserve(self, num_bytes: int, num_partial: int = 1) -> SharedBuffers:
         """Have buffers for so many bytes of rows, the same number on every rank of the group.
 
         Args:
             num_bytes: bytes of the rows that the fullest rank sends.
-            terms: partial sums of each result, the number of ETP ranks.
+            num_partial: partial sums of each result, the number of ETP ranks.
 
         Raises:
             ValueError: if they would have to grow and a CUDA graph knows the ones there are.
         """
-        if self._shared is not None and self.fits(num_bytes, terms):
+        if self._shared is not None and self.fits(num_bytes, num_partial):
             return self._shared
         if self.captured or (
             torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         ):
             raise ValueError(
-                f"rows must fit into the {self.num_bytes} bytes, and results into the {self.terms}"
-                f" terms, that a captured CUDA graph uses, got {num_bytes} and {terms}: call"
-                f" reserve({num_bytes}, {terms}) on all ranks before the capture"
+                f"rows must fit into the {self.num_bytes} bytes, and results into the"
+                f" {self.num_partial} partial sums, that a captured CUDA graph uses, got"
+                f" {num_bytes} and {num_partial}: call reserve({num_bytes}, {num_partial})"
+                " on all ranks before the capture"
             )
         if self._shared is not None:
             self.module.synchronize()  # what is queued may use what is given back
-        pages, terms = -(-max(num_bytes, self.num_bytes) // PAGE_BYTES), max(terms, self.terms)
-        self._shared, self.num_bytes, self.terms = None, 0, 1
+        pages = -(-max(num_bytes, self.num_bytes) // PAGE_BYTES)
+        num_partial = max(num_partial, self.num_partial)
+        self._shared, self.num_bytes, self.num_partial = None, 0, 1
         with torch.inference_mode(False):  # kept, and used in training too
-            shared = self._share(PAGE_BYTES * (1 + (1 + terms) * pages))
+            shared = self._share(PAGE_BYTES * (1 + (1 + num_partial) * pages))
         self._shared, self.streams = shared, shared.streams
-        self.num_bytes, self.terms = pages * PAGE_BYTES, terms
+        self.num_bytes, self.num_partial = pages * PAGE_BYTES, num_partial
         signals = [buffer.data_ptr() for buffer in shared.buffers]
         self.rows_at = [start + PAGE_BYTES for start in signals]
-        self.results_at = [rows_at + self.num_bytes for rows_at in self.rows_at]  # term by term
+        self.results_at = [rows_at + self.num_bytes for rows_at in self.rows_at]  # part by part
         self._signals, self._waits = zip(*(self._phase(signals, phase) for phase in range(3)))
         return shared
 
@@ -198,8 +200,8 @@ class SymmetricMemory:
         return self._view(0, 1, num_rows, like).squeeze(0)
 
     def results(self, num_rows: int, like: Tensor) -> Tensor:
-        """``[terms, num_rows, M]``: where the terms of the results of these rows arrive."""
-        return self._view(1, self.terms, num_rows, like)
+        """``[num_partial, num_rows, M]``: where partial sums of these rows' results arrive."""
+        return self._view(1, self.num_partial, num_rows, like)
 
     def _view(self, first: int, count: int, num_rows: int, like: Tensor) -> Tensor:
         """The beginning of ``count`` parts after the signals, from part ``first`` on."""

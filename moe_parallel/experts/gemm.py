@@ -56,8 +56,9 @@ def weight_product(
 ) -> None:
     """``sum of row_N^T row_K`` over each expert's rows, into ``out_ENK``.
 
-    ``grouped`` has no place for its result to give: it is copied. Matrices of ``IN_PLACE`` elements
-    and more, whose copy takes longer than a launch, are made in place, one product an expert.
+    ``grouped_mm`` cannot write into a given tensor: its result is copied. Matrices of ``IN_PLACE``
+    elements and more, whose copy takes longer than a launch, are written directly, one product an
+    expert.
     """
     small = out_ENK[0].numel() < IN_PLACE
     if gemm == "grouped" and small and rows_AN.shape[0]:

@@ -19,7 +19,7 @@ class ShardedDims(NamedTuple):
 
 
 class ExpertShard(nn.Module):
-    """The place of a rank in the EP x ETP block, and what must not happen to its parameters.
+    """A module whose parameters are this rank's part, with its position in the EP x ETP block.
 
     Until they are DTensors over the axes that they are split over
     (:func:`moe_parallel.distribute_experts`), ``state_dict()``, ``load_state_dict()`` and sharding

@@ -1,7 +1,7 @@
 """SwiGLU of the experts' first product: ``silu(gate) * up``, and what its backward needs.
 
-Both halves lie side by side in a row ``[gate, up]``. The backward computes the activation again:
-what is kept of an expert's forward is its input and this row, no more.
+A row ``[gate, up]`` holds both halves. The backward computes the activation again, so the forward
+of an expert keeps its input and this row, no more.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import ChosenImpl
 
 
@@ -19,7 +20,7 @@ def swiglu(hidden_A2F: Tensor, impl: ChosenImpl = "eager") -> Tensor:
         from moe_parallel.kernels import swiglu as kernels
 
         return kernels.swiglu(hidden_A2F)
-    gate, up = _wide(hidden_A2F).chunk(2, dim=-1)
+    gate, up = hidden_A2F.to(wide_dtype(hidden_A2F.dtype)).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(hidden_A2F.dtype)
 
 
@@ -36,12 +37,8 @@ def swiglu_backward(
         from moe_parallel.kernels import swiglu as kernels
 
         return kernels.swiglu_backward(grad_AF, hidden_A2F)
-    gate, up = _wide(hidden_A2F).chunk(2, dim=-1)
-    grad, s = _wide(grad_AF), torch.sigmoid(gate)
+    gate, up = hidden_A2F.to(wide_dtype(hidden_A2F.dtype)).chunk(2, dim=-1)
+    grad, s = grad_AF.to(gate.dtype), torch.sigmoid(gate)
     silu = gate * s
     dhidden = torch.cat((grad * up * (s + silu * (1 - s)), grad * silu), dim=-1)
     return dhidden.to(hidden_A2F.dtype), (silu * up).to(hidden_A2F.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -91,10 +91,10 @@ def agreed_order(
     Args:
         rows: ``[tokens, hidden]``, padding included.
         token_order: see :meth:`moe_parallel.ExpertParallelMoE.forward`.
-        config: of the layer.
-        mesh: likewise.
-        token_group: likewise.
-        training: whether there is a capacity.
+        config: the layer's.
+        mesh: the EP x ETP block of this rank.
+        token_group: ranks that share the decision.
+        training: the layer is in training mode, where a capacity drops.
 
     Communication: that of :func:`moe_parallel.router.checks.check_order`.
 

@@ -134,7 +134,7 @@ class HostTokenCounts:
         return self._order.max_local_tokens * self._top_k
 
     def of_all(self) -> int:
-        """Assignments that all ranks keep; likewise."""
+        """Assignments that all ranks keep; waits if some can be dropped."""
         if self.dropless:
             return self._order.num_tokens * self._top_k
         return sum(map(sum, self.wait()))

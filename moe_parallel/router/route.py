@@ -37,13 +37,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import ChosenImpl, chosen_impl
 from moe_parallel.config import DropPolicy, MoEConfig
 from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.router.capacity import keep_by_position, keep_by_probability
 from moe_parallel.router.counts import AssignmentCounts, counted, counts_of_ranks
 from moe_parallel.router.token_order import TokenOrder
-from moe_parallel.router.top_k import choose, gate_dtype
+from moe_parallel.router.top_k import choose
 from moe_parallel.topology import ExpertGroups
 
 
@@ -183,7 +184,7 @@ class Router(nn.Module):
     A module of its own, called once a call of the layer: wrappers that gather parameters in hooks
     (FSDP, Megatron's ``overlap_param_gather``) gather the gate here.
 
-    Parameters: ``weight`` ``[E, hidden]``, the same on every rank, in :func:`gate_dtype` of
+    Parameters: ``weight`` ``[E, hidden]``, the same on every rank, in :func:`wide_dtype` of
     ``dtype``. It has no values until :meth:`reset_parameters` or a checkpoint fills it.
 
     Args:
@@ -203,7 +204,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.groups = config, ExpertGroups(token=token_group)
-        dtype = gate_dtype(dtype or torch.get_default_dtype())
+        dtype = wide_dtype(dtype or torch.get_default_dtype())
         shape = (config.num_experts, config.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_transforms
+from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import ChosenImpl
 from moe_parallel.kernels.histogram import Histogram
 
@@ -56,7 +57,7 @@ class TopK(NamedTuple):
 
 
 def choose(x_TM: Tensor, gate_EM: Tensor, top_k: int, impl: ChosenImpl = "eager") -> TopK:
-    """The k largest logits ``x gate^T`` of every token, in :func:`gate_dtype` under autocast too.
+    """The k largest logits ``x gate^T`` of every token, float32 or wider, under autocast too.
 
     Gradients: of logits and weights to x and gate. With ``impl="triton"`` differentiating them
     again raises RuntimeError, and the arguments are kept for the backward beside the results.
@@ -118,19 +119,14 @@ class _Choose(torch.autograd.Function):
         return dx, dgate, None
 
 
-def gate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype the router computes in: float32, or float64 for float64 tokens."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def takes_parts(x_TM: Tensor) -> bool:
     """Whether tokens are multiplied as they are, with bfloat16 parts of the gate."""
     return x_TM.is_cuda and x_TM.dtype == torch.bfloat16
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` in :func:`gate_dtype` of ``a``, under autocast too."""
-    dtype = gate_dtype(a.dtype)
+    """``a b`` in :func:`lasp._core.dtypes.wide_dtype` of ``a``, under autocast too."""
+    dtype = wide_dtype(a.dtype)
     # Autocast would round tokens and gate to bfloat16 for the product.
     with torch.autocast(a.device.type, enabled=False):
         return a.to(dtype) @ b.to(dtype)

@@ -17,9 +17,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def check_impl(impl: str) -> None:
     """Raise ValueError for a name that is not offered."""
     if impl not in get_args(Impl):
-        raise ValueError(
-            f"impl must be one of {get_args(Impl)}, got {impl!r}: 'auto' chooses by the device"
-        )
+        raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}: use 'auto'")
 
 
 def chosen_impl(

@@ -15,9 +15,9 @@ from moe_parallel.dispatch.symmetric_memory import PAGE_BYTES, OutgoingRows
 from moe_parallel.experts import experts
 from moe_parallel.experts.swiglu import swiglu
 from tests.moe_parallel.batch import groups_of
+from tests.moe_parallel.dispatch.test_symmetric_memory import TOPOLOGIES, config
 from tests.moe_parallel.host_memory import host_memory, memory_of
 from tests.moe_parallel.layers import build
-from tests.moe_parallel.test_symmetric_memory import TOPOLOGIES, config
 from tests.ranks import run_on_ranks
 
 

@@ -16,8 +16,8 @@ pytest.importorskip("triton", reason="the kernels need triton, which has no whee
 from lasp import LightningAttention, lightning_decode
 from lasp.layers.norm_gate import norm_gate, silu_split
 from tests.closeness import assert_within_budget
-from tests.lasp.test_decode import RATES, make_inputs
-from tests.lasp.test_fused_layers import DEVICE, EPS, Function, check, norm_inputs
+from tests.lasp.layers.test_norm_gate import DEVICE, EPS, Function, check, norm_inputs
+from tests.lasp.lightning.test_decode import RATES, make_inputs
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]
 

@@ -17,7 +17,7 @@ from lasp.lightning.triton import segments
 from lasp.lightning.triton.segments import Plan, plan_of
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import flow_of
-from tests.lasp.test_kernels import DEVICE, small_blocks
+from tests.lasp.lightning.test_kernels import DEVICE, small_blocks
 
 
 def plan(lengths: tuple[int, ...], length: int, **options: bool) -> Plan:

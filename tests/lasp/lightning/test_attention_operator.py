@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the kernels need triton, which has no whee
 
 from lasp import LightningAttention, SequenceLayout, lightning_attention
 from tests.lasp.cases import bits_equal
-from tests.lasp.test_kernels import DEVICE, small_blocks
+from tests.lasp.lightning.test_kernels import DEVICE, small_blocks
 from tests.ranks import run_on_ranks
 
 RATES = torch.tensor([0.3, 0.0])

@@ -13,7 +13,7 @@ from torch import Tensor
 from lasp import SequenceLayout
 from tests.closeness import assert_equal_to_rounding
 from tests.lasp.cases import Case, attend_on_rank, check_against_oracle, gather
-from tests.lasp.test_module import HIDDEN, make_module
+from tests.lasp.layers.test_lightning_attention import HIDDEN, make_module
 from tests.ranks import run_on_ranks
 
 # Shorter than 2P pieces, without a token, of whole pieces, longer than chunks.
@@ -55,7 +55,7 @@ def test_every_result_and_gradient_equals_the_oracle(num_ranks: int) -> None:
 
 
 def kernels_on_rank(cases: list[Case]) -> list[list[Tensor]]:
-    from tests.lasp.test_kernels import small_blocks
+    from tests.lasp.lightning.test_kernels import small_blocks
 
     with small_blocks():
         return attend_on_rank(cases)
@@ -64,7 +64,7 @@ def kernels_on_rank(cases: list[Case]) -> list[list[Tensor]]:
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_kernels_within_budget(num_ranks: int) -> None:
     pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
-    from tests.lasp.test_kernels import CASE, check
+    from tests.lasp.lightning.test_kernels import CASE, check
 
     case = CASE._replace(num_ranks=num_ranks, order="document_zigzag", pad_value=NAN)
     cases = [

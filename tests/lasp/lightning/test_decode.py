@@ -110,7 +110,7 @@ def honestly(run: Callable[[str], Any]) -> Any:
     """``run`` by an eager implementation of the precision of the kernels; None: the recurrence."""
     if DEVICE == "cpu":
         return None
-    from tests.lasp.test_kernels import RoundedProducts  # needs triton
+    from tests.lasp.lightning.test_kernels import RoundedProducts  # needs triton
 
     with RoundedProducts(16):
         return run("eager")

@@ -16,8 +16,8 @@ from ring.blocks.merge import Partial
 from ring.blocks.registry import BLOCKS
 from ring.blocks.tiling import TiledBlock, tile_rectangle, tile_segments, tile_side
 from ring.planner.stages import bucket
+from tests.ring.blocks.test_blocks import rectangle, rectangle_oracle, run_dense, run_varlen
 from tests.ring.cases import HEADS, assert_all_equal, oracle, random_tensors
-from tests.ring.test_block import rectangle, rectangle_oracle, run_dense, run_varlen
 
 
 class Noting(Block):

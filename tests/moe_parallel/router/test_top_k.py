@@ -14,7 +14,7 @@ from moe_parallel.router import top_k as top_k_module
 from moe_parallel.router.counts import counted
 from moe_parallel.router.top_k import choose, summed
 from tests.closeness import assert_within_budget
-from tests.moe_parallel.test_gate import (
+from tests.moe_parallel.router.test_gate import (
     batch,
     bfloat16_parts,
     check,

@@ -34,7 +34,7 @@ def keep_by_position(
     segments, of any rank, plus the count so far in its own segment.
     """
     before_ET = rows_before(experts_Tk, num_experts)
-    bounds_J = order.segment_bounds(rank, experts_Tk.device)
+    bounds_J = order._segment_bounds(rank, experts_Tk.device)
     at_bounds_JE = before_ET[:, bounds_J].T.long()
     counts_JE, training_R = at_bounds_JE.diff(dim=0), None
     if token_group is None:
@@ -44,7 +44,7 @@ def keep_by_position(
         counts_RJE, training_R = with_training(all_gather(message, token_group), num_experts)
     assigned_RE = counts_RJE.sum(1)
 
-    by_position = order.segments_by_position(experts_Tk.device)
+    by_position = order._segments_by_position(experts_Tk.device)
     queue_JE = counts_RJE.flatten(0, 1)[by_position]
     earlier_JE = torch.empty_like(queue_JE)
     earlier_JE[by_position] = queue_JE.cumsum(0) - queue_JE
@@ -80,7 +80,7 @@ def keep_by_probability(
     mine = probabilities_Tk.new_zeros(most, top_k, 2, dtype=torch.float64)
     mine[:tokens, :, 0] = experts_Tk.double()
     mine[:tokens, :, 1] = probabilities_Tk.double()
-    by_position = order.tokens_by_position(experts_Tk.device)
+    by_position = order._tokens_by_position(experts_Tk.device)
     gathered_A2 = all_gather(mine, token_group).view(ranks * most, top_k, 2)[by_position]
     experts_A = gathered_A2[..., 0].long().flatten()
     probabilities_A = gathered_A2[..., 1].flatten()

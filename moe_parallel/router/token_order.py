@@ -180,9 +180,9 @@ class TokenOrder:
 
         return self._cached("rows", rank, device, build)
 
-    # ---- what the router asks ------------------------------------------------------------------
+    # ---- what the router asks, and only reads --------------------------------------------------
 
-    def segment_bounds(self, rank: int, device: torch.device) -> Tensor:
+    def _segment_bounds(self, rank: int, device: torch.device) -> Tensor:
         """First token of each segment of a rank and T at the end: int64 ``[J + 1]``."""
 
         def build() -> Tensor:
@@ -192,7 +192,7 @@ class TokenOrder:
 
         return self._cached("bounds", rank, device, build)
 
-    def segments_by_position(self, device: torch.device) -> Tensor:
+    def _segments_by_position(self, device: torch.device) -> Tensor:
         """Index of every segment into ``[ranks * J]``, by global position: int64.
 
         Missing segments of ranks with fewer than J come last.
@@ -211,7 +211,7 @@ class TokenOrder:
 
         return self._cached("by_position", 0, device, build)
 
-    def tokens_by_position(self, device: torch.device) -> Tensor:
+    def _tokens_by_position(self, device: torch.device) -> Tensor:
         """Index of every token into ``[ranks * max_local_tokens]``, by position: int64 ``[N]``."""
 
         def build() -> Tensor:

@@ -40,9 +40,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "cu_seqlens of a layout": lambda: SequenceLayout((3,), 1).cu_seqlens(0, GPU),
     "positions of a layout": lambda: SequenceLayout((3,), 1).position_ids(0, GPU),
     "cu_seqlens of a stretch": lambda: interface.cu_seqlens((0, 4), GPU),
-    "segments of a rank's tokens": lambda: ORDER.segment_bounds(0, GPU),
-    "segments by position": lambda: ORDER.segments_by_position(GPU),
-    "tokens by position": lambda: ORDER.tokens_by_position(GPU),
+    "segments of a rank's tokens": lambda: ORDER._segment_bounds(0, GPU),
+    "segments by position": lambda: ORDER._segments_by_position(GPU),
+    "tokens by position": lambda: ORDER._tokens_by_position(GPU),
     "ends of a grouped product": lambda: gemm._ends((1, 2), GPU, False),
     "positions of experts": lambda: ExpertPermutation(4, 2).positions((range(1), range(1, 2)), GPU),
 }

@@ -36,10 +36,10 @@ def test_take_and_put_are_inverse_on_tokens_and_zero_on_padding() -> None:
 
 
 def test_router_tensors_of_the_example() -> None:
-    assert EXAMPLE.segment_bounds(0, CPU).tolist() == [0, 2, 4]
-    assert EXAMPLE.segment_bounds(1, CPU).tolist() == [0, 4, 4]
-    assert EXAMPLE.segments_by_position(CPU).tolist() == [0, 2, 1, 3]
-    assert EXAMPLE.tokens_by_position(CPU).tolist() == [0, 1, 4, 5, 6, 7, 2, 3]
+    assert EXAMPLE._segment_bounds(0, CPU).tolist() == [0, 2, 4]
+    assert EXAMPLE._segment_bounds(1, CPU).tolist() == [0, 4, 4]
+    assert EXAMPLE._segments_by_position(CPU).tolist() == [0, 2, 1, 3]
+    assert EXAMPLE._tokens_by_position(CPU).tolist() == [0, 1, 4, 5, 6, 7, 2, 3]
 
 
 @pytest.mark.parametrize("name", ORDERS)
@@ -60,7 +60,7 @@ def test_orders_hold_every_token_once(name: str, num_ranks: int, num_tokens: int
         torch.cat([tokens, tokens.new_zeros(order.max_local_tokens - len(tokens), 3)])
         for tokens in taken
     ]
-    assert torch.equal(torch.cat(padded)[order.tokens_by_position(CPU)], x)
+    assert torch.equal(torch.cat(padded)[order._tokens_by_position(CPU)], x)
 
 
 def test_what_inference_leaves_behind_serves_training() -> None:
@@ -76,7 +76,7 @@ def test_what_inference_leaves_behind_serves_training() -> None:
 
 
 def test_pickle_leaves_tensors_behind() -> None:
-    EXAMPLE.segment_bounds(0, CPU)
+    EXAMPLE._segment_bounds(0, CPU)
     copy = pickle.loads(pickle.dumps(EXAMPLE))
     assert copy == EXAMPLE
     assert not copy._tensors
@@ -102,3 +102,18 @@ def test_bad_orders(segments: tuple, rows: tuple, message: str) -> None:
 def test_contiguous_rejects_negative_counts() -> None:
     with pytest.raises(ValueError, match="tokens_per_rank must be >= 0"):
         TokenOrder.contiguous([2, -1])
+
+
+def test_what_is_remembered_is_handed_to_nobody_who_may_write_to_it() -> None:
+    public = {name for name in vars(TokenOrder) if not name.startswith("_")}
+    annotations = {
+        name: getattr(getattr(TokenOrder, name), "__annotations__", {}) for name in public
+    }
+    assert {name for name, of in annotations.items() if of.get("return") == "Tensor"} == {
+        "take",
+        "put",
+    }
+    rows = torch.ones(6, 2)
+    EXAMPLE.take(rows, 0).zero_()
+    EXAMPLE.put(torch.ones(4, 2), 0).zero_()
+    assert EXAMPLE.take(rows, 0).sum() == 8

@@ -46,6 +46,10 @@ class AllToAllDispatcher:
     ) -> None:
         self._mesh, self._groups = mesh, (ep_group, etp_group)
 
+    def __deepcopy__(self, memo: object) -> AllToAllDispatcher:
+        """Itself: copies of a model, as for moving averages, work over the same ranks."""
+        return self
+
     def overlap_groups(self, num_local: int, rank_bytes: int) -> int:
         """As many as experts, with ETP ``MOST_WITH_ETP``, each of ``LEAST_BYTES`` or more."""
         most = num_local if self._mesh.etp_size == 1 else min(num_local, MOST_WITH_ETP)

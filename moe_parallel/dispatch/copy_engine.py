@@ -58,6 +58,10 @@ class CopyEngineDispatcher:
     ) -> None:
         self._mesh, self._process_groups, self._memory = mesh, process_groups, memory
 
+    def __deepcopy__(self, memo: object) -> CopyEngineDispatcher:
+        """Itself: copies of a model, as for moving averages, work over the same ranks."""
+        return self
+
     def overlap_groups(self, num_local: int, rank_bytes: int) -> int:
         """The root of the bytes over ``COPIED_BYTES``."""
         return min(num_local, max(1, math.isqrt(rank_bytes // COPIED_BYTES)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -182,3 +183,15 @@ def test_rows_keep_their_bits() -> None:
         torch.tensor([0.0, 3, 4, 1, 2, 5]),
         tolerance=0.0,
     )
+
+
+def copied_with_its_model(copied: bool) -> bool:
+    groups = groups_of(ExpertTopology(2, ep=2)).experts
+    memory = memory_of(groups) if copied else None
+    dispatcher = make_dispatcher(expert_mesh(groups), groups, memory)
+    return copy.deepcopy(dispatcher) is dispatcher
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_copies_of_a_model_share_its_dispatcher(copied: bool) -> None:
+    assert run_on_ranks(copied_with_its_model, 2, copied) == [True, True]

@@ -43,7 +43,8 @@ def reference_logits(
         w = {k.removeprefix(f"layers.{layer}."): v for k, v in p.items() if f"layers.{layer}." in k}
         a = {k.removeprefix("attention."): v for k, v in w.items() if k.startswith("attention.")}
         x = rms_norm(x, w["attention_norm.weight"], config.norm_eps)
-        if (layer + 1) % config.softmax_period == 0:
+        lightning, softmax = map(int, config.pattern.split(":"))
+        if layer % (lightning + softmax) >= lightning:
             q, k, v = (
                 (x @ a[f"{name}_proj.weight"].T).unflatten(1, (-1, heads.head_dim))
                 for name in "qkv"

@@ -101,7 +101,7 @@ def test_experts_over_ranks_compute_in_the_autocast_dtype(sizes: dict[str, int])
 
 
 # Every expert is chosen: a choice that rounding turns is no error of the numbers.
-CONFIG = HybridConfig(2, 32, AttentionConfig(2, 1, 8, 8), MoEConfig(16, 24, 4, 4), softmax_period=2)
+CONFIG = HybridConfig(2, 32, AttentionConfig(2, 1, 8, 8), MoEConfig(16, 24, 4, 4), pattern="1:1")
 
 
 def decoder_gradients(dtype: torch.dtype, autocast: torch.dtype | None) -> dict[str, Tensor]:

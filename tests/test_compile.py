@@ -103,7 +103,7 @@ def test_graphs_break_before_eager_attention_and_experts() -> None:
 
 
 def test_the_hybrid_decoder_breaks_before_eager_attention_and_experts_alone() -> None:
-    config = HybridConfig(2, 32, AttentionConfig(2, 1, 8, 8), MOE, softmax_period=2)
+    config = HybridConfig(2, 32, AttentionConfig(2, 1, 8, 8), MOE, pattern="1:1")
     model = HybridModel(config)
     batch = pack_batch([(5, 3)], dp_rank=0, num_ranks=1, order="contiguous")
     tokens = torch.randint(32, (8,))

@@ -67,7 +67,7 @@ def test_owners_of_parameters_are_called(name: str) -> None:
 
 def test_owners_in_the_hybrid_model_are_called_again_when_recomputed() -> None:
     attention = AttentionConfig(2, 1, 4, 2)
-    model = HybridModel(HybridConfig(2, 16, attention, MOE, softmax_period=2))
+    model = HybridModel(HybridConfig(2, 16, attention, MOE, pattern="1:1"))
     tokens = torch.arange(TOKENS)
     batch = pack_batch([(5, 7)], dp_rank=0, num_ranks=1, order="contiguous")
     with calls_of_owners(model) as calls:

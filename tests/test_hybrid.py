@@ -48,7 +48,7 @@ def config(capacity_factor: float | None = 1.0, num_layers: int = 3) -> HybridCo
             capacity_factor=capacity_factor,
             aux_loss_coefficient=0.1,
         ),
-        softmax_period=3,
+        pattern="2:1",
     )
 
 
@@ -279,7 +279,7 @@ def model_call(tokens: Tensor) -> None:
         (lambda: model_call(torch.zeros(8, dtype=torch.int64)), "tokens must be int64 of shape"),
         (lambda: model_call(torch.zeros(4)), "tokens must be int64 of shape"),
         (lambda: replace(config(), num_layers=0), "num_layers must be >= 1"),
-        (lambda: replace(config(), softmax_period=0), "softmax_period must be >= 1"),
+        (lambda: replace(config(), pattern="0:0"), "pattern must be"),
         (
             lambda: pack_batch([(8,)], dp_rank=1, num_ranks=2, order="contiguous"),
             r"dp_rank must be in \[0, 1\)",

@@ -53,7 +53,7 @@ CONFIG = HybridConfig(
     vocab_size=VOCAB,
     attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, rotary_dim=8),
     moe=MoEConfig(16, 8, 4, 2, aux_loss_coefficient=0.1),
-    softmax_period=2,
+    pattern="1:1",
 )
 
 

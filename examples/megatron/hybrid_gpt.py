@@ -44,7 +44,7 @@ def megatron_config(options: Options, model: HybridConfig) -> TransformerConfig:
         num_attention_heads=model.attention.num_heads,
         num_query_groups=model.attention.num_kv_heads,
         kv_channels=model.attention.head_dim,
-        linear_attention_freq=model.softmax_period,
+        linear_attention_freq=[int(not model.is_softmax(i)) for i in range(model.num_layers)],
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,
@@ -96,7 +96,6 @@ def build_model(options: Options, device: torch.device) -> list[DistributedDataP
     plain = HybridModel(model)
     plain.reset_parameters(options.seed)
     weights = dict(plain.named_parameters())
-    pattern = f"{model.softmax_period - 1}:1"
     hybrid = HybridOptions.deepnorm(
         model.num_layers,
         rotary_dim=model.attention.rotary_dim,
@@ -110,7 +109,7 @@ def build_model(options: Options, device: torch.device) -> list[DistributedDataP
         vp_stage = number if options.vpp else None
         stage = GPTModel(
             config,
-            hybrid_block_spec(config, pattern, vp_stage, hybrid=hybrid),
+            hybrid_block_spec(config, model.pattern, vp_stage, hybrid=hybrid),
             vocab_size=model.vocab_size,
             max_sequence_length=0,  # of learned positions, which there are none of
             pre_process=parallel_state.is_pipeline_first_stage(

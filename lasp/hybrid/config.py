@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lasp._core.impl import Impl
+from lasp.hybrid.pattern import is_softmax
 from moe_parallel import MoEConfig
 
 
@@ -29,26 +30,27 @@ class HybridConfig:
         vocab_size: rows of the embedding and of the untied head.
         attention: heads of the attention layers.
         moe: the expert layer in every decoder layer; its ``hidden_size`` is the model's.
-        softmax_period: layer l is softmax attention where (l + 1) divides by it, else lightning.
+        pattern: lightning and softmax layers in turn, see :func:`lasp.hybrid.is_softmax`.
         norm_eps: of the residual norms.
         lightning_impl: who computes lightning attention, see :func:`lasp.lightning_attention`.
 
     Raises:
-        ValueError: if ``num_layers``, ``vocab_size`` or ``softmax_period`` is below 1.
+        ValueError: if ``num_layers`` or ``vocab_size`` is below 1, or for no pattern.
     """
 
     num_layers: int
     vocab_size: int
     attention: AttentionConfig
     moe: MoEConfig
-    softmax_period: int = 8
+    pattern: str = "7:1"
     norm_eps: float = 1e-5
     lightning_impl: Impl = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "vocab_size", "softmax_period"):
+        for name in ("num_layers", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        is_softmax(self.pattern, 0)
 
     @property
     def deepnorm_alpha(self) -> float:
@@ -62,7 +64,7 @@ class HybridConfig:
 
     def is_softmax(self, layer_index: int) -> bool:
         """Whether this layer (from 0) is softmax attention."""
-        return (layer_index + 1) % self.softmax_period == 0
+        return is_softmax(self.pattern, layer_index)
 
 
 MINIMAX_TEXT_01 = HybridConfig(

@@ -33,7 +33,7 @@ from lasp.megatron.hybrid_layer import (
     hybrid_layer_spec,
     minimax_layer_spec,
 )
-from lasp.megatron.hybrid_options import HybridOptions, ResidualScale, is_softmax, minimax_options
+from lasp.megatron.hybrid_options import HybridOptions, ResidualScale, minimax_options
 from lasp.megatron.lightning import (
     LightningSelfAttention,
     LightningSelfAttentionSubmodules,
@@ -70,7 +70,6 @@ __all__ = [
     "groups_of",
     "hybrid_block_spec",
     "hybrid_layer_spec",
-    "is_softmax",
     "layout_of",
     "lightning_attention_spec",
     "load_plain_weights",

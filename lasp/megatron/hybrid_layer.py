@@ -20,13 +20,13 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from lasp.hybrid import is_softmax
 from lasp.megatron.checks import groups_of
 from lasp.megatron.experts.layer import expert_parallel_moe_spec
 from lasp.megatron.hybrid_options import (
     PRE_NORM,
     HybridOptions,
     check_config,
-    is_softmax,
     minimax_options,
     softmax_layers,
 )

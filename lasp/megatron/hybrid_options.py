@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -11,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lasp._core.impl import Impl, check_impl
+from lasp.hybrid.pattern import is_softmax
 from lasp.lightning.decay import Variant
 from lasp.lightning.validation import check_exchange
 from lasp.megatron.checks import require
@@ -93,22 +93,6 @@ def minimax_options(num_layers: int, packed_cut: PackedCut | None = None) -> Hyb
     return HybridOptions.deepnorm(num_layers, **rope, packed_cut=packed_cut)
 
 
-def is_softmax(pattern: str, layer_index: int) -> bool:
-    """Whether layer ``layer_index``, from 0, is softmax attention: "7:1" is seven lightning first.
-
-    Raises:
-        ValueError: unless the pattern is two counts, not both zero.
-    """
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
-    lightning, softmax = map(int, match.groups()) if match else (0, 0)
-    if lightning + softmax == 0:
-        raise ValueError(
-            f"pattern must be 'lightning layers:softmax layers', got {pattern!r}: MiniMax-01's is"
-            " '7:1'"
-        )
-    return layer_index % (lightning + softmax) >= lightning
-
-
 def softmax_layers(
     config: TransformerConfig, pattern: str | None, num_layers: int
 ) -> tuple[bool, ...]:
@@ -117,7 +101,7 @@ def softmax_layers(
     Args:
         config: Megatron's; its ``linear_attention_freq`` n makes every n-th layer softmax, a list
             has 1 for lightning and 0 for softmax.
-        pattern: see :func:`is_softmax`; None: by ``linear_attention_freq`` alone.
+        pattern: see :func:`lasp.hybrid.is_softmax`; None: by ``linear_attention_freq`` alone.
         num_layers: attention layers of the model.
 
     Raises:

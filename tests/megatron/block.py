@@ -40,7 +40,7 @@ def plain_model() -> HybridModel:
         vocab_size=7,
         attention=AttentionConfig(HEADS, KV_HEADS, HEAD_DIM, rotary_dim=4, rope_base=100.0),
         moe=MoEConfig(HIDDEN, 8, 4, 2, capacity_factor=1.0, aux_loss_coefficient=0.1),
-        softmax_period=2,
+        pattern="1:1",
     )
     model = HybridModel(config, dtype=torch.float64)
     model.reset_parameters(0)

@@ -15,12 +15,12 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from lasp.hybrid import is_softmax
 from lasp.lightning.decay import decay_rates
 from lasp.megatron import (
     HybridOptions,
     hybrid_block_spec,
     hybrid_layer_spec,
-    is_softmax,
     minimax_layer_spec,
     minimax_options,
 )

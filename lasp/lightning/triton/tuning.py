@@ -25,7 +25,7 @@ class Blocks(NamedTuple):
 
 
 MAX_HEAD_DIM = 256  # that the kernels of the attention serve
-# One token of a state, in tokens of an output program; benchmarks.tune_kernels measures it.
+# The time of one token of a state over that of one token of an output program, as measured.
 STATE_COST = 0.6
 START_COST = 256  # to fill the pipeline and to fetch the state, in the same unit
 SHORTEST_SEGMENT = 2048  # tokens: its states are then a few percent of its bytes

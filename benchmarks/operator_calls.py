@@ -104,7 +104,11 @@ def experts(name: str, tokens: int, ranks: int, planted: float = 8.0) -> Calls:
 def layer_parts() -> Calls:
     """What lies around lightning attention, and decoding."""
     import lasp
-    from lasp.layers.norm_gate import norm_gate
+
+    try:
+        from lasp.layers.norm_gate import norm_gate
+    except ModuleNotFoundError:  # a tree in which ``lasp.layers`` is one file
+        from lasp.layers import norm_gate
 
     x, gate = tensors("cuda", *[(32768, 64, 128)] * 2)
     weight = torch.ones(64 * 128, device="cuda", dtype=torch.bfloat16)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.harness import pack_lengths
 from lasp import SequenceLayout, decay_rates
 from lasp.sequence.state_flow import flow_of
 from lasp.state_exchange import resolve_exchange
@@ -93,12 +94,10 @@ def read(paths: Sequence[Path]) -> list[Measured]:
 
 
 def _measured(row: dict[str, Any]) -> Measured:
-    from benchmarks.lightning_kernels import Case  # needs triton
-
     case = row["case"]
     ranks, dim = case["ranks"], case["head_dim"]
-    pack = Case(case["heads"], case["tokens"] * ranks, documents=case["documents"])
-    layout = SequenceLayout(pack.lengths(), ranks, case["order"])
+    lengths = pack_lengths(case["tokens"] * ranks, case["documents"])
+    layout = SequenceLayout(lengths, ranks, case["order"])
     rates = decay_rates(case["heads"], case["layer_index"], case["num_layers"]).tolist()
     parts, left = [], list(range(case["heads"]))
     for strategy, heads, blocks in case["strategies"]:

@@ -9,17 +9,26 @@ head parallel all-to-alls from tokens to heads and back, as Megatron's and DeepS
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.harness import Forward
 from lasp import SequenceLayout, lightning_attention
 from lasp.state_exchange import Wait, start_exchange
 
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+def attention(rates: Tensor, lengths: Sequence[int], impl: str) -> Forward:
+    """Our kernels on one rank, over documents of these lengths."""
+    layout = SequenceLayout(tuple(lengths), 1)
+    return lambda q, k, v: (
+        lightning_attention(
+            q, k, v, rates, layout=layout, impl=impl, output_final_state=False
+        ).output
+    )
 
 
 def synchronous(*args: Any) -> Wait:
@@ -99,14 +108,11 @@ def head_parallel(rates: Tensor, lengths: Sequence[int], impl: str) -> Forward:
     """q, k and v in one all-to-all, the output in another; contiguous ranks, P divides H."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     heads = rates.numel() // num_ranks
-    own, layout = rates[rank * heads : (rank + 1) * heads], SequenceLayout(tuple(lengths), 1)
+    own = attention(rates[rank * heads : (rank + 1) * heads], lengths, impl)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         qkv = _Heads.apply(torch.cat([q, k, v], dim=-1), False)
-        q, k, v = qkv.split([q.shape[2], k.shape[2], v.shape[2]], dim=-1)
-        output = lightning_attention(
-            q, k, v, own, layout=layout, impl=impl, output_final_state=False
-        ).output
+        output = own(*qkv.split([q.shape[2], k.shape[2], v.shape[2]], dim=-1))
         return _Heads.apply(output, True)
 
     return forward

@@ -4,170 +4,175 @@ Every rank holds the same number of tokens. ``local`` is the same rank's kernels
 fragments as documents of their own, no communication; it is the bound of the other rows. Peers are
 those of ``benchmarks.lasp_peers``, with our kernels.
 
-A sample is: flush the L2 cache for about 5 milliseconds, in which the host runs ahead as it does in
-training, an all-reduce of one number as a barrier on the device, then the call between two events.
-Calls take turns. Each sample counts as the slowest rank; p20, p50 and p80 are over samples. Bytes
-are counted at the collectives of the slowest rank in one call. ``exchange_ms`` is the exchange
-alone, on states that are there.
+Samples are those of ``benchmarks.timing``. Bytes are counted at the collectives of the slowest rank
+in one call. ``exchange_ms`` is the exchange alone, on states that are there. The defaults take
+about four minutes on 2 GPUs.
 
 Run: torchrun --nproc-per-node 2 -m benchmarks.lasp_ranks --commit $(git rev-parse HEAD)
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import math
-import platform
-import random
-import shlex
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from itertools import product
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.harness import environment, write_rows
-from benchmarks.lasp_cases import (
-    EXCHANGES,
-    LAYERS,
-    PEERS,
-    Case,
-    Machine,
-    builds,
-    choices,
-    inputs,
-    one_hop_is_exact,
-)
-from benchmarks.wire import counted
-from lasp import lightning_attention
+import lasp.lightning.op_context
+from benchmarks import harness, lasp_peers
+from benchmarks.harness import Forward, Machine, RankOptions, Row
+from benchmarks.timing import Timed, bounded, gathered, most, samples_ms
+from benchmarks.wire import measured_bytes
+from lasp import SequenceLayout, decay_rates, lightning_attention
 from lasp.lightning.op_context import OpContext, start
 from lasp.sequence.state_flow import flow_of
+from lasp.state_exchange import ExchangeChoice, resolve_exchange
 
-FLUSHES = 64
+LAYERS, EPS = 80, 2.0**-32
+EXCHANGES = ("all_gather", "sliced", "scan", "one_hop", "auto")
 
 
-class Timed(NamedTuple):
-    """A call, and what must be in force while it runs."""
+class Case(NamedTuple):
+    """What is measured; ``tokens`` are those of one rank."""
 
-    call: Callable[[], Any]
+    heads: int
+    tokens: int
+    layer_index: int
+    documents: int
+    order: str
+    head_dim: int
+
+    def layout(self) -> SequenceLayout:
+        """The whole pack, of log-normal document lengths."""
+        num_ranks = dist.get_world_size()
+        lengths = harness.pack_lengths(self.tokens * num_ranks, self.documents)
+        return SequenceLayout(lengths, num_ranks, self.order)
+
+    def rates(self) -> Tensor:
+        """MiniMax's."""
+        return decay_rates(self.heads, self.layer_index, LAYERS)
+
+    def inputs(self, machine: Machine) -> list[Tensor]:
+        """q, k, v and the gradient of the output, other ones on each rank."""
+        generator = torch.Generator(machine.device).manual_seed(dist.get_rank())
+        shape = (self.tokens, self.heads, self.head_dim)
+        draw = {"device": machine.device, "dtype": machine.dtype, "generator": generator}
+        return [torch.randn(shape, **draw) for _ in range(4)]
+
+    def choices(self, exchange: str) -> tuple[ExchangeChoice, ...]:
+        """What the operator does under this name."""
+        rates, dims = tuple(self.rates().tolist()), (self.head_dim, self.head_dim)
+        return resolve_exchange(exchange, self.layout(), rates, EPS, *dims)
+
+
+def ours(case: Case, machine: Machine, exchange: str, eps: float = EPS) -> Forward:
+    """The operator over an exchange."""
+    layout, rates = case.layout(), case.rates()
+    return lambda q, k, v: lightning_attention(
+        q, k, v, rates, layout=layout, cp_group=dist.group.WORLD, exchange=exchange,
+        impl=machine.impl, output_final_state=False, state_eps=eps,
+    ).output  # fmt: skip
+
+
+def local(case: Case, machine: Machine) -> Forward:
+    """This rank's tokens alone."""
+    lengths = tuple(f.stop - f.start for f in case.layout().fragments(dist.get_rank()))
+    return lasp_peers.attention(case.rates(), lengths, machine.impl)
+
+
+def one_hop_is_exact(case: Case) -> bool:
+    """Whether nothing that matters passes through a run."""
+    try:
+        case.choices("one_hop")
+    except ValueError:
+        return False
+    return True
+
+
+class Impl(NamedTuple):
+    """What makes its function for a case, which cases it can do, and what is in force meanwhile."""
+
+    build: Callable[[Case, Machine], Forward]
+    can: Callable[[Case], bool] = lambda case: True
     in_force: AbstractContextManager[Any] = nullcontext()
 
 
-def samples_ms(timed: Mapping[str, Timed], machine: Machine) -> dict[str, list[float]]:
-    """Times of each call by the slowest rank, sorted.
-
-    Calls take turns, in another order each round, so that clocks and heat are the same for all of
-    them: what follows a call that computes less finds a cooler GPU. There are as many rounds as
-    ``machine`` says, after one to warm up, or those that fit into its seconds, but three.
-    """
-    flag = torch.zeros(1, device=machine.device)
-    on_gpu = machine.device == "cuda"
-    flush = torch.empty(2**28 if on_gpu else 1, dtype=torch.int8, device=machine.device)
-    spans: dict[str, list[Any]] = {name: [] for name in timed}
-    number, rounds, begun = 0, machine.samples, 0.0
-    while number <= rounds:  # the first warms up, the second tells how long one takes
-        if number in (1, 2) and machine.seconds < math.inf:
-            if number == 2:
-                rounds = min(rounds, _affordable(begun, machine))
-            elif on_gpu:
-                torch.cuda.synchronize()
-            begun = time.perf_counter()
-        number += 1
-        turns = list(timed.items())
-        random.Random(number).shuffle(turns)  # alike on all ranks
-        for name, (call, in_force) in turns:
-            for _ in range(FLUSHES):
-                flush.zero_()
-            dist.all_reduce(flag)
-            with in_force:
-                begin = _now(on_gpu)
-                call()
-                spans[name].append((begin, _now(on_gpu)))
-    if on_gpu:
-        torch.cuda.synchronize()
-    times = [
-        [begin.elapsed_time(end) if on_gpu else 1e3 * (end - begin) for begin, end in some[1:]]
-        for some in spans.values()
-    ]
-    slowest = torch.tensor(times, dtype=torch.float64, device=machine.device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return {name: sorted(some) for name, some in zip(timed, slowest.tolist())}
+IMPLS = {
+    "local": Impl(local),
+    **{name: Impl(partial(ours, exchange=name)) for name in EXCHANGES},
+    "LASP": Impl(
+        lambda case, machine: lasp_peers.lasp(case.rates(), machine.impl),
+        lambda case: case.order == "contiguous" and case.documents == 1,
+    ),
+    "LASP-2": Impl(
+        partial(ours, exchange="all_gather", eps=0.0),
+        in_force=patch.object(lasp.lightning.op_context, "start_exchange", lasp_peers.synchronous),
+    ),
+    "head parallel": Impl(
+        lambda case, machine: lasp_peers.head_parallel(
+            case.rates(), case.layout().document_lengths, machine.impl
+        ),
+        lambda case: case.order == "contiguous" and case.heads % dist.get_world_size() == 0,
+    ),
+}
+IMPLS["one_hop"] = IMPLS["one_hop"]._replace(can=one_hop_is_exact)
 
 
-def _affordable(begun: float, machine: Machine) -> int:
-    """Rounds that fit into the seconds of ``machine`` on the slowest rank, three at least."""
-    if machine.device == "cuda":
-        torch.cuda.synchronize()
-    took = torch.tensor([time.perf_counter() - begun], device=machine.device)
-    dist.all_reduce(took, dist.ReduceOp.MAX)
-    return max(3, int(machine.seconds / took.item()))
+@dataclass(kw_only=True)
+class Options(RankOptions):
+    """Options: the cases are all that these allow; ``only`` names implementations."""
+
+    heads: tuple[int, ...] = (8, 64)
+    tokens: tuple[int, ...] = (8192, 32768, 131072)
+    documents: tuple[int, ...] = (1, 64)
+    layers: tuple[int, ...] = (0, 78)
+    orders: tuple[str, ...] = ("contiguous",)
+    head_dim: int = 128
+    only: tuple[str, ...] = tuple(IMPLS)
 
 
-def _now(on_gpu: bool) -> Any:
-    if not on_gpu:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+def able(case: Case, names: tuple[str, ...]) -> dict[str, Impl]:
+    """Those of these names that can do the case."""
+    return {name: IMPLS[name] for name in names if IMPLS[name].can(case)}
 
 
-def row(case: Case, impl: str, metric: str, values: list[float], unit: str) -> dict[str, Any]:
-    """Percentiles of sorted values; bound and environment are filled in by others."""
-    p20, p50, p80 = (values[round(share * (len(values) - 1))] for share in (0.2, 0.5, 0.8))
-    facts = {"ranks": dist.get_world_size(), "num_layers": LAYERS}
+def row(case: Case, impl: str, metric: str, values: list[float], unit: str) -> Row:
+    """With what an exchange comes to in this case."""
+    facts = case._asdict() | {"ranks": dist.get_world_size(), "num_layers": LAYERS}
     if impl in EXCHANGES:
-        facts["strategies"] = [
-            [choice.strategy, len(choice.heads), choice.num_blocks]
-            for choice in choices(case, impl)
-        ]  # fmt: skip
-    return {
-        "benchmark": "lasp_ranks", "impl": impl, "case": case._asdict() | facts, "metric": metric,
-        "p20": p20, "p50": p50, "p80": p80, "unit": unit, "bound": None, "bound_name": None,
-        "samples": len(values),
-    }  # fmt: skip
+        choices = case.choices(impl)
+        facts["strategies"] = [[c.strategy, len(c.heads), c.num_blocks] for c in choices]
+    return harness.row("lasp_ranks", facts, impl, metric, values, unit)
 
 
-def most(count: float, machine: Machine) -> list[float]:
-    """The largest of all ranks."""
-    value = torch.tensor([float(count)], dtype=torch.float64, device=machine.device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value.tolist()
-
-
-def measure(case: Case, names: list[str], machine: Machine) -> Iterator[dict[str, Any]]:
+def measure(case: Case, names: tuple[str, ...], machine: Machine) -> Iterator[Row]:
     """Rows of every implementation that can do the case."""
-    q, k, v, do = inputs(case, machine)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    *qkv, do = case.inputs(machine)
+    leaves = [x.requires_grad_() for x in qkv]
     forwards, backwards = {}, {}
-    for name, forward, in_force in builds(case, names, machine):
-        with in_force, counted() as received:
+    for name, impl in able(case, names).items():
+        forward = impl.build(case, machine)
+        with impl.in_force:
+            sizes = measured_bytes(forward, leaves, do)
             output = forward(*leaves)
-            yield row(case, name, "forward_bytes", most(received.bytes, machine), "bytes")
-            received.bytes = 0
-            torch.autograd.grad(output, leaves, do, retain_graph=True)
-            yield row(case, name, "backward_bytes", most(received.bytes, machine), "bytes")
+        for metric in ("forward_bytes", "backward_bytes"):
+            yield row(case, name, metric, most(sizes[metric], machine), "bytes")
         backward = partial(torch.autograd.grad, output, leaves, do, retain_graph=True)
-        forwards[name] = Timed(partial(forward, *leaves), in_force)
-        backwards[name] = Timed(backward, in_force)
+        forwards[name] = Timed(partial(forward, *leaves), impl.in_force)
+        backwards[name] = Timed(backward, impl.in_force)
+    bound = ("local", 1.0, "local, no ranks")
     for metric, timed in (("forward_ms", forwards), ("backward_ms", backwards)):
-        rows = {
-            name: row(case, name, metric, values, "ms")
-            for name, values in samples_ms(timed, machine).items()
-        }
-        for name, result in rows.items():
-            if "local" in rows and name != "local":
-                result |= {"bound": rows["local"]["p50"], "bound_name": "local, no ranks"}
-            yield result
+        yield from bounded(partial(row, case), metric, timed, machine, bound)
 
 
-def measure_exchange(case: Case, names: list[str], machine: Machine) -> Iterator[dict[str, Any]]:
+def measure_exchange(case: Case, names: tuple[str, ...], machine: Machine) -> Iterator[Row]:
     """Rows of the exchange alone, forward."""
     layout, rank = case.layout(), dist.get_rank()
     flow, values = flow_of(layout, rank), tuple(case.rates().tolist())
@@ -175,115 +180,43 @@ def measure_exchange(case: Case, names: list[str], machine: Machine) -> Iterator
     outgoing = torch.randn(shape, device=machine.device)
     rates = case.rates().to(machine.device)
     timed = {}
-    for name in names:
-        if name in EXCHANGES and (name != "one_hop" or one_hop_is_exact(case)):
-            op = OpContext(
-                layout, rank, dist.group.WORLD, 1.0, choices(case, name), False, 2.0**-32, values
-            )
-            timed[name] = Timed(partial(_exchange, outgoing, rates, flow, op))
+    for name in able(case, tuple(name for name in names if name in EXCHANGES)):
+        choices = case.choices(name)
+        op = OpContext(layout, rank, dist.group.WORLD, 1.0, choices, False, EPS, values)
+        timed[name] = Timed(lambda op=op: start(outgoing, rates, flow, op)())
     for name, times in samples_ms(timed, machine).items():
         yield row(case, name, "exchange_ms", times, "ms")
 
 
-def _exchange(*args: Any) -> Tensor:
-    return start(*args)()
-
-
-def check(names: list[str], machine: Machine) -> None:
-    """Right before fast: output and gradients of each against eager in float64 on one rank."""
+def check(names: tuple[str, ...], machine: Machine) -> None:
+    """Output and gradients of each against eager in float64 on one rank."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     case = Case(2 * ranks, 400, 0, 1, "contiguous", 16 if machine.device == "cpu" else 64)
-    whole = [
-        torch.stack(list(part)).flatten(0, 1)
-        for part in zip(*_gathered([x.double() for x in inputs(case, machine)]))
-    ]
-    leaves = [x.requires_grad_() for x in whole[:3]]
-    output = lightning_attention(*leaves, case.rates()).output
-    exact = [output, *torch.autograd.grad(output, leaves, whole[3])]
-    exact = [x.detach()[rank * case.tokens : (rank + 1) * case.tokens] for x in exact]
-    q, k, v, do = inputs(case, machine)
-    own = [x.requires_grad_() for x in (q, k, v)]
-    for name, forward, in_force in builds(case, [n for n in names if n != "local"], machine):
-        with in_force:
-            output = forward(*own)
-            actual = [output, *torch.autograd.grad(output, own, do)]
-        for what, got, true in zip(("output", "dq", "dk", "dv"), actual, exact):
-            error = ((got.double() - true).norm() / true.norm()).item()
-            if not error < 1e-2:
-                raise SystemExit(f"{name} is wrong here: {what}, relative error {error:.1e}")
+    *qkv, do = case.inputs(machine)
+    *whole, whole_do = (torch.cat(gathered(x)).double() for x in (*qkv, do))
+    exact = harness.results(
+        lambda *qkv: lightning_attention(*qkv, case.rates()).output, whole, whole_do
+    )
+    exact = [x[rank * case.tokens : (rank + 1) * case.tokens] for x in exact]
+    for name, impl in able(case, names).items():
+        if name != "local":
+            with impl.in_force:
+                actual = harness.results(impl.build(case, machine), qkv, do)
+            harness.check(name, actual, exact)
 
 
-def _gathered(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """By rank."""
-    gathered = []
-    for x in tensors:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x)
-        gathered.append(parts)
-    return [list(parts) for parts in zip(*gathered)]
-
-
-def surroundings(commit: str, machine: Machine) -> dict[str, Any]:
-    """The part of a row that is the same for all rows of a run."""
-    shared = {"num_devices": dist.get_world_size()}
-    if machine.device == "cuda":
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        return environment(commit) | shared | {"nccl": nccl}
-    return shared | {
-        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-        "commit": commit, "date": datetime.date.today().isoformat(),
-        "device": f"cpu {platform.machine()}", "driver": None, "torch": torch.__version__,
-        "triton": None, "nccl": None,
-    }  # fmt: skip
-
-
-def parse() -> argparse.Namespace:
-    """Options; the defaults take about four minutes on 2 GPUs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--commit", required=True)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--heads", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--documents", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 78])
-    parser.add_argument("--orders", nargs="+", default=["contiguous"])
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--samples", type=int, default=20)
-    parser.add_argument("--only", nargs="+", default=["local", *EXCHANGES, *PEERS])
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Check, then measure; every row is written when it is there."""
-    options = parse()
-    on_gpu = options.device == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    if on_gpu:
-        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
-    machine = Machine(
-        options.device, "triton" if on_gpu else "eager",
-        torch.bfloat16 if on_gpu else torch.float32, options.samples,
-    )  # fmt: skip
+def rows(options: Options, machine: Machine) -> Iterator[Row]:
+    """Check, then every case."""
     check(options.only, machine)
-    common = surroundings(options.commit, machine)
-    cases = [
-        Case(heads, tokens, layer, documents, order, options.head_dim)
-        for tokens in options.tokens for heads in options.heads for layer in options.layers
-        for documents in options.documents for order in options.orders
-    ]  # fmt: skip
-    for case in cases:
-        for measured in (measure(case, options.only, machine),
-                         measure_exchange(case, options.only, machine)):  # fmt: skip
-            for result in measured:
-                if dist.get_rank() == 0:
-                    write_rows([result | common], options.out)
-                    bound = result["bound"]
-                    print(*case, result["impl"], result["metric"], f"{result['p50']:.4g}",
-                          f"= {result['p50'] / bound:.3f} x local" if bound else "",
-                          flush=True)  # fmt: skip
-    dist.destroy_process_group()
+    for tokens, heads, layer, documents, order in product(
+        options.tokens, options.heads, options.layers, options.documents, options.orders
+    ):
+        case = Case(heads, tokens, layer, documents, order, options.head_dim)
+        yield from measure(case, options.only, machine)
+        yield from measure_exchange(case, options.only, machine)
 
+
+QUESTION = harness.Question("lasp_ranks", Options, rows)
 
 if __name__ == "__main__":
-    main()
+    harness.answer(QUESTION, __doc__)

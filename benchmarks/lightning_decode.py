@@ -14,19 +14,16 @@ Run: python -m benchmarks.lightning_decode --commit $(git rev-parse HEAD)
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import importlib.util
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from benchmarks.harness import copy_bytes_per_s, environment, graph_ms, measure_ms, write_rows
+from benchmarks.harness import Machine, Options, Question, Row, answer, check, installed, row
+from benchmarks.timing import copy_bytes_per_s, graph_ms, measure_ms
 from lasp import decay_rates, lightning_decode
 
 HEAD_DIM, LAYERS = 128, 80
@@ -39,6 +36,13 @@ class Case(NamedTuple):
     heads: int = 64
     tokens: int = 1
 
+    def inputs(self) -> list[Tensor]:
+        """q, k and v, which are views of a fused projection, rates and states."""
+        fused = torch.randn(self.batch, self.tokens, self.heads, 3 * HEAD_DIM, device="cuda")
+        states = torch.randn(self.batch, self.heads, HEAD_DIM, HEAD_DIM, device="cuda")
+        rates = decay_rates(self.heads, 0, LAYERS).cuda()
+        return [*fused.bfloat16().split(HEAD_DIM, dim=-1), rates, states]
+
 
 CASES = [
     *(Case(batch) for batch in (1, 8, 32, 128, 512)),
@@ -48,17 +52,12 @@ CASES = [
 ]
 
 # q, k, v, rates on the device and state to the output; the state may change or not.
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Step = Callable[..., Tensor]
 
 
-def triton_step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor) -> Tensor:
-    """The kernel."""
-    return lightning_decode(q, k, v, rates, state, in_place=True, impl="triton").output
-
-
-def eager_step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor) -> Tensor:
-    """Plain torch."""
-    return lightning_decode(q, k, v, rates, state, in_place=True, impl="eager").output
+def ours(impl: Any) -> Step:
+    """The kernel, or plain torch."""
+    return lambda *inputs: lightning_decode(*inputs, in_place=True, impl=impl).output
 
 
 def fla_step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor) -> Tensor:
@@ -75,22 +74,17 @@ def empty_kernel(x):
     """Nothing."""
 
 
-def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, k and v are views of a fused projection."""
-    fused = torch.randn(case.batch, case.tokens, case.heads, 3 * HEAD_DIM, device="cuda")
-    q, k, v = fused.bfloat16().split(HEAD_DIM, dim=-1)
-    rates = decay_rates(case.heads, 0, LAYERS).cuda()
-    return q, k, v, rates, torch.randn(case.batch, case.heads, HEAD_DIM, HEAD_DIM, device="cuda")
+def empty(q: Tensor, *_: Tensor) -> Tensor:
+    """A launch."""
+    empty_kernel[(1,)](q)
+    return q
 
 
-def check(name: str, step: Step) -> None:
-    """Right before fast: against plain torch in float64."""
-    q, k, v, rates, state = make_inputs(Case(5, 4, tokens=3))
-    exact = eager_step(*(x.double() for x in (q, k, v, rates, state)))
-    error = ((step(q, k, v, rates, state).double() - exact).norm() / exact.norm()).item()
-    print(f"{name}: relative error {error:.1e}", flush=True)
-    if not error < 1e-2:
-        raise SystemExit(f"{name} is wrong here")
+def check_step(name: str, step: Step) -> None:
+    """Against plain torch in float64, which may not change the states that others read."""
+    inputs = Case(5, 4, tokens=3).inputs()
+    exact = ours("eager")(*(x.double() for x in inputs))
+    check(name, [step(*inputs)], [exact])
 
 
 def host_us(fn: Callable[[], Any]) -> float:
@@ -105,64 +99,43 @@ def host_us(fn: Callable[[], Any]) -> float:
     return sorted(calls)[len(calls) // 2] * 1e6
 
 
-def measure(case: Case, impl: str, step: Step, bandwidth: float, empty: Step) -> list[dict]:
+def measure(case: Case, impl: str, step: Step, bandwidth: float) -> Iterator[Row]:
     """Rows of the time on the device, the share of the bandwidth, and the time on the host."""
-    inputs = make_inputs(case)
-    *qkv, _, state = inputs
-    num_bytes = 2 * state.numel() * 4 + 4 * qkv[0].numel() * 2
-    bound, name = num_bytes / bandwidth * 1e3, "bytes at copy bandwidth"
-    if case.batch == 1:
-        bound += measure_ms(lambda: empty(*inputs))[1]
-        name = "empty kernel and bytes at copy bandwidth"
-    p20, p50, p80 = measure_ms(lambda: step(*inputs))
-    base = {
-        "benchmark": "lightning_decode",
-        "impl": impl,
-        "case": case._asdict() | {"head_dim": HEAD_DIM, "dtype": "bfloat16"},
-        "samples": None,
-    }
-    times = {"p20": p20, "p50": p50, "p80": p80, "unit": "ms", "bound": bound, "bound_name": name}
-    rows = [base | {"metric": "step_ms"} | times]
-    if case.batch == 1:
-        own, bound = (host_us(lambda fn=fn: fn(*inputs)) for fn in (step, empty))
-        times = {"p20": None, "p50": own, "p80": None, "unit": "us"}
-        times |= {"bound": bound, "bound_name": "empty kernel"}
-        rows.append(base | {"metric": "host_us"} | times)
-        if impl == "lasp triton":
-            replay, bound = (graph_ms(lambda fn=fn: fn(*inputs)) for fn in (step, empty))
-            times = {"p20": replay[0], "p50": replay[1], "p80": replay[2], "unit": "ms"}
-            times |= {"bound": bound[1] + num_bytes / bandwidth * 1e3}
-            times |= {"bound_name": "empty kernel in a graph and bytes at copy bandwidth"}
-            rows.append(base | {"metric": "graph_step_ms"} | times)
-    return rows
+    inputs = case.inputs()
+    floor_ms = (2 * inputs[4].nbytes + 4 * inputs[0].numel() * 2) / bandwidth * 1e3
+    who = "lightning_decode", case._asdict() | {"head_dim": HEAD_DIM, "dtype": "bfloat16"}, impl
+
+    alone, bytes_name = case.batch == 1, "bytes at copy bandwidth"  # then a launch counts
+
+    def on_device(metric: str, time: Callable[..., Any], launch: Any, where: str = "") -> Row:
+        bound = floor_ms + (launch[1] if alone else 0)
+        name = f"empty kernel{where} and {bytes_name}" if alone else bytes_name
+        times = time(lambda: step(*inputs))
+        return row(*who, metric, times, "ms", bound=bound, bound_name=name, samples=None)
+
+    yield on_device("step_ms", measure_ms, alone and measure_ms(lambda: empty(*inputs)))
+    if alone:
+        own, launch = (host_us(lambda fn=fn: fn(*inputs)) for fn in (step, empty))
+        yield row(*who, "host_us", own, "us", bound=launch, bound_name="empty kernel")
+    if alone and impl == "lasp triton":
+        launch = graph_ms(lambda: empty(*inputs))
+        yield on_device("graph_step_ms", graph_ms, launch, " in a graph")
 
 
-def main() -> None:
-    """Measure everything and append each row as it comes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--commit", required=True)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
-    steps = {"lasp triton": triton_step, "lasp eager": eager_step}
-    if importlib.util.find_spec("fla"):
-        version = importlib.metadata.version("flash-linear-attention")
+def rows(options: Options, machine: Machine) -> Iterator[Row]:
+    """Rows of each implementation, after its check."""
+    steps = {"lasp triton": ours("triton"), "lasp eager": ours("eager")}
+    version = installed("flash-linear-attention", "fla")
+    if version:
         steps[f"fla {version} fused_recurrent_simple_gla"] = fla_step
-    common, bandwidth = environment(options.commit), copy_bytes_per_s()
-
-    def empty(q: Tensor, *_: Tensor) -> Tensor:
-        empty_kernel[(1,)](q)
-        return q
-
+    bandwidth = copy_bytes_per_s()
     for impl, step in steps.items():
-        check(impl, step)
+        check_step(impl, step)
         for case in CASES:
-            for row in measure(case, impl, step, bandwidth, empty):
-                path = write_rows([row | common], options.out)
-                print(f"{impl:12} {case} {row['metric']:8} {row['p50']:9.4f}"
-                      f" = {row['p50'] / row['bound']:.2f} x {row['bound_name']}",
-                      flush=True)  # fmt: skip
-    print(path)
+            yield from measure(case, impl, step, bandwidth)
 
+
+QUESTION = Question("lightning_decode", Options, rows)
 
 if __name__ == "__main__":
-    main()
+    answer(QUESTION, __doc__)

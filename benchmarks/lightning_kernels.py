@@ -16,26 +16,39 @@ Run: python -m benchmarks.lightning_kernels --commit $(git rev-parse HEAD)
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.runtime.autotuner import Autotuner
-from triton.runtime.jit import KernelInterface
 
-from benchmarks.harness import copy_bytes_per_s, environment, graph_ms, measure_ms, write_rows
+from benchmarks.harness import (
+    Forward,
+    Machine,
+    Options,
+    Question,
+    Row,
+    answer,
+    check,
+    installed,
+    pack_lengths,
+    results,
+    row,
+)
+from benchmarks.timing import copy_bytes_per_s, extra_bytes, graph_ms, measure_ms
 from lasp import SequenceLayout, decay_rates, lightning_attention
 
 SHAPES = [(64, 131072), (16, 1048576), (8, 131072), (8, 524288)]
 HEAD_DIM, LAYERS = 128, 80
 
-Forward = Callable[..., Tensor]
+
+@dataclass(kw_only=True)
+class Choice(Options):
+    """Options; only the cases of so many heads."""
+
+    heads: int | None = None
 
 
 class Case(NamedTuple):
@@ -46,19 +59,23 @@ class Case(NamedTuple):
     layer_index: int = 0
     documents: int = 1
 
-    def lengths(self) -> tuple[int, ...]:
-        """Log-normal document lengths."""
-        if self.documents == 1:
-            return (self.tokens,)
-        generator = torch.Generator().manual_seed(0)
-        weights = torch.randn(self.documents, generator=generator).mul(1.5).exp()
-        cuts = (weights.cumsum(0) / weights.sum() * self.tokens).long().tolist()[:-1]
-        return tuple(b - a for a, b in zip((0, *cuts), (*cuts, self.tokens)))
+    def rates(self) -> Tensor:
+        """Of MiniMax."""
+        return decay_rates(self.heads, self.layer_index, LAYERS)
+
+    def inputs(self, head_dim: int = HEAD_DIM) -> list[Tensor]:
+        """q, k, v and the gradient of the output."""
+        shape = (self.tokens, self.heads, head_dim)
+        return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
 
 
-def ours(case: Case, rates: Tensor) -> Forward:
+Build = Callable[[Case], Forward]
+
+
+def ours(case: Case) -> Forward:
     """The operator."""
-    layout = SequenceLayout(case.lengths(), 1)
+    layout = SequenceLayout(pack_lengths(case.tokens, case.documents), 1)
+    rates = case.rates()
     return lambda q, k, v: (
         lightning_attention(
             q, k, v, rates, layout=layout, impl="triton", output_final_state=False
@@ -66,90 +83,51 @@ def ours(case: Case, rates: Tensor) -> Forward:
     )
 
 
-def fla(case: Case, rates: Tensor) -> Forward:
+def fla(case: Case) -> Forward:
     """flash-linear-attention on the same tensors."""
     from fla.ops.simple_gla import chunk_simple_gla
 
-    gamma = -rates.cuda()
+    gamma = -case.rates().cuda()
     return lambda q, k, v: chunk_simple_gla(
         q[None], k[None], v[None], g_gamma=gamma, scale=1.0
     )[0][0]  # fmt: skip
 
 
-def check(build: Callable[[Case, Tensor], Forward], name: str) -> None:
-    """Right before fast: output and gradients against eager in float64."""
+def check_against_eager(name: str, build: Build) -> None:
+    """Output and gradients, in float64."""
     case = Case(heads=4, tokens=3000)
-    rates = decay_rates(case.heads, 0, LAYERS)
-    q, k, v, do = (
-        torch.randn(case.tokens, case.heads, HEAD_DIM, device="cuda").bfloat16() for _ in range(4)
+    rates, (*qkv, do) = case.rates(), case.inputs()
+    exact = results(
+        lambda *qkv: lightning_attention(*qkv, rates).output,
+        [x.double() for x in qkv],
+        do.double(),
     )
-
-    def run(forward: Forward, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        output = forward(*leaves)
-        return [output.detach(), *torch.autograd.grad(output, leaves, do.to(dtype))]
-
-    exact = run(lambda *qkv: lightning_attention(*qkv, rates).output, torch.float64)
-    for what, actual, true in zip(
-        ("output", "dq", "dk", "dv"), run(build(case, rates), torch.bfloat16), exact
-    ):
-        error = ((actual.double() - true).norm() / true.norm()).item()
-        print(f"{name}: {what} relative error {error:.1e}", flush=True)
-        if not error < 1e-2:
-            raise SystemExit(f"{name} is wrong here: {what}")
+    check(name, results(build(case), qkv, do), exact)
 
 
-def both(forward: Forward, inputs: Sequence[Tensor], do: Tensor) -> tuple[Tensor, ...]:
-    """Forward and gradients."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    return torch.autograd.grad(forward(*leaves), leaves, do)
-
-
-def measure(
-    case: Case, impl: str, build: Callable[[Case, Tensor], Forward], bandwidth: float
-) -> list[dict[str, Any]]:
+def measure(case: Case, impl: str, build: Build, bandwidth: float) -> Iterator[Row]:
     """Rows of forward and backward time, and of the memory that both need besides the tensors."""
-    q, k, v, do = (
-        torch.randn(case.tokens, case.heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        for _ in range(4)
-    )
-    forward = build(case, decay_rates(case.heads, case.layer_index, LAYERS))
-    tensor_bytes = q.numel() * q.element_size()
-
-    both(forward, (q, k, v), do)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    both(forward, (q, k, v), do)
-    peak = torch.cuda.max_memory_allocated() - before
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    *qkv, do = case.inputs()
+    forward = build(case)
+    results(forward, qkv, do)
+    extra = extra_bytes(forward, qkv, do)
+    leaves = [x.requires_grad_() for x in qkv]
     output = forward(*leaves)
-    times = {
-        "forward_ms": (4, *measure_ms(lambda: forward(*leaves))),
-        "backward_ms": (
-            7,
-            *measure_ms(lambda: torch.autograd.grad(output, leaves, do, retain_graph=True)),
+    facts = {"head_dim": HEAD_DIM, "num_layers": LAYERS, "dtype": "bfloat16"}
+    who = ("lightning_kernels", case._asdict() | facts, impl)
+    for metric, tensors, time, call in (
+        ("forward_ms", 4, measure_ms, lambda: forward(*leaves)),
+        (
+            "backward_ms", 7, measure_ms,
+            lambda: torch.autograd.grad(output, leaves, do, retain_graph=True),
         ),
-        "forward_graph_ms": (4, *graph_ms(lambda: forward(*leaves))),
+        ("forward_graph_ms", 4, graph_ms, lambda: forward(*leaves)),
         # A backward runs on the streams of its forward and of its leaves: all are in the graph.
-        "both_graph_ms": (11, *graph_ms(lambda: both(forward, (q, k, v), do))),
-    }
-
-    base = {
-        "benchmark": "lightning_kernels",
-        "impl": impl,
-        "case": case._asdict() | {"head_dim": HEAD_DIM, "num_layers": LAYERS, "dtype": "bfloat16"},
-    }
-    floor_ms = tensor_bytes / bandwidth * 1e3
-    rows = [
-        base | {"metric": metric, "p20": p20, "p50": p50, "p80": p80, "unit": "ms",
-                "bound": tensors * floor_ms, "bound_name": f"{tensors} tensors at copy bandwidth",
-                "samples": None}
-        for metric, (tensors, p20, p50, p80) in times.items()
-    ]  # fmt: skip
-    extra = peak - 4 * tensor_bytes  # the output and three gradients are the caller's
-    share = {"p20": None, "p50": extra / (8 * tensor_bytes), "p80": None, "unit": "share"}
-    bound = {"bound": None, "bound_name": None, "samples": 1}
-    return [*rows, base | {"metric": "extra_memory"} | share | bound]
+        ("both_graph_ms", 11, graph_ms, lambda: results(forward, leaves, do)),
+    ):  # fmt: skip
+        bound, name = tensors * do.nbytes / bandwidth * 1e3, f"{tensors} tensors at copy bandwidth"
+        yield row(*who, metric, time(call), "ms", bound=bound, bound_name=name, samples=None)
+    yield row(*who, "extra_memory", extra / (8 * do.nbytes), "share", samples=1)
 
 
 def our_cases() -> list[Case]:
@@ -159,7 +137,10 @@ def our_cases() -> list[Case]:
 
 
 def forget_tuning() -> None:
-    """Of FLA: what it has found, also on disk."""
+    """Drop what FLA has found, also on disk."""
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import KernelInterface
+
     for module in [m for name, m in sys.modules.items() if name.startswith("fla.")]:
         for kernel in list(vars(module).values()):
             while isinstance(kernel, KernelInterface):
@@ -171,22 +152,22 @@ def forget_tuning() -> None:
 
 def tune_for(heads: int) -> None:
     """Let FLA tune itself for so many heads."""
-    x, do = (torch.randn(32768, heads, HEAD_DIM, device="cuda").bfloat16() for _ in range(2))
-    case = Case(heads, len(x))
-    both(fla(case, decay_rates(heads, 0, LAYERS)), (x, x, x), do)
+    case = Case(heads, 32768)
+    *qkv, do = case.inputs()
+    results(fla(case), qkv, do)
 
 
-def questions(heads: int | None) -> Iterator[tuple[str, Callable[[Case, Tensor], Forward], Case]]:
+def todo(heads: int | None) -> Iterator[tuple[str, Build, Case]]:
     """Who computes what; what is to be done before is done in between."""
-    check(ours, "lasp triton")
+    check_against_eager("lasp triton", ours)
     for case in our_cases():
         if heads in (None, case.heads):
             yield "lasp triton", ours, case
-    if not importlib.util.find_spec("fla"):
-        print("flash-linear-attention is not installed: no rows of it")
+    version = installed("flash-linear-attention", "fla")
+    if version is None:
         return
-    name = f"fla {importlib.metadata.version('flash-linear-attention')} chunk_simple_gla"
-    check(fla, name)
+    name = f"fla {version} chunk_simple_gla"
+    check_against_eager(name, fla)
     # Its time does not depend on the decay.
     cases = [Case(*shape) for shape in SHAPES]
     forget_tuning()
@@ -200,24 +181,14 @@ def questions(heads: int | None) -> Iterator[tuple[str, Callable[[Case, Tensor],
             yield name, fla, case
 
 
-def main() -> None:
-    """Measure everything and append the rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--commit", required=True)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--heads", type=int, help="only the cases of so many heads")
-    options = parser.parse_args()
-    common, bandwidth = environment(options.commit), copy_bytes_per_s()
-    for impl, build, case in questions(options.heads):
-        rows = [row | common for row in measure(case, impl, build, bandwidth)]
-        path = write_rows(rows, options.out)  # at once: what comes later may fail
-        for row in rows:
-            ratio = f"= {row['p50'] / row['bound']:.2f} x floor" if row["bound"] else ""
-            print(f"{impl:12} H={case.heads:3} N={case.tokens:8} layer {case.layer_index:2}"
-                  f" documents {case.documents:4} {row['metric']:16} {row['p50']:8.3f} {ratio}",
-                  flush=True)  # fmt: skip
-    print(path)
+def rows(options: Choice, machine: Machine) -> Iterator[Row]:
+    """All rows."""
+    bandwidth = copy_bytes_per_s()
+    for impl, build, case in todo(options.heads):
+        yield from measure(case, impl, build, bandwidth)
 
+
+QUESTION = Question("lightning_kernels", Choice, rows)
 
 if __name__ == "__main__":
-    main()
+    answer(QUESTION, __doc__)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.lasp_ranks import Machine
+from benchmarks.harness import Machine
 from benchmarks.token_groups import token_groups
 from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig, SymmetricMemory
 from moe_parallel.dispatch import all_to_all, make_dispatcher

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.lasp_ranks import Machine
+from benchmarks.harness import Machine
 from benchmarks.moe_cases import Case, Way
 from moe_parallel import ExpertGroups, ExpertParallelMoE
 

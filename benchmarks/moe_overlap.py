@@ -17,28 +17,24 @@ the layer of Megatron-Core, if it is installed (``benchmarks.moe_megatron``). ``
 the experts' matrix products and nothing else, the bound of the other times.
 
 ``--max-ctas`` limits the thread blocks of EP's communicator: 1 or 2 make NVLink as slow as a
-network. A sample is as in ``benchmarks.lasp_ranks``.
+network. A sample is as in ``benchmarks.timing``.
 
 Run: torchrun --nproc-per-node 2 -m benchmarks.moe_overlap --commit $(git rev-parse HEAD)
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import moe_megatron
-from benchmarks.harness import write_rows
-from benchmarks.lasp_ranks import Machine, Timed, most, samples_ms, surroundings
+from benchmarks import harness, moe_megatron
+from benchmarks.harness import Machine, RankOptions, Row, say
 from benchmarks.moe_cases import (
     BARE,
     COPIED,
@@ -52,15 +48,23 @@ from benchmarks.moe_cases import (
     only_sent,
     ways,
 )
-from moe_parallel import (
-    ExpertGroups,
-    ExpertParallelMoE,
-    ExpertTopology,
-    SymmetricMemory,
-    Timeline,
-)
+from benchmarks.timing import Timed, bounded, most
+from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, SymmetricMemory
 from moe_parallel.dispatch import make_dispatcher
 from moe_parallel.reference import reference_moe
+
+
+@dataclass(kw_only=True)
+class Options(RankOptions):
+    """Options; ``meshes``, each EPxETP, stand instead of all."""
+
+    tokens: tuple[int, ...] = (8192, 32768)
+    hidden: int = 6144
+    ffn: int = 9216
+    experts: int = 32
+    top_k: int = 2
+    max_ctas: tuple[int, ...] = (0, 2)
+    meshes: tuple[str, ...] = ()
 
 
 def calls(
@@ -80,11 +84,10 @@ def calls(
             torch.autograd.grad(output, [x, *way.parameters], grad, allow_unused=True)
 
     timed = {name: Timed(partial(call, way), way.in_force) for name, way in every.items()}
-    times = 2 if backward else 1
     for name, used in ((SENT, None), (COPIED, memory)):
         if name == SENT or used is not None:
             dispatcher = make_dispatcher(layer.mesh, layer.groups, used)
-            timed[name] = Timed(only_sent(layer, x, times, dispatcher))
+            timed[name] = Timed(only_sent(layer, x, 1 + backward, dispatcher))
     timed[BARE] = Timed(bare_products(layer, x, backward=backward))
     return timed
 
@@ -95,45 +98,32 @@ def measure(
     groups: ExpertGroups,
     machine: Machine,
     memory: SymmetricMemory | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Rows of times, bound by the bare products, and of the share of communication exposed."""
     x, grad = inputs(case, machine)
     ours = ways(layer, machine, memory)
     others = moe_megatron.peers(case, layer, groups, machine)
+    row = partial(harness.row, "moe_overlap", case._asdict() | {"ranks": dist.get_world_size()})
     for direction in ("forward", "both"):
         backward = direction == "both"
         timed = calls(layer, ours | others, x, grad, memory=memory, backward=backward)
-        times = samples_ms(timed, machine)
-        medians = {name: values[len(values) // 2] for name, values in times.items()}
-        for name, values in times.items():
-            result = row(case, name, f"{direction}_ms", values, "ms")
-            if name not in (BARE, SENT, COPIED):
-                result |= {"bound": medians[BARE], "bound_name": BARE}
-            yield result
+        medians = {}
+        bound = (BARE, 1.0, BARE)
+        for found in bounded(row, f"{direction}_ms", timed, machine, bound, (SENT, COPIED)):
+            medians[found["impl"]] = found["p50"]
+            yield found
         for name in ours:
             if name not in SILENT and (groups.ep or groups.etp):
                 copied = name.endswith("copied")
                 alone = medians[COPIED if copied else SENT]
                 share = (medians[name] - medians[SILENT[copied]]) / alone
-                of_medians = {"p20": None, "p80": None, "samples": None}
-                yield row(case, name, f"{direction}_exposed", [share], "share") | of_medians
-
-
-def row(case: Case, impl: str, metric: str, values: list[float], unit: str) -> dict[str, Any]:
-    """Percentiles of sorted values."""
-    p20, p50, p80 = (values[round(share * (len(values) - 1))] for share in (0.2, 0.5, 0.8))
-    return {
-        "benchmark": "moe_overlap", "impl": impl,
-        "case": case._asdict() | {"ranks": dist.get_world_size()}, "metric": metric,
-        "p20": p20, "p50": p50, "p80": p80, "unit": unit, "bound": None, "bound_name": None,
-        "samples": len(values),
-    }  # fmt: skip
+                yield row(name, f"{direction}_exposed", share, "share")
 
 
 def check(
     case: Case, groups: ExpertGroups, machine: Machine, memory: SymmetricMemory | None = None
 ) -> dict[str, float]:
-    """Right before fast: output and input gradient of each way against a loop in float64.
+    """Output and input gradient of each way against a loop in float64.
 
     Returns:
         By peer, the largest difference of its output from ours, over all ranks.
@@ -142,13 +132,15 @@ def check(
     x, grad = inputs(case, machine)
     whole = ExpertParallelMoE(case.config, dtype=torch.float64)
     w13, w2 = (w.detach().to(machine.dtype).double() for w in whole.experts.parameters())
-    exact_x = x.detach().double().cpu().requires_grad_()
-    gate = layer.gate.weight.detach().double().cpu()
-    exact = reference_moe(
-        exact_x, gate, w13, w2,
-        top_k=case.top_k, capacity_factor=None, drop_policy="position", aux_loss_coefficient=0.0,
-    ).output  # fmt: skip
-    exact_grad = torch.autograd.grad(exact, exact_x, grad.double().cpu())[0]
+    gate, exact_x, exact_grad = (t.detach().double().cpu() for t in (layer.gate.weight, x, grad))
+
+    def loop(x: Tensor) -> Tensor:
+        return reference_moe(
+            x, gate, w13, w2, top_k=case.top_k, capacity_factor=None, drop_policy="position",
+            aux_loss_coefficient=0.0,
+        ).output  # fmt: skip
+
+    exact = harness.results(loop, [exact_x], exact_grad)
     ours = ways(layer, machine, memory)
     peers = moe_megatron.peers(case, layer, groups, machine)
     first, differences = None, {}
@@ -156,12 +148,8 @@ def check(
         if name in SILENT:
             continue
         with way.in_force:
-            output = way.forward(x)
-            actual = (output.detach(), torch.autograd.grad(output, x, grad)[0])
-        for what, got, true in zip(("output", "dx"), actual, (exact.detach(), exact_grad)):
-            error = ((got.double().cpu() - true).norm() / true.norm()).item()
-            if not error < 1e-2:
-                raise SystemExit(f"{name} is wrong here: {what}, relative error {error:.1e}")
+            actual = harness.results(way.forward, [x], grad)
+        harness.check(name, actual, exact)
         first = actual[0] if first is None else first
         if name in peers:
             (differences[name],) = most((actual[0] - first).abs().max().item(), machine)
@@ -201,28 +189,8 @@ def memory_of(case: Case, groups: ExpertGroups) -> SymmetricMemory | None:
     return SymmetricMemory(shared) if copied else None
 
 
-def parse() -> argparse.Namespace:
-    """Options; the meshes are all EP, all ETP, and from 4 ranks on half of each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--commit", required=True)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
-    parser.add_argument("--hidden", type=int, default=6144)
-    parser.add_argument("--ffn", type=int, default=9216)
-    parser.add_argument("--experts", type=int, default=32)
-    parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--max-ctas", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--samples", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="for a metric of a case")
-    parser.add_argument("--meshes", nargs="+", metavar="EPxETP", help="instead of all")
-    return parser.parse_args()
-
-
-def cases(options: argparse.Namespace, ranks: int) -> list[Case]:
-    """Every mesh; only EP is throttled."""
+def cases(options: Options, ranks: int) -> list[Case]:
+    """Every mesh: all EP, all ETP, and from 4 ranks on half of each; only EP is throttled."""
     meshes = [(ranks, 1), (1, ranks)] + [(ranks // 2, 2)] * (ranks >= 4)
     if options.meshes:
         meshes = [tuple(map(int, mesh.split("x"))) for mesh in options.meshes]
@@ -233,42 +201,21 @@ def cases(options: argparse.Namespace, ranks: int) -> list[Case]:
     ]  # fmt: skip
 
 
-def main() -> None:
-    """Check, then measure; every row is written when it is there."""
-    options = parse()
-    on_gpu = options.device == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    if on_gpu:
-        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    impl = "triton" if on_gpu else "eager"
-    machine = Machine(options.device, impl, dtype, options.samples, options.seconds)
-    common = surroundings(options.commit, machine)
-    first = dist.get_rank() == 0
-    if first and (reason := moe_megatron.obstacle()) is not None:
-        print(f"left out: Megatron-Core's layer: {reason}")
+def rows(options: Options, machine: Machine) -> Iterator[Row]:
+    """Check each case, small, then measure it."""
+    if (reason := moe_megatron.obstacle()) is not None:
+        say(f"left out: Megatron-Core's layer: {reason}")
     for case in cases(options, dist.get_world_size()):
         with groups_of(case) as groups:
             small = case._replace(tokens=8 * case.experts, hidden=64, ffn=128)
             memory = memory_of(case, groups)
             for name, difference in check(small, groups, machine, memory).items():
-                if first:
-                    print(f"{name}: its output and ours differ by {difference:.1e} at most")
+                say(f"{name}: its output and ours differ by {difference:.1e} at most")
             layer = build(case, groups, machine, on_device=True)
-            for result in measure(case, layer, groups, machine, memory):
-                if first:
-                    write_rows([result | common], options.out)
-                    print(*case, result["impl"], result["metric"], f"{result['p50']:.4g}",
-                          flush=True)  # fmt: skip
-            timeline = Timeline()
-            x, grad = inputs(case, machine)
-            layer.config = case.config  # groups by the rule
-            layer.dispatcher = make_dispatcher(layer.mesh, groups, memory)
-            layer(x, timeline=timeline).output.backward(grad)
-            if first:
-                print(timeline, flush=True)
-    dist.destroy_process_group()
+            yield from measure(case, layer, groups, machine, memory)
 
+
+QUESTION = harness.Question("moe_overlap", Options, rows)
 
 if __name__ == "__main__":
-    main()
+    harness.answer(QUESTION, __doc__)

@@ -6,7 +6,7 @@ bound is P times the time of that on one GPU, by cuDNN's dense kernel, in the sa
 PyTorch's flash attention). The ring is measured in the order that balances, zigzag; the peers of
 ``benchmarks.ring_peers`` in the order that each needs.
 
-Calls take turns; samples are those of ``benchmarks.lasp_ranks``: the slowest rank counts. Bytes are
+Calls take turns; samples are those of ``benchmarks.timing``: the slowest rank counts. Bytes are
 counted at the collectives. ``both_ms`` is forward and backward; ``extra_bytes`` the peak memory of
 both besides arguments and results.
 
@@ -15,31 +15,26 @@ Run: torchrun --nproc-per-node 4 -m benchmarks.ring_length --commit $(git rev-pa
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.ring_cases import (
-    OURS,
-    Case,
-    Machine,
-    arguments,
-    compare,
-    inputs,
-    measured_bytes,
-    ours,
-    peers,
-    run,
-    timed,
-)
-from benchmarks.ring_peers import Forward
+from benchmarks import ring_cases
+from benchmarks.harness import Forward, Machine, Question, Row, answer
+from benchmarks.ring_cases import Case, check, compare, peers
 
 aten = torch.ops.aten
 NAME, ALONE = "ring_length", "one rank's tokens alone"
+
+
+@dataclass(kw_only=True)
+class Options(ring_cases.Options):
+    """Options: tokens of a rank; two lengths take about five minutes on 4 GPUs."""
+
+    tokens: tuple[int, ...] = (8192, 32768)
 
 
 def alone(case: Case) -> Forward:
@@ -60,32 +55,29 @@ def alone(case: Case) -> Forward:
     return forward
 
 
-def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
+def measure(case: Case, machine: Machine) -> Iterator[Row]:
     """Rows of one case: ours in its order, peers in theirs."""
-    leaves, do = inputs(case, machine, case.tokens)
-    yield from measured_bytes(NAME, case, machine, ours(case), leaves, do)
-    forwards = {ALONE: alone(case), OURS: ours(case)}
+    others: dict[str, Forward] = {}
     for order in ("zigzag", "contiguous"):
-        forwards |= peers(case._replace(order=order), machine.device)
-    calls = {name: timed(forward, leaves, do) for name, forward in forwards.items()}
-    ranks = dist.get_world_size()
-    yield from compare(NAME, case, calls, machine, (ALONE, ranks, f"{ranks} x {ALONE}"))
+        others |= peers(case._replace(order=order), machine.device)
+    ranks, reference = dist.get_world_size(), (ALONE, alone(case), case.tokens)
+    yield from compare(NAME, case, machine, others, reference, (ranks, f"{ranks} x {ALONE}"))
 
 
-def cases(options: argparse.Namespace) -> list[Case]:
+def cases(options: Options) -> list[Case]:
     """Causal at every length, and without a mask at the last."""
-    shape = (options.heads, options.kv_heads, options.head_dim)
     masks = [(tokens, True) for tokens in options.tokens] + [(options.tokens[-1], False)]
-    return [Case(tokens, *shape, causal, "one", "zigzag") for tokens, causal in masks]
+    return [Case(tokens, *options.shape, causal, "one", "zigzag") for tokens, causal in masks]
 
 
-def main() -> None:
-    """Two lengths, about five minutes on 4 GPUs."""
-    parser = arguments(__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
-    options = parser.parse_args()
-    run(options, lambda: cases(options), measure)
+def rows(options: Options, machine: Machine) -> Iterator[Row]:
+    """Check, then every case."""
+    check(cases(options), machine)
+    for case in cases(options):
+        yield from measure(case, machine)
 
+
+QUESTION = Question(NAME, Options, rows, ring_cases.CPU_DTYPE, high_priority=True)
 
 if __name__ == "__main__":
-    main()
+    answer(QUESTION, __doc__)

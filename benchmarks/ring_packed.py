@@ -15,27 +15,14 @@ Run: torchrun --nproc-per-node 4 -m benchmarks.ring_packed --commit $(git rev-pa
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from benchmarks.ring_cases import (
-    OURS,
-    Case,
-    Machine,
-    arguments,
-    compare,
-    inputs,
-    measured_bytes,
-    ours,
-    peers,
-    row,
-    run,
-    timed,
-)
-from benchmarks.ring_peers import Forward
+from benchmarks import ring_cases
+from benchmarks.harness import Forward, Machine, Question, Row, answer
+from benchmarks.ring_cases import OURS, Case, check, compare, peers
 from lasp import SequenceLayout
 from lasp.sequence.planner import plan_layout
 from ring import ring_attention
@@ -44,13 +31,21 @@ from ring.planner.schedule import plan_ring
 NAME, WHOLE, TILE = "ring_packed", "whole pack on one GPU", 128
 
 
+@dataclass(kw_only=True)
+class Options(ring_cases.Options):
+    """Options: tokens of a rank, and distributions."""
+
+    tokens: int = 32768
+    documents: tuple[str, ...] = ("A", "B", "C", "equal")
+
+
 def whole_pack(case: Case) -> Forward:
     """All tokens of all ranks, on each rank."""
     layout = SequenceLayout(case.lengths(), 1)
     return lambda q, k, v: ring_attention(q, k, v, layout=layout, causal=case.causal).output
 
 
-def planned(case: Case, item_bytes: int) -> Iterator[dict[str, Any]]:
+def planned(case: Case, item_bytes: int) -> Iterator[Row]:
     """Rows of what the plan says, for all ranks."""
     layout = case.layout()
     ranks = range(layout.num_ranks)
@@ -64,7 +59,7 @@ def planned(case: Case, item_bytes: int) -> Iterator[dict[str, Any]]:
         ("needed_bytes", float(needed * token_bytes), "bytes"),
         ("tile_fill", sum(used for used, _ in filled) / sum(of for _, of in filled), "share"),
     ):
-        yield row(NAME, case, OURS, metric, [value], unit) | {"p20": None, "samples": None}
+        yield case.row(NAME, OURS, metric, value, unit)
 
 
 def tile_fill(layout: SequenceLayout, rank: int, causal: bool) -> tuple[int, int]:
@@ -83,46 +78,40 @@ def tile_fill(layout: SequenceLayout, rank: int, causal: bool) -> tuple[int, int
     return used, held
 
 
-def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
+def measure(case: Case, machine: Machine) -> Iterator[Row]:
     """Rows of one pack under one layout, and whether that is the planned one."""
-    best = plan_layout(case.lengths(), dist.get_world_size()).order
-    for result in _measure(case, machine):
-        result["case"]["planned"] = case.order == best
-        yield result
+    lengths, ranks = case.lengths(), dist.get_world_size()
+    reference = (WHOLE, whole_pack(case), sum(lengths))
+    others, bound = peers(case, machine.device), (1 / ranks, f"{WHOLE} / P")
+    best = plan_layout(lengths, ranks).order
+    for made in (
+        planned(case, machine.dtype.itemsize),
+        compare(NAME, case, machine, others, reference, bound),
+    ):
+        for row in made:
+            row["case"]["planned"] = case.order == best
+            yield row
 
 
-def _measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
-    yield from planned(case, machine.dtype.itemsize)
-    layout = case.layout()
-    leaves, do = inputs(case, machine, layout.num_local_tokens)
-    yield from measured_bytes(NAME, case, machine, ours(case), leaves, do)
-    forwards = {OURS: ours(case), **peers(case, machine.device)}
-    calls = {name: timed(forward, leaves, do) for name, forward in forwards.items()}
-    calls[WHOLE] = timed(whole_pack(case), *inputs(case, machine, sum(case.lengths())))
-    share = 1 / layout.num_ranks
-    yield from compare(NAME, case, calls, machine, (WHOLE, share, f"{WHOLE} / P"))
-
-
-def cases(options: argparse.Namespace) -> list[Case]:
+def cases(options: Options) -> list[Case]:
     """Each distribution under the planned layout and the two simple ones; the planned is first."""
     found = []
-    shape = (options.heads, options.kv_heads, options.head_dim)
     for documents in options.documents:
-        case = Case(options.tokens, *shape, True, documents, "contiguous")
+        case = Case(options.tokens, *options.shape, True, documents, "contiguous")
         best = plan_layout(case.lengths(), dist.get_world_size()).order
         orders = dict.fromkeys((best, "contiguous", "zigzag"))
         found += [case._replace(order=order) for order in orders]
     return found
 
 
-def main() -> None:
-    """Three distributions, 131072 tokens over 4 GPUs."""
-    parser = arguments(__doc__)
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--documents", nargs="+", default=["A", "B", "C", "equal"])
-    options = parser.parse_args()
-    run(options, lambda: cases(options), measure)
+def rows(options: Options, machine: Machine) -> Iterator[Row]:
+    """Check, then every case."""
+    check(cases(options), machine)
+    for case in cases(options):
+        yield from measure(case, machine)
 
+
+QUESTION = Question(NAME, Options, rows, ring_cases.CPU_DTYPE, high_priority=True)
 
 if __name__ == "__main__":
-    main()
+    answer(QUESTION, __doc__)

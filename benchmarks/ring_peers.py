@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -20,13 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.harness import Forward
 from lasp import SequenceLayout
+from ring.blocks.eager import EagerBlock
+from ring.blocks.interface import QKV
+from ring.blocks.merge import Partial
 
 VERSION = "0.1.8"
 ZIGZAG, LLAMA3 = (f"ring_flash_attn {VERSION} {name}" for name in ("zigzag", "llama3"))
 aten = torch.ops.aten
-
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+EAGER = EagerBlock()
 
 
 def obstacle() -> str | None:
@@ -110,13 +113,13 @@ def varlen_forward(
             0.0, causal, False, scale=softmax_scale,
         )  # fmt: skip
         return output, lse, None, None
-    outputs, lses = [], []
+    parts = []
     for rows, keys in _segments(cu_seqlens_q, cu_seqlens_k):
-        scores = _scores(q[rows], k[keys], causal, softmax_scale)
-        lses.append(scores.logsumexp(-1))
-        p, v_SHD = scores.softmax(-1), _expanded(v[keys], q)
-        outputs.append(torch.einsum("hts,shd->thd", p, v_SHD).to(q.dtype))
-    return torch.cat(outputs), torch.cat(lses, 1).float(), None, None
+        first = keys.stop - keys.start - (rows.stop - rows.start)
+        qkv = QKV(_aligned(q[rows], first), k[keys], v[keys])
+        parts.append([x[first:] for x in EAGER.forward(qkv, causal=causal, scale=softmax_scale)])
+    outputs, lses = zip(*parts)
+    return torch.cat(outputs).to(q.dtype), torch.cat(lses).T.float(), None, None
 
 
 def varlen_backward(
@@ -154,16 +157,16 @@ def varlen_backward(
             into.copy_(gradient)
         return
     for rows, keys in _segments(cu_seqlens_q, cu_seqlens_k):
-        q_THD, do_THD, k_SHD = _wide(q[rows]), _wide(dout[rows]), _expanded(k[keys], q)
-        scores = _scores(q_THD, k[keys], causal, softmax_scale)
-        p = (scores - softmax_lse[:, rows].unsqueeze(-1)).exp()
-        delta = (do_THD * out[rows]).sum(-1).T.unsqueeze(-1)
-        dp = torch.einsum("thd,shd->hts", do_THD, _expanded(v[keys], q))
-        ds = softmax_scale * p * (dp - delta)
-        dq[rows] = torch.einsum("hts,shd->thd", ds, k_SHD)
-        for into, gradient in ((dk, (ds, q_THD)), (dv, (p, do_THD))):
-            full = torch.einsum("hts,thd->shd", *gradient)
-            into[keys] = full.unflatten(1, (k.shape[1], -1)).sum(2)
+        first = keys.stop - keys.start - (rows.stop - rows.start)
+        own = (q[rows], dout[rows], out[rows], softmax_lse[:, rows].T)
+        q_SHD, do_SHD, *merged = (_aligned(x, first) for x in own)
+        gradients = EAGER.backward(
+            do_SHD, Partial(*merged), QKV(q_SHD, k[keys], v[keys]),
+            causal=causal, scale=softmax_scale,
+        )  # fmt: skip
+        for into, gradient in ((dq[rows], gradients.q[first:]), (dk[keys], gradients.k),
+                               (dv[keys], gradients.v)):  # fmt: skip
+            into.copy_(gradient)
 
 
 def _segments(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -171,18 +174,6 @@ def _segments(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
         yield slice(*rows), slice(*keys)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _expanded(k: Tensor, q: Tensor) -> Tensor:
-    return _wide(k).repeat_interleave(q.shape[1] // k.shape[1], 1)
-
-
-def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-    """``[Hq, Tq, Tk]``; under a causal mask the last row sees the last key, as in flash-attn."""
-    scores = scale * torch.einsum("thd,shd->hts", _wide(q), _expanded(k, q))
-    if causal:
-        future = torch.ones_like(scores[0], dtype=torch.bool).triu(1 + len(k) - len(q))
-        scores = scores.masked_fill(future, float("-inf"))
-    return scores
+def _aligned(x: Tensor, first: int) -> Tensor:
+    """Rows before the first, so that the last row sees the last key under a causal mask."""
+    return torch.cat([x.new_zeros(first, *x.shape[1:]), x])

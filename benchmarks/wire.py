@@ -1,4 +1,4 @@
-"""Count what the collectives of a rank receive from others."""
+"""Count what the collectives of a rank receive from others, and the memory of a call."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.harness import Forward
 from lasp.state_exchange import strategies
 
 
@@ -52,3 +54,21 @@ def counted() -> Iterator[Received]:
         patch.object(dist, "recv", count_recv),
     ):
         yield received
+
+
+def measured_bytes(forward: Forward, leaves: list[Tensor], do: Tensor) -> dict[str, int]:
+    """Bytes that this rank receives, by direction; on GPUs the memory of both directions too."""
+    on_gpu = do.is_cuda
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with counted() as received:
+        output = forward(*leaves)
+        sizes = {"forward_bytes": received.bytes}
+        gradients = torch.autograd.grad(output, leaves, do)
+        sizes["backward_bytes"] = received.bytes - sizes["forward_bytes"]
+    if on_gpu:
+        torch.cuda.synchronize()
+        results = output.nbytes + sum(x.nbytes for x in gradients)
+        sizes["extra_bytes"] = torch.cuda.max_memory_allocated() - before - results
+    return sizes

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from benchmarks import lasp_model, lasp_ranks, lasp_tables
+from benchmarks.harness import Machine
+from benchmarks.timing import Timed, samples_ms
 from lasp.state_exchange.cost import NVLINK, Link
 from tests.ranks import run_on_ranks
 
-NAMES = ["local", *lasp_ranks.EXCHANGES, *lasp_ranks.PEERS]
+NAMES = tuple(lasp_ranks.IMPLS)
 
 
 def rows_on_rank(cases: list[lasp_ranks.Case]) -> list[dict[str, Any]]:
-    machine = lasp_ranks.Machine("cpu", "eager", torch.float32, 1)
+    machine = Machine("cpu", torch.float32, 1)
     lasp_ranks.check(NAMES, machine)
     rows = []
     for case in cases:
@@ -70,8 +72,8 @@ def test_lasp_ranks(num_ranks: int, tmp_path: Path) -> None:
 
 
 def samples_on_rank(seconds: float) -> int:
-    machine = lasp_ranks.Machine("cpu", "eager", torch.float32, 20, seconds)
-    return len(lasp_ranks.samples_ms({"nothing": lasp_ranks.Timed(int)}, machine)["nothing"])
+    machine = Machine("cpu", torch.float32, 20, seconds)
+    return len(samples_ms({"nothing": Timed(int)}, machine)["nothing"])
 
 
 def test_samples_fit_into_seconds() -> None:

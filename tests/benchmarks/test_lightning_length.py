@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import lightning_length
+from benchmarks.harness import answer, parse
 from benchmarks.lightning_kernels import Case
 from benchmarks.lightning_length import Impl, Limits
 
@@ -42,12 +43,12 @@ def test_long_calls_are_repeated_within_a_second(first, calls) -> None:
 def test_bounds_are_bytes_where_linear_and_products_where_not() -> None:
     case, limits = Case(heads=2, tokens=1000), Limits(bytes_per_s=1e9, flops_per_s=1e12)
     tensor_ms = 1000 * 2 * 64 * 2 / 1e9 * 1e3
-    forward, backward = lightning_length.bounds(Impl(lambda *_: None), case, 64, limits)
+    forward, backward = lightning_length.bounds(Impl(lambda case: None), case, 64, limits)
     assert forward["bound"] == pytest.approx(4 * tensor_ms)
     assert backward["bound"] == pytest.approx(7 * tensor_ms)
     # A product: for each pair of a token and one not after it, a multiplication and an addition.
     product_ms = sum(range(1, 1001)) * 2 * 64 * 2 / 1e12 * 1e3
-    quadratic = Impl(lambda *_: None, quadratic=True)
+    quadratic = Impl(lambda case: None, quadratic=True)
     forward, backward = lightning_length.bounds(quadratic, case, 64, limits)
     assert forward["bound"] == pytest.approx(2 * product_ms)
     assert backward["bound"] == pytest.approx(5 * product_ms)
@@ -62,7 +63,7 @@ def test_softmax_baseline_is_causal_softmax() -> None:
 
 
 def test_default_lengths_go_from_1k_to_1m() -> None:
-    options = lightning_length.parse(["--commit", "x"])
+    options = parse(lightning_length.Sweep, "", ["--commit", "x"])
     assert options.lengths[0] == 1024
     assert options.lengths[-1] == 1048576
 
@@ -72,7 +73,7 @@ def test_default_lengths_go_from_1k_to_1m() -> None:
 def test_a_run_leaves_rows(name, tmp_path, monkeypatch) -> None:
     arguments = ["--commit", "test", "--lengths", "256", "512", "--heads", "3", "--only", name]
     monkeypatch.setattr(sys, "argv", ["lightning_length", *arguments, "--out", str(tmp_path)])
-    lightning_length.main()
+    answer(lightning_length.QUESTION, "")
     (path,) = tmp_path.iterdir()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(r["case"]["tokens"], r["metric"]) for r in rows] == [

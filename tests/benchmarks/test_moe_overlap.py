@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,14 +11,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import moe_cases, moe_megatron, moe_overlap, report
-from benchmarks.lasp_ranks import Machine
+from benchmarks.harness import Machine
 from tests.ranks import run_on_ranks
 
 CASE = moe_overlap.Case(32, hidden=24, ffn=16, experts=8)
 
 
 def rows_on_rank(case: moe_overlap.Case) -> list[dict[str, Any]]:
-    machine = Machine("cpu", "eager", torch.float32, 2)
+    machine = Machine("cpu", torch.float32, 2)
     with moe_overlap.groups_of(case) as groups:
         differences = moe_overlap.check(case, groups, machine)
         assert all(difference < 1e-5 for difference in differences.values())
@@ -54,7 +53,7 @@ def test_every_variant_is_right_and_measured(case: moe_overlap.Case) -> None:
 
 def sent_on_rank(case: moe_overlap.Case) -> list[int]:
     """How many all-to-alls each kind of call starts."""
-    machine, counts = Machine("cpu", "eager", torch.float32, 1), []
+    machine, counts = Machine("cpu", torch.float32, 1), []
     with moe_overlap.groups_of(case) as groups:
         layer = moe_overlap.build(case, groups, machine)
         x, grad = moe_overlap.inputs(case, machine)
@@ -70,17 +69,15 @@ def sent_on_rank(case: moe_overlap.Case) -> list[int]:
 
 
 def test_meshes_may_be_named() -> None:
-    options = argparse.Namespace(
-        tokens=[64], hidden=8, ffn=8, experts=4, top_k=2, max_ctas=[0, 2], meshes=None
-    )
+    options = moe_overlap.Options(commit="c", tokens=(64,), hidden=8, ffn=8, experts=4)
     meshes = [(case.ep, case.etp, case.max_ctas) for case in moe_overlap.cases(options, 4)]
     assert meshes == [(4, 1, 0), (4, 1, 2), (1, 4, 0), (2, 2, 0), (2, 2, 2)]
-    options.meshes = ["1x2"]
+    options.meshes = ("1x2",)
     assert [(case.ep, case.etp) for case in moe_overlap.cases(options, 2)] == [(1, 2)]
 
 
 def products_on_rank(case: moe_overlap.Case) -> None:
-    machine = Machine("cpu", "eager", torch.float32, 1)
+    machine = Machine("cpu", torch.float32, 1)
     with moe_overlap.groups_of(case) as groups:
         layer = moe_overlap.build(case, groups, machine)
         x, grad = moe_overlap.inputs(case, machine)
@@ -111,7 +108,7 @@ def test_planted_tokens_choose_all_experts_alike() -> None:
 
 
 def balanced_on_rank(case: moe_overlap.Case) -> None:
-    machine = Machine("cpu", "eager", torch.bfloat16, 1)
+    machine = Machine("cpu", torch.bfloat16, 1)
     with moe_overlap.groups_of(case) as groups:
         layer = moe_overlap.build(case, groups, machine)
         stats = layer(moe_overlap.inputs(case, machine)[0]).stats

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,27 @@ import torch
 from torch import Tensor
 
 from benchmarks import report, ring_cases, ring_length, ring_packed, ring_peers
+from benchmarks.harness import Machine
 from lasp import SequenceLayout
 from ring.reference import dense_attention
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
 from tests.ring.cases import random_tensors
 
-MACHINE = ring_cases.Machine("cpu", torch.float16, 1)
+MACHINE = Machine("cpu", torch.float16, 1)
 SHAPE = {"heads": 4, "kv_heads": 2, "head_dim": 8}
 
 
 def length_rows() -> list[dict[str, Any]]:
-    cases = ring_length.cases(argparse.Namespace(tokens=[12, 24], **SHAPE))
-    ring_cases.check(ring_cases.smaller(cases), MACHINE)
+    cases = ring_length.cases(ring_length.Options(commit="c", tokens=(12, 24), **SHAPE))
+    ring_cases.check(cases, MACHINE)
     return [row for case in cases for row in ring_length.measure(case, MACHINE)]
 
 
 def packed_rows() -> list[dict[str, Any]]:
-    options = argparse.Namespace(tokens=96, documents=["A", "C", "equal"], **SHAPE)
+    options = ring_packed.Options(commit="c", tokens=96, documents=("A", "C", "equal"), **SHAPE)
     cases = ring_packed.cases(options)
-    ring_cases.check(ring_cases.smaller(cases), MACHINE)
+    ring_cases.check(cases, MACHINE)
     return [row for case in cases for row in ring_packed.measure(case, MACHINE)]
 
 

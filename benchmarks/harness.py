@@ -149,6 +149,14 @@ def pack_lengths(tokens: int, documents: int) -> tuple[int, ...]:
     return tuple(b - a for a, b in zip((0, *cuts), (*cuts, tokens)))
 
 
+def draw(machine: Machine, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Random tensors, other ones on each rank."""
+    seed = dist.get_rank() if dist.is_initialized() else 0
+    generator = torch.Generator(machine.device).manual_seed(seed)
+    how: Any = {"device": machine.device, "dtype": machine.dtype, "generator": generator}
+    return [torch.randn(shape, **how) for shape in shapes]
+
+
 def results(forward: Forward, inputs: Iterable[Tensor], grads: Any) -> list[Tensor]:
     """Outputs and gradients of a function of leaves made of ``inputs``."""
     leaves = [x.detach().requires_grad_() for x in inputs]

@@ -61,10 +61,7 @@ class Case(NamedTuple):
 
     def inputs(self, machine: Machine) -> list[Tensor]:
         """q, k, v and the gradient of the output, other ones on each rank."""
-        generator = torch.Generator(machine.device).manual_seed(dist.get_rank())
-        shape = (self.tokens, self.heads, self.head_dim)
-        draw = {"device": machine.device, "dtype": machine.dtype, "generator": generator}
-        return [torch.randn(shape, **draw) for _ in range(4)]
+        return harness.draw(machine, *[(self.tokens, self.heads, self.head_dim)] * 4)
 
     def choices(self, exchange: str) -> tuple[ExchangeChoice, ...]:
         """What the operator does under this name."""

@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.harness import Machine, Options, Question, Row, answer, check, installed, row
+from benchmarks.harness import Machine, Options, Question, Row, answer, check, draw, installed, row
 from benchmarks.timing import copy_bytes_per_s, graph_ms, measure_ms
 from lasp import decay_rates, lightning_decode
 
@@ -36,12 +36,12 @@ class Case(NamedTuple):
     heads: int = 64
     tokens: int = 1
 
-    def inputs(self) -> list[Tensor]:
+    def inputs(self, machine: Machine) -> list[Tensor]:
         """q, k and v, which are views of a fused projection, rates and states."""
-        fused = torch.randn(self.batch, self.tokens, self.heads, 3 * HEAD_DIM, device="cuda")
-        states = torch.randn(self.batch, self.heads, HEAD_DIM, HEAD_DIM, device="cuda")
-        rates = decay_rates(self.heads, 0, LAYERS).cuda()
-        return [*fused.bfloat16().split(HEAD_DIM, dim=-1), rates, states]
+        (fused,) = draw(machine, (self.batch, self.tokens, self.heads, 3 * HEAD_DIM))
+        states = torch.randn(self.batch, self.heads, HEAD_DIM, HEAD_DIM, device=machine.device)
+        rates = decay_rates(self.heads, 0, LAYERS).to(machine.device)
+        return [*fused.split(HEAD_DIM, dim=-1), rates, states]
 
 
 CASES = [
@@ -80,9 +80,9 @@ def empty(q: Tensor, *_: Tensor) -> Tensor:
     return q
 
 
-def check_step(name: str, step: Step) -> None:
+def check_step(name: str, step: Step, machine: Machine) -> None:
     """Against plain torch in float64, which may not change the states that others read."""
-    inputs = Case(5, 4, tokens=3).inputs()
+    inputs = Case(5, 4, tokens=3).inputs(machine)
     exact = ours("eager")(*(x.double() for x in inputs))
     check(name, [step(*inputs)], [exact])
 
@@ -99,12 +99,11 @@ def host_us(fn: Callable[[], Any]) -> float:
     return sorted(calls)[len(calls) // 2] * 1e6
 
 
-def measure(case: Case, impl: str, step: Step, bandwidth: float) -> Iterator[Row]:
+def measure(case: Case, impl: str, step: Step, machine: Machine, bandwidth: float) -> Iterator[Row]:
     """Rows of the time on the device, the share of the bandwidth, and the time on the host."""
-    inputs = case.inputs()
+    inputs = case.inputs(machine)
     floor_ms = (2 * inputs[4].nbytes + 4 * inputs[0].numel() * 2) / bandwidth * 1e3
     who = "lightning_decode", case._asdict() | {"head_dim": HEAD_DIM, "dtype": "bfloat16"}, impl
-
     alone, bytes_name = case.batch == 1, "bytes at copy bandwidth"  # then a launch counts
 
     def on_device(metric: str, time: Callable[..., Any], launch: Any, where: str = "") -> Row:
@@ -130,9 +129,9 @@ def rows(options: Options, machine: Machine) -> Iterator[Row]:
         steps[f"fla {version} fused_recurrent_simple_gla"] = fla_step
     bandwidth = copy_bytes_per_s()
     for impl, step in steps.items():
-        check_step(impl, step)
+        check_step(impl, step, machine)
         for case in CASES:
-            yield from measure(case, impl, step, bandwidth)
+            yield from measure(case, impl, step, machine, bandwidth)
 
 
 QUESTION = Question("lightning_decode", Options, rows)

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from benchmarks.harness import (
@@ -32,12 +31,13 @@ from benchmarks.harness import (
     Row,
     answer,
     check,
+    draw,
     installed,
     pack_lengths,
     results,
     row,
 )
-from benchmarks.timing import copy_bytes_per_s, extra_bytes, graph_ms, measure_ms
+from benchmarks.timing import copy_bytes_per_s, extra_bytes, graph_ms, measure_ms, passes
 from lasp import SequenceLayout, decay_rates, lightning_attention
 
 SHAPES = [(64, 131072), (16, 1048576), (8, 131072), (8, 524288)]
@@ -63,10 +63,9 @@ class Case(NamedTuple):
         """Of MiniMax."""
         return decay_rates(self.heads, self.layer_index, LAYERS)
 
-    def inputs(self, head_dim: int = HEAD_DIM) -> list[Tensor]:
+    def inputs(self, machine: Machine, head_dim: int = HEAD_DIM) -> list[Tensor]:
         """q, k, v and the gradient of the output."""
-        shape = (self.tokens, self.heads, head_dim)
-        return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        return draw(machine, *[(self.tokens, self.heads, head_dim)] * 4)
 
 
 Build = Callable[[Case], Forward]
@@ -88,43 +87,40 @@ def fla(case: Case) -> Forward:
     from fla.ops.simple_gla import chunk_simple_gla
 
     gamma = -case.rates().cuda()
-    return lambda q, k, v: chunk_simple_gla(
-        q[None], k[None], v[None], g_gamma=gamma, scale=1.0
-    )[0][0]  # fmt: skip
+    return lambda *qkv: chunk_simple_gla(*(x[None] for x in qkv), g_gamma=gamma, scale=1.0)[0][0]
 
 
-def check_against_eager(name: str, build: Build) -> None:
+def check_against_eager(name: str, build: Build, machine: Machine) -> None:
     """Output and gradients, in float64."""
     case = Case(heads=4, tokens=3000)
-    rates, (*qkv, do) = case.rates(), case.inputs()
-    exact = results(
-        lambda *qkv: lightning_attention(*qkv, rates).output,
-        [x.double() for x in qkv],
-        do.double(),
-    )
+    *qkv, do = case.inputs(machine)
+
+    def eager(*qkv: Tensor) -> Tensor:
+        return lightning_attention(*qkv, case.rates()).output
+
+    exact = results(eager, [x.double() for x in qkv], do.double())
     check(name, results(build(case), qkv, do), exact)
 
 
-def measure(case: Case, impl: str, build: Build, bandwidth: float) -> Iterator[Row]:
+def measure(
+    case: Case, impl: str, build: Build, machine: Machine, bandwidth: float
+) -> Iterator[Row]:
     """Rows of forward and backward time, and of the memory that both need besides the tensors."""
-    *qkv, do = case.inputs()
+    *qkv, do = case.inputs(machine)
     forward = build(case)
     results(forward, qkv, do)
     extra = extra_bytes(forward, qkv, do)
     leaves = [x.requires_grad_() for x in qkv]
-    output = forward(*leaves)
+    calls = passes(forward, leaves, do)
     facts = {"head_dim": HEAD_DIM, "num_layers": LAYERS, "dtype": "bfloat16"}
     who = ("lightning_kernels", case._asdict() | facts, impl)
     for metric, tensors, time, call in (
-        ("forward_ms", 4, measure_ms, lambda: forward(*leaves)),
-        (
-            "backward_ms", 7, measure_ms,
-            lambda: torch.autograd.grad(output, leaves, do, retain_graph=True),
-        ),
-        ("forward_graph_ms", 4, graph_ms, lambda: forward(*leaves)),
+        ("forward_ms", 4, measure_ms, calls["forward_ms"]),
+        ("backward_ms", 7, measure_ms, calls["backward_ms"]),
+        ("forward_graph_ms", 4, graph_ms, calls["forward_ms"]),
         # A backward runs on the streams of its forward and of its leaves: all are in the graph.
         ("both_graph_ms", 11, graph_ms, lambda: results(forward, leaves, do)),
-    ):  # fmt: skip
+    ):
         bound, name = tensors * do.nbytes / bandwidth * 1e3, f"{tensors} tensors at copy bandwidth"
         yield row(*who, metric, time(call), "ms", bound=bound, bound_name=name, samples=None)
     yield row(*who, "extra_memory", extra / (8 * do.nbytes), "share", samples=1)
@@ -150,42 +146,36 @@ def forget_tuning() -> None:
                 kernel = getattr(kernel, "fn", None)
 
 
-def tune_for(heads: int) -> None:
-    """Let FLA tune itself for so many heads."""
-    case = Case(heads, 32768)
-    *qkv, do = case.inputs()
-    results(fla(case), qkv, do)
-
-
-def todo(heads: int | None) -> Iterator[tuple[str, Build, Case]]:
+def todo(machine: Machine) -> Iterator[tuple[str, Build, Case]]:
     """Who computes what; what is to be done before is done in between."""
-    check_against_eager("lasp triton", ours)
+    check_against_eager("lasp triton", ours, machine)
     for case in our_cases():
-        if heads in (None, case.heads):
-            yield "lasp triton", ours, case
+        yield "lasp triton", ours, case
     version = installed("flash-linear-attention", "fla")
     if version is None:
         return
     name = f"fla {version} chunk_simple_gla"
-    check_against_eager(name, fla)
+    check_against_eager(name, fla, machine)
     # Its time does not depend on the decay.
-    cases = [Case(*shape) for shape in SHAPES]
+    first, *others = cases = [Case(*shape) for shape in SHAPES]
     forget_tuning()
-    tune_for(cases[0].heads)
+    small = first._replace(tokens=32768)
+    *qkv, do = small.inputs(machine)
+    results(fla(small), qkv, do)  # tunes
+    for case in others:
+        if case.heads != first.heads:
+            yield f"{name}, tuned for {first.heads} heads", fla, case
     for case in cases:
-        if heads in (None, case.heads) and case.heads != cases[0].heads:
-            yield f"{name}, tuned for {cases[0].heads} heads", fla, case
-    for case in cases:
-        if heads in (None, case.heads):
-            forget_tuning()
-            yield name, fla, case
+        forget_tuning()
+        yield name, fla, case
 
 
 def rows(options: Choice, machine: Machine) -> Iterator[Row]:
-    """All rows."""
+    """Rows of every case and implementation."""
     bandwidth = copy_bytes_per_s()
-    for impl, build, case in todo(options.heads):
-        yield from measure(case, impl, build, bandwidth)
+    for impl, build, case in todo(machine):
+        if options.heads in (None, case.heads):
+            yield from measure(case, impl, build, machine, bandwidth)
 
 
 QUESTION = Question("lightning_kernels", Choice, rows)

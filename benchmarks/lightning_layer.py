@@ -14,7 +14,7 @@ Run: python -m benchmarks.lightning_layer --commit $(git rev-parse HEAD)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,8 +22,19 @@ import torch._functorch.config
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import Forward, Machine, Options, Question, Row, answer, check, results, row
-from benchmarks.timing import copy_bytes_per_s, measure_ms
+from benchmarks.harness import (
+    Forward,
+    Machine,
+    Options,
+    Question,
+    Row,
+    answer,
+    check,
+    draw,
+    results,
+    row,
+)
+from benchmarks.timing import copy_bytes_per_s, measure_ms, passes
 from lasp.layers.norm_gate import norm_gate, silu_split
 
 HEAD_DIM, EPS = 128, 1e-6
@@ -36,14 +47,16 @@ class Op(NamedTuple):
     Attributes:
         ours: the kernels.
         eager: plain torch, as in the eager layer.
-        forward_widths: head dims read and written a token and head, forward.
-        backward_widths: likewise, backward.
+        inputs: their shapes for heads H and tokens T.
+        outputs: likewise.
+        widths: head dims read and written a token and head, forward and backward.
     """
 
     ours: Forward
     eager: Forward
-    forward_widths: int
-    backward_widths: int
+    inputs: Callable[[int, int], list[tuple[int, ...]]]
+    outputs: Callable[[int, int], list[tuple[int, ...]]]
+    widths: tuple[int, int]
 
 
 def eager_norm(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
@@ -55,61 +68,41 @@ OPS = {
     "silu_split": Op(
         lambda x: silu_split(x, HEAD_DIM, HEAD_DIM, impl="triton"),
         lambda x: F.silu(x).split(HEAD_DIM, dim=-1),
-        forward_widths=6,
-        backward_widths=9,
+        inputs=lambda H, T: [(T, H, 3 * HEAD_DIM)],
+        outputs=lambda H, T: [(T, H, HEAD_DIM)] * 3,
+        widths=(6, 9),
     ),
     "norm_gate": Op(
         lambda *inputs: norm_gate(*inputs, eps=EPS, impl="triton"),
         eager_norm,
-        forward_widths=3,
-        backward_widths=5,
+        inputs=lambda H, T: [(T, H * HEAD_DIM), (T, H * HEAD_DIM), (H * HEAD_DIM,)],
+        outputs=lambda H, T: [(T, H * HEAD_DIM)],
+        widths=(3, 5),
     ),
 }
 
 
-def make_inputs(op: str, heads: int, tokens: int) -> list[Tensor]:
-    """In bf16 on the GPU: the fused projection, or x, gate and weight."""
-    width = heads * HEAD_DIM
-    shapes = {
-        "silu_split": [(tokens, heads, 3 * HEAD_DIM)],
-        "norm_gate": [(tokens, width), (tokens, width), (width,)],
-    }
-    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes[op]]
-
-
-def gradients(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Random ones of the outputs."""
-    return tuple(map(torch.randn_like, outputs if isinstance(outputs, tuple) else (outputs,)))
-
-
-def check_against_eager(op: str, impl: str, function: Forward) -> None:
+def check_against_eager(name: str, impl: str, function: Forward, machine: Machine) -> None:
     """Results and gradients, in float64."""
-    inputs, eager = make_inputs(op, 4, 1000), OPS[op].eager
-    grads = gradients(eager(*inputs))
-    exact = results(eager, [x.double() for x in inputs], [g.double() for g in grads])
-    check(f"{op} {impl}", results(function, inputs, grads), exact)
+    op = OPS[name]
+    inputs, grads = (draw(machine, *shapes(4, 1000)) for shapes in (op.inputs, op.outputs))
+    exact = results(op.eager, [x.double() for x in inputs], [g.double() for g in grads])
+    check(f"{name} {impl}", results(function, inputs, grads), exact)
 
 
 def measure(
-    op: str, impl: str, function: Forward, shape: tuple[int, int], bandwidth: float
+    name: str, impl: str, function: Forward, shape: tuple[int, int], machine: Machine
 ) -> Iterator[Row]:
-    """Rows of forward and backward."""
-    heads, tokens = shape
-    leaves = [x.requires_grad_() for x in make_inputs(op, heads, tokens)]
-    outputs = function(*leaves)
-    grads = gradients(outputs)
-    case = {"op": op, "heads": heads, "tokens": tokens, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
-    for metric, widths, call in (
-        ("forward_ms", OPS[op].forward_widths, lambda: function(*leaves)),
-        (
-            "backward_ms", OPS[op].backward_widths,
-            lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True),
-        ),
-    ):  # fmt: skip
-        bound = widths * tokens * heads * HEAD_DIM * 2 / bandwidth * 1e3
-        named = {"bound": bound, "bound_name": "bytes at copy bandwidth"}
-        times = measure_ms(call)
-        yield row("lightning_layer", case, impl, metric, times, "ms", **named, samples=None)
+    """Rows of forward and backward; the bounds are bytes."""
+    (heads, tokens), op = shape, OPS[name]
+    leaves = [x.requires_grad_() for x in draw(machine, *op.inputs(*shape))]
+    calls = passes(function, leaves, draw(machine, *op.outputs(*shape)))
+    case = {"op": name, "heads": heads, "tokens": tokens, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
+    for (metric, call), widths in zip(calls.items(), op.widths):
+        moved = widths * tokens * heads * HEAD_DIM * 2
+        yield row(
+            "lightning_layer", case, impl, metric, measure_ms(call), "ms", bound=moved, samples=None
+        )
 
 
 def rows(options: Options, machine: Machine) -> Iterator[Row]:
@@ -118,12 +111,14 @@ def rows(options: Options, machine: Machine) -> Iterator[Row]:
     torch._functorch.config.donated_buffer = False
     bandwidth = copy_bytes_per_s()
     for impl in ("lasp triton", "torch eager", "torch compile"):
-        for op, (ours, eager, *_) in OPS.items():
+        for name, (ours, eager, *_) in OPS.items():
             compiled = torch.compile(eager, dynamic=False)
-            choice = {"lasp triton": ours, "torch eager": eager, "torch compile": compiled}
-            check_against_eager(op, impl, choice[impl])
+            function = {"lasp triton": ours, "torch eager": eager, "torch compile": compiled}[impl]
+            check_against_eager(name, impl, function, machine)
             for shape in SHAPES[:1] if impl == "torch compile" else SHAPES:
-                yield from measure(op, impl, choice[impl], shape, bandwidth)
+                for found in measure(name, impl, function, shape, machine):
+                    bound = found["bound"] / bandwidth * 1e3
+                    yield found | {"bound": bound, "bound_name": "bytes at copy bandwidth"}
 
 
 QUESTION = Question("lightning_layer", Options, rows)

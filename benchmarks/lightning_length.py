@@ -40,7 +40,7 @@ from benchmarks.harness import (
 )
 from benchmarks.left_product import left_product_attention
 from benchmarks.lightning_kernels import LAYERS, Build, Case, fla, ours
-from benchmarks.timing import copy_bytes_per_s, extra_bytes, measure_ms
+from benchmarks.timing import copy_bytes_per_s, extra_bytes, measure_ms, passes
 from lasp.lightning.reference import recurrent_lightning_attention
 
 LENGTHS = tuple(2**n for n in range(10, 21))
@@ -114,13 +114,13 @@ def impls() -> dict[str, Impl]:
     return found | ({f"fla {version} chunk_simple_gla": Impl(fla)} if version else {})
 
 
-def check_against_definition(name: str, impl: Impl, options: Sweep) -> None:
+def check_against_definition(name: str, impl: Impl, options: Sweep, machine: Machine) -> None:
     """Output and gradients, in float64."""
     case = Case(options.heads, 304, LAYER)
-    *qkv, do = case.inputs(options.head_dim)
+    *qkv, do = case.inputs(machine, options.head_dim)
 
     def lightning(*qkv: Tensor) -> Tensor:
-        return recurrent_lightning_attention(*qkv, case.rates().cuda())[0]
+        return recurrent_lightning_attention(*qkv, case.rates().to(machine.device))[0]
 
     definition = softmax if impl.softmax else lightning
     exact = results(definition, [x.double() for x in qkv], do.double())
@@ -176,21 +176,18 @@ def bounds(impl: Impl, case: Case, head_dim: int, limits: Limits) -> tuple[Row, 
     return forward, backward
 
 
-def measure(name: str, impl: Impl, case: Case, head_dim: int, limits: Limits) -> Iterator[Row]:
+def measure(
+    name: str, impl: Impl, case: Case, head_dim: int, machine: Machine, limits: Limits
+) -> Iterator[Row]:
     """Rows of the time of forward and backward, and of the memory that both need."""
     facts = {"tokens": case.tokens, "heads": case.heads, "head_dim": head_dim}
     facts |= {"dtype": "bfloat16", "layer_index": case.layer_index, "num_layers": LAYERS}
     forward = impl.build(case)
-    *qkv, do = case.inputs(head_dim)
+    *qkv, do = case.inputs(machine, head_dim)
     leaves = [x.requires_grad_() for x in qkv]
-
-    def backward() -> Callable[[], Any]:
-        output = forward(*leaves)
-        return lambda: torch.autograd.grad(output, leaves, do, retain_graph=True)
-
-    makes = ("forward_ms", lambda: lambda: forward(*leaves)), ("backward_ms", backward)
-    for (metric, make), bound in zip(makes, bounds(impl, case, head_dim, limits)):
-        times, samples = timed(make())
+    calls = passes(forward, leaves, do)
+    for (metric, call), bound in zip(calls.items(), bounds(impl, case, head_dim, limits)):
+        times, samples = timed(call)
         yield row("lightning_length", facts, name, metric, times, "ms", **bound, samples=samples)
     extra = extra_bytes(forward, leaves, do) / 2**20
     yield row("lightning_length", facts, name, "extra_mib", extra, "MiB", samples=1)
@@ -217,10 +214,11 @@ def rows(options: Sweep, machine: Machine) -> Iterator[Row]:
         raise SystemExit(f"--only must be in one of {list(impls())}, got {options.only!r}")
     limits = Limits(copy_bytes_per_s(), flops_per_s())
     for name, impl in chosen.items():
-        check_against_definition(name, impl, options)
+        check_against_definition(name, impl, options, machine)
 
         def measure_at(tokens: int, name: str = name, impl: Impl = impl) -> Iterator[Row]:
-            return measure(name, impl, Case(options.heads, tokens, LAYER), options.head_dim, limits)
+            case = Case(options.heads, tokens, LAYER)
+            return measure(name, impl, case, options.head_dim, machine, limits)
 
         yield from sweep(options.lengths, measure_at, options.limit * 1e3)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.harness import Machine
+from benchmarks.harness import Machine, draw
 from benchmarks.token_groups import token_groups
 from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig, SymmetricMemory
 from moe_parallel.dispatch import all_to_all, make_dispatcher
@@ -80,11 +80,8 @@ def build(
 
 def inputs(case: Case, machine: Machine) -> tuple[Tensor, Tensor]:
     """Hidden states that choose every expert alike, and the gradient of the output."""
-    generator = torch.Generator(machine.device).manual_seed(dist.get_rank())
-    x, grad = (
-        torch.randn(case.tokens, case.hidden, generator=generator, device=machine.device)
-        for _ in range(2)
-    )
+    wide = machine._replace(dtype=torch.float32)
+    x, grad = draw(wide, *[(case.tokens, case.hidden)] * 2)
     x[:, : case.experts] *= 0.1
     token = torch.arange(case.tokens, device=machine.device)
     for slot in range(case.top_k):

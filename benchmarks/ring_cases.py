@@ -69,13 +69,9 @@ class Case(NamedTuple):
 
     def inputs(self, machine: Machine, tokens: int) -> tuple[list[Tensor], Tensor]:
         """q, k and v, which want gradients, and that of the output; others on every rank."""
-        generator = torch.Generator(machine.device).manual_seed(dist.get_rank())
-        draw = {"device": machine.device, "dtype": machine.dtype, "generator": generator}
-        q, k, v, do = (
-            torch.randn(tokens, heads, self.head_dim, **draw)
-            for heads in (self.heads, self.kv_heads, self.kv_heads, self.heads)
-        )
-        return [x.requires_grad_() for x in (q, k, v)], do
+        heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        *qkv, do = harness.draw(machine, *((tokens, h, self.head_dim) for h in heads))
+        return [x.requires_grad_() for x in qkv], do
 
     def row(
         self, benchmark: str, impl: str, metric: str, values: float | Sequence[float], unit: str

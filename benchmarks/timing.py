@@ -41,6 +41,15 @@ def copy_bytes_per_s() -> float:
     return 2 * source.numel() / measure_ms(lambda: target.copy_(source))[1] * 1e3
 
 
+def passes(forward: Forward, leaves: list[Tensor], grads: Any) -> dict[str, Callable[[], Any]]:
+    """Calls of forward, and of backward alone, by the metric of their time."""
+    outputs = forward(*leaves)
+    return {
+        "forward_ms": lambda: forward(*leaves),
+        "backward_ms": lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True),
+    }
+
+
 def extra_bytes(forward: Forward, leaves: list[Tensor], grad: Tensor) -> int:
     """Peak memory of forward and backward beside their arguments and results."""
     before = torch.cuda.memory_allocated()

@@ -1,0 +1,102 @@
+"""The benchmarks of one GPU run, interpreted, at sizes that say nothing about speed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
+
+from benchmarks import lightning_decode, lightning_kernels, lightning_layer, lightning_length
+from benchmarks.harness import Machine, Options
+
+# Triton's interpreter has no product of bf16.
+MACHINE = Machine("cpu", torch.float16)
+
+
+@pytest.fixture
+def rows_of(monkeypatch):
+    """Runs a benchmark without clocks and without a device, in the cases that are given."""
+
+    def once(call, *_):
+        call()
+        return 1.0, 2.0, 3.0
+
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+    def run(name: str, options: Any, **cases: Any) -> dict[tuple[str, ...], dict[str, Any]]:
+        module = importlib.import_module(f"benchmarks.{name}")
+        fakes = {"measure_ms": once, "graph_ms": once, "call_ms": lambda call: once(call)[0]}
+        fakes |= {"copy_bytes_per_s": lambda: 1e12, "flops_per_s": lambda: 1e12}
+        fakes |= {"host_us": lambda call: once(call)[1], "extra_bytes": lambda *_: 2**20}
+        fakes |= {"installed": lambda *_: None, **cases}
+        for what, fake in fakes.items():
+            if hasattr(module, what):
+                monkeypatch.setattr(module, what, fake)
+        found = {}
+        for row in module.rows(options, MACHINE):
+            assert row["benchmark"] == name
+            assert row["unit"] in ("share", "MiB") or row["bound"] > 0
+            found[(row["impl"], *map(str, row["case"].values()), row["metric"])] = row
+        return found
+
+    return run
+
+
+def test_kernels(rows_of) -> None:
+    cases = [lightning_kernels.Case(2, 96), lightning_kernels.Case(1, 96, documents=3)]
+    options = lightning_kernels.Choice(commit="c", heads=2)
+    found = rows_of("lightning_kernels", options, our_cases=lambda: cases)
+    case = ("lasp triton", "2", "96", "0", "1", "128", "80", "bfloat16")
+    metrics = ("forward_ms", "backward_ms", "forward_graph_ms", "both_graph_ms", "extra_memory")
+    assert list(found) == [(*case, metric) for metric in metrics]
+    tensor_ms = 2 * 96 * 128 * 2 / 1e12 * 1e3
+    bounds = [row["bound"] for row in found.values()]
+    assert bounds == [pytest.approx(n * tensor_ms) for n in (4, 7, 4, 11)] + [None]
+
+
+def test_length(rows_of) -> None:
+    options = lightning_length.Sweep(commit="c", lengths=(64, 128), heads=1, head_dim=64)
+    for name in ("lasp triton", "lightning attention 1"):
+        options.only = name
+        found = rows_of("lightning_length", options)
+        assert [(key[0], key[1], key[-1]) for key in found] == [
+            (name, tokens, metric)
+            for tokens in ("64", "128")
+            for metric in ("forward_ms", "backward_ms", "extra_mib")
+        ]
+
+
+def test_decode(rows_of) -> None:
+    cases = [lightning_decode.Case(1, heads=2), lightning_decode.Case(2, heads=2)]
+    found = rows_of("lightning_decode", Options(commit="c"), CASES=cases)
+    assert [(key[0], key[1], key[-1]) for key in found] == [
+        ("lasp triton", "1", "step_ms"),
+        ("lasp triton", "1", "host_us"),
+        ("lasp triton", "1", "graph_step_ms"),
+        ("lasp triton", "2", "step_ms"),
+        ("lasp eager", "1", "step_ms"),
+        ("lasp eager", "1", "host_us"),
+        ("lasp eager", "2", "step_ms"),
+    ]
+    # One step reads and writes a state, and reads or writes q, k, v and o.
+    moved_ms = (2 * 2 * 128 * 128 * 4 + 4 * 2 * 128 * 2) / 1e12 * 1e3
+    bounds = {key[1]: row["bound"] for key, row in found.items() if key[-1] == "step_ms"}
+    assert bounds == {"1": pytest.approx(2.0 + moved_ms), "2": pytest.approx(2 * moved_ms)}
+
+
+def test_layer(rows_of) -> None:
+    found = rows_of("lightning_layer", Options(commit="c"), SHAPES=[(2, 16), (1, 16)])
+    keys = [(key[0], key[1], key[2], key[-1]) for key in found]
+    assert keys == [
+        (impl, op, heads, metric)
+        for impl in ("lasp triton", "torch eager", "torch compile")
+        for op in lightning_layer.OPS
+        for heads in (("2",) if impl == "torch compile" else ("2", "1"))
+        for metric in ("forward_ms", "backward_ms")
+    ]
+    assert {row["bound_name"] for row in found.values()} == {"bytes at copy bandwidth"}

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "examples" / "megatron"))
+# First: a checkout of Megatron-LM has a script of the same name.
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "megatron"))
 from pretrain_hybrid import Options, start_run, train  # isort: skip  (it says where the next one is)
 from hybrid_training.corpus import Corpus  # isort: skip
 

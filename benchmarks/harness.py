@@ -216,6 +216,18 @@ def environment(commit: str, device: str = "cuda") -> Row:
     return facts
 
 
+def read_rows(folder: Path) -> list[Row]:
+    """All rows of a folder."""
+    paths = sorted(folder.glob("*.jsonl"))
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]], left: Iterable[int]) -> list[str]:
+    """Lines of a table; columns stand to the right but for those to the ``left``."""
+    ruler = ["---" if index in left else "---:" for index in range(len(head))]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ruler, *body)]
+
+
 def write_rows(rows: Sequence[Row], folder: Path) -> Path:
     """Append to ``<device>-<date>-<commit>.jsonl``, one row a line."""
     first = rows[0]

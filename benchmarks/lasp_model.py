@@ -10,16 +10,15 @@ Run: python -m benchmarks.lasp_model --plot docs/lasp_model.png
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness import pack_lengths
+from benchmarks.harness import RESULTS, Row, pack_lengths, parse, read_rows
 from lasp import SequenceLayout, decay_rates
 from lasp.sequence.state_flow import flow_of
 from lasp.state_exchange import resolve_exchange
@@ -77,23 +76,21 @@ class Measured(NamedTuple):
         )
 
 
-def read(paths: Sequence[Path]) -> list[Measured]:
+def read(folder: Path) -> list[Measured]:
     """Rows of ``lasp_ranks`` about the exchange alone, over NCCL.
 
     Earlier versions had an exchange that the model does not know any more, ``serial``.
     """
-    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     return [
         _measured(row)
-        for row in rows
-        if row["benchmark"] == "lasp_ranks"
-        and row["metric"] == "exchange_ms"
+        for row in read_rows(folder)
+        if (row["benchmark"], row["metric"]) == ("lasp_ranks", "exchange_ms")
         and row["nccl"]
         and row["impl"] != "serial"
     ]
 
 
-def _measured(row: dict[str, Any]) -> Measured:
+def _measured(row: Row) -> Measured:
     case = row["case"]
     ranks, dim = case["ranks"], case["head_dim"]
     lengths = pack_lengths(case["tokens"] * ranks, case["documents"])
@@ -220,15 +217,20 @@ def plot(path: Path, rows: Sequence[Measured], heads: int, head_dim: int) -> Non
     print(f"\n{path}")
 
 
+@dataclass
+class Options:
+    """Where the rows are, the state of the model, and where to draw it."""
+
+    results: Path = RESULTS
+    heads: int = 64
+    head_dim: int = 128
+    plot: Path | None = None
+
+
 def main() -> None:
     """Print, and draw if asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--heads", type=int, default=64)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--plot", type=Path)
-    options = parser.parse_args()
-    rows = read(sorted(options.results.glob("*.jsonl")))
+    options = parse(Options, __doc__)
+    rows = read(options.results)
     print_model(options.heads, options.head_dim)
     print_check(rows)
     if options.plot:

@@ -9,12 +9,13 @@ Run: python -m benchmarks.lasp_tables --write docs/lasp.md
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from benchmarks.harness import RESULTS, Row, markdown, parse, read_rows
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 SINGLE = ("all_gather", "sliced", "scan", "one_hop")
@@ -41,58 +42,59 @@ class Key(NamedTuple):
         )
 
 
-Cases = dict[Key, dict[str, dict[str, dict[str, Any]]]]
+Cases = dict[Key, dict[str, dict[str, Row]]]
 
 
-def read(paths: Sequence[Path]) -> Cases:
+def read(folder: Path) -> Cases:
     """Rows of ``lasp_ranks`` on GPUs by case, implementation and metric."""
     cases: Cases = defaultdict(lambda: defaultdict(dict))
-    for path in paths:
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            if row["benchmark"] == "lasp_ranks" and row["nccl"]:
-                case = row["case"]
-                facts = (case[name] for name in Key._fields[1:-1])
-                key = Key(row["device"], *facts, row["commit"])
-                cases[key][row["impl"]][row["metric"]] = row
+    for row in read_rows(folder):
+        if row["benchmark"] == "lasp_ranks" and row["nccl"]:
+            facts = (row["case"][name] for name in Key._fields[1:-1])
+            key = Key(row["device"], *facts, row["commit"])
+            cases[key][row["impl"]][row["metric"]] = row
     return cases
 
 
-def times(cases: Cases, metric: str) -> Iterator[str]:
+def p50(case: dict[str, dict[str, Row]], impl: str, metric: str, form: str, unit: float) -> str:
+    """A median in units; nothing where it was not measured."""
+    row = case.get(impl, {}).get(metric)
+    return format(row["p50"] / unit, form) if row else ""
+
+
+def times(cases: Cases, metric: str) -> list[str]:
     """Milliseconds of local, and of each implementation as a multiple of it."""
-    impls = list(dict.fromkeys(impl for case in cases.values() for impl in case))
-    others = [impl for impl in impls if impl != "local"]
-    yield "| case | local ms | " + " | ".join(others) + " |"
-    yield "| --- |" + " ---: |" * (len(others) + 1)
+    others = dict.fromkeys(impl for case in cases.values() for impl in case if impl != "local")
+    body = []
     for key, case in cases.items():
         bound = case["local"][metric]["p50"]
-        shares = [
-            f"{case[impl][metric]['p50'] / bound:.2f}" if metric in case.get(impl, {}) else ""
-            for impl in others
-        ]
-        yield f"| {key} | {bound:.3f} | " + " | ".join(shares) + " |"
+        shares = [p50(case, impl, metric, ".2f", bound) for impl in others]
+        body.append([str(key), f"{bound:.3f}", *shares])
+    return markdown(["case", "local ms", *others], body, [0])
 
 
 def volumes(cases: Cases) -> Iterator[str]:
-    """Megabytes that a rank receives, forward, by heads: the first case of each."""
+    """Megabytes that a rank receives by heads: the first case of each."""
     first: dict[int, Key] = {}
     for key in cases:
         if key.documents == 1:
             first.setdefault(key.heads, key)
     for heads, key in first.items():
-        yield f"| H = {heads}, T = {key.tokens} | MB forward | MB backward |"
-        yield "| --- | ---: | ---: |"
-        for impl, metrics in cases[key].items():
-            if "forward_bytes" in metrics and impl != "local":
-                there, back = (metrics[f"{way}_bytes"]["p50"] for way in ("forward", "backward"))
-                yield f"| {impl} | {there / 1e6:.2f} | {back / 1e6:.2f} |"
+        sizes = ("forward_bytes", "backward_bytes")
+        body = [
+            [impl, *(p50(cases[key], impl, size, ".2f", 1e6) for size in sizes)]
+            for impl, metrics in cases[key].items()
+            if "forward_bytes" in metrics and impl != "local"
+        ]
+        yield from markdown(
+            [f"H = {heads}, T = {key.tokens}", "MB forward", "MB backward"], body, [0]
+        )
         yield ""
 
 
-def auto(cases: Cases) -> Iterator[str]:
+def auto(cases: Cases) -> list[str]:
     """Forward and backward together under auto, and under the best single strategy."""
-    yield "| case | auto is | auto ms | best single | ms | auto / best |"
-    yield "| --- | --- | ---: | --- | ---: | ---: |"
+    body = []
     for key, case in cases.items():
         total = {
             impl: sum(case[impl][metric]["p50"] for metric in ("forward_ms", "backward_ms"))
@@ -101,28 +103,24 @@ def auto(cases: Cases) -> Iterator[str]:
         }
         if "auto" not in total or len(total) < 2:
             continue
-        best = min((impl for impl in total if impl != "auto"), key=lambda impl: total[impl])
+        own = total.pop("auto")
+        best = min(total, key=lambda impl: total[impl])
         strategies = case["auto"]["forward_ms"]["case"]["strategies"]
         what = " + ".join(f"{name} ({heads})" for name, heads, _ in strategies) or "nothing sent"
-        yield (
-            f"| {key} | {what} | {total['auto']:.3f} | {best} | {total[best]:.3f} |"
-            f" {total['auto'] / total[best]:.3f} |"
-        )
+        numbers = (f"{total[best]:.3f}", f"{own / total[best]:.3f}")
+        body.append([str(key), what, f"{own:.3f}", best, *numbers])
+    head = ["case", "auto is", "auto ms", "best single", "ms", "auto / best"]
+    return markdown(head, body, [0, 1, 3])
 
 
-def exchanges(cases: Cases) -> Iterator[str]:
+def exchanges(cases: Cases) -> list[str]:
     """Microseconds of the exchange alone."""
     impls = (*SINGLE, "auto", "serial")  # serial: LASP's chain, in rows of earlier versions
-    yield "| case | " + " | ".join(impls) + " |"
-    yield "| --- |" + " ---: |" * len(impls)
-    for key, case in cases.items():
-        values = [
-            f"{1e3 * case[impl]['exchange_ms']['p50']:.0f}"
-            if "exchange_ms" in case.get(impl, {})
-            else ""
-            for impl in impls
-        ]
-        yield f"| {key} | " + " | ".join(values) + " |"
+    body = [
+        [str(key), *(p50(case, impl, "exchange_ms", ".0f", 1e-3) for impl in impls)]
+        for key, case in cases.items()
+    ]
+    return markdown(["case", *impls], body, [0])
 
 
 def tables(cases: Cases) -> str:
@@ -155,13 +153,18 @@ def tables(cases: Cases) -> str:
     return "\n".join(lines).strip() or "No rows yet."
 
 
+@dataclass
+class Options:
+    """Where the rows are, and the page to write."""
+
+    results: Path = RESULTS
+    write: Path | None = None
+
+
 def main() -> None:
     """Print or write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--write", type=Path)
-    options = parser.parse_args()
-    text = tables(read(sorted(options.results.glob("*.jsonl"))))
+    options = parse(Options, __doc__)
+    text = tables(read(options.results))
     if options.write is None:
         print(text)
         return

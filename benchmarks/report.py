@@ -10,20 +10,19 @@ Run: python -m benchmarks.report
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from benchmarks.bars import draw_bars
+from benchmarks.harness import RESULTS, Row, markdown, parse, read_rows
 
-Row = dict[str, Any]
-
-RESULTS, PAGE, FIGURES = Path("benchmarks/results"), Path("docs/performance.md"), "figures"
+PAGE, FIGURES = Path("docs/performance.md"), "figures"
 PAGES = (PAGE, Path("docs/ring.md"), Path("docs/moe.md"))
 PLACE = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 OURS, SOFTMAX = "lasp triton", "softmax"
@@ -57,11 +56,9 @@ class Run(NamedTuple):
 def read_runs(folder: Path) -> dict[Run, list[Row]]:
     """Rows by run, newest day first; of two rows that measure the same in a run, the later."""
     found: dict[Run, dict[str, Row]] = defaultdict(dict)
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            run = Run(*(row[field] for field in Run._fields))
-            found[run][json.dumps([row["impl"], row["case"], row["metric"]])] = row
+    for row in read_rows(folder):
+        run = Run(*(row[field] for field in Run._fields))
+        found[run][json.dumps([row["impl"], row["case"], row["metric"]])] = row
     newest_first = sorted(found, key=lambda run: (run.date, run.commit, str(run)), reverse=True)
     return {run: list(found[run].values()) for run in newest_first}
 
@@ -101,7 +98,6 @@ def table(rows: list[Row]) -> str:
     for metric, unit in metrics.items():
         head.append(metric if metric.endswith(unit.lower()) else f"{metric}, {unit}")
         head += ["x bound"] * (metric in bounded)
-    ruler = ["---"] * (1 + len(varying)) + ["---:"] * (len(head) - 1 - len(varying))
     body = []
     for name, measured in lines.items():
         cells = list(name)
@@ -113,7 +109,7 @@ def table(rows: list[Row]) -> str:
                 cells.append(f"{share} [{bounds.index(row['bound_name']) + 1}]" if share else "")
         body.append(cells)
     text = [f"All: {', '.join(shared)}.\n"] if shared else []
-    text += ["| " + " | ".join(cells) + " |" for cells in (head, ruler, *body)]
+    text += markdown(head, body, range(1 + len(varying)))
     notes = [f"[{index}] {name}" for index, name in enumerate(bounds, start=1)]
     return "\n".join(text) + (f"\n\nBounds: {'; '.join(notes)}." if notes else "") + "\n"
 
@@ -257,12 +253,17 @@ def rewrite(page: str, runs: dict[Run, list[Row]]) -> str:
     return PLACE.sub(fill, page)
 
 
+@dataclass
+class Options:
+    """Where the rows are, and the pages, beside which figures go."""
+
+    results: Path = RESULTS
+    page: tuple[Path, ...] = PAGES
+
+
 def main() -> None:
     """Rewrite the pages and draw their figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, nargs="+", default=PAGES, help="figures go beside it")
-    options = parser.parse_args()
+    options = parse(Options, __doc__)
     runs = read_runs(options.results)
     for page in options.page:
         text = page.read_text()

@@ -63,10 +63,10 @@ def test_lasp_ranks(num_ranks: int, tmp_path: Path) -> None:
     facts |= {"driver": "1", "date": "2026-01-01", "commit": "0" * 40}
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row | facts) + "\n" for row in rows))
-    text = lasp_tables.tables(lasp_tables.read([path]))
+    text = lasp_tables.tables(lasp_tables.read(tmp_path))
     assert f"### {num_ranks} x GPU" in text
     assert f"| LASP | {state / 1e6:.2f} | {state / 1e6:.2f} |" in text
-    exchanges = lasp_model.read([path])
+    exchanges = lasp_model.read(tmp_path)
     assert {row.impl for row in exchanges} == set(lasp_ranks.EXCHANGES) - not_exact
     assert all(row.model_us(NVLINK) > 0 for row in exchanges)
 

@@ -1,9 +1,9 @@
 """What does the cost model of the state exchange say up to 1024 ranks, and does it hold?
 
 Prints microseconds and megabytes of one exchange by strategy and number of ranks, for one document
-over contiguous ranks in whose runs nothing decays, over NVLink and over a network; what ``auto``
-takes for MiniMax's layers; and the model beside every measured ``exchange_ms`` of the committed
-rows, with the link that fits those rows best. ``--plot`` draws both.
+over contiguous ranks in whose runs nothing decays, over NVLink and over a network; and the model
+beside every measured ``exchange_ms`` of the committed rows, with the link that fits those rows
+best. ``--plot`` draws both.
 
 Run: python -m benchmarks.lasp_model --plot docs/lasp_model.png
 """
@@ -14,14 +14,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.harness import RESULTS, Row, pack_lengths, parse, read_rows
 from lasp import SequenceLayout, decay_rates
 from lasp.sequence.state_flow import flow_of
-from lasp.state_exchange import resolve_exchange
 from lasp.state_exchange.choice import EXACT, ExchangeChoice, kept_over
 from lasp.state_exchange.cost import (
     NETWORK,
@@ -58,13 +57,8 @@ class Measured(NamedTuple):
     """A measured exchange."""
 
     impl: str
-    ranks: int
-    heads: int
-    order: str
-    documents: int
-    layer_index: int
-    tokens: int
     device: str
+    case: dict[str, Any]
     us: float
     parts: tuple[tuple[ExchangeChoice, ExchangeTraffic, StateSize], ...]
 
@@ -111,10 +105,7 @@ def _measured(row: Row) -> Measured:
         parts.append(
             (ExchangeChoice(strategy, tuple(some), blocks), traffic, StateSize(heads, dim, dim))
         )
-    return Measured(
-        row["impl"], ranks, case["heads"], case["order"], case["documents"], case["layer_index"],
-        case["tokens"], row["device"], 1e3 * row["p50"], tuple(parts),
-    )  # fmt: skip
+    return Measured(row["impl"], row["device"], case, 1e3 * row["p50"], tuple(parts))
 
 
 def fitted(rows: Sequence[Measured], start: Link) -> Link:
@@ -157,14 +148,6 @@ def print_model(heads: int, head_dim: int) -> None:
             for strategy in STRATEGIES
         )
         print(f"{ranks:8}    " + "".join(f"{volume / 1e6:12.2f}" for volume in volumes))
-    print("\nauto, 32768 tokens a rank, MiniMax's decay, layer of 80")
-    for ranks in RANKS:
-        layout = SequenceLayout((32768 * ranks,), ranks)
-        for layer in (0, 40, 70, 78):
-            rates = tuple(decay_rates(heads, layer, 80).tolist())
-            choices = resolve_exchange("auto", layout, rates, EPS, head_dim, head_dim)
-            text = ", ".join(f"{choice.strategy} {len(choice.heads)}" for choice in choices)
-            print(f"P {ranks:5}  layer {layer:2}  {text} heads")
 
 
 def print_check(rows: Sequence[Measured]) -> None:
@@ -174,12 +157,12 @@ def print_check(rows: Sequence[Measured]) -> None:
         return
     link = fitted(rows, NVLINK)
     print(f"\n{len(rows)} measured exchanges; fitted {link}\n{'':64}measured   model  fitted, us")
-    for row in sorted(rows, key=lambda row: (row.device, row.ranks, row.heads, row.impl)):
-        case = (
-            f"{row.device} P={row.ranks} H={row.heads} {row.order} documents={row.documents}"
-            f" layer={row.layer_index} {row.impl}"
-        )
-        print(f"{case:64}{row.us:8.0f}{row.model_us(NVLINK):8.0f}{row.model_us(link):8.0f}")
+    for row in sorted(rows, key=lambda r: (r.device, r.case["ranks"], r.case["heads"], r.impl)):
+        text = (
+            f"{row.device} P={{ranks}} H={{heads}} {{order}} documents={{documents}}"
+            f" layer={{layer_index}} {row.impl}"
+        ).format(**row.case)
+        print(f"{text:64}{row.us:8.0f}{row.model_us(NVLINK):8.0f}{row.model_us(link):8.0f}")
 
 
 def plot(path: Path, rows: Sequence[Measured], heads: int, head_dim: int) -> None:
@@ -196,10 +179,10 @@ def plot(path: Path, rows: Sequence[Measured], heads: int, head_dim: int) -> Non
             times = [predicted_us(name, ranks, size, link) / 1e3 for ranks in RANKS]
             axis.loglog(RANKS, times, label=name, color=f"C{index}")
             dots = [
-                (row.ranks, row.us / 1e3)
+                (row.case["ranks"], row.us / 1e3)
                 for row in rows
-                if row.impl == name and row.heads == heads and row.documents == 1
-                and row.order == "contiguous" and link is NVLINK
+                if row.impl == name and row.case["heads"] == heads and link is NVLINK
+                and (row.case["documents"], row.case["order"]) == (1, "contiguous")
             ]  # fmt: skip
             if dots:
                 axis.scatter(*zip(*dots), color=f"C{index}", zorder=3)

@@ -91,9 +91,7 @@ def test_the_fit_finds_the_link_behind_the_rows() -> None:
                 traffic = lasp_model.one_document(ranks)
                 choice = lasp_model.ExchangeChoice(name, tuple(range(size.heads)), 2)
                 part = (choice, traffic, size)
-                row = lasp_model.Measured(
-                    name, ranks, size.heads, "contiguous", 1, 0, 1, "GPU", 0.0, (part,)
-                )
+                row = lasp_model.Measured(name, "GPU", {}, 0.0, (part,))
                 rows.append(row._replace(us=row.model_us(link)))
     fitted = lasp_model.fitted(rows, NVLINK)
     for name in ("latency_us", "gb_per_s", "launch_us", "rank_us"):

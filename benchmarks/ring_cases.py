@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import harness, ring_peers
-from benchmarks.harness import Forward, Machine, RankOptions, Row
+from benchmarks.harness import Forward, Machine, Question, RankOptions, Row
 from benchmarks.timing import Timed, bounded, gathered, most
 from benchmarks.wire import measured_bytes
 from lasp import SequenceLayout
@@ -21,8 +21,6 @@ from ring.reference import dense_attention
 from tests.lasp.distributions import document_lengths
 
 OURS = "ring"
-# In 32 bits the peer is wrong: its buffers are its sums.
-CPU_DTYPE = torch.float16
 
 
 @dataclass(kw_only=True)
@@ -173,3 +171,21 @@ def check(cases: Iterable[Case], machine: Machine) -> None:
             harness.check(
                 name, [x[real] for x in actual], [layout.shard(x, rank)[real] for x in exact], 3e-2
             )
+
+
+def question(
+    name: str,
+    options: type[Options],
+    cases: Callable[[Any], list[Case]],
+    measure: Callable[[Case, Machine], Iterator[Row]],
+) -> Question:
+    """A benchmark that checks its cases, then measures each."""
+
+    def rows(chosen: Options, machine: Machine) -> Iterator[Row]:
+        todo = cases(chosen)
+        check(todo, machine)
+        for case in todo:
+            yield from measure(case, machine)
+
+    # Others wait for transfers, which are few. In 32 bits the peer is wrong: its buffers are sums.
+    return Question(name, options, rows, cpu_dtype=torch.float16, high_priority=True)

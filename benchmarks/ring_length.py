@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import ring_cases
-from benchmarks.harness import Forward, Machine, Question, Row, answer
-from benchmarks.ring_cases import Case, check, compare, peers
+from benchmarks.harness import Forward, Machine, Row, answer
+from benchmarks.ring_cases import Case, compare, peers, question
 
 aten = torch.ops.aten
 NAME, ALONE = "ring_length", "one rank's tokens alone"
@@ -70,14 +70,7 @@ def cases(options: Options) -> list[Case]:
     return [Case(tokens, *options.shape, causal, "one", "zigzag") for tokens, causal in masks]
 
 
-def rows(options: Options, machine: Machine) -> Iterator[Row]:
-    """Check, then every case."""
-    check(cases(options), machine)
-    for case in cases(options):
-        yield from measure(case, machine)
-
-
-QUESTION = Question(NAME, Options, rows, ring_cases.CPU_DTYPE, high_priority=True)
+QUESTION = question(NAME, Options, cases, measure)
 
 if __name__ == "__main__":
     answer(QUESTION, __doc__)

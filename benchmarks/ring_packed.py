@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from benchmarks import ring_cases
-from benchmarks.harness import Forward, Machine, Question, Row, answer
-from benchmarks.ring_cases import OURS, Case, check, compare, peers
+from benchmarks.harness import Forward, Machine, Row, answer
+from benchmarks.ring_cases import OURS, Case, compare, peers, question
 from lasp import SequenceLayout
 from lasp.sequence.planner import plan_layout
 from ring import ring_attention
@@ -104,14 +104,7 @@ def cases(options: Options) -> list[Case]:
     return found
 
 
-def rows(options: Options, machine: Machine) -> Iterator[Row]:
-    """Check, then every case."""
-    check(cases(options), machine)
-    for case in cases(options):
-        yield from measure(case, machine)
-
-
-QUESTION = Question(NAME, Options, rows, ring_cases.CPU_DTYPE, high_priority=True)
+QUESTION = question(NAME, Options, cases, measure)
 
 if __name__ == "__main__":
     answer(QUESTION, __doc__)

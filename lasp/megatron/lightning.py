@@ -80,7 +80,6 @@ class LightningSelfAttention(MegatronModule):
         ValueError: for heads that tp does not divide, names and options that are not supported.
     """
 
-    # Megatron's arguments of a self-attention, then ours; a part a line, so it is long.
     def __init__(
         self,
         config: TransformerConfig,
@@ -138,18 +137,22 @@ class LightningSelfAttention(MegatronModule):
             **linear,
         )
         counted = range(1, config.num_layers + 1) if decay_layers is None else decay_layers
+        self.rates = self._rates(counted, layer_number, decay)
+
+    def _rates(self, counted: Sequence[int], layer_number: int, decay: Variant) -> Tensor:
+        """This rank's decay rates, float32 on the CPU, whatever the module is cast or moved to."""
         if layer_number not in counted:
             raise ValueError(
                 f"layer_number must be one of decay_layers {list(counted)}, got {layer_number}:"
                 " list every attention layer of the model"
             )
-        self.rates = decay_rates(  # float32 on the CPU, whatever the module is cast or moved to
-            heads,
+        return decay_rates(
+            self.config.num_attention_heads,
             counted.index(layer_number),
             len(counted),
             decay,
             tp_rank=self.tp_group.rank(),
-            tp_size=tp_size,
+            tp_size=self.tp_group.size(),
         )
 
     def forward(

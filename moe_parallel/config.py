@@ -33,8 +33,8 @@ class MoEConfig:
         overlap_groups: into how many groups a rank's experts are cut, so that the communication of
             one runs under the products of another (:mod:`moe_parallel.pipeline.pipeline`); at most
             the experts of a rank. None: by the rule of
-            :func:`moe_parallel.pipeline.groups.groups_that_pay`. Results have the same bits for any
-            number.
+            :func:`moe_parallel.dispatch.dispatcher.Dispatcher.overlap_groups`. Results have the
+            same bits for any number.
         max_rows: most rows (kept assignments) that the experts of one rank may take in a call; more
             raise on every rank of its EP x ETP block, before any row travels. None: as many as come
             (docs/moe.md has what they take of memory).

@@ -125,7 +125,7 @@ class ExpertParallelMoE(nn.Module):
         if (config.overlap_groups or 1) > self.experts.num_local:
             raise ValueError(
                 f"overlap_groups must be at most the {self.experts.num_local} experts of a rank,"
-                f" got {config.overlap_groups}: None takes as many as pay"
+                f" got {config.overlap_groups}: None lets the dispatcher choose"
             )
         self.reset_parameters(seed)
 

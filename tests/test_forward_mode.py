@@ -99,7 +99,10 @@ CASES = {
     "lightning_attention of a state": Case(
         lambda x: (
             lightning_attention(
-                *[x.detach()] * 3, RATES, initial_state=x[0, :, :, None].expand(1, 2, 4, 4)
+                *[x.detach()] * 3,
+                RATES,
+                initial_state=x[0, :, :, None].expand(1, 2, 4, 4),
+                impl="eager",
             ).output
         ),
         LIGHTNING,
@@ -107,7 +110,9 @@ CASES = {
     "lightning_attention of its rates": Case(attend_by_rates("eager"), LIGHTNING),
     "lightning_attention triton of its rates": Case(attend_by_rates("triton"), LIGHTNING),
     "lightning_attention triton": Case(attend("triton"), LIGHTNING),
-    "LightningAttention": Case(layer(LightningAttention(8, 2, 4, 0, 2, device=DEVICE)), LIGHTNING),
+    "LightningAttention": Case(
+        layer(LightningAttention(8, 2, 4, 0, 2, impl="eager", device=DEVICE)), LIGHTNING
+    ),
     "decode": Case(decode, None, torch.float64),
     "decode in place": Case(lambda x: decode(x, in_place=True), None, torch.float64),
     "decode triton": Case(lambda x: decode(x, impl="triton"), ("lightning_decode", EAGER)),
@@ -138,7 +143,9 @@ CASES = {
     "permute": Case(lambda x: permute(*rows(x)), MOE),
     "unpermute": Case(lambda x: unpermute(rows(x)[0], x.new_ones(5, 1), rows(x)[1]), MOE),
     "experts": Case(layer(experts(), local_pipeline((2, 3)), num_rows=5), MOE),
-    "ExpertParallelMoE": Case(layer(ExpertParallelMoE(MoEConfig(8, 6, 4, 2), device=DEVICE)), MOE),
+    "ExpertParallelMoE": Case(
+        layer(ExpertParallelMoE(MoEConfig(8, 6, 4, 2, impl="eager"), device=DEVICE)), MOE
+    ),
 }
 PARAMETERS = [pytest.param(name, marks=NEEDS_TRITON if "triton" in name else ()) for name in CASES]
 

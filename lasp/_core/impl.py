@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -25,9 +26,10 @@ def chosen_impl(
 ) -> ChosenImpl:
     """The implementation that a call takes.
 
-    ``auto`` is ``triton`` on CUDA where triton is installed and the kernels serve the dtype and the
-    shapes of the call, else ``eager``. The choice is made before anything runs: an error of a
-    kernel never leads to the other implementation. An explicit name is taken or refused.
+    ``auto`` is ``triton`` on NVIDIA GPUs of compute capability 8.0 and above, where triton is
+    installed and the kernels serve the dtype and the shapes of the call, else ``eager``. The choice
+    is made before anything runs: an error of a kernel never leads to the other implementation. An
+    explicit name is taken or refused.
 
     Args:
         impl: the name that the user gave.
@@ -41,13 +43,23 @@ def chosen_impl(
             float64, for a refused shape, on a CPU unless ``TRITON_INTERPRET=1`` was set before
             triton was imported.
     """
+    if impl == "eager":
+        return impl
     if impl == "auto":
         served = device.type == "cuda" and HAS_TRITON and dtype in KERNEL_DTYPES and not refusal
-        return "triton" if served else "eager"
+        return "triton" if served and _runs_kernels(device) else "eager"
     check_impl(impl)
     if impl == "triton":
         _check_triton(device, dtype, refusal)
     return impl
+
+
+@cache
+def _runs_kernels(device: torch.device) -> bool:
+    """Whether a CUDA device does: ROCm and GPUs older than Ampere do not compile the kernels."""
+    if torch.version.hip is not None:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _check_triton(device: torch.device, dtype: torch.dtype, refusal: str) -> None:
@@ -57,6 +69,11 @@ def _check_triton(device: torch.device, dtype: torch.dtype, refusal: str) -> Non
         raise ValueError(
             f"impl must be 'auto' or 'eager' for {refusal or dtype}, got 'triton': its kernels take"
             " bf16, fp16 and fp32, and bounded shapes"
+        )
+    if device.type == "cuda" and not _runs_kernels(device):
+        raise ValueError(
+            "impl must be 'auto' or 'eager' on this GPU, got 'triton': its kernels are for NVIDIA"
+            " GPUs of compute capability 8.0 and above"
         )
     if device.type not in ("cuda", "meta"):
         from lasp._core.interpreter import INTERPRETED  # which imports triton

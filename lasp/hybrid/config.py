@@ -35,7 +35,7 @@ class HybridConfig:
         lightning_impl: who computes lightning attention, see :func:`lasp.lightning_attention`.
 
     Raises:
-        ValueError: if ``num_layers`` or ``vocab_size`` is below 1, or for no pattern.
+        ValueError: if ``num_layers`` or ``vocab_size`` is below 1, or ``pattern`` is not one.
     """
 
     num_layers: int

@@ -138,7 +138,7 @@ class CopyEngineDispatch:
                 rank. Rows that do not lie in :attr:`place` are copied there.
         """
         self._plans[0]
-        memory, self._like = self._memory, rows_AM
+        memory = self._memory
         self._row_bytes = rows_AM.element_size() * rows_AM.shape[1]
         self._chunks: dict[int, list[_Chunk]] = {}  # by group
         self._phases = cycle((EVEN, ODD))
@@ -146,6 +146,7 @@ class CopyEngineDispatch:
             memory.captured = True
         if not self._outgoing.hold(rows_AM):
             self._outgoing.place(len(rows_AM), rows_AM).copy_(rows_AM)
+        self._like = rows_AM  # until close, which is not called if this method raises
         memory.pulls.wait_stream(memory.module.current_stream())
         memory.signal(OPEN, memory.pulls)
         memory.wait(OPEN, memory.pulls)

@@ -183,7 +183,7 @@ class Experts(ExpertShard):
 
         Args:
             rows_AM: ``[A, hidden]``, in the order of
-            :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`.
+                :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`.
             pipeline: moves the rows, in groups of experts; for rows that are with their experts
                 already :func:`moe_parallel.pipeline.pipeline.local_pipeline`.
             num_rows: rows that the experts of a rank take, averaged over the ranks: all choose the

@@ -16,6 +16,7 @@ import torch
 
 from lasp import LightningAttention, lightning_attention, lightning_decode
 from lasp.__main__ import kernel_rules
+from lasp._core import impl as impl_module
 from lasp._core.impl import chosen_impl
 from lasp.hybrid import HybridConfig
 from lasp.layers.norm_gate import norm_gate, silu_split
@@ -115,3 +116,21 @@ def test_auto_on_a_gpu_is_triton() -> None:
     x, rates = torch.randn(70, 2, 32, device="cuda"), torch.ones(2)
     auto, triton = (lightning_attention(x, x, x, rates, impl=i) for i in ("auto", "triton"))
     assert torch.equal(auto.output, triton.output)
+
+
+@pytest.mark.parametrize(("hip", "capability"), [("6.4", (9, 4)), (None, (7, 5))])
+def test_gpus_that_do_not_compile_the_kernels_take_eager(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, capability: tuple[int, int]
+) -> None:
+    device = torch.device("cuda", 7)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    impl_module._runs_kernels.cache_clear()
+    try:
+        assert chosen_impl("auto", device, torch.bfloat16) == "eager"
+        if impl_module.HAS_TRITON:
+            with pytest.raises(ValueError, match="on this GPU, got 'triton'"):
+                chosen_impl("triton", device, torch.bfloat16)
+    finally:
+        impl_module._runs_kernels.cache_clear()

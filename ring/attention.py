@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.autocast import autocast_inputs
+from lasp._core.checks import checked_scale
 from lasp._core.joint_backward import join_backward
 from lasp.sequence.layout import SequenceLayout
 from ring.torch_ops import attend
@@ -84,7 +85,7 @@ def ring_attention(
         layout: the same on every rank. None: the T tokens are one document, on one rank.
         cp_group: the P = ``layout.num_ranks`` ranks that hold the pack. None: one rank.
         causal: a query sees itself and what comes before it in its document; else all of it.
-        scale: factor of the scores; None: 1 / sqrt(D).
+        scale: factor of the scores, finite; None: 1 / sqrt(D).
         block: kernel, ``auto``, ``cudnn``, ``flash``, ``cpu_flash`` or ``eager``: see
             :func:`ring.blocks.registry.resolve_block`.
 
@@ -102,7 +103,9 @@ def ring_attention(
     check_tensors(q, k, v)
     check_kinds(layout, cp_group)
     q = join_backward(cp_group, q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = checked_scale(q.shape[-1] ** -0.5 if scale is None else scale)
+    if scale <= 0:  # kernels scale the mask's -inf with the scores
+        q, scale = q * scale, 1.0
     packed = _rows_as_heads(q, k, v, layout) if q.ndim == 4 else (q, k, v)
     output, lse = attend(
         *packed, layout=layout, cp_group=cp_group, causal=bool(causal), scale=scale, block=block

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.checks import checked_scale
 from lasp._core.dtypes import wide_dtype
 from lasp.lightning.decay import check_rates
 from lasp.lightning.op_context import OpContext
@@ -87,6 +88,7 @@ def checked_context(
     check_initial_state(initial_state, q, v, layout)
     values *= q.shape[0] if q.dim() == 4 else 1  # rows are heads to those below
     choices = resolve_exchange(exchange, layout, values, state_eps, q.shape[-1], v.shape[-1])
+    scale = checked_scale(scale)
     return OpContext(layout, rank, cp_group, scale, choices, output_final_state, state_eps, values)
 
 

@@ -57,6 +57,7 @@ TABLE = {
         dict.fromkeys("qkv", ((2, 6, 2, 8), "float32")),
         "layout must hold one document",
     ),
+    "scale that is not finite": ({"scale": float("nan")}, "scale must be finite, got nan"),
     "unknown block": ({"block": "fast"}, "block must be one of"),
     "block of another device": ({"block": "cudnn"}, "block 'cudnn' needs tensors on an NVIDIA"),
 }

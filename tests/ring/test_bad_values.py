@@ -10,6 +10,7 @@ from torch import Tensor
 from lasp.sequence.layout import SequenceLayout
 from ring import ring_attention
 from tests.ranks import run_on_ranks
+from tests.ring.cases import assert_all_equal, on_ranks, oracle, random_tensors
 
 LENGTHS, BAD = (20, 7, 30, 9), 30  # in the third document, whose first and last tokens are
 THIRD = slice(27, 57)
@@ -50,3 +51,14 @@ def test_other_documents_do_not_notice(num_ranks: int, block: str) -> None:
         assert not all(x.isfinite().all() for x in results)
         for expected, actual in zip(clean, results, strict=True):
             assert torch.equal(actual[others], expected[others])
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("block", ["auto", "eager"])
+def test_scales_that_are_not_positive(block: str, scale: float) -> None:
+    """Kernels scale their mask too, which such a factor turns into NaN."""
+    lengths = (11, 3, 9)
+    tensors = random_tensors(23, 4, 2, 8, torch.float64)
+    layout = SequenceLayout(lengths, 2, "zigzag")
+    actual = on_ranks(tensors, layout, causal=True, scale=scale, block=block)
+    assert_all_equal(actual, oracle(tensors, lengths, True, scale=scale))

@@ -101,6 +101,7 @@ TABLE: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         "exchange must be another",
         lambda: {"layout": SequenceLayout((12,), 2, "zigzag"), "exchange": "one_hop"},
     ),
+    "scale is NaN": ("scale must be finite", lambda: {"scale": float("nan")}),
     "state_eps is NaN": ("state_eps must", lambda: {"state_eps": float("nan")}),
     "state_eps is negative": ("state_eps must", lambda: {"state_eps": -1e-9}),
     "state_eps keeps nothing": ("state_eps must", lambda: {"state_eps": 1.0}),

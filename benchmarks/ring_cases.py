@@ -34,7 +34,7 @@ class Options(RankOptions):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of a token."""
+        """Query heads, key heads and head dim."""
         return self.heads, self.kv_heads, self.head_dim
 
 

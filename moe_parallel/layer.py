@@ -14,11 +14,10 @@ from lasp._core.autocast import autocast_inputs
 from lasp._core.graphs import outside_graphs
 from lasp._core.impl import chosen_impl
 from moe_parallel.config import MoEConfig
-from moe_parallel.dispatch import make_dispatcher
+from moe_parallel.dispatch import SymmetricMemory, make_dispatcher
 from moe_parallel.dispatch.padding import drop_by_rank, padded_order
 from moe_parallel.dispatch.permute import RowOrder, permute, row_order, unpermute
 from moe_parallel.dispatch.plan import RowCounts, checked_rows
-from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 from moe_parallel.experts.experts import Experts, generator_of
 from moe_parallel.mesh import block_ranks, expert_mesh
 from moe_parallel.pipeline.groups import ExpertPermutation, expert_groups

@@ -8,6 +8,24 @@ Ranks hold runs of the pack. What happened before a run reaches it as one K x V 
 each rank sums up its own tokens, starts to gather the sums of the others, computes its output as if
 nothing had come before, and adds the part of the incoming state when that is there. The backward
 is the same with time reversed: gradients of states flow from later runs to earlier ones.
+
+Rates are checked and remembered by value on the host: those on the CPU are copied to a device once.
+The Triton kernels take any strides of tokens and heads, and are fastest at K and V of 64 and 128;
+with ``output_final_state=False`` they need not cut their work at the end of each document.
+
+Gradients: every rank must run the backward, one whose own inputs need no gradient too: over several
+ranks the results require gradients wherever gradients are enabled (``torch.no_grad()`` is for what
+no rank trains). That of an initial state is nonzero where the state is read. Saved for the
+backward: the inputs, the incoming state of each run and, with ``triton``, that of each segment,
+float32.
+
+Communication: forward and backward each exchange states once, and only if a document is cut:
+``all_gather`` receives ``(P - 1) * runs * H * K * V * 4`` bytes (runs: the most sending ones of a
+rank); for the others see ``lasp.state_exchange``. In the forward ``eager`` computes under it and
+``triton`` waits for it, in the backward dq is computed under it.
+
+Source: Lightning Attention-2, arXiv:2401.04658; LASP, arXiv:2404.02882; LASP+, MiniMax-01,
+arXiv:2501.08313, section 3.2.
 """
 
 from __future__ import annotations
@@ -155,9 +173,7 @@ def lightning_attention(
         k: keys, as ``q``.
         v: values ``[T, H, V]`` or ``[B, T, H, V]``; V need not be K.
         rates: decay rates ``[H]`` of this rank's heads, float32 or float64, finite and >= 0, see
-            ``decay_rates``. On the CPU, where a check costs nothing; rates on the device of ``q``
-            are taken too, but every call then waits for that device to read them. From the CPU
-            they are copied once and remembered by value.
+            ``decay_rates``; from the CPU, or every call waits for their device.
         layout: who holds which tokens; by default one document of T tokens on one rank.
         cp_group: the context-parallel ranks, ``layout.num_ranks`` of them; None for one rank.
         scale: factor of the output; MiniMax uses 1, not K^-0.5.
@@ -166,10 +182,8 @@ def lightning_attention(
             holds the first token of document n, on rank 0 for an empty document.
         exchange: how states cross ranks, see ``lasp.state_exchange``.
         impl: who computes: ``eager``, plain torch; ``triton``, kernels for GPUs: bf16, fp16 or
-            fp32, K and V up to 256 (fastest at 64 and 128), any strides of tokens and heads;
-            ``auto``, ``triton`` where it can, see ``lasp._core.impl``.
-        output_final_state: False saves ``N H K V`` elements a rank, and with ``triton`` a cut of
-            the work at the end of each document.
+            fp32, K and V up to 256; ``auto``, ``triton`` where it can, see ``lasp._core.impl``.
+        output_final_state: False saves ``N H K V`` elements a rank.
         state_eps: what has decayed below this may be left out of a state that crosses segments
             (``triton``) or passes through a run on its way between ranks; 0 keeps all. None: a
             512th of the last digit of a state, 2^-32 in float32 and 2^-61 in float64.
@@ -180,36 +194,34 @@ def lightning_attention(
         zero on every other: the sum over ranks is the whole. The tail padding is a document of its
         own and has no row.
 
-    Gradients: to ``q``, ``k``, ``v`` and ``initial_state`` (nonzero where it is read), from both
-    results. None to ``rates``. Every rank must run the backward, one whose own inputs need no
-    gradient too: over several ranks the results require gradients wherever gradients are enabled
-    (``torch.no_grad()`` is for what no rank trains). Saved for it: the inputs, the incoming state
-    of each run and, with ``triton``, that of each segment, fp32.
+    Gradients: to ``q``, ``k``, ``v`` and ``initial_state``, once, from both results; none to
+    ``rates``. Every rank runs the backward.
 
-    Communication: forward and backward each exchange states once, and only if a document is cut:
-    ``all_gather`` receives ``(P - 1) * runs * H * K * V * 4`` bytes (runs: the most sending ones of
-    a rank); for the others see ``lasp.state_exchange``. In the forward ``eager`` computes under it
-    and ``triton`` waits for it, in the backward dq is computed under it.
+    Communication: states, once each way, if a document is cut, as the module counts them.
 
     Raises:
         ValueError: naming the argument, before any communication.
         lasp.state_exchange.ExchangeError: if a rank is gone, see ``lasp.state_exchange.failure``.
-
-    Source: Lightning Attention-2, arXiv:2401.04658; LASP, arXiv:2404.02882; LASP+, MiniMax-01,
-    arXiv:2501.08313, section 3.2.
     """
-    q, k, v = autocast_inputs(q, k, v)
+    settings: dict[str, Any] = {"scale": scale, "exchange": exchange, "state_eps": state_eps}
+    settings["output_final_state"] = output_final_state
+    return _by_impl(impl, (q, k, v), rates, initial_state, layout, cp_group, settings)
+
+
+def _by_impl(
+    impl: Impl,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    rates: Tensor,
+    initial_state: Tensor | None,
+    layout: SequenceLayout | None,
+    cp_group: dist.ProcessGroup | None,
+    settings: dict[str, Any],
+) -> LightningOutput:
+    q, k, v = autocast_inputs(*qkv)
     check_qkv(q, k, v)
-    chosen = chosen_impl(impl, q.device, q.dtype, unserved(q, v))
-    if state_eps is None:
-        state_eps = 2.0**-61 if q.dtype == torch.float64 else 2.0**-32
-    settings: dict[str, Any] = {
-        "scale": scale,
-        "exchange": exchange,
-        "output_final_state": output_final_state,
-        "state_eps": state_eps,
-    }
-    if chosen == "eager":
+    if settings["state_eps"] is None:
+        settings["state_eps"] = 2.0**-61 if q.dtype == torch.float64 else 2.0**-32
+    if chosen_impl(impl, q.device, q.dtype, unserved(q, v)) == "eager":
         return _attend(q, k, v, rates, initial_state, layout, cp_group, settings)
     from lasp.lightning.triton.torch_ops import attend  # which checks the rest when it runs
 

@@ -9,6 +9,8 @@ from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 from moe_parallel.mesh import ExpertMesh, block_ranks
 from moe_parallel.topology import ExpertGroups
 
+__all__ = ["SymmetricMemory", "make_dispatcher"]
+
 
 def make_dispatcher(
     mesh: ExpertMesh, groups: ExpertGroups, memory: SymmetricMemory | None

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp._core.dtypes import wide_dtype
 from lasp._core.host_constants import to_device
 from ring.blocks.merge import Partial
 
@@ -120,8 +121,7 @@ def thd(x_BHTD: Tensor) -> Tensor:
 
 def wide_like(x: Tensor) -> Tensor:
     """Uninitialised memory in the shape of ``x`` for sums: contiguous, float32 or float64."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, dtype=wide_dtype(x.dtype), memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=256)  # a few batches in flight

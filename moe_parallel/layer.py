@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp._core.autocast import autocast_inputs
+from lasp._core.derivatives import Reference, refuse_transforms
 from lasp._core.graphs import outside_graphs
 from lasp._core.impl import chosen_impl
 from moe_parallel.config import MoEConfig
@@ -29,6 +30,9 @@ from moe_parallel.router.route import Router, Routing, RoutingStats, expert_capa
 from moe_parallel.router.token_order import TokenOrder
 from moe_parallel.sharding import check_replicas
 from moe_parallel.topology import ExpertGroups
+
+
+_REFERENCE = Reference("ExpertParallelMoE", "moe_parallel.reference.reference_moe")
 
 
 class MoEOutput(NamedTuple):
@@ -162,14 +166,12 @@ class ExpertParallelMoE(nn.Module):
                 an order is then built a call, and with drops by probability compared a call.
             timeline: records what ran when, forward and backward; None costs nothing.
 
-        Returns:
-            :class:`MoEOutput`.
-
         Raises:
             ValueError: naming the argument, if it does not fit the layer; on every rank alike, if
                 ranks hold different orders or numbers of tokens, and if with a capacity some do not
                 train (by probability or padded: :func:`moe_parallel.router.checks.check_order`).
         """
+        refuse_transforms(_REFERENCE, hidden)
         (hidden,) = autocast_inputs(hidden)
         check_hidden(hidden, self.experts.w13)
         if self._block:

@@ -31,7 +31,6 @@ from moe_parallel.router.token_order import TokenOrder
 from moe_parallel.sharding import check_replicas
 from moe_parallel.topology import ExpertGroups
 
-
 _REFERENCE = Reference("ExpertParallelMoE", "moe_parallel.reference.reference_moe")
 
 

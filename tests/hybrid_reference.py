@@ -35,16 +35,19 @@ def reference_logits(
     config: HybridConfig, p: dict[str, Tensor], tokens: Tensor, lengths: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """Logits ``[S, vocab]`` and the auxiliary loss of a whole pack, in float64."""
-    heads, alpha = config.attention, (2 * config.num_layers) ** 0.25
+    heads, deepnorm = config.attention, ((2 * config.num_layers) ** 0.25, 1.0)
+    own = config.residuals
     borders = list(accumulate(lengths, initial=0))
     positions = torch.cat([torch.arange(length) for length in lengths])
     x, aux_loss = p["embedding.weight"][tokens], torch.zeros((), dtype=torch.float64)
     for layer in range(config.num_layers):
         w = {k.removeprefix(f"layers.{layer}."): v for k, v in p.items() if f"layers.{layer}." in k}
         a = {k.removeprefix("attention."): v for k, v in w.items() if k.startswith("attention.")}
-        x = rms_norm(x, w["attention_norm.weight"], config.norm_eps)
-        lightning, softmax = map(int, config.pattern.split(":"))
-        if layer % (lightning + softmax) >= lightning:
+        residual, x = x, rms_norm(x, w["attention_norm.weight"], config.norm_eps)
+        if own is None or own.norm == "post":
+            residual = x
+        if config.kinds[layer] == "*":
+            alpha, beta = deepnorm if own is None else own.softmax
             q, k, v = (
                 (x @ a[f"{name}_proj.weight"].T).unflatten(1, (-1, heads.head_dim))
                 for name in "qkv"
@@ -54,12 +57,16 @@ def reference_logits(
             y, _ = dense_attention(q, k, v, cu_seqlens=borders, causal=True, scale=scale)
             y = y.flatten(1) @ a["o_proj.weight"].T
         else:
+            alpha, beta = deepnorm if own is None else own.lightning
             qkv = F.silu(x @ a["qkv_proj.weight"].T).unflatten(1, (heads.num_heads, 3, -1))
-            rates = decay_rates(heads.num_heads, layer, config.num_layers)
+            rates = decay_rates(heads.num_heads, layer, config.num_layers, config.decay)
             y, _ = recurrent_lightning_attention(*qkv.unbind(2), rates, cu_seqlens=borders)
             y = rms_norm(y.flatten(1), a["norm.weight"], 1e-6)
             y = (torch.sigmoid(x @ a["output_gate.weight"].T) * y) @ a["out_proj.weight"].T
-        x = rms_norm(alpha * x + y, w["moe_norm.weight"], config.norm_eps)
+        residual = alpha * residual + beta * y
+        x = rms_norm(residual, w["moe_norm.weight"], config.norm_eps)
+        if own is None or own.norm == "post":
+            residual = x
         moe = reference_moe(
             x,
             w["moe.gate.weight"],
@@ -69,5 +76,6 @@ def reference_logits(
             capacity_factor=config.moe.capacity_factor,
             aux_loss_coefficient=config.moe.aux_loss_coefficient,
         )
-        x, aux_loss = alpha * x + moe.output, aux_loss + moe.aux_loss
+        alpha, beta = deepnorm if own is None else own.mlp
+        x, aux_loss = alpha * residual + beta * moe.output, aux_loss + moe.aux_loss
     return rms_norm(x, p["final_norm.weight"], config.norm_eps) @ p["head.weight"].T, aux_loss

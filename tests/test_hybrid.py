@@ -17,6 +17,8 @@ from lasp.hybrid import (
     AttentionConfig,
     HybridConfig,
     HybridModel,
+    Residuals,
+    ResidualScale,
     count_parameters,
     next_token_loss,
     pack_batch,
@@ -89,13 +91,15 @@ def loss_and_gradients(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
     packs: Packs = PACKED,
+    **fields: Any,
 ) -> dict[str, Any]:
     """On one rank: this step's loss and the reduced gradients of the parameters it holds."""
     topology = ExpertTopology(dist.get_world_size(), **sizes)
     if device == "cuda":
         device = f"cuda:{dist.get_rank()}"
     at = topology.dense_coordinates(dist.get_rank())
-    model = HybridModel(config(), groups=groups_of(topology), dtype=dtype, device=device)
+    chosen = replace(config(), **fields)
+    model = HybridModel(chosen, groups=groups_of(topology), dtype=dtype, device=device)
     model.reset_parameters(0)
     batch = pack_batch(
         packs_of_replicas(packs, topology.dp), dp_rank=at.dp, num_ranks=topology.cp, order=order
@@ -143,16 +147,35 @@ def one_rank(**kwargs: Any) -> dict[str, Tensor]:
     return assemble(run_on_ranks(loss_and_gradients, 1, {}, "contiguous", **kwargs))
 
 
-@pytest.mark.parametrize("packs", [PACKED, UNPACKED])
-def test_one_rank_is_the_oracle(packs: Packs) -> None:
-    model = HybridModel(config(), dtype=torch.float64)
+OTHER = {
+    "pattern": "*GG",
+    "decay": "retnet",
+    "residuals": Residuals(
+        "pre", ResidualScale(0.5, 2.0), ResidualScale(0.7, 1.5), ResidualScale(0.9, 3.0), 0.25
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("packs", "fields"),
+    [
+        (PACKED, {}),
+        (UNPACKED, {}),
+        (PACKED, OTHER),
+        (PACKED, OTHER | {"residuals": replace(OTHER["residuals"], norm="post")}),
+    ],
+    ids=["packed", "unpacked", "pre-norm", "post-norm"],
+)
+def test_one_rank_is_the_oracle(packs: Packs, fields: dict[str, Any]) -> None:
+    chosen = replace(config(), **fields)
+    model = HybridModel(chosen, dtype=torch.float64)
     model.reset_parameters(0)
     parameters = dict(model.named_parameters())
     (tokens, labels), lengths = data(packs, dp=1)[0], packs_of_replicas(packs, dp=1)[0]
-    logits, aux_loss = reference_logits(config(), parameters, tokens, lengths)
+    logits, aux_loss = reference_logits(chosen, parameters, tokens, lengths)
     loss = next_token_loss(logits, labels, len(tokens)) + aux_loss
     gradients = torch.autograd.grad(loss, list(parameters.values()))
-    actual = one_rank(packs=packs)
+    actual = one_rank(packs=packs, **fields)
     assert_equal_to_rounding(actual.pop("loss"), loss, what="loss")
     assert actual.keys() == parameters.keys()
     for name, gradient in zip(parameters, gradients):
@@ -249,10 +272,14 @@ def test_the_router_sees_documents_without_their_padding() -> None:
 
 
 def test_layer_kinds_and_deepnorm_are_minimaxs() -> None:
-    kinds = [MINIMAX_TEXT_01.is_softmax(index) for index in range(80)]
-    assert [index for index, softmax in enumerate(kinds) if softmax] == list(range(7, 80, 8))
-    assert f"{MINIMAX_TEXT_01.deepnorm_alpha:.16f}"[:18] == "3.5565588200778455"[:18]
-    assert abs(MINIMAX_TEXT_01.deepnorm_beta - 0.19882) < 5e-6
+    assert MINIMAX_TEXT_01.kinds == "GGGGGGG*" * 10
+    residuals = MINIMAX_TEXT_01.residuals_or_deepnorm
+    assert residuals == Residuals.deepnorm(80)
+    assert residuals.norm == "post"
+    assert residuals.lightning == residuals.softmax == residuals.mlp
+    assert abs(residuals.mlp.alpha - 3.5565588200778455) < 1e-12
+    assert residuals.mlp.beta == 1.0
+    assert abs(residuals.init_gain - 0.19882) < 5e-6
 
 
 def test_minimax_text_01_has_456_billion_parameters() -> None:
@@ -279,7 +306,17 @@ def model_call(tokens: Tensor) -> None:
         (lambda: model_call(torch.zeros(8, dtype=torch.int64)), "tokens must be int64 of shape"),
         (lambda: model_call(torch.zeros(4)), "tokens must be int64 of shape"),
         (lambda: replace(config(), num_layers=0), "num_layers must be >= 1"),
-        (lambda: replace(config(), pattern="0:0"), "pattern must be"),
+        (lambda: replace(config(), num_layers=2, pattern="GG*"), "pattern must be .* or 2 of G"),
+        *(
+            (lambda pattern=pattern: replace(config(), pattern=pattern), "pattern must be")
+            for pattern in ("7", "0:0", "a:b", "-1:2")
+        ),
+        (lambda: Residuals("middle"), "norm must be 'pre' or 'post', got 'middle'"),
+        *(
+            (lambda name=name: replace(config(), **{name: "fast"}), f"{name} must be one of .*fast")
+            for name in ("lightning_impl", "exchange", "decay")
+        ),
+        (lambda: HybridModel(replace(config(), moe=None)), "moe must be a MoEConfig, got None"),
         (
             lambda: pack_batch([(8,)], dp_rank=1, num_ranks=2, order="contiguous"),
             r"dp_rank must be in \[0, 1\)",
@@ -301,7 +338,7 @@ def test_initial_values_are_deepnorms_and_independent() -> None:
     model = HybridModel(MEDIUM)
     model.reset_parameters(0)
     drawn = dict(model.named_parameters())
-    beta, width = MEDIUM.deepnorm_beta, MEDIUM.moe.hidden_size
+    beta, width = Residuals.deepnorm(MEDIUM.num_layers).init_gain, MEDIUM.moe.hidden_size
     inner, kv = 4 * 32, 2 * 32
     qkv = drawn["layers.0.attention.qkv_proj.weight"].view(4, 3, 32, width).transpose(0, 1)
     for weight, rows, gain in [

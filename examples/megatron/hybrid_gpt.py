@@ -22,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lasp.hybrid import HybridConfig, HybridModel
-from lasp.megatron import HybridOptions, hybrid_block_spec, load_plain_weights
+from lasp.megatron import hybrid_block_spec, load_plain_weights
 
 if TYPE_CHECKING:
     from pretrain_hybrid import Options
@@ -44,7 +44,7 @@ def megatron_config(options: Options, model: HybridConfig) -> TransformerConfig:
         num_attention_heads=model.attention.num_heads,
         num_query_groups=model.attention.num_kv_heads,
         kv_channels=model.attention.head_dim,
-        linear_attention_freq=[int(not model.is_softmax(i)) for i in range(model.num_layers)],
+        linear_attention_freq=[int(kind == "G") for kind in model.kinds],
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,
@@ -96,11 +96,6 @@ def build_model(options: Options, device: torch.device) -> list[DistributedDataP
     plain = HybridModel(model)
     plain.reset_parameters(options.seed)
     weights = dict(plain.named_parameters())
-    hybrid = HybridOptions.deepnorm(
-        model.num_layers,
-        rotary_dim=model.attention.rotary_dim,
-        rope_base=model.attention.rope_base,
-    )
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=options.distributed_optimizer, grad_reduce_in_fp32=config.bf16
     )
@@ -109,7 +104,7 @@ def build_model(options: Options, device: torch.device) -> list[DistributedDataP
         vp_stage = number if options.vpp else None
         stage = GPTModel(
             config,
-            hybrid_block_spec(config, model.pattern, vp_stage, hybrid=hybrid),
+            hybrid_block_spec(config, model, vp_stage),
             vocab_size=model.vocab_size,
             max_sequence_length=0,  # of learned positions, which there are none of
             pre_process=parallel_state.is_pipeline_first_stage(

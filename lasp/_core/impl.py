@@ -15,10 +15,10 @@ HAS_TRITON = find_spec("triton") is not None
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def check_impl(impl: str) -> None:
+def check_impl(impl: str, argument: str = "impl") -> None:
     """Raise ValueError for a name that is not offered."""
     if impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}: use 'auto'")
+        raise ValueError(f"{argument} must be one of {get_args(Impl)}, got {impl!r}: use 'auto'")
 
 
 def chosen_impl(

@@ -3,10 +3,16 @@
 ``python -m lasp.hybrid`` prints the parameters of the named configurations.
 """
 
-from lasp.hybrid.config import MINIMAX_TEXT_01, NAMED_CONFIGS, AttentionConfig, HybridConfig
+from lasp.hybrid.config import (
+    MINIMAX_TEXT_01,
+    NAMED_CONFIGS,
+    AttentionConfig,
+    HybridConfig,
+    Residuals,
+    ResidualScale,
+)
 from lasp.hybrid.model import HybridModel, HybridOutput, ParameterCount, count_parameters
 from lasp.hybrid.packing import PackedBatch, pack_batch
-from lasp.hybrid.pattern import is_softmax
 from lasp.hybrid.training import next_token_loss, reduce_gradients
 
 __all__ = [
@@ -18,8 +24,9 @@ __all__ = [
     "HybridOutput",
     "PackedBatch",
     "ParameterCount",
+    "ResidualScale",
+    "Residuals",
     "count_parameters",
-    "is_softmax",
     "next_token_loss",
     "pack_batch",
     "reduce_gradients",

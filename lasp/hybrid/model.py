@@ -2,7 +2,7 @@
 
 MiniMax-Text-01's shape: of every eight layers seven are lightning attention and the last is softmax
 attention; every layer has a mixture of experts; residuals are DeepNorm post-norm, where the
-residual is the *normed* input::
+residual is the *normed* input (``Residuals`` of the config has others)::
 
     x = norm(x);  x = alpha x + attention(x);  x = norm(x);  x = alpha x + experts(x)
 
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.packing import PackedBatch
 from lasp.layers.lightning_attention import LightningAttention
-from moe_parallel import ExpertParallelMoE, MoEOutput, ParallelGroups, RoutingStats
+from moe_parallel import ExpertParallelMoE, MoEConfig, MoEOutput, ParallelGroups, RoutingStats
 from ring.module import RingAttention
 
 
 class HybridLayer(nn.Module):
-    """One decoder layer: attention of either kind, then experts, both under DeepNorm."""
+    """One decoder layer: attention of either kind, then experts, with a residual around each."""
 
     def __init__(
         self,
@@ -38,12 +38,15 @@ class HybridLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden, heads = config.moe.hidden_size, config.attention
-        self.alpha = config.deepnorm_alpha
+        moe, heads, residuals = _experts_of(config), config.attention, config.residuals_or_deepnorm
+        hidden, softmax = moe.hidden_size, config.kinds[layer_index] == "*"
+        self.post_norm = residuals.norm == "post"
+        self.attention_residual = residuals.softmax if softmax else residuals.lightning
+        self.moe_residual = residuals.mlp
         self.groups = groups
         self.attention_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
         self.attention: LightningAttention | RingAttention
-        if config.is_softmax(layer_index):
+        if softmax:
             self.attention = RingAttention(
                 hidden,
                 heads.num_heads,
@@ -61,42 +64,47 @@ class HybridLayer(nn.Module):
                 heads.head_dim,
                 layer_index,
                 config.num_layers,
+                decay=config.decay,
+                exchange=config.exchange,
                 impl=config.lightning_impl,
                 device=device,
                 dtype=dtype,
             )
         self.moe_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
-        self.moe = ExpertParallelMoE(config.moe, groups=groups.experts, device=device, dtype=dtype)
+        self.moe = ExpertParallelMoE(moe, groups=groups.experts, device=device, dtype=dtype)
 
     def forward(self, hidden: Tensor, batch: PackedBatch) -> MoEOutput:
         """``hidden`` [T, hidden] of this rank's tokens, through both sub-layers."""
-        hidden = self.attention_norm(hidden)
-        attended = self.attention(hidden, layout=batch.layout, cp_group=self.groups.cp)
-        hidden = self.moe_norm(self.alpha * hidden + attended)
-        experts: MoEOutput = self.moe(hidden, token_order=batch.token_order)
-        return experts._replace(output=self.alpha * hidden + experts.output)
+        normed = self.attention_norm(hidden)
+        attended = self.attention(normed, layout=batch.layout, cp_group=self.groups.cp)
+        hidden = self.attention_residual.add(normed if self.post_norm else hidden, attended)
+        normed = self.moe_norm(hidden)
+        experts: MoEOutput = self.moe(normed, token_order=batch.token_order)
+        residual = normed if self.post_norm else hidden
+        return experts._replace(output=self.moe_residual.add(residual, experts.output))
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator, beta: float) -> None:
-        """See :meth:`HybridModel.reset_parameters`; ``beta`` is DeepNorm's gain."""
+    def reset_parameters(self, generator: torch.Generator, init_gain: float) -> None:
+        """See :meth:`HybridModel.reset_parameters`."""
         attention = self.attention
         if isinstance(attention, LightningAttention):
             size = attention.hidden_size
             # Laid out head by head: each of q, k, v is one matrix spread over the heads.
             qkv = attention.qkv_proj.weight.view(attention.num_heads, 3, attention.head_dim, size)
-            for part, gain in enumerate((1.0, 1.0, beta)):
+            for part, gain in enumerate((1.0, 1.0, init_gain)):
                 drawn = qkv.new_empty(attention.num_heads * attention.head_dim, size)
                 _xavier(drawn, gain, generator)
                 qkv[:, part].copy_(drawn.view(attention.num_heads, attention.head_dim, size))
             _xavier(attention.output_gate.weight, 1.0, generator)
-            _xavier(attention.out_proj.weight, beta, generator)
+            _xavier(attention.out_proj.weight, init_gain, generator)
         else:
             _xavier(attention.q_proj.weight, 1.0, generator)
             _xavier(attention.k_proj.weight, 1.0, generator)
-            _xavier(attention.v_proj.weight, beta, generator)
-            _xavier(attention.o_proj.weight, beta, generator)
+            _xavier(attention.v_proj.weight, init_gain, generator)
+            _xavier(attention.o_proj.weight, init_gain, generator)
         # The expert layer draws from seeds of its own, so that its values do not depend on ep, etp.
-        self.moe.reset_parameters(_lot(generator), gain=beta)
+        seed = int(torch.randint(2**63 - 1, (1,), generator=generator))
+        self.moe.reset_parameters(seed, gain=init_gain)
 
 
 class HybridOutput(NamedTuple):
@@ -125,7 +133,8 @@ class HybridModel(nn.Module):
         dtype: of the parameters but the routers' and the decay rates, which stay float32.
 
     Raises:
-        ValueError: if experts or FFN do not divide by the groups, see ``ExpertParallelMoE``.
+        ValueError: if experts or FFN do not divide by the groups, see ``ExpertParallelMoE``, or
+            ``config`` has no experts.
     """
 
     def __init__(
@@ -137,7 +146,7 @@ class HybridModel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden = config.moe.hidden_size
+        hidden = _experts_of(config).hidden_size
         if groups is None:
             groups = ParallelGroups(*[None] * len(ParallelGroups._fields))
         self.config = config
@@ -196,9 +205,9 @@ class HybridModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Xavier initialisation under DeepNorm, the same model for every parallel layout.
+        """Xavier initialisation, the same model for every parallel layout.
 
-        Gain 1 for q, k and gates, beta for v, output projections and experts (DeepNet,
+        Gain 1 for q, k and gates, ``init_gain`` for v, output projections and experts (DeepNet,
         arXiv:2203.00555). Drawn on the host in float32, so that device and dtype do not change it.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -206,7 +215,7 @@ class HybridModel(nn.Module):
         self.embedding.weight.copy_(embedding.normal_(generator=generator))
         _xavier(self.head.weight, 1.0, generator)
         for layer in self.decoder_layers():
-            layer.reset_parameters(generator, self.config.deepnorm_beta)
+            layer.reset_parameters(generator, self.config.residuals_or_deepnorm.init_gain)
         for module in self.modules():
             if isinstance(module, nn.RMSNorm):
                 module.reset_parameters()
@@ -218,8 +227,10 @@ def _xavier(weight: Tensor, gain: float, generator: torch.Generator) -> None:
     weight.copy_(drawn)
 
 
-def _lot(generator: torch.Generator) -> int:
-    return int(torch.randint(2**63 - 1, (1,), generator=generator))
+def _experts_of(config: HybridConfig) -> MoEConfig:
+    if config.moe is None:
+        raise ValueError("moe must be a MoEConfig, got None: dense MLPs are in Megatron alone")
+    return config.moe
 
 
 class ParameterCount(NamedTuple):
@@ -235,5 +246,6 @@ def count_parameters(config: HybridConfig) -> ParameterCount:
     experts = sum(parameter.numel() for _, parameter in model.expert_parameters())
     dense = sum(parameter.numel() for _, parameter in model.dense_parameters())
     vocabulary = model.embedding.weight.numel() + model.head.weight.numel()
-    active = dense - vocabulary + experts * config.moe.top_k // config.moe.num_experts
+    moe = _experts_of(config)
+    active = dense - vocabulary + experts * moe.top_k // moe.num_experts
     return ParameterCount(dense + experts, active)

@@ -1,6 +1,6 @@
 """The three operators as layers of Megatron-Core, and the hybrid model made of them.
 
-    GPTModel(config, hybrid_block_spec(config, "7:1"), ..., position_embedding_type="none")
+    GPTModel(config, hybrid_block_spec(config, hybrid), ..., position_embedding_type="none")
     TransformerLayerSubmodules(self_attention=lightning_attention_spec(), ...)
 
 or, where Megatron wants one static object, ``--spec lasp.megatron minimax_layer_spec``. Tensor
@@ -26,6 +26,7 @@ from lasp.megatron.experts import (
     expert_parallel_moe_spec,
     moe_config,
 )
+from lasp.megatron.hybrid_config import hybrid_of
 from lasp.megatron.hybrid_layer import (
     HybridTransformerLayer,
     HybridTransformerLayerSubmodules,
@@ -33,7 +34,6 @@ from lasp.megatron.hybrid_layer import (
     hybrid_layer_spec,
     minimax_layer_spec,
 )
-from lasp.megatron.hybrid_options import HybridOptions, ResidualScale, minimax_options
 from lasp.megatron.lightning import (
     LightningSelfAttention,
     LightningSelfAttentionSubmodules,
@@ -52,7 +52,6 @@ __all__ = [
     "ExpertOptions",
     "ExpertParallelMoELayer",
     "HeadsNorm",
-    "HybridOptions",
     "HybridTransformerLayer",
     "HybridTransformerLayerSubmodules",
     "LightningSelfAttention",
@@ -60,7 +59,6 @@ __all__ = [
     "PackedCut",
     "PackedSequence",
     "ResidualNorm",
-    "ResidualScale",
     "RingCoreAttention",
     "RingSelfAttention",
     "check_packed_cut",
@@ -70,12 +68,12 @@ __all__ = [
     "groups_of",
     "hybrid_block_spec",
     "hybrid_layer_spec",
+    "hybrid_of",
     "layout_of",
     "lightning_attention_spec",
     "load_plain_weights",
     "merge_projections",
     "minimax_layer_spec",
-    "minimax_options",
     "moe_config",
     "names_padding",
     "order_of_rows",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -20,21 +21,17 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from lasp.hybrid import is_softmax
+from lasp.hybrid.config import HybridConfig
 from lasp.megatron.checks import groups_of
+from lasp.megatron.experts.config import ExpertOptions
 from lasp.megatron.experts.layer import expert_parallel_moe_spec
-from lasp.megatron.hybrid_options import (
-    PRE_NORM,
-    HybridOptions,
-    check_config,
-    minimax_options,
-    softmax_layers,
-)
+from lasp.megatron.hybrid_config import check_block, check_same_model, hybrid_of
 from lasp.megatron.lightning import lightning_attention_spec
 from lasp.megatron.norm import ResidualNorm
-from lasp.megatron.packs import cut_of_training_loop
+from lasp.megatron.packs import PackedCut, cut_of_training_loop
 from lasp.megatron.residual import ScaledLayer
 from lasp.megatron.ring import ring_attention_spec
+from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 
 
 @dataclass
@@ -59,12 +56,13 @@ class HybridTransformerLayer(ScaledLayer):
         layer_number: from 1, within the pipeline stage, as TransformerBlock passes it.
         pg_collection: process groups; of the parallel state if None.
         vp_stage: virtual pipeline stage.
-        pattern: see :func:`softmax_layers`; None: that of ``config.linear_attention_freq``.
-        hybrid: the rest.
+        hybrid: the model.
+        packed_cut: how Megatron's own packs are cut, see :data:`lasp.megatron.PackedCut`.
         optional: what a Megatron version passes besides.
 
     Raises:
-        ValueError: for options that are not supported, of this layer or its parts.
+        ValueError: for options that are not supported, of this layer or its parts, and where
+            ``config`` is of another model than ``hybrid``.
     """
 
     # Megatron's arguments of a layer, then ours.
@@ -76,14 +74,15 @@ class HybridTransformerLayer(ScaledLayer):
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         *,
-        pattern: str | None = None,
-        hybrid: HybridOptions = PRE_NORM,
+        hybrid: HybridConfig,
+        packed_cut: PackedCut | None = None,
         **optional: Any,
     ) -> None:
-        check_config(config)
+        check_block(config)
+        check_same_model(config, hybrid)
         pp_group, *_ = groups_of(pg_collection, "hybrid layers", "pp", "tp", "cp")
         offset = get_transformer_layer_offset(config, vp_stage, pp_group.rank())
-        softmax = softmax_layers(config, pattern, config.num_layers)[offset + layer_number - 1]
+        softmax = hybrid.kinds[offset + layer_number - 1] == "*"
         parts = copy(submodules)
         parts.self_attention = submodules.softmax if softmax else submodules.lightning
         super().__init__(
@@ -92,84 +91,104 @@ class HybridTransformerLayer(ScaledLayer):
             layer_number,
             pg_collection,
             vp_stage=vp_stage,
-            residual=hybrid.residual,
-            attention_scale=hybrid.softmax if softmax else hybrid.lightning,
-            mlp_scale=hybrid.mlp,
-            packed_cut=hybrid.packed_cut,
+            residuals=hybrid.residuals_or_deepnorm,
+            is_softmax=softmax,
+            packed_cut=packed_cut,
             **optional,
         )
 
 
+def attention_specs(
+    hybrid: HybridConfig, packed_cut: PackedCut | None, decay_layers: Sequence[int] | None = None
+) -> tuple[ModuleSpec, ModuleSpec]:
+    """Lightning and softmax attention of a hybrid model."""
+    lightning = lightning_attention_spec(
+        decay=hybrid.decay,
+        decay_layers=decay_layers,
+        impl=hybrid.lightning_impl,
+        exchange=hybrid.exchange,
+        packed_cut=packed_cut,
+    )
+    heads = hybrid.attention
+    softmax = ring_attention_spec(
+        rotary_dim=heads.rotary_dim, rope_base=heads.rope_base, packed_cut=packed_cut
+    )
+    return lightning, softmax
+
+
+def dense_mlp_spec() -> ModuleSpec:
+    """A dense MLP of plain torch."""
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(module=MLP, submodules=linears)
+
+
+def experts_spec(hybrid: HybridConfig, symmetric_memory: SymmetricMemory | None) -> ModuleSpec:
+    """The experts of a hybrid model that has some."""
+    assert hybrid.moe is not None
+    return expert_parallel_moe_spec(
+        init_gain=hybrid.residuals_or_deepnorm.init_gain,
+        options=ExpertOptions.of(hybrid.moe, symmetric_memory),
+    )
+
+
 def hybrid_layer_spec(
-    config: TransformerConfig | None = None,
-    pattern: str | None = None,
-    hybrid: HybridOptions = PRE_NORM,
+    hybrid: HybridConfig,
+    *,
+    packed_cut: PackedCut | None = None,
+    symmetric_memory: SymmetricMemory | None = None,
 ) -> ModuleSpec:
     """One spec for every layer: each picks its attention by its global number.
 
     Args:
-        config: Megatron's; with ``num_moe_experts`` None the MLP is dense. None: experts.
-        pattern: "7:1", seven lightning layers, then a softmax layer; None: that of
-            ``linear_attention_freq`` of the config that the layers are built with.
-        hybrid: the rest.
+        hybrid: the model; it must be that of the config which the layers are built with, see
+            :func:`lasp.megatron.hybrid_of`.
+        packed_cut: how Megatron's own packs are cut over context-parallel ranks, see
+            :data:`lasp.megatron.PackedCut`; None: they are refused there.
+        symmetric_memory: through which the experts' rows travel, see
+            :class:`moe_parallel.megatron.ExpertOptions`.
     """
-    if pattern is not None:
-        is_softmax(pattern, 0)
-    dense = config is not None and config.num_moe_experts is None
-    if dense:
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        mlp = ModuleSpec(module=MLP, submodules=linears)
-    else:
-        mlp = expert_parallel_moe_spec(init_gain=hybrid.expert_init_gain, options=hybrid.experts)
+    lightning, softmax = attention_specs(hybrid, packed_cut)
     return ModuleSpec(
         module=HybridTransformerLayer,
         submodules=HybridTransformerLayerSubmodules(
             input_layernorm=ResidualNorm,
             pre_mlp_layernorm=ResidualNorm,
-            mlp=mlp,
-            lightning=lightning_attention_spec(
-                decay=hybrid.decay,
-                impl=hybrid.impl,
-                exchange=hybrid.exchange,
-                packed_cut=hybrid.packed_cut,
-            ),
-            softmax=ring_attention_spec(
-                rotary_dim=hybrid.rotary_dim,
-                rope_base=hybrid.rope_base,
-                packed_cut=hybrid.packed_cut,
-            ),
+            mlp=experts_spec(hybrid, symmetric_memory) if hybrid.moe else dense_mlp_spec(),
+            lightning=lightning,
+            softmax=softmax,
         ),
-        params={"pattern": pattern, "hybrid": hybrid},
+        params={"hybrid": hybrid, "packed_cut": packed_cut},
     )
 
 
 def hybrid_block_spec(
     config: TransformerConfig,
-    pattern: str | None = None,
+    hybrid: HybridConfig,
     vp_stage: int | None = None,
     *,
-    hybrid: HybridOptions = PRE_NORM,
     pp_rank: int | None = None,
+    packed_cut: PackedCut | None = None,
+    symmetric_memory: SymmetricMemory | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and a final norm, for GPTModel or TransformerBlock.
 
     Args:
         config: Megatron's.
-        pattern: must be that of ``config.linear_attention_freq``, if both are given; see
-            :func:`softmax_layers`.
+        hybrid: the model, the same as ``config``, see :func:`lasp.megatron.hybrid_of`.
         vp_stage: virtual pipeline stage, as GPTModel gets it.
-        hybrid: residuals, positions and decay.
         pp_rank: pipeline stage; of the parallel state if None.
+        packed_cut: see :func:`hybrid_layer_spec`.
+        symmetric_memory: likewise.
 
     Raises:
-        ValueError: for options that hybrid layers do not support.
+        ValueError: for options that hybrid layers do not support, or of another model.
     """
-    check_config(config)
-    softmax_layers(config, pattern, config.num_layers)
+    check_block(config)
+    check_same_model(config, hybrid)
     if pp_rank is None:
         pp_rank = groups_of(None, "hybrid layers", "pp")[0].rank()
     layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    spec = hybrid_layer_spec(config, pattern, hybrid)
+    spec = hybrid_layer_spec(hybrid, packed_cut=packed_cut, symmetric_memory=symmetric_memory)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=ResidualNorm)
 
 
@@ -196,10 +215,9 @@ class MiniMaxLayer(HybridTransformerLayer):
         *args: Any,
         **optional: Any,
     ) -> None:
-        hybrid = minimax_options(config.num_layers, cut_of_training_loop())
-        parts = submodules or hybrid_layer_spec(config, hybrid=hybrid).submodules
-        pattern = "7:1" if config.linear_attention_freq is None else None
-        super().__init__(config, parts, *args, pattern=pattern, hybrid=hybrid, **optional)
+        hybrid, cut = hybrid_of(config), cut_of_training_loop()
+        parts = submodules or hybrid_layer_spec(hybrid, packed_cut=cut).submodules
+        super().__init__(config, parts, *args, hybrid=hybrid, packed_cut=cut, **optional)
 
 
 # Megatron's --spec imports an object, before there is a config.

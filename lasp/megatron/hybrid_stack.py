@@ -13,27 +13,18 @@ from typing import Any
 
 import megatron.core
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from lasp.hybrid.config import HybridConfig
 from lasp.megatron.checks import training_argument
-from lasp.megatron.experts.layer import expert_parallel_moe_spec
-from lasp.megatron.hybrid_options import (
-    PRE_NORM,
-    HybridOptions,
-    ResidualScale,
-    kinds_of,
-    minimax_options,
-    softmax_layers,
-)
-from lasp.megatron.lightning import lightning_attention_spec
+from lasp.megatron.hybrid_config import attention_of, check_same_model, hybrid_of
+from lasp.megatron.hybrid_layer import attention_specs, dense_mlp_spec, experts_spec
 from lasp.megatron.norm import ResidualNorm
-from lasp.megatron.packs import cut_of_training_loop
+from lasp.megatron.packs import PackedCut, cut_of_training_loop
 from lasp.megatron.residual import ScaledLayer
-from lasp.megatron.ring import ring_attention_spec
+from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 
 try:
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -51,13 +42,14 @@ class LocalHybridStack(HybridStack):
         config: Megatron's.
         submodules: the layers by symbol.
         pattern: of the whole model; that of HybridModel, or its decays would be of other layers.
+        hybrid: the model.
         layer_type_list: symbols of this pipeline stage, from HybridModel.
         pp_layer_offset: layers before them, from HybridModel.
         post_layer_norm: whether there is a final norm.
         rest: what HybridModel passes besides.
 
     Raises:
-        ValueError: if the stage is not of the pattern, or ``linear_attention_freq`` gives another.
+        ValueError: if the stage is not of the pattern, or ``config`` of another model.
     """
 
     # Megatron's arguments of a stack, then ours.
@@ -67,6 +59,7 @@ class LocalHybridStack(HybridStack):
         submodules: HybridStackSubmodules,
         *,
         pattern: str,
+        hybrid: HybridConfig,
         layer_type_list: list[str],
         pp_layer_offset: int = 0,
         post_layer_norm: bool = True,
@@ -79,15 +72,7 @@ class LocalHybridStack(HybridStack):
                 f"pattern must be the hybrid_layer_pattern of the model, got {pattern!r}: the model"
                 f" of {config.num_layers} layers has {stage!r} after layer {pp_layer_offset}"
             )
-        mixers = "".join(symbol for symbol in symbols if symbol in "G*")
-        if config.linear_attention_freq is not None:
-            configured = kinds_of(softmax_layers(config, None, len(mixers)))
-            if configured != mixers:
-                raise ValueError(
-                    f"config.linear_attention_freq must give the attention layers {mixers!r} of"
-                    f" pattern {pattern!r}, got {config.linear_attention_freq}, which gives"
-                    f" {configured!r}: set None, the pattern says it all"
-                )
+        check_same_model(config, hybrid, symbols)
         super().__init__(
             config,
             submodules,
@@ -136,30 +121,39 @@ class MiniMaxStack(LocalHybridStack):
             raise ValueError(
                 "hybrid_layer_pattern must be among Megatron's training arguments for"
                 " minimax_stack_spec with pipeline stages, got none: give HybridModel"
-                " hybrid_stack_spec(pattern, hybrid=minimax_options(its attention layers))"
+                " hybrid_stack_spec(pattern, hybrid_of(config, symbols=pattern))"
             )
-        mixers = sum(symbol in "G*" for symbol in pattern)
-        spec = hybrid_stack_spec(pattern, hybrid=minimax_options(mixers, cut_of_training_loop()))
+        hybrid = hybrid_of(config, symbols=pattern)
+        spec = hybrid_stack_spec(pattern, hybrid, packed_cut=cut_of_training_loop())
         super().__init__(
             config,
             spec.submodules,
-            pattern=pattern,
+            **spec.params,
             layer_type_list=layer_type_list,
             pg_collection=pg_collection,
             **rest,
         )
 
 
-def hybrid_stack_spec(pattern: str, *, hybrid: HybridOptions = PRE_NORM) -> ModuleSpec:
+def hybrid_stack_spec(
+    pattern: str,
+    hybrid: HybridConfig,
+    *,
+    packed_cut: PackedCut | None = None,
+    symmetric_memory: SymmetricMemory | None = None,
+) -> ModuleSpec:
     """Spec of the stack of a HybridModel, the model of :func:`hybrid_block_spec` part by part.
 
     Args:
         pattern: ``hybrid_layer_pattern`` of the model; ``|`` may cut it into pipeline stages. The
-            decay of a lightning layer goes by its place among the attention layers.
-        hybrid: residuals, positions and decay.
+            decay of a lightning layer goes by its place among the attention layers, which must be
+            those of ``hybrid``.
+        hybrid: the model; with experts if the pattern has an E, else without.
+        packed_cut: see :func:`lasp.megatron.hybrid_layer_spec`.
+        symmetric_memory: likewise.
 
     Raises:
-        ValueError: for layers that are neither of the four.
+        ValueError: for layers that are neither of the four, or of another model.
     """
     symbols = pattern.replace("|", "")
     if not symbols or not set(symbols) <= set("G*E-"):
@@ -167,43 +161,38 @@ def hybrid_stack_spec(pattern: str, *, hybrid: HybridOptions = PRE_NORM) -> Modu
             f"pattern must be of the layers G, *, E and - and of |, got {pattern!r}: take other"
             " layers from Megatron's own stack spec; there is no MTP"
         )
+    if ("E" in symbols) != (hybrid.moe is not None) or attention_of(symbols) != hybrid.kinds:
+        raise ValueError(
+            f"pattern must have the attention layers of the HybridConfig, {hybrid.kinds}, and E"
+            f" {'where' if hybrid.moe else 'nowhere, as'} it has {'' if hybrid.moe else 'no '}"
+            f"experts, got {pattern!r}: change one"
+        )
     mixers = tuple(number for number, symbol in enumerate(symbols, 1) if symbol in "G*")
-    lightning = lightning_attention_spec(
-        decay=hybrid.decay,
-        decay_layers=mixers,
-        impl=hybrid.impl,
-        exchange=hybrid.exchange,
-        packed_cut=hybrid.packed_cut,
-    )
-    softmax = ring_attention_spec(
-        rotary_dim=hybrid.rotary_dim, rope_base=hybrid.rope_base, packed_cut=hybrid.packed_cut
-    )
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = expert_parallel_moe_spec(init_gain=hybrid.expert_init_gain, options=hybrid.experts)
+    lightning, softmax = attention_specs(hybrid, packed_cut, mixers)
+
+    def layer(part: str, spec: ModuleSpec, is_softmax: bool = False) -> ModuleSpec:
+        norm = "input_layernorm" if part == "self_attention" else "pre_mlp_layernorm"
+        return ModuleSpec(
+            module=ScaledLayer,
+            submodules=TransformerLayerSubmodules(**{part: spec, norm: ResidualNorm}),
+            params={
+                "residuals": hybrid.residuals_or_deepnorm,
+                "is_softmax": is_softmax,
+                "packed_cut": packed_cut,
+            },
+        )
+
+    layers = {
+        "gdn_layer": layer("self_attention", lightning),
+        "attention_layer": layer("self_attention", softmax, is_softmax=True),
+        "mlp_layer": layer("mlp", dense_mlp_spec()),
+    }
+    if hybrid.moe:
+        layers["moe_layer"] = layer("mlp", experts_spec(hybrid, symmetric_memory))
     return ModuleSpec(
         module=LocalHybridStack,
-        params={"pattern": pattern},
-        submodules=HybridStackSubmodules(
-            gdn_layer=_layer(hybrid, hybrid.lightning, self_attention=lightning),
-            attention_layer=_layer(hybrid, hybrid.softmax, self_attention=softmax),
-            mlp_layer=_layer(hybrid, hybrid.mlp, mlp=ModuleSpec(module=MLP, submodules=linears)),
-            moe_layer=_layer(hybrid, hybrid.mlp, mlp=experts),
-        ),
-    )
-
-
-def _layer(hybrid: HybridOptions, scale: ResidualScale, **part: ModuleSpec) -> ModuleSpec:
-    """A layer of one part, with its norm."""
-    norm = "input_layernorm" if "self_attention" in part else "pre_mlp_layernorm"
-    return ModuleSpec(
-        module=ScaledLayer,
-        submodules=TransformerLayerSubmodules(**part, **{norm: ResidualNorm}),
-        params={
-            "residual": hybrid.residual,
-            "attention_scale": scale,
-            "mlp_scale": scale,
-            "packed_cut": hybrid.packed_cut,
-        },
+        params={"pattern": pattern, "hybrid": hybrid},
+        submodules=HybridStackSubmodules(**layers),
     )
 
 

@@ -69,7 +69,7 @@ def layout_of_megatrons_pack(
             "packed_seq_params must be a PackedSequence with context parallelism, or packed_cut"
             f" named, got {type(packed_seq_params).__name__} and None: it does not say whether its"
             " loader cut every document or the whole row in zigzag order; give the spec"
-            " packed_cut='document_zigzag' or 'row_zigzag' (HybridOptions has it too)"
+            " packed_cut='document_zigzag' or 'row_zigzag'"
         )
     if tensors[0] is None or any(x is not None and x.dim() != 1 for x in tensors):
         shapes = [None if x is None else list(x.shape) for x in tensors]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import Any, Literal
+from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
@@ -12,9 +12,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from lasp.hybrid.config import Residuals, ResidualScale
 from lasp.megatron.checks import groups_of, refuse_arguments
 from lasp.megatron.experts.layer import ExpertParallelMoELayer
-from lasp.megatron.hybrid_options import PART, ResidualScale, check_layers
+from lasp.megatron.hybrid_config import PART, check_layers
 from lasp.megatron.packing import token_order_of
 from lasp.megatron.packs import PackedCut
 
@@ -34,9 +35,8 @@ class ScaledLayer(TransformerLayer):
         submodules: the parts; IdentityOp is none.
         layer_number: as TransformerLayer's.
         pg_collection: process groups; of the parallel state if None.
-        residual: ``pre`` or ``post``.
-        attention_scale: residual weights around the attention.
-        mlp_scale: around the MLP.
+        residuals: see :class:`lasp.hybrid.Residuals`.
+        is_softmax: whether the attention, if there is one, is softmax attention.
         packed_cut: how Megatron's own packs are cut, see :data:`lasp.megatron.PackedCut`.
         optional: what a Megatron version passes besides.
 
@@ -52,9 +52,8 @@ class ScaledLayer(TransformerLayer):
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
         *,
-        residual: Literal["pre", "post"],
-        attention_scale: ResidualScale,
-        mlp_scale: ResidualScale,
+        residuals: Residuals,
+        is_softmax: bool = False,
         packed_cut: PackedCut | None = None,
         **optional: Any,
     ) -> None:
@@ -73,8 +72,9 @@ class ScaledLayer(TransformerLayer):
             self.mlp = build_module(submodules.mlp, config=config, pg_collection=pg_collection)
             self.mlp.set_layer_number(self.layer_number)
             self.is_moe_layer = True
-        self.post_norm = residual == "post"
-        self.attention_scale, self.mlp_scale = attention_scale, mlp_scale
+        self.post_norm = residuals.norm == "post"
+        self.attention_scale = residuals.softmax if is_softmax else residuals.lightning
+        self.mlp_scale = residuals.mlp
         self.packed_cut = packed_cut
 
     def forward(
@@ -126,4 +126,4 @@ def _add(residual: Tensor, part: tuple[Tensor, Tensor | None], scale: ResidualSc
     output, bias = part
     if bias is not None:
         output = output + bias
-    return scale.alpha * residual + scale.beta * output
+    return scale.add(residual, output)

@@ -8,17 +8,22 @@ import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from lasp.hybrid import AttentionConfig, HybridModel
-from lasp.hybrid import HybridConfig as PlainConfig
-from lasp.megatron import HybridOptions, hybrid_block_spec, to_megatron
+from lasp.hybrid import AttentionConfig, HybridConfig, HybridModel
+from lasp.megatron import PackedCut, hybrid_block_spec, to_megatron
 from moe_parallel import MoEConfig
 from tests.megatron.attention import CUT, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, parallel_config
 from tests.megatron.cpu import gathered, summed
 
 PACKS = ((13, 1, 0, 20, 6), (2, 37, 1))
 TOKENS = sum(map(sum, PACKS))
-LAYERS, PATTERN = 4, "1:1"
-HYBRID = HybridOptions.deepnorm(LAYERS, rotary_dim=4, rope_base=100.0)
+LAYERS = 4
+HYBRID = HybridConfig(
+    num_layers=LAYERS,
+    vocab_size=7,
+    attention=AttentionConfig(HEADS, KV_HEADS, HEAD_DIM, rotary_dim=4, rope_base=100.0),
+    moe=MoEConfig(HIDDEN, 8, 4, 2, capacity_factor=1.0, aux_loss_coefficient=0.1),
+    pattern="1:1",
+)
 OPTIONS = {
     "num_layers": LAYERS,
     "linear_attention_freq": 2,
@@ -35,14 +40,7 @@ OPTIONS = {
 
 
 def plain_model() -> HybridModel:
-    config = PlainConfig(
-        num_layers=LAYERS,
-        vocab_size=7,
-        attention=AttentionConfig(HEADS, KV_HEADS, HEAD_DIM, rotary_dim=4, rope_base=100.0),
-        moe=MoEConfig(HIDDEN, 8, 4, 2, capacity_factor=1.0, aux_loss_coefficient=0.1),
-        pattern="1:1",
-    )
-    model = HybridModel(config, dtype=torch.float64)
+    model = HybridModel(HYBRID, dtype=torch.float64)
     model.reset_parameters(0)
     return model
 
@@ -64,13 +62,13 @@ def cuts(name: str, groups: Any) -> list[tuple[Any, int]]:
 
 
 def build_block(
-    sizes: dict[str, int], groups: Any, hybrid: HybridOptions = HYBRID, **options: Any
+    sizes: dict[str, int], groups: Any, packed_cut: PackedCut | None = None, **options: Any
 ) -> TransformerBlock:
     config = parallel_config(sizes, **(OPTIONS | options))
     stage, stages = groups.pp.rank(), groups.pp.size()
     block = TransformerBlock(
         config,
-        hybrid_block_spec(config, PATTERN, hybrid=hybrid),
+        hybrid_block_spec(config, HYBRID, packed_cut=packed_cut),
         pre_process=stage == 0,
         post_process=stage == stages - 1,
         pg_collection=groups,

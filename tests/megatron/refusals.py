@@ -6,7 +6,7 @@ The rows are the refusals of docs/megatron.md; tests/megatron/test_refusals.py r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,17 +16,18 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lasp.megatron import (
-    HybridOptions,
     PackedSequence,
     ResidualNorm,
     hybrid_block_spec,
     hybrid_layer_spec,
+    hybrid_of,
     lightning_attention_spec,
 )
 from lasp.sequence.layout import SequenceLayout
 from moe_parallel.megatron import expert_parallel_moe_spec
 from ring.megatron import RingCoreAttention, ring_attention_spec
 from tests.megatron.attention import HIDDEN
+from tests.megatron.block import HYBRID as LIKE
 from tests.megatron.block import OPTIONS as HYBRID
 from tests.megatron.test_moe_parallel import OPTIONS as EXPERTS
 
@@ -52,20 +53,24 @@ def experts(config: TransformerConfig, groups: Any) -> torch.nn.Module:
     return build_module(expert_parallel_moe_spec(), config=config, pg_collection=groups)
 
 
-def hybrid(config: TransformerConfig, groups: Any, pattern: str = "1:1") -> torch.nn.Module:
-    spec = hybrid_layer_spec(config, pattern, HybridOptions(rotary_dim=4))
+def hybrid(config: TransformerConfig, groups: Any, **fields: Any) -> torch.nn.Module:
+    spec = hybrid_layer_spec(replace(LIKE, **fields))
     return build_module(spec, config=config, layer_number=1, pg_collection=groups)
 
 
-def block(config: TransformerConfig, groups: Any, pattern: str = "1:1") -> Any:
-    return hybrid_block_spec(config, pattern)
+def block(config: TransformerConfig, groups: Any, **fields: Any) -> Any:
+    return hybrid_block_spec(config, replace(LIKE, **fields))
+
+
+def derived(config: TransformerConfig, groups: Any) -> Any:
+    return hybrid_of(config, LIKE)
 
 
 def norm(config: TransformerConfig, groups: Any) -> torch.nn.Module:
     return ResidualNorm(config, HIDDEN)
 
 
-BASE = {experts: EXPERTS, hybrid: HYBRID, block: HYBRID}
+BASE = {experts: EXPERTS, hybrid: HYBRID, block: HYBRID, derived: HYBRID}
 
 
 @dataclass
@@ -240,6 +245,10 @@ ROWS = [
         names=r"config\.recompute_modules must be among",
     ),
     *(Row(part, arguments={"pattern": "7"}) for part in (hybrid, block)),
+    *options(block, kv_channels=8, layernorm_epsilon=1e-6, moe_ffn_hidden_size=16),
+    *options(block, moe_expert_capacity_factor=2.0, moe_router_topk=3, num_query_groups=4),
+    *options(block, num_attention_heads=2, num_layers=6, num_moe_experts=None),
+    *options(derived, moe_router_pre_softmax=True),
     *(
         Row(part, {"linear_attention_freq": frequency}, {"pattern": "2:1"}, names=names)
         for part in (hybrid, block)

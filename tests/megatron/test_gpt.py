@@ -29,11 +29,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from lasp.megatron import HybridOptions, ResidualNorm, hybrid_block_spec, lightning_attention_spec
+from lasp.megatron import ResidualNorm, hybrid_block_spec, hybrid_of, lightning_attention_spec
 from lasp.sequence.layout import SequenceLayout
 from moe_parallel.megatron import expert_parallel_moe_spec
 from ring.megatron import RingCoreAttention
 from tests.megatron.attention import parallel_config
+from tests.megatron.block import HYBRID
 from tests.megatron.cpu import initialize, summed, train_on_cpu
 from tests.megatron.test_moe_parallel import OPTIONS
 from tests.ranks import run_on_ranks
@@ -90,7 +91,7 @@ def build(
         **((EXPERTS if experts else {}) | options),
     )
     if hybrid:
-        spec = hybrid_block_spec(config, "1:1", hybrid=HybridOptions.deepnorm(2, rotary_dim=4))
+        spec = hybrid_block_spec(config, hybrid_of(config, HYBRID))
     else:
         mixers = [part for part in parts if part != "moe"] or ["megatron"]
         layers = [layer_spec(mixers[number % len(mixers)], experts=experts) for number in (0, 1)]

@@ -12,11 +12,10 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from lasp.hybrid import pack_batch
+from lasp.hybrid import Residuals, ResidualScale, pack_batch
 from lasp.megatron import (
-    HybridOptions,
-    ResidualScale,
     hybrid_block_spec,
+    hybrid_of,
     pack_sequences,
     share_packs,
 )
@@ -26,7 +25,6 @@ from tests.megatron.attention import HIDDEN, megatrons_pack, parallel_config
 from tests.megatron.block import (
     HYBRID,
     PACKS,
-    PATTERN,
     TOKENS,
     build_block,
     global_name,
@@ -65,7 +63,7 @@ def block_on_rank(
 ) -> dict[str, Tensor]:
     """With ``cut`` the layers get Megatron's own packs, and that name of how they are cut."""
     groups = initialize(**sizes)
-    block = build_block(sizes, groups, replace(HYBRID, packed_cut=cut), **options)
+    block = build_block(sizes, groups, packed_cut=cut, **options)
     dp_rank, dp = groups.dp.rank(), groups.dp.size()
     tp, cp = groups.tp.size(), groups.cp.size()
     lengths = [PACKS[0] + PACKS[1]] if dp == 1 else list(PACKS)
@@ -205,11 +203,10 @@ def dense_on_rank(sizes: dict[str, int], sequence_parallel: bool = True) -> dict
     options = {"num_layers": 3, "linear_attention_freq": 2, "sequence_parallel": sequence_parallel}
     config = parallel_config(sizes, **options)
     scale = ResidualScale(alpha=0.5, beta=2.0)
-    hybrid = HybridOptions(rotary_dim=4, softmax=scale, mlp=scale._replace(beta=3.0))
+    residuals = Residuals(softmax=scale, mlp=scale._replace(beta=3.0))
+    hybrid = hybrid_of(config, replace(HYBRID, residuals=residuals))
     torch.manual_seed(6)  # weights are drawn whole on the CPU and cut
-    block = TransformerBlock(
-        config, hybrid_block_spec(config, PATTERN, hybrid=hybrid), pg_collection=groups
-    )
+    block = TransformerBlock(config, hybrid_block_spec(config, hybrid), pg_collection=groups)
     packed = pack_sequences(
         [(12, 20)], dp_rank=0, cp_size=groups.cp.size(), tp_size=groups.tp.size(), order="zigzag"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,19 +16,13 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lasp.hybrid import is_softmax
+from lasp.hybrid import Residuals
 from lasp.lightning.decay import decay_rates
-from lasp.megatron import (
-    HybridOptions,
-    hybrid_block_spec,
-    hybrid_layer_spec,
-    minimax_layer_spec,
-    minimax_options,
-)
+from lasp.megatron import hybrid_block_spec, hybrid_layer_spec, hybrid_of, minimax_layer_spec
 from moe_parallel.megatron import ExpertOptions, ExpertParallelMoELayer
 from ring.megatron import RingSelfAttention
 from tests.megatron.attention import HEADS, parallel_config
-from tests.megatron.block import OPTIONS
+from tests.megatron.block import HYBRID, OPTIONS
 from tests.megatron.cpu import initialize
 from tests.ranks import run_on_ranks
 
@@ -43,7 +38,7 @@ def layers_of_stages() -> list[tuple[int, bool, Tensor | None]]:
     for vp_stage in range(2):
         block = TransformerBlock(
             config,
-            hybrid_block_spec(config, "2:1", vp_stage),
+            hybrid_block_spec(config, hybrid_of(config, HYBRID), vp_stage),
             pg_collection=groups,
             vp_stage=vp_stage,
         )
@@ -97,17 +92,18 @@ def test_the_static_spec_follows_linear_attention_freq(frequency: Any) -> None:
     assert [softmax for softmax, _, _ in layers] == [False, True] * 4 + [False]
 
 
-def pattern_of_block(pattern: str | None, **options: Any) -> list[bool]:
+def pattern_of_block(pattern: str, **options: Any) -> list[bool]:
     config, groups = parallel_config({}, **(OPTIONS | options)), initialize()
-    block = TransformerBlock(config, hybrid_block_spec(config, pattern), pg_collection=groups)
+    hybrid = hybrid_of(config, replace(HYBRID, pattern=pattern))
+    block = TransformerBlock(config, hybrid_block_spec(config, hybrid), pg_collection=groups)
     return [isinstance(layer.self_attention, RingSelfAttention) for layer in block.layers]
 
 
 @pytest.mark.parametrize(
     ("pattern", "options", "softmax"),
     [
-        (None, {"linear_attention_freq": 3}, [False, False, True, False]),
-        (None, {"linear_attention_freq": [0, 1, 1, 0]}, [True, False, False, True]),
+        ("7:1", {"linear_attention_freq": 3}, [False, False, True, False]),
+        ("*GG*", {"linear_attention_freq": [0, 1, 1, 0]}, [True, False, False, True]),
         ("2:1", {"linear_attention_freq": [1, 1, 0, 1]}, [False, False, True, False]),
         (
             "1:3",
@@ -127,17 +123,6 @@ def test_the_static_spec_of_a_dense_config_has_dense_mlps() -> None:
     assert {mlp for _, _, mlp in layers} == {MLP}
 
 
-def test_patterns_residuals_and_names_that_are_none() -> None:
-    with pytest.raises(ValueError, match="residual must be"):
-        HybridOptions(residual="middle")
-    for name in ("impl", "exchange", "decay"):
-        with pytest.raises(ValueError, match=f"{name} must be one of .*, got 'fast'"):
-            HybridOptions(**{name: "fast"})
-    for pattern in ("7", "0:0", "a:b", "-1:2"):
-        with pytest.raises(ValueError, match="pattern must be"):
-            is_softmax(pattern, 0)
-
-
 def test_a_stack_needs_hybrid_model() -> None:
     """In another interpreter: this one may have it."""
     code = (
@@ -149,19 +134,14 @@ def test_a_stack_needs_hybrid_model() -> None:
     assert "ImportError: megatron-core must be >= 0.18 for HybridModel, got" in done.stderr
 
 
-def test_minimax_has_the_residuals_of_deepnorm() -> None:
-    options = minimax_options(80)
-    assert abs(options.mlp.alpha - 3.5565588200778455) < 1e-12
-    assert options.lightning == options.softmax == options.mlp
-    assert options.residual == "post"
-
-
-CHOSEN = HybridOptions(
-    impl="triton",
+EXPERTS = ExpertOptions(gemm="loop", overlap_groups=2, max_rows=99, impl="eager")
+CHOSEN = replace(
+    HYBRID,
+    lightning_impl="triton",
     exchange="sliced",
     decay="retnet",
-    expert_init_gain=0.25,
-    experts=ExpertOptions(gemm="loop", overlap_groups=2, max_rows=99, impl="eager"),
+    residuals=Residuals(init_gain=0.25),
+    moe=replace(HYBRID.moe, gemm="loop", overlap_groups=2, max_rows=99, impl="eager"),
 )
 
 
@@ -181,14 +161,15 @@ def choices_of_parts(build_parts: Callable[[TransformerConfig], tuple[Any, Any]]
 
 
 def parts_of_layer(config: TransformerConfig) -> tuple[Any, Any]:
-    parts = hybrid_layer_spec(config, hybrid=CHOSEN).submodules
+    parts = hybrid_layer_spec(hybrid_of(config, CHOSEN)).submodules
     return parts.lightning, parts.mlp
 
 
 def parts_of_stack(config: TransformerConfig) -> tuple[Any, Any]:
     from lasp.megatron.hybrid_stack import hybrid_stack_spec
 
-    parts = hybrid_stack_spec("EGEG", hybrid=CHOSEN).submodules
+    chosen = replace(CHOSEN, num_layers=2, pattern="GG")
+    parts = hybrid_stack_spec("EGEG", chosen).submodules
     return parts.gdn_layer.submodules.self_attention, parts.moe_layer.submodules.mlp
 
 
@@ -199,5 +180,5 @@ def test_parts_get_what_is_chosen(parts: Callable[..., Any]) -> None:
     ((attention, experts, spread),) = run_on_ranks(choices_of_parts, 1, parts)
     assert attention[:2] == ("triton", "sliced")
     assert torch.equal(attention[2], decay_rates(HEADS, 0, 2, "retnet"))
-    assert experts == CHOSEN.experts
+    assert experts == EXPERTS
     assert spread == pytest.approx(0.25 * 0.02, rel=0.2)  # of Megatron's init_method_std

@@ -14,7 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
-from lasp.megatron import HybridOptions, PackedSequence, layout_of, lightning_attention_spec
+from lasp.megatron import PackedSequence, layout_of, lightning_attention_spec
 from lasp.sequence.layout import SequenceLayout
 from ring.megatron import RingCoreAttention, ring_attention_spec
 from tests.closeness import assert_equal_to_rounding
@@ -202,5 +202,3 @@ def unknown_cut() -> None:
 
 def test_unknown_cuts_are_refused() -> None:
     run_on_ranks(unknown_cut, 1)
-    with pytest.raises(ValueError, match="packed_cut must be None or one of"):
-        HybridOptions(packed_cut="zigzag")

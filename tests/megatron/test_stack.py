@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,12 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
+from lasp.hybrid import HybridConfig
 from lasp.lightning.decay import decay_rates
-from lasp.megatron import HybridOptions, hybrid_block_spec, pack_sequences
+from lasp.megatron import hybrid_block_spec, hybrid_of, pack_sequences
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import HEADS, parallel_config
-from tests.megatron.block import OPTIONS
+from tests.megatron.block import HYBRID, OPTIONS
 from tests.megatron.cpu import initialize, summed
 from tests.ranks import RankError, run_on_ranks
 
@@ -31,7 +33,6 @@ pytestmark = pytest.mark.megatron
 
 LAYERS, VOCAB = 4, 24
 LENGTHS = (13, 1, 0, 20, 6)
-HYBRID = HybridOptions.deepnorm(LAYERS, rotary_dim=4, rope_base=100.0)
 DENSE = {name: value for name, value in OPTIONS.items() if "moe" not in name}
 
 
@@ -47,10 +48,11 @@ def build(symbols: str, sizes: dict[str, int], groups: Any) -> tuple[torch.nn.Mo
     }
     config = parallel_config(sizes, **options)
     torch.manual_seed(9)
-    block = hybrid_block_spec(config, "1:1", hybrid=HYBRID)
+    described = hybrid_of(config, HYBRID)
+    block = hybrid_block_spec(config, described)
     gpt = GPTModel(config, block, **shared).double()
     config = parallel_config(sizes, **(options | {"num_layers": 2 * LAYERS}))
-    spec = stack.hybrid_stack_spec(symbols, hybrid=HYBRID)
+    spec = stack.hybrid_stack_spec(symbols, described)
     hybrid = hybrid_model.HybridModel(config, spec, hybrid_layer_pattern=symbols, **shared).double()
     weights = dict(gpt.named_parameters())
     for name, parameter in hybrid.named_parameters():
@@ -109,10 +111,11 @@ def test_trains_as_gpt_model(symbols: str, num_ranks: int, sizes: dict[str, int]
 def lightning_layers(symbols: str) -> dict[int, Tensor]:
     """Decay rates of the lightning layers on this pipeline stage, by layer number."""
     groups = initialize(pp=2)
-    config = parallel_config({"pp": 2}, **(OPTIONS | {"num_layers": 6}))
+    options = OPTIONS | {"num_layers": 6, "linear_attention_freq": None}
+    config = parallel_config({"pp": 2}, **options)
     model = hybrid_model.HybridModel(
         config,
-        stack.hybrid_stack_spec(symbols, hybrid=HYBRID),
+        stack.hybrid_stack_spec(symbols, hybrid_of(config, HYBRID, symbols)),
         vocab_size=VOCAB,
         max_sequence_length=8,
         hybrid_layer_pattern=symbols,
@@ -142,7 +145,12 @@ def test_decay_counts_attention_layers_over_pipeline_stages() -> None:
 @pytest.mark.parametrize("pattern", ["", "GE/GE", "MEGE", "G-D-"])
 def test_other_layers_are_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="pattern must be of the layers"):
-        stack.hybrid_stack_spec(pattern)
+        stack.hybrid_stack_spec(pattern, HYBRID)
+
+
+def of_stack(symbols: str) -> HybridConfig:
+    kinds = symbols.replace("E", "")
+    return replace(HYBRID, num_layers=len(kinds), pattern=kinds)
 
 
 PIPED = "GE*E|GE"
@@ -200,13 +208,20 @@ def test_minimax_stack_over_pipeline_stages_asks_the_training_loop() -> None:
         (
             "GEGE*E",
             {"linear_attention_freq": 2},
-            r"linear_attention_freq must give the attention layers 'GG\*' .*, got 2, .* 'G\*G'",
+            r"linear_attention_freq must give the layers of pattern 'GG\*', got 2, .* G\*G ",
         ),
     ],
 )
 def test_another_pattern_than_the_models_is_refused(symbols: str, options: Any, names: str) -> None:
+    spec = stack.hybrid_stack_spec(symbols, of_stack(symbols))
     with pytest.raises(RankError, match=names):
-        run_on_ranks(stack_on_rank, 1, stack.hybrid_stack_spec(symbols), "GEGE*E", **options)
+        run_on_ranks(stack_on_rank, 1, spec, "GEGE*E", **options)
+
+
+@pytest.mark.parametrize("symbols", ["*E*EGE", "G-G-*-"], ids=["kinds", "experts"])
+def test_another_pattern_than_the_configs_is_refused(symbols: str) -> None:
+    with pytest.raises(ValueError, match=r"pattern must have the attention layers .* GG\*, and E"):
+        stack.hybrid_stack_spec(symbols, of_stack("GEGE*E"))
 
 
 def layers_with_configs_of_their_own() -> None:
@@ -217,7 +232,7 @@ def layers_with_configs_of_their_own() -> None:
     ):
         config = parallel_config({}, **OPTIONS)
         config.__class__ = getattr(import_module(name), kind)
-        spec = getattr(stack.hybrid_stack_spec("GE*E", hybrid=HYBRID).submodules, symbol)
+        spec = getattr(stack.hybrid_stack_spec("GE*E", of_stack("GE*E")).submodules, symbol)
         layer = build_module(spec, config=config, layer_number=1, pg_collection=initialize())
         hidden = torch.randn(8, 1, config.hidden_size, dtype=torch.float64)
         output, _ = layer(hidden)

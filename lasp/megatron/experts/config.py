@@ -77,6 +77,11 @@ class ExpertOptions:
     impl: Impl = "auto"
     symmetric_memory: SymmetricMemory | None = None
 
+    @classmethod
+    def of(cls, moe: MoEConfig, symmetric_memory: SymmetricMemory | None = None) -> ExpertOptions:
+        """Those of a layer's config."""
+        return cls(moe.gemm, moe.overlap_groups, moe.max_rows, moe.impl, symmetric_memory)
+
 
 DEFAULT_OPTIONS = ExpertOptions()
 

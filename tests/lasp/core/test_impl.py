@@ -101,7 +101,7 @@ def test_the_default_is_auto(function: Callable[..., Any], names: tuple[str, ...
 
 def test_the_default_of_the_config_is_auto() -> None:
     defaults = {field.name: field.default for field in fields(HybridConfig)}
-    assert defaults["lightning_impl"] == "auto"
+    assert defaults["lightning_impl"] == defaults["exchange"] == "auto"
 
 
 def test_the_printed_rule_is_what_is_taken() -> None:

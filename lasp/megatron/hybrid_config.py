@@ -1,0 +1,152 @@
+"""The one HybridConfig against Megatron's config, and what of that hybrid layers refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lasp.hybrid.config import MINIMAX_TEXT_01, HybridConfig
+from lasp.megatron.checks import require
+from lasp.megatron.experts.config import ExpertOptions, moe_config
+
+PART = "hybrid layers"
+# What Megatron's config decides; by attention layers num_layers and pattern besides.
+_OPTIONS = {
+    "attention.num_heads": "num_attention_heads",
+    "attention.num_kv_heads": "num_query_groups",
+    "attention.head_dim": "kv_channels",
+    "norm_eps": "layernorm_epsilon",
+}
+_EXPERT_OPTIONS = {
+    "moe.hidden_size": "hidden_size",
+    "moe.ffn_size": "moe_ffn_hidden_size",
+    "moe.num_experts": "num_moe_experts",
+    "moe.top_k": "moe_router_topk",
+    "moe.capacity_factor": "moe_expert_capacity_factor",
+    "moe.drop_policy": "moe_token_drop_policy",
+    "moe.aux_loss_coefficient": "moe_aux_loss_coeff",
+    "moe.pad_to_capacity": "moe_pad_expert_input_to_capacity",
+}
+
+
+def hybrid_of(
+    config: TransformerConfig, like: HybridConfig = MINIMAX_TEXT_01, symbols: str | None = None
+) -> HybridConfig:
+    """The hybrid model of Megatron's config: what that decides from there, the rest as in ``like``.
+
+    Megatron decides the number and kinds of the layers, heads, epsilon of the norms, and what
+    experts compute. ``like`` has residuals, positions, decay, who computes, and how many rows; its
+    pattern counts where ``config.linear_attention_freq`` is None.
+
+    Args:
+        config: Megatron's.
+        like: a hybrid model of any size.
+        symbols: ``hybrid_layer_pattern`` of a HybridModel; None: a GPTModel, whose layers are
+            attention and MLP together.
+
+    Raises:
+        ValueError: for options that hybrid layers do not have.
+    """
+    dense = config.num_moe_experts is None if symbols is None else "E" not in symbols
+    num_layers = config.num_layers if symbols is None else len(attention_of(symbols))
+    kinds = _configured_kinds(config, num_layers) if symbols is None else attention_of(symbols)
+    options = ExpertOptions() if like.moe is None else ExpertOptions.of(like.moe)
+    return replace(
+        like,
+        num_layers=num_layers,
+        attention=replace(
+            like.attention,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_query_groups,
+            head_dim=config.kv_channels,
+        ),
+        moe=None if dense else moe_config(config, options),
+        pattern=kinds or like.pattern,
+        norm_eps=config.layernorm_epsilon,
+    )
+
+
+def attention_of(symbols: str) -> str:
+    """The attention layers of a HybridModel."""
+    return "".join(symbol for symbol in symbols if symbol in "G*")
+
+
+def check_same_model(
+    config: TransformerConfig, hybrid: HybridConfig, symbols: str | None = None
+) -> None:
+    """Raise ValueError, naming field and option, where Megatron's config is of another model.
+
+    Args: see :func:`hybrid_of`.
+    """
+    num_layers = config.num_layers if symbols is None else len(attention_of(symbols))
+    if hybrid.num_layers != num_layers:
+        _refuse("num_layers", hybrid.num_layers, "num_layers", num_layers)
+    configured = _configured_kinds(config, num_layers)
+    if configured not in (None, hybrid.kinds):
+        raise ValueError(
+            f"config.linear_attention_freq must give the layers of pattern {hybrid.pattern!r}, got"
+            f" {config.linear_attention_freq}, which gives {configured} instead of {hybrid.kinds}"
+            " (G lightning, * softmax): change one, or set None, the pattern says it all"
+        )
+    megatrons = hybrid_of(config, replace(hybrid, pattern=hybrid.kinds), symbols)
+    if (hybrid.moe is None) != (megatrons.moe is None):
+        _refuse("moe", hybrid.moe, "num_moe_experts", config.num_moe_experts)
+    for field, option in (_OPTIONS | (_EXPERT_OPTIONS if hybrid.moe else {})).items():
+        wanted, value = (attrgetter(field)(model) for model in (hybrid, megatrons))
+        if wanted != value:
+            _refuse(field, wanted, option, value)
+
+
+def _refuse(field: str, wanted: Any, option: str, value: Any) -> None:
+    raise ValueError(
+        f"config.{option} must be that of the HybridConfig, {field}={wanted!r}, got {value!r}:"
+        " change one, or take lasp.megatron.hybrid_of(config, like=...)"
+    )
+
+
+def _configured_kinds(config: TransformerConfig, num_layers: int) -> str | None:
+    """The kinds of the layers by ``linear_attention_freq``: every n-th softmax, or zeros are."""
+    frequency = config.linear_attention_freq
+    if frequency is None:
+        return None
+    listed = isinstance(frequency, list)
+    if len(frequency) != num_layers or not set(frequency) <= {0, 1} if listed else frequency < 1:
+        raise ValueError(
+            "config.linear_attention_freq must be a number above 0 or a list of"
+            f" {num_layers} ones (lightning) and zeros (softmax), got {frequency}: give one for"
+            " each attention layer"
+        )
+    linear = frequency if listed else [(index + 1) % frequency for index in range(num_layers)]
+    return "".join("G" if of_layer else "*" for of_layer in linear)
+
+
+def check_layers(config: TransformerConfig) -> None:
+    """Raise ValueError, naming the option, for what hybrid layers do not support."""
+    require(config, PART, hidden_dropout=0.0, attention_dropout=0.0)
+    require(config, PART, apply_residual_connection_post_layernorm=False)
+    require(config, PART, fp32_residual_connection=False, overlap_moe_expert_parallel_comm=False)
+    require(config, PART, fine_grained_activation_offloading=False, heterogeneous_block_specs=False)
+    require(config, PART, moe_layer_freq=1, experimental_attention_variant=None)
+    require(config, PART, enable_mhc_connections=False, mlp_chunks_for_training=1)
+    modules = set(config.recompute_modules or ()) if config.recompute_granularity else set()
+    if config.recompute_granularity == "selective" and not modules <= {"core_attn", "moe"}:
+        raise ValueError(
+            "config.recompute_modules must be among ['core_attn', 'moe'] for hybrid layers, got"
+            f" {sorted(modules)}: name these alone, or set recompute_granularity 'full'"
+        )
+
+
+def check_block(config: TransformerConfig) -> None:
+    """The same for layers of a TransformerBlock, whose checkpoint keys an option decides."""
+    check_layers(config)
+    freq = config.linear_attention_freq
+    if (isinstance(freq, list) or (freq or 0) > 1) or config.hetereogenous_dist_checkpoint:
+        return
+    raise ValueError(
+        f"config.linear_attention_freq must be above 1 or a list for hybrid layers, got {freq}: it"
+        " gives the layers of a checkpoint keys of their own; set 8 for the pattern '7:1', a list"
+        " for any other"
+    )

@@ -33,7 +33,8 @@ from hybrid_gpt import build_model, build_optimizer, load, newest_step, save
 from hybrid_training.corpus import NO_LABEL, Corpus
 from launch import init_distributed
 
-from lasp.megatron import PackedSequence, pack_sequences, shard_batch
+from lasp.hybrid import pack_batch
+from lasp.megatron import PackedSequence, shard_batch
 from lasp.sequence.layout import Order
 
 # Options that a resumed run may change: all others decide the curve, or the optimizer's state.
@@ -113,13 +114,15 @@ def micro_batch(options: Options, corpus: Corpus, index: int, device: torch.devi
         per_step=options.packs,
         num_tokens=options.pack_tokens,
     )
-    packed = pack_sequences(
-        [pack.document_lengths for pack in packs],
-        dp_rank=dp_rank,
-        cp_size=options.cp,
-        tp_size=options.tp,
-        order=options.order,
-        group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+    packed = PackedSequence.of(
+        pack_batch(
+            [pack.document_lengths for pack in packs],
+            dp_rank=dp_rank,
+            num_ranks=options.cp,
+            tp_size=options.tp,
+            order=options.order,
+            group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+        )
     )
     mine = packs[dp_rank]
     batch = {

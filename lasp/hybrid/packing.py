@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -30,24 +30,29 @@ def pack_batch(
     *,
     dp_rank: int,
     num_ranks: int,
+    tp_size: int = 1,
     order: Order,
     padded_lengths: Sequence[Sequence[int]] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> PackedBatch:
     """Layout of this replica's pack and the router's order over the packs of all replicas.
 
+    The router sees the packs of replicas 0, 1, ... end to end, without padding, so that what it
+    drops does not depend on the parallel sizes.
+
     Args:
         document_lengths: for every data-parallel replica the lengths of its documents.
         dp_rank: this replica.
         num_ranks: size of the cp group.
+        tp_size: tensor-parallel ranks that split a cp rank's tokens further, as Megatron's sequence
+            parallelism does; the last document is padded until they divide.
         order: of every layout.
         padded_lengths: likewise with the padding after each document, see
             :class:`lasp.SequenceLayout`.
-        group: the ranks that call this for the same batch, all of dp x cp: compare what they were
-            given. None: the caller knows that it is equal.
-
-    The router sees the packs of replicas 0, 1, ... end to end, without padding, so that what it
-    drops does not depend on the parallel sizes.
+        group: the ranks that call this for the same batch: compare what they were given. It is all
+            of dp x cp (x tp) if every one of them calls. None compares nothing: data loaders may
+            run on some ranks only, where a collective that nobody asked for would wait for the
+            others.
 
     Communication: with a group one all-gather of 128 bytes a rank, and a wait for it.
 
@@ -55,20 +60,33 @@ def pack_batch(
         ValueError: naming the argument; on every rank of ``group``, with the ranks that hold each,
             if their packs differ.
     """
-    layouts = agreed_layouts(
-        lambda: replica_layouts(document_lengths, padded_lengths, dp_rank, num_ranks, order), group
-    )
-    return PackedBatch(layouts[dp_rank], router_order(layouts))
+    layouts: list[SequenceLayout] = []
+    error: ValueError | None = None
+    try:
+        layouts = _replica_layouts(document_lengths, padded_lengths, dp_rank, num_ranks, order)
+        layouts = [_divisible(layout, tp_size) for layout in layouts]
+    except ValueError as refused:  # compared too: the others would wait for this rank
+        error = refused
+    if group is not None:
+        check_same_on_ranks(
+            "document_lengths, padded_lengths, order and the parallel sizes",
+            [tp_size, *(number for layout in layouts for number in layout.numbers)],
+            f"no pack: {error}" if error else _described(layouts, tp_size),
+            group,
+            "give every rank the lengths of all replicas, for example gathered or broadcast",
+        )
+    if error is not None:
+        raise error
+    return PackedBatch(layouts[dp_rank], router_order(layouts, tp_size))
 
 
-def replica_layouts(
+def _replica_layouts(
     document_lengths: Sequence[Sequence[int]],
     padded_lengths: Sequence[Sequence[int]] | None,
     dp_rank: int,
     num_ranks: int,
     order: Order,
 ) -> list[SequenceLayout]:
-    """The layout of every replica; ValueError unless the arguments name each, ``dp_rank`` too."""
     if not 0 <= dp_rank < len(document_lengths):
         raise ValueError(
             f"dp_rank must be in [0, {len(document_lengths)}), the replicas that document_lengths"
@@ -86,33 +104,15 @@ def replica_layouts(
     ]
 
 
-def agreed_layouts(
-    make: Callable[[], list[SequenceLayout]], group: dist.ProcessGroup | None, tp_size: int = 1
-) -> list[SequenceLayout]:
-    """What ``make`` returns, the same on every rank of ``group`` if there is one.
-
-    Raises:
-        ValueError: that of ``make``; and on every rank of ``group``, unless all hold the same. A
-            rank whose arguments are refused is compared too: the others would wait for it.
-    """
-    error: ValueError | None = None
-    try:
-        layouts = make()
-    except ValueError as refused:
-        if group is None:
-            raise
-        layouts, error = [], refused
-    if group is not None:
-        check_same_on_ranks(
-            "document_lengths, padded_lengths, order and the parallel sizes",
-            [tp_size, *(number for layout in layouts for number in layout.numbers)],
-            f"no pack: {error}" if error else _described(layouts, tp_size),
-            group,
-            "give every rank the lengths of all replicas, for example gathered or broadcast",
-        )
-    if error is not None:
-        raise error
-    return layouts
+def _divisible(layout: SequenceLayout, tp_size: int) -> SequenceLayout:
+    """The layout with as much more padding at its tail as ``tp_size`` needs."""
+    if tp_size == 1:
+        return layout
+    num_ranks, order = layout.num_ranks, layout.order
+    *padded, last = layout.padded_lengths or layout.document_lengths
+    multiple = num_ranks * tp_size * (2 if order in ("zigzag", "document_zigzag") else 1)
+    last += -(sum(padded) + last) % multiple
+    return SequenceLayout(layout.document_lengths, num_ranks, order, (*padded, last))
 
 
 def _described(layouts: Sequence[SequenceLayout], tp_size: int) -> str:

@@ -42,7 +42,7 @@ from lasp.megatron.lightning import (
     split_projections,
 )
 from lasp.megatron.norm import HeadsNorm, ResidualNorm
-from lasp.megatron.packing import pack_sequences, share_packs
+from lasp.megatron.packing import share_packs
 from lasp.megatron.packs import PackedCut, check_packed_cut, cut_of_training_loop, names_padding
 from lasp.megatron.positions import check_positions
 from lasp.megatron.ring import RingSelfAttention, ring_attention_spec
@@ -77,7 +77,6 @@ __all__ = [
     "moe_config",
     "names_padding",
     "order_of_rows",
-    "pack_sequences",
     "parameter_device",
     "plain_weights",
     "record_moe_loss",

@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from lasp.hybrid.packing import PackedBatch
 from lasp.megatron.checks import training_argument
 from lasp.megatron.packs import PackedCut, layout_of_megatrons_pack
 from lasp.sequence.layout import Order, SequenceLayout
@@ -24,13 +25,13 @@ class PackedSequence(PackedSeqParams):
 
     It is a PackedSeqParams, so Megatron hands it through layers, recompute and pipeline stages;
     our modules read the layout. Tokens on a rank are ``layout.shard(pack, cp_rank)``, ``[T, 1, h]``
-    (with sequence parallelism T / tp of them). Build it once per micro-batch from host data.
+    (with sequence parallelism T / tp of them). Build it once per micro-batch from host data:
+    ``PackedSequence.of(pack_batch(...))``, see :func:`lasp.hybrid.pack_batch`.
 
     Attributes:
         layout: which tokens each context-parallel rank holds; required.
         token_order: a ``moe_parallel.TokenOrder`` over the ranks of all tensor, context and data
             parallel ranks, for capacity by position and for the auxiliary loss without padding.
-            See ``lasp.megatron.pack_sequences``.
 
     The fields of PackedSeqParams are filled from the layout, cumulative lengths on the CPU: of
     documents and paddings in turn, or, in the order ``document_zigzag``, of documents, and padded.
@@ -59,6 +60,11 @@ class PackedSequence(PackedSeqParams):
         inherited = getattr(super(), "__post_init__", None)  # there from 0.17
         if inherited is not None:
             inherited()
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> PackedSequence:
+        """The batch as Megatron hands it on."""
+        return cls(layout=batch.layout, token_order=batch.token_order)
 
 
 # What Megatron's loaders put beside the tokens: lengths and sizes of the whole pack.

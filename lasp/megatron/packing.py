@@ -1,75 +1,19 @@
-"""Packed micro-batches for every layer of a hybrid model, the experts' router included."""
+"""What the experts' router must know of Megatron's own packs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from lasp.hybrid.packing import agreed_layouts, replica_layouts, router_order
+from lasp.hybrid.packing import router_order
 from lasp.megatron.batch import PackedSequence, layout_of
 from lasp.megatron.checks import groups_of
 from lasp.megatron.packs import PackedCut, layout_of_megatrons_pack, names_padding
-from lasp.sequence.layout import Order, SequenceLayout
+from lasp.sequence.layout import SequenceLayout
 from moe_parallel.router.token_order import TokenOrder
-
-
-def pack_sequences(
-    document_lengths: Sequence[Sequence[int]],
-    *,
-    dp_rank: int,
-    cp_size: int,
-    tp_size: int = 1,
-    order: Order,
-    padded_lengths: Sequence[Sequence[int]] | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> PackedSequence:
-    """This replica's layout and the router's order over all ranks, for one micro-batch.
-
-    With ``tp_size`` > 1 the last document is padded until the tokens of a rank divide over sequence
-    parallelism. No expert sees padding; :func:`lasp.megatron.shard_batch` pads the tensors.
-
-    Args:
-        document_lengths: for every data-parallel replica the lengths of its documents.
-        dp_rank: this replica.
-        cp_size: context-parallel ranks.
-        tp_size: tensor-parallel ranks that split the tokens further.
-        order: of every layout.
-        padded_lengths: likewise with the padding after each document, see
-            :class:`lasp.SequenceLayout`.
-        group: the ranks that call this for the same micro-batch: compare what they were given.
-            In Megatron all of tp x cp x dp,
-            ``parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)``, if
-            every one of them calls. None compares nothing: data loaders may run on some ranks only,
-            where a collective that nobody asked for would wait for the others.
-
-    Communication: with a group one all-gather of 128 bytes a rank, and a wait for it.
-
-    Raises:
-        ValueError: naming the argument; on every rank of ``group``, with the ranks that hold each,
-            if their packs differ.
-    """
-
-    def make() -> list[SequenceLayout]:
-        layouts = replica_layouts(document_lengths, padded_lengths, dp_rank, cp_size, order)
-        return [_divisible(layout, tp_size) for layout in layouts]
-
-    layouts = agreed_layouts(make, group, tp_size)
-    return PackedSequence(layout=layouts[dp_rank], token_order=router_order(layouts, tp_size))
-
-
-def _divisible(layout: SequenceLayout, tp_size: int) -> SequenceLayout:
-    """The layout with as much more padding at its tail as ``tp_size`` needs."""
-    if tp_size == 1:
-        return layout
-    cp_size, order = layout.num_ranks, layout.order
-    *padded, last = layout.padded_lengths or layout.document_lengths
-    multiple = cp_size * tp_size * (2 if order in ("zigzag", "document_zigzag") else 1)
-    last += -(sum(padded) + last) % multiple
-    return SequenceLayout(layout.document_lengths, cp_size, order, (*padded, last))
 
 
 def token_order_of(

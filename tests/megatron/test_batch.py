@@ -12,7 +12,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from lasp.megatron import PackedSequence, layout_of, pack_sequences, shard_batch, share_packs
+from lasp.hybrid import pack_batch
+from lasp.megatron import PackedSequence, layout_of, shard_batch, share_packs
 from lasp.sequence.layout import SequenceLayout
 from tests.megatron.attention import megatrons_pack
 from tests.megatron.cpu import initialize
@@ -46,7 +47,9 @@ def with_padding(layout: SequenceLayout, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("padded", [False, True])
 def test_parts_of_the_ranks_are_the_pack(order: Any, tp_size: int, padded: bool) -> None:
     lengths = (13, 1, 0, 20, 7)
-    packed = pack_sequences([lengths], dp_rank=0, cp_size=2, tp_size=tp_size, order=order)
+    packed = PackedSequence.of(
+        pack_batch([lengths], dp_rank=0, num_ranks=2, tp_size=tp_size, order=order)
+    )
     layout, num_tokens = packed.layout, sum(lengths)
     batch = batch_of(num_tokens)
     mask = batch["loss_mask"]
@@ -149,12 +152,6 @@ def test_batches_that_are_refused() -> None:
         shard_batch(batch, packed, cp_rank=2)
 
 
-@pytest.mark.parametrize("dp_rank", [-1, 1])
-def test_a_replica_that_is_not_there_is_refused(dp_rank: int) -> None:
-    with pytest.raises(ValueError, match="dp_rank must be in"):
-        pack_sequences([(5, 7)], dp_rank=dp_rank, cp_size=1, order="fold")
-
-
 def shared_on_rank() -> str:
     """What two replicas are told if the second one's pack cannot be read."""
     groups = initialize()
@@ -205,7 +202,7 @@ def test_megatrons_own_batches() -> None:
 def test_packs_divide_over_sequence_parallel_ranks(lengths: Any, order: Any) -> None:
     """Every real token has one place in the order, in pack order over the replicas."""
     packs = [
-        pack_sequences(lengths, dp_rank=dp, cp_size=2, tp_size=2, order=order) for dp in range(2)
+        pack_batch(lengths, dp_rank=dp, num_ranks=2, tp_size=2, order=order) for dp in range(2)
     ]
     token_order = packs[0].token_order
     assert token_order == packs[1].token_order

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lasp.hybrid import Residuals, ResidualScale, pack_batch
 from lasp.megatron import (
+    PackedSequence,
     hybrid_block_spec,
     hybrid_of,
-    pack_sequences,
     share_packs,
 )
 from lasp.sequence.layout import SequenceLayout
@@ -67,7 +67,8 @@ def block_on_rank(
     dp_rank, dp = groups.dp.rank(), groups.dp.size()
     tp, cp = groups.tp.size(), groups.cp.size()
     lengths = [PACKS[0] + PACKS[1]] if dp == 1 else list(PACKS)
-    packed = pack_sequences(lengths, dp_rank=dp_rank, cp_size=cp, tp_size=tp, order=order)
+    batch = pack_batch(lengths, dp_rank=dp_rank, num_ranks=cp, tp_size=tp, order=order)
+    packed = PackedSequence.of(batch)
     layout = packed.layout
     if cut is not None:
         packed = megatrons_pack(layout)
@@ -207,9 +208,9 @@ def dense_on_rank(sizes: dict[str, int], sequence_parallel: bool = True) -> dict
     hybrid = hybrid_of(config, replace(HYBRID, residuals=residuals))
     torch.manual_seed(6)  # weights are drawn whole on the CPU and cut
     block = TransformerBlock(config, hybrid_block_spec(config, hybrid), pg_collection=groups)
-    packed = pack_sequences(
-        [(12, 20)], dp_rank=0, cp_size=groups.cp.size(), tp_size=groups.tp.size(), order="zigzag"
-    )
+    tp, cp = groups.tp.size(), groups.cp.size()
+    batch = pack_batch([(12, 20)], dp_rank=0, num_ranks=cp, tp_size=tp, order="zigzag")
+    packed = PackedSequence.of(batch)
     pack = random_input()[:32]
     local = packed.layout.shard(pack, groups.cp.rank())
     if sequence_parallel:

@@ -16,9 +16,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from lasp.hybrid import HybridConfig
+from lasp.hybrid import HybridConfig, pack_batch
 from lasp.lightning.decay import decay_rates
-from lasp.megatron import hybrid_block_spec, hybrid_of, pack_sequences
+from lasp.megatron import PackedSequence, hybrid_block_spec, hybrid_of
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import HEADS, parallel_config
 from tests.megatron.block import HYBRID, OPTIONS
@@ -72,11 +72,12 @@ def losses_of_a_step(symbols: str, sizes: dict[str, int]) -> list[tuple[Tensor, 
     """Of both models, the loss before and after a step of gradient descent."""
     groups = initialize(**sizes)
     tp, cp = groups.tp.size(), groups.cp.size()
-    packed = pack_sequences([LENGTHS], dp_rank=0, cp_size=cp, tp_size=tp, order="zigzag")
+    batch = pack_batch([LENGTHS], dp_rank=0, num_ranks=cp, tp_size=tp, order="zigzag")
+    packed = PackedSequence.of(batch)
     layout = packed.layout
     generator = torch.Generator().manual_seed(8)
-    batch = torch.randint(VOCAB, (2, 1, layout.num_tokens), generator=generator)
-    tokens, labels = layout.shard(batch, groups.cp.rank(), dim=2)
+    drawn = torch.randint(VOCAB, (2, 1, layout.num_tokens), generator=generator)
+    tokens, labels = layout.shard(drawn, groups.cp.rank(), dim=2)
     positions = layout.position_ids(groups.cp.rank()).expand_as(tokens)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     results = []

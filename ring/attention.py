@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -39,8 +40,7 @@ from lasp._core.autocast import autocast_inputs
 from lasp._core.checks import checked_scale
 from lasp._core.joint_backward import join_backward
 from lasp.sequence.layout import SequenceLayout
-from ring.torch_ops import attend
-from ring.validation import check_kinds, check_tensors
+from ring.torch_ops import attend, check_kinds
 
 
 class RingOutput(NamedTuple):
@@ -100,7 +100,7 @@ def ring_attention(
             unknown or cannot run these tensors.
     """
     q, k, v = autocast_inputs(q, k, v)
-    check_tensors(q, k, v)
+    _check_tensors(q, k, v)
     check_kinds(layout, cp_group)
     q = join_backward(cp_group, q, k, v)
     scale = checked_scale(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -114,6 +114,33 @@ def ring_attention(
         heads = (q.shape[0], q.shape[2])
         output, lse = (x.unflatten(1, heads).transpose(0, 1) for x in (output, lse))
     return RingOutput(output, lse)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless the shapes, dtypes and devices are those of one attention."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.ndim not in (3, 4) or k.shape != v.shape or k.ndim != q.ndim:
+        raise ValueError(
+            "q must be [T, Hq, D] or [B, T, Hq, D], k and v [T, Hkv, D] or [B, T, Hkv, D],"
+            f" got {shapes}"
+        )
+    if 0 in (*q.shape, *k.shape):
+        raise ValueError(f"q, k and v must not be empty, got {shapes}: drop empty batches")
+    if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q, k and v must have the same rows, tokens and head dim, got {shapes}")
+    if q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            f"the heads of k must divide those of q, got {shapes}: under tensor parallelism"
+            " repeat key heads or use fewer ranks"
+        )
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    if {k.dtype, v.dtype} != {q.dtype}:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if {k.device, v.device} != {q.device}:
+        raise ValueError(
+            f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}"
+        )
 
 
 def _rows_as_heads(

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from lasp.sequence.layout import SequenceLayout
 from ring.attention import ring_attention
 from ring.rope import apply_rotary, check_rotary_dim
-from ring.torch_ops import positions
-from ring.validation import check_kinds
+from ring.torch_ops import check_kinds, positions
 
 
 class RingAttention(nn.Module):

@@ -22,7 +22,6 @@ from ring.blocks.interface import QKV
 from ring.blocks.merge import Partial
 from ring.blocks.registry import resolve_block
 from ring.planner.schedule import plan_ring
-from ring.validation import locate
 
 # The group by its name; an empty one for one rank without a group.
 _WHERE = "Tensor lengths, int num_ranks, str order, str group"
@@ -58,11 +57,22 @@ def positions(
     """Position of each token of ``hidden [..., T, C]`` within its document: int64 ``[T]``.
 
     Raises:
-        ValueError: as :func:`ring.validation.locate`.
+        ValueError: if the layout is of another length or of another number of ranks.
     """
     where = _where(hidden.shape[-2], layout, cp_group)
     found: Tensor = torch.ops.ring.positions(hidden, *where)
     return found
+
+
+def check_kinds(layout: SequenceLayout | None, cp_group: dist.ProcessGroup | None) -> None:
+    """Raise ValueError for what is no layout or no group that holds this rank."""
+    if layout is not None and not isinstance(layout, SequenceLayout):
+        raise ValueError(f"layout must be a SequenceLayout, got {layout!r}: build one from lengths")
+    if cp_group is not None and not isinstance(cp_group, dist.ProcessGroup):
+        raise ValueError(
+            f"cp_group must be a process group that holds this rank, got {cp_group!r}: call the"
+            " operator on the members of the group only"
+        )
 
 
 def _where(
@@ -119,15 +129,39 @@ def _context(
     """Check what a compiled graph does not know, before any communication."""
     cp_group = _group(group)
     layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
-    rank = locate("q", q, -3, layout, cp_group)
+    rank = _rank_of("q", q, -3, layout, cp_group)
     kernel = resolve_block(block, q.device, q.dtype, q.shape[-1])
     return passes.RingContext(plan_ring(layout, rank, causal), cp_group, kernel, scale)
 
 
 def _positions(hidden: Tensor, lengths: Tensor, num_ranks: int, order: Order, group: str) -> Tensor:
     layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
-    rank = locate("hidden", hidden, -2, layout, _group(group))
+    rank = _rank_of("hidden", hidden, -2, layout, _group(group))
     return layout.position_ids(rank, hidden.device)
+
+
+def _rank_of(
+    name: str,
+    x: Tensor,
+    token_dim: int,
+    layout: SequenceLayout,
+    cp_group: dist.ProcessGroup | None,
+) -> int:
+    """The rank within ``cp_group`` that holds the tokens of ``x``, the argument ``name``."""
+    num_tokens = x.shape[token_dim]
+    num_ranks = 1 if cp_group is None else cp_group.size()
+    if layout.num_ranks != num_ranks:
+        raise ValueError(
+            f"layout must be for the {num_ranks} ranks of cp_group, got num_ranks"
+            f" {layout.num_ranks}: build it with cp_group.size() and pass that group"
+        )
+    if layout.num_local_tokens != num_tokens:
+        raise ValueError(
+            f"layout must hold the {num_tokens} tokens a rank of {name} {tuple(x.shape)}, got"
+            f" {layout.num_local_tokens}: is this the layout of this batch, and {name} sharded"
+            " by it?"
+        )
+    return 0 if cp_group is None else cp_group.rank()
 
 
 def _group(name: str) -> dist.ProcessGroup | None:

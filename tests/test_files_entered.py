@@ -71,9 +71,9 @@ class Experts:
     [
         (lightning, "eager", 8),
         (lightning, "triton", 14),
-        (ring, "auto", 11),
+        (ring, "auto", 10),
         (Experts(), "eager", 12),
-        (Experts(), "triton", 16),
+        (Experts(), "triton", 13),
     ],
 )
 def test_a_warm_call_enters_few_files(

@@ -15,6 +15,7 @@ Example: 3 tokens, k = 2, the assignment of token 1 to expert 0 dropped::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +31,9 @@ from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.router.counts import at_assignments, rows_before
 
 _REFERENCE = Reference("ExpertParallelMoE's rows of tokens", "moe_parallel.reference.reference_moe")
+
+BLOCK_COLUMNS = 2048  # of a token that a program takes at a time; divides MiniMax-01's 6144
+NUM_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -146,21 +150,70 @@ def _slot_rows(rows_AM: Tensor, row_T: Tensor) -> Tensor:
     return rows_AM[row_T.clamp(min=0)].masked_fill(row_T.unsqueeze(1) < 0, 0)
 
 
+# ---- by kernels: nothing here waits for the device ---------------------------------------------
+
+
+def _copy_slots(x_TM: Tensor, order: RowOrder, rows_AM: Tensor) -> Tensor:
+    """Each token into its rows of ``rows_AM``; rows of padding are zero."""
+    from moe_parallel.kernels.slots_kernel import copy_slots_kernel
+
+    row_Tk = order.row.contiguous()
+    if order.padded:
+        rows_AM.zero_()
+    _launch(copy_slots_kernel, (x_TM.contiguous(), row_Tk, rows_AM), row_Tk, x_TM.shape[1])
+    return rows_AM
+
+
+def _sum_slots(rows_AM: Tensor, weights_Tk: Tensor | None, row_Tk: Tensor) -> Tensor:
+    """``[T, M]``: the sum of each token's rows, weighted if there are weights (float32)."""
+    from moe_parallel.kernels.slots_kernel import sum_slots_kernel
+
+    rows_AM, row_Tk, width = rows_AM.contiguous(), row_Tk.contiguous(), rows_AM.shape[1]
+    out_TM = rows_AM.new_empty(row_Tk.shape[0], width)
+    _launch(sum_slots_kernel, (rows_AM, weights_Tk, row_Tk, out_TM), row_Tk, width)
+    return out_TM
+
+
+def _sum_slots_backward(
+    grad_TM: Tensor, rows_AM: Tensor, weights_Tk: Tensor, order: RowOrder
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and weights: a row belongs to one slot, if it is padding to none."""
+    from moe_parallel.kernels.slots_kernel import sum_slots_backward_kernel
+
+    row_Tk, drows_AM = order.row.contiguous(), order.new_rows(rows_AM)
+    if order.padded:
+        drows_AM.zero_()
+    dweights_Tk = torch.empty_like(weights_Tk)
+    tensors = (grad_TM.contiguous(), rows_AM.contiguous(), weights_Tk, row_Tk)
+    kernel, width = sum_slots_backward_kernel, rows_AM.shape[1]
+    _launch(kernel, (*tensors, drows_AM, dweights_Tk), row_Tk, width, whole_tokens=True)
+    return drows_AM, dweights_Tk
+
+
+def _launch(
+    kernel: Any, tensors: Sequence[Any], row_Tk: Tensor, width: int, *, whole_tokens: bool = False
+) -> None:
+    """One program for each token, or for each token and block of its columns."""
+    (tokens, top_k), columns = row_Tk.shape, min(BLOCK_COLUMNS, 1 << (width - 1).bit_length())
+    blocks = 1 if whole_tokens else -(-width // columns)
+    if tokens:
+        with torch.cuda.device_of(row_Tk):
+            kernel[(tokens * blocks,)](
+                *tensors, M=width, K=top_k, COLUMNS=columns, num_warps=NUM_WARPS
+            )
+
+
+# ---- autograd ----------------------------------------------------------------------------------
+
+
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_TM: Tensor,
-        order: RowOrder,
-        impl: ChosenImpl,
-    ) -> Tensor:
+    def forward(ctx: Any, x_TM: Tensor, order: RowOrder, impl: ChosenImpl) -> Tensor:
         ctx.save_for_backward(order.row)
         ctx.impl = impl
         rows_AM = order.new_rows(x_TM)
         if impl == "triton":
-            from moe_parallel.kernels import slots
-
-            return slots.copy_slots(x_TM, order.row, rows_AM, padded=order.padded)
+            return _copy_slots(x_TM, order, rows_AM)
         return _token_rows(x_TM, order, order.row.shape[1], rows_AM)
 
     @staticmethod
@@ -168,9 +221,7 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
         (row_Tk,) = ctx.saved_tensors
         if ctx.impl == "triton":
-            from moe_parallel.kernels import slots
-
-            return slots.sum_slots(grad_AM, None, row_Tk), None, None
+            return _sum_slots(grad_AM, None, row_Tk), None, None
         dtype = wide_dtype(grad_AM.dtype)
         grad_TM = grad_AM.new_zeros(row_Tk.shape[0], grad_AM.shape[1], dtype=dtype)
         for row_T in row_Tk.unbind(1):
@@ -181,19 +232,13 @@ class _Permute(torch.autograd.Function):
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        rows_AM: Tensor,
-        weights_Tk: Tensor,
-        order: RowOrder,
-        impl: ChosenImpl,
+        ctx: Any, rows_AM: Tensor, weights_Tk: Tensor, order: RowOrder, impl: ChosenImpl
     ) -> Tensor:
         weights_Tk, row_Tk = weights_Tk.contiguous(), order.row
         ctx.save_for_backward(rows_AM, weights_Tk)
         ctx.order, ctx.impl = order, impl
         if impl == "triton":
-            from moe_parallel.kernels import slots
-
-            return slots.sum_slots(rows_AM, weights_Tk, row_Tk)
+            return _sum_slots(rows_AM, weights_Tk, row_Tk)
         dtype = torch.promote_types(wide_dtype(rows_AM.dtype), weights_Tk.dtype)
         output_TM = rows_AM.new_zeros(row_Tk.shape[0], rows_AM.shape[1], dtype=dtype)
         for weight_T, row_T in zip(weights_Tk.unbind(1), row_Tk.unbind(1)):
@@ -206,11 +251,7 @@ class _Unpermute(torch.autograd.Function):
         rows_AM, weights_Tk = ctx.saved_tensors
         order, row_Tk = ctx.order, ctx.order.row
         if ctx.impl == "triton":
-            from moe_parallel.kernels import slots
-
-            tensors, drows = (grad_TM, rows_AM, weights_Tk, row_Tk), order.new_rows(rows_AM)
-            dweights = slots.sum_slots_backward(*tensors, drows, padded=order.padded)
-            return drows, dweights, None, None
+            return *_sum_slots_backward(grad_TM, rows_AM, weights_Tk, order), None, None
         grad_rows = _token_rows(grad_TM, order, row_Tk.shape[1])
         grad_rows = grad_rows * _token_rows(weights_Tk.view(-1, 1), order, 1)
         wide_TM = grad_TM.to(torch.promote_types(wide_dtype(rows_AM.dtype), weights_Tk.dtype))

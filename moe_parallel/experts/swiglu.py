@@ -6,6 +6,8 @@ of an expert keeps its input and this row, no more.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,13 +15,18 @@ from torch import Tensor
 from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import ChosenImpl
 
+BLOCK_ROWS, BLOCK_COLUMNS = 4, 1024  # of a program; 1024 divides MiniMax-01's 9216
+NUM_WARPS = 8
+
 
 def swiglu(hidden_A2F: Tensor, impl: ChosenImpl = "eager") -> Tensor:
     """``[A, F]``, computed in float32 or wider and rounded once."""
     if impl == "triton":
-        from moe_parallel.kernels import swiglu as kernels
+        from moe_parallel.kernels.swiglu_kernel import swiglu_kernel
 
-        return kernels.swiglu(hidden_A2F)
+        act_AF = hidden_A2F.new_empty(hidden_A2F.shape[0], hidden_A2F.shape[1] // 2)
+        _launch(swiglu_kernel, (hidden_A2F.contiguous(), act_AF), act_AF)
+        return act_AF
     gate, up = hidden_A2F.to(wide_dtype(hidden_A2F.dtype)).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(hidden_A2F.dtype)
 
@@ -34,11 +41,25 @@ def swiglu_backward(
         dgate = grad up s (1 + gate (1 - s))        dup = grad gate s
     """
     if impl == "triton":
-        from moe_parallel.kernels import swiglu as kernels
+        from moe_parallel.kernels.swiglu_kernel import swiglu_backward_kernel
 
-        return kernels.swiglu_backward(grad_AF, hidden_A2F)
+        hidden_A2F, grad_AF = hidden_A2F.contiguous(), grad_AF.contiguous()
+        dhidden_A2F, act_AF = torch.empty_like(hidden_A2F), torch.empty_like(grad_AF)
+        _launch(swiglu_backward_kernel, (grad_AF, hidden_A2F, dhidden_A2F, act_AF), act_AF)
+        return dhidden_A2F, act_AF
     gate, up = hidden_A2F.to(wide_dtype(hidden_A2F.dtype)).chunk(2, dim=-1)
     grad, s = grad_AF.to(gate.dtype), torch.sigmoid(gate)
     silu = gate * s
     dhidden = torch.cat((grad * up * (s + silu * (1 - s)), grad * silu), dim=-1)
     return dhidden.to(hidden_A2F.dtype), (silu * up).to(hidden_A2F.dtype)
+
+
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], act_AF: Tensor) -> None:
+    num_rows, width = act_AF.shape
+    if num_rows == 0:
+        return
+    columns = min(BLOCK_COLUMNS, 1 << (width - 1).bit_length())
+    grid = (-(-num_rows // BLOCK_ROWS) * -(-width // columns),)
+    sizes = {"F": width, "ROWS": BLOCK_ROWS, "COLUMNS": columns}
+    with torch.cuda.device_of(act_AF):
+        kernel[grid](*tensors, num_rows, **sizes, num_warps=NUM_WARPS)

@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_parallel.kernels import tuning
 from moe_parallel.kernels.gate_kernel import split_kernel, top_k_backward_kernel, top_k_kernel
 from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.kernels.rows_kernel import before_kernel, row_kernel
+
+# Block sizes: all of these kernels are bound by memory.
+SPLIT_BLOCK = 1024  # numbers of a program
+ROUTER_TILE = 2048  # (token, expert) pairs that a program takes at a time
+NUM_WARPS = 4
+MAX_PROGRAMS = 256  # two a multiprocessor: the scan over their counts is one tile
+SCAN_COLUMNS = 4  # experts of a program of that scan
+POSITIONS_TILE = 2048  # pairs of experts that are compared at a time
 
 
 def split(x_NM: Tensor, *, pairs: bool = False) -> Tensor:
@@ -21,8 +28,8 @@ def split(x_NM: Tensor, *, pairs: bool = False) -> Tensor:
     parts = x_NM.new_empty(copies * x_NM.shape[0], x_NM.shape[1], dtype=torch.bfloat16)
     if size:
         with torch.cuda.device_of(parts):
-            split_kernel[(-(-size // tuning.SPLIT_BLOCK),)](
-                x_NM.contiguous(), parts, SIZE=size, PAIRS=pairs, BLOCK=tuning.SPLIT_BLOCK
+            split_kernel[(-(-size // SPLIT_BLOCK),)](
+                x_NM.contiguous(), parts, SIZE=size, PAIRS=pairs, BLOCK=SPLIT_BLOCK
             )
     return parts
 
@@ -45,7 +52,7 @@ def top_k(
     logits = product_TPE if parts == 1 else product_TPE.new_empty(num_tokens, num_experts)
     experts = product_TPE.new_empty(num_tokens, top_k, dtype=torch.int64)
     weights = product_TPE.new_empty(num_tokens, top_k)
-    span = tuning.router_span(num_tokens, num_experts)
+    span = tokens_of_program(num_tokens, num_experts)
     programs = -(-num_tokens // span)
     before = product_TPE.new_empty(programs, num_experts, dtype=torch.int32)
     totals = product_TPE.new_empty(num_experts, dtype=torch.int64)
@@ -62,18 +69,18 @@ def top_k(
                 E=num_experts,
                 K=top_k,
                 PARTS=parts,
-                E_PAD=tuning.power_of_2(num_experts),
-                K_PAD=tuning.power_of_2(top_k),
-                TOKENS=tuning.router_tokens(num_experts),
-                num_warps=tuning.ROUTER_WARPS,
+                E_PAD=_power_of_2(num_experts),
+                K_PAD=_power_of_2(top_k),
+                TOKENS=tokens_at_a_time(num_experts),
+                num_warps=NUM_WARPS,
             )
-        before_kernel[(-(-num_experts // tuning.SCAN_COLUMNS),)](
+        before_kernel[(-(-num_experts // SCAN_COLUMNS),)](
             before,
             totals,
             programs,
             E=num_experts,
-            PROGRAMS=tuning.power_of_2(tuning.ROUTER_PROGRAMS),
-            COLUMNS=tuning.SCAN_COLUMNS,
+            PROGRAMS=_power_of_2(MAX_PROGRAMS),
+            COLUMNS=SCAN_COLUMNS,
         )
     return logits, experts, weights, Histogram(before, totals)
 
@@ -101,7 +108,7 @@ def top_k_backward(
     num_tokens, top_k = weights_Tk.shape
     copies, dtype = (6 if pairs else 3, torch.bfloat16) if parts else (1, torch.float32)
     grad = weights_Tk.new_empty(num_tokens, copies * num_experts, dtype=dtype)
-    tokens = tuning.router_tokens(num_experts)
+    tokens = tokens_at_a_time(num_experts)
     if num_tokens:
         with torch.cuda.device_of(grad):
             top_k_backward_kernel[(-(-num_tokens // tokens),)](
@@ -114,9 +121,9 @@ def top_k_backward(
                 K=top_k,
                 PARTS=parts,
                 PAIRS=pairs,
-                E_PAD=tuning.power_of_2(num_experts),
+                E_PAD=_power_of_2(num_experts),
                 TOKENS=tokens,
-                num_warps=tuning.ROUTER_WARPS,
+                num_warps=NUM_WARPS,
             )
     return grad
 
@@ -125,7 +132,7 @@ def rows(experts_Tk: Tensor, histogram: Histogram, positions_E: Tensor | None) -
     """``[T, k]`` int64: the row of each assignment, see :mod:`moe_parallel.dispatch.permute`."""
     (num_tokens, top_k), num_experts = experts_Tk.shape, histogram.totals.shape[0]
     row = torch.empty_like(experts_Tk, memory_format=torch.contiguous_format)
-    padded = tuning.power_of_2(num_experts)
+    padded = _power_of_2(num_experts)
     if num_tokens:
         with torch.cuda.device_of(row):
             row_kernel[(histogram.before.shape[0],)](
@@ -135,12 +142,28 @@ def rows(experts_Tk: Tensor, histogram: Histogram, positions_E: Tensor | None) -
                 positions_E,
                 row,
                 num_tokens,
-                tuning.router_span(num_tokens, num_experts),
+                tokens_of_program(num_tokens, num_experts),
                 E=num_experts,
                 K=top_k,
                 E_PAD=padded,
-                OTHERS=min(padded, max(1, tuning.POSITIONS_TILE // padded)),
-                TOKENS=tuning.router_tokens(num_experts),
-                num_warps=tuning.ROUTER_WARPS,
+                OTHERS=min(padded, max(1, POSITIONS_TILE // padded)),
+                TOKENS=tokens_at_a_time(num_experts),
+                num_warps=NUM_WARPS,
             )
     return row
+
+
+def tokens_at_a_time(num_experts: int) -> int:
+    """Tokens that a program takes at a time."""
+    return max(1, ROUTER_TILE // _power_of_2(num_experts))
+
+
+def tokens_of_program(num_tokens: int, num_experts: int) -> int:
+    """A multiple of :func:`tokens_at_a_time`, so that programs are few."""
+    chunk = tokens_at_a_time(num_experts)
+    return chunk * max(1, -(-num_tokens // (chunk * MAX_PROGRAMS)))
+
+
+def _power_of_2(n: int) -> int:
+    """The next one."""
+    return 1 << (max(n, 1) - 1).bit_length()

@@ -23,7 +23,7 @@ from tests.moe_parallel.layers import build
 if find_spec("triton") is None:
     pytest.skip("the kernels need triton, which has no wheel here", allow_module_level=True)
 
-from moe_parallel.kernels import router, slots, tuning
+from moe_parallel.kernels import router, slots_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,9 +31,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(autouse=True)
 def several_programs() -> Iterator[None]:
     """Of several chunks each, from a hundred tokens on."""
-    with patch.multiple(
-        tuning, ROUTER_TILE=64, ROUTER_PROGRAMS=4, SCAN_COLUMNS=2, POSITIONS_TILE=32
-    ):
+    with patch.multiple(router, ROUTER_TILE=64, MAX_PROGRAMS=4, SCAN_COLUMNS=2, POSITIONS_TILE=32):
         yield
 
 
@@ -182,7 +180,7 @@ def test_few_launches_until_rows_leave_and_in_the_routers_backward() -> None:
     stages = ("split", "top_k", "before", "row", "top_k_backward")
     patches = [queued.kernel(router, f"{stage}_kernel") for stage in stages]
     patches += [
-        queued.kernel(slots, "copy_slots_kernel"),
+        queued.kernel(slots_kernel, "copy_slots_kernel"),
         patch.object(top_k, "takes_parts", lambda _: True),
         patch.object(top_k, "parts_product", queued.one("mm", top_k.parts_product)),
         patch.object(layer.experts, "forward", lambda rows, *_, **__: rows),

@@ -25,7 +25,7 @@ from tests.moe_parallel.router.test_gate import (
 if find_spec("triton") is None:
     pytest.skip("the kernels need triton, which has no wheel here", allow_module_level=True)
 
-from moe_parallel.kernels import router, tuning
+from moe_parallel.kernels import router
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [  # tokens, experts, chosen
@@ -36,9 +36,7 @@ SIZES = [  # tokens, experts, chosen
 @pytest.fixture(autouse=True)
 def several_programs() -> Iterator[None]:
     """Programs take several chunks each from a hundred tokens on."""
-    with patch.multiple(
-        tuning, ROUTER_TILE=64, ROUTER_PROGRAMS=4, SCAN_COLUMNS=2, POSITIONS_TILE=32
-    ):
+    with patch.multiple(router, ROUTER_TILE=64, MAX_PROGRAMS=4, SCAN_COLUMNS=2, POSITIONS_TILE=32):
         yield
 
 
@@ -81,7 +79,7 @@ def test_the_choice_is_a_stable_sorts(size: tuple[int, int, int], kind: str) -> 
     assert torch.equal(weights.isnan(), exact.isnan())
     if tokens:
         assert_within_budget(*(w.nan_to_num(0) for w in (weights, exact, honest)))
-    span = tuning.router_span(tokens, num_experts)
+    span = router.tokens_of_program(tokens, num_experts)
     spans = [counted(part, num_experts) for part in experts.split(span)]
     assert histogram.totals.dtype == torch.int64
     assert torch.equal(histogram.totals, counted(experts, num_experts))
@@ -90,11 +88,11 @@ def test_the_choice_is_a_stable_sorts(size: tuple[int, int, int], kind: str) -> 
 
 
 def test_programs_take_several_chunks_and_are_few() -> None:
-    chunk, span = tuning.router_tokens(5), tuning.router_span(100, 5)
+    chunk, span = router.tokens_at_a_time(5), router.tokens_of_program(100, 5)
     assert span // chunk > 1
     assert 1 < -(-100 // span) <= 4
-    assert tuning.router_tokens(1000) == 1
-    assert tuning.router_span(0, 5) == chunk
+    assert router.tokens_at_a_time(1000) == 1
+    assert router.tokens_of_program(0, 5) == chunk
 
 
 @pytest.mark.parametrize("size", SIZES)

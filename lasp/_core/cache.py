@@ -1,17 +1,27 @@
-"""Remembering results up to a number of bytes: batches differ a thousandfold in what they keep."""
+"""Remembering results: up to a number of bytes, by keys that may be long."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 R = TypeVar("R")
 
 
+def hash_once(x: Any) -> int:
+    """The ``__hash__`` of objects that never change and may be long: that of ``x.definition``."""
+    known: int | None = x.__dict__.get("_hash")
+    if known is None:
+        known = x.__dict__["_hash"] = hash(x.definition)
+    return known
+
+
 class ByteCache(Generic[R]):
     """The results that were asked for last, of about ``max_bytes`` together; always the very last.
+
+    Not up to a number of results: batches differ a thousandfold in what they keep.
 
     Args:
         max_bytes: most bytes of all results.

@@ -48,7 +48,7 @@ class Operators:
         gradients: Callable[..., tuple[Tensor | None, ...]],
         save: Callable[[Any, tuple[Any, ...], Any], None],
         reference: Reference,
-    ) -> None:
+    ) -> Callable[..., Any]:
         """Give an operator its gradients; forward-mode AD and torch.func raise RuntimeError.
 
         Args:
@@ -56,8 +56,13 @@ class Operators:
             gradients: of context and gradients of the results, to those of the arguments.
             save: of context, arguments and results, puts into the context what ``gradients`` reads.
             reference: has the derivatives that are missing here.
+
+        Returns:
+            What calls the operator. Outside graphs it saves one of the two ways through torch's
+            dispatcher, to gradients and to the function itself.
         """
-        below_autograd = self._below_autograd(name)
+        operator = self._operator(name)
+        below_autograd = _below_autograd(operator)
 
         def forward(ctx: Any, *arguments: Any) -> Any:
             results = below_autograd(*arguments)
@@ -77,19 +82,33 @@ class Operators:
 
         self._library.impl(name, with_autograd, "Autograd")
 
-    def refuse_second_derivatives(self, name: str, reference: Reference) -> None:
-        """Make the gradients of an operator that computes gradients raise RuntimeError."""
+        def call(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+                return operator(*arguments)
+            return with_autograd(*arguments)
+
+        return call
+
+    def refuse_second_derivatives(self, name: str, reference: Reference) -> Callable[..., Any]:
+        """Make the gradients of an operator that computes gradients raise RuntimeError.
+
+        Returns:
+            What calls the operator, as of :meth:`differentiate`.
+        """
 
         def gradients(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
             raise second_derivative_error(reference)
 
-        self.differentiate(name, gradients, lambda *_: None, reference)
+        return self.differentiate(name, gradients, lambda *_: None, reference)
 
-    def _below_autograd(self, name: str) -> Callable[..., Any]:
-        operator = getattr(getattr(torch.ops, self._namespace), name).default
+    def _operator(self, name: str) -> Callable[..., Any]:
+        operator: Callable[..., Any] = getattr(getattr(torch.ops, self._namespace), name).default
+        return operator
 
-        def call(*arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator(*arguments)
 
-        return call
+def _below_autograd(operator: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return call

@@ -55,14 +55,21 @@ def states_of_rows(states: Tensor, q: Tensor) -> Tensor:
 
 def start(outgoing: Tensor, rates: Tensor, flow: StateFlow, op: OpContext) -> Wait:
     """Start to send the states of this rank's runs on, ``[flow.num_slots, H, K, V]``."""
+    passed = transitions_of(op, flow, rates.dtype, rates.device)
+    return start_exchange(op.exchange, outgoing, flow, passed, op.cp_group)
+
+
+def transitions_of(
+    op: OpContext, flow: StateFlow, dtype: torch.dtype, device: torch.device
+) -> list[Transitions]:
+    """For each choice of the exchange, what each run step of ``flow`` passes on."""
 
     def transitions(choice: ExchangeChoice) -> Transitions:
         some = tuple(op.rates[head] for head in choice.heads)
-        decay = cache(lambda length: _decay(some, length, op.state_eps, rates.dtype, rates.device))
+        decay = cache(lambda length: _decay(some, length, op.state_eps, dtype, device))
         return [decay(step.length) if step.passes else None for step in flow.steps]
 
-    passed = [transitions(choice) for choice in op.exchange]
-    return start_exchange(op.exchange, outgoing, flow, passed, op.cp_group)
+    return [transitions(choice) for choice in op.exchange]
 
 
 @lru_cache(maxsize=4096)  # a few entries a layer

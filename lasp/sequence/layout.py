@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp._core.cache import ByteCache
+from lasp._core.cache import ByteCache, hash_once
 from lasp._core.consistency import check_same_on_ranks
 from lasp._core.host_constants import to_device
 from lasp.sequence.fold import WorkIndex, fold_runs
@@ -91,8 +91,13 @@ class SequenceLayout(PackDefinition):
     def from_lengths_tensor(cls, lengths: Tensor, num_ranks: int, order: Order) -> SequenceLayout:
         """The layout with this ``lengths_tensor``; the last ones are kept, with what is derived.
 
-        How compiled graphs carry a layout: the lengths are data, so a graph is good for every pack.
+        How operators and compiled graphs carry a layout: the lengths are data, so a graph is good
+        for every pack. That of a layout itself, which lives, is not looked into.
         """
+        known = getattr(lengths, "_sequence_layout", None)
+        layout: SequenceLayout | None = None if known is None else known()
+        if layout is not None and layout.num_ranks == num_ranks and layout.order == order:
+            return layout
         rows = lengths.tolist()
         documents, padded = rows if lengths.dim() == 2 else (rows, None)
         return _remembered(tuple(documents), num_ranks, order, padded and tuple(padded))
@@ -122,6 +127,8 @@ class SequenceLayout(PackDefinition):
             f"{self.num_documents} documents of {self.num_real_tokens} tokens over"
             f" {self.num_ranks} ranks, order {self.order}"
         )
+
+    __hash__ = hash_once  # a dataclass makes one of its own, which looks at every length
 
     # ---- who holds what ----------------------------------------------------------------------
 

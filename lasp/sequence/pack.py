@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +66,8 @@ class PackDefinition:
             rows = self.document_lengths, self.padded_lengths
             lengths = rows[0] if rows[1] is None else rows
             tensor = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+        # Operators hand over this tensor in place of the layout, and find the layout again by it.
+        tensor._sequence_layout = weakref.ref(self)  # type: ignore[attr-defined]
         object.__setattr__(self, "_lengths", tensor)
 
     @property

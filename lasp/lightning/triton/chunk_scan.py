@@ -1,17 +1,22 @@
-"""Chunk scan: launches of the kernels that give the output and the gradients."""
+"""Chunk scan: launches of the kernels that give the output and the gradients.
+
+Classes hold all that is the same in calls with tensors of the same shapes and strides; a call makes
+results, tensor descriptors and launches, no more.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lasp._core.launcher import described, launcher_of
 from lasp.lightning.triton import tuning
 from lasp.lightning.triton.chunk_scan_kernel import chunk_scan_kernel, key_value_gradients_kernel
 from lasp.lightning.triton.device import arithmetic, device_limits
-from lasp.lightning.triton.segments import Plan
+from lasp.lightning.triton.segments import Recurrence
 
 
 class EdgeStates(NamedTuple):
@@ -32,123 +37,142 @@ class EdgeStates(NamedTuple):
     final: Tensor | None = None
 
 
-def chunk_scan(
-    query_THD: Tensor,
-    key_THD: Tensor,
-    value_THE: Tensor,
-    rates_H: Tensor,
-    plan: Plan,
-    states: EdgeStates,
-    *,
-    scale: float,
-    transposed: bool = False,
-) -> Tensor:
-    """The output ``[T, H, E]`` in the dtype of the query; fills in ``states.final``, if given.
+class Tile(NamedTuple):
+    """How a tensor is described to the copy engine, but for its address."""
 
-    The output is this scan of (q, k, v), and dq is that of (do, v, k) with transposed states.
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+
+class ChunkScan:
+    """The scan of (query, key, value): output ``[T, H, E]`` in the dtype of the query.
+
+    The output is the scan of (q, k, v), and dq is that of (do, v, k) with transposed states.
 
     Args:
-        query_THD: ``[T, H, D]``.
+        query_THD: ``[T, H, D]``; this and the others only as examples.
         key_THD: ``[T, H, D]``.
         value_THE: ``[T, H, E]``.
-        rates_H: ``[H]`` float32.
-        plan: direction and segments.
-        states: of documents, runs and segments.
-        scale: of the output.
+        recurrence: rates, segments and scale.
         transposed: all states are ``[..., E, D]`` in memory.
+        with_final: calls give ``EdgeStates.final``, which is filled in.
     """
-    num_tokens, num_heads, dim_in = query_THD.shape
-    dim_out = value_THE.shape[2]
-    out = query_THD.new_empty(num_tokens, num_heads, dim_out)
-    blocks = _blocks(query_THD, dim_out)
-    block_d = tuning.padded(dim_in)
-    tensors = (query_THD, key_THD, value_THE, out)
-    tiles = _tiles(tensors, (block_d, block_d, blocks.columns, blocks.columns), blocks.chunk)
-    meta = _meta(blocks, block_d, query_THD.dtype, bool(tiles))
-    with torch.cuda.device_of(out):
-        for repair in (False, True)[: 1 + plan.shared]:
-            chunk_scan_kernel[(len(plan.segments) * num_heads * -(-dim_out // blocks.columns),)](
-                *(tiles[:3] if tiles else tensors[:3]),
-                out,
-                tiles[3] if tiles else None,
-                *states,
-                *(rates_H, plan.table, plan.reach, num_heads, scale),
-                *_strides(query_THD, key_THD, value_THE),
+
+    def __init__(
+        self,
+        query_THD: Tensor,
+        key_THD: Tensor,
+        value_THE: Tensor,
+        recurrence: Recurrence,
+        *,
+        transposed: bool = False,
+        with_final: bool = False,
+    ) -> None:
+        plan = recurrence.plan
+        num_tokens, num_heads, dim_in = query_THD.shape
+        dim_out = value_THE.shape[2]
+        self._shape = (num_tokens, num_heads, dim_out)
+        self._shared = (*recurrence.tensors, num_heads, recurrence.scale)
+        blocks = _blocks(query_THD, dim_out)
+        block_d = tuning.padded(dim_in)
+        tensors = (query_THD, key_THD, value_THE, _contiguous(self._shape, query_THD.dtype))
+        self._tiles = _tiles(
+            tensors, (block_d, block_d, blocks.columns, blocks.columns), blocks.chunk
+        )
+        self._programs = len(plan.segments) * num_heads * -(-dim_out // blocks.columns)
+        self._launchers = [
+            launcher_of(
+                chunk_scan_kernel,
+                query_THD.device,
+                (query_THD.dtype, plan.with_initial, plan.flow.num_slots > 0, with_final),
+                **_strides(query=query_THD, key=key_THD, value=value_THE),
                 D=dim_in,
                 E=dim_out,
                 STEP=-1 if plan.flow.reverse else 1,
                 TRANSPOSED=transposed,
                 REPAIR=repair,
-                **meta,
+                **_meta(blocks, block_d, query_THD.dtype, bool(self._tiles)),
             )
-    return out
+            for repair in (False, True)[: 1 + plan.shared]
+        ]
+
+    def __call__(
+        self, query_THD: Tensor, key_THD: Tensor, value_THE: Tensor, states: EdgeStates
+    ) -> Tensor:
+        """The output; tensors like the examples."""
+        out = query_THD.new_empty(self._shape)
+        *operands, out_tiles = _described((query_THD, key_THD, value_THE, out), self._tiles, 1)
+        for launch in self._launchers:
+            launch(self._programs, *operands, out, out_tiles, *states, *self._shared)
+        return out
 
 
-def key_value_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    rates_H: Tensor,
-    plan: Plan,
-    states: EdgeStates,
-    *,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The gradients dk and dv; fills in ``states.final``, if given.
+class KeyValueGradients:
+    """The gradients dk and dv.
 
     In reverse dk is the output of (v, do, q) and dv that of (k, q, do). With K = V one launch gives
     both and reads q and do from memory once.
 
     Args:
-        q: ``[T, H, K]``.
+        q: ``[T, H, K]``; this and the others only as examples.
         k: ``[T, H, K]``.
         v: ``[T, H, V]``.
         do: gradient of the output ``[T, H, V]``.
-        rates_H: ``[H]`` float32.
-        plan: reverse direction and segments.
-        states: gradients of states.
-        scale: of the output.
+        recurrence: rates, segments in reverse direction, and scale.
+        with_final: calls give ``EdgeStates.final``, which is filled in.
     """
-    if v.shape[2] != q.shape[2]:
-        args, without_final = (rates_H, plan), states._replace(final=None)
-        dk = chunk_scan(v, do, q, *args, without_final, scale=scale, transposed=True)
-        return dk, chunk_scan(k, q, do, *args, states, scale=scale)
-    return _equal_dims_gradients((q, k, v, do), rates_H, plan, states, scale)
 
-
-def _equal_dims_gradients(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    rates_H: Tensor,
-    plan: Plan,
-    states: EdgeStates,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Dk and dv of (q, k, v, do) with K = V."""
-    q, k, v, do = inputs
-    num_heads, dim = q.shape[1:]
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    blocks = _blocks(q, dim)
-    block_d = tuning.padded(dim)
-    tensors = (*inputs, q, do, dk, dv)
-    tiles = _tiles(tensors, (block_d,) * 4 + (blocks.columns,) * 4, blocks.chunk)
-    meta = _meta(blocks, block_d, q.dtype, bool(tiles))
-    programs = 2 * -(-dim // blocks.columns)
-    with torch.cuda.device_of(dk):
-        for repair in (False, True)[: 1 + plan.shared]:
-            key_value_gradients_kernel[(len(plan.segments) * num_heads * programs,)](
-                *(tiles[:6] if tiles else tensors[:6]),
-                dk,
-                dv,
-                *(tiles[6:] if tiles else (None, None)),
-                *states,
-                *(rates_H, plan.table, plan.reach, num_heads, scale),
-                *_strides(*inputs),
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        do: Tensor,
+        recurrence: Recurrence,
+        *,
+        with_final: bool,
+    ) -> None:
+        num_heads, dim = q.shape[1:]
+        if v.shape[2] != dim:
+            dk = ChunkScan(v, do, q, recurrence, transposed=True)
+            self._scans = dk, ChunkScan(k, q, do, recurrence, with_final=with_final)
+            self._launchers = []
+            return
+        plan = recurrence.plan
+        self._shared = (*recurrence.tensors, num_heads, recurrence.scale)
+        blocks = _blocks(q, dim)
+        block_d = tuning.padded(dim)
+        results = (_contiguous(q.shape, q.dtype),) * 2
+        self._tiles = _tiles(
+            (q, k, v, do, q, do, *results), (block_d,) * 4 + (blocks.columns,) * 4, blocks.chunk
+        )
+        self._programs = len(plan.segments) * num_heads * 2 * -(-dim // blocks.columns)
+        self._launchers = [
+            launcher_of(
+                key_value_gradients_kernel,
+                q.device,
+                (q.dtype, plan.with_initial, plan.flow.num_slots > 0, with_final),
+                **_strides(q=q, k=k, v=v, do=do),
                 D=dim,
                 REPAIR=repair,
-                **meta,
+                **_meta(blocks, block_d, q.dtype, bool(self._tiles)),
             )
-    return dk, dv
+            for repair in (False, True)[: 1 + plan.shared]
+        ]
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, states: EdgeStates
+    ) -> tuple[Tensor, Tensor]:
+        """Both; tensors like the examples."""
+        if not self._launchers:
+            dk, dv = self._scans
+            return dk(v, do, q, states._replace(final=None)), dv(k, q, do, states)
+        grads = (k.new_empty(k.shape), v.new_empty(v.shape))
+        *operands, dk_tiles, dv_tiles = _described((q, k, v, do, q, do, *grads), self._tiles, 2)
+        for launch in self._launchers:
+            launch(self._programs, *operands, *grads, dk_tiles, dv_tiles, *states, *self._shared)
+        return grads
 
 
 def _blocks(query: Tensor, dim_out: int) -> tuning.Blocks:
@@ -169,29 +193,35 @@ def _meta(blocks: tuning.Blocks, block_d: int, dtype: torch.dtype, tma: bool) ->
     }
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Strides of tokens and heads."""
-    return tuple(stride for x in tensors for stride in x.stride()[:2])
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of tokens and heads, as the kernels call them."""
+    return {
+        f"{name}_stride_{dim}": stride
+        for name, x in tensors.items()
+        for dim, stride in zip("th", x.stride())
+    }
 
 
-def _tiles(
-    tensors: tuple[Tensor, ...], widths: tuple[int, ...], chunk: int
-) -> list[TensorDescriptor]:
-    """Tensor descriptors for the copy engine; empty if not all can be described.
+def _contiguous(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An example of a result."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _tiles(tensors: tuple[Tensor, ...], widths: tuple[int, ...], chunk: int) -> list[Tile]:
+    """Tiles for the copy engine; empty if not all tensors can be described.
 
     Heads lie side by side within a token, so a head is a range of columns of ``[T, columns]``.
     """
     if not all(_describable(x, width) for x, width in zip(tensors, widths)):
         return []
-    # One for tensors that come twice: each takes microseconds to make.
-    tiles: dict[tuple[int, int], TensorDescriptor] = {}
-    for x, width in zip(tensors, widths):
-        if (id(x), width) not in tiles:
-            columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
-            tiles[id(x), width] = TensorDescriptor(
-                x, [x.shape[0], columns], [x.stride(0), 1], [chunk, width]
-            )
-    return [tiles[id(x), width] for x, width in zip(tensors, widths)]
+    return [
+        Tile(
+            (x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]),
+            (x.stride(0), 1),
+            (chunk, width),
+        )
+        for x, width in zip(tensors, widths)
+    ]
 
 
 def _describable(x: Tensor, width: int) -> bool:
@@ -202,5 +232,13 @@ def _describable(x: Tensor, width: int) -> bool:
         and x.stride(0) % unit == 0
         and x.stride(1) % unit == 0
         and 0 < x.stride(1) * x.shape[1] <= x.stride(0)
-        and x.data_ptr() % 16 == 0
     )
+
+
+def _described(
+    tensors: tuple[Tensor, ...], tiles: list[Tile], num_results: int
+) -> Sequence[object]:
+    """What a kernel takes in place of the tensors; None for results that are not described."""
+    if tiles:
+        return [described(x, *tile) for x, tile in zip(tensors, tiles)]
+    return (*tensors[:-num_results], *(None,) * num_results)

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lasp._core.host_constants import to_device
+from lasp._core.launcher import launcher_of
 from lasp.lightning.triton import tuning
 from lasp.lightning.triton.chunk_state_kernel import chunk_state_kernel, state_passing_kernel
 from lasp.lightning.triton.device import arithmetic, device_limits
-from lasp.lightning.triton.segments import Plan, SegmentParts, parts_of
+from lasp.lightning.triton.segments import Recurrence
+
+
+class SegmentParts(NamedTuple):
+    """Which programs sum up the states of segments: parts of tokens, counted back from the border.
+
+    Attributes:
+        length: tokens of a part.
+        rows: int32 ``[parts, 2]``: head, and how many parts of that head lie behind this one.
+        first: int32 ``[H + 1]``: the first part of each head.
+        reaches: int32 ``[H]``: tokens that matter to the state of a head.
+    """
+
+    length: int
+    rows: Tensor
+    first: Tensor
+    reaches: Tensor
 
 
 class States(NamedTuple):
@@ -25,6 +45,19 @@ class States(NamedTuple):
     outgoing: Tensor
 
 
+@lru_cache(maxsize=1024)
+def parts_of(
+    state_lengths: tuple[int, ...], reaches: tuple[int, ...], length: int, device: torch.device
+) -> SegmentParts:
+    """The parts of the longest state; shorter ones leave some idle."""
+    longest = max(state_lengths)
+    counts = [-(-min(longest, reach) // length) for reach in reaches]
+    rows = [(head, index) for head, count in enumerate(counts) for index in range(count)]
+    first = [0, *accumulate(counts)]
+    tensors = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in (rows, first, reaches))
+    return SegmentParts(length, *(to_device(x, device) for x in tensors))
+
+
 def segment_length(q: Tensor, v: Tensor, reaches: tuple[int, ...]) -> int:
     """Tokens of a segment, the same for both directions of a call."""
     num_sms, shared_bytes = device_limits(q.device)
@@ -34,98 +67,89 @@ def segment_length(q: Tensor, v: Tensor, reaches: tuple[int, ...]) -> int:
     return length
 
 
-def chunk_state(
-    key_THK: Tensor,
-    value_THV: Tensor,
-    rates_H: Tensor,
-    plan: Plan,
-    reaches: tuple[int, ...],
-    *,
-    initial_state: Tensor | None,
-    scale: float,
-) -> States:
+class ChunkState:
     """The states between segments, and those that runs send on: both kernels.
 
+    Holds what is the same in calls with tensors of the same shapes and strides.
+
     Args:
-        key_THK: ``[T, H, K]``.
+        key_THK: ``[T, H, K]``; this and the other only as examples.
         value_THV: ``[T, H, V]``.
-        rates_H: ``[H]`` float32.
-        plan: direction and segments.
-        reaches: for each head, how many tokens at the end of a segment count.
-        initial_state: state at the start of each document ``[N, H, K, V]`` float32, or None.
-        scale: of the states.
+        recurrence: rates, segments, and scale of the states.
     """
-    shape = (key_THK.shape[1], key_THK.shape[2], value_THV.shape[2])
-    outgoing = rates_H.new_empty(plan.flow.num_slots, *shape)  # a run that sends ends in a segment
-    if not any(plan.state_lengths):
-        return States(rates_H.new_empty(0), outgoing)
-    states = States(rates_H.new_empty(plan.num_states, *shape), outgoing)
-    num_sms, shared_bytes = device_limits(key_THK.device)
-    key_dim, value_dim = shape[1:]
-    blocks = tuning.state_blocks(key_dim, value_dim, key_THK.dtype, shared_bytes)
-    programs = -(-value_dim // blocks.columns)
-    length = tuning.part_length(plan.state_lengths, reaches, programs, num_sms)
-    parts = parts_of(plan.state_lengths, reaches, length, key_THK.device)
-    with torch.cuda.device_of(outgoing):
-        sums = _sum_segments(key_THK, value_THV, rates_H, plan, parts, blocks, scale)
-        _pass_states(sums, states, initial_state, rates_H, plan, parts)
-    return states
+
+    def __init__(self, key_THK: Tensor, value_THV: Tensor, recurrence: Recurrence) -> None:
+        plan = recurrence.plan
+        num_heads, key_dim, value_dim = *key_THK.shape[1:], value_THV.shape[2]
+        state = (num_heads, key_dim, value_dim)
+        self._rates = recurrence.rates
+        self._outgoing = (plan.flow.num_slots, *state)  # a run that sends ends in a segment
+        self._needed = any(plan.state_lengths)
+        self._entering = (plan.num_states, *state) if self._needed else (0,)
+        if not self._needed:
+            return
+        num_sms, shared_bytes = device_limits(key_THK.device)
+        blocks = tuning.state_blocks(key_dim, value_dim, key_THK.dtype, shared_bytes)
+        columns = -(-value_dim // blocks.columns)
+        reaches = recurrence.reaches
+        length = tuning.part_length(plan.state_lengths, reaches, columns, num_sms)
+        parts = parts_of(plan.state_lengths, reaches, length, key_THK.device)
+        num_parts, num_segments = parts.rows.shape[0], len(plan.segments)
+        # Not one a segment: a document of its own has a segment, and mostly no state to hand on.
+        num_sums = plan.summed.shape[0]
+        self._sums = (num_sums, num_parts, key_dim, value_dim)
+        self._sum_programs = num_sums * num_parts * columns
+        self._sum_shared = (
+            *(self._rates, plan.summed, parts.rows, parts.reaches),
+            *(num_parts, parts.length, recurrence.scale),
+        )
+        self._launch_sums = launcher_of(
+            chunk_state_kernel,
+            key_THK.device,
+            key_THK.dtype,
+            **_strides(key_THK, value_THV),
+            K=key_dim,
+            V=value_dim,
+            BLOCK_K=tuning.padded(key_dim),
+            BLOCK_V=blocks.columns,
+            CHUNK=blocks.chunk,
+            STEP=-1 if plan.flow.reverse else 1,
+            **arithmetic(key_THK.dtype),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+            maxnreg=blocks.max_registers,
+        )
+        size = key_dim * value_dim
+        group, block = tuning.combine_blocks(num_segments)
+        self._pass_programs = num_heads * -(-size // block)
+        self._pass_shared = (
+            *(self._rates, plan.table, parts.first, parts.reaches),
+            *(num_segments, num_heads, num_parts, parts.length),
+        )
+        self._launch_passing = launcher_of(
+            state_passing_kernel, key_THK.device, plan.with_initial,
+            SIZE=size, BLOCK=block, GROUP=group,
+        )  # fmt: skip
+
+    def __call__(self, key_THK: Tensor, value_THV: Tensor, initial_state: Tensor | None) -> States:
+        """The states; the initial ones ``[N, H, K, V]`` float32, of the start of each document."""
+        new_empty = self._rates.new_empty
+        states = States(new_empty(self._entering), new_empty(self._outgoing))
+        if self._needed:
+            sums = new_empty(self._sums)
+            self._launch_sums(self._sum_programs, key_THK, value_THV, sums, *self._sum_shared)
+            self._launch_passing(
+                self._pass_programs, sums, *states, initial_state, *self._pass_shared
+            )
+        return states
 
 
-def _sum_segments(
-    key_THK: Tensor,
-    value_THV: Tensor,
-    rates_H: Tensor,
-    plan: Plan,
-    parts: SegmentParts,
-    blocks: tuning.Blocks,
-    scale: float,
-) -> Tensor:
-    """Launch ``chunk_state_kernel``: the sums ``[sums, parts, K, V]``."""
-    key_dim, value_dim = key_THK.shape[2], value_THV.shape[2]
-    num_parts = parts.rows.shape[0]
-    # Not one a segment: a document of its own has a segment, and mostly no state to hand on.
-    num_sums = plan.summed.shape[0]
-    sums = rates_H.new_empty(num_sums, num_parts, key_dim, value_dim)
-    chunk_state_kernel[(num_sums * num_parts * -(-value_dim // blocks.columns),)](
-        key_THK,
-        value_THV,
-        sums,
-        *(rates_H, plan.summed, parts.rows, parts.reaches, num_parts, parts.length, scale),
-        *key_THK.stride()[:2],
-        *value_THV.stride()[:2],
-        K=key_dim,
-        V=value_dim,
-        BLOCK_K=tuning.padded(key_dim),
-        BLOCK_V=blocks.columns,
-        CHUNK=blocks.chunk,
-        STEP=-1 if plan.flow.reverse else 1,
-        **arithmetic(key_THK.dtype),
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-        maxnreg=blocks.max_registers,
-    )
-    return sums
-
-
-def _pass_states(
-    sums: Tensor,
-    states: States,
-    initial_state: Tensor | None,
-    rates_H: Tensor,
-    plan: Plan,
-    parts: SegmentParts,
-) -> None:
-    """Launch ``state_passing_kernel``, which fills in ``states``."""
-    num_heads, size = rates_H.shape[0], sums.shape[2] * sums.shape[3]
-    group, block = tuning.combine_blocks(len(plan.segments))
-    state_passing_kernel[(num_heads * -(-size // block),)](
-        sums,
-        *states,
-        initial_state,
-        *(rates_H, plan.table, parts.first, parts.reaches),
-        *(len(plan.segments), num_heads, sums.shape[1], parts.length),
-        SIZE=size,
-        BLOCK=block,
-        GROUP=group,
-    )
+def _strides(key: Tensor, value: Tensor) -> dict[str, int]:
+    """Strides of tokens and heads, as the kernel calls them."""
+    (key_t, key_h, _), (value_t, value_h, _) = key.stride(), value.stride()
+    return {
+        "key_stride_t": key_t,
+        "key_stride_h": key_h,
+        "value_stride_t": value_t,
+        "value_stride_h": value_h,
+    }

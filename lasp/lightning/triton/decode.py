@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasp._core.launcher import ALIGNMENT, aligned, launcher_of
 from lasp._core.operators import Operators
 from lasp.lightning.decay import rates_on
 from lasp.lightning.triton import tuning
@@ -96,33 +97,37 @@ def decode_(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor, scale
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor, new_state: Tensor, scale: float
 ) -> Tensor:
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (aligned(x if x.stride(3) == 1 else x.contiguous()) for x in (q, k, v))
     batch, num_tokens, num_heads, key_dim = q.shape
     value_dim = v.shape[3]
     output = q.new_empty(batch, num_tokens, num_heads, value_dim)
     block, columns, programs = _blocks(key_dim, value_dim)
-    with torch.cuda.device_of(q):
-        decode_kernel[(batch * num_heads * programs,)](
-            q,
-            k,
-            v,
-            rates_on(rates, q.device, torch.float32),
-            state,
-            new_state,
-            output,
-            num_heads,
-            num_tokens,
-            scale,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            K=key_dim,
-            V=value_dim,
-            BLOCK_K=block,
-            BLOCK_V=columns,
-            num_warps=tuning.DECODE_WARPS,
-        )
+    launch = launcher_of(
+        decode_kernel,
+        q.device,
+        (q.dtype, state.data_ptr() % ALIGNMENT),  # which is changed where it lies
+        num_heads=num_heads,
+        num_tokens=num_tokens,
+        scale=scale,
+        **_strides(query=q, key=k, value=v),
+        K=key_dim,
+        V=value_dim,
+        BLOCK_K=block,
+        BLOCK_V=columns,
+        num_warps=tuning.DECODE_WARPS,
+    )
+    on_device = aligned(rates_on(rates, q.device, torch.float32))
+    launch(batch * num_heads * programs, q, k, v, on_device, state, new_state, output)
     return output
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of sequences, tokens and heads, as the kernel calls them."""
+    return {
+        f"{name}_stride_{dim}": stride
+        for name, x in tensors.items()
+        for dim, stride in zip("bth", x.stride())
+    }
 
 
 @cache

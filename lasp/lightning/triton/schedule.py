@@ -4,55 +4,124 @@ The same passes as the eager function in ``lasp.lightning.attention``, but in th
 output waits for the exchange and starts from the received states: a second pass over the output, to
 add their part, would cost more than the exchange it hides. The backward hides the exchange of
 gradients under dq, which needs only states of the forward pass.
+
+What a direction does is planned once for each layout, rates, shapes, strides and settings: checks,
+segments, tables, sizes and compiled kernels. A call looks its plan up, makes the results and
+launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.cache import ByteCache
+from lasp._core.host_constants import to_device
+from lasp._core.launcher import aligned
 from lasp.lightning.decay import rates_by_value
 from lasp.lightning.op_context import (
     OpContext,
     heads_of_rows,
     rows_of_heads,
-    start,
     states_of_heads,
     states_of_rows,
+    transitions_of,
 )
-from lasp.lightning.triton.chunk_scan import EdgeStates, chunk_scan, key_value_gradients
-from lasp.lightning.triton.chunk_state import chunk_state, segment_length
-from lasp.lightning.triton.segments import Plan, plan_of, reaches_of
-from lasp.sequence.state_flow import StateFlow
+from lasp.lightning.triton import tuning
+from lasp.lightning.triton.chunk_scan import ChunkScan, EdgeStates, KeyValueGradients
+from lasp.lightning.triton.chunk_state import ChunkState, segment_length
+from lasp.lightning.triton.segments import Plan, Recurrence, plan_of, reaches_of, size_of
+from lasp.lightning.validation import checked_context
+from lasp.sequence.layout import SequenceLayout
+from lasp.state_exchange import Exchange, Transitions, start_exchange
+
+
+class Settings(NamedTuple):
+    """A call but for its tensors; see ``lightning_attention``."""
+
+    layout: SequenceLayout
+    cp_group: dist.ProcessGroup | None
+    scale: float
+    exchange: Exchange
+    output_final_state: bool
+    state_eps: float
+
+
+class _Sending(NamedTuple):
+    """The exchange of one direction, and the states that documents leave.
+
+    Attributes:
+        op: the call, without its group.
+        plan: the segments.
+        passed: what run steps pass on, for each choice of the exchange.
+        empty: int64 ``[documents]``: those without a token whose states this rank keeps.
+        shape: of the final states ``(N, H, K, V)``.
+    """
+
+    op: OpContext
+    plan: Plan
+    passed: list[Transitions]
+    empty: Tensor
+    shape: tuple[int, int, int, int]
+
+    def start(
+        self, outgoing: Tensor, cp_group: dist.ProcessGroup | None
+    ) -> Callable[[], Tensor | None]:
+        """Start to send; what is returned waits for what comes in: None if no document is cut."""
+        flow = self.plan.flow
+        if flow.num_slots == 0:
+            return lambda: None
+        wait = start_exchange(self.op.exchange, outgoing, flow, self.passed, cp_group)
+        return lambda: aligned(wait().contiguous())
+
+    def final_states(self, initial_state: Tensor | None) -> Tensor:
+        """To be filled in: zero for documents that end elsewhere, as they were for empty ones."""
+        device = self.plan.table.device
+        if self.plan.num_final == self.shape[0]:
+            return torch.empty(self.shape, dtype=torch.float32, device=device)
+        states = torch.zeros(self.shape, dtype=torch.float32, device=device)
+        if initial_state is not None and self.empty.numel():
+            states[self.empty] = initial_state[self.empty]
+        return states
+
+
+class _Forward(NamedTuple):
+    sending: _Sending
+    chunk_state: ChunkState
+    chunk_scan: ChunkScan
+
+
+class _Backward(NamedTuple):
+    sending: _Sending
+    chunk_state: ChunkState
+    query_gradient: ChunkScan
+    key_value_gradients: KeyValueGradients
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, op: OpContext
+    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, initial_state: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, final states, and what the backward needs of states; empty where there is none."""
-    like, rates = q, _rates(op, q)
+    like = q
+    key = _key(q, rates, initial_state, settings)
     q, k, v = (_rows(x) for x in (q, k, v))
+
+    def build() -> _Forward:
+        op = _context(like, v, rates, initial_state, settings)
+        return _plan_forward(op, q, k, v, initial_state is not None)
+
+    plan = _FORWARD.get((key, *_form(q), *_form(k), *_form(v)), build)
     initial_state = _states(initial_state, like)
-    plan = _plan(op, q, v, initial_state is not None)
-    states, outgoing = chunk_state(
-        k,
-        v,
-        rates,
-        plan,
-        reaches_of(op.rates, op.state_eps),
-        initial_state=initial_state,
-        scale=1.0,
-    )
-    incoming = _start(outgoing, rates, plan.flow, op)()
+    states, outgoing = plan.chunk_state(k, v, initial_state)
+    incoming = plan.sending.start(outgoing, settings.cp_group)()
     final_state = None
-    if op.with_final_state:
-        final_state = _final_states(
-            q, v, plan.flow.num_documents, initial_state, plan.flow.empty_documents
-        )
-    edges = EdgeStates(states, initial_state, incoming, final_state)
-    output = chunk_scan(q, k, v, rates, plan, edges, scale=op.scale)
+    if settings.output_final_state:
+        final_state = plan.sending.final_states(initial_state)
+    output = plan.chunk_scan(q, k, v, EdgeStates(states, initial_state, incoming, final_state))
     return (
         rows_of_heads(output, like),
         states.new_empty(0) if final_state is None else states_of_rows(final_state, like),
@@ -67,34 +136,35 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    rates: Tensor,
     initial_state: Tensor | None,
     states: Tensor,
     incoming: Tensor,
     needs_initial: bool,
-    op: OpContext,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the initial state; the latter empty if not asked for."""
-    like, rates = q, _rates(op, q)
+    like = q
+    key = _key(q, rates, initial_state, settings)
     if grad_output is None:  # only the final state was used, on this rank
         grad_output = torch.zeros_like(v)
     q, k, v, do = (_rows(x) for x in (q, k, v, grad_output))
+    asked = (grad_final is not None, needs_initial)
+
+    def build() -> _Backward:
+        op = _context(like, v, rates, initial_state, settings)
+        return _plan_backward(op, (q, k, v, do), initial_state is not None, asked)
+
+    plan = _BACKWARD.get((key, asked, *_form(q), *_form(k), *_form(v), *_form(do)), build)
     initial_state, grad_final = _states(initial_state, like), _states(grad_final, like)
-    received = incoming if incoming.numel() else None
-    plan = _plan(op, q, v, initial_state is not None)
-    back = _plan(op, q, v, grad_final is not None, reverse=True, with_final=needs_initial)
-    states_back, outgoing = chunk_state(
-        q, do, rates, back, reaches_of(op.rates, op.state_eps),
-        initial_state=grad_final, scale=op.scale,
-    )  # fmt: skip
-    wait = _start(outgoing, rates, back.flow, op)
-    edges = EdgeStates(states, initial_state, received)
-    dq = chunk_scan(do, v, k, rates, plan, edges, scale=op.scale, transposed=True)
-    grad_initial = None
-    if needs_initial:
-        flow = back.flow
-        grad_initial = _final_states(q, v, flow.num_documents, grad_final, flow.empty_documents)
+    received = aligned(incoming) if incoming.numel() else None
+    states_back, outgoing = plan.chunk_state(q, do, grad_final)
+    wait = plan.sending.start(outgoing, settings.cp_group)
+    edges = EdgeStates(aligned(states), initial_state, received)
+    dq = plan.query_gradient(do, v, k, edges)
+    grad_initial = plan.sending.final_states(grad_final) if needs_initial else None
     edges = EdgeStates(states_back, grad_final, wait(), grad_initial)
-    dk, dv = key_value_gradients(q, k, v, do, rates, back, edges, scale=op.scale)
+    dk, dv = plan.key_value_gradients(q, k, v, do, edges)
     return (
         rows_of_heads(dq, like),
         rows_of_heads(dk, like),
@@ -103,7 +173,63 @@ def backward(
     )
 
 
-def _plan(
+# ---- plans --------------------------------------------------------------------------------------
+
+
+def _key(q: Tensor, rates: Tensor, initial_state: Tensor | None, settings: Settings) -> Hashable:
+    """What the plans of both directions follow from, but for strides.
+
+    The functions that choose sizes are part of it: tests and tuners put others in their place.
+    """
+    layout, group, *numbers = settings
+    ranks = None if group is None else (group.rank(), group.size())
+    initial = None if initial_state is None else (initial_state.shape, initial_state.dtype)
+    sizes = tuning.output_blocks, tuning.state_blocks, tuning.segment_length, tuning.part_length
+    return layout, ranks, *numbers, tuple(rates.tolist()), q.shape, initial, sizes
+
+
+def _form(x: Tensor) -> tuple[Hashable, ...]:
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+def _context(
+    q: Tensor, v: Tensor, rates: Tensor, initial_state: Tensor | None, settings: Settings
+) -> OpContext:
+    """The checked call; without its group, which plans are not to keep alive."""
+    layout, group, scale, exchange, output_final_state, state_eps = settings
+    return checked_context(
+        q, v, rates, initial_state, layout, group, scale=scale, exchange=exchange,
+        output_final_state=output_final_state, state_eps=state_eps,
+    )._replace(cp_group=None)  # fmt: skip
+
+
+def _plan_forward(op: OpContext, q: Tensor, k: Tensor, v: Tensor, with_initial: bool) -> _Forward:
+    recurrence = _recurrence(op, q, v, with_initial)
+    chunk_state = ChunkState(k, v, recurrence._replace(scale=1.0))
+    chunk_scan = ChunkScan(q, k, v, recurrence, with_final=op.with_final_state)
+    return _Forward(_sending(op, recurrence, q, v), chunk_state, chunk_scan)
+
+
+def _plan_backward(
+    op: OpContext,
+    examples: tuple[Tensor, Tensor, Tensor, Tensor],
+    with_initial: bool,
+    asked: tuple[bool, bool],
+) -> _Backward:
+    """Asked: whether final states have gradients, and whether initial states are to have some."""
+    q, k, v, do = examples
+    with_final_gradient, needs_initial = asked
+    forward = _recurrence(op, q, v, with_initial)
+    back = _recurrence(op, q, v, with_final_gradient, reverse=True, with_final=needs_initial)
+    return _Backward(
+        _sending(op, back, q, v),
+        ChunkState(q, do, back),
+        ChunkScan(do, v, k, forward, transposed=True),
+        KeyValueGradients(q, k, v, do, back, with_final=needs_initial),
+    )
+
+
+def _recurrence(
     op: OpContext,
     q: Tensor,
     v: Tensor,
@@ -111,46 +237,46 @@ def _plan(
     *,
     reverse: bool = False,
     with_final: bool = False,
-) -> Plan:
-    length = segment_length(q, v, reaches_of(op.rates, op.state_eps))
-    return plan_of(
+) -> Recurrence:
+    reaches = reaches_of(op.rates, op.state_eps)
+    plan = plan_of(
         op.layout, op.rank, q.device, reverse=reverse, with_initial=with_initial,
-        with_final=with_final if reverse else op.with_final_state, length=length,
+        with_final=with_final if reverse else op.with_final_state,
+        length=segment_length(q, v, reaches),
     )  # fmt: skip
+    return Recurrence(rates_by_value(op.rates, q.device, torch.float32), reaches, plan, op.scale)
 
 
-def _rates(op: OpContext, q: Tensor) -> Tensor:
-    return rates_by_value(op.rates, q.device, torch.float32)
+def _sending(op: OpContext, recurrence: Recurrence, q: Tensor, v: Tensor) -> _Sending:
+    flow = recurrence.plan.flow
+    empty = torch.tensor(flow.empty_documents, dtype=torch.int64, device="cpu")
+    return _Sending(
+        op,
+        recurrence.plan,
+        transitions_of(op, flow, torch.float32, q.device) if flow.num_slots else [],
+        to_device(empty, q.device),
+        (flow.num_documents, q.shape[1], q.shape[2], v.shape[2]),
+    )
+
+
+def _size(plan: _Forward | _Backward) -> int:
+    """Bytes: those of the segments, though other layers may share them, and about the rest."""
+    return size_of(plan.sending.plan) * len(plan) + 16 * 2**10
+
+
+# One for each layer and batch in flight.
+_FORWARD: ByteCache[_Forward] = ByteCache(64 * 2**20, _size)
+_BACKWARD: ByteCache[_Backward] = ByteCache(64 * 2**20, _size)
+
+
+# ---- tensors ------------------------------------------------------------------------------------
 
 
 def _rows(x: Tensor) -> Tensor:
     """Kernels take any strides of tokens and heads, but rows of a head lie in one piece."""
     x = heads_of_rows(x)
-    return x if x.stride(2) == 1 else x.contiguous()
+    return aligned(x if x.stride(2) == 1 else x.contiguous())
 
 
 def _states(states: Tensor | None, q: Tensor) -> Tensor | None:
-    return None if states is None else states_of_heads(states, q).contiguous()
-
-
-def _start(
-    outgoing: Tensor, rates: Tensor, flow: StateFlow, op: OpContext
-) -> Callable[[], Tensor | None]:
-    """As ``start``; None comes in if no document is cut: nothing to load then."""
-    if flow.num_slots == 0:
-        return lambda: None
-    wait = start(outgoing, rates, flow, op)
-    return lambda: wait().contiguous()
-
-
-def _final_states(
-    q: Tensor, v: Tensor, num_documents: int, initial_state: Tensor | None, empty: tuple[int, ...]
-) -> Tensor:
-    """Zero for documents that end elsewhere, the initial state for empty ones; to be filled in."""
-    states = torch.zeros(
-        num_documents, q.shape[1], q.shape[2], v.shape[2], dtype=torch.float32, device=q.device
-    )
-    if initial_state is not None:
-        for document in empty:
-            states[document] = initial_state[document]
-    return states
+    return None if states is None else aligned(states_of_heads(states, q).contiguous())

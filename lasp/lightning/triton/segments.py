@@ -77,7 +77,9 @@ class Plan(NamedTuple):
             state that enters the document counts as one.
         state_lengths: of the segments.
         num_states: segments that a state enters from segments before.
+        num_final: documents whose final state is asked for and that end on this rank.
         shared: whether a document starts inside a segment.
+        with_initial: documents start from given states.
     """
 
     flow: StateFlow
@@ -87,7 +89,30 @@ class Plan(NamedTuple):
     reach: Tensor
     state_lengths: tuple[int, ...]
     num_states: int
+    num_final: int
     shared: bool
+    with_initial: bool
+
+
+class Recurrence(NamedTuple):
+    """One direction of a call, but for its tensors of tokens and its states.
+
+    Attributes:
+        rates: ``[H]`` float32, on the device.
+        reaches: for each head, how many tokens at the end of a segment count.
+        plan: the segments.
+        scale: of what comes out.
+    """
+
+    rates: Tensor
+    reaches: tuple[int, ...]
+    plan: Plan
+    scale: float
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Those that every scan reads."""
+        return self.rates, self.plan.table, self.plan.reach
 
 
 def plan_of(
@@ -149,32 +174,18 @@ def _plan_of(
         to_device(reach, device),
         tuple(segment.state_length for segment in segments),
         num_states,
+        sum(segment.final_row >= 0 for segment in segments),
         any(fragment.offset not in edges for fragment in flow.fragments),
+        with_initial,
     )
 
 
-def _size_of(plan: Plan) -> int:
+def size_of(plan: Plan) -> int:
     """Bytes of its tensors, and about those of the rows on the host."""
     return plan.reach.nbytes + plan.table.nbytes + plan.summed.nbytes + 512 * len(plan.segments)
 
 
-_PLANS: ByteCache[Plan] = ByteCache(64 * 2**20, _size_of)
-
-
-class SegmentParts(NamedTuple):
-    """Which programs sum up the states of segments: parts of tokens, counted back from the border.
-
-    Attributes:
-        length: tokens of a part.
-        rows: int32 ``[parts, 2]``: head, and how many parts of that head lie behind this one.
-        first: int32 ``[H + 1]``: the first part of each head.
-        reaches: int32 ``[H]``: tokens that matter to the state of a head.
-    """
-
-    length: int
-    rows: Tensor
-    first: Tensor
-    reaches: Tensor
+_PLANS: ByteCache[Plan] = ByteCache(64 * 2**20, size_of)
 
 
 @lru_cache(maxsize=1024)  # one entry a layer
@@ -184,19 +195,6 @@ def reaches_of(rates: tuple[float, ...], eps: float) -> tuple[int, ...]:
     return tuple(
         min(FAR, int(min(exponent / rate, FAR)) + 1) if rate > 0 else FAR for rate in rates
     )
-
-
-@lru_cache(maxsize=1024)
-def parts_of(
-    state_lengths: tuple[int, ...], reaches: tuple[int, ...], length: int, device: torch.device
-) -> SegmentParts:
-    """The parts of the longest state; shorter ones leave some idle."""
-    longest = max(state_lengths)
-    counts = [-(-min(longest, reach) // length) for reach in reaches]
-    rows = [(head, index) for head, count in enumerate(counts) for index in range(count)]
-    first = [0, *accumulate(counts)]
-    tensors = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in (rows, first, reaches))
-    return SegmentParts(length, *(to_device(x, device) for x in tensors))
 
 
 def sorted_by_offset(flow: StateFlow) -> list[DirectedFragment]:

@@ -6,6 +6,7 @@ to it, and a graph is good for every pack.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 from lasp._core.graphs import data_dependent_size
 from lasp._core.joint_backward import join_backward
 from lasp._core.operators import Operators
-from lasp.lightning.op_context import REFERENCE, OpContext
+from lasp.lightning.op_context import REFERENCE
 from lasp.lightning.triton import schedule as fused
-from lasp.lightning.validation import check_kinds, checked_context
+from lasp.lightning.validation import check_kinds
 from lasp.sequence.layout import Order, SequenceLayout
 from lasp.state_exchange import Exchange
 
@@ -56,23 +57,30 @@ def attend(
     # What the schema cannot say; the operator checks the rest when it runs.
     check_kinds(rates, q, layout, cp_group, exchange)
     q = join_backward(cp_group, q, k, v, initial_state)
-    if layout is None:
+    if layout is not None:
+        lengths, num_ranks, order = layout._lengths, layout.num_ranks, layout.order
+    elif torch.compiler.is_compiling():  # the length is data
         lengths = torch.full((1,), q.shape[-3], dtype=torch.int64, device="cpu")
         num_ranks, order = 1, "contiguous"
     else:
-        lengths, num_ranks, order = layout._lengths, layout.num_ranks, layout.order
+        lengths, num_ranks, order = _one_document(q.shape[-3])._lengths, 1, "contiguous"
     group_name = "" if cp_group is None else cp_group.group_name
-    output, final_state, _, _ = torch.ops.lasp.attention(
+    output, final_state, _, _ = _call(
         q, k, v, rates, initial_state, lengths, num_ranks, order, group_name,
         scale, exchange, output_final_state, state_eps,
     )  # fmt: skip
     return output, final_state if output_final_state else None
 
 
+@lru_cache(maxsize=64)
+def _one_document(length: int) -> SequenceLayout:
+    return SequenceLayout((length,), 1)
+
+
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, rates: Tensor, initial_state: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fused.forward(q, k, v, initial_state, _context(q, v, rates, initial_state, *settings))
+    return fused.forward(q, k, v, rates, initial_state, _settings(*settings))
 
 
 def _attention_backward(
@@ -88,41 +96,25 @@ def _attention_backward(
     needs_initial: bool,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    op = _context(q, v, rates, initial_state, *settings)
     return fused.backward(
-        grad_output, grad_final, q, k, v, initial_state, states, incoming, needs_initial, op
-    )
-
-
-def _context(
-    q: Tensor,
-    v: Tensor,
-    rates: Tensor,
-    initial_state: Tensor | None,
-    lengths: Tensor,
-    num_ranks: int,
-    order: Order,
-    cp_group: str,
-    scale: float,
-    exchange: Exchange,
-    output_final_state: bool,
-    state_eps: float,
-) -> OpContext:
-    return checked_context(
-        q, v, rates, initial_state,
-        SequenceLayout.from_lengths_tensor(lengths, num_ranks, order),
-        _resolve_process_group(cp_group) if cp_group else None,  # type: ignore[arg-type]
-        scale=scale,
-        exchange=exchange,
-        output_final_state=output_final_state,
-        state_eps=state_eps,
+        grad_output, grad_final, q, k, v, rates, initial_state, states, incoming, needs_initial,
+        _settings(*settings),
     )  # fmt: skip
 
 
+def _settings(
+    lengths: Tensor, num_ranks: int, order: Order, cp_group: str, *others: Any
+) -> fused.Settings:
+    return fused.Settings(
+        SequenceLayout.from_lengths_tensor(lengths, num_ranks, order),
+        _resolve_process_group(cp_group) if cp_group else None,  # type: ignore[arg-type]
+        *others,
+    )
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, lengths = inputs[:6]
-    ctx.save_for_backward(*tensors, lengths, *output[2:])
-    ctx.settings = inputs[6:]
+    ctx.save_for_backward(*inputs[:5], *output[2:])
+    ctx.settings = inputs[5:]  # with the lengths, which are those of a layout as they are
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -130,12 +122,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(
     ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None, *_: object
 ) -> tuple[Tensor | None, ...]:
-    *tensors, lengths, states, incoming = ctx.saved_tensors
     needs_initial = ctx.needs_input_grad[4]
-    if not ctx.settings[5]:  # the final state was not asked for
+    if not ctx.settings[6]:  # the final state was not asked for
         grad_final = None
-    dq, dk, dv, grad_initial = torch.ops.lasp.attention_backward(
-        grad_output, grad_final, *tensors, states, incoming, needs_initial, lengths, *ctx.settings
+    dq, dk, dv, grad_initial = _call_backward(
+        grad_output, grad_final, *ctx.saved_tensors, needs_initial, *ctx.settings
     )
     return dq, dk, dv, None, grad_initial if needs_initial else None, *(None,) * 8
 
@@ -186,5 +177,5 @@ def _fake_backward(
 _OPERATORS = Operators("lasp")
 _OPERATORS.define(_SCHEMA, _attention, _fake)
 _OPERATORS.define(_BACKWARD_SCHEMA, _attention_backward, _fake_backward)
-_OPERATORS.differentiate("attention", _gradients, _save, REFERENCE)
-_OPERATORS.refuse_second_derivatives("attention_backward", REFERENCE)
+_call = _OPERATORS.differentiate("attention", _gradients, _save, REFERENCE)
+_call_backward = _OPERATORS.refuse_second_derivatives("attention_backward", REFERENCE)

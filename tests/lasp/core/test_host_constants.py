@@ -13,7 +13,8 @@ import lasp
 from lasp._core.host_constants import to_device
 from lasp.lightning.decay import rates_by_value
 from lasp.lightning.op_context import _decay
-from lasp.lightning.triton.segments import parts_of, plan_of
+from lasp.lightning.triton.chunk_state import parts_of
+from lasp.lightning.triton.segments import plan_of
 from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange.start import _index
 from moe_parallel import TokenOrder

@@ -70,7 +70,7 @@ class Experts:
     ("call", "impl", "most"),
     [
         (lightning, "eager", 8),
-        (lightning, "triton", 14),
+        (lightning, "triton", 8),
         (ring, "auto", 10),
         (Experts(), "eager", 12),
         (Experts(), "triton", 13),

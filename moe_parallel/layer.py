@@ -21,7 +21,7 @@ from moe_parallel.dispatch.permute import RowOrder, permute, row_order, unpermut
 from moe_parallel.dispatch.plan import RowCounts, checked_rows
 from moe_parallel.experts.experts import Experts, generator_of
 from moe_parallel.mesh import block_ranks, expert_mesh
-from moe_parallel.pipeline.groups import ExpertPermutation, expert_groups
+from moe_parallel.pipeline.groups import expert_groups, positions_on
 from moe_parallel.pipeline.pipeline import Pipeline
 from moe_parallel.pipeline.timeline import Timeline
 from moe_parallel.router.checks import agreed_order, check_hidden
@@ -109,7 +109,6 @@ class ExpertParallelMoE(nn.Module):
         self.dispatcher = make_dispatcher(self.mesh, groups, symmetric_memory)
         several = len(self.mesh.sources) > 1
         self._block = frozenset(block_ranks(groups) if several else ())
-        self._permutation = ExpertPermutation(config.num_experts, self.mesh.ep_size)
         self.gate = Router(config, token_group=self.groups.token, device=device, dtype=dtype)
         self.experts = Experts(
             config.hidden_size,
@@ -277,22 +276,14 @@ class ExpertParallelMoE(nn.Module):
         groups = expert_groups(num_local, num_groups)
         if num_groups == 1:
             return groups, None
-        return groups, self._permutation.positions(groups, x_TM.device)
+        return groups, positions_on(x_TM.device, self.config.num_experts, self.mesh.ep_size, groups)
 
 
 class _Rows(NamedTuple):
-    """The rows of a call.
-
-    Attributes:
-        order: which row is whose.
-        groups: the experts of a rank in the groups of the pipeline.
-        wait: for the counts: rows each rank of the token group sends to each expert.
-        total: rows that all ranks send.
-        most: no rank sends more.
-    """
+    """The rows of a call."""
 
     order: RowOrder
-    groups: tuple[range, ...]
-    wait: Callable[[], RowCounts]
-    total: int
-    most: int
+    groups: tuple[range, ...]  # experts of a rank, by group of the pipeline
+    wait: Callable[[], RowCounts]  # rows each rank of the token group sends to each expert
+    total: int  # that all ranks send
+    most: int  # no rank sends more

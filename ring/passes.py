@@ -126,16 +126,9 @@ def backward(
 
 
 class _TileGradients:
-    """Sums of what tiles contribute to the gradients of this rank's tokens.
+    """Sums, in ``dtype``, of what tiles contribute to the gradients of this rank's tokens.
 
-    Args:
-        qkv: tokens of this rank.
-        rows: backward of the block for their rows.
-        schedule: of this rank.
-        dtype: of the sums.
-
-    Attributes:
-        dkv: dk and dv ``[2, T, Hkv, D]``; without tokens where there are no tiles.
+    ``dkv`` holds dk and dv ``[2, T, Hkv, D]``; without tokens where there are no tiles.
     """
 
     def __init__(

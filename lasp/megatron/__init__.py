@@ -10,15 +10,8 @@ TransformerEngine, no Apex, no patch of Megatron.
 
 from __future__ import annotations
 
-from lasp.megatron.version import record_moe_loss  # isort: skip  (it refuses other versions)
+import lasp.megatron.version  # noqa: F401 (it refuses other versions)  # isort: skip
 from lasp.megatron.batch import PackedSequence, layout_of, order_of_rows, shard_batch
-from lasp.megatron.checks import (
-    groups_of,
-    parameter_device,
-    refuse_arguments,
-    require,
-    training_argument,
-)
 from lasp.megatron.convert import load_plain_weights, plain_weights, to_megatron, to_plain
 from lasp.megatron.experts import (
     ExpertOptions,
@@ -41,17 +34,15 @@ from lasp.megatron.lightning import (
     merge_projections,
     split_projections,
 )
-from lasp.megatron.norm import HeadsNorm, ResidualNorm
+from lasp.megatron.norm import ResidualNorm
 from lasp.megatron.packing import share_packs
-from lasp.megatron.packs import PackedCut, check_packed_cut, cut_of_training_loop, names_padding
-from lasp.megatron.positions import check_positions
+from lasp.megatron.packs import PackedCut, cut_of_training_loop
 from lasp.megatron.ring import RingSelfAttention, ring_attention_spec
 from lasp.megatron.ring_core import RingCoreAttention
 
 __all__ = [
     "ExpertOptions",
     "ExpertParallelMoELayer",
-    "HeadsNorm",
     "HybridTransformerLayer",
     "HybridTransformerLayerSubmodules",
     "LightningSelfAttention",
@@ -61,11 +52,8 @@ __all__ = [
     "ResidualNorm",
     "RingCoreAttention",
     "RingSelfAttention",
-    "check_packed_cut",
-    "check_positions",
     "cut_of_training_loop",
     "expert_parallel_moe_spec",
-    "groups_of",
     "hybrid_block_spec",
     "hybrid_layer_spec",
     "hybrid_of",
@@ -75,18 +63,12 @@ __all__ = [
     "merge_projections",
     "minimax_layer_spec",
     "moe_config",
-    "names_padding",
     "order_of_rows",
-    "parameter_device",
     "plain_weights",
-    "record_moe_loss",
-    "refuse_arguments",
-    "require",
     "ring_attention_spec",
     "shard_batch",
     "share_packs",
     "split_projections",
     "to_megatron",
     "to_plain",
-    "training_argument",
 ]

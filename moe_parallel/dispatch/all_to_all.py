@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_parallel.dispatch.dispatcher import Dispatch, EtpStages, Lane, Place, RowTransfer
+from moe_parallel.dispatch.dispatcher import Dispatch, EtpStages, Lane, RowTransfer
 from moe_parallel.dispatch.plan import ExchangePlan, GroupPlans, RowCounts, Splits
 from moe_parallel.mesh import ExpertMesh
 
@@ -68,30 +68,16 @@ class AllToAllDispatcher:
         return AllToAllDispatch(experts, plans, *self._groups)
 
 
-class AllToAllDispatch:
-    """One call of :class:`AllToAllDispatcher`.
+class PlannedDispatch(Dispatch):
+    """A call whose rows go by plans, made as they are needed.
 
-    Communication: for each group and run an all-to-all over EP there and one back, the bytes of the
-    rows for other ranks; with ETP one over it there and one back, the rows times (etp_size - 1).
+    Args:
+        experts: for each group of the pipeline, which of this rank's experts.
+        plans: of each group.
     """
 
-    place: Place | None = None
-
-    def __init__(
-        self,
-        experts: tuple[range, ...],
-        plans: Sequence[ExchangePlan],
-        ep_group: dist.ProcessGroup | None,
-        etp_group: dist.ProcessGroup | None,
-    ) -> None:
-        self.experts, self._plans, self._ep_group = experts, plans, ep_group
-        axes: tuple[tuple[Lane, dist.ProcessGroup | None], ...]
-        axes = (("ep", ep_group), ("etp", etp_group))
-        self.lanes = tuple(lane for lane, group in axes if group is not None)
-        self.process_groups = tuple(group for _, group in axes if group is not None)
-        self.etp: EtpStages | None = None
-        if etp_group is not None:
-            self.etp = AllToAllEtpStages(plans, etp_group)
+    def __init__(self, experts: tuple[range, ...], plans: Sequence[ExchangePlan]) -> None:
+        self.experts, self._plans = experts, plans
 
     def expert_rows(self, g: int) -> tuple[int, ...]:
         """See :class:`moe_parallel.dispatch.dispatcher.Dispatch`."""
@@ -106,8 +92,29 @@ class AllToAllDispatch:
         """Wait for the counts."""
         self._plans[0]
 
-    def close(self) -> None:
-        """Nothing is open."""
+
+class AllToAllDispatch(PlannedDispatch):
+    """One call of :class:`AllToAllDispatcher`.
+
+    Communication: for each group and run an all-to-all over EP there and one back, the bytes of the
+    rows for other ranks; with ETP one over it there and one back, the rows times (etp_size - 1).
+    """
+
+    def __init__(
+        self,
+        experts: tuple[range, ...],
+        plans: Sequence[ExchangePlan],
+        ep_group: dist.ProcessGroup | None,
+        etp_group: dist.ProcessGroup | None,
+    ) -> None:
+        super().__init__(experts, plans)
+        self._ep_group = ep_group
+        axes: tuple[tuple[Lane, dist.ProcessGroup | None], ...]
+        axes = (("ep", ep_group), ("etp", etp_group))
+        self.lanes = tuple(lane for lane, group in axes if group is not None)
+        self.process_groups = tuple(group for _, group in axes if group is not None)
+        if etp_group is not None:
+            self.etp = AllToAllEtpStages(plans, etp_group)
 
     def dispatch(self, g: int, rows_AM: Tensor, stream: torch.cuda.Stream | None) -> RowTransfer:
         """Rows from EP rank 0 arrive first, then 1, ...; each grouped by local expert."""
@@ -132,7 +139,7 @@ class AllToAllDispatch:
         return self._plans[g].group_by_source(rows_AM)
 
 
-class AllToAllEtpStages:
+class AllToAllEtpStages(EtpStages):
     """Gather and scatter over ETP, each one all-to-all."""
 
     def __init__(self, plans: Sequence[ExchangePlan], group: dist.ProcessGroup) -> None:

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_parallel.dispatch.all_to_all import add_partial_sums
-from moe_parallel.dispatch.dispatcher import Dispatch, EtpStages, Lane, Place, RowTransfer
+from moe_parallel.dispatch.all_to_all import PlannedDispatch, add_partial_sums
+from moe_parallel.dispatch.dispatcher import Dispatch, Lane, RowTransfer
 from moe_parallel.dispatch.plan import ExchangePlan, GroupPlans, RowCounts
 from moe_parallel.dispatch.symmetric_memory import (
     EVEN,
@@ -85,22 +85,15 @@ class CopyEngineDispatcher:
 
 
 class _Chunk(NamedTuple):
-    """The rows of one rank for one expert, in bytes.
+    """The rows of one rank for one expert, in bytes."""
 
-    Attributes:
-        rank: in the group of the memory.
-        there: offset among the rows that the rank sends.
-        here: offset among those that arrive.
-        size: of all of them.
-    """
-
-    rank: int
-    there: int
-    here: int
+    rank: int  # in the group of the memory
+    there: int  # offset among the rows that the rank sends
+    here: int  # offset among those that arrive
     size: int
 
 
-class CopyEngineDispatch:
+class CopyEngineDispatch(PlannedDispatch):
     """One call of :class:`CopyEngineDispatcher`: its runs, one at a time.
 
     Communication: for each group and run copies out of the memory of the other ranks, the bytes of
@@ -108,7 +101,6 @@ class CopyEngineDispatch:
     """
 
     lanes: tuple[Lane, ...] = ("ep",)
-    etp: EtpStages | None = None
 
     def __init__(
         self,
@@ -117,18 +109,9 @@ class CopyEngineDispatch:
         process_groups: tuple[dist.ProcessGroup, ...],
         outgoing: OutgoingRows,
     ) -> None:
-        self.experts, self._plans, self.process_groups = experts, plans, process_groups
+        super().__init__(experts, plans)
+        self.process_groups, self.place = process_groups, outgoing.place
         self._outgoing, self._memory = outgoing, outgoing.memory
-        self.place: Place | None = outgoing.place
-
-    def expert_rows(self, g: int) -> tuple[int, ...]:
-        """See :class:`moe_parallel.dispatch.dispatcher.Dispatch`."""
-        return self._plans[g].expert_rows
-
-    def own_rows(self, g: int, rows_AM: Tensor) -> Tensor:
-        """See :class:`moe_parallel.dispatch.dispatcher.Dispatch`."""
-        plan = self._plans[g]
-        return rows_AM.narrow(0, plan.first, sum(plan.dispatch_rows))
 
     def open(self, rows_AM: Tensor) -> None:
         """Publish rows and wait until all ranks have; the run before is over.
@@ -221,14 +204,6 @@ class CopyEngineDispatch:
             if rank != memory.rank and size:
                 memory.streams.copy(target + start, source + start, size, stream)
             start += size
-
-    def by_expert(self, g: int, rows_AM: Tensor) -> Tensor:
-        """The rows themselves: they arrive in this order."""
-        return rows_AM
-
-    def by_arrival(self, g: int, rows_AM: Tensor) -> Tensor:
-        """The rows themselves."""
-        return rows_AM
 
     def _chunks_of(self, plan: ExchangePlan) -> list[_Chunk]:
         """The rows of this rank's experts, from the next rank on: not all turn to the same one."""

@@ -64,7 +64,7 @@ class EtpStages(Protocol):
 
 
 class Dispatch(Protocol):
-    """The rows of one call, in the forward and in the backward.
+    """The rows of one call, in the forward and in the backward; defaults are of rows that stay.
 
     Attributes:
         experts: for each group of the pipeline, which of this rank's experts.
@@ -76,10 +76,10 @@ class Dispatch(Protocol):
     """
 
     experts: tuple[range, ...]
-    lanes: tuple[Lane, ...]
-    etp: EtpStages | None
-    process_groups: tuple[dist.ProcessGroup, ...]
-    place: Place | None
+    lanes: tuple[Lane, ...] = ()
+    etp: EtpStages | None = None
+    process_groups: tuple[dist.ProcessGroup, ...] = ()
+    place: Place | None = None
 
     def expert_rows(self, g: int) -> tuple[int, ...]:
         """Rows that each expert of group ``g`` takes; the first call waits for the counts."""
@@ -91,7 +91,8 @@ class Dispatch(Protocol):
         """Begin a run of these rows; where the counts are wrong all ranks raise here."""
 
     def close(self) -> None:
-        """End a run, however it ends."""
+        """End a run, however it ends; by default nothing is open."""
+        return
 
     def dispatch(self, g: int, rows_AM: Tensor, stream: torch.cuda.Stream | None) -> RowTransfer:
         """Start to send the rows of a group to their experts, on or after ``stream``."""
@@ -102,10 +103,12 @@ class Dispatch(Protocol):
         """Start to send results back the way they came, to be found in ``into``."""
 
     def by_expert(self, g: int, rows_AM: Tensor) -> Tensor:
-        """Rows that arrived, expert by expert."""
+        """Rows that arrived, expert by expert; by default they arrive so."""
+        return rows_AM
 
     def by_arrival(self, g: int, rows_AM: Tensor) -> Tensor:
         """Inverse of :meth:`by_expert`."""
+        return rows_AM
 
 
 class Dispatcher(Protocol):
@@ -163,18 +166,13 @@ class LocalDispatcher:
         return LocalDispatch(experts, lambda: kept_RE()[self._rank])
 
 
-class LocalDispatch:
+class LocalDispatch(Dispatch):
     """Rows that are with their experts already, expert by expert.
 
     Args:
         experts: for each group of the pipeline, which of this rank's experts.
         kept_E: waits for the counts: rows of each expert.
     """
-
-    lanes: tuple[Lane, ...] = ()
-    etp: EtpStages | None = None
-    process_groups: tuple[dist.ProcessGroup, ...] = ()
-    place: Place | None = None
 
     def __init__(self, experts: tuple[range, ...], kept_E: Callable[[], Sequence[int]]) -> None:
         self.experts, self._wait = experts, kept_E
@@ -196,9 +194,6 @@ class LocalDispatch:
         """Wait for the counts."""
         self.expert_rows(0)
 
-    def close(self) -> None:
-        """Nothing is open."""
-
     def dispatch(self, g: int, rows_AM: Tensor, stream: torch.cuda.Stream | None) -> RowTransfer:
         """The rows themselves."""
         return RowTransfer(rows_AM, rows_AM)
@@ -208,11 +203,3 @@ class LocalDispatch:
     ) -> RowTransfer:
         """A copy of the results."""
         return RowTransfer(into.copy_(rows_AM), rows_AM)
-
-    def by_expert(self, g: int, rows_AM: Tensor) -> Tensor:
-        """The rows themselves."""
-        return rows_AM
-
-    def by_arrival(self, g: int, rows_AM: Tensor) -> Tensor:
-        """The rows themselves."""
-        return rows_AM

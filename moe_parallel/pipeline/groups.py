@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 import torch
@@ -32,23 +32,11 @@ def dispatch_positions(num_experts: int, ep_size: int, groups: Sequence[range]) 
     return positions
 
 
-class ExpertPermutation:
-    """The order in which rows leave for their experts, kept on the device.
-
-    Args:
-        num_experts: E, on all EP ranks.
-        ep_size: EP ranks.
-    """
-
-    def __init__(self, num_experts: int, ep_size: int) -> None:
-        self._num_experts, self._ep_size = num_experts, ep_size
-        self._positions: dict[tuple[int, torch.device], Tensor] = {}
-
-    def positions(self, groups: Sequence[range], device: torch.device) -> Tensor:
-        """``[E]`` int64, the position of each expert; for one group the identity."""
-        key = (len(groups), device)
-        if key not in self._positions:
-            positions = dispatch_positions(self._num_experts, self._ep_size, groups)
-            with torch.inference_mode(False):  # remembered, and used in training too
-                self._positions[key] = to_device(torch.tensor(positions, device="cpu"), device)
-        return self._positions[key]
+@lru_cache(maxsize=64)
+def positions_on(
+    device: torch.device, num_experts: int, ep_size: int, groups: tuple[range, ...]
+) -> Tensor:
+    """:func:`dispatch_positions` on a device, int64 ``[E]``; the last ones are kept."""
+    with torch.inference_mode(False):  # remembered, and used in training too
+        positions = dispatch_positions(num_experts, ep_size, groups)
+        return to_device(torch.tensor(positions, device="cpu"), device)

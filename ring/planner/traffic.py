@@ -135,10 +135,7 @@ class KVTraffic:
         """Where a fragment begins in what a rank receives, int64 ``[fragments, P]``.
 
         Sources come from the rank before the receiver backwards: what lies behind in the order of
-        owners, less all that later ranks own, round the ring.
-
-        Args:
-            amounts: tokens or pairs of each fragment for each rank, 0 where it is not needed.
+        owners, less all that later ranks own, round the ring. ``amounts`` are 0 where not needed.
         """
         behind = amounts.flip(0).cumsum(0).flip(0) - amounts
         ranks = torch.arange(self.layout.num_ranks, device="cpu")
@@ -162,11 +159,7 @@ class KVTraffic:
         return torch.tensor(padded, device="cpu").cumsum(1).T
 
     def _equal_borders(self, filled: list[int]) -> list[list[int]]:
-        """Tokens that a rank has after 0, 1, 2 ... stages of as many pairs each, by rank.
-
-        Args:
-            filled: number of stages of each rank.
-        """
+        """Tokens that a rank has after 0, 1, 2 ... of its stages of as many pairs each, by rank."""
         pairs = self._tokens * self._rows
         offsets, share = self._offsets_of(pairs), pairs.sum(0) // torch.tensor(filled, device="cpu")
         # Before a border lie whole fragments, a part of one, and nothing of those behind it.

@@ -12,7 +12,7 @@ import torch
 from megatron.core.transformer.spec_utils import build_module
 
 from lasp.megatron import lightning_attention_spec, minimax_layer_spec, order_of_rows
-from lasp.megatron.positions import check_positions
+from lasp.megatron.ring import check_positions
 from ring.megatron import ring_attention_spec
 from tests.megatron.attention import HEAD_DIM, HEADS, parallel_config
 from tests.megatron.block import OPTIONS

@@ -26,12 +26,8 @@ def sharded_experts(
 ) -> dict[str, Any]:
     """The sharded state of the gate and of this rank's part of the experts.
 
-    Args:
-        moe: named ``moe`` in its parent.
-        groups: its tp, ep, expt_tp and expt_dp groups.
-        prefix: of the parent.
-        offsets: along the axes of the layers.
-        metadata: Megatron's.
+    ``moe`` has this name in its parent, whose prefix is given; ``offsets`` are along the axes of
+    the layers, ``groups`` tp, ep, expt_tp and expt_dp.
     """
     metadata = ensure_metadata_has_dp_cp_group(metadata)
     if metadata.get("singleton_local_shards"):

@@ -19,7 +19,7 @@ from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange.start import _index
 from moe_parallel import TokenOrder
 from moe_parallel.experts import gemm
-from moe_parallel.pipeline.groups import ExpertPermutation
+from moe_parallel.pipeline.groups import positions_on
 from ring.blocks import interface
 
 GPU = torch.device("cuda", 0)
@@ -45,7 +45,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "segments by position": lambda: ORDER._segments_by_position(GPU),
     "tokens by position": lambda: ORDER._tokens_by_position(GPU),
     "ends of a grouped product": lambda: gemm._ends((1, 2), GPU, False),
-    "positions of experts": lambda: ExpertPermutation(4, 2).positions((range(1), range(1, 2)), GPU),
+    "positions of experts": lambda: positions_on(GPU, 4, 2, (range(1), range(1, 2))),
 }
 
 

@@ -114,6 +114,87 @@ def chunk_state_kernel(
         tl.store(sums + k_cols[:, None] * V + v_cols[None, :], tl.trans(state), mask=mask)
 
 
+@triton.jit
+def _sum_parts(
+    sums,
+    row,  # of the table
+    exists,
+    kept,  # tokens that count; 0 where there is no sum: nothing is loaded
+    cols,
+    inside,
+    num_parts,
+    first_part,
+    head_parts,
+    part_length,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """``[GROUP, BLOCK]``: what each segment of a group adds to the state."""
+    sum_row = tl.load(row + SUM_ROW, mask=exists, other=0).to(tl.int64)
+    rows = sums + (sum_row * num_parts + first_part)[:, None] * SIZE + cols[None, :]
+    own = tl.zeros([GROUP, BLOCK], dtype=tl.float32)
+    for part in tl.range(0, head_parts, loop_unroll_factor=4):  # loads in flight together
+        there = inside & (kept > part * part_length)[:, None]
+        own += tl.load(rows + part * SIZE, mask=there, other=0.0)
+    return own
+
+
+@triton.jit
+def _enter_group(
+    own,  # what each segment of the group adds
+    carry,  # the state after the group before
+    s,
+    chain,
+    begin,
+    length,
+    table,
+    first,
+    rate,
+    GROUP: tl.constexpr,
+):
+    """``[GROUP, BLOCK]``: the state that enters each segment of a group."""
+    linked = (s[None, :] < s[:, None]) & (s[None, :] >= chain[:, None])
+    between = begin[:, None] - (begin + length)[None, :]
+    weights = tl.exp2(tl.where(linked, -rate * between.to(tl.float32), float("-inf")))
+    if GROUP < 16:  # too few rows for a matrix product
+        entering = tl.sum(weights[:, :, None] * own[None, :, :], axis=1)
+    else:
+        entering = tl.dot(weights, own, input_precision="ieee")
+    since = begin - tl.load(table + first * COLUMNS + BEGIN)
+    decay = tl.exp2(tl.where(chain < first, -rate * since.to(tl.float32), float("-inf")))
+    return entering + decay[:, None] * carry[None, :]
+
+
+@triton.jit
+def _add_initial(after, initial_state, row, exists, length, rate, offsets, inside, size):
+    """Add what is left of the initial state of each segment's document."""
+    if initial_state is not None:
+        initial_row = tl.load(row + INITIAL_ROW, mask=exists, other=-1)
+        whole = length + tl.load(row + DISTANCE, mask=exists, other=0)
+        pointers = initial_state + initial_row.to(tl.int64)[:, None] * size + offsets
+        start = tl.load(pointers, mask=inside & (initial_row >= 0)[:, None], other=0.0)
+        after += tl.exp2(-rate * whole.to(tl.float32))[:, None] * start
+    return after
+
+
+@triton.jit
+def _store_rows(x, target, rows, exists, offsets, inside, size):
+    """Store the rows of ``x`` at the rows of the target that the table names; -1: nowhere."""
+    rows = tl.load(rows, mask=exists, other=-1)
+    pointers = target + rows.to(tl.int64)[:, None] * size + offsets
+    tl.store(pointers, x, mask=inside & (rows >= 0)[:, None])
+
+
+@triton.jit
+def _load_group(row, exists):
+    """Length, state length, chain and begin of segments; no part of a sum where there is none."""
+    length = tl.load(row + LENGTH, mask=exists, other=0)
+    state_length = tl.load(row + STATE_LENGTH, mask=exists, other=0)
+    chain = tl.load(row + CHAIN, mask=exists, other=2**30)
+    return length, state_length, chain, tl.load(row + BEGIN, mask=exists, other=0)
+
+
 @triton.jit(do_not_specialize=["num_segments", "num_heads", "num_parts", "part_length"])
 def state_passing_kernel(
     sums,  # [sums, parts, K, V] float32: from chunk_state_kernel
@@ -141,8 +222,7 @@ def state_passing_kernel(
     A weight of zero does not keep out NaN or infinity, but what is not finite stays in what groups
     leave, to the end: a program that finds it there takes its segments again, one by one.
     """
-    blocks = tl.cdiv(SIZE, BLOCK)
-    program = tl.program_id(0)
+    program, blocks = tl.program_id(0), tl.cdiv(SIZE, BLOCK)
     head = program // blocks
     cols = program % blocks * BLOCK + tl.arange(0, BLOCK)
     rate = tl.load(rates + head) * LOG2E
@@ -152,51 +232,24 @@ def state_passing_kernel(
     size = (num_heads * SIZE).to(tl.int64)  # of one row of states
     offsets = head.to(tl.int64) * SIZE + cols[None, :]
     inside = cols[None, :] < SIZE
-    carry = tl.zeros([BLOCK], dtype=tl.float32)  # the state after the group before
+    carry = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(0, num_segments, GROUP):
         s = first + tl.arange(0, GROUP)
         exists = s < num_segments
         row = table + s * COLUMNS
-        length = tl.load(row + LENGTH, mask=exists, other=0)
-        state_length = tl.load(row + STATE_LENGTH, mask=exists, other=0)
-        chain = tl.load(row + CHAIN, mask=exists, other=2**30)
-        begin = tl.load(row + BEGIN, mask=exists, other=0)
-        slot = tl.load(row + SLOT, mask=exists, other=-1)
-        sum_row = tl.load(row + SUM_ROW, mask=exists, other=0).to(tl.int64)
-        kept = tl.minimum(state_length, reach)  # 0 where there is no sum: nothing is loaded
-        rows = sums + (sum_row * num_parts + first_part)[:, None] * SIZE + cols[None, :]
-        own = tl.zeros([GROUP, BLOCK], dtype=tl.float32)
-        for part in tl.range(0, head_parts, loop_unroll_factor=4):  # loads in flight together
-            there = inside & (kept > part * part_length)[:, None]
-            own += tl.load(rows + part * SIZE, mask=there, other=0.0)
-
-        linked = (s[None, :] < s[:, None]) & (s[None, :] >= chain[:, None])
-        between = begin[:, None] - (begin + length)[None, :]
-        weights = tl.exp2(tl.where(linked, -rate * between.to(tl.float32), float("-inf")))
-        if GROUP < 16:  # too few rows for a matrix product
-            entering = tl.sum(weights[:, :, None] * own[None, :, :], axis=1)
-        else:
-            entering = tl.dot(weights, own, input_precision="ieee")
-        since = begin - tl.load(table + first * COLUMNS + BEGIN)
-        decay = tl.exp2(tl.where(chain < first, -rate * since.to(tl.float32), float("-inf")))
-        entering += decay[:, None] * carry[None, :]
-        state_row = tl.load(row + STATE_ROW, mask=exists, other=-1)
-        pointers = states + state_row.to(tl.int64)[:, None] * size + offsets
-        tl.store(pointers, entering, mask=inside & (state_row >= 0)[:, None])
-
-        through = tl.exp2(
-            tl.where(state_length == length, -rate * length.to(tl.float32), float("-inf"))
-        )
+        length, state_length, chain, begin = _load_group(row, exists)
+        own = _sum_parts(
+            sums, row, exists, tl.minimum(state_length, reach), cols, inside,
+            num_parts, first_part, head_parts, part_length, SIZE, BLOCK, GROUP,
+        )  # fmt: skip
+        entering = _enter_group(own, carry, s, chain, begin, length, table, first, rate, GROUP)
+        _store_rows(entering, states, row + STATE_ROW, exists, offsets, inside, size)
+        passes = state_length == length
+        through = tl.exp2(tl.where(passes, -rate * length.to(tl.float32), float("-inf")))
         after = own + through[:, None] * entering
         carry = tl.sum(tl.where((s == first + GROUP - 1)[:, None], after, 0.0), axis=0)
-        if initial_state is not None:
-            initial_row = tl.load(row + INITIAL_ROW, mask=exists, other=-1)
-            whole = length + tl.load(row + DISTANCE, mask=exists, other=0)
-            pointers = initial_state + initial_row.to(tl.int64)[:, None] * size + offsets
-            start = tl.load(pointers, mask=inside & (initial_row >= 0)[:, None], other=0.0)
-            after += tl.exp2(-rate * whole.to(tl.float32))[:, None] * start
-        pointers = outgoing + slot.to(tl.int64)[:, None] * size + offsets
-        tl.store(pointers, after, mask=inside & (slot >= 0)[:, None])
+        after = _add_initial(after, initial_state, row, exists, length, rate, offsets, inside, size)
+        _store_rows(after, outgoing, row + SLOT, exists, offsets, inside, size)
     if tl.sum(carry * 0.0) != 0.0:  # NaN is not 0 either
         tl.debug_barrier()  # what is stored again must come after what was stored above
         _combine_one_by_one(
@@ -230,29 +283,18 @@ def _combine_one_by_one(
     after = tl.zeros([1, BLOCK], dtype=tl.float32)
     for first in range(num_segments):
         s = first + tl.arange(0, 1)
+        exists = s < num_segments
         row = table + s * COLUMNS
-        length, state_length = tl.load(row + LENGTH), tl.load(row + STATE_LENGTH)
-        kept = tl.minimum(state_length, reach)
-        own_row = sums + (tl.load(row + SUM_ROW).to(tl.int64) * num_parts + first_part) * SIZE
-        own = tl.zeros([1, BLOCK], dtype=tl.float32)
-        for part in range(0, head_parts):
-            there = inside & (kept > part * part_length)[:, None]
-            pointers = own_row[:, None] + part * SIZE + cols[None, :]
-            own += tl.load(pointers, mask=there, other=0.0)
-        continues = (tl.load(row + CHAIN) < s)[:, None]
-        entering = tl.where(continues, after, 0.0)
-        state_row = tl.load(row + STATE_ROW)[:, None]
-        pointers = states + state_row.to(tl.int64) * size + offsets
-        tl.store(pointers, entering, mask=inside & (state_row >= 0))
+        length, state_length, chain, _ = _load_group(row, exists)
+        own = _sum_parts(
+            sums, row, exists, tl.minimum(state_length, reach), cols, inside,
+            num_parts, first_part, head_parts, part_length, SIZE, BLOCK, 1,
+        )  # fmt: skip
+        entering = tl.where((chain < s)[:, None], after, 0.0)
+        _store_rows(entering, states, row + STATE_ROW, exists, offsets, inside, size)
         through = tl.exp2(-rate * length.to(tl.float32))[:, None] * entering
         after = own + tl.where((state_length == length)[:, None], through, 0.0)
-        leaving = after
-        if initial_state is not None:
-            initial_row = tl.load(row + INITIAL_ROW)[:, None]
-            whole = length + tl.load(row + DISTANCE)
-            pointers = initial_state + initial_row.to(tl.int64) * size + offsets
-            start = tl.load(pointers, mask=inside & (initial_row >= 0), other=0.0)
-            leaving += tl.exp2(-rate * whole.to(tl.float32))[:, None] * start
-        slot = tl.load(row + SLOT)[:, None]
-        pointers = outgoing + slot.to(tl.int64) * size + offsets
-        tl.store(pointers, leaving, mask=inside & (slot >= 0))
+        leaving = _add_initial(
+            after, initial_state, row, exists, length, rate, offsets, inside, size
+        )
+        _store_rows(leaving, outgoing, row + SLOT, exists, offsets, inside, size)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp._core.autocast import autocast_inputs
+from lasp._core.consistency import check_same_calls
 from lasp._core.derivatives import Reference, refuse_transforms
 from lasp._core.graphs import outside_graphs
 from lasp._core.impl import chosen_impl
@@ -82,8 +83,9 @@ class ExpertParallelMoE(nn.Module):
     two all-to-alls over EP and two over ETP for each of ``overlap_groups`` groups of experts, under
     the products of another (:mod:`moe_parallel.pipeline.pipeline`), twice that with backward; with
     ``symmetric_memory`` copies of as many bytes (:mod:`moe_parallel.dispatch.copy_engine`). One
-    device-to-host copy of ranks x E counts, none with ``pad_to_capacity``. The first layer that
-    sees a ``token_order`` has the ranks compare it: 24 bytes each, and one more copy
+    device-to-host copy of ranks x E counts, none with ``pad_to_capacity``. The first call of a
+    layer compares how ranks call it: some hundred bytes each. The first layer that sees a
+    ``token_order`` has the ranks compare it: 24 bytes each, and one more copy
     (:mod:`moe_parallel.router.checks`).
 
     Raises:
@@ -128,6 +130,7 @@ class ExpertParallelMoE(nn.Module):
                 f"overlap_groups must be at most the {self.experts.num_local} experts of a rank,"
                 f" got {config.overlap_groups}: None lets the dispatcher choose"
             )
+        self._calls_compared = False
         self.reset_parameters(seed)
 
     @torch.no_grad()
@@ -166,11 +169,13 @@ class ExpertParallelMoE(nn.Module):
 
         Raises:
             ValueError: naming the argument, if it does not fit the layer; on every rank alike, if
+                they differ in dtype, config or whether an order is given in the first call, if
                 ranks hold different orders or numbers of tokens, and if with a capacity some do not
                 train (by probability or padded: :func:`moe_parallel.router.checks.check_order`).
         """
         refuse_transforms(_REFERENCE, hidden)
         (hidden,) = autocast_inputs(hidden)
+        self.check_first_call(hidden, token_order)
         check_hidden(hidden, self.experts.w13)
         if self._block:
             check_replicas(self.experts, self._block)
@@ -181,6 +186,23 @@ class ExpertParallelMoE(nn.Module):
         output_TM, routing = self.through_experts(x_TM, routing, token_order, timeline=timeline)
         output = token_order.put(output_TM, self.mesh.token_rank).view_as(hidden)
         return MoEOutput(output, routing.aux_loss, routing.stats)
+
+    def check_first_call(self, hidden: Tensor, token_order: TokenOrder | None) -> None:
+        """Raise ValueError on every rank alike, in the first call, unless all ranks call alike.
+
+        Communication: :func:`lasp._core.consistency.check_same_calls`, once.
+        """
+        if self._calls_compared:
+            return
+        how = {
+            "dtype": hidden.dtype,
+            "width of hidden": hidden.shape[-1],
+            "token_order": "None" if token_order is None else "given",
+            **vars(self.config),
+        }
+        for computes in ("impl", "gemm"):  # which may differ by rank
+            del how[computes]
+        self._calls_compared = check_same_calls("ExpertParallelMoE", self.groups.token, hidden, how)
 
     def agreed_order(self, rows: Tensor, token_order: TokenOrder | None) -> TokenOrder:
         """Where all tokens stand, see :func:`moe_parallel.router.checks.agreed_order`."""

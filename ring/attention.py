@@ -9,7 +9,8 @@ and ``cpu_flash``, and with ``flash`` under ``torch.use_deterministic_algorithms
 the backward: q, k, v, output and lse.
 
 Communication: 1 to 4 stages, each one all-to-all under the attention to what came before; none at
-all, on any rank, if no document needs it. With R = ``plan_ring(layout, rank, causal)
+all, on any rank, if no document needs it. The first call on a group also compares how ranks call
+(:func:`lasp._core.consistency.check_same_calls`). With R = ``plan_ring(layout, rank, causal)
 .received_tokens``, the tokens that a rank needs from others, it moves
 
     ========  =============================  ==============================================
@@ -97,7 +98,8 @@ def ring_attention(
     Raises:
         ValueError: naming the argument, before any communication, if shapes, dtypes or devices do
             not fit together, the layout has another length or number of ranks, or the block is
-            unknown or cannot run these tensors.
+            unknown or cannot run these tensors; on every rank, if ranks differ in dtype, shapes,
+            layout or options in their first call on the group.
     """
     q, k, v = autocast_inputs(q, k, v)
     _check_tensors(q, k, v)

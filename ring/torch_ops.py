@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
+from lasp._core.consistency import compare_first_call, is_compared
 from lasp._core.derivatives import Reference
 from lasp._core.dtypes import wide_dtype
 from lasp._core.operators import Operators
@@ -87,7 +88,7 @@ def _where(
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    context = _context(q, *settings)
+    context = _context(q, k, *settings)
     with torch.autocast(q.device.type, enabled=False):
         output, lse = passes.forward(_rows(q, k, v), context)
     return output.contiguous(), lse.contiguous()
@@ -103,7 +104,7 @@ def _attention_backward(
     lse: Tensor,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    context = _context(q, *settings)
+    context = _context(q, k, *settings)
     merged = Partial(output, lse)
     with torch.autocast(q.device.type, enabled=False):
         gradients = passes.backward(doutput, dlse, merged, _rows(q, k, v), context)
@@ -116,19 +117,15 @@ def _rows(q: Tensor, k: Tensor, v: Tensor) -> QKV:
     return QKV(*(x.contiguous() for x in (q, k, v)))
 
 
-def _context(
-    q: Tensor,
-    lengths: Tensor,
-    num_ranks: int,
-    order: Order,
-    group: str,
-    causal: bool,
-    scale: float,
-    block: str,
-) -> passes.RingContext:
-    """Check what a compiled graph does not know, before any communication."""
+def _context(q: Tensor, k: Tensor, *settings: Any) -> passes.RingContext:
+    """Check what a compiled graph does not know, before any other communication."""
+    lengths, num_ranks, order, group, causal, scale, block = settings
     cp_group = _group(group)
     layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
+    if cp_group is not None and not is_compared("ring_attention", cp_group):
+        shapes = {"dtype": q.dtype, "q": list(q.shape), "k": list(k.shape)}
+        how = shapes | {"causal": causal, "scale": scale, "layout": layout.summary}
+        compare_first_call("ring_attention", cp_group, q, how)
     rank = _rank_of("q", q, -3, layout, cp_group)
     kernel = resolve_block(block, q.device, q.dtype, q.shape[-1])
     return passes.RingContext(plan_ring(layout, rank, causal), cp_group, kernel, scale)

@@ -1,12 +1,20 @@
-"""Remembering results: up to a number of bytes, by keys that may be long."""
+"""Remembering results: by number or by bytes, by keys that may be long; never fake tensors."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import lru_cache, wraps
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
+import torch
+from torch import Tensor
+
+from lasp._core.graphs import makes_fake_tensors
+
+K = TypeVar("K", bound=Hashable)
+P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -16,6 +24,36 @@ def hash_once(x: Any) -> int:
     if known is None:
         known = x.__dict__["_hash"] = hash(x.definition)
     return known
+
+
+def tensor_cache(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """``functools.lru_cache`` for what makes tensors: under FakeTensorMode they are made anew.
+
+    Fake tensors that were remembered would fail in real calls, and real ones in a trace.
+    """
+
+    def decorate(make: Callable[P, R]) -> Callable[P, R]:
+        held = lru_cache(maxsize)(make)
+
+        @wraps(held)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if makes_fake_tensors():
+                return make(*args, **kwargs)
+            return held(*args, **kwargs)  # type: ignore[arg-type]
+
+        return call
+
+    return decorate
+
+
+def remembered(tensors: dict[K, Tensor], key: K, build: Callable[[], Tensor]) -> Tensor:
+    """The tensor under ``key``; made, where it is not there, and under FakeTensorMode."""
+    if makes_fake_tensors():
+        return build()
+    if key not in tensors:
+        with torch.inference_mode(False):  # remembered, and used in training too
+            tensors[key] = build()
+    return tensors[key]
 
 
 class ByteCache(Generic[R]):
@@ -35,7 +73,9 @@ class ByteCache(Generic[R]):
         self._lock = Lock()  # backward runs in threads of its own
 
     def get(self, key: Hashable, build: Callable[[], R]) -> R:
-        """The result under ``key``; made, where it is not there."""
+        """The result under ``key``; made, where it is not there, and under FakeTensorMode."""
+        if makes_fake_tensors():
+            return build()
         with self._lock:
             if (held := self._held.get(key)) is not None:
                 self._held.move_to_end(key)

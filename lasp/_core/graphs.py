@@ -32,6 +32,16 @@ def outside_graphs(fn: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def makes_fake_tensors() -> bool:
+    """Whether tensors that are made now are fake, under FakeTensorMode: shapes without values.
+
+    Not what Dynamo makes of the code that it looks into.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def data_dependent_size() -> torch.SymInt:
     """In the fake of an operator: a size that depends on what is in a tensor.
 

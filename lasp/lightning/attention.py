@@ -19,7 +19,9 @@ no rank trains). That of an initial state is nonzero where the state is read. Sa
 backward: the inputs, the incoming state of each run and, with ``triton``, that of each segment,
 float32.
 
-Communication: forward and backward each exchange states once, and only if a document is cut:
+Communication: the first call on a group compares how ranks call
+(:func:`lasp._core.consistency.check_same_calls`). Forward and backward each exchange states once,
+and only if a document is cut:
 ``all_gather`` receives ``(P - 1) * runs * H * K * V * 4`` bytes (runs: the most sending ones of a
 rank); for the others see ``lasp.state_exchange``. In the forward ``eager`` computes under it and
 ``triton`` waits for it, in the backward dq is computed under it.
@@ -53,7 +55,13 @@ from lasp.lightning.op_context import (
     states_of_heads,
     states_of_rows,
 )
-from lasp.lightning.validation import check_qkv, checked_context, unserved
+from lasp.lightning.validation import (
+    check_first_call,
+    check_kinds,
+    check_qkv,
+    checked_context,
+    unserved,
+)
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import flow_of
 from lasp.state_exchange import Exchange
@@ -200,8 +208,9 @@ def lightning_attention(
     Communication: states, once each way, if a document is cut, as the module counts them.
 
     Raises:
-        ValueError: naming the argument, before any communication.
-        lasp.state_exchange.ExchangeError: if a rank is gone, see ``lasp.state_exchange.failure``.
+        ValueError: naming the argument, before any communication; on every rank, if ranks differ
+            in dtype, shapes, rates, layout or options in their first call on the group.
+        lasp.state_exchange.ExchangeError: if a rank is gone, see ``lasp._core.failure``.
     """
     settings: dict[str, Any] = {"scale": scale, "exchange": exchange, "state_eps": state_eps}
     settings["output_final_state"] = output_final_state
@@ -240,6 +249,8 @@ def _attend(
     settings: dict[str, Any],
 ) -> LightningOutput:
     refuse_transforms(REFERENCE, q, k, v, rates, initial_state)
+    check_kinds(rates, q, layout, cp_group, settings["exchange"])
+    check_first_call(q, v, rates, layout, cp_group, **settings)
     op = checked_context(q, v, rates, initial_state, layout, cp_group, **settings)
     q = join_backward(cp_group, q, k, v, initial_state)
     if initial_state is not None:

@@ -19,13 +19,13 @@ retnet       ``-log(1 - 2^(-5-h))`` in every layer.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import inf
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lasp._core.cache import tensor_cache
 from lasp._core.host_constants import to_device
 
 # A state that decays faster is gone after one token, in float64 too. Not more than that: a rate
@@ -103,7 +103,7 @@ def rates_on(rates: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return rates_by_value(tuple(rates.tolist()), device, dtype)
 
 
-@lru_cache(maxsize=1024)  # one entry a layer
+@tensor_cache(maxsize=1024)  # one entry a layer
 def rates_by_value(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """The rates as a tensor that every call with these values shares, none above ``FASTEST``."""
     check_rates(values)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.cache import tensor_cache
 from lasp._core.derivatives import Reference
 from lasp._core.host_constants import to_device
 from lasp.sequence.layout import SequenceLayout
@@ -72,7 +73,7 @@ def transitions_of(
     return [transitions(choice) for choice in op.exchange]
 
 
-@lru_cache(maxsize=4096)  # a few entries a layer
+@tensor_cache(maxsize=4096)  # a few entries a layer
 def _decay(
     rates: tuple[float, ...], length: int, eps: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:

@@ -5,6 +5,7 @@ Every rank checks before the first collective, so that a wrong call raises inste
 
 from __future__ import annotations
 
+from array import array
 from typing import get_args
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.checks import checked_scale
+from lasp._core.consistency import compare_first_call, digest_of, is_compared
 from lasp._core.dtypes import wide_dtype
 from lasp.lightning.decay import check_rates
 from lasp.lightning.op_context import OpContext
@@ -79,8 +81,7 @@ def checked_context(
     output_final_state: bool,
     state_eps: float,
 ) -> OpContext:
-    """The call; raise ValueError for what does not fit ``q`` and ``v``."""
-    check_kinds(rates, q, layout, cp_group, exchange)
+    """The call, of :func:`check_kinds`; raise ValueError for what does not fit ``q`` and ``v``."""
     values = check_rates(tuple(rates.tolist()))
     if layout is None:
         layout = SequenceLayout((q.shape[-3],), num_ranks=1)
@@ -90,6 +91,30 @@ def checked_context(
     choices = resolve_exchange(exchange, layout, values, state_eps, q.shape[-1], v.shape[-1])
     scale = checked_scale(scale)
     return OpContext(layout, rank, cp_group, scale, choices, output_final_state, state_eps, values)
+
+
+def check_first_call(
+    q: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    layout: SequenceLayout | None,
+    cp_group: dist.ProcessGroup | None,
+    **settings: object,
+) -> None:
+    """In the first call on a group have the ranks compare how they call, and raise if not alike."""
+    if cp_group is None or is_compared("lightning_attention", cp_group):
+        return
+    values = rates.tolist()
+    digest = digest_of(array("d", values)).hex()
+    how = {
+        "dtype": q.dtype,
+        "q": list(q.shape),
+        "v": list(v.shape),
+        "rates": f"{min(values)} to {max(values)} (digest {digest})",
+        "layout": layout and layout.summary,
+        **{name: settings[name] for name in ("scale", "exchange", "state_eps")},
+    }
+    compare_first_call("lightning_attention", cp_group, q, how)
 
 
 def check_kinds(

@@ -28,6 +28,7 @@ the experts leave them out.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -38,7 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.cache import ByteCache, hash_once
-from lasp._core.consistency import check_same_on_ranks
+from lasp._core.consistency import check_same_on_ranks, digest_of
 from lasp._core.host_constants import to_device
 from lasp.sequence.fold import WorkIndex, fold_runs
 from lasp.sequence.pack import Order, PackDefinition
@@ -63,8 +64,9 @@ class SequenceLayout(PackDefinition):
 
     Pure host data computed from the lengths alone, without communication. Build it once per batch
     and hand it to every layer; derived tuples and per-device tensors are cached on the object.
-    Operators trust it to be equal on every rank: comparing would cost a collective. Where the ranks
-    make a batch each by itself, :meth:`check_same_on_ranks` compares it, once.
+    Operators compare it in their first call on a group, and then trust it to be equal on every
+    rank: comparing would cost a collective. Where the ranks make a batch each by itself,
+    :meth:`check_same_on_ranks` compares it, once.
 
     Args:
         document_lengths: tokens of each document, in pack order; zero is allowed.
@@ -114,6 +116,11 @@ class SequenceLayout(PackDefinition):
             "the layout", self.numbers, self._description(), group,
             "build it from the same document lengths on every rank, or broadcast them first",
         )  # fmt: skip
+
+    @property
+    def summary(self) -> str:
+        """What ranks compare of a layout: its sizes, and a digest that tells it from others."""
+        return f"{self._description()} (digest {digest_of(array('q', self.numbers)).hex()})"
 
     @property
     def numbers(self) -> list[int]:

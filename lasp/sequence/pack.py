@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -12,7 +13,9 @@ from typing import Any, ClassVar, Literal, Self, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from lasp._core.graphs import makes_fake_tensors
 from lasp.sequence.runs import Sections, sections_of
 
 Order = Literal["contiguous", "zigzag", "fold", "document_zigzag"]
@@ -29,7 +32,7 @@ class PackDefinition:
             CPU: for compiled graphs data, not code. A copy.
     """
 
-    _lengths: ClassVar[Tensor]  # each object has its own; no field, so not compared
+    _kept_lengths: ClassVar[Tensor]  # each object has its own; no field, so not compared
 
     document_lengths: tuple[int, ...]
     num_ranks: int
@@ -48,7 +51,7 @@ class PackDefinition:
         if self.order not in get_args(Order):
             raise ValueError(f"order must be one of {get_args(Order)}, got {self.order!r}")
         object.__setattr__(self, "padded_lengths", self._checked_padded_lengths())
-        self._make_lengths_tensor()
+        self._keep_lengths_tensor()
 
     def _checked_padded_lengths(self) -> tuple[int, ...] | None:
         """One form for equal layouts: None where no document is padded, but in document_zigzag."""
@@ -61,14 +64,24 @@ class PackDefinition:
         check_padded_lengths(padded, lengths, multiple)
         return padded if by_document or padded != lengths else None
 
-    def _make_lengths_tensor(self) -> None:
+    def _keep_lengths_tensor(self) -> None:
+        # A layout that is made in a trace may be used in real calls.
+        with unset_fake_temporarily() if makes_fake_tensors() else nullcontext():
+            tensor = self._new_lengths_tensor()
+        # Operators hand over this tensor in place of the layout, and find the layout again by it.
+        tensor._sequence_layout = weakref.ref(self)  # type: ignore[attr-defined]
+        object.__setattr__(self, "_kept_lengths", tensor)
+
+    def _new_lengths_tensor(self) -> Tensor:
         with torch.inference_mode(False):  # a layout made in inference mode may be trained with
             rows = self.document_lengths, self.padded_lengths
             lengths = rows[0] if rows[1] is None else rows
-            tensor = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-        # Operators hand over this tensor in place of the layout, and find the layout again by it.
-        tensor._sequence_layout = weakref.ref(self)  # type: ignore[attr-defined]
-        object.__setattr__(self, "_lengths", tensor)
+            return torch.tensor(lengths, dtype=torch.int64, device="cpu")
+
+    @property
+    def _lengths(self) -> Tensor:
+        """``lengths_tensor``, not to be written to; a fake one under FakeTensorMode."""
+        return self._new_lengths_tensor() if makes_fake_tensors() else self._kept_lengths
 
     @property
     def lengths_tensor(self) -> Tensor:
@@ -163,7 +176,7 @@ class PackDefinition:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._make_lengths_tensor()
+        self._keep_lengths_tensor()
 
 
 def integers(name: str, values: Iterable[SupportsIndex]) -> tuple[int, ...]:

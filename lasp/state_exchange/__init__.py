@@ -28,8 +28,8 @@ none, it is one collective. On the CPU the first collective runs behind the call
 rest when it is waited for.
 """
 
+from lasp._core.failure import ExchangeError
 from lasp.state_exchange.choice import Exchange, ExchangeChoice, kept_over, resolve_exchange
-from lasp.state_exchange.failure import ExchangeError
 from lasp.state_exchange.start import Wait, start_exchange
 from lasp.state_exchange.strategies import STRATEGIES
 from lasp.state_exchange.task import Transitions

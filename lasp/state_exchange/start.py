@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.cache import tensor_cache
+from lasp._core.failure import naming
 from lasp._core.host_constants import to_device
 from lasp.sequence.state_flow import StateFlow
 from lasp.state_exchange.choice import ExchangeChoice
-from lasp.state_exchange.failure import naming
 from lasp.state_exchange.strategies import STRATEGIES
 from lasp.state_exchange.task import Finish, Task, Transitions
 
@@ -45,7 +46,7 @@ def start_exchange(
 
     Raises:
         ExchangeError: here or in the returned function, if a rank is gone or does not come within
-            the timeout of the group, see ``lasp.state_exchange.failure``.
+            the timeout of the group, see ``lasp._core.failure``.
     """
     incoming = _nothing_yet(choices, outgoing, flow)
     if cp_group is None or flow.num_slots == 0:
@@ -117,11 +118,12 @@ def _start_choice(
         own = outgoing[:, heads].contiguous()
         part = own.new_zeros(flow.num_runs, *own.shape[1:])
     task = Task(part, own, flow, transitions, cp_group, choice.num_blocks)
-    with naming(choice.strategy, cp_group):
+    what = f"state exchange {choice.strategy!r}"
+    with naming(what, cp_group):
         finish = STRATEGIES[choice.strategy](task)
 
     def place() -> None:
-        with naming(choice.strategy, cp_group):
+        with naming(what, cp_group):
             finish()
         if part is not incoming:
             incoming[:, heads] = part
@@ -135,7 +137,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-@lru_cache(maxsize=1024)
+@tensor_cache(maxsize=1024)
 def _index(heads: tuple[int, ...], device: torch.device) -> slice | Tensor:
     first, last = heads[0], heads[-1]
     if last - first + 1 == len(heads):

@@ -15,7 +15,6 @@ multiples of 16 bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp._core.cache import tensor_cache
 from lasp._core.host_constants import to_device
 from moe_parallel.pipeline.streams import at_other_stream
 
@@ -97,7 +97,7 @@ def _ends_of(counts: Sequence[int], device: torch.device) -> Tensor:
     return _ends(tuple(counts), device, at_other_stream(device))
 
 
-@lru_cache(maxsize=4096)
+@tensor_cache(maxsize=4096)
 def _ends(counts: tuple[int, ...], device: torch.device, other: bool) -> Tensor:
     # Kept: all products of a call share it, and a CUDA graph must find it there.
     with torch.inference_mode(False):

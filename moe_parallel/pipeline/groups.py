@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from lasp._core.cache import tensor_cache
 from lasp._core.host_constants import to_device
 
 
@@ -32,7 +33,7 @@ def dispatch_positions(num_experts: int, ep_size: int, groups: Sequence[range]) 
     return positions
 
 
-@lru_cache(maxsize=64)
+@tensor_cache(maxsize=64)
 def positions_on(
     device: torch.device, num_experts: int, ep_size: int, groups: tuple[range, ...]
 ) -> Tensor:

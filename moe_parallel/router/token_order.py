@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.cache import remembered
 from lasp._core.host_constants import to_device
 
 
@@ -237,11 +238,7 @@ class TokenOrder:
     def _cached(
         self, name: str, rank: int, device: torch.device, build: Callable[[], Tensor]
     ) -> Tensor:
-        key = (name, rank, device)
-        if key not in self._tensors:
-            with torch.inference_mode(False):  # remembered, and used in training too
-                self._tensors[key] = to_device(build(), device)
-        return self._tensors[key]
+        return remembered(self._tensors, (name, rank, device), lambda: to_device(build(), device))
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the definition only; the rest belongs to this process."""

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lasp._core.cache import tensor_cache
 from lasp._core.dtypes import wide_dtype
 from lasp._core.host_constants import to_device
 from ring.blocks.merge import Partial
@@ -124,7 +124,7 @@ def wide_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=wide_dtype(x.dtype), memory_format=torch.contiguous_format)
 
 
-@lru_cache(maxsize=256)  # a few batches in flight
+@tensor_cache(maxsize=256)  # a few batches in flight
 def cu_seqlens(borders: tuple[int, ...], device: torch.device) -> Tensor:
     """Borders of segments on a device, int32; the last ones are kept."""
     with torch.inference_mode(False):  # kept, and used in training too

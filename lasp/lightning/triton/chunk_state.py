@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lasp._core.cache import tensor_cache
 from lasp._core.host_constants import to_device
 from lasp._core.launcher import launcher_of
 from lasp.lightning.triton import tuning
@@ -45,7 +45,7 @@ class States(NamedTuple):
     outgoing: Tensor
 
 
-@lru_cache(maxsize=1024)
+@tensor_cache(maxsize=1024)
 def parts_of(
     state_lengths: tuple[int, ...], reaches: tuple[int, ...], length: int, device: torch.device
 ) -> SegmentParts:

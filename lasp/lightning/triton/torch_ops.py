@@ -19,7 +19,7 @@ from lasp._core.joint_backward import join_backward
 from lasp._core.operators import Operators
 from lasp.lightning.op_context import REFERENCE
 from lasp.lightning.triton import schedule as fused
-from lasp.lightning.validation import check_kinds
+from lasp.lightning.validation import check_first_call, check_kinds
 from lasp.sequence.layout import Order, SequenceLayout
 from lasp.state_exchange import Exchange
 
@@ -80,7 +80,13 @@ def _one_document(length: int) -> SequenceLayout:
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, rates: Tensor, initial_state: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fused.forward(q, k, v, rates, initial_state, _settings(*settings))
+    call = _settings(*settings)
+    if call.cp_group is not None:  # here: plans do not know it
+        check_first_call(
+            q, v, rates, call.layout, call.cp_group,
+            scale=call.scale, exchange=call.exchange, state_eps=call.state_eps,
+        )  # fmt: skip
+    return fused.forward(q, k, v, rates, initial_state, call)
 
 
 def _attention_backward(

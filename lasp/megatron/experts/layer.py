@@ -146,6 +146,7 @@ class ExpertParallelMoELayer(MoELayer):
 
         def compute(hidden: Tensor) -> Tensor:
             rows = hidden.flatten(0, 1)
+            self.moe.check_first_call(rows, token_order)
             order, rank = self.moe.agreed_order(rows, token_order), self.moe.mesh.token_rank
             tokens = order.take(rows, rank)
             routing = self._with_aux_loss(self.moe.gate(tokens, order))

@@ -19,27 +19,41 @@ from tests.ranks import run_on_ranks
 TIMEOUT_S = 1.5
 
 
-def wait_for_rank_2(exchange: str) -> tuple[str, float]:
-    """Rank 2 never comes; what the others raise, and after how long."""
+def wait_for_rank_2(exchange: str, calls_before: int) -> tuple[str, float]:
+    """After so many calls rank 2 never comes; what the others raise, and after how long."""
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
+
+    def call() -> None:
+        x, rates = torch.ones(10, 2, 4), torch.tensor([0.0, 0.1])
+        lightning_attention(
+            x, x, x, rates, layout=SequenceLayout((40,), 4), cp_group=group, exchange=exchange
+        )
+
+    for _ in range(calls_before):
+        call()
     message, start = "", time.monotonic()
     if dist.get_rank() != 2:
-        x, rates = torch.ones(10, 2, 4), torch.tensor([0.0, 0.1])
         with pytest.raises(ExchangeError) as caught:
-            lightning_attention(
-                x, x, x, rates, layout=SequenceLayout((40,), 4), cp_group=group, exchange=exchange
-            )
+            call()
         message = str(caught.value)
     elapsed = time.monotonic() - start
     dist.barrier()
     return message, elapsed
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "scan"])
-def test_a_rank_that_never_comes_is_named(exchange: str) -> None:
-    for rank, (message, elapsed) in enumerate(run_on_ranks(wait_for_rank_2, 4, exchange)):
+@pytest.mark.parametrize(
+    ("exchange", "calls_before", "what"),
+    [
+        ("scan", 0, "the comparison of first calls of lightning_attention"),
+        ("all_gather", 1, "state exchange 'all_gather'"),
+        ("scan", 1, "state exchange 'scan'"),
+    ],
+)
+def test_a_rank_that_never_comes_is_named(exchange: str, calls_before: int, what: str) -> None:
+    results = run_on_ranks(wait_for_rank_2, 4, exchange, calls_before)
+    for rank, (message, elapsed) in enumerate(results):
         if rank != 2:
-            assert message.startswith(f"state exchange '{exchange}' failed on rank {rank} of 4")
+            assert message.startswith(f"{what} failed on rank {rank} of 4")
             assert "no word of ranks [2]" in message
             assert "Timed out" in message or "closed" in message
             assert elapsed < 10 * TIMEOUT_S  # the machine may be busy
@@ -53,11 +67,12 @@ rank, path = int(sys.argv[1]), sys.argv[2]
 store = dist.FileStore(path, 2)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
 x = torch.ones(10, 1, 4)
-dist.barrier()
-if rank == 1:
-    os._exit(3)
-lightning_attention(x, x, x, torch.ones(1), layout=SequenceLayout((20,), 2, "zigzag"),
-                    cp_group=dist.group.WORLD, exchange="sliced")
+for _ in range(2):
+    lightning_attention(x, x, x, torch.ones(1), layout=SequenceLayout((20,), 2, "zigzag"),
+                        cp_group=dist.group.WORLD, exchange="sliced")
+    dist.barrier()
+    if rank == 1:
+        os._exit(3)
 """
 
 

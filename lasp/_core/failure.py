@@ -1,4 +1,4 @@
-"""What a rank says when an exchange breaks: which one, and who is missing.
+"""What a rank says when a collective breaks: which one, and who is missing.
 
 gloo raises on the ranks that wait, with an address for a name, when a connection closes or the
 timeout of the group has passed. The ranks that saw it then call the roll through the store that the
@@ -19,40 +19,40 @@ ROLL_CALL_S = 1.0
 
 
 class ExchangeError(RuntimeError):
-    """A collective of a state exchange failed on this rank."""
+    """A state exchange, or the comparison of first calls, failed on this rank."""
 
 
 @contextmanager
-def naming(strategy: str, cp_group: dist.ProcessGroup) -> Iterator[None]:
+def naming(what: str, group: dist.ProcessGroup) -> Iterator[None]:
     """Errors of the collectives inside become an :class:`ExchangeError` that names them."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # what gloo raises
-        missing = _missing(cp_group)
+        missing = _missing(group)
         who = f"no word of ranks {missing}" if missing else "all ranks saw it fail"
         raise ExchangeError(
-            f"state exchange {strategy!r} failed on rank {cp_group.rank()} of {cp_group.size()}:"
-            f" {who} (ranks of cp_group {cp_group.group_name!r}) after {ROLL_CALL_S} s. A rank that"
-            f" is missing died, raised, or never came to this exchange: see its log. {error}"
+            f"{what} failed on rank {group.rank()} of {group.size()}: {who} (ranks of group"
+            f" {group.group_name!r}) after {ROLL_CALL_S} s. A rank that is missing died, raised, or"
+            f" never came here: see its log. {error}"
         ) from error
 
 
-def _missing(cp_group: dist.ProcessGroup) -> list[int]:
+def _missing(group: dist.ProcessGroup) -> list[int]:
     """Ranks that have not reported the failure of the group in time."""
-    waiting = set(range(cp_group.size()))
+    waiting = set(range(group.size()))
     deadline = time.monotonic() + ROLL_CALL_S
     try:
-        store = cp_group.get_group_store()
-        store.set(_key(cp_group.rank()), "")
+        store = group.get_group_store()
+        store.set(_key(group.rank()), "")
         while True:
             waiting = {rank for rank in waiting if not store.check([_key(rank)])}
             if not waiting or time.monotonic() > deadline:
                 return sorted(waiting)
             time.sleep(0.05)
     except RuntimeError:  # the store died with its rank
-        return sorted(waiting - {cp_group.rank()})
+        return sorted(waiting - {group.rank()})
 
 
 def _key(rank: int) -> str:

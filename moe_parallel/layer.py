@@ -21,7 +21,7 @@ from moe_parallel.dispatch.padding import drop_by_rank, padded_order
 from moe_parallel.dispatch.permute import RowOrder, permute, row_order, unpermute
 from moe_parallel.dispatch.plan import RowCounts, checked_rows
 from moe_parallel.experts.experts import Experts, generator_of
-from moe_parallel.mesh import block_ranks, expert_mesh
+from moe_parallel.mesh import expert_mesh
 from moe_parallel.pipeline.groups import expert_groups, positions_on
 from moe_parallel.pipeline.pipeline import Pipeline
 from moe_parallel.pipeline.timeline import Timeline
@@ -109,8 +109,7 @@ class ExpertParallelMoE(nn.Module):
         self.mesh = expert_mesh(groups)
         self.groups = groups
         self.dispatcher = make_dispatcher(self.mesh, groups, symmetric_memory)
-        several = len(self.mesh.sources) > 1
-        self._block = frozenset(block_ranks(groups) if several else ())
+        self._is_split = len(self.mesh.sources) > 1
         self.gate = Router(config, token_group=self.groups.token, device=device, dtype=dtype)
         self.experts = Experts(
             config.hidden_size,
@@ -177,8 +176,8 @@ class ExpertParallelMoE(nn.Module):
         (hidden,) = autocast_inputs(hidden)
         self.check_first_call(hidden, token_order)
         check_hidden(hidden, self.experts.w13)
-        if self._block:
-            check_replicas(self.experts, self._block)
+        if self._is_split:
+            check_replicas(self.experts)
         rows = hidden.reshape(-1, self.config.hidden_size)
         token_order = self.agreed_order(rows, token_order)
         x_TM = token_order.take(rows, self.mesh.token_rank)

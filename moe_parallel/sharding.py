@@ -121,24 +121,21 @@ def _check_split(
         )
 
 
-def check_replicas(experts: Experts, block: frozenset[int]) -> None:
+def check_replicas(experts: Experts) -> None:
     """Raise ValueError if ``DistributedDataParallel`` takes split experts for replicas.
 
     It broadcasts parameters when it is made, where no module is asked: so this looks at whose
-    forward is going on.
-
-    Args:
-        experts: to be called.
-        block: global ranks that hold parts of the same experts or of other ones.
+    forward is going on, of nested ones at the innermost.
     """
     wrapper = DistributedDataParallel._get_active_ddp_module()
     if wrapper is None or getattr(wrapper, "knows_experts", False):
         return
-    ranks = block.intersection(dist.get_process_group_ranks(wrapper.process_group))
     # Not experts.w13: a parametrization computes it from the parameters that the wrapper holds.
-    if len(ranks) > 1 and not set(experts.parameters()).isdisjoint(wrapper._module_parameters):
+    if not set(experts.parameters()).isdisjoint(wrapper._module_parameters):
+        ranks = dist.get_process_group_ranks(wrapper.process_group)
         raise ValueError(
-            f"DistributedDataParallel must not hold experts that are split over ranks"
-            f" {sorted(ranks)}: it has overwritten them with those of one rank. Wrap a new model"
-            " with moe_parallel.apply_ddp"
+            f"DistributedDataParallel over ranks {ranks} must not hold experts that are split over"
+            " ranks: it overwrites them where its ranks hold other ones, and averages gradients of"
+            " experts and of all else over different numbers of ranks. Wrap a new model with"
+            " moe_parallel.apply_ddp"
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lasp.sequence.layout import SequenceLayout
 from ring.attention import ring_attention
+from ring.blocks.registry import check_block
 from ring.rope import apply_rotary, check_rotary_dim
 from ring.torch_ops import check_kinds, positions
 
@@ -34,7 +35,8 @@ class RingAttention(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: if a size is below 1, the heads do not divide or ``rotary_dim`` does not fit.
+        ValueError: if a size is below 1, the heads do not divide, ``rotary_dim`` does not fit or
+            ``block`` is unknown.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class RingAttention(nn.Module):
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide {num_heads} heads, got {num_kv_heads}")
         check_rotary_dim(rotary_dim, head_dim)
+        check_block(block)
         self.hidden_size = hidden_size
         self.head_dim = head_dim
         self.rotary_dim = rotary_dim

@@ -233,7 +233,17 @@ def misused_on_rank() -> dict[str, str]:
     def fsdp(built: nn.Module) -> None:
         fully_shard(built, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("dp",)))
 
+    def nested_ddp(built: HybridModel) -> None:
+        """By hand: experts over their replicas, here one rank, and the rest over all."""
+        alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+        for layer in built.layers:
+            layer.moe = DistributedDataParallel(layer.moe, process_group=alone)
+        names = [name for name, _ in built.named_parameters() if ".experts." in name]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(built, names)
+        ddp(built)
+
     uses = {
+        "nested DDP": lambda: nested_ddp(model(dtensors=False)),
         "DDP": lambda: ddp(model(dtensors=False)),
         "DDP of DTensors": lambda: ddp(model(dtensors=True)),
         "fully_shard": lambda: fsdp(model(dtensors=False)),
@@ -260,7 +270,8 @@ def misused_on_rank() -> dict[str, str]:
 def test_tools_that_would_mix_experts_raise() -> None:
     for answers in run_on_ranks(misused_on_rank, 2):
         for name, message in {
-            "DDP": "must not hold experts that are split over ranks [0, 1]",
+            "DDP": "DistributedDataParallel over ranks [0, 1] must not hold experts",
+            "nested DDP": "must not hold experts that are split over ranks",
             "fully_shard": "w13 must not be sharded over",
             "state_dict": "call moe_parallel.distribute_experts(model, topology) first",
             "load_state_dict": "call moe_parallel.distribute_experts(model, topology) first",

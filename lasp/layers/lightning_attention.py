@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lasp._core.impl import Impl
+from lasp._core.impl import Impl, check_impl
 from lasp.layers.norm_gate import norm_gate, silu_split
 from lasp.lightning.attention import LightningOutput, lightning_attention
 from lasp.lightning.decay import Variant, decay_rates
 from lasp.lightning.decode import lightning_decode
 from lasp.sequence.layout import SequenceLayout
-from lasp.state_exchange import Exchange
+from lasp.state_exchange import Exchange, check_exchange
 
 
 class GatedNorm(nn.RMSNorm):
@@ -51,6 +51,9 @@ class LightningAttention(nn.Module):
         dtype: of the parameters. The rates are float32 and stay on the CPU, whatever the module is
             cast or moved to: the operator reads them there.
 
+    Raises:
+        ValueError: for an unknown ``decay``, ``exchange`` or ``impl``.
+
     Source: MiniMax-01, arXiv:2501.08313, section 2; transformers 5.23
     ``models/minimax/modeling_minimax.py``.
     """
@@ -71,6 +74,8 @@ class LightningAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_exchange(exchange)
+        check_impl(impl)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.head_dim = head_dim

@@ -18,6 +18,12 @@ _CUDNN = TiledBlock("cudnn", CudnnBlock(), _FLASH)
 BLOCKS: dict[str, Block] = {b.name: b for b in (_CUDNN, _FLASH, CpuFlashBlock(), EagerBlock())}
 
 
+def check_block(name: str) -> None:
+    """Raise ValueError for a name that is not offered."""
+    if name != "auto" and name not in BLOCKS:
+        raise ValueError(f"block must be one of {('auto', *BLOCKS)}, got {name!r}: use 'auto'")
+
+
 def resolve_block(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Block:
     """The block called ``name``, for tensors like these.
 
@@ -30,8 +36,7 @@ def resolve_block(name: str, device: torch.device, dtype: torch.dtype, head_dim:
     """
     if name == "auto":
         return _first_without_obstacle(device, dtype, head_dim)
-    if name not in BLOCKS:
-        raise ValueError(f"block must be one of {('auto', *BLOCKS)}, got {name!r}")
+    check_block(name)
     if (obstacle := BLOCKS[name].obstacle(device, dtype, head_dim)) is not None:
         raise ValueError(
             f"block {name!r} {obstacle}, got {dtype} on {device.type}, head dim {head_dim}: use"

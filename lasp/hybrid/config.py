@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lasp._core.impl import Impl, check_impl
 from lasp.lightning.decay import Variant
-from lasp.state_exchange import Exchange, check_exchange
+from lasp.lightning.validation import check_exchange
+from lasp.state_exchange import Exchange
 from moe_parallel import MoEConfig
 
 

@@ -11,8 +11,9 @@ from lasp.layers.norm_gate import norm_gate, silu_split
 from lasp.lightning.attention import LightningOutput, lightning_attention
 from lasp.lightning.decay import Variant, decay_rates
 from lasp.lightning.decode import lightning_decode
+from lasp.lightning.validation import check_exchange
 from lasp.sequence.layout import SequenceLayout
-from lasp.state_exchange import Exchange, check_exchange
+from lasp.state_exchange import Exchange
 
 
 class GatedNorm(nn.RMSNorm):

@@ -6,6 +6,7 @@ Every rank checks before the first collective, so that a wrong call raises inste
 from __future__ import annotations
 
 from array import array
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -18,13 +19,22 @@ from lasp.lightning.decay import check_rates
 from lasp.lightning.op_context import OpContext
 from lasp.lightning.triton.tuning import MAX_HEAD_DIM
 from lasp.sequence.layout import SequenceLayout
-from lasp.state_exchange import Exchange, check_exchange, resolve_exchange
+from lasp.state_exchange import Exchange, resolve_exchange
 
 
 def unserved(q: Tensor, v: Tensor) -> str:
     """The head dim that the Triton kernels do not serve; empty if they serve both."""
     dim = max(q.shape[-1], v.shape[-1])
     return "" if dim <= MAX_HEAD_DIM else f"a head dim of {dim}, above {MAX_HEAD_DIM}"
+
+
+def check_exchange(exchange: Exchange) -> None:
+    """Raise ValueError for a name that is not offered."""
+    if exchange not in get_args(Exchange):
+        raise ValueError(
+            f"exchange must be one of {get_args(Exchange)}, got {exchange!r}: see"
+            " lasp.state_exchange"
+        )
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

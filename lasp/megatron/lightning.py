@@ -19,11 +19,12 @@ from lasp._core.impl import Impl, check_impl
 from lasp.layers.norm_gate import silu_split
 from lasp.lightning.attention import lightning_attention
 from lasp.lightning.decay import Variant, decay_rates
+from lasp.lightning.validation import check_exchange
 from lasp.megatron.batch import layout_of, order_of_rows
 from lasp.megatron.checks import groups_of, refuse_arguments, require
 from lasp.megatron.norm import HeadsNorm
 from lasp.megatron.packs import PackedCut, check_packed_cut
-from lasp.state_exchange import Exchange, check_exchange
+from lasp.state_exchange import Exchange
 
 # Sizes of Megatron's own linear attentions, by their defaults: heads here are num_attention_heads
 # of kv_channels, and there is no convolution.

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from lasp._core.cache import ByteCache, hash_once
 from lasp._core.consistency import check_same_on_ranks, digest_of
+from lasp._core.graphs import makes_fake_tensors
 from lasp._core.host_constants import to_device
 from lasp.sequence.fold import WorkIndex, fold_runs
 from lasp.sequence.pack import Order, PackDefinition
@@ -86,8 +87,18 @@ class SequenceLayout(PackDefinition):
 
     Attributes:
         lengths_tensor: the lengths ``[N]``, or ``[2, N]`` with the padded lengths, int64, on the
-            CPU: for compiled graphs data, not code. See :meth:`from_lengths_tensor`.
+            CPU: for compiled graphs data, not code. A copy. See :meth:`from_lengths_tensor`.
     """
+
+    @property
+    def lengths_tensor(self) -> Tensor:
+        """See the class."""
+        return self._lengths.clone()
+
+    @property
+    def _lengths(self) -> Tensor:
+        """``lengths_tensor``, not to be written to; a fake one under FakeTensorMode."""
+        return self._new_lengths_tensor() if makes_fake_tensors() else self._kept_lengths
 
     @classmethod
     def from_lengths_tensor(cls, lengths: Tensor, num_ranks: int, order: Order) -> SequenceLayout:

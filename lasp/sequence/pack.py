@@ -26,10 +26,6 @@ class PackDefinition:
     """The arguments of :class:`lasp.SequenceLayout`, checked, and the sizes that follow from them.
 
     Args and errors: see there.
-
-    Attributes:
-        lengths_tensor: the lengths ``[N]``, or ``[2, N]`` with the padded lengths, int64, on the
-            CPU: for compiled graphs data, not code. A copy.
     """
 
     _kept_lengths: ClassVar[Tensor]  # each object has its own; no field, so not compared
@@ -77,16 +73,6 @@ class PackDefinition:
             rows = self.document_lengths, self.padded_lengths
             lengths = rows[0] if rows[1] is None else rows
             return torch.tensor(lengths, dtype=torch.int64, device="cpu")
-
-    @property
-    def _lengths(self) -> Tensor:
-        """``lengths_tensor``, not to be written to; a fake one under FakeTensorMode."""
-        return self._new_lengths_tensor() if makes_fake_tensors() else self._kept_lengths
-
-    @property
-    def lengths_tensor(self) -> Tensor:
-        """See the class."""
-        return self._lengths.clone()
 
     @classmethod
     def from_cu_seqlens(

@@ -29,13 +29,7 @@ rest when it is waited for.
 """
 
 from lasp._core.failure import ExchangeError
-from lasp.state_exchange.choice import (
-    Exchange,
-    ExchangeChoice,
-    check_exchange,
-    kept_over,
-    resolve_exchange,
-)
+from lasp.state_exchange.choice import Exchange, ExchangeChoice, kept_over, resolve_exchange
 from lasp.state_exchange.start import Wait, start_exchange
 from lasp.state_exchange.strategies import STRATEGIES
 from lasp.state_exchange.task import Transitions
@@ -47,7 +41,6 @@ __all__ = [
     "ExchangeError",
     "Transitions",
     "Wait",
-    "check_exchange",
     "kept_over",
     "resolve_exchange",
     "start_exchange",

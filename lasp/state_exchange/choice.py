@@ -47,14 +47,6 @@ def kept_over(rate: float, length: int, eps: float) -> float:
     return kept if kept >= eps else 0.0
 
 
-def check_exchange(name: str) -> None:
-    """Raise ValueError for a name that is not offered."""
-    if name not in get_args(Exchange):
-        raise ValueError(
-            f"exchange must be one of {get_args(Exchange)}, got {name!r}: see lasp.state_exchange"
-        )
-
-
 def resolve_exchange(
     name: str,
     layout: SequenceLayout,
@@ -77,7 +69,8 @@ def resolve_exchange(
         ValueError: for an unknown name, an eps that is no share of a state, and for ``one_hop``
             where more would have to pass.
     """
-    check_exchange(name)
+    if name not in get_args(Exchange):
+        raise ValueError(f"exchange must be one of {get_args(Exchange)}, got {name!r}")
     if not 0 <= eps < 1:
         raise ValueError(f"state_eps must be in [0, 1), got {eps}: 0 keeps all")
     return _resolved(name, layout.definition, rates, eps, key_dim, value_dim)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.ranks import IMPORTED
+
 MISSING = find_spec("megatron") is None or find_spec("megatron.core") is None
+
+if not MISSING:
+    multiprocessing.set_forkserver_preload([*IMPORTED, "lasp.megatron"])
 
 
 class Unread(pytest.Module):

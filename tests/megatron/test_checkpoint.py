@@ -61,7 +61,6 @@ def load_block(sizes: dict[str, int], directory: Path) -> None:
 
 LAYOUTS = [
     (1, {}),
-    (2, {"tp": 2, "ep": 2}),
     (4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2}),
     (4, {"pp": 2, "cp": 2, "etp": 2}),
 ]

@@ -7,12 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lasp.layers.norm_gate import norm_gate, silu_split
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
-from tests.ranks import run_on_ranks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
@@ -185,48 +183,6 @@ def test_the_same_bits_every_time_and_no_second_derivative() -> None:
         torch.autograd.grad(dx.sum(), x)
 
 
-def norm_on_rank(impl: str, device: str = "cpu") -> list[Tensor]:
-    """Rank function: this rank's features, outputs and gradients."""
-    inputs = norm_inputs(9, 24, on="cpu")
-    rank, size = dist.get_rank(), dist.get_world_size()
-    shares = [t.unflatten(-1, (size, -1))[..., rank, :].to(device) for t in inputs]
-    group = dist.group.WORLD
-
-    def function(*tensors: Tensor) -> tuple[Tensor]:
-        return (norm_gate(*tensors, eps=EPS, tp_group=group, impl=impl),)
-
-    leaves = [x.detach().requires_grad_() for x in shares]
-    (y,) = function(*leaves)
-    dy = inputs[0].cos().unflatten(-1, (size, -1))[..., rank, :].to(device)
-    return [t.detach().cpu() for t in (y, *torch.autograd.grad(y, leaves, dy))]
-
-
-def check_ranks(results: list[list[Tensor]]) -> None:
-    torch.manual_seed(0)
-    inputs = norm_inputs(9, 24, on="cpu")
-    exact = [t.double().requires_grad_() for t in inputs]
-    (y,) = written_out_norm(*exact)
-    wide = [y.detach(), *torch.autograd.grad(y, exact, inputs[0].double().cos())]
-    leaves = [t.requires_grad_() for t in inputs]
-    y = norm_gate(*leaves, eps=EPS)
-    fair = [y.detach(), *torch.autograd.grad(y, leaves, inputs[0].detach().cos())]
-    for index, (w, f) in enumerate(zip(wide, fair)):
-        together = torch.cat([result[index] for result in results], dim=-1)
-        assert_within_budget(together, w, f, what=f"result {index}")
-
-
-def seeded(impl: str, device: str = "cpu") -> list[Tensor]:
-    torch.manual_seed(0)
-    return norm_on_rank(impl, device)
-
-
-@pytest.mark.parametrize("impl", ["eager", pytest.param("triton", marks=NEEDS_TRITON)])
-def test_over_tensor_parallel_ranks(impl: str) -> None:
-    if impl == "triton" and DEVICE == "cuda":
-        pytest.skip("needs a machine without GPUs: kernels interpreted on gloo ranks")
-    check_ranks(run_on_ranks(seeded, 2, impl))
-
-
 def test_bad_input() -> None:
     x, gate, weight = norm_inputs(4, 6)
     for match, call in (
@@ -301,8 +257,3 @@ def test_offsets_past_two_to_the_31(name: str) -> None:
     exact = run("eager", *wide[0], grads=wide[1])
     for a, f, e in zip(results, fair, exact):
         assert_within_budget(a, e, f)
-
-
-@pytest.mark.multi_gpu
-def test_over_tensor_parallel_gpus() -> None:
-    check_ranks(run_on_ranks(seeded, 2, "triton", "cuda", backend="nccl"))

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import pickle
-import statistics
-import time
 from itertools import pairwise
 
 import pytest
@@ -11,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lasp.sequence.layout import Fragment, RealTokens, Run, RunLink, SequenceLayout
-from tests.lasp.distributions import document_lengths as distribution
 
 ORDERS = ("contiguous", "zigzag", "fold", "document_zigzag")
 
@@ -201,74 +197,11 @@ def test_worked_example_of_document_zigzag() -> None:
     assert layout.shard(torch.arange(8), 0, pad_value=-1).tolist() == [0, 1, -1, -1, 5, -1]
 
 
-@pytest.mark.parametrize(
-    ("name", "documents", "longest"),
-    [("A", 620, 152_000), ("B", 210, 65_536), ("C", 90, 308_000)],
-)
-def test_the_distributions_are_what_they_say(name: str, documents: int, longest: int) -> None:
-    packs = [distribution(name, 2**20, seed) for seed in range(5)]
-    assert statistics.mean(map(len, packs)) == pytest.approx(documents, rel=0.15)
-    assert longest / 2 < max(map(max, packs)) <= longest
-    assert {sum(pack) for pack in packs} == {2**20}
-
-
-@pytest.mark.parametrize("name", ["A", "B", "C"])
-def test_fold_is_balanced_with_few_runs(name: str) -> None:
-    for num_ranks in (4, 8, 16, 32, 64, 128, 256):
-        means = []
-        for seed in range(5):
-            layout = SequenceLayout(distribution(name, 2**20, seed), num_ranks, "fold")
-            works = [layout.work(rank) for rank in range(num_ranks)]
-            runs = [len(layout.runs(rank)) for rank in range(num_ranks)]
-            assert max(works) / statistics.mean(works) <= 1.03
-            assert max(runs) <= 5
-            means.append(statistics.mean(runs))
-        assert statistics.mean(means) <= 3.2
-
-
-@pytest.mark.parametrize(("num_ranks", "limit_ms"), [(8, 10.0), (256, 100.0)])
-def test_planning_a_million_tokens_is_fast(num_ranks: int, limit_ms: float) -> None:
-    times = []
-    for seed in range(7):
-        lengths = distribution("A", 2**20, seed % 3)
-        start = time.process_time()
-        layout = SequenceLayout(lengths, num_ranks, "fold")
-        layout.fragments(0)
-        assert layout.run_links
-        times.append(1e3 * (time.process_time() - start))
-    assert statistics.median(times) < limit_ms
-
-
 def test_zero_length_documents_hold_no_fragment() -> None:
     layout = SequenceLayout((0, 3, 0, 0, 5, 0), 2)
     documents = [f.document for rank in range(2) for f in layout.fragments(rank)]
     assert documents == [1, 4, 4]
     assert layout.num_documents == 6
-
-
-def test_from_cu_seqlens() -> None:
-    layout = SequenceLayout.from_cu_seqlens(torch.tensor([0, 4, 4, 9]), 3)
-    assert layout == SequenceLayout((4, 0, 5), 3)
-    padded = torch.tensor([0, 6, 6, 18])
-    layout = SequenceLayout.from_cu_seqlens([0, 4, 4, 9], 3, "document_zigzag", padded)
-    assert layout == SequenceLayout((4, 0, 5), 3, "document_zigzag", (6, 0, 12))
-
-
-def test_a_layout_is_made_again_from_what_a_compiled_graph_holds_of_it() -> None:
-    for padded in (None, (6, 4, 0)):
-        for order in ORDERS[: 3 if padded else 4]:
-            layout = SequenceLayout((5, 3, 0), 2, order, padded)
-            again = SequenceLayout.from_lengths_tensor(layout.lengths_tensor, 2, order)
-            assert again == layout
-            assert SequenceLayout(*layout.definition) == layout
-
-
-def test_equal_layouts_are_equal_however_their_padding_is_given() -> None:
-    assert SequenceLayout((5, 3), 2, "zigzag", (5, 3)) == SequenceLayout((5, 3), 2, "zigzag")
-    padded = SequenceLayout((5, 3), 2, "document_zigzag", [8, 4])  # type: ignore[arg-type]
-    assert padded == SequenceLayout((5, 3), 2, "document_zigzag")
-    assert padded != SequenceLayout((5, 3), 2, "document_zigzag", (8, 8))
-    assert padded.lengths_tensor.tolist() == [[5, 3], [8, 4]]
 
 
 def test_what_a_caller_writes_changes_no_later_result() -> None:
@@ -286,20 +219,6 @@ def test_dtypes_of_device_tensors() -> None:
     layout = SequenceLayout((5, 3), 2)
     assert layout.cu_seqlens(1).dtype == torch.int32
     assert layout.position_ids(1).dtype == torch.int64
-
-
-def test_equal_layouts_hash_equal_and_pickle_without_their_caches() -> None:
-    layout = SequenceLayout([5, 3], 2, "fold")  # type: ignore[arg-type]
-    layout.position_ids(0)
-    copy = pickle.loads(pickle.dumps(layout))
-    assert copy == layout
-    assert hash(copy) == hash(SequenceLayout((5, 3), 2, "fold"))
-    assert copy.runs(1) == layout.runs(1)
-    assert copy.lengths_tensor.tolist() == [5, 3]
-    padded = SequenceLayout((5, 3), 2, "document_zigzag")
-    assert pickle.loads(pickle.dumps(padded)) == padded
-    with pytest.raises(AttributeError):
-        layout.order = "zigzag"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+"""The description of the hybrid model: named shapes, initial values, what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lasp.hybrid import MINIMAX_TEXT_01, HybridModel, Residuals, count_parameters, pack_batch
+from tests.test_hybrid import MEDIUM, config
+
+
+def test_layer_kinds_and_deepnorm_are_minimaxs() -> None:
+    assert MINIMAX_TEXT_01.kinds == "GGGGGGG*" * 10
+    residuals = MINIMAX_TEXT_01.residuals_or_deepnorm
+    assert residuals == Residuals.deepnorm(80)
+    assert residuals.norm == "post"
+    assert residuals.lightning == residuals.softmax == residuals.mlp
+    assert abs(residuals.mlp.alpha - 3.5565588200778455) < 1e-12
+    assert residuals.mlp.beta == 1.0
+    assert abs(residuals.init_gain - 0.19882) < 5e-6
+
+
+def test_minimax_text_01_has_456_billion_parameters() -> None:
+    total, active = count_parameters(MINIMAX_TEXT_01)
+    assert f"{total / 1e9:.2f}" == "456.09"
+    assert f"{active / 1e9:.2f}" == "45.94"
+
+
+def test_command_prints_the_parameters() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lasp.hybrid"], capture_output=True, text=True, check=True
+    )
+    assert "minimax-text-01: 456.1 B total, 45.9 B active" in done.stdout
+
+
+def model_call(tokens: Tensor) -> None:
+    batch = pack_batch([(8,)], dp_rank=0, num_ranks=2, order="contiguous")
+    HybridModel(config())(tokens, batch)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: model_call(torch.zeros(8, dtype=torch.int64)), "tokens must be int64 of shape"),
+        (lambda: model_call(torch.zeros(4)), "tokens must be int64 of shape"),
+        (lambda: replace(config(), num_layers=0), "num_layers must be >= 1"),
+        (lambda: replace(config(), num_layers=2, pattern="GG*"), "pattern must be .* or 2 of G"),
+        *(
+            (lambda pattern=pattern: replace(config(), pattern=pattern), "pattern must be")
+            for pattern in ("7", "0:0", "a:b", "-1:2")
+        ),
+        (lambda: Residuals("middle"), "norm must be 'pre' or 'post', got 'middle'"),
+        *(
+            (lambda name=name: replace(config(), **{name: "fast"}), f"{name} must be one of .*fast")
+            for name in ("lightning_impl", "exchange", "decay")
+        ),
+        (lambda: HybridModel(replace(config(), moe=None)), "moe must be a MoEConfig, got None"),
+        (
+            lambda: pack_batch([(8,)], dp_rank=1, num_ranks=2, order="contiguous"),
+            r"dp_rank must be in \[0, 1\)",
+        ),
+        (
+            lambda: pack_batch(
+                [(8,), (3,)], dp_rank=0, num_ranks=2, order="zigzag", padded_lengths=[(8,)]
+            ),
+            "padded_lengths must hold the documents of the 2 replicas",
+        ),
+    ],
+)
+def test_bad_input(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_initial_values_are_deepnorms_and_independent() -> None:
+    model = HybridModel(MEDIUM)
+    model.reset_parameters(0)
+    drawn = dict(model.named_parameters())
+    beta, width = Residuals.deepnorm(MEDIUM.num_layers).init_gain, MEDIUM.moe.hidden_size
+    inner, kv = 4 * 32, 2 * 32
+    qkv = drawn["layers.0.attention.qkv_proj.weight"].view(4, 3, 32, width).transpose(0, 1)
+    for weight, rows, gain in [
+        (qkv[0], inner, 1.0),
+        (qkv[1], inner, 1.0),
+        (qkv[2], inner, beta),
+        (drawn["layers.0.attention.output_gate.weight"], inner, 1.0),
+        (drawn["layers.0.attention.out_proj.weight"], inner, beta),
+        (drawn["layers.2.attention.q_proj.weight"], inner, 1.0),
+        (drawn["layers.2.attention.k_proj.weight"], kv, 1.0),
+        (drawn["layers.2.attention.v_proj.weight"], kv, beta),
+        (drawn["layers.2.attention.o_proj.weight"], inner, beta),
+        (drawn["layers.1.moe.experts.w13"], 128, beta),
+        (drawn["layers.1.moe.experts.w2"], 128, beta),
+    ]:
+        expected = gain * (2 / (rows + width)) ** 0.5
+        # The standard deviation of n uniform draws is known to about 1 / sqrt(n).
+        assert weight.std().item() == pytest.approx(expected, rel=4 / weight.numel() ** 0.5)
+    flat = [p.flatten()[:64] / p.flatten()[:64].norm() for p in drawn.values() if p.ndim > 1]
+    cosines = torch.stack(flat) @ torch.stack(flat).T - torch.eye(len(flat))
+    assert cosines.abs().max() < 0.7  # no two start from the same numbers
+
+
+def test_a_model_built_on_meta_is_whole_after_reset() -> None:
+    model = HybridModel(config(), device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    model.reset_parameters(0)
+    built = HybridModel(config())
+    built.reset_parameters(0)
+    for (name, a), b in zip(model.named_parameters(), built.parameters()):
+        assert torch.equal(a, b), name

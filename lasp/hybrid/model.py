@@ -81,7 +81,9 @@ class HybridLayer(nn.Module):
         normed = self.moe_norm(hidden)
         experts: MoEOutput = self.moe(normed, token_order=batch.token_order)
         residual = normed if self.post_norm else hidden
-        return experts._replace(output=self.moe_residual.add(residual, experts.output))
+        # Not _replace(): in a graph torch 2.11 makes an empty tuple of it.
+        output = self.moe_residual.add(residual, experts.output)
+        return MoEOutput(output, experts.aux_loss, experts.stats)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator, init_gain: float) -> None:

@@ -14,7 +14,6 @@ Run: python -m benchmarks.lightning_decode --commit $(git rev-parse HEAD)
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.harness import Machine, Options, Question, Row, answer, check, draw, installed, row
-from benchmarks.timing import copy_bytes_per_s, graph_ms, measure_ms
+from benchmarks.timing import copy_bytes_per_s, graph_ms, host_us, measure_ms
 from lasp import decay_rates, lightning_decode
 
 HEAD_DIM, LAYERS = 128, 80
@@ -87,18 +86,6 @@ def check_step(name: str, step: Step, machine: Machine) -> None:
     check(name, [step(*inputs)], [exact])
 
 
-def host_us(fn: Callable[[], Any]) -> float:
-    """Time until a call returns, where the device is not waited for."""
-    calls = []
-    for _ in range(20):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(20):
-            fn()
-        calls.append((time.perf_counter() - start) / 20)
-    return sorted(calls)[len(calls) // 2] * 1e6
-
-
 def measure(case: Case, impl: str, step: Step, machine: Machine, bandwidth: float) -> Iterator[Row]:
     """Rows of the time on the device, the share of the bandwidth, and the time on the host."""
     inputs = case.inputs(machine)
@@ -115,7 +102,8 @@ def measure(case: Case, impl: str, step: Step, machine: Machine, bandwidth: floa
     yield on_device("step_ms", measure_ms, alone and measure_ms(lambda: empty(*inputs)))
     if alone:
         own, launch = (host_us(lambda fn=fn: fn(*inputs)) for fn in (step, empty))
-        yield row(*who, "host_us", own, "us", bound=launch, bound_name="empty kernel")
+        bound = launch[len(launch) // 2]
+        yield row(*who, "host_us", own, "us", bound=bound, bound_name="empty kernel")
     if alone and impl == "lasp triton":
         launch = graph_ms(lambda: empty(*inputs))
         yield on_device("graph_step_ms", graph_ms, launch, " in a graph")

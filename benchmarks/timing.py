@@ -34,6 +34,20 @@ def graph_ms(fn: Callable[[], Any]) -> tuple[float, float, float]:
     return p20, p50, p80
 
 
+def host_us(fn: Callable[[], Any], *, wait: bool = False, count: int = 20) -> list[float]:
+    """Times until a call returns, sorted; with ``wait`` until the device is done with it too."""
+    calls = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            fn()
+        if wait:
+            torch.cuda.synchronize()
+        calls.append((time.perf_counter() - start) / count * 1e6)
+    return sorted(calls)
+
+
 def copy_bytes_per_s() -> float:
     """Bandwidth of a device copy of 4 GiB, bytes read plus bytes written."""
     source = torch.empty(2**32, dtype=torch.int8, device="cuda")

@@ -10,7 +10,13 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
 
-from benchmarks import lightning_decode, lightning_kernels, lightning_layer, lightning_length
+from benchmarks import (
+    host_time,
+    lightning_decode,
+    lightning_kernels,
+    lightning_layer,
+    lightning_length,
+)
 from benchmarks.harness import Machine, Options
 
 # Triton's interpreter has no product of bf16.
@@ -32,7 +38,7 @@ def rows_of(monkeypatch):
         module = importlib.import_module(f"benchmarks.{name}")
         fakes = {"measure_ms": once, "graph_ms": once, "call_ms": lambda call: once(call)[0]}
         fakes |= {"copy_bytes_per_s": lambda: 1e12, "flops_per_s": lambda: 1e12}
-        fakes |= {"host_us": lambda call: once(call)[1], "extra_bytes": lambda *_: 2**20}
+        fakes |= {"host_us": lambda call, **_: list(once(call)), "extra_bytes": lambda *_: 2**20}
         fakes |= {"installed": lambda *_: None, **cases}
         for what, fake in fakes.items():
             if hasattr(module, what):
@@ -87,6 +93,15 @@ def test_decode(rows_of) -> None:
     moved_ms = (2 * 2 * 128 * 128 * 4 + 4 * 2 * 128 * 2) / 1e12 * 1e3
     bounds = {key[1]: row["bound"] for key, row in found.items() if key[-1] == "step_ms"}
     assert bounds == {"1": pytest.approx(2.0 + moved_ms), "2": pytest.approx(2 * moved_ms)}
+
+
+def test_host_time(rows_of) -> None:
+    cases = {"CASES": [host_time.Case(32, 2, 32)], "STEPS": [host_time.Case(1, 2, 32)]}
+    found = rows_of("host_time", Options(commit="c"), **cases)
+    metrics = ("forward_host_us", "backward_host_us", "forward_call_us")
+    implementations = ("lasp triton", "torch scaled_dot_product_attention")
+    expected = [(impl, metric) for impl in implementations for metric in metrics]
+    assert [(key[0], key[-1]) for key in found] == [*expected, ("lasp triton", "step_host_us")]
 
 
 def test_layer(rows_of) -> None:

@@ -84,7 +84,7 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output and new state; shapes as in :func:`lasp.lightning_decode`."""
-    state = state.contiguous()
+    state = aligned(state.contiguous())
     new_state = torch.empty_like(state)
     return _launch(q, k, v, rates, state, new_state, scale), new_state
 
@@ -105,7 +105,7 @@ def _launch(
     launch = launcher_of(
         decode_kernel,
         q.device,
-        (q.dtype, state.data_ptr() % ALIGNMENT),  # which is changed where it lies
+        (q.dtype, state.data_ptr() % ALIGNMENT == 0),  # it may be changed where it lies
         num_heads=num_heads,
         num_tokens=num_tokens,
         scale=scale,

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from lasp._core.derivatives import Reference
+from lasp._core.launcher import aligned, launcher_of
 from lasp._core.operators import Operators
 from lasp.lightning.triton import tuning
 
@@ -171,33 +172,25 @@ def norm_gate(
     """``y = RMSNorm(x) weight sigmoid(gate)`` and ``1 / rms`` of each row in float32."""
     num_rows, width = x_TW.shape
     x_TW, gate_TW = _dense_rows(x_TW), _dense_rows(gate_TW)
-    weight_W = weight_W.contiguous()
+    weight_W = aligned(weight_W.contiguous())
     y, rstd = _fake_norm(x_TW)
     cut = tuning.norm_rows(width)
-    grid = (-(-num_rows // cut.rows),)
+    programs = -(-num_rows // cut.rows)
+    case = (x_TW.dtype, weight_W.dtype, tp_group != "")
     shape = {"W": width, "ROWS": cut.rows, "BLOCK": cut.blocks[0], "num_warps": cut.num_warps}
+    strides = {"x_stride": x_TW.stride(0), "gate_stride": gate_TW.stride(0)}
     squares, ranks = None, 1
-    with torch.cuda.device_of(x_TW):
-        if tp_group:
-            squares = torch.empty_like(rstd)
-            if num_rows:
-                row_squares_kernel[grid](x_TW, squares, num_rows, x_TW.stride(0), **shape)
-            ranks = _sum_over_ranks(squares, tp_group)
-        if num_rows:
-            norm_gate_kernel[grid](
-                x_TW,
-                gate_TW,
-                weight_W,
-                squares,
-                y,
-                rstd,
-                num_rows,
-                width * ranks,
-                eps,
-                x_TW.stride(0),
-                gate_TW.stride(0),
-                **shape,
-            )
+    if tp_group:
+        squares = torch.empty_like(rstd)
+        launch = launcher_of(
+            row_squares_kernel, x_TW.device, case, x_stride=x_TW.stride(0), **shape
+        )
+        launch(programs, x_TW, squares, num_rows)
+        ranks = _sum_over_ranks(squares, tp_group)
+    launch = launcher_of(
+        norm_gate_kernel, x_TW.device, case, size=width * ranks, eps=eps, **strides, **shape
+    )
+    launch(programs, x_TW, gate_TW, weight_W, squares, y, rstd, num_rows)
     return y, rstd
 
 
@@ -208,35 +201,25 @@ def norm_gate_backward(
     num_rows, width = x_TW.shape
     dx, dgate, _ = _fake_norm_backward(dy_TW, x_TW, gate_TW, weight_W, rstd_T, tp_group)
     rows = (_dense_rows(dy_TW), _dense_rows(x_TW), _dense_rows(gate_TW))
-    strides = tuple(x.stride(0) for x in rows)
-    weight_W = weight_W.contiguous()
+    strides = dict(zip(("dy_stride", "x_stride", "gate_stride"), (x.stride(0) for x in rows)))
+    weight_W, rstd_T = aligned(weight_W.contiguous()), aligned(rstd_T)
     cut = tuning.norm_backward_rows(width)
     steps = -(-num_rows // cut.rows)
     programs = min(steps, tuning.NORM_BACKWARD_PROGRAMS * _num_sms(x_TW.device))
     dweights = rstd_T.new_empty(programs, width)
+    case = (x_TW.dtype, weight_W.dtype, tp_group != "")
     shape = {"W": width, "ROWS": cut.rows, "BLOCK": cut.blocks[0], "num_warps": cut.num_warps}
     dots, ranks = None, 1
-    with torch.cuda.device_of(x_TW):
-        if tp_group:
-            dots = torch.empty_like(rstd_T)
-            if num_rows:
-                row_dots_kernel[(steps,)](*rows, weight_W, dots, num_rows, *strides, **shape)
-            ranks = _sum_over_ranks(dots, tp_group)
-        if num_rows:
-            norm_gate_backward_kernel[(programs,)](
-                *rows,
-                weight_W,
-                rstd_T,
-                dots,
-                dx,
-                dgate,
-                dweights,
-                num_rows,
-                width * ranks,
-                *strides,
-                STAGES=cut.num_stages,
-                **shape,
-            )
+    if tp_group:
+        dots = torch.empty_like(rstd_T)
+        launch = launcher_of(row_dots_kernel, x_TW.device, case, **strides, **shape)
+        launch(steps, *rows, weight_W, dots, num_rows)
+        ranks = _sum_over_ranks(dots, tp_group)
+    launch = launcher_of(
+        norm_gate_backward_kernel, x_TW.device, case,
+        size=width * ranks, **strides, STAGES=cut.num_stages, **shape,
+    )  # fmt: skip
+    launch(programs, *rows, weight_W, rstd_T, dots, dx, dgate, dweights, num_rows)
     return dx, dgate, dweights.sum(0).to(weight_W.dtype)
 
 
@@ -271,7 +254,7 @@ def _norm_gradients(ctx: Any, dy: Tensor, _: object) -> tuple[Tensor | None, ...
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return aligned(x if x.stride(-1) == 1 else x.contiguous())
 
 
 @cache

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp._core.derivatives import Reference
+from lasp._core.launcher import aligned, launcher_of
 from lasp._core.operators import Operators
 from lasp.lightning.triton import tuning
 
@@ -117,7 +118,7 @@ def silu_split_backward(x_THW: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Te
     """The gradient of x, contiguous."""
     dx = torch.empty_like(x_THW, memory_format=torch.contiguous_format)
     if dx.numel():
-        grads = (grad.contiguous() for grad in (dq, dk, dv))
+        grads = (aligned(grad.contiguous()) for grad in (dq, dk, dv))
         _launch_split(silu_split_backward_kernel, _dense_rows(x_THW), *grads, dx)
     return dx
 
@@ -126,23 +127,21 @@ def _launch_split(kernel: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *dx: 
     num_tokens, num_heads, key_dim = q.shape
     value_dim = v.shape[2]
     rows = tuning.split_rows(key_dim, value_dim)
-    with torch.cuda.device_of(x):
-        kernel[(-(-num_tokens * num_heads // rows.rows),)](
-            x,
-            q,
-            k,
-            v,
-            *dx,
-            num_tokens * num_heads,
-            num_heads,
-            *x.stride()[:2],
-            K=key_dim,
-            V=value_dim,
-            BLOCK_K=rows.blocks[0],
-            BLOCK_V=rows.blocks[1],
-            ROWS=rows.rows,
-            num_warps=rows.num_warps,
-        )
+    launch = launcher_of(
+        kernel,
+        x.device,
+        (x.dtype, q.dtype),
+        stride_t=x.stride(0),
+        stride_h=x.stride(1),
+        K=key_dim,
+        V=value_dim,
+        BLOCK_K=rows.blocks[0],
+        BLOCK_V=rows.blocks[1],
+        ROWS=rows.rows,
+        num_warps=rows.num_warps,
+    )
+    num_rows = num_tokens * num_heads
+    launch(-(-num_rows // rows.rows), x, q, k, v, *dx, num_rows, num_heads)
 
 
 def _fake_split(x_THW: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +162,7 @@ def _split_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return aligned(x if x.stride(-1) == 1 else x.contiguous())
 
 
 _REFERENCE = Reference("lasp.layers.norm_gate.silu_split with impl='triton'", "impl='eager'")

@@ -49,10 +49,10 @@ def silu_split(
     if chosen_impl(impl, x.device, x.dtype) == "eager":
         q, k, v = F.silu(x).split((key_dim, key_dim, value_dim), dim=-1)
         return q, k, v
-    import lasp.layers.triton.silu_split  # noqa: F401
+    from lasp.layers.triton import silu_split as fused
 
     x_THW = x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
-    q, k, v = torch.ops.lasp.silu_split(x_THW, key_dim, value_dim)
+    q, k, v = fused.call(x_THW, key_dim, value_dim)
     if x.dim() == 3:
         return q, k, v
     q, k, v = (part.view(*x.shape[:-1], part.shape[-1]) for part in (q, k, v))
@@ -109,11 +109,11 @@ def norm_gate(
     width = x.shape[-1]
     unserved = "" if width <= WIDEST_ROW else f"{width} features a rank, above {WIDEST_ROW}"
     if chosen_impl(impl, x.device, x.dtype, unserved) == "triton":
-        import lasp.layers.triton.norm_gate  # noqa: F401
+        from lasp.layers.triton import norm_gate as fused
 
         group_name = "" if tp_group is None else tp_group.group_name
         rows = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (x, gate))
-        y: Tensor = torch.ops.lasp.norm_gate(*rows, weight, eps, group_name)[0]
+        y: Tensor = fused.call(*rows, weight, eps, group_name)[0]
         return y if x.dim() == 2 else y.view(x.shape)
     return _norm_gate(x, gate, weight, eps, tp_group)
 

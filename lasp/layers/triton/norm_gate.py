@@ -249,7 +249,7 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _norm_gradients(ctx: Any, dy: Tensor, _: object) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.lasp.norm_gate_backward(dy, *ctx.saved_tensors, ctx.tp_group)
+    grads = call_backward(dy, *ctx.saved_tensors, ctx.tp_group)
     return (*grads, None, None)
 
 
@@ -277,5 +277,5 @@ _OPERATORS.define(
     norm_gate_backward,
     _fake_norm_backward,
 )
-_OPERATORS.differentiate("norm_gate", _norm_gradients, _save_norm, _REFERENCE)
-_OPERATORS.refuse_second_derivatives("norm_gate_backward", _REFERENCE)
+call = _OPERATORS.differentiate("norm_gate", _norm_gradients, _save_norm, _REFERENCE)
+call_backward = _OPERATORS.refuse_second_derivatives("norm_gate_backward", _REFERENCE)

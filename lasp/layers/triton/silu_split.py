@@ -158,7 +158,7 @@ def _save_split(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _split_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.lasp.silu_split_backward(*ctx.saved_tensors, *grads), None, None
+    return call_backward(*ctx.saved_tensors, *grads), None, None
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -177,5 +177,5 @@ _OPERATORS.define(
     silu_split_backward,
     lambda x, *_: x.new_empty(x.shape),
 )
-_OPERATORS.differentiate("silu_split", _split_gradients, _save_split, _REFERENCE)
-_OPERATORS.refuse_second_derivatives("silu_split_backward", _REFERENCE)
+call = _OPERATORS.differentiate("silu_split", _split_gradients, _save_split, _REFERENCE)
+call_backward = _OPERATORS.refuse_second_derivatives("silu_split_backward", _REFERENCE)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
 
+import lasp.layers.triton.norm_gate
+import lasp.layers.triton.silu_split  # noqa: F401 (both register operators)
 from lasp import LightningAttention, lightning_decode
 from lasp.layers.norm_gate import norm_gate, silu_split
 from tests.closeness import assert_within_budget
@@ -38,7 +40,6 @@ def operator_arguments(name: str) -> tuple[Any, ...]:
     "name", ["silu_split", "silu_split_backward", "norm_gate", "norm_gate_backward"]
 )
 def test_layers_are_well_registered(name: str) -> None:
-    silu_split(torch.zeros(1, 1, 3, device=DEVICE), 1, 1, impl="triton")  # registers all
     torch.library.opcheck(getattr(torch.ops.lasp, name).default, operator_arguments(name))
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import operator_calls
-from benchmarks.harness import environment, write_rows
+from benchmarks.harness import environment, row, write_rows
 
 ALLOWED = 1.02  # of the device time, by which a change may slow an operator
 
@@ -81,13 +81,9 @@ def compare(trees: dict[str, Tree], what: str, rounds: int) -> list[dict[str, An
         unit, metric = ("us", "host_us") if name.startswith("host") else ("ms", "device_ms")
         before = statistics.median(samples["before"])
         for tree, values in samples.items():
-            p20, p50, p80 = (sorted(values)[round(s * (len(values) - 1))] for s in (0.2, 0.5, 0.8))
-            rows.append({
-                "benchmark": "before_after", "impl": tree, "case": {"call": name}, "metric": metric,
-                "p20": p20, "p50": p50, "p80": p80, "unit": unit,
-                "bound": before, "bound_name": "before", "samples": len(values),
-                "ratio": statistics.median(ratios),
-            })  # fmt: skip
+            bound = {"bound": before, "bound_name": "before", "ratio": statistics.median(ratios)}
+            case = {"call": name}
+            rows.append(row("before_after", case, tree, metric, sorted(values), unit, **bound))
         ratio = statistics.median(ratios)
         mark = "  SLOWER" if ratio > ALLOWED and metric == "device_ms" else ""
         now = statistics.median(samples["now"])
@@ -115,7 +111,7 @@ def main() -> None:
     for tree in trees.values():
         tree.close()
     extra = {"before_commit": options.before_commit, "num_devices": options.ranks}
-    write_rows([row | environment(options.commit) | extra for row in rows], options.results)
+    write_rows([some | environment(options.commit) | extra for some in rows], options.results)
 
 
 if __name__ == "__main__":

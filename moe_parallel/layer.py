@@ -25,7 +25,7 @@ from moe_parallel.mesh import expert_mesh
 from moe_parallel.pipeline.groups import expert_groups, positions_on
 from moe_parallel.pipeline.pipeline import Pipeline
 from moe_parallel.pipeline.timeline import Timeline
-from moe_parallel.router.checks import agreed_order, check_hidden
+from moe_parallel.router.checks import agreed_order, check_hidden, shared_settings
 from moe_parallel.router.counts import HostTokenCounts
 from moe_parallel.router.route import Router, Routing, RoutingStats, expert_capacity
 from moe_parallel.router.token_order import TokenOrder
@@ -191,28 +191,15 @@ class ExpertParallelMoE(nn.Module):
 
         Communication: :func:`lasp._core.consistency.check_same_calls`, once.
         """
-        if self._calls_compared:
-            return
-        how = {
-            "dtype": hidden.dtype,
-            "width of hidden": hidden.shape[-1],
-            "token_order": "None" if token_order is None else "given",
-            **vars(self.config),
-        }
-        for computes in ("impl", "gemm"):  # which may differ by rank
-            del how[computes]
-        self._calls_compared = check_same_calls("ExpertParallelMoE", self.groups.token, hidden, how)
+        if not self._calls_compared:
+            how = shared_settings(self.config, hidden, token_order)
+            token_group = self.groups.token
+            self._calls_compared = check_same_calls("ExpertParallelMoE", token_group, hidden, how)
 
     def agreed_order(self, rows: Tensor, token_order: TokenOrder | None) -> TokenOrder:
         """Where all tokens stand, see :func:`moe_parallel.router.checks.agreed_order`."""
-        return agreed_order(
-            rows,
-            token_order,
-            config=self.config,
-            mesh=self.mesh,
-            token_group=self.groups.token,
-            training=self.training,
-        )
+        where = (self.config, self.mesh, self.groups.token)
+        return agreed_order(rows, token_order, *where, training=self.training)
 
     def through_experts(
         self,

@@ -80,10 +80,10 @@ def check_order(
 def agreed_order(
     rows: Tensor,
     token_order: TokenOrder | None,
-    *,
     config: MoEConfig,
     mesh: ExpertMesh,
     token_group: dist.ProcessGroup | None,
+    *,
     training: bool,
 ) -> TokenOrder:
     """Where the tokens of every rank stand, in an order that the ranks have compared.
@@ -117,6 +117,18 @@ def agreed_order(
         asked = training if by_probability or config.pad_to_capacity else None
         check_order(token_order, rows.shape[0], token_group, rows.device, asked)
     return token_order
+
+
+def shared_settings(
+    config: MoEConfig, hidden: Tensor, token_order: TokenOrder | None
+) -> dict[str, object]:
+    """What the calls of all ranks must have in common, by name; not who computes."""
+    how = {
+        "dtype": hidden.dtype,
+        "width of hidden": hidden.shape[-1],
+        "token_order": "None" if token_order is None else "given",
+    }
+    return how | {k: v for k, v in vars(config).items() if k not in ("impl", "gemm")}
 
 
 def check_hidden(hidden: Tensor, weight: Tensor) -> None:

@@ -41,14 +41,17 @@ from benchmarks.timing import copy_bytes_per_s, extra_bytes, graph_ms, measure_m
 from lasp import SequenceLayout, decay_rates, lightning_attention
 
 SHAPES = [(64, 131072), (16, 1048576), (8, 131072), (8, 524288)]
+# Head dim, heads and tokens of models with other heads than those of 128.
+OTHER_DIMS = [(64, 32, 262144), (96, 40, 65536), (192, 16, 65536), (256, 12, 65536)]
 HEAD_DIM, LAYERS = 128, 80
 
 
 @dataclass(kw_only=True)
 class Choice(Options):
-    """Options; only the cases of so many heads."""
+    """Options; only the cases of so many heads, and of this head dim."""
 
     heads: int | None = None
+    head_dim: int | None = None
 
 
 class Case(NamedTuple):
@@ -58,14 +61,15 @@ class Case(NamedTuple):
     tokens: int
     layer_index: int = 0
     documents: int = 1
+    head_dim: int = HEAD_DIM
 
     def rates(self) -> Tensor:
         """Of MiniMax."""
         return decay_rates(self.heads, self.layer_index, LAYERS)
 
-    def inputs(self, machine: Machine, head_dim: int = HEAD_DIM) -> list[Tensor]:
+    def inputs(self, machine: Machine) -> list[Tensor]:
         """q, k, v and the gradient of the output."""
-        return draw(machine, *[(self.tokens, self.heads, head_dim)] * 4)
+        return draw(machine, *[(self.tokens, self.heads, self.head_dim)] * 4)
 
 
 Build = Callable[[Case], Forward]
@@ -112,7 +116,7 @@ def measure(
     extra = extra_bytes(forward, qkv, do)
     leaves = [x.requires_grad_() for x in qkv]
     calls = passes(forward, leaves, do)
-    facts = {"head_dim": HEAD_DIM, "num_layers": LAYERS, "dtype": "bfloat16"}
+    facts = {"num_layers": LAYERS, "dtype": "bfloat16"}
     who = ("lightning_kernels", case._asdict() | facts, impl)
     for metric, tensors, time, call in (
         ("forward_ms", 4, measure_ms, calls["forward_ms"]),
@@ -129,7 +133,8 @@ def measure(
 def our_cases() -> list[Case]:
     """Shapes, decays and packs."""
     plain = [Case(*shape, layer) for shape in SHAPES for layer in (0, 40, 78)]
-    return [*plain, Case(16, 32768), Case(16, 1048576, documents=1000)]
+    others = [Case(heads, tokens, 40, head_dim=dim) for dim, heads, tokens in OTHER_DIMS]
+    return [*plain, Case(16, 32768), Case(16, 1048576, documents=1000), *others]
 
 
 def forget_tuning() -> None:
@@ -165,7 +170,7 @@ def todo(machine: Machine) -> Iterator[tuple[str, Build, Case]]:
     for case in others:
         if case.heads != first.heads:
             yield f"{name}, tuned for {first.heads} heads", fla, case
-    for case in cases:
+    for case in [*cases, *(case for case in our_cases() if case.head_dim != HEAD_DIM)]:
         forget_tuning()
         yield name, fla, case
 
@@ -174,7 +179,7 @@ def rows(options: Choice, machine: Machine) -> Iterator[Row]:
     """Rows of every case and implementation."""
     bandwidth = copy_bytes_per_s()
     for impl, build, case in todo(machine):
-        if options.heads in (None, case.heads):
+        if options.heads in (None, case.heads) and options.head_dim in (None, case.head_dim):
             yield from measure(case, impl, build, machine, bandwidth)
 
 

@@ -116,8 +116,8 @@ def impls() -> dict[str, Impl]:
 
 def check_against_definition(name: str, impl: Impl, options: Sweep, machine: Machine) -> None:
     """Output and gradients, in float64."""
-    case = Case(options.heads, 304, LAYER)
-    *qkv, do = case.inputs(machine, options.head_dim)
+    case = Case(options.heads, 304, LAYER, head_dim=options.head_dim)
+    *qkv, do = case.inputs(machine)
 
     def lightning(*qkv: Tensor) -> Tensor:
         return recurrent_lightning_attention(*qkv, case.rates().to(machine.device))[0]
@@ -162,13 +162,13 @@ def timed(fn: Callable[[], Any]) -> tuple[tuple[float, float, float], int | None
     return (p20, p50, p80), len(times)
 
 
-def bounds(impl: Impl, case: Case, head_dim: int, limits: Limits) -> tuple[Row, Row]:
+def bounds(impl: Impl, case: Case, limits: Limits) -> tuple[Row, Row]:
     """What forward and backward take at least, in milliseconds."""
     if impl.quadratic:
-        seconds = case.tokens * (case.tokens + 1) * case.heads * head_dim / limits.flops_per_s
+        seconds = case.tokens * (case.tokens + 1) * case.heads * case.head_dim / limits.flops_per_s
         numbers, name = (2, 5), "causal products at the rate of a matrix product"
     else:
-        seconds = case.tokens * case.heads * head_dim * 2 / limits.bytes_per_s
+        seconds = case.tokens * case.heads * case.head_dim * 2 / limits.bytes_per_s
         numbers, name = (4, 7), "tensors at copy bandwidth"
     forward, backward = (
         {"bound": number * seconds * 1e3, "bound_name": f"{number} {name}"} for number in numbers
@@ -176,17 +176,15 @@ def bounds(impl: Impl, case: Case, head_dim: int, limits: Limits) -> tuple[Row, 
     return forward, backward
 
 
-def measure(
-    name: str, impl: Impl, case: Case, head_dim: int, machine: Machine, limits: Limits
-) -> Iterator[Row]:
+def measure(name: str, impl: Impl, case: Case, machine: Machine, limits: Limits) -> Iterator[Row]:
     """Rows of the time of forward and backward, and of the memory that both need."""
-    facts = {"tokens": case.tokens, "heads": case.heads, "head_dim": head_dim}
+    facts = {"tokens": case.tokens, "heads": case.heads, "head_dim": case.head_dim}
     facts |= {"dtype": "bfloat16", "layer_index": case.layer_index, "num_layers": LAYERS}
     forward = impl.build(case)
-    *qkv, do = case.inputs(machine, head_dim)
+    *qkv, do = case.inputs(machine)
     leaves = [x.requires_grad_() for x in qkv]
     calls = passes(forward, leaves, do)
-    for (metric, call), bound in zip(calls.items(), bounds(impl, case, head_dim, limits)):
+    for (metric, call), bound in zip(calls.items(), bounds(impl, case, limits)):
         times, samples = timed(call)
         yield row("lightning_length", facts, name, metric, times, "ms", **bound, samples=samples)
     extra = extra_bytes(forward, leaves, do) / 2**20
@@ -217,8 +215,8 @@ def rows(options: Sweep, machine: Machine) -> Iterator[Row]:
         check_against_definition(name, impl, options, machine)
 
         def measure_at(tokens: int, name: str = name, impl: Impl = impl) -> Iterator[Row]:
-            case = Case(options.heads, tokens, LAYER)
-            return measure(name, impl, case, options.head_dim, machine, limits)
+            case = Case(options.heads, tokens, LAYER, head_dim=options.head_dim)
+            return measure(name, impl, case, machine, limits)
 
         yield from sweep(options.lengths, measure_at, options.limit * 1e3)
 

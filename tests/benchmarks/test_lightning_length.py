@@ -41,15 +41,16 @@ def test_long_calls_are_repeated_within_a_second(first, calls) -> None:
 
 
 def test_bounds_are_bytes_where_linear_and_products_where_not() -> None:
-    case, limits = Case(heads=2, tokens=1000), Limits(bytes_per_s=1e9, flops_per_s=1e12)
+    case = Case(heads=2, tokens=1000, head_dim=64)
+    limits = Limits(bytes_per_s=1e9, flops_per_s=1e12)
     tensor_ms = 1000 * 2 * 64 * 2 / 1e9 * 1e3
-    forward, backward = lightning_length.bounds(Impl(lambda case: None), case, 64, limits)
+    forward, backward = lightning_length.bounds(Impl(lambda case: None), case, limits)
     assert forward["bound"] == pytest.approx(4 * tensor_ms)
     assert backward["bound"] == pytest.approx(7 * tensor_ms)
     # A product: for each pair of a token and one not after it, a multiplication and an addition.
     product_ms = sum(range(1, 1001)) * 2 * 64 * 2 / 1e12 * 1e3
     quadratic = Impl(lambda case: None, quadratic=True)
-    forward, backward = lightning_length.bounds(quadratic, case, 64, limits)
+    forward, backward = lightning_length.bounds(quadratic, case, limits)
     assert forward["bound"] == pytest.approx(2 * product_ms)
     assert backward["bound"] == pytest.approx(5 * product_ms)
 

@@ -21,46 +21,14 @@ Example: documents of 3 and 5 tokens, chunks of 4, no initial states::
 import triton
 import triton.language as tl
 
+from lasp.lightning.triton.chunk_rows_kernel import (
+    flow_rows,
+    load_pieces,
+    load_reach,
+    load_rows,
+    store_rows,
+)
 from lasp.lightning.triton.chunk_state_kernel import as_operand
-
-
-@triton.jit
-def _load_rows(
-    x,
-    token,
-    column,
-    rows,
-    n,
-    stride_t,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
-    RAGGED: tl.constexpr,
-    TMA: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """``[CHUNK, BLOCK]``: the rows of a chunk from ``column`` on, in memory order, zero from n on.
-
-    x is a tensor descriptor, or a pointer to the first column that belongs to this head.
-    """
-    if TMA:
-        block = x.load([token if STEP > 0 else token - (CHUNK - 1), column])
-        if RAGGED:
-            block = tl.where((rows < n)[:, None], block, 0.0)
-    else:
-        cols = tl.arange(0, BLOCK)
-        x += token.to(tl.int64) * stride_t + column
-        x += (STEP * rows)[:, None] * stride_t + cols[None, :]
-        if RAGGED:
-            block = tl.load(
-                x, mask=(rows < n)[:, None] & (column + cols < WIDTH)[None, :], other=0.0
-            )
-        elif WIDTH % BLOCK == 0:
-            block = tl.load(x)
-        else:
-            block = tl.load(x, mask=(column + cols < WIDTH)[None, :], other=0.0)
-    return block.to(OPERAND)
 
 
 @triton.jit
@@ -71,7 +39,7 @@ def weights(n, rate, scale, CHUNK: tl.constexpr, STEP: tl.constexpr):
     reverse the state is, because it is the gradient of a state that does not know the scale, and
     what it gives is not scaled again.
     """
-    rows = _flow_rows(CHUNK, STEP)
+    rows = flow_rows(CHUNK, STEP)
     # Masks come before exponentials: against the flow they would overflow.
     back = rows[None, :] - rows[:, None]  # [keys, queries]
     powers = tl.exp2(tl.where(back >= 0, -rate * back.to(tl.float32), float("-inf"))) * scale
@@ -87,18 +55,98 @@ def weights(n, rate, scale, CHUNK: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _flow_rows(CHUNK: tl.constexpr, STEP: tl.constexpr):
-    """Rows of a chunk in memory order, counted in the order of the flow."""
-    return tl.arange(0, CHUNK) if STEP > 0 else CHUNK - 1 - tl.arange(0, CHUNK)
+def _rounded_scores(
+    q,
+    k,
+    powers,
+    reach,
+    token,
+    rows,
+    n,
+    border,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    RAGGED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The weighted scores of a chunk ``[keys, queries]``, as an operand."""
+    # The branch costs nothing where no document starts. It also keeps Triton from laying out the
+    # scores for the product after them, in which two groups of warps would compute them twice, and
+    # so do sums of weighted parts in place of one sum in the tensor cores.
+    scores = tl.dot(k[0], tl.trans(q[0]), input_precision=PRECISION) * powers
+    for piece in tl.static_range(1, len(q)):
+        scores += tl.dot(k[piece], tl.trans(q[piece]), input_precision=PRECISION) * powers
+    if border:
+        reach_r = load_reach(reach, token, rows, n, CHUNK, STEP, RAGGED)
+        back = rows[None, :] - rows[:, None]
+        scores = tl.where(back <= reach_r[None, :], scores, 0.0)
+    return as_operand(scores, OPERAND, PRECISION)
 
 
 @triton.jit
-def _load_reach(
-    reach, token, rows, n, CHUNK: tl.constexpr, STEP: tl.constexpr, RAGGED: tl.constexpr
+def _output_of_state(
+    q,
+    state,
+    entering,
+    reach,
+    token,
+    rows,
+    n,
+    border,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    RAGGED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,
 ):
-    """The reach of the rows of a chunk, in memory order."""
-    reach += (token if STEP > 0 else token - (CHUNK - 1)) + tl.arange(0, CHUNK)
-    return tl.load(reach, mask=rows < n, other=0) if RAGGED else tl.load(reach)
+    """What the state on entry gives to the output ``[BLOCK_E, CHUNK]``: one piece at a time.
+
+    A piece is rounded when the products of the one before are done: the whole state beside the
+    rounded state takes more registers than there are.
+    """
+    rounded = as_operand(state[0], OPERAND, PRECISION)
+    result = tl.dot(rounded, tl.trans(q[0]), input_precision=PRECISION)
+    for piece in tl.static_range(1, len(state)):
+        rounded = as_operand(state[piece], OPERAND, PRECISION)
+        result = tl.dot(rounded, tl.trans(q[piece]), result, input_precision=PRECISION)
+    result *= entering[None, :]
+    if border:
+        reach_r = load_reach(reach, token, rows, n, CHUNK, STEP, RAGGED)
+        if SELECT:
+            result = tl.where((reach_r > rows)[None, :], result, 0.0)
+        else:  # what is not finite stays, for a second run to find
+            result *= tl.where(reach_r > rows, 1.0, 0.0)[None, :]
+    return result
+
+
+@triton.jit
+def _state_after(
+    k,
+    v,
+    state,
+    leaving,
+    across,
+    stays,  # [CHUNK]: rows of the document that leaves
+    border,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,
+):
+    """The state after a chunk."""
+    if SELECT:
+        v = tl.where(stays[:, None], v, 0.0).to(OPERAND)
+    leaving = tl.where(stays, leaving, 0.0)
+    weighted = as_operand(tl.trans(v).to(tl.float32) * leaving[None, :], OPERAND, PRECISION)
+    after = ()
+    for piece in tl.static_range(len(state)):
+        keys, before = k[piece], state[piece]
+        if SELECT:
+            keys = tl.where(stays[:, None], keys, 0.0).to(OPERAND)
+            before = tl.where(border, 0.0, before)
+        after += (tl.dot(weighted, keys, before * across, input_precision=PRECISION),)
+    return after
 
 
 @triton.jit
@@ -109,7 +157,8 @@ def advance_chunk(
     output,
     output_tiles,
     reach,
-    state,
+    state,  # a tuple: [BLOCK_E, BLOCK_D] for every BLOCK_D key rows
+    head,
     token,
     n,
     powers,
@@ -120,11 +169,7 @@ def advance_chunk(
     key_stride_t,
     value_stride_t,
     output_stride_t,
-    query_column,
-    key_column,
-    value_column,
-    output_column,
-    e_cols,
+    column,  # the first of value and output
     D: tl.constexpr,
     E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -138,56 +183,33 @@ def advance_chunk(
     SELECT: tl.constexpr,  # documents by selection: 0 * NaN would be NaN
 ):
     """Write the output of one chunk of n tokens; the state after it."""
-    rows = _flow_rows(CHUNK, STEP)
-    # The branches cost nothing where no document starts. They also keep Triton from laying out the
-    # scores for the product after them, in which two groups of warps would compute them twice.
+    rows = flow_rows(CHUNK, STEP)
     reach_last = tl.load(reach + token + STEP * (n - 1))
     border = reach_last < n
     if border:
-        reach_r = _load_reach(reach, token, rows, n, CHUNK, STEP, RAGGED)
-        entering = tl.where(reach_r > rows, entering, 0.0)
-        leaving = tl.where(n - 1 - rows <= reach_last, leaving, 0.0)
         across = tl.zeros_like(across)
-    q = _load_rows(
-        query, token, query_column, rows, n, query_stride_t,
+    q = load_pieces(
+        query, head, token, rows, n, query_stride_t,
         D, BLOCK_D, CHUNK, STEP, RAGGED, TMA, OPERAND,
     )  # fmt: skip
-    k = _load_rows(
-        key, token, key_column, rows, n, key_stride_t,
-        D, BLOCK_D, CHUNK, STEP, RAGGED, TMA, OPERAND,
-    )  # fmt: skip
-    v = _load_rows(
-        value, token, value_column, rows, n, value_stride_t,
+    k = load_pieces(
+        key, head, token, rows, n, key_stride_t, D, BLOCK_D, CHUNK, STEP, RAGGED, TMA, OPERAND
+    )
+    v = load_rows(
+        value, head, token, column, rows, n, value_stride_t,
         E, BLOCK_E, CHUNK, STEP, RAGGED, TMA, OPERAND,
     )  # fmt: skip
-
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * powers
-    if border:
-        reach_r = _load_reach(reach, token, rows, n, CHUNK, STEP, RAGGED)
-        back = rows[None, :] - rows[:, None]  # [keys, queries]
-        scores = tl.where(back <= reach_r[None, :], scores, 0.0)
-    scores = as_operand(scores, OPERAND, PRECISION)
-    rounded = as_operand(state, OPERAND, PRECISION)
-    result = tl.dot(rounded, tl.trans(q), input_precision=PRECISION) * entering[None, :]
-    if SELECT:
-        reach_r = _load_reach(reach, token, rows, n, CHUNK, STEP, RAGGED)
-        result = tl.where((reach_r > rows)[None, :], result, 0.0)
+    scores = _rounded_scores(
+        q, k, powers, reach, token, rows, n, border, CHUNK, STEP, RAGGED, OPERAND, PRECISION
+    )
+    result = _output_of_state(
+        q, state, entering, reach, token, rows, n, border,
+        CHUNK, STEP, RAGGED, OPERAND, PRECISION, SELECT,
+    )  # fmt: skip
     result = tl.trans(tl.dot(tl.trans(v), scores, result, input_precision=PRECISION))
-    result = result.to(output.dtype.element_ty)
-    if TMA and not RAGGED:
-        output_tiles.store([token if STEP > 0 else token - (CHUNK - 1), output_column], result)
-    else:
-        output += token.to(tl.int64) * output_stride_t
-        pointers = output + ((STEP * rows)[:, None] * output_stride_t + e_cols[None, :])
-        if RAGGED:
-            tl.store(pointers, result, mask=(rows < n)[:, None] & (e_cols < E)[None, :])
-        elif E % BLOCK_E == 0:
-            tl.store(pointers, result)
-        else:
-            tl.store(pointers, result, mask=(e_cols < E)[None, :])
-    if SELECT:
-        stays = (n - 1 - rows <= reach_last)[:, None]
-        k, v = tl.where(stays, k, 0.0).to(OPERAND), tl.where(stays, v, 0.0).to(OPERAND)
-        state = tl.where(border, 0.0, state)
-    weighted = as_operand(tl.trans(v).to(tl.float32) * leaving[None, :], OPERAND, PRECISION)
-    return tl.dot(weighted, k, state * across, input_precision=PRECISION)
+    store_rows(
+        output, output_tiles, result.to(output.dtype.element_ty), head, token, column, rows, n,
+        output_stride_t, E, BLOCK_E, CHUNK, STEP, RAGGED, TMA,
+    )  # fmt: skip
+    stays = n - 1 - rows <= reach_last
+    return _state_after(k, v, state, leaving, across, stays, border, OPERAND, PRECISION, SELECT)

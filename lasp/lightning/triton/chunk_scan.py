@@ -75,11 +75,9 @@ class ChunkScan:
         self._shape = (num_tokens, num_heads, dim_out)
         self._shared = (*recurrence.tensors, num_heads, recurrence.scale)
         blocks = _blocks(query_THD, dim_out)
-        block_d = tuning.padded(dim_in)
         tensors = (query_THD, key_THD, value_THE, _contiguous(self._shape, query_THD.dtype))
-        self._tiles = _tiles(
-            tensors, (block_d, block_d, blocks.columns, blocks.columns), blocks.chunk
-        )
+        widths = (blocks.operand,) * 2 + (blocks.columns,) * 2
+        self._tiles = _tiles(tensors, widths, blocks.chunk)
         self._programs = len(plan.segments) * num_heads * -(-dim_out // blocks.columns)
         self._launchers = [
             launcher_of(
@@ -92,7 +90,7 @@ class ChunkScan:
                 STEP=-1 if plan.flow.reverse else 1,
                 TRANSPOSED=transposed,
                 REPAIR=repair,
-                **_meta(blocks, block_d, query_THD.dtype, bool(self._tiles)),
+                **_meta(blocks, query_THD.dtype, bool(self._tiles)),
             )
             for repair in (False, True)[: 1 + plan.shared]
         ]
@@ -142,11 +140,9 @@ class KeyValueGradients:
         plan = recurrence.plan
         self._shared = (*recurrence.tensors, num_heads, recurrence.scale)
         blocks = _blocks(q, dim)
-        block_d = tuning.padded(dim)
         results = (_contiguous(q.shape, q.dtype),) * 2
-        self._tiles = _tiles(
-            (q, k, v, do, q, do, *results), (block_d,) * 4 + (blocks.columns,) * 4, blocks.chunk
-        )
+        widths = (blocks.operand,) * 4 + (blocks.columns,) * 4
+        self._tiles = _tiles((q, k, v, do, q, do, *results), widths, blocks.chunk)
         self._programs = len(plan.segments) * num_heads * 2 * -(-dim // blocks.columns)
         self._launchers = [
             launcher_of(
@@ -156,7 +152,7 @@ class KeyValueGradients:
                 **_strides(q=q, k=k, v=v, do=do),
                 D=dim,
                 REPAIR=repair,
-                **_meta(blocks, block_d, q.dtype, bool(self._tiles)),
+                **_meta(blocks, q.dtype, bool(self._tiles)),
             )
             for repair in (False, True)[: 1 + plan.shared]
         ]
@@ -180,10 +176,10 @@ def _blocks(query: Tensor, dim_out: int) -> tuning.Blocks:
     return tuning.output_blocks(query.shape[2], dim_out, query.dtype, shared_bytes)
 
 
-def _meta(blocks: tuning.Blocks, block_d: int, dtype: torch.dtype, tma: bool) -> dict[str, object]:
+def _meta(blocks: tuning.Blocks, dtype: torch.dtype, tma: bool) -> dict[str, object]:
     """What both kernels are compiled for."""
     return {
-        "BLOCK_D": block_d,
+        "BLOCK_D": blocks.operand if tma else max(64, blocks.operand),
         "BLOCK_E": blocks.columns,
         "CHUNK": blocks.chunk,
         "TMA": tma,
@@ -208,30 +204,27 @@ def _contiguous(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _tiles(tensors: tuple[Tensor, ...], widths: tuple[int, ...], chunk: int) -> list[Tile]:
-    """Tiles for the copy engine; empty if not all tensors can be described.
+    """Tiles of ``[H, T, D]`` for the copy engine; empty if not all tensors can be described.
 
-    Heads lie side by side within a token, so a head is a range of columns of ``[T, columns]``.
+    Columns of a tile that lie past a head are zero in shared memory, and are not stored.
     """
     if not all(_describable(x, width) for x, width in zip(tensors, widths)):
         return []
     return [
         Tile(
-            (x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]),
-            (x.stride(0), 1),
-            (chunk, width),
+            (x.shape[1], x.shape[0], x.shape[2]),
+            (x.stride(1), x.stride(0), 1),
+            (1, chunk, width),
         )
         for x, width in zip(tensors, widths)
     ]
 
 
 def _describable(x: Tensor, width: int) -> bool:
+    """Whether the copy engine can find the rows of a head, and take tiles of so many columns."""
     unit = 16 // x.element_size()
-    return (
-        x.shape[2] % width == 0
-        and width * x.element_size() <= tuning.LONGEST_TILE_ROW
-        and x.stride(0) % unit == 0
-        and x.stride(1) % unit == 0
-        and 0 < x.stride(1) * x.shape[1] <= x.stride(0)
+    return width * x.element_size() <= tuning.LONGEST_TILE_ROW and all(
+        stride > 0 and stride % unit == 0 for stride in x.stride()[:2]
     )
 
 

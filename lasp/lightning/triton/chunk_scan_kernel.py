@@ -27,7 +27,7 @@ def _walk(
     value,
     output,
     output_tiles,
-    state,  # before the segment
+    state,  # before the segment: a tuple, see advance_chunk
     rates,
     table,
     reach,
@@ -58,15 +58,8 @@ def _walk(
     first = tl.load(table + FIRST)
     length = tl.load(table + LENGTH)
     rate = tl.load(rates + head) * LOG2E
-    e_cols = block * BLOCK_E + tl.arange(0, BLOCK_E)
-
-    query_column, key_column, value_column = 0, 0, block * BLOCK_E
-    output_column = head * E + block * BLOCK_E
-    if TMA:
-        query_column += head * query_stride_h
-        key_column += head * key_stride_h
-        value_column += head * value_stride_h
-    else:
+    column = block * BLOCK_E
+    if not TMA:
         query += head.to(tl.int64) * query_stride_h
         key += head.to(tl.int64) * key_stride_h
         value += head.to(tl.int64) * value_stride_h
@@ -77,10 +70,9 @@ def _walk(
             n = tl.minimum(length - begin, CHUNK)
             powers, entering, leaving, across = weights(n, rate, scale, CHUNK, STEP)
             state = advance_chunk(
-                query, key, value, output, output_tiles, reach, state, first + STEP * begin, n,
-                powers, entering, leaving, across,
-                query_stride_t, key_stride_t, value_stride_t, num_heads * E,
-                query_column, key_column, value_column, output_column, e_cols,
+                query, key, value, output, output_tiles, reach, state,
+                head, first + STEP * begin, n, powers, entering, leaving, across,
+                query_stride_t, key_stride_t, value_stride_t, num_heads * E, column,
                 D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, True, TMA, OPERAND, PRECISION, True,
             )  # fmt: skip
         return state
@@ -89,20 +81,18 @@ def _walk(
     powers, entering, leaving, across = weights(n, rate, scale, CHUNK, STEP)
     for begin in range(0, whole, CHUNK):
         state = advance_chunk(
-            query, key, value, output, output_tiles, reach, state, first + STEP * begin, n,
-            powers, entering, leaving, across,
-            query_stride_t, key_stride_t, value_stride_t, num_heads * E,
-            query_column, key_column, value_column, output_column, e_cols,
+            query, key, value, output, output_tiles, reach, state,
+            head, first + STEP * begin, n, powers, entering, leaving, across,
+            query_stride_t, key_stride_t, value_stride_t, num_heads * E, column,
             D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, False, TMA, OPERAND, PRECISION, False,
         )  # fmt: skip
     if whole < length:
         n = length - whole
         powers, entering, leaving, across = weights(n, rate, scale, CHUNK, STEP)
         state = advance_chunk(
-            query, key, value, output, output_tiles, reach, state, first + STEP * whole, n,
-            powers, entering, leaving, across,
-            query_stride_t, key_stride_t, value_stride_t, num_heads * E,
-            query_column, key_column, value_column, output_column, e_cols,
+            query, key, value, output, output_tiles, reach, state,
+            head, first + STEP * whole, n, powers, entering, leaving, across,
+            query_stride_t, key_stride_t, value_stride_t, num_heads * E, column,
             D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, True, TMA, OPERAND, PRECISION, False,
         )  # fmt: skip
     return state

@@ -61,9 +61,11 @@ def parts_of(
 def segment_length(q: Tensor, v: Tensor, reaches: tuple[int, ...]) -> int:
     """Tokens of a segment, the same for both directions of a call."""
     num_sms, shared_bytes = device_limits(q.device)
-    columns = tuning.output_blocks(q.shape[2], v.shape[2], q.dtype, shared_bytes).columns
-    blocks = -(-v.shape[2] // columns)
-    length: int = tuning.segment_length(q.shape[0], blocks, num_sms, reaches)
+    blocks = tuning.output_blocks(q.shape[2], v.shape[2], q.dtype, shared_bytes)
+    programs = -(-v.shape[2] // blocks.columns)
+    length: int = tuning.segment_length(
+        q.shape[0], programs, num_sms, reaches, 2 if blocks.num_warps == 4 else 1
+    )
     return length
 
 
@@ -110,7 +112,7 @@ class ChunkState:
             **_strides(key_THK, value_THV),
             K=key_dim,
             V=value_dim,
-            BLOCK_K=tuning.padded(key_dim),
+            BLOCK_K=max(64, tuning.power_of_2(key_dim)),
             BLOCK_V=blocks.columns,
             CHUNK=blocks.chunk,
             STEP=-1 if plan.flow.reverse else 1,

@@ -24,6 +24,7 @@ from lasp.lightning.triton.chunk_state_kernel import (
 @triton.jit
 def _state_offsets(
     head,
+    piece: tl.constexpr,  # of key rows
     block,  # of columns
     D: tl.constexpr,
     E: tl.constexpr,
@@ -31,13 +32,13 @@ def _state_offsets(
     BLOCK_E: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """Offsets of a head's state as registers hold it ``[BLOCK_E, BLOCK_D]``; which columns exist.
+    """Offsets of a piece of a head's state ``[BLOCK_E, BLOCK_D]``; which columns exist.
 
     Which dim is contiguous must be known to the compiler: else it loads number by number, and of
     two programs that read the same rows one falls behind the other, farther than the L2 cache
     reaches.
     """
-    d_cols = tl.arange(0, BLOCK_D)
+    d_cols = piece * BLOCK_D + tl.arange(0, BLOCK_D)
     e_cols = block * BLOCK_E + tl.arange(0, BLOCK_E)
     if TRANSPOSED:  # [E, D] in memory
         offsets = d_cols[None, :] + e_cols[:, None] * D
@@ -62,33 +63,43 @@ def entering_state(
     BLOCK_E: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """The state before the first token of a segment."""
+    """The state before the first token of a segment, as registers hold it.
+
+    A tuple of ``[BLOCK_E, BLOCK_D]``, one for every BLOCK_D key rows: products take one at a time.
+    """
     head = row % num_heads
     table += row // num_heads * COLUMNS
-    offsets, d_cols, e_inside = _state_offsets(head, block, D, E, BLOCK_D, BLOCK_E, TRANSPOSED)
     size = (num_heads * (D * E)).to(tl.int64)  # of one row of states
-    # Where a state is absent no column is loaded: a mask of all False.
     state_row = tl.load(table + STATE_ROW)
-    inside = e_inside & (d_cols < tl.where(state_row >= 0, D, 0))
-    state = tl.load(states + state_row * size + offsets, mask=inside, other=0.0)
     rate = tl.load(rates + head) * LOG2E
     before = tl.exp2(-rate * tl.load(table + DISTANCE).to(tl.float32))
-    if initial_state is not None:
-        initial_row = tl.load(table + INITIAL_ROW)
-        inside = e_inside & (d_cols < tl.where(initial_row >= 0, D, 0))
-        state += before * tl.load(
-            initial_state + initial_row * size + offsets, mask=inside, other=0.0
+    pieces = ()
+    for piece in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
+        offsets, d_cols, e_inside = _state_offsets(
+            head, piece, block, D, E, BLOCK_D, BLOCK_E, TRANSPOSED
         )
-    if incoming is not None:
-        incoming_row = tl.load(table + INCOMING_ROW)
-        inside = e_inside & (d_cols < tl.where(incoming_row >= 0, D, 0))
-        state += before * tl.load(incoming + incoming_row * size + offsets, mask=inside, other=0.0)
-    return state
+        # Where a state is absent no column is loaded: a mask of all False.
+        inside = e_inside & (d_cols < tl.where(state_row >= 0, D, 0))
+        state = tl.load(states + state_row * size + offsets, mask=inside, other=0.0)
+        if initial_state is not None:
+            initial_row = tl.load(table + INITIAL_ROW)
+            inside = e_inside & (d_cols < tl.where(initial_row >= 0, D, 0))
+            state += before * tl.load(
+                initial_state + initial_row * size + offsets, mask=inside, other=0.0
+            )
+        if incoming is not None:
+            incoming_row = tl.load(table + INCOMING_ROW)
+            inside = e_inside & (d_cols < tl.where(incoming_row >= 0, D, 0))
+            state += before * tl.load(
+                incoming + incoming_row * size + offsets, mask=inside, other=0.0
+            )
+        pieces += (state,)
+    return pieces
 
 
 @triton.jit
 def leave_state(
-    state,
+    state,  # a tuple, see entering_state
     final_state,
     table,
     row,  # segment and head
@@ -102,8 +113,11 @@ def leave_state(
 ):
     """Store the state after the last token of a segment whose document ends there."""
     head = row % num_heads
-    offsets, d_cols, e_inside = _state_offsets(head, block, D, E, BLOCK_D, BLOCK_E, TRANSPOSED)
     size = (num_heads * (D * E)).to(tl.int64)
     final_row = tl.load(table + row // num_heads * COLUMNS + FINAL_ROW)
-    inside = e_inside & (d_cols < tl.where(final_row >= 0, D, 0))
-    tl.store(final_state + final_row * size + offsets, state, mask=inside)
+    for piece in tl.static_range(len(state)):
+        offsets, d_cols, e_inside = _state_offsets(
+            head, piece, block, D, E, BLOCK_D, BLOCK_E, TRANSPOSED
+        )
+        inside = e_inside & (d_cols < tl.where(final_row >= 0, D, 0))
+        tl.store(final_state + final_row * size + offsets, state[piece], mask=inside)

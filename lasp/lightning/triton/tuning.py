@@ -12,6 +12,7 @@ class Blocks(NamedTuple):
     Attributes:
         chunk: tokens of a chunk.
         columns: output columns of a program, a power of two.
+        operand: columns of query and key that one product takes, a power of two.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
         max_registers: of a thread; None for as many as there are.
@@ -19,6 +20,7 @@ class Blocks(NamedTuple):
 
     chunk: int
     columns: int
+    operand: int
     num_warps: int
     num_stages: int
     max_registers: int | None = None
@@ -42,30 +44,46 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def padded(dim: int) -> int:
-    """Columns of an operand: products of fewer than 64 are wrong in Triton 3.6."""
-    return max(64, power_of_2(dim))
-
-
 @lru_cache(maxsize=1024)
 def output_blocks(
     dim_in: int, dim_out: int, dtype: torch.dtype, shared_bytes: int = HOPPER_SHARED_BYTES
 ) -> Blocks:
     """For the output kernel: query and key have ``dim_in``, value and output ``dim_out``.
 
-    Two groups of 4 warps hold the state, one if it is small: then no registers are spilled. The
-    pipeline is as deep as the shared memory of the device allows.
+    Two groups of 4 warps hold the state, one if it is small. The pipeline is as deep as the shared
+    memory of the device allows.
     """
-    block_in = padded(dim_in)
     if dtype != torch.bfloat16:  # operands of four bytes
-        return Blocks(32 if dim_in > 128 else 64, 64, 8, 1)
+        return Blocks(32 if dim_in > 128 else 64, 64, max(64, power_of_2(dim_in)), 8, 1)
     chunk = 64
-    columns = 128 if dim_in <= 128 and dim_out > 64 else 64
-    stage_bytes = 2 * chunk * (2 * block_in + columns)
-    # Less the scores, the weighted values, and the output on its way.
-    left_bytes = shared_bytes - 2 * chunk * (chunk + 2 * columns)
-    stages = max(1, min(4 if columns == 64 else 3, left_bytes // stage_bytes))
-    return Blocks(chunk, columns, 8 if columns == 128 or dim_in > 64 else 4, stages)
+    # The state of 128 columns and more than 128 key rows takes products that read shared memory.
+    wide = dim_out > 64 and (dim_in <= 128 or shared_bytes >= HOPPER_SHARED_BYTES)
+    columns = 128 if wide else 64
+    operand = _operand_columns(dim_in, columns)
+    kept = 2 * chunk * 2 * -(-dim_in // operand) * operand
+    num_stages = _stages(shared_bytes, kept, 2 * chunk * columns, 3)
+    num_warps = 8 if columns == 128 or dim_in > 64 else 4
+    return Blocks(chunk, columns, operand, num_warps, num_stages)
+
+
+def _operand_columns(dim: int, columns: int) -> int:
+    """As few columns past a head as products allow, then as few products.
+
+    Products of 256 columns leave too few registers for the rounded state beside the state. Those of
+    32 columns are used for heads of up to 96 alone: some of other shapes are wrong in Triton 3.6.
+    """
+    if 64 < dim <= 96 and columns == 128:
+        return 32
+    return 64 if -(-dim // 64) in (1, 3) else 128
+
+
+def _stages(shared_bytes: int, kept: int, value: int, most: int) -> int:
+    """Depth of a pipeline over tiles of so many bytes.
+
+    Tiles that a product under way still reads (``kept``) have a buffer for each stage, those of
+    values one less; the output on its way and the weighted values take two more.
+    """
+    return max(1, min(most, (shared_bytes - value) // (kept + value)))
 
 
 def state_blocks(
@@ -73,7 +91,10 @@ def state_blocks(
 ) -> Blocks:
     """For the states of segments: two programs to a multiprocessor, if that spills nothing."""
     blocks = output_blocks(key_dim, value_dim, dtype, shared_bytes)
-    two_fit = dtype == torch.bfloat16 and key_dim <= 128 and blocks.num_warps == 8
+    if key_dim > 128 and dtype == torch.bfloat16:  # one
+        kept, value = (2 * blocks.chunk * x for x in (power_of_2(key_dim), blocks.columns))
+        return blocks._replace(num_stages=_stages(shared_bytes, kept, value, 4))
+    two_fit = dtype == torch.bfloat16 and blocks.num_warps == 8
     return blocks._replace(
         num_stages=min(3, blocks.num_stages), max_registers=128 if two_fit else None
     )
@@ -86,20 +107,24 @@ def combine_blocks(num_segments: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1024)  # one entry a layer
-def segment_length(num_tokens: int, blocks: int, num_sms: int, reaches: tuple[int, ...]) -> int:
+def segment_length(
+    num_tokens: int, blocks: int, num_sms: int, reaches: tuple[int, ...], resident: int = 1
+) -> int:
     """Tokens of a segment: programs that fill the GPU, with states that cost little.
 
     Args:
         num_tokens: T.
         blocks: programs of a segment and head.
-        num_sms: multiprocessors; one program fills one.
+        num_sms: multiprocessors.
         reaches: for each head, how many tokens at the end of a segment its state takes.
+        resident: programs that fill a multiprocessor.
     """
 
     def cost(length: int) -> float:
         """What the busiest multiprocessor does, in tokens of an output program."""
         count = -(-num_tokens // length)
-        output = -(-count * len(reaches) * blocks // num_sms) * (length + START_COST)
+        rounds = -(-count * len(reaches) * blocks // (num_sms * resident))
+        output = rounds * resident * (length + START_COST)
         states = sum(min(length, reach) for reach in reaches) * (count - 1)
         return output + STATE_COST * states * blocks / num_sms
 

@@ -32,7 +32,7 @@ def small_blocks() -> Iterator[None]:
     """Segments of 32 tokens and chunks of 16, so that documents share both."""
     from lasp.lightning.triton import tuning
 
-    blocks = tuning.Blocks(chunk=CHUNK, columns=32, num_warps=4, num_stages=1)
+    blocks = tuning.Blocks(chunk=CHUNK, columns=32, operand=32, num_warps=4, num_stages=1)
     with patch.multiple(
         tuning,
         output_blocks=lambda *_: blocks,

@@ -43,24 +43,20 @@ class Launcher:
         device = self._device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._launch(programs, arguments)
-        else:
-            self._launch(programs, arguments)
-
-    def _launch(self, programs: int, arguments: tuple[Any, ...]) -> None:
+                self(programs, *arguments)
+            return
         kernel = self._compiled
         if kernel is None:
             self._compile_and_launch(programs, arguments)
             return
         assert self._stream_of is not None
-        stream = self._stream_of(self._device.index)
-        # Chains of hooks that hold none are left out: a profiler may add one at any time.
-        enter, leave = (
-            hook if getattr(hook, "calls", hook) else None
-            for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-        )
+        stream = self._stream_of(device.index)
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         metadata = None
-        if enter is not None or leave is not None:
+        # Chains of hooks that hold none are left out: a profiler may add one at any time.
+        if not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave):
+            enter = leave = None
+        else:
             grid = (programs, 1, 1)
             metadata = kernel.launch_metadata(grid, stream, *arguments, *self._rest)
         kernel.run(

@@ -86,9 +86,11 @@ class ChunkState:
         state = (num_heads, key_dim, value_dim)
         self._rates = recurrence.rates
         self._outgoing = (plan.flow.num_slots, *state)  # a run that sends ends in a segment
-        self._needed = any(plan.state_lengths)
-        self._entering = (plan.num_states, *state) if self._needed else (0,)
-        if not self._needed:
+        self._entering = (plan.num_states, *state)
+        self._none: States | None = None
+        if not any(plan.state_lengths):
+            empty = self._rates.new_empty(0)
+            self._none = States(empty, empty)
             return
         num_sms, shared_bytes = device_limits(key_THK.device)
         blocks = tuning.state_blocks(key_dim, value_dim, key_THK.dtype, shared_bytes)
@@ -134,15 +136,22 @@ class ChunkState:
         )  # fmt: skip
 
     def __call__(self, key_THK: Tensor, value_THV: Tensor, initial_state: Tensor | None) -> States:
-        """The states; the initial ones ``[N, H, K, V]`` float32, of the start of each document."""
+        """The states, shared empty tensors if there are none.
+
+        Args:
+            key_THK: like the example.
+            value_THV: like the example.
+            initial_state: of the start of each document ``[N, H, K, V]`` float32, or None.
+        """
         new_empty = self._rates.new_empty
+        if self._none is not None and self._outgoing[0] == 0:
+            return self._none
+        if self._none is not None:  # other ranks send, this one sends what nobody reads
+            return self._none._replace(outgoing=new_empty(self._outgoing))
         states = States(new_empty(self._entering), new_empty(self._outgoing))
-        if self._needed:
-            sums = new_empty(self._sums)
-            self._launch_sums(self._sum_programs, key_THK, value_THV, sums, *self._sum_shared)
-            self._launch_passing(
-                self._pass_programs, sums, *states, initial_state, *self._pass_shared
-            )
+        sums = new_empty(self._sums)
+        self._launch_sums(self._sum_programs, key_THK, value_THV, sums, *self._sum_shared)
+        self._launch_passing(self._pass_programs, sums, *states, initial_state, *self._pass_shared)
         return states
 
 

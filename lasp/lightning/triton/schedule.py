@@ -125,7 +125,7 @@ def forward(
     return (
         rows_of_heads(output, like),
         states.new_empty(0) if final_state is None else states_of_rows(final_state, like),
-        states.view(-1),
+        states.view(-1) if states.numel() else states.new_empty(0),  # which others share
         states.new_empty(0) if incoming is None else incoming.view(-1),
     )
 

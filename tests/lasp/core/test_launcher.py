@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lasp import SequenceLayout, lightning_attention, lightning_decode
 from lasp._core import launcher
 from lasp._core.launcher import Launcher, aligned, described, launcher_of
+from lasp.layers.norm_gate import norm_gate, silu_split
 from lasp.lightning.triton import schedule
 from tests.lasp.cases import bits_equal
 from tests.lasp.lightning.test_kernels import DEVICE, small_blocks
@@ -86,7 +87,7 @@ def test_profilers_see_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     metadata, enter, leave = kernel.compiled.runs[0][6:9]
     assert metadata == ((3, 1, 1), 7, x, 5, 1, 16)
     assert enter is hook
-    assert leave is None
+    assert leave is knobs.runtime.launch_exit_hook
 
 
 def test_one_launcher_a_case() -> None:
@@ -150,11 +151,18 @@ def call(
     with_states: bool,
     rates: Tensor,
 ) -> None:
-    """Both directions, and a step of decoding; tensors begin ``offset`` elements into memory."""
+    """Every kernel of the package; tensors begin ``offset`` elements into memory."""
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         size = torch.Size(shape).numel()
         return torch.zeros(size + offset, dtype=dtype)[offset:].view(shape).requires_grad_()
+
+    x, gate, weight = (made(*shape, dtype=dtype) for shape in ((7, 48), (7, 48), (48,)))
+    fused = made(7, 4, 2 * key_dim + value_dim, dtype=dtype)
+    parts = silu_split(fused, key_dim, value_dim, impl="triton")
+    torch.autograd.grad(parts, fused, [made(*part.shape, dtype=dtype).detach() for part in parts])
+    y = norm_gate(x, gate, weight, eps=1e-6, impl="triton")
+    torch.autograd.grad(y, (x, gate, weight), made(7, 48, dtype=dtype).detach())
 
     tokens, heads = sum(lengths), len(rates)
     q, k = (made(tokens, heads, key_dim, dtype=dtype) for _ in range(2))

@@ -1,7 +1,7 @@
 """The rows of a chunk between memory and registers: by the copy engine, or by pointers and masks.
 
 The copy engine takes tiles of tensor descriptors ``[H, T, D]``, whatever the strides of heads and
-tokens. Of a tile that reaches past a head, it fetches and stores what lies inside: heads of 96 or
+tokens. Where a tile reaches past a head, it fetches and stores what lies inside: heads of 96 or
 192 columns cost no other bytes. Where no descriptor describes a tensor, pointers and masks do.
 """
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp._core.cache import tensor_cache
 from lasp._core.launcher import described, launcher_of
 from lasp.lightning.triton import tuning
 from lasp.lightning.triton.chunk_scan_kernel import chunk_scan_kernel, key_value_gradients_kernel
@@ -140,7 +141,7 @@ class KeyValueGradients:
         plan = recurrence.plan
         self._shared = (*recurrence.tensors, num_heads, recurrence.scale)
         blocks = _blocks(q, dim)
-        results = (_contiguous(q.shape, q.dtype),) * 2
+        results = (_contiguous(tuple(q.shape), q.dtype),) * 2
         widths = (blocks.operand,) * 4 + (blocks.columns,) * 4
         self._tiles = _tiles((q, k, v, do, q, do, *results), widths, blocks.chunk)
         self._programs = len(plan.segments) * num_heads * 2 * -(-dim // blocks.columns)
@@ -198,7 +199,8 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def _contiguous(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+@tensor_cache(maxsize=1024)
+def _contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An example of a result."""
     return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -58,14 +58,15 @@ class _Sending(NamedTuple):
         op: the call, without its group.
         plan: the segments.
         passed: what run steps pass on, for each choice of the exchange.
-        empty: int64 ``[documents]``: those without a token whose states this rank keeps.
+        empty: int64 ``[documents]``: those without a token whose states this rank keeps; None if
+            there are none.
         shape: of the final states ``(N, H, K, V)``.
     """
 
     op: OpContext
     plan: Plan
     passed: list[Transitions]
-    empty: Tensor
+    empty: Tensor | None
     shape: tuple[int, int, int, int]
 
     def start(
@@ -84,7 +85,7 @@ class _Sending(NamedTuple):
         if self.plan.num_final == self.shape[0]:
             return torch.empty(self.shape, dtype=torch.float32, device=device)
         states = torch.zeros(self.shape, dtype=torch.float32, device=device)
-        if initial_state is not None and self.empty.numel():
+        if initial_state is not None and self.empty is not None:
             states[self.empty] = initial_state[self.empty]
         return states
 
@@ -249,19 +250,23 @@ def _recurrence(
 
 def _sending(op: OpContext, recurrence: Recurrence, q: Tensor, v: Tensor) -> _Sending:
     flow = recurrence.plan.flow
-    empty = torch.tensor(flow.empty_documents, dtype=torch.int64, device="cpu")
+    empty = None
+    if flow.empty_documents:
+        empty = torch.tensor(flow.empty_documents, dtype=torch.int64, device="cpu")
+        empty = to_device(empty, q.device)
     return _Sending(
         op,
         recurrence.plan,
         transitions_of(op, flow, torch.float32, q.device) if flow.num_slots else [],
-        to_device(empty, q.device),
+        empty,
         (flow.num_documents, q.shape[1], q.shape[2], v.shape[2]),
     )
 
 
 def _size(plan: _Forward | _Backward) -> int:
     """Bytes: those of the segments, though other layers may share them, and about the rest."""
-    return size_of(plan.sending.plan) * len(plan) + 16 * 2**10
+    directions = 2 if isinstance(plan, _Backward) else 1
+    return size_of(plan.sending.plan) * directions + 16 * 2**10
 
 
 # One for each layer and batch in flight.

@@ -124,9 +124,8 @@ def _output_of_state(
 @triton.jit
 def _state_after(
     k,
-    v,
+    weighted,
     state,
-    leaving,
     across,
     stays,  # [CHUNK]: rows of the document that leaves
     border,
@@ -135,10 +134,6 @@ def _state_after(
     SELECT: tl.constexpr,
 ):
     """The state after a chunk."""
-    if SELECT:
-        v = tl.where(stays[:, None], v, 0.0).to(OPERAND)
-    leaving = tl.where(stays, leaving, 0.0)
-    weighted = as_operand(tl.trans(v).to(tl.float32) * leaving[None, :], OPERAND, PRECISION)
     after = ()
     for piece in tl.static_range(len(state)):
         keys, before = k[piece], state[piece]
@@ -199,6 +194,12 @@ def advance_chunk(
         value, head, token, column, rows, n, value_stride_t,
         E, BLOCK_E, CHUNK, STEP, RAGGED, TMA, OPERAND,
     )  # fmt: skip
+    stays = n - 1 - rows <= reach_last
+    leaving = tl.where(stays, leaving, 0.0)
+    # Early: the tensor cores still work on the state of the chunk before, and what goes to shared
+    # memory now takes no registers below.
+    weighted = tl.trans(tl.where(stays[:, None], v, 0.0).to(OPERAND)) if SELECT else tl.trans(v)
+    weighted = as_operand(weighted.to(tl.float32) * leaving[None, :], OPERAND, PRECISION)
     scores = _rounded_scores(
         q, k, powers, reach, token, rows, n, border, CHUNK, STEP, RAGGED, OPERAND, PRECISION
     )
@@ -211,5 +212,4 @@ def advance_chunk(
         output, output_tiles, result.to(output.dtype.element_ty), head, token, column, rows, n,
         output_stride_t, E, BLOCK_E, CHUNK, STEP, RAGGED, TMA,
     )  # fmt: skip
-    stays = n - 1 - rows <= reach_last
-    return _state_after(k, v, state, leaving, across, stays, border, OPERAND, PRECISION, SELECT)
+    return _state_after(k, weighted, state, across, stays, border, OPERAND, PRECISION, SELECT)

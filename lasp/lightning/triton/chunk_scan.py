@@ -180,7 +180,7 @@ def _blocks(query: Tensor, dim_out: int) -> tuning.Blocks:
 def _meta(blocks: tuning.Blocks, dtype: torch.dtype, tma: bool) -> dict[str, object]:
     """What both kernels are compiled for."""
     return {
-        "BLOCK_D": blocks.operand if tma else max(64, blocks.operand),
+        "BLOCK_D": blocks.operand,
         "BLOCK_E": blocks.columns,
         "CHUNK": blocks.chunk,
         "TMA": tma,

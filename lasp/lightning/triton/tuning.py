@@ -59,21 +59,19 @@ def output_blocks(
     # The state of 128 columns and more than 128 key rows takes products that read shared memory.
     wide = dim_out > 64 and (dim_in <= 128 or shared_bytes >= HOPPER_SHARED_BYTES)
     columns = 128 if wide else 64
-    operand = _operand_columns(dim_in, columns)
+    operand = _operand_columns(dim_in)
     kept = 2 * chunk * 2 * -(-dim_in // operand) * operand
     num_stages = _stages(shared_bytes, kept, 2 * chunk * columns, 3)
     num_warps = 8 if columns == 128 or dim_in > 64 else 4
     return Blocks(chunk, columns, operand, num_warps, num_stages)
 
 
-def _operand_columns(dim: int, columns: int) -> int:
-    """As few columns past a head as products allow, then as few products.
+def _operand_columns(dim: int) -> int:
+    """As few columns past a head as products of 64 allow, then as few products.
 
     Products of 256 columns leave too few registers for the rounded state beside the state. Those of
-    32 columns are used for heads of up to 96 alone: some of other shapes are wrong in Triton 3.6.
+    fewer than 64 are wrong in Triton 3.6.
     """
-    if 64 < dim <= 96 and columns == 128:
-        return 32
     return 64 if -(-dim // 64) in (1, 3) else 128
 
 
@@ -81,9 +79,10 @@ def _stages(shared_bytes: int, kept: int, value: int, most: int) -> int:
     """Depth of a pipeline over tiles of so many bytes.
 
     Tiles that a product under way still reads (``kept``) have a buffer for each stage, those of
-    values one less; the output on its way and the weighted values take two more.
+    values one less. The output on its way, the weighted values and the scores take the rest.
     """
-    return max(1, min(most, (shared_bytes - value) // (kept + value)))
+    scores = 2 * 64 * 64
+    return max(1, min(most, (shared_bytes - value - scores) // (kept + value)))
 
 
 def state_blocks(

@@ -218,7 +218,9 @@ def test_what_the_kernels_do_not_do(dim: int, dtype: torch.dtype, match: str) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dims", [(16, 64), (64, 64), (96, 128), (128, 128), (192, 64), (256, 256)])
+@pytest.mark.parametrize(
+    "dims", [(16, 64), (64, 64), (96, 128), (128, 128), (192, 64), (160, 224), (256, 256)]
+)
 def test_bf16_within_budget(dims: tuple[int, int]) -> None:
     case = CASE._replace(key_dim=dims[0], value_dim=dims[1], dtype=torch.bfloat16, scale=0.1)
     for lengths in ((700,), (64, 0, 65, 1, 300, 63)):
@@ -249,7 +251,7 @@ def test_descriptors_where_their_tiles_fit() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])
 def test_integers_are_exact(dim: int) -> None:
     """Every sum is an integer below 256, which bf16 holds: a wrong product shows as itself."""
     lengths = (150, 90)

@@ -46,6 +46,12 @@ def lightning(group: dist.ProcessGroup, impl: str = "eager", **changed: Any) -> 
     lightning_attention(q, k, v, rates, **settings)
 
 
+def lightning_by_either(group: dist.ProcessGroup) -> None:
+    """Only who computes differs, and how equal numbers are written."""
+    settings = on_rank({"scale": 1, "state_eps": 0}, {"impl": "triton", "state_eps": 0.0})
+    lightning(group, **settings)
+
+
 def lightning_module(group: dist.ProcessGroup) -> None:
     module = LightningAttention(16, 2, 8, 0, 2)
     with autocast_on_rank_1():
@@ -84,6 +90,11 @@ CALLS: dict[str, tuple[Callable[[dist.ProcessGroup], None], str]] = {
     "lightning: exchange": (
         lambda g: lightning(g, exchange=on_rank("scan", "all_gather")),
         "exchange scan on ranks [0], all_gather on ranks [1]",
+    ),
+    "lightning: eager and triton": (lightning_by_either, "nothing"),
+    "lightning and ring": (
+        lambda g: on_rank(lightning, ring)(g),
+        "operator lightning_attention on ranks [0], ring_attention on ranks [1]",
     ),
     "experts: autocast": (lambda g: experts(g, autocast=True), f"ExpertParallelMoE.*{DTYPES}"),
     "experts: tokens": (lambda g: experts(g, dtype=on_rank(*BOTH_DTYPES)), DTYPES),

@@ -70,6 +70,18 @@ def model_call(tokens: Tensor) -> None:
             ),
             "padded_lengths must hold the documents of the 2 replicas",
         ),
+        (
+            lambda: pack_batch([8, 3], dp_rank=0, num_ranks=2, order="fold"),
+            r"document_lengths must hold the lengths of every replica.* got \[8, 3\]",
+        ),
+        (
+            lambda: pack_batch([(8,)], dp_rank=0, num_ranks=2, order="fold", padded_lengths=[8]),
+            "padded_lengths must hold the lengths of every replica",
+        ),
+        (
+            lambda: pack_batch([(8,)], dp_rank=0, num_ranks=2, order="fold", tp_size=0),
+            "tp_size must be >= 1, got 0",
+        ),
     ],
 )
 def test_bad_input(call, message: str) -> None:

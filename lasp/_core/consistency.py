@@ -69,12 +69,12 @@ def check_same_calls(
             " first call during capture: ranks compare there how they call it"
         )
     calls: list[dict[str, str]] = [{}] * group.size()
-    told = {name: str(value) for name, value in how.items()}
+    told = {"operator": operator} | {name: str(value) for name, value in how.items()}
     # NCCL takes objects through the current device.
     with naming(f"the comparison of first calls of {operator}", group), torch.cuda.device_of(x):
         dist.all_gather_object(calls, told, group)
-    differing = []
-    for name in how:
+    differing, others = [], any(call["operator"] != operator for call in calls)
+    for name in ["operator"] if others else told:
         ranks_with: dict[str, list[int]] = {}
         for rank, call in enumerate(calls):
             ranks_with.setdefault(call[name], []).append(rank)
@@ -83,7 +83,7 @@ def check_same_calls(
             differing.append(f"{name} {', '.join(answers)}")
     if differing:
         raise ValueError(
-            f"{operator} must be called alike on every rank of its group, got"
+            f"{calls[0]['operator']} must be called alike on every rank of its group, got"
             f" {'; '.join(differing)}: give all ranks the same options, inputs of one dtype, and"
             " autocast on all or none"
         )

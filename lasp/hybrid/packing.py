@@ -63,6 +63,8 @@ def pack_batch(
     layouts: list[SequenceLayout] = []
     error: ValueError | None = None
     try:
+        if tp_size < 1:
+            raise ValueError(f"tp_size must be >= 1, got {tp_size}: 1 without tensor parallelism")
         layouts = _replica_layouts(document_lengths, padded_lengths, dp_rank, num_ranks, order)
         layouts = [_divisible(layout, tp_size) for layout in layouts]
     except ValueError as refused:  # compared too: the others would wait for this rank
@@ -92,16 +94,27 @@ def _replica_layouts(
             f"dp_rank must be in [0, {len(document_lengths)}), the replicas that document_lengths"
             f" names, got {dp_rank}"
         )
-    padded = [None] * len(document_lengths) if padded_lengths is None else padded_lengths
-    if len(padded) != len(document_lengths):
+    documents = _of_replicas("document_lengths", document_lengths)
+    padded: Sequence[tuple[int, ...] | None] = [None] * len(documents)
+    if padded_lengths is not None:
+        padded = _of_replicas("padded_lengths", padded_lengths)
+    if len(padded) != len(documents):
         raise ValueError(
-            f"padded_lengths must hold the documents of the {len(document_lengths)} replicas that"
+            f"padded_lengths must hold the documents of the {len(documents)} replicas that"
             f" document_lengths names, got {len(padded)}"
         )
     return [
-        SequenceLayout(tuple(lengths), num_ranks, order, None if own is None else tuple(own))
-        for lengths, own in zip(document_lengths, padded)
+        SequenceLayout(lengths, num_ranks, order, own) for lengths, own in zip(documents, padded)
     ]
+
+
+def _of_replicas(name: str, lengths: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    try:
+        return [tuple(own) for own in lengths]
+    except TypeError:  # numbers have no parts
+        raise ValueError(
+            f"{name} must hold the lengths of every replica, [[5, 3]] for one, got {lengths!r}"
+        ) from None
 
 
 def _divisible(layout: SequenceLayout, tp_size: int) -> SequenceLayout:

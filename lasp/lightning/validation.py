@@ -6,7 +6,7 @@ Every rank checks before the first collective, so that a wrong call raises inste
 from __future__ import annotations
 
 from array import array
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -99,7 +99,7 @@ def check_first_call(
     rates: Tensor,
     layout: SequenceLayout | None,
     cp_group: dist.ProcessGroup | None,
-    **settings: object,
+    **settings: Any,
 ) -> None:
     """In the first call on a group have the ranks compare how they call, and raise if not alike."""
     if cp_group is None or is_compared("lightning_attention", cp_group):
@@ -112,7 +112,8 @@ def check_first_call(
         "v": list(v.shape),
         "rates": f"{min(values)} to {max(values)} (digest {digest})",
         "layout": layout and layout.summary,
-        **{name: settings[name] for name in ("scale", "exchange", "state_eps")},
+        "exchange": settings["exchange"],
+        **{name: float(settings[name]) for name in ("scale", "state_eps")},  # 1 is 1.0
     }
     compare_first_call("lightning_attention", cp_group, q, how)
 

@@ -125,7 +125,7 @@ def shared_settings(
     """What the calls of all ranks must have in common, by name; not who computes."""
     how = {
         "dtype": hidden.dtype,
-        "width of hidden": hidden.shape[-1],
+        "width of hidden": list(hidden.shape[-1:]),
         "token_order": "None" if token_order is None else "given",
     }
     return how | {k: v for k, v in vars(config).items() if k not in ("impl", "gemm")}

@@ -30,7 +30,7 @@ def run(
     *shape: int, dtype: torch.dtype = torch.float32, tokens: tuple = (), **changes: Any
 ) -> None:
     order = TokenOrder.contiguous(tokens) if tokens else None
-    layer(**changes)(torch.zeros(*shape, dtype=dtype), token_order=order)
+    layer(**changes)(torch.zeros(shape, dtype=dtype), token_order=order)
 
 
 def different_tokens_without_order(**changes: Any) -> None:
@@ -86,6 +86,7 @@ TABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "world not divisible": (lambda: ExpertTopology(2, ep=3), "pp x ep x etp must divide"),
     "ep and etp overlap": (pair_of_wrong_groups, "groups.ep_etp must have"),
     "token group too small": (token_group_too_small, "groups.token must hold"),
+    "no dimension": (lambda: run(), "hidden must be [T, 8]"),
     "one dimension": (lambda: run(8), "hidden must be [T, 8]"),
     "other width": (lambda: run(3, 9), "hidden must be [T, 8]"),
     "other dtype": (lambda: run(3, 8, dtype=torch.float64), "hidden must be torch.float32"),

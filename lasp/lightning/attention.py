@@ -199,8 +199,7 @@ def lightning_attention(
     Returns:
         The output and the final states, float32 (float64 with fp64 inputs). Row n is the state
         after document n on the rank that holds its last token (rank 0 for an empty document), and
-        zero on every other: the sum over ranks is the whole. The tail padding is a document of its
-        own and has no row.
+        zero on every other: the sum over ranks is the whole. The tail padding has no row.
 
     Gradients: to ``q``, ``k``, ``v`` and ``initial_state``, once, from both results; none to
     ``rates``. Every rank runs the backward.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache, wraps
 from threading import Lock
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -63,13 +63,20 @@ class ByteCache(Generic[R]):
 
     Args:
         max_bytes: most bytes of all results.
-        size_of: bytes of a result, asked once, when it is made.
+        size_of: bytes of a result, without those of ``shared_of``.
+        shared_of: what a result holds that others may hold too, with its bytes, which count once.
     """
 
-    def __init__(self, max_bytes: int, size_of: Callable[[R], int]) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        size_of: Callable[[R], int],
+        shared_of: Callable[[R], Sequence[tuple[object, int]]] = lambda _: (),
+    ) -> None:
         self.max_bytes, self.num_bytes = max_bytes, 0
-        self._size_of = size_of
-        self._held: OrderedDict[Hashable, tuple[R, int]] = OrderedDict()
+        self._size_of, self._shared_of = size_of, shared_of
+        self._held: OrderedDict[Hashable, R] = OrderedDict()
+        self._holders: Counter[int] = Counter()  # of what is shared, by its id
         self._lock = Lock()  # backward runs in threads of its own
 
     def get(self, key: Hashable, build: Callable[[], R]) -> R:
@@ -79,15 +86,24 @@ class ByteCache(Generic[R]):
         with self._lock:
             if (held := self._held.get(key)) is not None:
                 self._held.move_to_end(key)
-                return held[0]
+                return held
         result = build()
-        size = self._size_of(result)
         with self._lock:
-            if (held := self._held.pop(key, None)) is not None:  # another thread was faster
-                self.num_bytes -= held[1]
-                result, size = held
-            self._held[key] = result, size
-            self.num_bytes += size
+            if (held := self._held.get(key)) is not None:  # another thread was faster
+                return held
+            self._held[key] = result
+            self._count(result, 1)
             while self.num_bytes > self.max_bytes and len(self._held) > 1:
-                self.num_bytes -= self._held.popitem(last=False)[1][1]
+                self._count(self._held.popitem(last=False)[1], -1)
         return result
+
+    def _count(self, result: R, number: int) -> None:
+        """Add the bytes of a result, or for ``number`` -1 take them away."""
+        self.num_bytes += number * self._size_of(result)
+        for part, size in self._shared_of(result):
+            before = self._holders[id(part)]
+            self._holders[id(part)] = after = before + number
+            if before == 0 or after == 0:
+                self.num_bytes += number * size
+            if after == 0:
+                del self._holders[id(part)]

@@ -91,12 +91,14 @@ class _Sending(NamedTuple):
 
 
 class _Forward(NamedTuple):
+    segments: tuple[Plan, ...]
     sending: _Sending
     chunk_state: ChunkState
     chunk_scan: ChunkScan
 
 
 class _Backward(NamedTuple):
+    segments: tuple[Plan, ...]  # of both directions
     sending: _Sending
     chunk_state: ChunkState
     query_gradient: ChunkScan
@@ -208,7 +210,8 @@ def _plan_forward(op: OpContext, q: Tensor, k: Tensor, v: Tensor, with_initial: 
     recurrence = _recurrence(op, q, v, with_initial)
     chunk_state = ChunkState(k, v, recurrence._replace(scale=1.0))
     chunk_scan = ChunkScan(q, k, v, recurrence, with_final=op.with_final_state)
-    return _Forward(_sending(op, recurrence, q, v), chunk_state, chunk_scan)
+    sending = _sending(op, recurrence, q, v)
+    return _Forward((recurrence.plan,), sending, chunk_state, chunk_scan)
 
 
 def _plan_backward(
@@ -223,6 +226,7 @@ def _plan_backward(
     forward = _recurrence(op, q, v, with_initial)
     back = _recurrence(op, q, v, with_final_gradient, reverse=True, with_final=needs_initial)
     return _Backward(
+        (forward.plan, back.plan),
         _sending(op, back, q, v),
         ChunkState(q, do, back),
         ChunkScan(do, v, k, forward, transposed=True),
@@ -263,15 +267,14 @@ def _sending(op: OpContext, recurrence: Recurrence, q: Tensor, v: Tensor) -> _Se
     )
 
 
-def _size(plan: _Forward | _Backward) -> int:
-    """Bytes: those of the segments, though other layers may share them, and about the rest."""
-    directions = 2 if isinstance(plan, _Backward) else 1
-    return size_of(plan.sending.plan) * directions + 16 * 2**10
+def _segments(plan: _Forward | _Backward) -> list[tuple[Plan, int]]:
+    """What the layers of a batch share, and its bytes."""
+    return [(segments, size_of(segments)) for segments in plan.segments]
 
 
-# One for each layer and batch in flight.
-_FORWARD: ByteCache[_Forward] = ByteCache(64 * 2**20, _size)
-_BACKWARD: ByteCache[_Backward] = ByteCache(64 * 2**20, _size)
+# One for each layer and batch in flight, of about 16 KiB besides its segments.
+_FORWARD: ByteCache[_Forward] = ByteCache(64 * 2**20, lambda _: 16 * 2**10, _segments)
+_BACKWARD: ByteCache[_Backward] = ByteCache(64 * 2**20, lambda _: 16 * 2**10, _segments)
 
 
 # ---- tensors ------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
+import pytest
 import torch
 
+from lasp import SequenceLayout, lightning_attention
 from lasp._core.cache import ByteCache
 from lasp.lightning.triton import segments
 from lasp.sequence import layout
-from lasp.sequence.layout import SequenceLayout
 
 
 def test_the_last_results_within_the_bytes_are_kept() -> None:
@@ -26,6 +29,39 @@ def test_the_last_results_within_the_bytes_are_kept() -> None:
     assert made[5:] == ["longer than all"]  # the very last stays, however long
     get("ee")
     assert cache.num_bytes == 2
+
+
+def test_what_results_share_counts_once() -> None:
+    shared: ByteCache[tuple[str, ...]] = ByteCache(
+        9, lambda result: 1, lambda result: [(part, len(part)) for part in result]
+    )
+    long, short = "six...", "abc"
+    for number in range(3):
+        shared.get(number, lambda: (long,))
+    assert shared.num_bytes == 6 + 3
+    shared.get(3, lambda: (short,))  # the others make way one by one, the last of them with `long`
+    assert shared.num_bytes == 3 + 1
+    shared.get(4, lambda: (short, short))
+    assert shared.num_bytes == 3 + 2
+
+
+def test_all_layers_of_a_long_sequence_keep_their_launch_plans() -> None:
+    pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
+    from lasp._core.launcher import Launcher
+    from lasp.lightning.triton import schedule
+
+    q = torch.ones(2**17, 1, 1, requires_grad=True)
+
+    def step() -> None:
+        for layer in range(1, 81):
+            output = lightning_attention(q, q, q, torch.tensor([layer / 80]), impl="triton").output
+            torch.autograd.grad(output, q, output.detach())
+
+    with patch.object(Launcher, "__call__"):
+        step()
+        with patch.object(schedule, "_context", wraps=schedule._context) as planned:
+            step()
+    planned.assert_not_called()
 
 
 def test_large_batches_leave_no_more_bytes_than_small_ones() -> None:

@@ -50,3 +50,15 @@ def test_two_gpus_equal_the_oracle(exchange: str) -> None:
     cases = [Case(lengths, 2, order, exchange) for lengths in PACKS.values() for order in ORDERS]
     results = run_on_ranks(attend_on_rank, 2, cases, device="cuda", backend="nccl")
     check_against_oracle(cases, results)
+
+
+@pytest.mark.gpu
+def test_kernels_do_not_wait_for_the_device() -> None:
+    x = torch.randn(300, 3, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    rates, layout = torch.ones(3), SequenceLayout((100, 0, 200), 1)
+    lightning_attention(x, x, x, rates, layout=layout, impl="triton")  # copies the rates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lightning_attention(x, x, x, rates, layout=layout, impl="triton").output.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -13,7 +13,7 @@ from lasp import SequenceLayout, decay_rates, lightning_attention
 from lasp.lightning.decay import rates_by_value
 from lasp.lightning.op_context import _decay
 from lasp.lightning.triton.chunk_state import parts_of
-from lasp.sequence.layout import _remembered
+from lasp.sequence.layout import _LAYOUTS
 from lasp.state_exchange.start import _index
 from moe_parallel import TokenOrder
 from moe_parallel.experts import gemm
@@ -30,7 +30,9 @@ CONSTANTS: dict[str, Callable[[], Tensor]] = {
     "heads": lambda: _index((0, 3), CPU),
     "parts": lambda: parts_of((65,), (64,), 64, CPU).rows,
     "lengths of a layout": lambda: LAYOUT.lengths_tensor,
-    "lengths of a remembered layout": lambda: _remembered((5, 7), 1, "fold", None).lengths_tensor,
+    "lengths of a remembered layout": lambda: (
+        _LAYOUTS.get("five and seven", lambda: SequenceLayout((5, 7), 1, "fold")).lengths_tensor
+    ),
     "positions of a layout": lambda: LAYOUT.position_ids(0),
     "cu_seqlens of a stretch": lambda: interface.cu_seqlens((0, 5), CPU),
     "segments of a rank's tokens": lambda: ORDER._segment_bounds(0, CPU),

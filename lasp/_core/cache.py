@@ -107,3 +107,16 @@ class ByteCache(Generic[R]):
                 self.num_bytes += number * size
             if after == 0:
                 del self._holders[id(part)]
+
+
+def kept_in(cache: ByteCache[R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """``functools.lru_cache`` in a cache that is bounded by bytes, for one function alone."""
+
+    def decorate(make: Callable[P, R]) -> Callable[P, R]:
+        @wraps(make)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return cache.get((args, *kwargs.items()), lambda: make(*args, **kwargs))
+
+        return call
+
+    return decorate

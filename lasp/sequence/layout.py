@@ -31,7 +31,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import get_args
 
 import torch
@@ -113,7 +113,8 @@ class SequenceLayout(PackDefinition):
             return layout
         rows = lengths.tolist()
         documents, padded = rows if lengths.dim() == 2 else (rows, None)
-        return _remembered(tuple(documents), num_ranks, order, padded and tuple(padded))
+        definition = tuple(documents), num_ranks, order, padded and tuple(padded)
+        return _LAYOUTS.get(definition, lambda: cls(*definition))
 
     def check_same_on_ranks(self, group: dist.ProcessGroup) -> None:
         """Raise ValueError on every rank of ``group`` unless all hold this layout.
@@ -166,6 +167,11 @@ class SequenceLayout(PackDefinition):
         """Runs of ``rank``, sorted by pack position; its tokens are these runs end to end."""
         self._check_rank(rank)
         return self._runs[rank]
+
+    @property
+    def host_bytes(self) -> int:
+        """About what it holds on the host with all that is derived of it: lists of documents."""
+        return 256 * (self.num_documents + sum(len(fragments) for fragments in self._fragments))
 
     @cached_property
     def _fragments(self) -> tuple[tuple[Fragment, ...], ...]:
@@ -290,6 +296,5 @@ class SequenceLayout(PackDefinition):
             )
 
 
-# A few batches in flight: runs and fragments are cached on the object. Positions are large.
-_remembered = lru_cache(maxsize=64)(SequenceLayout)
+_LAYOUTS: ByteCache[SequenceLayout] = ByteCache(64 * 2**20, lambda layout: layout.host_bytes)
 _POSITIONS: ByteCache[Tensor] = ByteCache(64 * 2**20, lambda positions: positions.nbytes)

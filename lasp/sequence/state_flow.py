@@ -19,9 +19,9 @@ state is the gradient of its initial state.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
+from lasp._core.cache import ByteCache, kept_in
 from lasp.sequence.layout import SequenceLayout
 
 
@@ -93,7 +93,13 @@ class StateFlow(NamedTuple):
     empty_documents: tuple[int, ...]
 
 
-@lru_cache(maxsize=64)  # a few batches in flight, both directions
+# A few batches in flight, both directions. Each keeps its layout too.
+_FLOWS: ByteCache[StateFlow] = ByteCache(
+    128 * 2**20, lambda flow: 768 * len(flow.fragments) + 128 * len(flow.steps)
+)
+
+
+@kept_in(_FLOWS)
 def flow_of(layout: SequenceLayout, rank: int, *, reverse: bool = False) -> StateFlow:
     """The flow of ``layout`` seen from ``rank``; pure, remembered because every layer asks."""
     steps = _run_steps(layout, reverse)

@@ -35,7 +35,11 @@ from tests.ring.cases import (
 
 
 def alone_on_rank_0(tensors, layout: SequenceLayout, causal: bool) -> list[Tensor] | None:
-    """Any collective would wait for the other ranks, which stay away, until it times out."""
+    """Any collective would wait for the other ranks, which stay away, until it times out.
+
+    But for the first call on a group, in which ranks compare how they call.
+    """
+    on_world(tensors, layout, causal=causal)
     return on_world(tensors, layout, causal=causal) if dist.get_rank() == 0 else None
 
 

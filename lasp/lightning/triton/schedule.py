@@ -34,7 +34,7 @@ from lasp.lightning.op_context import (
 from lasp.lightning.triton import tuning
 from lasp.lightning.triton.chunk_scan import ChunkScan, EdgeStates, KeyValueGradients
 from lasp.lightning.triton.chunk_state import ChunkState, segment_length
-from lasp.lightning.triton.segments import Plan, Recurrence, plan_of, reaches_of, size_of
+from lasp.lightning.triton.segments import Plan, Recurrence, parts_with_bytes, plan_of, reaches_of
 from lasp.lightning.validation import checked_context
 from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange import Exchange, Transitions, start_exchange
@@ -267,9 +267,9 @@ def _sending(op: OpContext, recurrence: Recurrence, q: Tensor, v: Tensor) -> _Se
     )
 
 
-def _segments(plan: _Forward | _Backward) -> list[tuple[Plan, int]]:
-    """What the layers of a batch share, and its bytes."""
-    return [(segments, size_of(segments)) for segments in plan.segments]
+def _segments(plan: _Forward | _Backward) -> list[tuple[object, int]]:
+    """What the layers of a batch share, with its bytes."""
+    return [part for segments in plan.segments for part in parts_with_bytes(segments)]
 
 
 # One for each layer and batch in flight, of about 16 KiB besides its segments.

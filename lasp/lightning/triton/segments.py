@@ -69,7 +69,8 @@ class Plan(NamedTuple):
     """What the kernels must know of one direction on one rank.
 
     Attributes:
-        flow: where states come from and go to.
+        layout: who holds which tokens.
+        flow: where states come from and go to; without fragments, which segments stand for.
         segments: in the order of the flow.
         table: the segments ``[segments, 12]``, int32, on the device.
         summed: the rows of the table whose state somebody needs ``[sums, 12]``, in its order.
@@ -82,6 +83,7 @@ class Plan(NamedTuple):
         with_initial: documents start from given states.
     """
 
+    layout: SequenceLayout
     flow: StateFlow
     segments: tuple[Segment, ...]
     table: Tensor
@@ -167,7 +169,8 @@ def _plan_of(
     )
     edges = {s.first - (s.length - 1 if reverse else 0) for s in segments}
     return Plan(
-        flow,
+        layout,
+        flow._replace(fragments=()),
         tuple(segments),
         _table(segments, device),
         _table(summed, device),
@@ -180,12 +183,13 @@ def _plan_of(
     )
 
 
-def size_of(plan: Plan) -> int:
-    """Bytes of its tensors, and about those of the rows on the host."""
-    return plan.reach.nbytes + plan.table.nbytes + plan.summed.nbytes + 512 * len(plan.segments)
+def parts_with_bytes(plan: Plan) -> list[tuple[object, int]]:
+    """The plan and what plans of a batch share, each with about its bytes, on the device or not."""
+    tensors = plan.reach.nbytes + plan.table.nbytes + plan.summed.nbytes
+    return [(plan, tensors + 512 * len(plan.segments)), (plan.layout, plan.layout.host_bytes)]
 
 
-_PLANS: ByteCache[Plan] = ByteCache(64 * 2**20, size_of)
+_PLANS: ByteCache[Plan] = ByteCache(64 * 2**20, lambda _: 0, parts_with_bytes)
 
 
 @lru_cache(maxsize=1024)  # one entry a layer

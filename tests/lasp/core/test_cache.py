@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from unittest.mock import patch
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from lasp import SequenceLayout, lightning_attention
 from lasp._core.cache import ByteCache
 from lasp.lightning.triton import segments
-from lasp.sequence import layout
+from lasp.sequence import layout, state_flow
 
 
 def test_the_last_results_within_the_bytes_are_kept() -> None:
@@ -74,3 +76,34 @@ def test_large_batches_leave_no_more_bytes_than_small_ones() -> None:
         )
     for cache in (layout._POSITIONS, segments._PLANS):
         assert 0 < cache.num_bytes <= cache.max_bytes == 64 * 2**20
+
+
+def test_batches_of_many_documents_hold_the_bytes_that_are_counted() -> None:
+    pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
+    from lasp._core.launcher import Launcher
+    from lasp.lightning.triton import schedule
+
+    caches = (
+        layout._POSITIONS, layout._LAYOUTS, state_flow._FLOWS, segments._PLANS,
+        schedule._FORWARD, schedule._BACKWARD,
+    )  # fmt: skip
+
+    def counted() -> int:
+        return sum(cache.num_bytes for cache in caches)
+
+    def step(number: int) -> None:
+        batch = SequenceLayout((20 + number, *(20 + i % 41 for i in range(1000))), 1)
+        q = torch.ones(batch.num_local_tokens, 1, 1, requires_grad=True)
+        output = lightning_attention(q, q, q, torch.ones(1), layout=batch, impl="triton").output
+        torch.autograd.grad(output, q, output.detach())
+
+    with patch.object(Launcher, "__call__"):
+        step(0)
+        tracemalloc.start()
+        before = counted(), tracemalloc.get_traced_memory()[0]
+        for number in range(1, 5):
+            step(number)
+        gc.collect()
+        after = counted(), tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+    assert 0 < after[1] - before[1] <= after[0] - before[0]

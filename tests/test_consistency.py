@@ -64,9 +64,10 @@ def batch_errors() -> list[str]:
         with pytest.raises(ValueError, match="must be equal on every rank") as error:
             pack_batch(lengths, num_ranks=num_ranks, **settings)
         errors.append(str(error.value))
-    with pytest.raises(ValueError) as error:  # -1 would be the last replica's
-        pack_batch([(5, 7), (9,)], num_ranks=1, **settings | {"dp_rank": on_rank(0, 0, -1)})
-    errors.append(str(error.value))
+    for wrong in (-1, None):  # -1 would be the last replica's
+        with pytest.raises(ValueError) as error:
+            pack_batch([(5, 7), (9,)], num_ranks=1, **settings | {"dp_rank": on_rank(0, 0, wrong)})
+        errors.append(str(error.value))
     settings["dp_rank"] = dist.get_rank() % 2  # a rank's own place may differ
     pack_batch([(5, 7), (9,)], num_ranks=1, **settings)
     return errors
@@ -82,6 +83,7 @@ def test_ranks_with_different_packs_are_told_who_holds_what() -> None:
     assert "ranks [2] hold no pack: document_lengths must hold at least one token" in errors[3]
     assert "ranks [2] hold 2 documents of 12 tokens in 1 replicas" in errors[4]
     assert "ranks [2] hold no pack: dp_rank must be in [0, 2)" in errors[5]
+    assert "ranks [2] hold no pack: '<=' not supported" in errors[6]
 
 
 def refused_alike() -> str:

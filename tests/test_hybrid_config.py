@@ -48,11 +48,12 @@ def model_call(tokens: Tensor) -> None:
     [
         (lambda: model_call(torch.zeros(8, dtype=torch.int64)), "tokens must be int64 of shape"),
         (lambda: model_call(torch.zeros(4)), "tokens must be int64 of shape"),
-        (lambda: replace(config(), num_layers=0), "num_layers must be >= 1"),
+        (lambda: replace(config(), num_layers=0), "num_layers must be a whole number >= 1"),
+        (lambda: replace(config(), num_layers=2.5), "num_layers must be a whole number .* 2.5"),
         (lambda: replace(config(), num_layers=2, pattern="GG*"), "pattern must be .* or 2 of G"),
         *(
             (lambda pattern=pattern: replace(config(), pattern=pattern), "pattern must be")
-            for pattern in ("7", "0:0", "a:b", "-1:2")
+            for pattern in ("7", "0:0", "a:b", "-1:2", None)
         ),
         (lambda: Residuals("middle"), "norm must be 'pre' or 'post', got 'middle'"),
         *(

@@ -113,8 +113,9 @@ class HybridConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
         check_impl(self.lightning_impl, "lightning_impl")
         check_exchange(self.exchange)
         if self.decay not in get_args(Variant):
@@ -131,9 +132,10 @@ class HybridConfig:
     @cached_property
     def kinds(self) -> str:
         """The kind of each layer, G lightning or * softmax."""
-        match = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+        pattern = str(self.pattern)
+        match = re.fullmatch(r"(\d+):(\d+)", pattern)
         if match is None:
-            return self.pattern if set(self.pattern) <= set("G*") else ""
+            return pattern if set(pattern) <= set("G*") else ""
         lightning, softmax = map(int, match.groups())
         return (("G" * lightning + "*" * softmax) * self.num_layers)[: self.num_layers]
 

@@ -61,13 +61,13 @@ def pack_batch(
             if their packs differ.
     """
     layouts: list[SequenceLayout] = []
-    error: ValueError | None = None
+    error: ValueError | TypeError | None = None
     try:
         if tp_size < 1:
             raise ValueError(f"tp_size must be >= 1, got {tp_size}: 1 without tensor parallelism")
         layouts = _replica_layouts(document_lengths, padded_lengths, dp_rank, num_ranks, order)
         layouts = [_divisible(layout, tp_size) for layout in layouts]
-    except ValueError as refused:  # compared too: the others would wait for this rank
+    except (ValueError, TypeError) as refused:  # compared too: the others would wait for this rank
         error = refused
     if group is not None:
         check_same_on_ranks(

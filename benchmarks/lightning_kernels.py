@@ -64,7 +64,7 @@ class Case(NamedTuple):
     head_dim: int = HEAD_DIM
 
     def rates(self) -> Tensor:
-        """Of MiniMax."""
+        """The decay rates of MiniMax."""
         return decay_rates(self.heads, self.layer_index, LAYERS)
 
     def inputs(self, machine: Machine) -> list[Tensor]:

@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> MoEConfig:
-        """Of the layer."""
+        """The settings of the layer."""
         return MoEConfig(self.hidden, self.ffn, self.experts, self.top_k)
 
 

@@ -130,7 +130,7 @@ def sweeps(run: Run, rows: list[Row]) -> list[Sweep]:
 
 
 def stem(run: Run) -> str:
-    """Of the names of its figures."""
+    """What the names of its figures begin with."""
     device = run.device.lower().replace(" ", "-")
     return f"{run.benchmark}-{device}-{run.date}-{run.commit[:10]}"
 

@@ -54,7 +54,7 @@ class Case(NamedTuple):
     order: str
 
     def lengths(self) -> tuple[int, ...]:
-        """Of the whole pack."""
+        """The document lengths of the whole pack."""
         ranks = dist.get_world_size()
         simple = {"one": (self.tokens * ranks,), "equal": (self.tokens,) * ranks}
         if self.documents in simple:
@@ -62,7 +62,7 @@ class Case(NamedTuple):
         return document_lengths(self.documents, self.tokens * ranks, 0)
 
     def layout(self) -> SequenceLayout:
-        """Of the whole pack."""
+        """Who holds which tokens of the whole pack."""
         return SequenceLayout(self.lengths(), dist.get_world_size(), self.order)
 
     def inputs(self, machine: Machine, tokens: int) -> tuple[list[Tensor], Tensor]:

@@ -89,6 +89,15 @@ def launcher_of(kernel: Any, device: torch.device, case: Hashable, **named: Any)
     return Launcher(kernel, device, named)
 
 
+def strides_of(dims: str, **tensors: Tensor) -> dict[str, int]:
+    """Strides of the first dims of tensors, by the names of kernels: ``query_stride_t``."""
+    return {
+        f"{name}_stride_{dim}": stride
+        for name, x in tensors.items()
+        for dim, stride in zip(dims, x.stride())
+    }
+
+
 def aligned(x: Tensor) -> Tensor:
     """``x``, or a contiguous copy of it that begins at a multiple of 16 bytes."""
     if x.data_ptr() % ALIGNMENT == 0:

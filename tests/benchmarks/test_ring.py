@@ -55,7 +55,7 @@ def test_ring_length() -> None:
         # Rank 0 needs all of rank 1, whose tokens lie before the second half of its own.
         received = tokens * 2 * 2 * 8 * 2
         assert case["ring", "forward_bytes"]["p50"] == received
-        # Of rank 1, causal: half as many keys and values, and float32 gradients of all its own.
+        # Rank 1, causal: half as many keys and values, and float32 gradients of all its own.
         assert case["ring", "backward_bytes"]["p50"] == received * ((0.5 if causal else 1) + 2)
     peers = {ring_peers.ZIGZAG, ring_peers.LLAMA3} if ring_peers.obstacle() is None else set()
     assert {impl for impl, _ in found[24, True]} == {ring_length.ALONE, "ring"} | peers

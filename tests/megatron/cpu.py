@@ -120,7 +120,7 @@ def _all_groups() -> set[dist.ProcessGroup]:
 
 
 def _destroy_groups() -> None:
-    """Of the former parallel state: each keeps polling threads."""
+    """Destroys the groups of the former parallel state: each keeps polling threads."""
     parallel_state.destroy_model_parallel()
     for group in _groups & _all_groups():
         dist.destroy_process_group(group)

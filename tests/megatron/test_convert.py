@@ -66,7 +66,7 @@ def step_aux_losses(model: HybridModel) -> list[Tensor]:
 
 
 def plain_loss_and_gradients() -> tuple[float, dict[str, Tensor]]:
-    """Of the first step; the auxiliary loss weighs tokens / targets, as Megatron divides it."""
+    """The first step; the auxiliary loss weighs tokens / targets, as Megatron divides it."""
     model, corpus, losses = plain_model(), Corpus.from_standard_library(OPTIONS.seed), []
     aux_losses = step_aux_losses(model)
     sizes = {"per_step": OPTIONS.packs, "num_tokens": OPTIONS.pack_tokens}
@@ -84,7 +84,7 @@ def plain_loss_and_gradients() -> tuple[float, dict[str, Tensor]]:
 
 
 def loss_and_gradients(options: Options) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
-    """Of the first step in Megatron, and the weights, by the names of the plain model."""
+    """The first step in Megatron, and the weights, by the names of the plain model."""
     initialize(**sizes_of(options))
     with train_on_cpu():
         chunks = build_model(options, CPU)

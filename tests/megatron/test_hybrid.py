@@ -234,7 +234,7 @@ def dense_on_rank(sizes: dict[str, int], sequence_parallel: bool = True) -> dict
         x = torch.cat(gathered(x, groups.tp)) if sequence_parallel else x
         return packed.layout.unshard(gathered(x.squeeze(1), groups.cp))
 
-    # Of the MLP each rank has rows of gates and of ups: joined they are in another order.
+    # Each rank has rows of gates and of ups of the MLP: joined they are in another order.
     gradients = {
         name: whole_gradient(name, parameter, groups)
         for name, parameter in block.named_parameters()

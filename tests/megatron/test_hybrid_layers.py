@@ -60,7 +60,7 @@ def test_layers_of_virtual_stages_have_their_global_kind_and_rates() -> None:
 
 
 def static_spec_on_rank(**options: object) -> list[tuple[bool, float, type]]:
-    """Of every layer whether it is softmax, its alpha and its MLP."""
+    """For every layer, whether it is softmax, its alpha and its MLP."""
     groups = initialize()
     shape = {"num_layers": 9, "kv_channels": 64, "linear_attention_freq": 8}
     options = OPTIONS | shape | options

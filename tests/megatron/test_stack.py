@@ -70,7 +70,7 @@ def name_in_gpt(name: str) -> str:
 
 
 def losses_of_a_step(symbols: str, sizes: dict[str, int]) -> list[tuple[Tensor, Tensor]]:
-    """Of both models, the loss before and after a step of gradient descent."""
+    """The losses of both models before and after a step of gradient descent."""
     groups = initialize(**sizes)
     tp, cp = groups.tp.size(), groups.cp.size()
     batch = pack_batch([LENGTHS], dp_rank=0, num_ranks=cp, tp_size=tp, order="zigzag")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lasp._core.cache import tensor_cache
-from lasp._core.launcher import described, launcher_of
+from lasp._core.launcher import described, launcher_of, strides_of
 from lasp.lightning.triton import tuning
 from lasp.lightning.triton.chunk_scan_kernel import chunk_scan_kernel, key_value_gradients_kernel
 from lasp.lightning.triton.device import arithmetic, device_limits
@@ -85,7 +85,7 @@ class ChunkScan:
                 chunk_scan_kernel,
                 query_THD.device,
                 (query_THD.dtype, plan.with_initial, plan.flow.num_slots > 0, with_final),
-                **_strides(query=query_THD, key=key_THD, value=value_THE),
+                **strides_of("th", query=query_THD, key=key_THD, value=value_THE),
                 D=dim_in,
                 E=dim_out,
                 STEP=-1 if plan.flow.reverse else 1,
@@ -150,7 +150,7 @@ class KeyValueGradients:
                 key_value_gradients_kernel,
                 q.device,
                 (q.dtype, plan.with_initial, plan.flow.num_slots > 0, with_final),
-                **_strides(q=q, k=k, v=v, do=do),
+                **strides_of("th", q=q, k=k, v=v, do=do),
                 D=dim,
                 REPAIR=repair,
                 **_meta(blocks, q.dtype, bool(self._tiles)),
@@ -187,15 +187,6 @@ def _meta(blocks: tuning.Blocks, dtype: torch.dtype, tma: bool) -> dict[str, obj
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
         **arithmetic(dtype),
-    }
-
-
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    """Strides of tokens and heads, as the kernels call them."""
-    return {
-        f"{name}_stride_{dim}": stride
-        for name, x in tensors.items()
-        for dim, stride in zip("th", x.stride())
     }
 
 

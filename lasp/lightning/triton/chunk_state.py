@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lasp._core.cache import tensor_cache
 from lasp._core.host_constants import to_device
-from lasp._core.launcher import launcher_of
+from lasp._core.launcher import launcher_of, strides_of
 from lasp.lightning.triton import tuning
 from lasp.lightning.triton.chunk_state_kernel import chunk_state_kernel, state_passing_kernel
 from lasp.lightning.triton.device import arithmetic, device_limits
@@ -111,7 +111,7 @@ class ChunkState:
             chunk_state_kernel,
             key_THK.device,
             key_THK.dtype,
-            **_strides(key_THK, value_THV),
+            **strides_of("th", key=key_THK, value=value_THV),
             K=key_dim,
             V=value_dim,
             BLOCK_K=max(64, tuning.power_of_2(key_dim)),
@@ -153,14 +153,3 @@ class ChunkState:
         self._launch_sums(self._sum_programs, key_THK, value_THV, sums, *self._sum_shared)
         self._launch_passing(self._pass_programs, sums, *states, initial_state, *self._pass_shared)
         return states
-
-
-def _strides(key: Tensor, value: Tensor) -> dict[str, int]:
-    """Strides of tokens and heads, as the kernel calls them."""
-    (key_t, key_h, _), (value_t, value_h, _) = key.stride(), value.stride()
-    return {
-        "key_stride_t": key_t,
-        "key_stride_h": key_h,
-        "value_stride_t": value_t,
-        "value_stride_h": value_h,
-    }

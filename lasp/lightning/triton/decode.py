@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp._core.launcher import ALIGNMENT, aligned, launcher_of
+from lasp._core.launcher import ALIGNMENT, aligned, launcher_of, strides_of
 from lasp._core.operators import Operators
 from lasp.lightning.decay import rates_on
 from lasp.lightning.triton import tuning
@@ -109,7 +109,7 @@ def _launch(
         num_heads=num_heads,
         num_tokens=num_tokens,
         scale=scale,
-        **_strides(query=q, key=k, value=v),
+        **strides_of("bth", query=q, key=k, value=v),
         K=key_dim,
         V=value_dim,
         BLOCK_K=block,
@@ -119,15 +119,6 @@ def _launch(
     on_device = aligned(rates_on(rates, q.device, torch.float32))
     launch(batch * num_heads * programs, q, k, v, on_device, state, new_state, output)
     return output
-
-
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    """Strides of sequences, tokens and heads, as the kernel calls them."""
-    return {
-        f"{name}_stride_{dim}": stride
-        for name, x in tensors.items()
-        for dim, stride in zip("bth", x.stride())
-    }
 
 
 @cache

@@ -124,7 +124,7 @@ def specialization(x: Any) -> Any:
 
 
 def test_calls_of_a_launcher_differ_in_nothing_that_is_compiled() -> None:
-    """Of any layouts, states, strides, addresses, dtypes and directions."""
+    """Calls draw any layouts, states, strides, addresses, dtypes and directions."""
     seen: dict[Launcher, set[tuple[Any, ...]]] = defaultdict(set)
 
     def note(self: Launcher, programs: int, *arguments: Any) -> None:

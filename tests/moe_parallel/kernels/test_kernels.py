@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +13,7 @@ from moe_parallel.experts.swiglu import swiglu, swiglu_backward
 from tests.closeness import assert_within_budget
 from tests.moe_parallel.layers import build
 
-if find_spec("triton") is None:
-    pytest.skip("the kernels need triton, which has no wheel here", allow_module_level=True)
+pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -20,8 +19,7 @@ from moe_parallel.router import top_k
 from moe_parallel.router.route import Routing, route
 from tests.moe_parallel.layers import build
 
-if find_spec("triton") is None:
-    pytest.skip("the kernels need triton, which has no wheel here", allow_module_level=True)
+pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
 
 from moe_parallel.kernels import router, slots_kernel
 
@@ -30,7 +28,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def several_programs() -> Iterator[None]:
-    """Of several chunks each, from a hundred tokens on."""
+    """Routings have several chunks each, from a hundred tokens on."""
     with patch.multiple(router, ROUTER_TILE=64, MAX_PROGRAMS=4, SCAN_COLUMNS=2, POSITIONS_TILE=32):
         yield
 
@@ -86,7 +84,7 @@ def test_the_decision_does_not_depend_on_who_chooses(
 
 
 def orders() -> dict[str, RowOrder]:
-    """Of rows that all have a token, of some assignments dropped, and of padding."""
+    """Rows that all have a token, some assignments dropped, and padding."""
     routing = routed("eager")
     kept = torch.rand(100, 2, device=DEVICE) < 0.7
     kept[3] = False

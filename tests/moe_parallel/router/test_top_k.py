@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from unittest.mock import patch
 
 import pytest
@@ -22,8 +21,7 @@ from tests.moe_parallel.router.test_gate import (
     check_single_terms,
 )
 
-if find_spec("triton") is None:
-    pytest.skip("the kernels need triton, which has no wheel here", allow_module_level=True)
+pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
 
 from moe_parallel.kernels import router
 

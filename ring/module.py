@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lasp._core.rotary import apply_rotary, check_rotary_dim
 from lasp.sequence.layout import SequenceLayout
 from ring.attention import ring_attention
 from ring.blocks.registry import check_block
-from ring.rope import apply_rotary, check_rotary_dim
 from ring.torch_ops import check_kinds, positions
 
 

@@ -6,12 +6,12 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from lasp._core.impl import Impl, check_impl
-from lasp.lightning.decay import Variant
+from lasp.lightning.decay import Variant, check_variant
 from lasp.lightning.validation import check_exchange
 from lasp.state_exchange import Exchange
 from moe_parallel import MoEConfig
@@ -118,11 +118,7 @@ class HybridConfig:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
         check_impl(self.lightning_impl, "lightning_impl")
         check_exchange(self.exchange)
-        if self.decay not in get_args(Variant):
-            raise ValueError(
-                f"decay must be one of {get_args(Variant)}, got {self.decay!r}: see"
-                " lasp.lightning.decay"
-            )
+        check_variant(self.decay, "decay")
         if len(self.kinds) != self.num_layers:
             raise ValueError(
                 f"pattern must be 'lightning layers:softmax layers' or {self.num_layers} of G"

@@ -4,17 +4,28 @@ The state of head h shrinks by exp(-rate_h) a token. Formulas differ between ven
 a head and in how much slower deeper layers decay, and a model run with another's formula is wrong
 without any error, so the variant is explicit:
 
-===========  ==================================================================================
-minimax      ``2^(-8(h+1)/H) * (1 - l/(L-1+1e-5) + 1e-5)``, any H.
-             transformers 5.23, ``models/minimax/modeling_minimax.py``, ``get_slope_rate``
-alibi        ALiBi slopes (for H not a power of two: those of the closest power below, then every
-             second one of twice that) ``* (1 - l/(L-1) + 1e-5)``.
-             vLLM ``MiniMaxText01``; the TransNormer example of OpenNLPLab/lightning-attention
-linear       ``(8h/H) * (1 - l/L)``: head 0 never decays.
-             TransNormerLLM, arXiv:2307.14995; ``fla.ops.lightning_attn``
-retnet       ``-log(1 - 2^(-5-h))`` in every layer.
-             RetNet, arXiv:2307.08621; ``fla.ops.retention``
-===========  ==================================================================================
+===============  ==============================================================================
+minimax          ``2^(-8(h+1)/H) * (1 - l/(L-1+1e-5) + 1e-5)``, any H.
+                 transformers 5.23, ``models/minimax/modeling_minimax.py``, ``get_slope_rate``
+alibi            ALiBi slopes (for H not a power of two: those of the closest power below, then
+                 every second one of twice that) ``* (1 - l/(L-1) + 1e-5)``.
+                 vLLM ``MiniMaxText01``; the TransNormer example of OpenNLPLab/lightning-attention
+bailing          ALiBi slopes ``* (1 - (l-1)/(L-1) + 1e-5)``: Ring-linear-2.0, Ling-2.5, Ring-2.5.
+                 inclusionAI's model files, AReaL ``lightning_attention.py``, sglang-jax
+bailing_clamped  ALiBi slopes ``* (1 - max(l-1, 0)/(L-1) + 1e-5)``: the same but in layer 0.
+                 mlx-lm ``models/bailing_moe_linear.py``
+sala             ALiBi slopes in every layer: MiniCPM-SALA, arXiv:2602.11761.
+                 openbmb's model files; OminiX-MLX ``minicpm-sala-mlx``
+linear           ``(8h/H) * (1 - l/L)``: head 0 never decays.
+                 TransNormerLLM, arXiv:2307.14995; ``fla.ops.lightning_attn``
+retnet           ``-log(1 - 2^(-5-h))`` in every layer.
+                 RetNet, arXiv:2307.08621; ``fla.ops.retention``
+===============  ==============================================================================
+
+Warning: Ling and Ring run with three offsets of the layer. The vendor's own code counts l from 0
+and subtracts 1 (``bailing``: layer 0 decays a little faster than its slopes say). mlx-lm subtracts
+1 but not from layer 0 (``bailing_clamped``). vLLM and mcore-bridge subtract nothing (``alibi``: the
+last layer hardly decays). Take the offset that the weights were trained with.
 """
 
 from __future__ import annotations
@@ -32,14 +43,14 @@ from lasp._core.host_constants import to_device
 # times a number of tokens is to stay finite, for 0 * infinity is NaN.
 FASTEST = 2.0**14
 
-Variant = Literal["minimax", "alibi", "linear", "retnet"]
+Variant = Literal["minimax", "alibi", "bailing", "bailing_clamped", "sala", "linear", "retnet"]
 
 
 def decay_rates(
     num_heads: int,
     layer_index: int,
     num_layers: int,
-    variant: Variant = "minimax",
+    variant: Variant | Tensor = "minimax",
     *,
     tp_rank: int = 0,
     tp_size: int = 1,
@@ -51,7 +62,8 @@ def decay_rates(
         layer_index: l, counted from 0 over *all* layers of the model, softmax layers and earlier
             pipeline stages included.
         num_layers: L, all layers of the model.
-        variant: the formula, see the module.
+        variant: the formula, see the module; or the rates ``[num_heads]`` of this layer themselves,
+            finite and >= 0, of any float dtype, of which the slice is taken.
         tp_rank: which slice of the heads to return; rates follow the global head index.
         tp_size: number of slices; must divide ``num_heads``.
 
@@ -74,22 +86,53 @@ def decay_rates(
             f"tp_size must divide num_heads and tp_rank be in [0, tp_size), got tp_size {tp_size},"
             f" tp_rank {tp_rank}, num_heads {num_heads}: pass the heads of the whole layer"
         )
-    if variant not in get_args(Variant):
-        raise ValueError(f"variant must be one of {get_args(Variant)}, got {variant!r}")
+    if isinstance(variant, Tensor):
+        rates = _given(variant, num_heads)
+    else:
+        check_variant(variant, "variant")
+        rates = _formula(num_heads, layer_index, num_layers, variant)
+    heads = num_heads // tp_size
+    return rates[tp_rank * heads : (tp_rank + 1) * heads].to(torch.float32)
 
+
+def check_variant(variant: object, name: str) -> None:
+    """Raise ValueError unless ``variant``, the argument ``name``, is a formula of this module."""
+    if variant not in get_args(Variant):
+        raise ValueError(
+            f"{name} must be one of {get_args(Variant)}, got {variant!r}: see lasp.lightning.decay"
+        )
+
+
+def _given(rates: Tensor, num_heads: int) -> Tensor:
+    """Rates that a caller brings, on the CPU in float64."""
+    if rates.shape != (num_heads,) or not rates.is_floating_point():
+        raise ValueError(
+            f"variant must be a formula or the float rates of all {num_heads} heads, got a tensor"
+            f" {tuple(rates.shape)} of {rates.dtype}"
+        )
+    host = rates.detach().to("cpu", torch.float64)
+    check_rates(tuple(host.tolist()))
+    return host
+
+
+def _formula(num_heads: int, layer_index: int, num_layers: int, variant: Variant) -> Tensor:
+    """Rates of all heads in float64."""
     head = torch.arange(num_heads, dtype=torch.float64, device="cpu")
     last = num_layers - 1
     if variant == "minimax":
-        slope = 2.0 ** (-8.0 * (head + 1) / num_heads)
-        rates = slope * (1 - layer_index / (last + 1e-5) + 1e-5)
-    elif variant == "alibi":
-        rates = _alibi_slopes(num_heads) * (1 - layer_index / max(last, 1) + 1e-5)
-    elif variant == "linear":
-        rates = 8.0 * head / num_heads * (1 - layer_index / num_layers)
-    else:
-        rates = -torch.log1p(-(2.0 ** (-5 - head)))
-    heads = num_heads // tp_size
-    return rates[tp_rank * heads : (tp_rank + 1) * heads].to(torch.float32)
+        slope: Tensor = 2.0 ** (-8.0 * (head + 1) / num_heads)
+        return slope * (1 - layer_index / (last + 1e-5) + 1e-5)
+    if variant == "linear":
+        return 8.0 * head / num_heads * (1 - layer_index / num_layers)
+    if variant == "retnet":
+        return -torch.log1p(-(2.0 ** (-5 - head)))
+    counted = {
+        "alibi": layer_index,
+        "bailing": layer_index - 1,
+        "bailing_clamped": max(layer_index - 1, 0),
+    }
+    factor = 1.0 if variant == "sala" else 1 - counted[variant] / max(last, 1) + 1e-5
+    return _alibi_slopes(num_heads) * factor
 
 
 def rates_on(rates: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -13,10 +13,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from lasp._core.rotary import apply_rotary, check_rotary_dim
 from lasp.megatron.checks import groups_of, refuse_arguments, require, training_argument
 from lasp.megatron.packs import PackedCut, check_packed_cut
 from lasp.megatron.ring_core import RingCoreAttention
-from ring.rope import apply_rotary, check_rotary_dim
 
 
 class RingSelfAttention(SelfAttention):

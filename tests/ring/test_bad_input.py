@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lasp._core.rotary import apply_rotary
 from lasp.lightning.validation import check_layout
 from lasp.sequence.layout import SequenceLayout
 from ring import RingAttention, ring_attention
 from ring.blocks.registry import BLOCKS
 from ring.planner.schedule import plan_ring
-from ring.rope import apply_rotary
 from tests.ranks import run_on_ranks
 
 LAYOUT = SequenceLayout((5, 7), 2)  # 6 tokens a rank; the border cuts the second document

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.rotary import apply_rotary
 from lasp.sequence.layout import SequenceLayout
 from ring import RingAttention
 from ring.reference import dense_attention
-from ring.rope import apply_rotary
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
 from tests.ring.cases import ORDERS, rank_device

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from lasp._core.rotary import apply_rotary
 from lasp.sequence.layout import SequenceLayout
-from ring.rope import apply_rotary
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 
 

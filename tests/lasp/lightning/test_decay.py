@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from lasp.lightning.decay import decay_rates
+from lasp.lightning.decay import Variant, decay_rates
 
 
 @pytest.mark.parametrize("heads", [1, 3, 5, 64])
@@ -44,7 +45,35 @@ def test_linear_and_retnet() -> None:
     assert rates == pytest.approx([-math.log(1 - 2.0 ** (-5 - h)) for h in range(3)])
 
 
-@pytest.mark.parametrize("variant", ["minimax", "alibi", "linear", "retnet"])
+@pytest.mark.parametrize(
+    ("variant", "factors"),
+    [
+        # Layers 0, 1 and 4 of five: (l - 1) / 4, the same not below 0, and no factor.
+        ("bailing", (1.25001, 1.00001, 0.25001)),
+        ("bailing_clamped", (1.00001, 1.00001, 0.25001)),
+        ("alibi", (1.00001, 0.75001, 0.00001)),
+        ("sala", (1.0, 1.0, 1.0)),
+    ],
+)
+def test_factors_of_layers_on_alibi_slopes(variant: str, factors: tuple[float, ...]) -> None:
+    for layer, factor in zip((0, 1, 4), factors, strict=True):
+        slopes = torch.tensor([2.0**-n for n in range(1, 9)], dtype=torch.float64)
+        rates = decay_rates(8, layer, 5, variant)
+        assert torch.allclose(rates.double(), slopes * factor, rtol=1e-7, atol=0)
+    # Six heads: those of four, then every second one of eight.
+    six = decay_rates(6, 1, 5, variant).double() / factors[1]
+    expected = torch.tensor([2.0**-n for n in (2, 4, 6, 8, 1, 3)], dtype=torch.float64)
+    assert torch.allclose(six, expected, rtol=1e-7, atol=0)
+    assert torch.isfinite(decay_rates(6, 0, 1, variant)).all()
+
+
+def test_rates_may_be_given() -> None:
+    given = torch.tensor([0.5, 0.0, 0.25, 2.0], dtype=torch.float64)
+    assert torch.equal(decay_rates(4, 0, 1, given), given.float())
+    assert torch.equal(decay_rates(4, 0, 1, given, tp_rank=1, tp_size=2), given[2:].float())
+
+
+@pytest.mark.parametrize("variant", get_args(Variant))
 def test_slices_of_tensor_parallel_ranks_make_the_whole(variant: str) -> None:
     whole = decay_rates(12, 3, 8, variant)
     slices = [decay_rates(12, 3, 8, variant, tp_rank=rank, tp_size=3) for rank in range(3)]
@@ -61,7 +90,10 @@ def test_slices_of_tensor_parallel_ranks_make_the_whole(variant: str) -> None:
         ({"layer_index": -1}, "layer_index"),
         ({"tp_size": 3}, "tp_size"),
         ({"tp_size": 2, "tp_rank": 2}, "tp_rank"),
-        ({"variant": "mini"}, "variant"),
+        ({"variant": "mini"}, "variant must be one of"),
+        ({"variant": torch.ones(3)}, "rates of all 4 heads, got a tensor \\(3,\\)"),
+        ({"variant": torch.ones(4, dtype=torch.int64)}, "float rates"),
+        ({"variant": torch.tensor([1.0, 1.0, 1.0, -1.0])}, "rates must be finite and >= 0"),
     ],
 )
 def test_bad_arguments(kwargs: dict, argument: str) -> None:

@@ -14,9 +14,9 @@ all, on any rank, if no document needs it. The first call on a group also compar
 .received_tokens``, the tokens that a rank needs from others, it moves
 
     ========  =============================  ==============================================
-    forward   keys and values, once          ``2 R Hkv D`` elements in the dtype of ``k``
+    forward   keys and values, once          ``R Hkv (D + V)`` elements in the dtype of ``k``
     backward  keys and values again          the same
-              their gradients to the owners  ``2 R Hkv D`` elements in float32
+              their gradients to the owners  ``R Hkv (D + V)`` elements in float32
     ========  =============================  ==============================================
 
 Keys and values of two stages are in memory at once, in the backward their gradients too.
@@ -48,7 +48,7 @@ class RingOutput(NamedTuple):
     """What :func:`ring_attention` returns.
 
     Attributes:
-        output: ``[T, Hq, D]`` or ``[B, T, Hq, D]``, dtype of ``q``.
+        output: ``[T, Hq, V]`` or ``[B, T, Hq, V]``, dtype of ``q``.
         lse: log-sum-exp of each row's scores, ``[T, Hq]`` or ``[B, T, Hq]``, float32 (float64 for
             float64).
     """
@@ -82,7 +82,7 @@ def ring_attention(
             of one document. float16, bfloat16, float32 or float64; autocast casts q, k and v.
         k: ``[T, Hkv, D]`` or ``[B, T, Hkv, D]``, dtype and device of ``q``. Hkv divides Hq; query
             head h reads key head h // (Hq / Hkv).
-        v: as ``k``.
+        v: ``[T, Hkv, V]`` or ``[B, T, Hkv, V]``, dtype and device of ``q``. V may differ from D.
         layout: the same on every rank. None: the T tokens are one document, on one rank.
         cp_group: the P = ``layout.num_ranks`` ranks that hold the pack. None: one rank.
         causal: a query sees itself and what comes before it in its document; else all of it.
@@ -121,15 +121,15 @@ def ring_attention(
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless the shapes, dtypes and devices are those of one attention."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.ndim not in (3, 4) or k.shape != v.shape or k.ndim != q.ndim:
+    if q.ndim not in (3, 4) or k.shape[:-1] != v.shape[:-1] or k.ndim != q.ndim:
         raise ValueError(
-            "q must be [T, Hq, D] or [B, T, Hq, D], k and v [T, Hkv, D] or [B, T, Hkv, D],"
-            f" got {shapes}"
+            "q must be [T, Hq, D] or [B, T, Hq, D], k [T, Hkv, D] or [B, T, Hkv, D], v like k but"
+            f" for the last dim, got {shapes}"
         )
-    if 0 in (*q.shape, *k.shape):
+    if 0 in (*q.shape, *k.shape, v.shape[-1]):
         raise ValueError(f"q, k and v must not be empty, got {shapes}: drop empty batches")
     if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q, k and v must have the same rows, tokens and head dim, got {shapes}")
+        raise ValueError(f"q and k must have the same rows, tokens and head dim, got {shapes}")
     if q.shape[-2] % k.shape[-2]:
         raise ValueError(
             f"the heads of k must divide those of q, got {shapes}: under tensor parallelism"

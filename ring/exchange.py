@@ -1,10 +1,13 @@
 """Moving keys and values to the ranks that need them, and their gradients back.
 
 An exchange is one all-to-all-v of exactly the tokens of the schedule, key heads unexpanded. What
-goes from one rank to another is one message: all k, then all v (or dk and dv). So a rank receives
-rows ``[2 tokens, Hkv, D]``, from two peers for example::
+goes from one rank to another is one message: all k, then all v (or dk and dv), whose widths may
+differ. A rank receives from two peers for example::
 
     k of peer 0 | v of peer 0 | k of peer 1 | v of peer 1
+
+So memory for n tokens is ``[n, W]``, W elements a token of k and v together: its rows are counted
+by tokens, but do not hold those of one token.
 
 Keys and values travel in one collective and not in two: on a GPU a second one could be left waiting
 while attention kernels hold every multiprocessor, long after the first. If nothing moves on any
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from ring.planner.schedule import KVSlices, RingSchedule, RingStage, StageExchange
 
-KV = Tensor | tuple[Tensor, Tensor]  # k and v, or dk and dv, [tokens, Hkv, D] each
+KV = tuple[Tensor, ...]  # k [tokens, Hkv, D] and v [tokens, Hkv, V], or dk and dv; contiguous
 
 
 class KVTransfer(NamedTuple):
@@ -33,7 +36,7 @@ class KVTransfer(NamedTuple):
 
     Attributes:
         exchange: what is sent and received.
-        received: messages ``[2 tokens, Hkv, D]``, to be read after :meth:`wait`.
+        received: messages ``[tokens, W]``, to be read after :meth:`wait`.
         sent: the messages being sent, held until the transfer is over.
         work: handle of the collective.
     """
@@ -60,33 +63,26 @@ class KVPrefetcher:
         chain     start 1    | take 1, start 2          | take 2, start 3          | ...
 
     Args:
-        k: ``[T, Hkv, D]``, last dim contiguous.
-        v: as ``k``.
+        own: k and v of the rank's tokens.
         schedule: of this rank.
         cp_group: the context-parallel group; may be None where nothing moves.
 
-    Communication: one all-to-all-v for each stage; it receives ``2 R Hkv D`` elements in all, R =
-    ``schedule.received_tokens``.
+    Communication: one all-to-all-v for each stage; it receives ``R W`` elements in all, R =
+    ``schedule.received_tokens`` and W those of k and v of a token.
     """
 
-    def __init__(
-        self,
-        k: Tensor,
-        v: Tensor,
-        schedule: RingSchedule,
-        cp_group: dist.ProcessGroup | None,
-    ) -> None:
-        self._own, self._stages, self._group = (k, v), schedule.stages, cp_group
-        self._memory = receive_memory(k, schedule)
+    def __init__(self, own: KV, schedule: RingSchedule, cp_group: dist.ProcessGroup | None) -> None:
+        self._own, self._stages, self._group = own, schedule.stages, cp_group
+        self._memory = receive_memory(own, schedule)
         self._started, self._transfers = 0, deque[KVTransfer]()
         self._chain = schedule.route == "chain"  # on every rank, whether it forwards or not
-        self._forwarded: tuple[Tensor, Tensor] = self._own  # the first stage forwards nothing
+        self._forwarded = own  # the first stage forwards nothing
         for _ in range(1 if self._chain else 2):
             self._start_next()
         yield_sms(*self._transfers)
 
-    def __iter__(self) -> Iterator[tuple[RingStage, Tensor, Tensor]]:
-        """Each stage with k and v of its kv buffer; :meth:`release` it before taking the next."""
+    def __iter__(self) -> Iterator[tuple[RingStage, KV]]:
+        """Each stage with its kv buffer; :meth:`release` it before taking the next."""
         for stage in self._stages:
             yield self._taken(stage)  # no buffer is held here while the next is put together
 
@@ -95,15 +91,15 @@ class KVPrefetcher:
         if not self._chain:
             self._start_next()
 
-    def _taken(self, stage: RingStage) -> tuple[RingStage, Tensor, Tensor]:
+    def _taken(self, stage: RingStage) -> tuple[RingStage, KV]:
         received = self._transfers.popleft().wait()
-        kv_buffer = unpack_messages(received, stage.kv_exchange.receive_tokens)
+        kv_buffer = unpack_messages(received, stage.kv_exchange.receive_tokens, self._own)
         if self._chain:
             self._forwarded = kv_buffer
             self._start_next()
             self._forwarded = self._own
             yield_sms(*self._transfers)
-        return stage, *kv_buffer
+        return stage, kv_buffer
 
     def _start_next(self) -> None:
         number = self._started
@@ -114,44 +110,51 @@ class KVPrefetcher:
             self._transfers.append(_start(exchange, sent, self._memory[number], self._group))
 
 
-def receive_memory(k: Tensor, schedule: RingSchedule) -> list[Tensor]:
+def receive_memory(own: KV, schedule: RingSchedule) -> list[Tensor]:
     """Memory that stages are received into; they take turns in two tensors.
 
     Args:
-        k: gives dtype, device and shape ``[T, Hkv, D]``.
+        own: give dtype, device and widths.
         schedule: of this rank.
 
     Returns:
-        ``[2 tokens, Hkv, D]`` for the messages of each stage.
+        ``[tokens, W]`` for the messages of each stage.
     """
-    rows = [2 * stage.tokens for stage in schedule.stages]
-    memory = [k.new_empty(max(rows[i::2], default=0), *k.shape[1:]) for i in (0, 1)]
-    return [memory[number % 2][:length] for number, length in enumerate(rows)]
+    tokens = [stage.tokens for stage in schedule.stages]
+    memory = [own[0].new_empty(max(tokens[i::2], default=0), _width(own)) for i in (0, 1)]
+    return [memory[number % 2][:length] for number, length in enumerate(tokens)]
+
+
+def zeros_for(tokens: int, like: KV, dtype: torch.dtype) -> tuple[Tensor, KV]:
+    """Zeroed memory ``[tokens, W]`` for gradients, and the views of it shaped as ``like``."""
+    memory = like[0].new_zeros(tokens, _width(like), dtype=dtype)
+    return memory, unpack_messages(memory, (tokens,), like)
 
 
 def send_kv_grads(
-    stage: RingStage, dkv_buffer: Tensor, cp_group: dist.ProcessGroup | None
+    stage: RingStage, memory: Tensor, dkv_buffer: KV, cp_group: dist.ProcessGroup | None
 ) -> KVTransfer:
     """Start sending the gradients of a kv buffer, to the next rank of a chain or to the owner.
 
     Args:
         stage: the stage they belong to.
-        dkv_buffer: dk and dv ``[2, tokens, Hkv, D]``, float32 or float64; not to be changed.
+        memory: ``[tokens, W]``, float32 or float64; not to be changed.
+        dkv_buffer: the views of it, see :func:`zeros_for`.
         cp_group: the context-parallel group.
 
     Returns:
         A transfer of the gradients that come here after this stage, for
         :func:`accumulate_kv_grads`.
 
-    Communication: one all-to-all-v in the dtype of ``dkv_buffer``.
+    Communication: one all-to-all-v in the dtype of ``memory``.
     """
     exchange = stage.grad_exchange
     whole = [list(part.rows) for parts in exchange.sends for part in parts]
-    if whole == [[0, stage.tokens]]:
-        sent = dkv_buffer.flatten(0, 1)  # to one rank, in order: it is the message
-    else:
+    # What goes to one rank in order is the message as it lies.
+    sent = memory
+    if whole != [[0, stage.tokens]]:
         sent = pack_messages(exchange.sends, dkv_buffer, dkv_buffer)
-    received = dkv_buffer.new_empty(2 * sum(exchange.receive_tokens), *dkv_buffer.shape[2:])
+    received = memory.new_empty(sum(exchange.receive_tokens), *memory.shape[1:])
     transfer = _start(exchange, sent, received, cp_group)
     yield_sms(transfer)
     return transfer
@@ -166,33 +169,40 @@ def accumulate_kv_grads(transfer: KVTransfer, dkv: KV, dkv_buffer: KV) -> None:
         dkv_buffer: gradients of the *next* stage, which receives those of a chain; changed.
     """
     exchange = transfer.exchange
-    messages = transfer.wait().split([2 * tokens for tokens in exchange.receive_tokens])
+    messages = transfer.wait().split(list(exchange.receive_tokens))
     for parts, tokens, message in zip(exchange.receives, exchange.receive_tokens, messages):
         lengths = [part.rows.length for part in parts]
-        for i, gradients in enumerate((message[:tokens], message[tokens:])):
+        for i, gradients in enumerate(unpack_messages(message, (tokens,), dkv)):
             for part, gradient in zip(parts, gradients.split(lengths)):
                 (dkv_buffer if part.in_buffer else dkv)[i][slice(*part.rows)] += gradient
 
 
 def pack_messages(sends: Sequence[KVSlices], own: KV, kv_buffer: KV) -> Tensor:
-    """Messages to each rank, end to end: ``[2 tokens, Hkv, D]``, a copy."""
+    """Messages to each rank, end to end: ``[tokens, W]``, a copy."""
     rows = [
-        (kv_buffer if part.in_buffer else own)[i][slice(*part.rows)]
+        (kv_buffer if part.in_buffer else own)[i][slice(*part.rows)].flatten()
         for parts in sends
-        for i in (0, 1)
+        for i in range(len(own))
         for part in parts
     ]
-    return torch.cat(rows) if rows else own[0].new_empty(0, *own[0].shape[1:])
+    return torch.cat(rows or [own[0].new_empty(0)]).view(-1, _width(own))
 
 
-def unpack_messages(messages: Tensor, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[tokens, Hkv, D]`` of all peers; contiguous, views if one peer sent."""
-    sizes = [size for size in tokens if size for _ in "kv"]
-    if len(sizes) <= 2:
-        k, v = messages.tensor_split(2)
-        return k, v
-    rows = messages.split(sizes)
-    return torch.cat(rows[::2]), torch.cat(rows[1::2])
+def unpack_messages(messages: Tensor, tokens: Sequence[int], like: KV) -> KV:
+    """Keys and values of all peers, shaped as ``like``; contiguous, views if one peer sent."""
+    widths = [x.shape[1:].numel() for x in like]
+    lengths = [n for n in tokens if n] or [0]
+    parts = messages.flatten().split([n * width for n in lengths for width in widths])
+    by_tensor = (parts[i :: len(like)] for i in range(len(like)))
+    return tuple(
+        (torch.cat(some) if len(some) > 1 else some[0]).view(-1, *x.shape[1:])
+        for some, x in zip(by_tensor, like)
+    )
+
+
+def _width(kv: KV) -> int:
+    """W: elements of k and v of a token."""
+    return sum(x.shape[1:].numel() for x in kv)
 
 
 def yield_sms(*transfers: KVTransfer) -> None:
@@ -217,8 +227,8 @@ def _start(
     work = dist.all_to_all_single(
         received,
         sent,
-        [2 * tokens for tokens in exchange.receive_tokens],
-        [2 * tokens for tokens in exchange.send_tokens],
+        list(exchange.receive_tokens),
+        list(exchange.send_tokens),
         group=cp_group,
         async_op=True,
     )

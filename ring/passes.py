@@ -31,7 +31,14 @@ from torch import Tensor
 from ring.blocks.gradients import RowGradients
 from ring.blocks.interface import QKV, Block, Segments, cu_seqlens
 from ring.blocks.merge import Accumulator, Partial
-from ring.exchange import KV, KVPrefetcher, KVTransfer, accumulate_kv_grads, send_kv_grads
+from ring.exchange import (
+    KV,
+    KVPrefetcher,
+    KVTransfer,
+    accumulate_kv_grads,
+    send_kv_grads,
+    zeros_for,
+)
 from ring.planner.schedule import KVTile, RingSchedule
 
 
@@ -55,34 +62,34 @@ def forward(qkv: QKV, context: RingContext) -> Partial:
     """Output and lse of this rank's tokens.
 
     Args:
-        qkv: ``[T, Hq, D]``, ``[T, Hkv, D]`` twice; the last dim contiguous.
+        qkv: ``[T, Hq, D]``, ``[T, Hkv, D]`` and ``[T, Hkv, V]``, contiguous.
         context: schedule, group, block and scale.
 
     Returns:
         The output in the dtype of ``q`` and the lse in float32 (float64 for float64).
     """
     schedule, block, scale = context.schedule, context.block, context.scale
-    stages = KVPrefetcher(qkv.k, qkv.v, schedule, context.cp_group)
+    stages = KVPrefetcher(qkv[1:], schedule, context.cp_group)
     local = block.forward_varlen(qkv, _segments(schedule, qkv.q.device), scale=scale)
     accumulators = _accumulators(local, schedule, block)
 
-    def attend(tiles: Sequence[KVTile], k: Tensor, v: Tensor, release: Callable[[], None]) -> None:
-        """Merge tiles; ``release`` when all that reads k and v is queued, before the last merge."""
+    def attend(tiles: Sequence[KVTile], kv: KV, release: Callable[[], None]) -> None:
+        """Merge tiles; ``release`` when all that reads kv is queued, before the last merge."""
         left = sum(len(_row_tiles(tile, schedule, block)) for tile in tiles)
         if not left:
             release()
         for tile in tiles:
-            part = _gather(tile, qkv.q, k, v, schedule)
+            part = _gather(tile, qkv.q, kv, schedule)
             for partial in block.forward_parts(part, scale=scale):
                 left -= 1
                 if not left:
                     release()
                 accumulators[tile.rectangle].add(partial)
 
-    attend(schedule.own_tiles, qkv.k, qkv.v, lambda: None)
-    for stage, k, v in stages:
-        attend(stage.tiles, k, v, stages.release)
-        del k, v  # the next kv buffer may have to be put together
+    attend(schedule.own_tiles, qkv[1:], lambda: None)
+    for stage, kv in stages:
+        attend(stage.tiles, kv, stages.release)
+        del kv  # the next kv buffer may have to be put together
     return Partial(local.output.to(qkv.q.dtype), local.lse)
 
 
@@ -97,7 +104,7 @@ def backward(
     contributions come rounded to its own dtype.
 
     Args:
-        doutput: ``[T, Hq, D]``.
+        doutput: ``[T, Hq, V]``.
         dlse: ``[T, Hq]``; None if nothing depends on the lse. Else every tile is two calls of the
             block.
         merged: output and lse from :func:`forward`.
@@ -105,19 +112,19 @@ def backward(
         context: the context of the forward.
     """
     schedule, cp_group = context.schedule, context.cp_group
-    stages = KVPrefetcher(qkv.k, qkv.v, schedule, cp_group)
+    stages = KVPrefetcher(qkv[1:], schedule, cp_group)
     rows = RowGradients(context.block, doutput.contiguous(), dlse, merged, context.scale)
     sums = _TileGradients(qkv, rows, schedule, merged.lse.dtype)
     returning: KVTransfer | None = None
-    for stage, k, v in stages:
-        dkv_buffer = k.new_zeros(2, *k.shape, dtype=merged.lse.dtype)
-        sums.add(stage.tiles, k, v, dkv_buffer)
-        del k, v
+    for stage, kv in stages:
+        memory, dkv_buffer = zeros_for(stage.tokens, kv, merged.lse.dtype)
+        sums.add(stage.tiles, kv, dkv_buffer)
+        del kv
         stages.release()
         if returning is not None:
             accumulate_kv_grads(returning, sums.dkv, dkv_buffer)
-        returning = send_kv_grads(stage, dkv_buffer, cp_group)
-    sums.add(schedule.own_tiles, qkv.k, qkv.v, sums.dkv)
+        returning = send_kv_grads(stage, memory, dkv_buffer, cp_group)
+    sums.add(schedule.own_tiles, qkv[1:], sums.dkv)
     local = rows.within(_segments(schedule, qkv.q.device), qkv)
     if returning is not None:
         accumulate_kv_grads(returning, sums.dkv, sums.dkv)  # after the last there is no next stage
@@ -128,7 +135,7 @@ def backward(
 class _TileGradients:
     """Sums, in ``dtype``, of what tiles contribute to the gradients of this rank's tokens.
 
-    ``dkv`` holds dk and dv ``[2, T, Hkv, D]``; without tokens where there are no tiles.
+    ``dkv`` holds dk and dv; without tokens where there are no tiles.
     """
 
     def __init__(
@@ -138,12 +145,12 @@ class _TileGradients:
         self._dq: list[Tensor | None] = [None] * len(schedule.rows)
         self._any = bool(schedule.own_tiles or schedule.stages)
         tokens = len(qkv.k) if self._any else 0
-        self.dkv = qkv.k.new_zeros(2, tokens, *qkv.k.shape[1:], dtype=dtype)
+        _, self.dkv = zeros_for(tokens, qkv[1:], dtype)
 
-    def add(self, tiles: Iterable[KVTile], k: Tensor, v: Tensor, dkv: KV) -> None:
-        """Add gradients of tiles over k and v: to dq, and to ``dkv`` of the shapes of k and v."""
+    def add(self, tiles: Iterable[KVTile], kv: KV, dkv: KV) -> None:
+        """Add gradients of tiles over ``kv``: to dq, and to ``dkv`` of the same shapes."""
         for tile in tiles:
-            part = _gather(tile, self._q, k, v, self._schedule)
+            part = _gather(tile, self._q, kv, self._schedule)
             found = self._rows.over(slice(*self._schedule.rows[tile.rectangle]), part)
             dq = self._dq[tile.rectangle]  # after one tile it is what the kernel returned
             self._dq[tile.rectangle] = found.q if dq is None else dq.to(self._dtype).add_(found.q)
@@ -185,13 +192,13 @@ def _row_tiles(tile: KVTile, schedule: RingSchedule, block: Block) -> tuple[slic
     return block.row_tiles(schedule.rows[tile.rectangle].length, tile.num_keys)
 
 
-def _gather(tile: KVTile, q: Tensor, k: Tensor, v: Tensor, schedule: RingSchedule) -> QKV:
+def _gather(tile: KVTile, q: Tensor, kv: KV, schedule: RingSchedule) -> QKV:
     """Rows and keys of a tile; copied only where the keys lie in several ranges."""
     rows = q[slice(*schedule.rows[tile.rectangle])]
     if len(tile.keys) == 1:
         keys = slice(*tile.keys[0])
-        return QKV(rows, k[keys], v[keys])
-    return QKV(rows, *(torch.cat([x[slice(*keys)] for keys in tile.keys]) for x in (k, v)))
+        return QKV(rows, *(x[keys] for x in kv))
+    return QKV(rows, *(torch.cat([x[slice(*keys)] for keys in tile.keys]) for x in kv))
 
 
 def _scatter_add(tile: KVTile, grads: QKV, dkv: KV) -> None:

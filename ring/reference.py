@@ -21,13 +21,13 @@ def dense_attention(
     Args:
         q: ``[S, Hq, D]``, any floating dtype.
         k: ``[S, Hkv, D]``; query head h reads key head h // (Hq / Hkv).
-        v: ``[S, Hkv, D]``.
+        v: ``[S, Hkv, V]``.
         cu_seqlens: N + 1 cumulative document lengths, 0 first, S last.
         causal: a query sees itself and what comes before it.
         scale: factor of the scores.
 
     Returns:
-        Output ``[S, Hq, D]`` and log-sum-exp ``[S, Hq]``, in the dtype of ``q``.
+        Output ``[S, Hq, V]`` and log-sum-exp ``[S, Hq]``, in the dtype of ``q``.
 
     Gradients: to ``q``, ``k`` and ``v`` by autograd, any order.
     """
@@ -36,11 +36,11 @@ def dense_attention(
     for start, stop in pairwise(cu_seqlens):
         q_LHD = q[start:stop]
         k_LHD = k[start:stop].repeat_interleave(groups, dim=1)
-        v_LHD = v[start:stop].repeat_interleave(groups, dim=1)
+        v_LHV = v[start:stop].repeat_interleave(groups, dim=1)
         scores_HLL = scale * torch.einsum("qhd,khd->hqk", q_LHD, k_LHD)
         if causal:
             future = torch.ones_like(scores_HLL[0], dtype=torch.bool).triu(1)
             scores_HLL = scores_HLL.masked_fill(future, float("-inf"))
-        outputs.append(torch.einsum("hqk,khd->qhd", scores_HLL.softmax(-1), v_LHD))
+        outputs.append(torch.einsum("hqk,khv->qhv", scores_HLL.softmax(-1), v_LHV))
         lses.append(scores_HLL.logsumexp(-1).T)
     return torch.cat(outputs), torch.cat(lses)

@@ -88,7 +88,7 @@ def _where(
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    context = _context(q, k, *settings)
+    context = _context(q, k, v, *settings)
     with torch.autocast(q.device.type, enabled=False):
         output, lse = passes.forward(_rows(q, k, v), context)
     return output.contiguous(), lse.contiguous()
@@ -104,7 +104,7 @@ def _attention_backward(
     lse: Tensor,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    context = _context(q, k, *settings)
+    context = _context(q, k, v, *settings)
     merged = Partial(output, lse)
     with torch.autocast(q.device.type, enabled=False):
         gradients = passes.backward(doutput, dlse, merged, _rows(q, k, v), context)
@@ -117,17 +117,21 @@ def _rows(q: Tensor, k: Tensor, v: Tensor) -> QKV:
     return QKV(*(x.contiguous() for x in (q, k, v)))
 
 
-def _context(q: Tensor, k: Tensor, *settings: Any) -> passes.RingContext:
+def _context(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> passes.RingContext:
     """Check what a compiled graph does not know, before any other communication."""
     lengths, num_ranks, order, group, causal, scale, block = settings
     cp_group = _group(group)
     layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
     if cp_group is not None and not is_compared("ring_attention", cp_group):
-        shapes = {"dtype": q.dtype, "q": list(q.shape), "k": list(k.shape)}
-        how = shapes | {"causal": causal, "scale": scale, "layout": layout.summary}
+        shapes = {"q": list(q.shape), "k": list(k.shape), "v": list(v.shape)}
+        how = (
+            {"dtype": q.dtype}
+            | shapes
+            | {"causal": causal, "scale": scale, "layout": layout.summary}
+        )
         compare_first_call("ring_attention", cp_group, q, how)
     rank = _rank_of("q", q, -3, layout, cp_group)
-    kernel = resolve_block(block, q.device, q.dtype, q.shape[-1])
+    kernel = resolve_block(block, q.device, q.dtype, q.shape[-1], v.shape[-1])
     return passes.RingContext(plan_ring(layout, rank, causal), cp_group, kernel, scale)
 
 
@@ -179,9 +183,9 @@ def _gradients(ctx: Any, doutput: Tensor | None, dlse: Tensor | None) -> tuple[T
     return *gradients, *(None,) * 7
 
 
-def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = wide_dtype(q.dtype)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype)
+    return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=lse_dtype)
 
 
 def _fake_backward(

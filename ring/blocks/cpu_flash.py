@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ring.blocks.interface import QKV, Block, bhtd, thd
+from ring.blocks.interface import QKV, Block, Operands, bhtd, thd
 from ring.blocks.merge import Partial
 
 aten = torch.ops.aten
@@ -16,9 +16,12 @@ class CpuFlashBlock(Block):
 
     name = "cpu_flash"
 
-    def obstacle(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Refuse everything but CPU tensors."""
-        return None if device.type == "cpu" else "needs CPU tensors"
+    def obstacle(self, operands: Operands) -> str | None:
+        """Refuse everything but CPU tensors of one head dim."""
+        if operands.device.type != "cpu":
+            return "needs CPU tensors"
+        same = operands.head_dim == operands.value_dim
+        return None if same else "needs values as wide as keys"
 
     def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
         """Run one kernel call."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ring.blocks.flash import FlashBlock
-from ring.blocks.interface import QKV, bhtd, thd
+from ring.blocks.interface import QKV, Operands, bhtd, thd
 from ring.blocks.merge import Partial
 
 aten = torch.ops.aten
@@ -15,12 +15,24 @@ aten = torch.ops.aten
 class CudnnBlock(FlashBlock):
     """cuDNN's dense attention: the fastest kernel, which builds a plan for each new shape.
 
-    It takes what :class:`FlashBlock` takes, but needs two keys and head dims up to 128. cuDNN's
+    It takes what :class:`FlashBlock` takes, but one head dim up to 128, or keys of 192 and values
+    of 128 (multi-head latent attention) from compute capability 9.0 on. It needs two keys. cuDNN's
     varlen form rebuilds its graph on every call (torch 2.11): the one here is FlashAttention's.
     """
 
     name = "cudnn"
-    max_head_dim = 128
+
+    def obstacle(self, operands: Operands) -> str | None:
+        """Return the obstacle of :class:`FlashBlock`, or name the head dims that cuDNN refuses."""
+        if (obstacle := super().obstacle(operands)) is not None:
+            return obstacle
+        device, _, head_dim, value_dim = operands
+        if head_dim == value_dim <= 128:
+            return None
+        latent = (head_dim, value_dim) == (192, 128)
+        if latent and torch.cuda.get_device_capability(device) >= (9, 0):
+            return None
+        return "needs one head dim of 128 at most, or 192 and 128 on compute capability 9.0"
 
     def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
         """Run one kernel call, whatever the shape."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lasp._core.dtypes import wide_dtype
-from ring.blocks.interface import QKV, Block
+from ring.blocks.interface import QKV, Block, Operands
 from ring.blocks.merge import Partial
 
 
@@ -18,7 +18,7 @@ class EagerBlock(Block):
 
     name = "eager"
 
-    def obstacle(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def obstacle(self, operands: Operands) -> str | None:
         """Return None: it runs anywhere."""
         return None
 
@@ -27,24 +27,24 @@ class EagerBlock(Block):
         scores_HGTS = _scores(_grouped(qkv.q, qkv.k), _wide(qkv.k), causal, scale)
         lse_HGT = scores_HGTS.logsumexp(-1)
         p_HGTS = (scores_HGTS - lse_HGT.unsqueeze(-1)).exp()
-        output_THGD = torch.einsum("hgts,shd->thgd", p_HGTS, _wide(qkv.v))
-        return Partial(output_THGD.flatten(1, 2), lse_HGT.flatten(0, 1).T.contiguous())
+        output_THGV = torch.einsum("hgts,shv->thgv", p_HGTS, _wide(qkv.v))
+        return Partial(output_THGV.flatten(1, 2), lse_HGT.flatten(0, 1).T.contiguous())
 
     def backward(
         self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
     ) -> QKV:
         """Recompute the scores and differentiate them."""
-        k_SHD, v_SHD = _wide(qkv.k), _wide(qkv.v)
-        q_THGD, do_THGD, o_THGD = (_grouped(x, qkv.k) for x in (qkv.q, doutput, merged.output))
+        k_SHD, v_SHV = _wide(qkv.k), _wide(qkv.v)
+        q_THGD, do_THGV, o_THGV = (_grouped(x, qkv.k) for x in (qkv.q, doutput, merged.output))
         lse_HGT = merged.lse.T.unflatten(0, q_THGD.shape[1:3])
-        delta_HGT = (do_THGD * o_THGD).sum(-1).permute(1, 2, 0)
+        delta_HGT = (do_THGV * o_THGV).sum(-1).permute(1, 2, 0)
         p_HGTS = (_scores(q_THGD, k_SHD, causal, scale) - lse_HGT.unsqueeze(-1)).exp()
-        dp_HGTS = torch.einsum("thgd,shd->hgts", do_THGD, v_SHD)
+        dp_HGTS = torch.einsum("thgv,shv->hgts", do_THGV, v_SHV)
         ds_HGTS = scale * p_HGTS * (dp_HGTS - delta_HGT.unsqueeze(-1))
         return QKV(
             torch.einsum("hgts,shd->thgd", ds_HGTS, k_SHD).flatten(1, 2),
             torch.einsum("hgts,thgd->shd", ds_HGTS, q_THGD),
-            torch.einsum("hgts,thgd->shd", p_HGTS, do_THGD),
+            torch.einsum("hgts,thgv->shv", p_HGTS, do_THGV),
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ring.blocks.interface import QKV, Block, Segments
+from ring.blocks.interface import QKV, Block, Operands, Segments
 from ring.blocks.merge import Partial
 
 aten = torch.ops.aten
@@ -14,57 +15,70 @@ aten = torch.ops.aten
 class FlashBlock(Block):
     """FlashAttention-2, dense and varlen: one varlen call covers all fragments of a rank.
 
+    It takes one head dim: narrower values, or keys, are padded with zeros, which changes nothing.
     dq is bit-reproducible under ``torch.use_deterministic_algorithms(True)`` only.
     """
 
     name = "flash"
     max_head_dim = 256
 
-    def obstacle(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def obstacle(self, operands: Operands) -> str | None:
         """Name the device, dtype or head dim that the kernels refuse."""
+        device, dtype, *head_dims = operands
         if device.type != "cuda" or torch.version.cuda is None:
             return "needs tensors on an NVIDIA GPU"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "needs compute capability 8.0 or above"
         if dtype not in (torch.bfloat16, torch.float16):
             return "needs bfloat16 or float16"
-        if head_dim % 8 or head_dim > self.max_head_dim:
-            return f"needs a head dim that 8 divides, {self.max_head_dim} at most"
+        if any(dim % 8 or dim > self.max_head_dim for dim in head_dims):
+            return f"needs head dims that 8 divides, {self.max_head_dim} at most"
         return None
 
     def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
         """Run one kernel call, whatever the shape."""
         lengths = (None, None, len(qkv.q), len(qkv.k))
         output, lse, *_ = aten._flash_attention_forward(
-            *(x[None] for x in qkv), *lengths, 0.0, causal, False, scale=scale
+            *(x[None] for x in _one_width(*qkv)), *lengths, 0.0, causal, False, scale=scale
         )
-        return Partial(output[0], lse[0].T)
+        return Partial(_as_wide_as(qkv.v, output[0]), lse[0].T)
 
     def backward(
         self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
     ) -> QKV:
         """Run one kernel call, whatever the shape."""
-        tensors = (doutput, *qkv, merged.output, merged.lse.T.contiguous())
+        tensors = (*_one_width(doutput, *qkv, merged.output), merged.lse.T.contiguous())
         lengths = (None, None, len(qkv.q), len(qkv.k))
         gradients = aten._flash_attention_backward(
             *(x[None] for x in tensors), *lengths, 0.0, causal, *_no_dropout(qkv.q), scale=scale
         )
-        return QKV(*(x[0] for x in gradients))
+        return QKV(*(_as_wide_as(x, dx[0]) for x, dx in zip(qkv, gradients)))
 
     def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
         """Run one varlen call for all segments."""
         output, lse, *_ = aten._flash_attention_forward(
-            *qkv, *segments.lengths, 0.0, segments.causal, False, scale=scale
+            *_one_width(*qkv), *segments.lengths, 0.0, segments.causal, False, scale=scale
         )
-        return Partial(output, lse.T)
+        return Partial(_as_wide_as(qkv.v, output), lse.T)
 
     def backward_varlen(
         self, doutput: Tensor, merged: Partial, qkv: QKV, segments: Segments, *, scale: float
     ) -> QKV:
         """Run one varlen call for all segments."""
-        args = (doutput, *qkv, merged.output, merged.lse.T.contiguous(), *segments.lengths)
-        rest = (0.0, segments.causal, *_no_dropout(qkv.q))
-        return QKV(*aten._flash_attention_backward(*args, *rest, scale=scale))
+        tensors = (*_one_width(doutput, *qkv, merged.output), merged.lse.T.contiguous())
+        rest = (*segments.lengths, 0.0, segments.causal, *_no_dropout(qkv.q))
+        gradients = aten._flash_attention_backward(*tensors, *rest, scale=scale)
+        return QKV(*(_as_wide_as(x, dx) for x, dx in zip(qkv, gradients)))
+
+
+def _one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with zeros behind, up to the widest last dim: copies, where they differ."""
+    width = max(x.shape[-1] for x in tensors)
+    return tuple(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors)
+
+
+def _as_wide_as(like: Tensor, x: Tensor) -> Tensor:
+    return x if x.shape[-1] == like.shape[-1] else x[..., : like.shape[-1]]
 
 
 def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:

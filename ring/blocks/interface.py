@@ -1,6 +1,6 @@
 """Block kernels: softmax attention of some rows over some keys, forward and backward.
 
-Four kernels stand behind one interface (:class:`Block`), each with a dense form, for the rectangles
+Kernels stand behind one interface (:class:`Block`), each with a dense form, for the rectangles
 of the schedule, and a varlen form, for the fragments of a rank. ``causal`` is used only where
 queries and keys are the same tokens: its conventions for unequal lengths never matter.
 
@@ -25,11 +25,20 @@ from ring.blocks.merge import Partial
 
 
 class QKV(NamedTuple):
-    """Queries ``[Tq, Hq, D]``, keys and values ``[Tk, Hkv, D]``; or the gradients to them."""
+    """Queries ``[Tq, Hq, D]``, keys ``[Tk, Hkv, D]``, values ``[Tk, Hkv, V]``; or gradients."""
 
     q: Tensor
     k: Tensor
     v: Tensor
+
+
+class Operands(NamedTuple):
+    """What decides whether a kernel can run: of q, k and v the device, the dtype and the widths."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
 
 
 class Segments(NamedTuple):
@@ -63,8 +72,8 @@ class Block(ABC):
     name: str
 
     @abstractmethod
-    def obstacle(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why this kernel cannot run there; None if it can."""
+    def obstacle(self, operands: Operands) -> str | None:
+        """Why this kernel cannot take these operands; None if it can."""
 
     @abstractmethod
     def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:

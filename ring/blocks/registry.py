@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from ring.blocks.cpu_flash import CpuFlashBlock
 from ring.blocks.cudnn import CudnnBlock
 from ring.blocks.eager import EagerBlock
 from ring.blocks.flash import FlashBlock
-from ring.blocks.interface import Block
+from ring.blocks.interface import Block, Operands
 from ring.blocks.tiling import TiledBlock
 
 _FLASH = FlashBlock()
@@ -24,27 +25,44 @@ def check_block(name: str) -> None:
         raise ValueError(f"block must be one of {('auto', *BLOCKS)}, got {name!r}: use 'auto'")
 
 
-def resolve_block(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Block:
+def resolve_block(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int | None = None,
+) -> Block:
     """The block called ``name``, for tensors like these.
 
     ``auto`` takes the first of ``cudnn``, ``flash``, ``cpu_flash`` and ``eager`` without an
     obstacle: ``cudnn`` on NVIDIA GPUs of compute capability 8.0 and above in bfloat16 or float16
-    with a head dim up to 128 (``flash`` up to 256), ``cpu_flash`` on CPUs, ``eager`` for all else.
+    with one head dim up to 128, or 192 for keys and 128 for values from 9.0 on (``flash``: any two
+    up to 256), ``cpu_flash`` on CPUs where both are one, ``eager`` for all else.
+
+    Args:
+        name: of the block, or ``auto``.
+        device: of the tensors.
+        dtype: of the tensors.
+        head_dim: D, of queries and keys.
+        value_dim: V, of values; None: D.
 
     Raises:
         ValueError: if the name is unknown or the block cannot run there.
     """
+    value_dim = head_dim if value_dim is None else value_dim
     if name == "auto":
-        return _first_without_obstacle(device, dtype, head_dim)
+        return _first_without_obstacle(device, dtype, head_dim, value_dim)
     check_block(name)
-    if (obstacle := BLOCKS[name].obstacle(device, dtype, head_dim)) is not None:
+    operands = Operands(device, dtype, head_dim, value_dim)
+    if (obstacle := BLOCKS[name].obstacle(operands)) is not None:
         raise ValueError(
-            f"block {name!r} {obstacle}, got {dtype} on {device.type}, head dim {head_dim}: use"
-            ' "auto", or "eager" for any tensors'
+            f"block {name!r} {obstacle}, got {dtype} on {device.type}, head dim {head_dim} of keys"
+            f' and {value_dim} of values: use "auto", or "eager" for any tensors'
         )
     return BLOCKS[name]
 
 
 @lru_cache(maxsize=64)
-def _first_without_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> Block:
-    return next(b for b in BLOCKS.values() if b.obstacle(device, dtype, head_dim) is None)
+def _first_without_obstacle(*operands: Any) -> Block:
+    case = Operands(*operands)
+    return next(block for block in BLOCKS.values() if block.obstacle(case) is None)

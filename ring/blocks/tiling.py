@@ -31,10 +31,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ring.blocks.interface import QKV, Block, Segments, cu_seqlens, wide_like
+from ring.blocks.interface import QKV, Block, Operands, Segments, cu_seqlens, wide_like
 from ring.blocks.merge import Accumulator, Partial
 from ring.planner.stages import bucket
 
@@ -126,9 +125,9 @@ class TiledBlock(Block):
     def __init__(self, name: str, dense: Block, other: Block) -> None:
         self.name, self.dense, self.other = name, dense, other
 
-    def obstacle(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def obstacle(self, operands: Operands) -> str | None:
         """Return the obstacle of ``dense``."""
-        return self.dense.obstacle(device, dtype, head_dim)
+        return self.dense.obstacle(operands)
 
     def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
         """Run a causal square in one call, a rectangle tile by tile."""
@@ -136,7 +135,8 @@ class TiledBlock(Block):
         if causal or len(tiles) == 1:
             block = self.dense if tiles[0].dense else self.other
             return block.forward(qkv, causal=causal, scale=scale)
-        into = Partial(wide_like(qkv.q).zero_(), wide_like(qkv.q[..., 0]).fill_(float("-inf")))
+        lse = wide_like(qkv.q[..., 0]).fill_(float("-inf"))
+        into = Partial(lse.new_zeros(*lse.shape, qkv.v.shape[-1]), lse)
         self._merge(into, qkv, scale)
         return into
 
@@ -182,7 +182,7 @@ class TiledBlock(Block):
             return self.other.forward_varlen(qkv, segments, scale=scale)
         if local.squares == (slice(0, len(qkv.q)),):
             return self.forward(qkv, causal=segments.causal, scale=scale)
-        output = torch.empty_like(qkv.q, memory_format=torch.contiguous_format)
+        output = qkv.q.new_empty(*qkv.q.shape[:2], qkv.v.shape[-1])
         lse = wide_like(qkv.q[..., 0])
         for rows in local.squares:
             part = QKV(*(x[rows] for x in qkv))

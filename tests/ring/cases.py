@@ -52,12 +52,21 @@ def rank_device() -> torch.device:
 
 
 def random_tensors(
-    tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    value_dim: int | None = None,
 ) -> tuple[Tensor, ...]:
     """q, k, v and the gradient of the output of a whole pack."""
+    value_dim = head_dim if value_dim is None else value_dim
     return tuple(
-        torch.randn(tokens, heads, head_dim, dtype=torch.float64).to(dtype)
-        for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)
+        torch.randn(tokens, heads, dim, dtype=torch.float64).to(dtype)
+        for heads, dim in zip(
+            (num_heads, num_kv_heads, num_kv_heads, num_heads),
+            (head_dim, head_dim, value_dim, value_dim),
+        )
     )
 
 

@@ -42,9 +42,11 @@ def cases_on_world(cases) -> list[list[Tensor]]:
 def check_all_packs(num_ranks: int, order, causal: bool) -> None:
     cases = []
     for index, lengths in enumerate(PACKS):
-        tensors = random_tensors(sum(lengths), *HEADS[index % len(HEADS)], 4, torch.float64)
+        heads, eager = HEADS[index % len(HEADS)], (index // 2) % 2
+        value_dim = (3, 6)[index % 2] if eager else 4
+        tensors = random_tensors(sum(lengths), *heads, 4, torch.float64, value_dim)
         layout = SequenceLayout(lengths, num_ranks, order)
-        block = ("cpu_flash", "eager")[(index // 2) % 2]
+        block = ("cpu_flash", "eager")[eager]
         cases.append((tensors, layout, {"causal": causal, "block": block}))
     results = run_on_ranks(cases_on_world, num_ranks, cases)
     for (tensors, layout, _), *of_ranks in zip(cases, *results):

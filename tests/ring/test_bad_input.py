@@ -22,12 +22,20 @@ TABLE = {
     "q of two dims": ({"q": ((6, 32), "float32")}, "q must be"),
     "q of five dims": ({"q": ((1, 1, 6, 4, 8), "float32")}, "q must be"),
     "q packed, k in rows": ({"k": ((1, 6, 2, 8), "float32")}, "q must be"),
-    "v of another shape": ({"v": ((6, 2, 4), "float32")}, "k and v"),
+    "v of other heads": ({"v": ((6, 1, 8), "float32")}, "v like k but for the last dim"),
+    "v without a width": ({"v": ((6, 2, 0), "float32")}, "q, k and v must not be empty"),
+    "values of another width on cpu_flash": (
+        {"v": ((6, 2, 4), "float32"), "block": "cpu_flash"},
+        "block 'cpu_flash' needs values as wide as keys",
+    ),
     "k and v of other tokens": (
         {"k": ((5, 2, 8), "float32"), "v": ((5, 2, 8), "float32")},
-        "same rows, tokens and head dim",
+        "q and k must have the same rows, tokens and head dim",
     ),
-    "another head dim": ({"q": ((6, 4, 4), "float32")}, "same rows, tokens and head dim"),
+    "another head dim": (
+        {"q": ((6, 4, 4), "float32")},
+        "q and k must have the same rows, tokens and head dim",
+    ),
     "no tokens": (
         dict.fromkeys("qkv", ((0, 2, 8), "float32")),
         "q, k and v must not be empty",

@@ -14,7 +14,13 @@ from ring import exchange
 from ring.blocks.interface import QKV, Block
 from ring.blocks.merge import Accumulator
 from ring.blocks.registry import BLOCKS
-from ring.exchange import pack_messages, receive_memory, send_kv_grads, unpack_messages
+from ring.exchange import (
+    pack_messages,
+    receive_memory,
+    send_kv_grads,
+    unpack_messages,
+    zeros_for,
+)
 from ring.passes import RingContext, forward
 from ring.planner.ranges import RowRange
 from ring.planner.schedule import KVSlice, plan_ring
@@ -70,11 +76,11 @@ def logged_on_world(tensors, layout: SequenceLayout, rule: StageRule, **kwargs) 
 @pytest.mark.parametrize("rule", RULES)
 def test_ranks_start_the_same_exchanges_and_move_what_is_needed(order, rule) -> None:
     """Every rank starts all of them, even with nothing to send: else the others would hang."""
-    lengths, kv_heads, head_dim, ranks = (7, 2, 20, 1), 2, 4, 3
-    tensors = random_tensors(30, 6, kv_heads, head_dim, torch.bfloat16)
+    lengths, kv_heads, head_dim, value_dim, ranks = (7, 2, 20, 1), 2, 4, 3, 3
+    tensors = random_tensors(30, 6, kv_heads, head_dim, torch.bfloat16, value_dim)
     layout = SequenceLayout(lengths, ranks, order)
     schedules = [plan_ring(layout, rank, True, rule) for rank in range(ranks)]
-    size = 2 * kv_heads * head_dim  # k and v of a token
+    size = kv_heads * (head_dim + value_dim)  # k and v of a token
     logs = run_on_ranks(logged_on_world, ranks, tensors, layout, rule)
     for schedule, calls in zip(schedules, logs):
         fetches = [
@@ -95,7 +101,7 @@ def test_ranks_start_the_same_exchanges_and_move_what_is_needed(order, rule) -> 
 
 
 def test_a_message_is_all_k_then_all_v_of_a_rank() -> None:
-    k, v = torch.arange(6.0)[:, None, None], 10 + torch.arange(6.0)[:, None, None]
+    k, v = torch.arange(6.0)[:, None, None], 10 + torch.arange(12.0).view(6, 1, 2) / 2
     kv_buffer = (100 + k, 100 + v)
     sends = (
         (KVSlice(False, RowRange(4, 6)), KVSlice(True, RowRange(0, 1))),
@@ -103,33 +109,36 @@ def test_a_message_is_all_k_then_all_v_of_a_rank() -> None:
         (KVSlice(False, RowRange(0, 1)),),
     )
     messages = pack_messages(sends, (k, v), kv_buffer)
-    assert messages.flatten().tolist() == [4, 5, 100, 14, 15, 110, 0, 10]
-    keys, values = unpack_messages(messages, (3, 0, 1))
+    first = [4, 5, 100, 14, 14.5, 15, 15.5, 110, 110.5]
+    assert messages.flatten().tolist() == [*first, 0, 10, 10.5]
+    keys, values = unpack_messages(messages, (3, 0, 1), (k, v))
     assert keys.flatten().tolist() == [4, 5, 100, 0]
-    assert values.flatten().tolist() == [14, 15, 110, 10]
-    assert pack_messages(((), ()), (k, v), kv_buffer).shape == (0, 1, 1)
+    assert values.tolist() == [[[14, 14.5]], [[15, 15.5]], [[110, 110.5]], [[10, 10.5]]]
+    assert pack_messages(((), ()), (k, v), kv_buffer).shape == (0, 3)
 
 
 def test_what_comes_from_one_rank_is_used_where_it_lies() -> None:
-    messages = torch.randn(8, 2, 4)
+    messages, like = torch.randn(4, 14), (torch.empty(9, 2, 4), torch.empty(9, 2, 3))
     for tokens in ((0, 4), (4, 0, 0)):
-        k, v = unpack_messages(messages, tokens)
-        assert torch.equal(torch.cat((k, v)), messages)
-        assert (k.data_ptr(), v.data_ptr()) == (messages.data_ptr(), messages[4:].data_ptr())
-    assert [x.shape for x in unpack_messages(messages[:0], (0, 0))] == [(0, 2, 4)] * 2
+        k, v = unpack_messages(messages, tokens, like)
+        assert torch.equal(torch.cat((k.flatten(), v.flatten())), messages.flatten())
+        assert k.data_ptr() == messages.data_ptr()
+        assert v.data_ptr() == messages.flatten()[32:].data_ptr()
+    assert [x.shape for x in unpack_messages(messages[:0], (0, 0), like)] == [(0, 2, 4), (0, 2, 3)]
 
 
 def test_gradients_for_one_rank_are_sent_from_where_they_lie() -> None:
     sent: list[Tensor] = []
+    like = torch.empty(9, 2, 4), torch.empty(9, 2, 3)
     with patch.object(
         dist, "all_to_all_single", lambda _, message, *args, **kwargs: sent.append(message)
     ):
         for lengths, ranks, views in (((999, 5, 996), 2, True), ((40,), 5, False)):
             for stage in plan_ring(SequenceLayout(lengths, ranks), ranks - 1, True).stages:
-                dkv_buffer = torch.randn(2, stage.tokens, 2, 4)
-                send_kv_grads(stage, dkv_buffer, None)
-                assert sent[-1].shape == (2 * stage.tokens, 2, 4)
-                assert (sent[-1].data_ptr() == dkv_buffer.data_ptr()) is views
+                memory, dkv_buffer = zeros_for(stage.tokens, like, torch.float32)
+                send_kv_grads(stage, memory, dkv_buffer, None)
+                assert sent[-1].shape == (stage.tokens, 14)
+                assert (sent[-1].data_ptr() == memory.data_ptr()) is views
     assert len(sent) == 2
 
 
@@ -137,9 +146,9 @@ def test_gradients_for_one_rank_are_sent_from_where_they_lie() -> None:
 def test_stages_take_turns_in_two_buffers(rule: StageRule) -> None:
     k = torch.randn(60, 2, 4)
     schedule = plan_ring(SequenceLayout((300,), 5), 4, True, rule)
-    buffers = receive_memory(k, schedule)
-    rows = [2 * stage.tokens for stage in schedule.stages]
-    assert [buffer.shape for buffer in buffers] == [(n, 2, 4) for n in rows]
+    buffers = receive_memory((k, k), schedule)
+    rows = [stage.tokens for stage in schedule.stages]
+    assert [buffer.shape for buffer in buffers] == [(n, 16) for n in rows]
     assert all(buffer.is_contiguous() for buffer in buffers)
     assert len({buffer.data_ptr() for buffer in buffers}) == min(2, len(buffers))
 
@@ -175,7 +184,7 @@ def test_a_chain_yields_sms_to_each_transfer() -> None:
         patch.object(dist, "all_to_all_single", lambda received, *_, **__: Mock()),
         patch.object(exchange, "yield_sms", lambda *transfers: yields.append(len(transfers))),
     ):
-        for _ in exchange.KVPrefetcher(k, v, schedule, None):
+        for _ in exchange.KVPrefetcher((k, v), schedule, None):
             pass
     assert yields == [1] * len(schedule.stages) + [0]
 
@@ -207,7 +216,7 @@ class RecordingBlock(Block):
     def __init__(self, events: list[str]) -> None:
         self.events, self.block = events, BLOCKS["eager"]
 
-    def obstacle(self, device, dtype, head_dim) -> None:
+    def obstacle(self, operands) -> None:
         return None
 
     def forward(self, *args, **kwargs):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ring.blocks.interface import QKV, Block, Segments
+from ring.blocks.interface import QKV, Block, Operands, Segments
 from ring.blocks.merge import Partial, merge
 from ring.blocks.registry import BLOCKS, resolve_block
 from tests.ring.cases import (
@@ -51,9 +51,16 @@ def run_varlen(
     return [lse.cpu() if x is lse else x.to(qkv.q.dtype).cpu() for x in (output, lse, *gradients)]
 
 
-def rectangle(rows: int, keys: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype):
-    q, _, _, doutput = random_tensors(rows, *heads, head_dim, dtype)
-    _, k, v, _ = random_tensors(keys, *heads, head_dim, dtype)
+def rectangle(
+    rows: int,
+    keys: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    value_dim: int | None = None,
+):
+    q, _, _, doutput = random_tensors(rows, *heads, head_dim, dtype, value_dim)
+    _, k, v, _ = random_tensors(keys, *heads, head_dim, dtype, value_dim)
     return q, k, v, doutput
 
 
@@ -107,6 +114,15 @@ class TestInFloat64:
         assert_all_equal((*merged, *gradients), rectangle_oracle(tensors))
 
 
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(5, 3), (3, 7), (1, 4)])
+def test_values_of_another_width(head_dim: int, value_dim: int) -> None:
+    eager, lengths = BLOCKS["eager"], (1, 6, 5)
+    tensors = rectangle(7, 4, (4, 2), head_dim, torch.float64, value_dim)
+    assert_all_equal(run_dense(eager, tensors, False), rectangle_oracle(tensors))
+    tensors = random_tensors(12, 4, 2, head_dim, torch.float64, value_dim)
+    assert_all_equal(run_varlen(eager, tensors, lengths, True), oracle(tensors, lengths, True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [True, False])
 def test_cpu_flash_is_as_close_as_eager(dtype: torch.dtype, causal: bool) -> None:
@@ -129,6 +145,7 @@ def test_strided_inputs(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_auto_on_a_cpu(dtype: torch.dtype) -> None:
     assert resolve_block("auto", CPU, dtype, 6).name == "cpu_flash"
+    assert resolve_block("auto", CPU, dtype, 6, 4).name == "eager"
 
 
 def test_auto_on_devices_without_a_kernel_of_their_own() -> None:
@@ -147,12 +164,14 @@ def test_cpu_flash_needs_a_cpu() -> None:
 
 
 @pytest.mark.parametrize("name", CUDA_BLOCKS)
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128)])
 @pytest.mark.parametrize(
     ("rows", "keys"), [(1, 300), (130, 1), (257, 257), (1024, 1536), (2500, 9999), (9000, 9000)]
 )
-def test_cuda_kernels_take_these_arguments(name: str, rows: int, keys: int) -> None:
+def test_cuda_kernels_take_these_arguments(name: str, dims, rows: int, keys: int) -> None:
     """Their signatures, and the shapes they return, on tensors without data."""
-    tensors = [x.to("meta") for x in rectangle(rows, keys, (6, 2), 64, torch.bfloat16)]
+    pack = rectangle(rows, keys, (6, 2), dims[0], torch.bfloat16, dims[1])
+    tensors = [x.to("meta") for x in pack]
     qkv, doutput = split(tensors, "meta")
     block = BLOCKS[name]
     results = []
@@ -166,7 +185,7 @@ def test_cuda_kernels_take_these_arguments(name: str, rows: int, keys: int) -> N
             gradients = block.backward_varlen(doutput, partial, qkv, segments, scale=0.1)
             results.append((partial, gradients))
     for partial, gradients in results:
-        assert partial.output.shape == qkv.q.shape
+        assert partial.output.shape == (*qkv.q.shape[:2], dims[1])
         assert partial.lse.shape == qkv.q.shape[:2]
         assert partial.lse.dtype == torch.float32
         assert [x.shape for x in gradients] == [x.shape for x in qkv]
@@ -191,6 +210,23 @@ class TestOnGpu:
             dtype,
             terms=cancelling_terms(tensors, (keys,), causal=False),
         )
+
+    @pytest.mark.parametrize("dims", [(192, 128), (128, 64), (64, 96)])
+    @pytest.mark.parametrize("name", CUDA_BLOCKS)
+    def test_values_of_another_width(self, name, dims) -> None:
+        dtype, operands = torch.bfloat16, (torch.device("cuda"), torch.bfloat16, *dims)
+        if BLOCKS[name].obstacle(Operands(*operands)) is not None:
+            pytest.skip("not these head dims")
+        tensors = rectangle(1100, 1600, (6, 2), dims[0], dtype, dims[1])
+        honest, actual = (run_dense(BLOCKS[b], tensors, False, "cuda") for b in ("eager", name))
+        terms = cancelling_terms(tensors, (1600,), causal=False)
+        assert_all_within_budget(actual, rectangle_oracle(tensors), honest, dtype, terms=terms)
+        tensors, lengths = random_tensors(4500, 6, 2, dims[0], dtype, dims[1]), (5, 4200, 295)
+        honest, actual = (
+            run_varlen(BLOCKS[b], tensors, lengths, True, "cuda") for b in ("eager", name)
+        )
+        terms, expected = cancelling_terms(tensors, lengths, True), oracle(tensors, lengths, True)
+        assert_all_within_budget(actual, expected, honest, dtype, terms=terms)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("name", CUDA_BLOCKS)

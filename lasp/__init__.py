@@ -1,6 +1,7 @@
 """Lightning attention over a sequence cut across ranks."""
 
 from lasp.layers.lightning_attention import LightningAttention
+from lasp.layers.options import LightningOptions
 from lasp.lightning.attention import LightningOutput, lightning_attention
 from lasp.lightning.decay import decay_rates
 from lasp.lightning.decode import lightning_decode
@@ -8,6 +9,7 @@ from lasp.sequence.layout import SequenceLayout
 
 __all__ = [
     "LightningAttention",
+    "LightningOptions",
     "LightningOutput",
     "SequenceLayout",
     "decay_rates",

@@ -6,6 +6,7 @@ norms, residuals, gates, rotary embedding and the order of the sub-layers are wr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.hybrid import HybridConfig
+from lasp.layers.options import LightningOptions
 from lasp.lightning.decay import decay_rates
 from lasp.lightning.reference import recurrent_lightning_attention
 from moe_parallel.reference import reference_moe
@@ -29,6 +31,39 @@ def rotate(x: Tensor, positions: Tensor, dim: int, base: float) -> Tensor:
     angles = positions[:, None] * base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
     return torch.cat([turned.real, turned.imag, x[..., dim:]], -1)
+
+
+def reference_lightning(
+    options: LightningOptions,
+    p: dict[str, Tensor],
+    x: Tensor,
+    rates: Tensor,
+    lengths: Sequence[int],
+) -> Tensor:
+    """A lightning layer of any options over whole documents ``[S, hidden]``, in float64."""
+    heads = len(rates)
+    qkv = (x @ p["qkv_proj.weight"].T + p.get("qkv_proj.bias", 0)).unflatten(1, (heads, 3, -1))
+    q, k, v = (F.silu(qkv) if options.activation == "silu" else qkv).unbind(2)
+    if options.qk_norm:
+        q, k = (
+            rms_norm(y, p[f"{n}_norm.weight"], options.norm_eps) for n, y in (("q", q), ("k", k))
+        )
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    q, k = (rotate(y, positions, options.rotary_dim, options.rope_base) for y in (q, k))
+    borders = list(accumulate(lengths, initial=0))
+    y, _ = recurrent_lightning_attention(q, k, v, rates, cu_seqlens=borders)
+    y = (q.shape[-1] ** -0.5 if options.scale is None else options.scale) * y.flatten(1)
+    gate = torch.ones(())
+    if options.gate != "none":
+        gate = x @ p["output_gate.weight"].T + p.get("output_gate.bias", 0)
+        gate = torch.sigmoid(gate) * (gate if options.gate == "silu" else 1)
+    if options.gate_first:
+        y = y * gate
+    weights = p["norm.weight"].chunk(options.norm_groups)
+    groups = zip(y.chunk(options.norm_groups, 1), weights)
+    y = torch.cat([rms_norm(group, weight, options.norm_eps) for group, weight in groups], 1)
+    y = y if options.gate_first else y * gate
+    return y @ p["out_proj.weight"].T + p.get("out_proj.bias", 0)
 
 
 def reference_logits(
@@ -58,11 +93,8 @@ def reference_logits(
             y = y.flatten(1) @ a["o_proj.weight"].T
         else:
             alpha, beta = deepnorm if own is None else own.lightning
-            qkv = F.silu(x @ a["qkv_proj.weight"].T).unflatten(1, (heads.num_heads, 3, -1))
             rates = decay_rates(heads.num_heads, layer, config.num_layers, config.decay)
-            y, _ = recurrent_lightning_attention(*qkv.unbind(2), rates, cu_seqlens=borders)
-            y = rms_norm(y.flatten(1), a["norm.weight"], 1e-6)
-            y = (torch.sigmoid(x @ a["output_gate.weight"].T) * y) @ a["out_proj.weight"].T
+            y = reference_lightning(LightningOptions(), a, x, rates, lengths)
         residual = alpha * residual + beta * y
         x = rms_norm(residual, w["moe_norm.weight"], config.norm_eps)
         if own is None or own.norm == "post":

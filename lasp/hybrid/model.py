@@ -97,7 +97,8 @@ class HybridLayer(nn.Module):
                 drawn = qkv.new_empty(attention.num_heads * attention.head_dim, size)
                 _xavier(drawn, gain, generator)
                 qkv[:, part].copy_(drawn.view(attention.num_heads, attention.head_dim, size))
-            _xavier(attention.output_gate.weight, 1.0, generator)
+            if attention.output_gate is not None:
+                _xavier(attention.output_gate.weight, 1.0, generator)
             _xavier(attention.out_proj.weight, init_gain, generator)
         else:
             _xavier(attention.q_proj.weight, 1.0, generator)

@@ -1,4 +1,4 @@
-"""The lightning attention layer of MiniMax-01 in plain torch."""
+"""The lightning attention layer in plain torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp._core.impl import Impl, check_impl
-from lasp.layers.norm_gate import norm_gate, silu_split
+from lasp.layers.norm_gate import silu_split
+from lasp.layers.options import LightningOptions
+from lasp.layers.parts import GatedNorm, heads_of
 from lasp.lightning.attention import LightningOutput, lightning_attention
 from lasp.lightning.decay import Variant, decay_rates
 from lasp.lightning.decode import lightning_decode
@@ -15,26 +17,16 @@ from lasp.lightning.validation import check_exchange
 from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange import Exchange
 
-
-class GatedNorm(nn.RMSNorm):
-    """:func:`lasp.layers.norm_gate.norm_gate` and its weight, over the features of all heads.
-
-    An RMSNorm to whoever sorts parameters by the kind of their module; called as a module, so that
-    wrappers which gather parameters in hooks gather this one.
-    """
-
-    def forward(self, x: Tensor, gate: Tensor, *, impl: Impl) -> Tensor:  # type: ignore[override]
-        """``x`` and ``gate`` ``[..., W]``; see :func:`lasp.layers.norm_gate.norm_gate`."""
-        eps: float = self.eps  # type: ignore[assignment]  # always given here
-        return norm_gate(x, gate, self.weight, eps=eps, impl=impl)
+_MINIMAX = LightningOptions()
 
 
 class LightningAttention(nn.Module):
-    """Token mixer: fused SiLU projection, lightning attention, norm, sigmoid gate, projection.
+    """Token mixer: projection, lightning attention, norm, gate, projection.
 
-    ``q, k, v = split(SiLU(W_qkv x))``; ``o = lightning_attention(q, k, v)`` with scale 1 and no
-    rotary embedding; ``y = W_out (sigmoid(W_gate x) * RMSNorm(o))``. The fused projection is laid
-    out head by head (q, k, v of head 0, then of head 1, ...) and the norm spans all heads, so
+    As MiniMax-01 has it by default: ``q, k, v = split(SiLU(W_qkv x))``;
+    ``o = lightning_attention(q, k, v)`` with scale 1 and no rotary embedding;
+    ``y = W_out (sigmoid(W_gate x) * RMSNorm(o))``. Other models differ by their ``options``. The
+    fused projection is laid out head by head (q, k, v of head 0, then of head 1, ...), so that
     parameters have the names and shapes of MiniMax checkpoints.
 
     Args:
@@ -43,17 +35,19 @@ class LightningAttention(nn.Module):
         head_dim: key and value dim of a head; ``H * head_dim`` need not be ``hidden_size``.
         layer_index: index of the layer among all layers of the model, for the decay rates.
         num_layers: number of all layers of the model.
-        decay: formula of the rates, see ``lasp.lightning.decay``.
-        norm_eps: of the RMSNorm over all heads.
+        decay: formula of the rates, see ``lasp.lightning.decay``, or the rates ``[H]`` themselves.
+        options: what is computed around the attention.
         exchange: how states cross ranks, see ``lasp.state_exchange``.
-        impl: who computes, see :func:`lasp.lightning_attention`: ``triton`` has kernels for the
-            activation, the norm and the gate too, see ``lasp.layers.norm_gate``.
+        impl: who computes, see :func:`lasp.lightning_attention`: ``triton`` has kernels for
+            MiniMax-01's activation, norm and gate too, see ``lasp.layers.norm_gate``; those of
+            other options are plain torch.
         device: where the parameters live.
         dtype: of the parameters. The rates are float32 and stay on the CPU, whatever the module is
             cast or moved to: the operator reads them there.
 
     Raises:
-        ValueError: for an unknown ``decay``, ``exchange`` or ``impl``.
+        ValueError: for an unknown ``decay``, ``exchange`` or ``impl``, and for heads that the
+            ``options`` do not fit.
 
     Source: MiniMax-01, arXiv:2501.08313, section 2; transformers 5.23
     ``models/minimax/modeling_minimax.py``.
@@ -67,8 +61,8 @@ class LightningAttention(nn.Module):
         layer_index: int,
         num_layers: int,
         *,
-        decay: Variant = "minimax",
-        norm_eps: float = 1e-6,
+        decay: Variant | Tensor = "minimax",
+        options: LightningOptions = _MINIMAX,
         exchange: Exchange = "auto",
         impl: Impl = "auto",
         device: torch.device | str | None = None,
@@ -77,20 +71,30 @@ class LightningAttention(nn.Module):
         super().__init__()
         check_exchange(exchange)
         check_impl(impl)
+        options.check_heads(num_heads, head_dim)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.head_dim = head_dim
+        self.options = options
+        self.scale = options.scale_of(head_dim)
         self.exchange: Exchange = exchange
         self.impl: Impl = impl
-        inner_size = num_heads * head_dim
-        self.qkv_proj = nn.Linear(
-            hidden_size, 3 * inner_size, bias=False, device=device, dtype=dtype
+        inner = num_heads * head_dim
+
+        def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+
+        self.qkv_proj = linear(hidden_size, 3 * inner, options.qkv_bias)
+        self.output_gate = (
+            linear(hidden_size, inner, options.gate_bias) if options.gate != "none" else None
         )
-        self.output_gate = nn.Linear(
-            hidden_size, inner_size, bias=False, device=device, dtype=dtype
-        )
-        self.norm = GatedNorm(inner_size, eps=norm_eps, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(inner_size, hidden_size, bias=False, device=device, dtype=dtype)
+        if options.qk_norm:
+            self.q_norm, self.k_norm = (
+                nn.RMSNorm(head_dim, options.norm_eps, device=device, dtype=dtype) for _ in "qk"
+            )
+        self.norm = GatedNorm(inner, options, device=device, dtype=dtype)
+        self.out_proj = linear(inner, hidden_size, options.out_bias)
+        self._fused_heads = options.is_fused[0]
         self.rates = decay_rates(num_heads, layer_index, num_layers, decay)
 
     def forward(
@@ -100,6 +104,7 @@ class LightningAttention(nn.Module):
         layout: SequenceLayout | None = None,
         cp_group: dist.ProcessGroup | None = None,
         initial_state: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Mix the tokens of each document.
 
@@ -109,13 +114,17 @@ class LightningAttention(nn.Module):
             layout: see :func:`lasp.lightning_attention`, which also gives the final states.
             cp_group: likewise.
             initial_state: likewise, ``[N or B, H, head_dim, head_dim]``.
+            position_ids: int64 ``[T]`` or ``[B, T]``, for the rotation of ``options.rotary_dim``;
+                None: from 0 in each document. They must be given with ``initial_state``.
 
         Returns:
             As ``hidden``.
 
         Communication: that of :func:`lasp.lightning_attention`.
         """
-        return self._mix(hidden, layout, cp_group, initial_state, output_final_state=False).output
+        return self._mix(
+            hidden, layout, cp_group, initial_state, position_ids, output_final_state=False
+        ).output
 
     def prefill(
         self,
@@ -124,6 +133,7 @@ class LightningAttention(nn.Module):
         layout: SequenceLayout | None = None,
         cp_group: dist.ProcessGroup | None = None,
         initial_state: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> LightningOutput:
         """As :meth:`forward`, and the states that the documents leave, for :meth:`step`.
 
@@ -135,21 +145,33 @@ class LightningAttention(nn.Module):
             layout: likewise.
             cp_group: likewise.
             initial_state: likewise.
+            position_ids: likewise.
 
         Returns:
             Output as ``hidden``, and final states as of :func:`lasp.lightning_attention`.
 
         Communication: that of :func:`lasp.lightning_attention`.
         """
-        return self._mix(hidden, layout, cp_group, initial_state, output_final_state=True)
+        return self._mix(
+            hidden, layout, cp_group, initial_state, position_ids, output_final_state=True
+        )
 
     @torch.no_grad()
-    def step(self, hidden: Tensor, state: Tensor, *, in_place: bool = False) -> LightningOutput:
+    def step(
+        self,
+        hidden: Tensor,
+        state: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        in_place: bool = False,
+    ) -> LightningOutput:
         """Mix the next tokens of each sequence, without gradients.
 
         Args:
             hidden: ``[B, T, hidden_size]``, the T next tokens (one, or a few) of B sequences.
             state: ``[B, H, head_dim, head_dim]``, from :meth:`prefill` or the step before.
+            position_ids: int64 ``[B, T]``, or ``[T]`` for all sequences; they must be given where
+                ``options.rotary_dim`` is not 0.
             in_place: see :func:`lasp.lightning_decode`.
 
         Returns:
@@ -160,9 +182,9 @@ class LightningAttention(nn.Module):
                 f"hidden must be [B, T, {self.hidden_size}], T new tokens a sequence, got"
                 f" {tuple(hidden.shape)}"
             )
-        q, k, v = self._project(hidden)
+        q, k, v = self._project(hidden, None, None, state, position_ids)
         mixed, new_state = lightning_decode(
-            q, k, v, self.rates, state, in_place=in_place, impl=self.impl
+            q, k, v, self.rates, state, scale=self.scale, in_place=in_place, impl=self.impl
         )
         return LightningOutput(self._gate(hidden, mixed), new_state)
 
@@ -172,10 +194,11 @@ class LightningAttention(nn.Module):
         layout: SequenceLayout | None,
         cp_group: dist.ProcessGroup | None,
         initial_state: Tensor | None,
+        position_ids: Tensor | None,
         *,
         output_final_state: bool,
     ) -> LightningOutput:
-        q, k, v = self._project(hidden)
+        q, k, v = self._project(hidden, layout, cp_group, initial_state, position_ids)
         mixed, final_state = lightning_attention(
             q,
             k,
@@ -183,6 +206,7 @@ class LightningAttention(nn.Module):
             self.rates,
             layout=layout,
             cp_group=cp_group,
+            scale=self.scale,
             initial_state=initial_state,
             exchange=self.exchange,
             impl=self.impl,
@@ -190,7 +214,14 @@ class LightningAttention(nn.Module):
         )
         return LightningOutput(self._gate(hidden, mixed), final_state)
 
-    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout | None,
+        cp_group: dist.ProcessGroup | None,
+        state: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``[..., H, head_dim]``."""
         if hidden.dim() not in (2, 3) or hidden.shape[-1] != self.hidden_size:
             raise ValueError(
@@ -198,10 +229,26 @@ class LightningAttention(nn.Module):
                 f" {tuple(hidden.shape)}"
             )
         qkv = self.qkv_proj(hidden).unflatten(-1, (self.num_heads, 3 * self.head_dim))
-        return silu_split(qkv, self.head_dim, self.head_dim, impl=self.impl)
+        if self._fused_heads:
+            return silu_split(qkv, self.head_dim, self.head_dim, impl=self.impl)
+        if state is not None and position_ids is None and self.options.rotary_dim:
+            raise ValueError(
+                "position_ids must be given with a state, got None: the layer rotates q and k by"
+                " the position in the document, and a state does not say how many tokens it has"
+                " seen"
+            )
+        return heads_of(
+            qkv,
+            self.options,
+            (self.q_norm, self.k_norm) if self.options.qk_norm else None,
+            layout=layout,
+            cp_group=cp_group,
+            position_ids=position_ids,
+            impl=self.impl,
+        )
 
     def _gate(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """The output of the layer, from that of the attention."""
-        mixed, gate = mixed.flatten(-2), self.output_gate(hidden)
-        projected: Tensor = self.out_proj(self.norm(mixed, gate, impl=self.impl))
+        gate = None if self.output_gate is None else self.output_gate(hidden)
+        projected: Tensor = self.out_proj(self.norm(mixed.flatten(-2), gate, impl=self.impl))
         return projected

@@ -118,6 +118,50 @@ def norm_gate(
     return _norm_gate(x, gate, weight, eps, tp_group)
 
 
+def grouped_norm_gate(
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float,
+    num_groups: int = 1,
+    silu: bool = False,
+    gate_first: bool = False,
+    tp_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The other output norms and gates of lightning layers, in plain torch.
+
+    ``norm(x) * weight * g(gate)``, or ``norm(x * g(gate)) * weight`` with ``gate_first``; the mean
+    square is over each of ``num_groups`` equal groups of neighbouring features.
+
+    Args:
+        x: as in :func:`norm_gate`.
+        gate: likewise; None: no gate.
+        weight: ``[W]``.
+        eps: added to the mean square.
+        num_groups: groups of this rank's features.
+        silu: g is SiLU, not the sigmoid.
+        gate_first: whether the gate is under the norm.
+        tp_group: likewise, for one group that spans the ranks.
+
+    Returns, Gradients, Communication: as in :func:`norm_gate`.
+    """
+    x = join_backward(tp_group, x)
+    wide, factor = x.to(wide_dtype(x.dtype)), None
+    if gate is not None:
+        factor = (F.silu if silu else torch.sigmoid)(gate.to(wide.dtype))
+        if gate_first:
+            wide = wide * factor
+    squares, size = wide.unflatten(-1, (num_groups, -1)).square(), x.shape[-1] // num_groups
+    squares = squares.sum(-1, keepdim=True)
+    if tp_group is not None:
+        squares = sum_over_ranks(squares, tp_group)
+        size *= tp_group.size()
+    scaled = wide.unflatten(-1, (num_groups, -1)) * torch.rsqrt(squares / size + eps)
+    normed: Tensor = scaled.flatten(-2) * weight
+    return (normed if factor is None or gate_first else normed * factor).to(x.dtype)
+
+
 def _norm_gate(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, tp_group: dist.ProcessGroup | None
 ) -> Tensor:

@@ -12,7 +12,14 @@ from __future__ import annotations
 
 import lasp.megatron.version  # noqa: F401 (it refuses other versions)  # isort: skip
 from lasp.megatron.batch import PackedSequence, layout_of, order_of_rows, shard_batch
-from lasp.megatron.convert import load_plain_weights, plain_weights, to_megatron, to_plain
+from lasp.megatron.convert import (
+    load_plain_weights,
+    merge_projections,
+    plain_weights,
+    split_projections,
+    to_megatron,
+    to_plain,
+)
 from lasp.megatron.experts import (
     ExpertOptions,
     ExpertParallelMoELayer,
@@ -31,8 +38,6 @@ from lasp.megatron.lightning import (
     LightningSelfAttention,
     LightningSelfAttentionSubmodules,
     lightning_attention_spec,
-    merge_projections,
-    split_projections,
 )
 from lasp.megatron.norm import ResidualNorm
 from lasp.megatron.packing import share_packs

@@ -18,7 +18,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from lasp.megatron.checks import groups_of
-from lasp.megatron.lightning import merge_projections, split_projections
 from moe_parallel.experts.experts import Experts
 
 # One to one: names in lasp.hybrid.HybridModel and in GPTModel.
@@ -30,6 +29,8 @@ _OF_MODEL = {
 _OF_LAYER = {
     "attention_norm.weight": "input_layernorm.weight",
     "attention.norm.weight": "self_attention.out_norm.weight",
+    "attention.q_norm.weight": "self_attention.q_norm.weight",
+    "attention.k_norm.weight": "self_attention.k_norm.weight",
     "attention.out_proj.weight": "self_attention.out_proj.weight",
     "attention.o_proj.weight": "self_attention.linear_proj.weight",
     "moe_norm.weight": "pre_mlp_layernorm.weight",
@@ -217,3 +218,15 @@ def _names(weights: Mapping[str, Tensor], start: str) -> Iterator[tuple[str, str
 def _check_nothing_left(left: Mapping[str, Tensor], model: str) -> None:
     if left:
         raise ValueError(f"weights must be those of {model}, got {sorted(left)} besides")
+
+
+def merge_projections(qkv: Tensor, gate: Tensor, num_heads: int) -> Tensor:
+    """``in_proj.weight`` out of the two weights of :class:`lasp.LightningAttention`."""
+    q_k_v, gates = qkv.unflatten(0, (num_heads, -1)), gate.unflatten(0, (num_heads, -1))
+    return torch.cat((q_k_v, gates), dim=1).flatten(0, 1)
+
+
+def split_projections(merged: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Inverse of :func:`merge_projections`."""
+    by_head = merged.unflatten(0, (num_heads, 4, -1))
+    return by_head[:, :3].flatten(0, 2), by_head[:, 3].flatten(0, 1)

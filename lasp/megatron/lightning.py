@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -17,14 +16,19 @@ from torch import Tensor
 
 from lasp._core.impl import Impl, check_impl
 from lasp.layers.norm_gate import silu_split
+from lasp.layers.options import LightningOptions
+from lasp.layers.parts import heads_of
 from lasp.lightning.attention import lightning_attention
 from lasp.lightning.decay import Variant, decay_rates
 from lasp.lightning.validation import check_exchange
 from lasp.megatron.batch import layout_of, order_of_rows
 from lasp.megatron.checks import groups_of, refuse_arguments, require
-from lasp.megatron.norm import HeadsNorm
+from lasp.megatron.norm import HeadsNorm, OneHeadNorm
 from lasp.megatron.packs import PackedCut, check_packed_cut
+from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange import Exchange
+
+_MINIMAX = LightningOptions()
 
 # Sizes of Megatron's own linear attentions, by their defaults: heads here are num_attention_heads
 # of kv_channels, and there is no convolution.
@@ -54,9 +58,9 @@ class LightningSelfAttention(MegatronModule):
     """The token mixer of :class:`lasp.LightningAttention` over tensor-parallel ranks.
 
     Head by head, ``q, k, v, g = split(W_in x)``; ``o = lightning_attention(silu(q), silu(k),
-    silu(v))`` with scale 1; ``y = W_out (RMSNorm(o) * sigmoid(g))``. It has no positions, no mask
-    and no biases: the arguments for them are ignored. ``W_in`` is laid out ``[H, 4, head_dim]``, so
-    that a tensor-parallel slice is a range of heads, in a checkpoint too.
+    silu(v))`` with scale 1; ``y = W_out (RMSNorm(o) * sigmoid(g))``, or what other ``options`` say.
+    It has no mask and no biases: the arguments for them are ignored. ``W_in`` is laid out ``[H, 4,
+    head_dim]``, so that a tensor-parallel slice is a range of heads, in a checkpoint too.
 
     Args:
         config: Megatron's; ``num_attention_heads``, ``kv_channels`` and ``num_layers`` count.
@@ -64,8 +68,9 @@ class LightningSelfAttention(MegatronModule):
         layer_number: from 1, over all pipeline stages, as TransformerLayer passes it.
         attn_mask_type: not read, lightning attention is causal.
         pg_collection: its tp and cp groups; of the parallel state if None.
-        decay: formula of the decay rates, see ``lasp.lightning.decay``.
-        norm_eps: of the norm over all heads.
+        decay: formula of the decay rates, see ``lasp.lightning.decay``, or those of all heads.
+        options: what is computed around the attention. They need a gate and no bias; groups of the
+            output norm are whole on a tensor-parallel rank.
         decay_layers: numbers of the layers that the decay formula counts; None: all. A HybridModel
             numbers MLPs too.
         impl: who computes, see :func:`lasp.lightning_attention`: ``triton`` has kernels for the
@@ -88,8 +93,8 @@ class LightningSelfAttention(MegatronModule):
         attn_mask_type: object = None,
         pg_collection: ProcessGroupCollection | None = None,
         *,
-        decay: Variant = "minimax",
-        norm_eps: float = 1e-6,
+        decay: Variant | Tensor = "minimax",
+        options: LightningOptions = _MINIMAX,
         decay_layers: Sequence[int] | None = None,
         impl: Impl = "auto",
         exchange: Exchange = "auto",
@@ -98,22 +103,16 @@ class LightningSelfAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         part = "lightning attention"
-        require(config, part, attention_dropout=0.0, multi_latent_attention=False, qk_clip=False)
-        require(config, part, attention_output_gate=False, fine_grained_activation_offloading=False)
-        require(config, part, add_bias_linear=False, add_qkv_bias=False, **_OTHER_MIXERS)
         self.order, self.packed_cut = order_of_rows(config, part), packed_cut
         check_packed_cut(packed_cut)
         check_impl(impl)
         check_exchange(exchange)
         self.tp_group, self.cp_group = groups_of(pg_collection, part, "tp", "cp")
-        heads, tp_size = config.num_attention_heads, self.tp_group.size()
-        if heads % tp_size:
-            raise ValueError(
-                f"num_attention_heads must divide over {tp_size} tensor-parallel ranks, got"
-                f" {heads}: choose another tensor_model_parallel_size"
-            )
         self.head_dim, self.impl, self.exchange = config.kv_channels, impl, exchange
-        inner = heads * self.head_dim
+        _check(config, part, options, self.tp_group.size())
+        self.options, self.fused = options, options.is_fused[0]
+        self.scale = options.scale_of(self.head_dim)
+        inner = config.num_attention_heads * self.head_dim
         linear = {"config": config, "bias": False, "skip_bias_add": True, "is_expert": False}
         self.in_proj = build_module(
             submodules.in_proj,
@@ -125,7 +124,11 @@ class LightningSelfAttention(MegatronModule):
             tp_group=self.tp_group,
             **linear,
         )
-        self.out_norm = HeadsNorm(config, inner, eps=norm_eps, tp_group=self.tp_group)
+        if options.qk_norm:
+            self.q_norm, self.k_norm = (
+                OneHeadNorm(config, eps=options.norm_eps, tp_group=self.tp_group) for _ in "qk"
+            )
+        self.out_norm = HeadsNorm(config, inner, options=options, tp_group=self.tp_group)
         self.out_proj = build_module(
             submodules.out_proj,
             inner,
@@ -139,7 +142,7 @@ class LightningSelfAttention(MegatronModule):
         counted = range(1, config.num_layers + 1) if decay_layers is None else decay_layers
         self.rates = self._rates(counted, layer_number, decay)
 
-    def _rates(self, counted: Sequence[int], layer_number: int, decay: Variant) -> Tensor:
+    def _rates(self, counted: Sequence[int], layer_number: int, decay: Variant | Tensor) -> Tensor:
         """This rank's decay rates, float32 on the CPU, whatever the module is cast or moved to."""
         if layer_number not in counted:
             raise ValueError(
@@ -189,17 +192,15 @@ class LightningSelfAttention(MegatronModule):
             attention_bias=attention_bias,
         )
         gathered = self.tp_group.size() if self.config.sequence_parallel else 1
-        num_tokens = hidden_states.shape[0] * gathered
-        layout = layout_of(
-            packed_seq_params, num_tokens, self.cp_group.size(), self.order, self.packed_cut
-        )
+        shape = (len(hidden_states) * gathered, self.cp_group.size())
+        layout = layout_of(packed_seq_params, *shape, self.order, self.packed_cut)
         mixed, _bias = self.in_proj(hidden_states)
         packed = packed_seq_params is not None
         mixed = mixed.squeeze(1) if packed else mixed.transpose(0, 1)
         qkv, gate = mixed.unflatten(-1, (-1, 4 * self.head_dim)).split(
             (3 * self.head_dim, self.head_dim), dim=-1
         )
-        q, k, v = silu_split(qkv, self.head_dim, self.head_dim, impl=self.impl)
+        q, k, v = self._heads(qkv, layout)
         output = lightning_attention(
             q,
             k,
@@ -207,6 +208,7 @@ class LightningSelfAttention(MegatronModule):
             self.rates,
             layout=layout,
             cp_group=self.cp_group,
+            scale=self.scale,
             exchange=self.exchange,
             impl=self.impl,
             output_final_state=False,
@@ -216,14 +218,53 @@ class LightningSelfAttention(MegatronModule):
         projected, _bias = self.out_proj(gated.unsqueeze(1) if packed else gated.transpose(0, 1))
         return projected, None
 
+    def _heads(self, qkv: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of this rank's heads."""
+        if self.fused:
+            return silu_split(qkv, self.head_dim, self.head_dim, impl=self.impl)
+        return heads_of(
+            qkv,
+            self.options,
+            (self.q_norm, self.k_norm) if self.options.qk_norm else None,
+            layout=layout,
+            cp_group=self.cp_group,
+            position_ids=None,
+            impl=self.impl,
+        )
+
     def backward_dw(self) -> None:
         """Nothing is delayed: the weight gradients are part of the backward."""
 
 
+def _check(config: TransformerConfig, part: str, options: LightningOptions, tp_size: int) -> None:
+    """Raise ValueError, naming it, for what of Megatron's config or the options is not here."""
+    require(config, part, attention_dropout=0.0, multi_latent_attention=False, qk_clip=False)
+    require(config, part, attention_output_gate=False, fine_grained_activation_offloading=False)
+    require(config, part, add_bias_linear=False, add_qkv_bias=False, **_OTHER_MIXERS)
+    heads = config.num_attention_heads
+    if heads % tp_size:
+        raise ValueError(
+            f"num_attention_heads must divide over {tp_size} tensor-parallel ranks, got {heads}:"
+            " choose another tensor_model_parallel_size"
+        )
+    options.check_heads(heads, config.kv_channels, tp_size)
+    for name in ("qkv_bias", "gate_bias", "out_bias"):
+        if getattr(options, name):
+            raise ValueError(
+                f"options.{name} must be False for lightning attention in Megatron, got True: its"
+                " projections have no biases; lasp.LightningAttention has them"
+            )
+    if options.gate == "none":
+        raise ValueError(
+            "options.gate must be 'sigmoid' or 'silu' for lightning attention in Megatron, got"
+            " 'none': in_proj has the rows of a gate; lasp.LightningAttention goes without"
+        )
+
+
 def lightning_attention_spec(
     *,
-    decay: Variant = "minimax",
-    norm_eps: float = 1e-6,
+    decay: Variant | Tensor = "minimax",
+    options: LightningOptions = _MINIMAX,
     decay_layers: Sequence[int] | None = None,
     impl: Impl = "auto",
     exchange: Exchange = "auto",
@@ -235,22 +276,10 @@ def lightning_attention_spec(
         submodules=LightningSelfAttentionSubmodules(),
         params={
             "decay": decay,
-            "norm_eps": norm_eps,
+            "options": options,
             "decay_layers": decay_layers,
             "impl": impl,
             "exchange": exchange,
             "packed_cut": packed_cut,
         },
     )
-
-
-def merge_projections(qkv: Tensor, gate: Tensor, num_heads: int) -> Tensor:
-    """``in_proj.weight`` out of the two weights of :class:`lasp.LightningAttention`."""
-    q_k_v, gates = qkv.unflatten(0, (num_heads, -1)), gate.unflatten(0, (num_heads, -1))
-    return torch.cat((q_k_v, gates), dim=1).flatten(0, 1)
-
-
-def split_projections(merged: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Inverse of :func:`merge_projections`."""
-    by_head = merged.unflatten(0, (num_heads, 4, -1))
-    return by_head[:, :3].flatten(0, 2), by_head[:, 3].flatten(0, 1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -13,9 +14,12 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lasp._core.impl import Impl
 from lasp.layers.norm_gate import norm_gate
+from lasp.layers.options import LightningOptions
+from lasp.layers.parts import gated_norm
 from lasp.megatron.checks import parameter_device, require
 
 
@@ -39,16 +43,23 @@ class ResidualNorm(nn.RMSNorm):
 
 
 class HeadsNorm(MegatronModule):
-    """The gated norm over all heads and its weight: each tensor-parallel rank has a slice.
+    """The output norm of a lightning layer, its gate and weight: each tp rank has a slice.
 
-    Communication: one all-reduce of 4 bytes a token over tp, forward and backward.
+    Communication: for a norm over all heads one all-reduce of 4 bytes a token over tp, forward and
+    backward; for a norm over groups of heads none, each is on one rank.
     """
 
     def __init__(
-        self, config: TransformerConfig, size: int, *, eps: float, tp_group: dist.ProcessGroup
+        self,
+        config: TransformerConfig,
+        size: int,
+        *,
+        options: LightningOptions,
+        tp_group: dist.ProcessGroup,
     ) -> None:
         super().__init__(config=config)
-        self.eps, self.tp_group = eps, tp_group
+        self.options, self.tp_group = options, tp_group
+        self.fused = options.is_fused[1]
         weight = torch.ones(
             size // tp_group.size(), device=parameter_device(config), dtype=config.params_dtype
         )
@@ -58,8 +69,13 @@ class HeadsNorm(MegatronModule):
 
     def forward(self, x: Tensor, gate: Tensor, *, impl: Impl) -> Tensor:
         """``x`` and ``gate`` [..., size / tp], this rank's features."""
-        tp_group = self.tp_group if self.tp_group.size() > 1 else None
-        return norm_gate(x, gate, self.weight, eps=self.eps, tp_group=tp_group, impl=impl)
+        options, tp_size = self.options, self.tp_group.size()
+        tp_group = self.tp_group if tp_size > 1 and options.norm_groups == 1 else None
+        if self.fused:
+            eps = options.norm_eps
+            return norm_gate(x, gate, self.weight, eps=eps, tp_group=tp_group, impl=impl)
+        num_groups = max(options.norm_groups // tp_size, 1)
+        return gated_norm(x, gate, self.weight, options, num_groups, tp_group)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
@@ -74,3 +90,28 @@ class HeadsNorm(MegatronModule):
             dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )
         return sharded
+
+
+class OneHeadNorm(MegatronModule):
+    """RMSNorm over each head, whose weight ``[head_dim]`` all heads share.
+
+    Every tensor-parallel rank has the whole weight and norms its own heads.
+
+    Communication: in the backward one all-reduce over tp of the gradient of the weight.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *, eps: float, tp_group: dist.ProcessGroup
+    ) -> None:
+        super().__init__(config=config)
+        self.eps, self.tp_group = eps, tp_group
+        weight = torch.ones(
+            config.kv_channels, device=parameter_device(config), dtype=config.params_dtype
+        )
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` ``[..., H / tp, head_dim]``."""
+        weight = copy_to_tensor_model_parallel_region(self.weight, self.tp_group)
+        normed: Tensor = F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        return normed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lasp.layers.lightning_attention import LightningAttention
+from lasp.layers.options import LightningOptions
 from lasp.megatron import PackedSequence, lightning_attention_spec, merge_projections
 from lasp.sequence.layout import SequenceLayout
 from ring.megatron import ring_attention_spec
@@ -214,15 +216,18 @@ class Case(NamedTuple):
             assert_within_budget(result[name], oracle[name], honest[name], what=name)
 
 
-def plain_lightning(dtype: torch.dtype = torch.float64) -> LightningAttention:
+def plain_lightning(dtype: torch.dtype = torch.float64, **options: Any) -> LightningAttention:
     torch.manual_seed(3)
-    module = LightningAttention(HIDDEN, HEADS, HEAD_DIM, 2, LAYERS, dtype=torch.float64)
-    torch.nn.init.normal_(module.norm.weight)
+    module = LightningAttention(HIDDEN, HEADS, HEAD_DIM, 2, LAYERS, dtype=torch.float64, **options)
+    for name, parameter in module.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter)
     return module.to(dtype)
 
 
 def lightning_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
+    norms = {name: values[name] for name in values if name in ("q_norm.weight", "k_norm.weight")}
+    return norms | {
         "in_proj.weight": merge_projections(
             values["qkv_proj.weight"], values["output_gate.weight"], HEADS
         ),
@@ -249,4 +254,15 @@ def ring_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 LIGHTNING = Case(lightning_attention_spec(), plain_lightning, lightning_names)
+LING_OPTIONS: dict[str, Any] = {
+    "decay": "bailing",
+    "options": LightningOptions(
+        activation="none", qk_norm=True, rotary_dim=4, rope_base=100.0, scale=None, norm_groups=2
+    ),
+}
+LING = Case(
+    lightning_attention_spec(**LING_OPTIONS),
+    partial(plain_lightning, **LING_OPTIONS),
+    lightning_names,
+)
 RING = Case(ring_attention_spec(**ROTARY), plain_ring, ring_names)

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.transformer.spec_utils import build_module
 
-from tests.megatron.attention import LENGTHS, LIGHTNING, RING, Case
+from lasp.layers.options import LightningOptions
+from lasp.megatron import lightning_attention_spec
+from tests.megatron.attention import (
+    LENGTHS,
+    LIGHTNING,
+    LING,
+    RING,
+    Case,
+    lightning_names,
+    parallel_config,
+    plain_lightning,
+)
+from tests.megatron.cpu import initialize
+from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.megatron
 
@@ -55,3 +71,46 @@ def test_tensor_parallel_without_sequence_parallel(case: Case) -> None:
 @BOTH
 def test_float32_over_ranks_within_budget(case: Case) -> None:
     case.check_float32(4, {"tp": 2, "cp": 2}, "zigzag")
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "sizes", "lengths"),
+    [(4, {"tp": 2, "cp": 2}, LENGTHS), (2, {"tp": 2}, None)],
+)
+def test_lings_layer_over_ranks(num_ranks: int, sizes: Any, lengths: Any) -> None:
+    """Norms of heads and of groups of heads, a rotation, no activation, another scale."""
+    LING.check(num_ranks, sizes, lengths, "zigzag")
+    LING.check(num_ranks, sizes, lengths, "zigzag", sequence_parallel=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [LightningOptions(gate="silu"), LightningOptions(gate_first=True, norm_groups=4)],
+    ids=["a SiLU gate over all heads", "a gate under the norm of heads"],
+)
+def test_other_gates_over_ranks(options: LightningOptions) -> None:
+    spec = lightning_attention_spec(options=options, decay=torch.tensor([0.5, 0.1, 0.2, 0.0]))
+    plain = partial(plain_lightning, options=options, decay=torch.tensor([0.5, 0.1, 0.2, 0.0]))
+    Case(spec, plain, lightning_names).check(2, {"tp": 2}, LENGTHS)
+
+
+def build(options: LightningOptions, **sizes: int) -> None:
+    build_module(
+        lightning_attention_spec(options=options),
+        config=parallel_config(sizes),
+        layer_number=1,
+        pg_collection=initialize(**sizes),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (LightningOptions(norm_groups=1, out_bias=True), "options.out_bias must be False"),
+        (LightningOptions(gate="none"), "options.gate must be 'sigmoid' or 'silu'"),
+        (LightningOptions(rotary_dim=8), "rotary_dim must be even and in"),
+    ],
+)
+def test_options_that_are_refused(options: LightningOptions, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        run_on_ranks(build, 1, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 from lasp._core.impl import Impl, check_impl
@@ -11,6 +12,109 @@ from moe_parallel.topology import check_sizes
 
 DropPolicy = Literal["position", "probability"]
 Gemm = Literal["auto", "loop", "grouped"]
+ScoreFunction = Literal["softmax_of_top_k", "softmax", "sigmoid"]
+
+
+def check_coefficient(name: str, coefficient: float) -> None:
+    """Raise ValueError unless a loss can be weighted by it."""
+    if not 0 <= coefficient < math.inf:
+        raise ValueError(f"{name} must be >= 0 and finite, got {coefficient}")
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How a router scores the experts and chooses among them; the default is MiniMax-01's.
+
+    Args:
+        score_function: ``softmax_of_top_k``: the largest logits are chosen, and weights are the
+            softmax over them. ``softmax``: over all E logits, before the choice. ``sigmoid``: of
+            each logit. The last two choose the largest scores.
+        normalize: a token's weights are divided by their sum. False needs ``softmax`` or
+            ``sigmoid``, and allows a ``top_k`` of 1.
+        scaling: factor of the weights, after that.
+        expert_bias: an expert's score, plus a bias of its own, decides whether it is chosen. The
+            bias is not part of the weights, and no gradient reaches it:
+            :func:`moe_parallel.update_expert_bias` moves it after each step.
+        num_groups: neighbouring experts form so many groups; None: no groups.
+        top_groups: groups from which a token chooses: those in which its ``top_k // top_groups``
+            best scores have the largest sum.
+        sequence_loss_coefficient: weight of the auxiliary loss of each sequence, averaged over the
+            sequences (:func:`moe_parallel.router.losses.sequence_loss`).
+        z_loss_coefficient: weight of the mean over the tokens of log(sum exp logits)^2.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    score_function: ScoreFunction = "softmax_of_top_k"
+    normalize: bool = True
+    scaling: float = 1.0
+    expert_bias: bool = False
+    num_groups: int | None = None
+    top_groups: int | None = None
+    sequence_loss_coefficient: float = 0.0
+    z_loss_coefficient: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.score_function not in get_args(ScoreFunction):
+            raise ValueError(
+                f"score_function must be one of {get_args(ScoreFunction)},"
+                f" got {self.score_function!r}"
+            )
+        if self.score_function == "softmax_of_top_k" and not self.normalize:
+            raise ValueError(
+                "normalize must be True with score_function 'softmax_of_top_k', whose weights sum"
+                " to 1, got False: use 'softmax'"
+            )
+        if not 0 < self.scaling < math.inf:
+            raise ValueError(f"scaling must be > 0 and finite, got {self.scaling}")
+        for name in ("sequence_loss_coefficient", "z_loss_coefficient"):
+            check_coefficient(name, getattr(self, name))
+        if (self.num_groups is None) != (self.top_groups is None):
+            raise ValueError(
+                "num_groups and top_groups must be given together,"
+                f" got {self.num_groups} and {self.top_groups}"
+            )
+        if self.num_groups is not None:
+            check_sizes(self, "num_groups", "top_groups")
+
+    @cached_property
+    def by_logits(self) -> bool:
+        """The largest logits are chosen, weighted by the softmax over them: kernels do this."""
+        return self.score_function == "softmax_of_top_k" and self.by_score and self.scaling == 1
+
+    @cached_property
+    def by_score(self) -> bool:
+        """The experts with the largest scores are chosen: there is no bias and no group."""
+        return not self.expert_bias and self.num_groups is None
+
+    @cached_property
+    def has_losses(self) -> bool:
+        """There are losses beside the global auxiliary loss."""
+        return bool(self.sequence_loss_coefficient or self.z_loss_coefficient)
+
+    def check_choice(self, num_experts: int, top_k: int) -> None:
+        """Raise ValueError unless ``top_k`` of so many experts can be chosen, and learn."""
+        if self.normalize and top_k == 1 < num_experts:
+            raise ValueError(
+                f"top_k must be at least 2 with num_experts {num_experts}, got 1: weights are"
+                " the softmax over the chosen logits, or their scores over the sum of these. That"
+                " of one expert is always 1, and the gate would get no gradient from the task:"
+                " use RouterConfig('softmax', normalize=False)"
+            )
+        if self.num_groups is None or self.top_groups is None:
+            return
+        if num_experts % self.num_groups:
+            raise ValueError(
+                f"num_experts must divide into num_groups {self.num_groups}, got {num_experts}"
+            )
+        most = self.top_groups * num_experts // self.num_groups
+        if not self.top_groups <= min(top_k, self.num_groups) or top_k > most:
+            raise ValueError(
+                f"top_groups must be at most num_groups {self.num_groups} and top_k {top_k}, and"
+                f" have top_k experts in them, got {self.top_groups} of"
+                f" {num_experts // self.num_groups} each"
+            )
 
 
 @dataclass(frozen=True)
@@ -21,8 +125,9 @@ class MoEConfig:
         hidden_size: width of a token.
         ffn_size: F, the FFN width of a whole expert.
         num_experts: E.
-        top_k: k, experts a token; at least 2 of several experts. The weight of a single
-            choice, a softmax over one logit, is 1 whatever the gate says: it would not learn.
+        top_k: k, experts a token; at least 2 of several experts, unless weights are not
+            normalised. The normalised weight of a single choice is 1 whatever the gate says: it
+            would not learn.
         capacity_factor: in training mode an expert keeps at most ceil(factor * N * k / E)
             assignments of the N tokens of all ranks; None keeps all, as eval mode does.
         drop_policy: which assignments stay when an expert is full: the first by ``position``, or
@@ -44,7 +149,10 @@ class MoEConfig:
             drops by position.
         impl: of the router, the activation, and the rows of tokens and their sums: ``eager`` is
             plain torch, ``triton`` kernels, ``auto`` triton on CUDA but for float64
-            (:func:`lasp._core.impl.chosen_impl`).
+            (:func:`lasp._core.impl.chosen_impl`). Kernels choose the experts if
+            the router has the default ``score_function``, no bias, no groups and no scaling. For
+            other routers they compute the logits and their gradients, and plain torch chooses.
+        router: how experts are scored and chosen.
 
     Raises:
         ValueError: naming the argument.
@@ -62,6 +170,7 @@ class MoEConfig:
     max_rows: int | None = None
     pad_to_capacity: bool = False
     impl: Impl = "auto"
+    router: RouterConfig = RouterConfig()
 
     def __post_init__(self) -> None:
         check_sizes(self, "hidden_size", "ffn_size", "num_experts", "top_k")
@@ -72,16 +181,8 @@ class MoEConfig:
             raise ValueError(
                 f"top_k must be at most num_experts {self.num_experts}, got {self.top_k}"
             )
-        if self.top_k == 1 < self.num_experts:
-            raise ValueError(
-                f"top_k must be at least 2 with num_experts {self.num_experts}, got 1: weights are"
-                " the softmax over the chosen logits, that of one logit is always 1, and the gate"
-                " would get no gradient from the task"
-            )
-        if not 0 <= self.aux_loss_coefficient < math.inf:
-            raise ValueError(
-                f"aux_loss_coefficient must be >= 0 and finite, got {self.aux_loss_coefficient}"
-            )
+        self.router.check_choice(self.num_experts, self.top_k)
+        check_coefficient("aux_loss_coefficient", self.aux_loss_coefficient)
         if self.gemm not in get_args(Gemm):
             raise ValueError(f"gemm must be one of {get_args(Gemm)}, got {self.gemm!r}")
         check_impl(self.impl)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -17,17 +16,19 @@ from lasp._core.graphs import outside_graphs
 from lasp._core.impl import chosen_impl
 from moe_parallel.config import MoEConfig
 from moe_parallel.dispatch import SymmetricMemory, make_dispatcher
-from moe_parallel.dispatch.padding import drop_by_rank, padded_order
-from moe_parallel.dispatch.permute import RowOrder, permute, row_order, unpermute
-from moe_parallel.dispatch.plan import RowCounts, checked_rows
+from moe_parallel.dispatch.padding import padded_rows
+from moe_parallel.dispatch.permute import SentRows, permute, row_order, unpermute
+from moe_parallel.dispatch.plan import checked_rows
 from moe_parallel.experts.experts import Experts, generator_of
 from moe_parallel.mesh import expert_mesh
 from moe_parallel.pipeline.groups import expert_groups, positions_on
 from moe_parallel.pipeline.pipeline import Pipeline
 from moe_parallel.pipeline.timeline import Timeline
-from moe_parallel.router.checks import agreed_order, check_hidden, shared_settings
-from moe_parallel.router.counts import HostTokenCounts
-from moe_parallel.router.route import Router, Routing, RoutingStats, expert_capacity
+from moe_parallel.router.checks import agreed_order, check_hidden, routed_inputs, shared_settings
+from moe_parallel.router.counts import HostTokenCounts, Routing, RoutingStats
+from moe_parallel.router.losses import TokenSequences
+from moe_parallel.router.route import Router
+from moe_parallel.router.scores import RoutingReplay
 from moe_parallel.router.token_order import TokenOrder
 from moe_parallel.sharding import check_replicas
 from moe_parallel.topology import ExpertGroups
@@ -41,7 +42,7 @@ class MoEOutput(NamedTuple):
     Attributes:
         output: the shape and dtype of the input, or autocast's dtype; zero for padding and for
             tokens whose assignments were all dropped.
-        aux_loss: this rank's share of the auxiliary loss, a float32 (float64) scalar. Add it to
+        aux_loss: this rank's share of the router's losses, a float32 (float64) scalar. Add it to
             this rank's loss: the shares sum to the loss of the whole batch.
         stats: assigned and dropped tokens of every expert over all ranks, on the device.
     """
@@ -54,10 +55,11 @@ class MoEOutput(NamedTuple):
 class ExpertParallelMoE(nn.Module):
     """Top-k mixture of SwiGLU experts (MiniMax-01 equation 1), split over EP x ETP ranks.
 
-    h_t = sum over the kept experts e of token t of softmax(top-k logits)_e FFN_e(x_t). Every rank
-    passes tokens of its own; which experts they meet, and who is dropped, does not depend on how
-    the batch is split over ranks. Like dropout, capacity is a rule of training: after ``eval()``
-    nothing is dropped, and no token takes the place of another.
+    h_t = sum over the kept experts e of token t of softmax(top-k logits)_e FFN_e(x_t). Other
+    scores, biases, groups and losses: :class:`moe_parallel.RouterConfig`. Every rank passes tokens
+    of its own; which experts they meet, and who is dropped, does not depend on how the batch is
+    split over ranks. Like dropout, capacity is a rule of training: after ``eval()`` nothing is
+    dropped, and no token takes the place of another.
 
     Parameters: ``gate.weight`` ``[E, hidden]``, the same on every rank, float32 (float64 in a
     float64 layer) whatever ``dtype`` is, as MiniMax keeps it; choose the dtype here rather than by
@@ -110,6 +112,7 @@ class ExpertParallelMoE(nn.Module):
         self.groups = groups
         self.dispatcher = make_dispatcher(self.mesh, groups, symmetric_memory)
         self._is_split = len(self.mesh.sources) > 1
+        self._has_sequences = bool(config.router.sequence_loss_coefficient)
         self.gate = Router(config, token_group=self.groups.token, device=device, dtype=dtype)
         self.experts = Experts(
             config.hidden_size,
@@ -154,6 +157,8 @@ class ExpertParallelMoE(nn.Module):
         *,
         token_order: TokenOrder | None = None,
         timeline: Timeline | None = None,
+        replay: RoutingReplay | None = None,
+        sequences: TokenSequences | None = None,
     ) -> MoEOutput:
         """Route, dispatch, compute, combine.
 
@@ -165,6 +170,10 @@ class ExpertParallelMoE(nn.Module):
                 all ranks or on none: every rank holds as many tokens as this one, in rank order;
                 an order is then built a call, and with drops by probability compared a call.
             timeline: records what ran when, forward and backward; None costs nothing.
+            replay: keeps the experts that tokens choose in its first call, and has every later call
+                choose them again.
+            sequences: which tokens form a sequence, with a ``sequence_loss_coefficient``. None on
+                one rank with ``[B, T, hidden]``: every row of the batch is one.
 
         Raises:
             ValueError: naming the argument, if it does not fit the layer; on every rank alike, if
@@ -180,8 +189,10 @@ class ExpertParallelMoE(nn.Module):
             check_replicas(self.experts)
         rows = hidden.reshape(-1, self.config.hidden_size)
         token_order = self.agreed_order(rows, token_order)
-        x_TM = token_order.take(rows, self.mesh.token_rank)
-        routing: Routing = self.gate(x_TM, token_order)
+        x_TM, given = token_order.take(rows, self.mesh.token_rank), {}
+        if replay is not None or sequences is not None or self._has_sequences:
+            given = routed_inputs(hidden, replay, sequences, self.config, token_order, self.mesh)
+        routing: Routing = self.gate(x_TM, token_order, **given)
         output_TM, routing = self.through_experts(x_TM, routing, token_order, timeline=timeline)
         output = token_order.put(output_TM, self.mesh.token_rank).view_as(hidden)
         return MoEOutput(output, routing.aux_loss, routing.stats)
@@ -229,7 +240,8 @@ class ExpertParallelMoE(nn.Module):
         config, mesh = self.config, self.mesh
         impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
         if config.pad_to_capacity and self.training:
-            routing, rows = self._padded_rows(x_TM, routing, token_order)
+            padded = padded_rows(routing, config, token_order, partial(self._groups, x_TM=x_TM))
+            routing, rows = padded
         else:
             rows = self._kept_rows(x_TM, routing, token_order)
         wait = rows.wait
@@ -243,7 +255,7 @@ class ExpertParallelMoE(nn.Module):
         results_AM: Tensor = self.experts(rows_AM, Pipeline(dispatch, timeline), num_rows=mean_rows)
         return unpermute(results_AM, routing.weights, order, impl), routing
 
-    def _kept_rows(self, x_TM: Tensor, routing: Routing, token_order: TokenOrder) -> _Rows:
+    def _kept_rows(self, x_TM: Tensor, routing: Routing, token_order: TokenOrder) -> SentRows:
         """One row for each kept assignment."""
         counts = HostTokenCounts(routing, token_order)
         total = counts.of_all()
@@ -256,23 +268,7 @@ class ExpertParallelMoE(nn.Module):
             histogram=routing.histogram,
             positions_E=positions_E,
         )
-        return _Rows(order, groups, counts.wait, total, counts.most)
-
-    def _padded_rows(
-        self, x_TM: Tensor, routing: Routing, token_order: TokenOrder
-    ) -> tuple[Routing, _Rows]:
-        """As many rows for every expert: nothing is copied to the host."""
-        config, num_experts = self.config, self.config.num_experts
-        factor = config.capacity_factor or 0.0
-        capacity = expert_capacity(factor, token_order.max_local_tokens, config.top_k, num_experts)
-        routing, number_Tk = drop_by_rank(routing, capacity)
-        most = capacity * num_experts
-        total = most * self.mesh.num_token_ranks
-        groups, positions_E = self._groups(total, x_TM)
-        chosen_Tk = routing.experts if positions_E is None else positions_E[routing.experts]
-        order = padded_order(chosen_Tk, number_Tk, capacity, num_experts)
-        kept_RE = [[capacity] * num_experts] * self.mesh.num_token_ranks
-        return routing, _Rows(order, groups, lambda: kept_RE, total, most)
+        return SentRows(order, groups, counts.wait, total, counts.most)
 
     def _groups(self, num_rows: int, x_TM: Tensor) -> tuple[tuple[range, ...], Tensor | None]:
         """Groups of a rank's experts for so many rows of all ranks, and the experts' positions."""
@@ -285,13 +281,3 @@ class ExpertParallelMoE(nn.Module):
         if num_groups == 1:
             return groups, None
         return groups, positions_on(x_TM.device, self.config.num_experts, self.mesh.ep_size, groups)
-
-
-class _Rows(NamedTuple):
-    """The rows of a call."""
-
-    order: RowOrder
-    groups: tuple[range, ...]  # experts of a rank, by group of the pipeline
-    wait: Callable[[], RowCounts]  # rows each rank of the token group sends to each expert
-    total: int  # that all ranks send
-    most: int  # no rank sends more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp._core.dtypes import wide_dtype
-from moe_parallel.config import DropPolicy
+from moe_parallel.config import DropPolicy, RouterConfig
 from moe_parallel.router.route import expert_capacity
 
 
@@ -37,47 +38,113 @@ def reference_moe(
     capacity_factor: float | None = None,
     drop_policy: DropPolicy = "position",
     aux_loss_coefficient: float = 0.0,
+    router: RouterConfig = RouterConfig(),  # noqa: B008 (immutable)
+    expert_bias: Sequence[float] | None = None,
+    replayed: Sequence[Sequence[int]] | None = None,
+    sequences: Sequence[int] | None = None,
 ) -> ReferenceOutput:
     """h_n = sum over the kept of n's top k experts of softmax(top-k logits) FFN_e(x_n).
 
     FFN_e(x) = w2_e (silu(w1_e x) * w3_e x), (w1_e, w3_e) = w13_e. Capacity, drop policies and the
-    auxiliary loss as in :func:`moe_parallel.router.route.route`. All N tokens in global order on
-    one device; gradients by autograd. Nothing here is fast.
+    auxiliary loss as in :func:`moe_parallel.router.route.route`; other scores, choices and losses
+    by ``router`` (:class:`moe_parallel.RouterConfig`). All N tokens in global order on one device;
+    gradients by autograd. Nothing here is fast.
+
+    Args:
+        x_NM: tokens.
+        gate_EM: gate weight.
+        w13_E2FM: first product, gate and up.
+        w2_EMF: second product.
+        top_k: k.
+        capacity_factor: None is dropless.
+        drop_policy: who is dropped.
+        aux_loss_coefficient: of the loss over all tokens.
+        router: how experts are scored and chosen.
+        expert_bias: E numbers; None: zeros.
+        replayed: the experts of each token; None: the router chooses.
+        sequences: the sequence of each token, from 0; None: all tokens are one.
     """
     tokens, num_experts = x_NM.shape[0], gate_EM.shape[0]
     dtype = wide_dtype(x_NM.dtype)
     logits_NE = x_NM.to(dtype) @ gate_EM.to(dtype).T
-    probabilities_NE = logits_NE.softmax(1)
+    sigmoid = router.score_function == "sigmoid"
+    scores_NE = logits_NE.sigmoid() if sigmoid else logits_NE.softmax(1)
+    probabilities_NE = scores_NE / scores_NE.sum(1, keepdim=True) if sigmoid else scores_NE
+    by_logits = router.score_function == "softmax_of_top_k"
+    compared_NE = (logits_NE if by_logits else scores_NE).tolist()
 
     chosen: list[list[int]] = []
+    preferred: list[list[int]] = []
     queues: list[list[int]] = [[] for _ in range(num_experts)]
-    for token, logits in enumerate(logits_NE.tolist()):
-        best = sorted(range(num_experts), key=lambda expert: (-logits[expert], expert))[:top_k]
-        chosen.append(best)
-        for expert in best:
+    for token in range(tokens):
+        preferred.append(_largest(compared_NE[token], range(num_experts), top_k))
+        experts = _chosen(compared_NE[token], top_k, router, expert_bias or [0.0] * num_experts)
+        chosen.append(experts if replayed is None else list(replayed[token]))
+        for expert in chosen[token]:
             queues[expert].append(token)
-    assigned = [len(queue) for queue in queues]
+    counted = chosen if expert_bias is None and router.num_groups is None else preferred
     if capacity_factor is not None:
         capacity = expert_capacity(capacity_factor, tokens, top_k, num_experts)
         for expert, queue in enumerate(queues):
             if drop_policy == "probability":
-                column = probabilities_NE[:, expert].tolist()
+                column = scores_NE[:, expert].tolist()
                 queue.sort(key=lambda token: -column[token])
             del queue[capacity:]
     kept = frozenset((token, expert) for expert in range(num_experts) for token in queues[expert])
 
     rows = []
     for token, experts in enumerate(chosen):
-        weights = logits_NE[token, experts].softmax(0).to(x_NM.dtype)
+        weights = logits_NE[token, experts].softmax(0) if by_logits else scores_NE[token, experts]
+        if router.normalize and not by_logits:
+            weights = weights / weights.sum()
         row = torch.zeros_like(x_NM[token])
-        for weight, expert in zip(weights, experts):
+        for weight, expert in zip((weights * router.scaling).to(x_NM.dtype), experts):
             if (token, expert) in kept:
                 gate, up = w13_E2FM[expert] @ x_NM[token]
                 row = row + weight * (w2_EMF[expert] @ (F.silu(gate) * up))
         rows.append(row)
     output_NM = torch.stack(rows) if rows else x_NM * 1
 
-    fraction_E = logits_NE.new_tensor(assigned) / max(tokens * top_k, 1)
-    mean_E = probabilities_NE.sum(0) / max(tokens, 1)
-    aux_loss = aux_loss_coefficient * num_experts * (fraction_E * mean_E).sum()
+    aux_loss = aux_loss_coefficient * _balance(counted, probabilities_NE, range(tokens))
+    if router.sequence_loss_coefficient:
+        numbers = [0] * tokens if sequences is None else sequences
+        for number in set(numbers):
+            members = [token for token in range(tokens) if numbers[token] == number]
+            loss = _balance(counted, probabilities_NE, members) / len(set(numbers))
+            aux_loss = aux_loss + router.sequence_loss_coefficient * loss
+    z_loss = logits_NE.exp().sum(1).log().square().sum() / max(tokens, 1)
+    aux_loss = aux_loss + router.z_loss_coefficient * z_loss
     return ReferenceOutput(output_NM, aux_loss, kept)
+
+
+def _largest(values: Sequence[float], among: Iterable[int], count: int) -> list[int]:
+    """The indices with the largest values; of equal ones the lower first."""
+    return sorted(among, key=lambda index: (-values[index], index))[:count]
+
+
+def _chosen(
+    scores: Sequence[float], top_k: int, router: RouterConfig, bias: Sequence[float]
+) -> list[int]:
+    """The experts of a token."""
+    biased = [score + added for score, added in zip(scores, bias)]
+    if router.num_groups is None or router.top_groups is None:
+        return _largest(biased, range(len(biased)), top_k)
+    size, best = len(biased) // router.num_groups, top_k // router.top_groups
+    groups = [range(first, first + size) for first in range(0, len(biased), size)]
+    sums = [sum(sorted((biased[e] for e in group), reverse=True)[:best]) for group in groups]
+    top = _largest(sums, range(len(groups)), router.top_groups)
+    return _largest(biased, [expert for group in top for expert in groups[group]], top_k)
+
+
+def _balance(
+    chosen: Sequence[Sequence[int]], probabilities_NE: Tensor, members: Sequence[int]
+) -> Tensor:
+    """E sum_i f_i m_i over some tokens."""
+    num_experts = probabilities_NE.shape[1]
+    assigned = [0] * num_experts
+    for token in members:
+        for expert in chosen[token]:
+            assigned[expert] += 1
+    fraction_E = probabilities_NE.new_tensor(assigned) / max(sum(assigned), 1)
+    mean_E = probabilities_NE[list(members)].sum(0) / max(len(members), 1)
+    return num_experts * (fraction_E * mean_E).sum()

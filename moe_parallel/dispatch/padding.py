@@ -17,11 +17,15 @@ Example: E = 2, C = 2, k = 1, experts (0, 1, 0, 0) of 4 tokens::
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from moe_parallel.dispatch.permute import RowOrder
-from moe_parallel.router.counts import AssignmentCounts, at_assignments, rows_before
-from moe_parallel.router.route import Routing
+from moe_parallel.config import MoEConfig
+from moe_parallel.dispatch.permute import RowOrder, SentRows
+from moe_parallel.router.counts import AssignmentCounts, Routing, at_assignments, rows_before
+from moe_parallel.router.route import expert_capacity
+from moe_parallel.router.token_order import TokenOrder
 
 
 def drop_by_rank(routing: Routing, capacity: int) -> tuple[Routing, Tensor]:
@@ -63,3 +67,29 @@ def padded_order(
     row_Tk = positions_Tk * capacity + number_Tk
     row_Tk = row_Tk.masked_fill(number_Tk >= capacity, -1)
     return RowOrder(row_Tk, num_experts * capacity, padded=True)
+
+
+def padded_rows(
+    routing: Routing,
+    config: MoEConfig,
+    token_order: TokenOrder,
+    groups_for: Callable[[int], tuple[tuple[range, ...], Tensor | None]],
+) -> tuple[Routing, SentRows]:
+    """As many rows for every expert: nothing is copied to the host.
+
+    Args:
+        routing: dropless.
+        config: of the layer, with a capacity.
+        token_order: where the tokens of every rank stand.
+        groups_for: groups of a rank's experts for so many rows of all ranks, and the positions of
+            all experts in the order of the rows; None: their numbers.
+    """
+    num_experts, factor = config.num_experts, config.capacity_factor or 0.0
+    capacity = expert_capacity(factor, token_order.max_local_tokens, config.top_k, num_experts)
+    routing, number_Tk = drop_by_rank(routing, capacity)
+    most, ranks = capacity * num_experts, token_order.num_ranks
+    groups, positions_E = groups_for(most * ranks)
+    chosen_Tk = routing.experts if positions_E is None else positions_E[routing.experts]
+    order = padded_order(chosen_Tk, number_Tk, capacity, num_experts)
+    kept_RE = [[capacity] * num_experts] * ranks
+    return routing, SentRows(order, groups, lambda: kept_RE, most * ranks, most)

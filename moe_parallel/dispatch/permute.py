@@ -15,10 +15,10 @@ Example: 3 tokens, k = 2, the assignment of token 1 to expert 0 dropped::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_
 from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import ChosenImpl
 from moe_parallel.dispatch.dispatcher import Place
+from moe_parallel.dispatch.plan import RowCounts
 from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.router.counts import at_assignments, rows_before
 
@@ -66,6 +67,24 @@ class RowOrder:
         numbers_A = torch.arange(target_A.shape[0], device=target_A.device)
         assignment_A = target_A.new_full((self.num_rows + 1,), -1)
         return assignment_A.scatter_(0, target_A, numbers_A)[: self.num_rows]
+
+
+class SentRows(NamedTuple):
+    """The rows of a call, and how they leave.
+
+    Attributes:
+        order: of the rows that this rank sends.
+        groups: experts of a rank, by group of the pipeline.
+        wait: rows each rank of the token group sends to each expert.
+        total: rows that all ranks send.
+        most: no rank sends more.
+    """
+
+    order: RowOrder
+    groups: tuple[range, ...]
+    wait: Callable[[], RowCounts]
+    total: int
+    most: int
 
 
 def row_order(

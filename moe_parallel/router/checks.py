@@ -7,6 +7,8 @@ three numbers each, whose shape nobody can get wrong.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,6 +18,8 @@ from lasp._core.collectives import all_gather
 from moe_parallel.config import MoEConfig
 from moe_parallel.mesh import ExpertMesh
 from moe_parallel.router.counts import check_training
+from moe_parallel.router.losses import TokenSequences
+from moe_parallel.router.scores import RoutingReplay
 from moe_parallel.router.token_order import TokenOrder
 
 
@@ -129,6 +133,56 @@ def shared_settings(
         "token_order": "None" if token_order is None else "given",
     }
     return how | {k: v for k, v in vars(config).items() if k not in ("impl", "gemm")}
+
+
+def routed_inputs(
+    hidden: Tensor,
+    replay: RoutingReplay | None,
+    sequences: TokenSequences | None,
+    config: MoEConfig,
+    token_order: TokenOrder,
+    mesh: ExpertMesh,
+) -> dict[str, Any]:
+    """What the router takes beside the routed tokens, checked: arguments by name.
+
+    Raises:
+        ValueError: naming ``replay`` or ``sequences``, see
+            :meth:`moe_parallel.ExpertParallelMoE.forward`.
+    """
+    given: dict[str, Any] = {"replay": replay}
+    shape = (token_order.num_local_tokens(mesh.token_rank), config.top_k)
+    if replay is not None and replay.experts is not None:
+        told = replay.experts
+        if told.shape != shape or told.dtype != torch.int64 or told.device != hidden.device:
+            raise ValueError(
+                f"replay.experts must be int64 {list(shape)} on {hidden.device}, one row for each"
+                f" routed token, got {told.dtype} {list(told.shape)} on {told.device}: take a new"
+                " RoutingReplay for other tokens"
+            )
+    wanted, rows = bool(config.router.sequence_loss_coefficient), hidden.shape[:-1]
+    if sequences is not None and not wanted:
+        raise ValueError(
+            "sequences must be None without a sequence_loss_coefficient, got some: set it in"
+            " RouterConfig, or leave them out"
+        )
+    if wanted and sequences is None:
+        if len(rows) != 2 or mesh.num_token_ranks > 1:
+            raise ValueError(
+                "sequences must be given with a sequence_loss_coefficient, got None: only of"
+                " [B, T, hidden] on one rank is every row a sequence. Pass TokenSequences"
+            )
+        numbers = torch.arange(rows[0], device=hidden.device).repeat_interleave(rows[1])
+        sequences = TokenSequences(numbers, rows[0])
+    if sequences is not None:
+        numbers = sequences.numbers
+        if numbers.shape != (rows.numel(),) or numbers.dtype != torch.int64:
+            raise ValueError(
+                f"sequences.numbers must be int64 [{rows.numel()}], one for each row of hidden, got"
+                f" {numbers.dtype} {list(numbers.shape)}: number the sequences of all ranks"
+            )
+        numbers = token_order.take(numbers, mesh.token_rank)
+        given["sequences"] = TokenSequences(numbers, sequences.num)
+    return given
 
 
 def check_hidden(hidden: Tensor, weight: Tensor) -> None:

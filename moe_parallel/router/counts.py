@@ -1,4 +1,4 @@
-"""Counts of assignments: before each of them, of every rank, and on the host.
+"""The router's decision, and counts of assignments: before each, of every rank, on the host.
 
 ``rows_before`` is a counting sort of assignments by expert, for the router, padding and the order
 of rows.
@@ -14,17 +14,17 @@ Token 2's assignment to expert 0 is row 1, token 1's to expert 1 row 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from lasp._core.collectives import all_gather
+from moe_parallel.config import ScoreFunction
+from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.router.token_order import TokenOrder, to_host
-
-if TYPE_CHECKING:
-    from moe_parallel.router.route import Routing
 
 
 def rows_before(experts_Tk: Tensor, num_experts: int) -> Tensor:
@@ -73,6 +73,110 @@ class AssignmentCounts(NamedTuple):
     assigned: Tensor
     kept: Tensor
     training: Tensor | None = None
+
+
+class RouterLosses(NamedTuple):
+    """This rank's shares of other losses than the global auxiliary loss; None where there is none.
+
+    Attributes:
+        preferred: ``[E]`` int64, all ranks' load by the best scores, where these do not decide.
+        sequence: the auxiliary loss of the sequences, a scalar in the gate dtype.
+        z: the z-loss, a scalar in the gate dtype.
+    """
+
+    preferred: Tensor | None = None
+    sequence: Tensor | None = None
+    z: Tensor | None = None
+
+
+class RoutingStats(NamedTuple):
+    """Expert balance over the whole token group; the same on every rank, on the device.
+
+    Attributes:
+        assigned: ``[E]``, assignments of each expert before drop, int64.
+        dropped: ``[E]``, of these, how many exceeded the capacity, int64.
+    """
+
+    assigned: Tensor
+    dropped: Tensor
+
+
+class Routing(NamedTuple):
+    """The decision for this rank's T tokens.
+
+    Attributes:
+        experts: ``[T, k]``, chosen experts, best first, int64.
+        weights: ``[T, k]``, by default softmax over the k chosen logits, gate dtype,
+            differentiable. Dropped assignments keep their weight here; the kept ones are not
+            renormalised.
+        mask: ``[T, k]``, False where the assignment is dropped; None if none can be.
+        counts: of all ranks.
+        logits: ``[T, E]``, gate dtype, differentiable.
+        num_tokens: N, of all ranks.
+        aux_loss_coefficient: as given.
+        histogram: this rank's assignments as kernels have counted them; None by plain torch, and
+            with drops, where it counts too many.
+        score_function: that of the gate probabilities.
+        losses: beside the global auxiliary loss.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    mask: Tensor | None
+    counts: AssignmentCounts
+    logits: Tensor
+    num_tokens: int
+    aux_loss_coefficient: float
+    histogram: Histogram | None = None
+    score_function: ScoreFunction = "softmax_of_top_k"
+    losses: RouterLosses = RouterLosses()
+
+    @property
+    def dropless(self) -> bool:
+        """No assignment can be dropped: known on the host, as their numbers then are."""
+        return self.mask is None
+
+    # These three are computed at every access: no token waits for them. Read each once.
+    @property
+    def kept(self) -> Tensor:
+        """``[T, k]``, False where the assignment is dropped."""
+        return torch.ones_like(self.experts, dtype=torch.bool) if self.mask is None else self.mask
+
+    @property
+    def stats(self) -> RoutingStats:
+        """Balance over all ranks."""
+        assigned_E = self.counts.assigned.sum(0)
+        return RoutingStats(assigned_E, assigned_E - self.counts.kept.sum(0))
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """This rank's share of all losses of the router, a scalar in the gate dtype."""
+        _, sequence, z = self.losses
+        total = self.logits.new_zeros(())
+        if self.aux_loss_coefficient:
+            total = self.balance_loss(self.load, self.num_tokens)
+        if sequence is not None:
+            total = total + sequence
+        return total if z is None else total + z
+
+    @property
+    def load(self) -> Tensor:
+        """``[E]`` int64: the assignments of all ranks that the auxiliary loss counts."""
+        preferred_E = self.losses.preferred
+        return self.counts.assigned.sum(0) if preferred_E is None else preferred_E
+
+    @property
+    def probabilities(self) -> Tensor:
+        """``[T, E]``: gate probabilities, which sum to 1, differentiable."""
+        sigmoid = self.score_function == "sigmoid"
+        return (F.logsigmoid(self.logits) if sigmoid else self.logits).softmax(1)
+
+    def balance_loss(self, assigned_E: Tensor, num_tokens: int) -> Tensor:
+        """The global one, with f_i of the assignments of more tokens: of several micro-batches."""
+        assignments = max(num_tokens, 1) * self.experts.shape[1]  # without tokens 0, not 0 / 0
+        fraction_E = assigned_E.to(self.logits.dtype) / assignments
+        share_E = self.probabilities.sum(0) / max(self.num_tokens, 1)
+        return self.aux_loss_coefficient * len(assigned_E) * (fraction_E * share_E).sum()
 
 
 def counts_of_ranks(

@@ -10,7 +10,9 @@ tell each other is gathered before any token travels, in one collective:
 
 Gate: logits = x gate^T; the k largest are chosen (equal logits: the lower expert first), the
 weights are the softmax over the chosen logits. In float32 or wider, under autocast too, by
-:func:`moe_parallel.router.top_k.choose`.
+:func:`moe_parallel.router.top_k.choose`. Other scores, biases and groups:
+:mod:`moe_parallel.router.scores`. The gate probability below is the softmax over all E logits, with
+sigmoid scores a score over the sum of all E (drops compare the scores themselves).
 
 Capacity: an expert keeps at most C = ceil(capacity_factor * N * k / E) assignments of the N tokens
 of all ranks. ``position`` keeps those that come first in the global order (an expert is chosen at
@@ -23,7 +25,8 @@ another way.
 Auxiliary loss, global: coefficient * E * sum_i f_i m_i, with f_i expert i's part of the N k
 assignments before drop, and m_i the mean of its gate probability over the N tokens. It is
 coefficient at perfect balance. MiniMax writes alpha * (1/E) * sum_i f_i m_i: for that, set
-coefficient = alpha / E^2 (alpha * k / E^2 if f_i counts assignments per token).
+coefficient = alpha / E^2 (alpha * k / E^2 if f_i counts assignments per token). Other losses:
+:mod:`moe_parallel.router.losses`.
 
 Source: MiniMax-01 sections 2.1 (equation 1, auxiliary loss, global router); GShard for the loss.
 """
@@ -31,7 +34,8 @@ Source: MiniMax-01 sections 2.1 (equation 1, auxiliary loss, global router); GSh
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,82 +43,14 @@ from torch import Tensor, nn
 
 from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import ChosenImpl, chosen_impl
-from moe_parallel.config import DropPolicy, MoEConfig
-from moe_parallel.kernels.histogram import Histogram
+from moe_parallel.config import DropPolicy, MoEConfig, ScoreFunction
 from moe_parallel.router.capacity import keep_by_position, keep_by_probability
-from moe_parallel.router.counts import AssignmentCounts, counted, counts_of_ranks
+from moe_parallel.router.counts import Routing, counted, counts_of_ranks
+from moe_parallel.router.losses import TokenSequences, router_losses
+from moe_parallel.router.scores import RoutingReplay, Scoring
 from moe_parallel.router.token_order import TokenOrder
 from moe_parallel.router.top_k import choose
 from moe_parallel.topology import ExpertGroups
-
-
-class RoutingStats(NamedTuple):
-    """Expert balance over the whole token group; the same on every rank, on the device.
-
-    Attributes:
-        assigned: ``[E]``, assignments of each expert before drop, int64.
-        dropped: ``[E]``, of these, how many exceeded the capacity, int64.
-    """
-
-    assigned: Tensor
-    dropped: Tensor
-
-
-class Routing(NamedTuple):
-    """The decision for this rank's T tokens.
-
-    Attributes:
-        experts: ``[T, k]``, chosen experts, best first, int64.
-        weights: ``[T, k]``, softmax over the k chosen logits, gate dtype, differentiable. Dropped
-            assignments keep their weight here; the kept ones are not renormalised.
-        mask: ``[T, k]``, False where the assignment is dropped; None if none can be.
-        counts: of all ranks.
-        logits: ``[T, E]``, gate dtype, differentiable.
-        num_tokens: N, of all ranks.
-        aux_loss_coefficient: as given.
-        histogram: this rank's assignments as kernels have counted them; None by plain torch, and
-            with drops, where it counts too many.
-    """
-
-    experts: Tensor
-    weights: Tensor
-    mask: Tensor | None
-    counts: AssignmentCounts
-    logits: Tensor
-    num_tokens: int
-    aux_loss_coefficient: float
-    histogram: Histogram | None = None
-
-    @property
-    def dropless(self) -> bool:
-        """No assignment can be dropped: known on the host, as their numbers then are."""
-        return self.mask is None
-
-    # These three are computed at every access: no token waits for them. Read each once.
-    @property
-    def kept(self) -> Tensor:
-        """``[T, k]``, False where the assignment is dropped."""
-        return torch.ones_like(self.experts, dtype=torch.bool) if self.mask is None else self.mask
-
-    @property
-    def stats(self) -> RoutingStats:
-        """Balance over all ranks."""
-        assigned_E = self.counts.assigned.sum(0)
-        return RoutingStats(assigned_E, assigned_E - self.counts.kept.sum(0))
-
-    @property
-    def aux_loss(self) -> Tensor:
-        """This rank's share of the auxiliary loss, a scalar in the gate dtype."""
-        if not self.aux_loss_coefficient:
-            return self.logits.new_zeros(())
-        return self.balance_loss(self.counts.assigned.sum(0), self.num_tokens)
-
-    def balance_loss(self, assigned_E: Tensor, num_tokens: int) -> Tensor:
-        """The same, with f_i of the assignments of more tokens: of several micro-batches."""
-        assignments = max(num_tokens, 1) * self.experts.shape[1]  # without tokens 0, not 0 / 0
-        fraction_E = assigned_E.to(self.logits.dtype) / assignments
-        share_E = self.logits.softmax(1).sum(0) / max(self.num_tokens, 1)
-        return self.aux_loss_coefficient * len(assigned_E) * (fraction_E * share_E).sum()
 
 
 def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
@@ -134,6 +70,7 @@ def route(
     aux_loss_coefficient: float = 0.0,
     impl: ChosenImpl = "eager",
     training: bool = True,
+    scoring: Scoring | None = None,
 ) -> Routing:
     """Route this rank's tokens under a decision shared by all ranks; the rules are above.
 
@@ -149,9 +86,11 @@ def route(
         impl: computes the choice and its counts; what is gathered does not depend on it.
         training: False drops nothing; must be equal on every rank. By position the message tells
             it, and :class:`moe_parallel.router.counts.HostTokenCounts` checks it.
+        scoring: how experts are scored and chosen; None: by the largest logits.
 
     Returns:
-        :class:`Routing`. ``aux_loss`` is a share: its sum over the token group is the loss.
+        :class:`Routing`, without ``losses``. ``aux_loss`` is a share: its sum over the token group
+        is the loss.
 
     Gradients: ``weights_Tk`` and ``aux_loss`` (with a coefficient of 0 a constant) to x and gate;
     counts have none. The gate's gradient is whole once summed over the token group.
@@ -160,7 +99,11 @@ def route(
     """
     rank = 0 if token_group is None else dist.get_rank(token_group)
     num_experts, kept_Tk = gate_EM.shape[0], None
-    logits_TE, experts_Tk, weights_Tk, histogram = choose(x_TM, gate_EM, top_k, impl)
+    logits_TE, experts_Tk, weights_Tk, histogram = choose(x_TM, gate_EM, top_k, impl, scoring)
+    score_function: ScoreFunction = "softmax_of_top_k"
+    if scoring is not None:
+        score_function = scoring.router.score_function
+        weights_Tk = weights_Tk * scoring.router.scaling
     if capacity_factor is None or not training:
         assigned_E = counted(experts_Tk, num_experts) if histogram is None else histogram.totals
         asked = capacity_factor is not None and drop_policy == "position"
@@ -172,10 +115,12 @@ def route(
         if drop_policy == "position":
             kept_Tk, counts = keep_by_position(experts_Tk, *how)
         else:
-            chosen_Tk = logits_TE.detach().softmax(1).gather(1, experts_Tk)
+            logits = logits_TE.detach()
+            scores_TE = logits.sigmoid() if score_function == "sigmoid" else logits.softmax(1)
+            chosen_Tk = scores_TE.gather(1, experts_Tk)
             kept_Tk, counts = keep_by_probability(experts_Tk, chosen_Tk, *how)
     decision = (experts_Tk, weights_Tk, kept_Tk, counts, logits_TE)
-    return Routing(*decision, order.num_tokens, aux_loss_coefficient, histogram)
+    return Routing(*decision, order.num_tokens, aux_loss_coefficient, histogram, score_function)
 
 
 class Router(nn.Module):
@@ -185,14 +130,21 @@ class Router(nn.Module):
     (FSDP, Megatron's ``overlap_param_gather``) gather the gate here.
 
     Parameters: ``weight`` ``[E, hidden]``, the same on every rank, in :func:`wide_dtype` of
-    ``dtype``. It has no values until :meth:`reset_parameters` or a checkpoint fills it.
+    ``dtype``. It has no values until :meth:`reset_parameters` or a checkpoint fills it. Buffer, if
+    the config has ``expert_bias``: ``expert_bias`` ``[E]``, float32 whatever the module is cast to.
 
     Args:
         config: of the layer.
         token_group: ranks that share the decision; None for this rank alone.
         device: of the weight.
         dtype: of the tokens.
+
+    Attributes:
+        local_tokens_per_expert: with a bias ``[E]`` int64, this rank's assignments before drop in
+            the backwards since the last update. No buffer: DDP would broadcast it.
     """
+
+    expert_bias: Tensor | None
 
     def __init__(
         self,
@@ -207,6 +159,24 @@ class Router(nn.Module):
         dtype = wide_dtype(dtype or torch.get_default_dtype())
         shape = (config.num_experts, config.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.register_buffer("expert_bias", None)
+        if config.router.expert_bias:
+            self.expert_bias = self.weight.new_zeros(shape[0], dtype=torch.float32)
+            self.local_tokens_per_expert = self.weight.new_zeros(shape[0], dtype=torch.int64)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Router:
+        """As of any module, but the bias stays float32, and the counts follow it."""
+        bias, self.expert_bias = self.expert_bias, None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if bias is not None:
+            kept = (bias, self.local_tokens_per_expert)
+            self.expert_bias, self.local_tokens_per_expert = (
+                torch.zeros_like(x, device=self.weight.device)
+                if x.is_meta
+                else x.to(self.weight.device)
+                for x in kept
+            )
+        return self
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
@@ -216,25 +186,60 @@ class Router(nn.Module):
         std = math.sqrt(2 / (self.config.hidden_size + self.config.num_experts))
         gate = torch.empty(self.weight.shape, device="cpu", dtype=torch.float32)
         self.weight.copy_(gate.normal_(0, std, generator=generator))
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
 
-    def forward(self, x_TM: Tensor, order: TokenOrder) -> Routing:
+    def forward(
+        self,
+        x_TM: Tensor,
+        order: TokenOrder,
+        *,
+        replay: RoutingReplay | None = None,
+        sequences: TokenSequences | None = None,
+    ) -> Routing:
         """Where this rank's tokens go, see :func:`moe_parallel.router.route.route`.
 
         Args:
             x_TM: routed tokens of this rank, by global position.
             order: where the tokens of every rank stand; equal on every rank.
+            replay: the choice to make again, or to keep.
+            sequences: of the routed tokens; with a ``sequence_loss_coefficient`` alone.
 
-        Gradients, Communication: of :func:`moe_parallel.router.route.route`.
+        Gradients: of :func:`moe_parallel.router.route.route`.
+
+        Communication: of :func:`moe_parallel.router.route.route` and
+        :func:`moe_parallel.router.losses.router_losses`.
         """
-        return route(
+        config, router = self.config, self.config.router
+        scoring, experts = None, None if replay is None else replay.experts
+        if experts is not None or not router.by_logits:
+            scoring = Scoring(router, self.expert_bias, experts)
+        routing = route(
             x_TM,
             self.weight,
-            top_k=self.config.top_k,
+            top_k=config.top_k,
             order=order,
             token_group=self.groups.token,
-            capacity_factor=None if self.config.pad_to_capacity else self.config.capacity_factor,
-            drop_policy=self.config.drop_policy,
-            aux_loss_coefficient=self.config.aux_loss_coefficient,
-            impl=chosen_impl(self.config.impl, x_TM.device, x_TM.dtype),
+            capacity_factor=None if config.pad_to_capacity else config.capacity_factor,
+            drop_policy=config.drop_policy,
+            aux_loss_coefficient=config.aux_loss_coefficient,
+            impl=chosen_impl(config.impl, x_TM.device, x_TM.dtype),
             training=self.training,
+            scoring=scoring,
         )
+        if replay is not None:
+            replay.experts = routing.experts
+        if router.has_losses or not router.by_score:
+            losses = router_losses(routing, router, sequences, self.groups.token)
+            routing = routing._replace(losses=losses)
+        if self.expert_bias is not None and self.training and routing.weights.requires_grad:
+            # In the backward: a layer that is recomputed runs forward twice, backward once.
+            rank = 0 if self.groups.token is None else dist.get_rank(self.groups.token)
+            assigned_E = routing.counts.assigned[rank]
+            routing.weights.register_hook(partial(_count, self.local_tokens_per_expert, assigned_E))
+        return routing
+
+
+@torch.no_grad()
+def _count(total_E: Tensor, assigned_E: Tensor, _: Tensor) -> None:
+    total_E += assigned_E

@@ -36,6 +36,7 @@ from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_
 from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import ChosenImpl
 from moe_parallel.kernels.histogram import Histogram
+from moe_parallel.router.scores import Scoring, choose_by_scores
 
 _REFERENCE = Reference("ExpertParallelMoE's router with impl='triton'", "impl='eager'")
 
@@ -46,8 +47,8 @@ class TopK(NamedTuple):
     Attributes:
         logits: ``[T, E]``, gate dtype, differentiable.
         experts: ``[T, k]``, best first, int64.
-        weights: ``[T, k]``, softmax over the chosen logits, gate dtype, differentiable.
-        histogram: the rank's assignments, counted; None with ``impl="eager"``.
+        weights: ``[T, k]``, by default softmax over the chosen logits, gate dtype, differentiable.
+        histogram: the rank's assignments, counted; None where plain torch chooses.
     """
 
     logits: Tensor
@@ -56,8 +57,17 @@ class TopK(NamedTuple):
     histogram: Histogram | None
 
 
-def choose(x_TM: Tensor, gate_EM: Tensor, top_k: int, impl: ChosenImpl = "eager") -> TopK:
+def choose(
+    x_TM: Tensor,
+    gate_EM: Tensor,
+    top_k: int,
+    impl: ChosenImpl = "eager",
+    scoring: Scoring | None = None,
+) -> TopK:
     """The k largest logits ``x gate^T`` of every token, float32 or wider, under autocast too.
+
+    With ``scoring`` the choice is :func:`moe_parallel.router.scores.choose_by_scores`, plain torch
+    on logits that are computed alike.
 
     Gradients: of logits and weights to x and gate. With ``impl="triton"`` differentiating them
     again raises RuntimeError, and the arguments are kept for the backward beside the results.
@@ -65,8 +75,12 @@ def choose(x_TM: Tensor, gate_EM: Tensor, top_k: int, impl: ChosenImpl = "eager"
     if impl == "triton":
         refuse_transforms(_REFERENCE, x_TM, gate_EM)
         logits, experts, weights, *histogram = _Choose.apply(x_TM, gate_EM, top_k)  # type: ignore[no-untyped-call]
-        return TopK(logits, experts, weights, Histogram(*histogram))
-    logits = wide_product(x_TM, gate_EM.T)
+        if scoring is None:
+            return TopK(logits, experts, weights, Histogram(*histogram))
+    else:
+        logits = wide_product(x_TM, gate_EM.T)
+    if scoring is not None:
+        return TopK(logits, *choose_by_scores(logits, top_k, scoring), None)
     # topk leaves the order of equal values open; a stable sort does not.
     values, ranking = logits.sort(dim=1, descending=True, stable=True)
     return TopK(logits, ranking[:, :top_k].contiguous(), values[:, :top_k].softmax(1), None)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lasp.hybrid import HybridModel, next_token_loss, pack_batch
 from lasp.megatron import load_plain_weights, plain_weights, to_megatron, to_plain
-from moe_parallel.router.route import Router, Routing
+from moe_parallel.router.counts import Routing
+from moe_parallel.router.route import Router
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.cpu import initialize, train_on_cpu
 from tests.megatron.test_checkpoint import save

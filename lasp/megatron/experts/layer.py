@@ -25,7 +25,7 @@ from lasp.megatron.experts.config import (
 from lasp.megatron.experts.loss import StepBalance, attach_aux_loss
 from moe_parallel.experts.experts import generator_of
 from moe_parallel.layer import ExpertParallelMoE
-from moe_parallel.router.route import Routing
+from moe_parallel.router.counts import Routing
 from moe_parallel.router.token_order import TokenOrder
 from moe_parallel.topology import ExpertGroups
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lasp.megatron.version import record_moe_loss
-from moe_parallel.router.route import Routing
+from moe_parallel.router.counts import Routing
 
 
 class StepBalance(nn.Module):

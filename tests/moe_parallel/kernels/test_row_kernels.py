@@ -16,7 +16,8 @@ from moe_parallel import layer as layer_module
 from moe_parallel.dispatch.padding import drop_by_rank, padded_order
 from moe_parallel.dispatch.permute import RowOrder, permute, row_order
 from moe_parallel.router import top_k
-from moe_parallel.router.route import Routing, route
+from moe_parallel.router.counts import Routing
+from moe_parallel.router.route import route
 from tests.moe_parallel.layers import build
 
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")

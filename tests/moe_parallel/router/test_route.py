@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moe_parallel import TokenOrder
 from moe_parallel.reference import reference_moe
-from moe_parallel.router.route import Routing, expert_capacity, route
+from moe_parallel.router.counts import Routing
+from moe_parallel.router.route import expert_capacity, route
 from tests.closeness import assert_equal_to_rounding
 from tests.moe_parallel.batch import ORDERS, local_rows, positions, random_batch
 from tests.ranks import run_on_ranks

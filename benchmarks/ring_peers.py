@@ -25,6 +25,7 @@ from lasp import SequenceLayout
 from ring.blocks.eager import EagerBlock
 from ring.blocks.interface import QKV
 from ring.blocks.merge import Partial
+from ring.planner.window import CAUSAL, EVERYTHING
 
 VERSION = "0.1.8"
 ZIGZAG, LLAMA3 = (f"ring_flash_attn {VERSION} {name}" for name in ("zigzag", "llama3"))
@@ -113,11 +114,11 @@ def varlen_forward(
             0.0, causal, False, scale=softmax_scale,
         )  # fmt: skip
         return output, lse, None, None
-    parts = []
+    parts, window = [], CAUSAL if causal else EVERYTHING
     for rows, keys in _segments(cu_seqlens_q, cu_seqlens_k):
         first = keys.stop - keys.start - (rows.stop - rows.start)
         qkv = QKV(_aligned(q[rows], first), k[keys], v[keys])
-        parts.append([x[first:] for x in EAGER.forward(qkv, causal=causal, scale=softmax_scale)])
+        parts.append([x[first:] for x in EAGER.forward(qkv, window=window, scale=softmax_scale)])
     outputs, lses = zip(*parts)
     return torch.cat(outputs).to(q.dtype), torch.cat(lses).T.float(), None, None
 
@@ -162,7 +163,7 @@ def varlen_backward(
         q_SHD, do_SHD, *merged = (_aligned(x, first) for x in own)
         gradients = EAGER.backward(
             do_SHD, Partial(*merged), QKV(q_SHD, k[keys], v[keys]),
-            causal=causal, scale=softmax_scale,
+            window=CAUSAL if causal else EVERYTHING, scale=softmax_scale,
         )  # fmt: skip
         for into, gradient in ((dq[rows], gradients.q[first:]), (dk[keys], gradients.k),
                                (dv[keys], gradients.v)):  # fmt: skip

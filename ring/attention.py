@@ -31,6 +31,7 @@ over the whole pack: MiniMax-01, arXiv:2501.08313, section 3.2.1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,12 +66,14 @@ def ring_attention(
     layout: SequenceLayout | None = None,
     cp_group: dist.ProcessGroup | None = None,
     causal: bool = True,
+    window: tuple[int, int] | None = None,
     scale: float | None = None,
     block: str = "auto",
 ) -> RingOutput:
     """Softmax attention within each document of a pack whose tokens are spread over ranks.
 
-    For query t and the keys s of its document, on whatever rank (s <= t if causal)::
+    For query t and the keys s of its document, on whatever rank (s <= t if causal; from t - left to
+    t + right under a window)::
 
         lse_t = log sum_s exp(scale q_t . k_s)        o_t = sum_s exp(scale q_t . k_s - lse_t) v_s
 
@@ -86,6 +89,8 @@ def ring_attention(
         layout: the same on every rank. None: the T tokens are one document, on one rank.
         cp_group: the P = ``layout.num_ranks`` ranks that hold the pack. None: one rank.
         causal: a query sees itself and what comes before it in its document; else all of it.
+        window: ``(left, right)``, how many tokens before and after itself a query sees at most; -1
+            is no limit. With ``causal`` right is 0 or -1. Keys outside all windows do not move.
         scale: factor of the scores, finite; None: 1 / sqrt(D).
         block: kernel, ``auto``, ``cudnn``, ``flash``, ``cpu_flash`` or ``eager``: see
             :func:`ring.blocks.registry.resolve_block`.
@@ -104,18 +109,43 @@ def ring_attention(
     q, k, v = autocast_inputs(q, k, v)
     _check_tensors(q, k, v)
     check_kinds(layout, cp_group)
+    window = checked_window(window, causal)
     q = join_backward(cp_group, q, k, v)
     scale = checked_scale(q.shape[-1] ** -0.5 if scale is None else scale)
     if scale <= 0:  # kernels scale the mask's -inf with the scores
         q, scale = q * scale, 1.0
     packed = _rows_as_heads(q, k, v, layout) if q.ndim == 4 else (q, k, v)
     output, lse = attend(
-        *packed, layout=layout, cp_group=cp_group, causal=bool(causal), scale=scale, block=block
+        *packed,
+        layout=layout,
+        cp_group=cp_group,
+        causal=bool(causal),
+        window=window,
+        scale=scale,
+        block=block,
     )
     if q.ndim == 4:
         heads = (q.shape[0], q.shape[2])
         output, lse = (x.unflatten(1, heads).transpose(0, 1) for x in (output, lse))
     return RingOutput(output, lse)
+
+
+def checked_window(window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
+    """The window, (-1, -1) for None; ValueError unless it is two limits that fit ``causal``."""
+    if window is None:
+        return (-1, -1)
+    sides = tuple(window) if isinstance(window, Sequence) else ()
+    if len(sides) != 2 or any(type(side) is not int or side < -1 for side in sides):
+        raise ValueError(
+            f"window must be None or (left, right), two integers >= -1, got {window!r}: -1 is no"
+            " limit"
+        )
+    if causal and sides[1] > 0:
+        raise ValueError(
+            f"window must end at the query with causal=True, got right = {sides[1]}: take (left, 0)"
+            " or causal=False"
+        )
+    return sides
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lasp._core.rotary import apply_rotary, check_rotary_dim
 from lasp.sequence.layout import SequenceLayout
-from ring.attention import ring_attention
+from ring.attention import checked_window, ring_attention
 from ring.blocks.registry import check_block
 from ring.torch_ops import check_kinds, positions
 
@@ -30,13 +30,15 @@ class RingAttention(nn.Module):
         rotary_dim: dims of each head that are rotated, even; MiniMax-01: D / 2; 0: none.
         rope_base: 10,000 in MiniMax-01's pre-training, 10,000,000 at 1M context.
         causal: a token sees itself and what comes before it in its document; else all of it.
+        window: ``(left, right)``, tokens before and after itself that a token sees at most; -1: no
+            limit, None: neither.
         block: attention kernel, see :func:`ring.blocks.registry.resolve_block`.
         device: of the parameters.
         dtype: of the parameters.
 
     Raises:
-        ValueError: if a size is below 1, the heads do not divide, ``rotary_dim`` does not fit or
-            ``block`` is unknown.
+        ValueError: if a size is below 1, the heads do not divide, ``rotary_dim`` or ``window`` does
+            not fit or ``block`` is unknown.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class RingAttention(nn.Module):
         rotary_dim: int,
         rope_base: float = 10_000.0,
         causal: bool = True,
+        window: tuple[int, int] | None = None,
         block: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -68,6 +71,7 @@ class RingAttention(nn.Module):
         self.rotary_dim = rotary_dim
         self.rope_base = rope_base
         self.causal = causal
+        self.window = checked_window(window, causal)
         self.block = block
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -118,7 +122,14 @@ class RingAttention(nn.Module):
             for x in (q, k)
         )
         output, _ = ring_attention(
-            q, k, v, layout=layout, cp_group=cp_group, causal=self.causal, block=self.block
+            q,
+            k,
+            v,
+            layout=layout,
+            cp_group=cp_group,
+            causal=self.causal,
+            window=self.window,
+            block=self.block,
         )
         projected: Tensor = self.o_proj(output.flatten(-2))
         return projected

@@ -39,7 +39,8 @@ from ring.exchange import (
     send_kv_grads,
     zeros_for,
 )
-from ring.planner.schedule import KVTile, RingSchedule
+from ring.planner.schedule import RingSchedule
+from ring.planner.tiles import KVTile
 
 
 class RingContext(NamedTuple):
@@ -75,12 +76,12 @@ def forward(qkv: QKV, context: RingContext) -> Partial:
 
     def attend(tiles: Sequence[KVTile], kv: KV, release: Callable[[], None]) -> None:
         """Merge tiles; ``release`` when all that reads kv is queued, before the last merge."""
-        left = sum(len(_row_tiles(tile, schedule, block)) for tile in tiles)
+        left = sum(len(_row_tiles(tile, block)) for tile in tiles)
         if not left:
             release()
         for tile in tiles:
-            part = _gather(tile, qkv.q, kv, schedule)
-            for partial in block.forward_parts(part, scale=scale):
+            part = _gather(tile, qkv.q, kv)
+            for partial in block.forward_parts(part, window=tile.window, scale=scale):
                 left -= 1
                 if not left:
                     release()
@@ -150,11 +151,21 @@ class _TileGradients:
     def add(self, tiles: Iterable[KVTile], kv: KV, dkv: KV) -> None:
         """Add gradients of tiles over ``kv``: to dq, and to ``dkv`` of the same shapes."""
         for tile in tiles:
-            part = _gather(tile, self._q, kv, self._schedule)
-            found = self._rows.over(slice(*self._schedule.rows[tile.rectangle]), part)
-            dq = self._dq[tile.rectangle]  # after one tile it is what the kernel returned
-            self._dq[tile.rectangle] = found.q if dq is None else dq.to(self._dtype).add_(found.q)
+            part = _gather(tile, self._q, kv)
+            found = self._rows.over(slice(*tile.rows), part, tile.window)
+            self._add_rows(tile, found.q)
             _scatter_add(tile, found, dkv)
+
+    def _add_rows(self, tile: KVTile, found: Tensor) -> None:
+        """Add to the dq of a rectangle; after one tile of all rows it is what the kernel made."""
+        rows, dq = self._schedule.rows[tile.rectangle], self._dq[tile.rectangle]
+        if dq is None and tile.rows == rows:
+            self._dq[tile.rectangle] = found
+            return
+        if dq is None:
+            dq = found.new_zeros(rows.length, *found.shape[1:], dtype=self._dtype)
+        self._dq[tile.rectangle] = dq = dq.to(self._dtype)
+        dq[tile.rows.start - rows.start : tile.rows.stop - rows.start] += found
 
     def add_to(self, local: QKV) -> None:
         """Add the sums to the local attention's gradients, in place, and round to their dtype."""
@@ -168,33 +179,29 @@ class _TileGradients:
 
 def _segments(schedule: RingSchedule, device: torch.device) -> Segments:
     borders = schedule.fragment_borders
-    return Segments(borders, cu_seqlens(borders, device), schedule.causal)
+    return Segments(borders, cu_seqlens(borders, device), schedule.window)
 
 
 def _accumulators(local: Partial, schedule: RingSchedule, block: Block) -> list[Accumulator]:
     """One for each rectangle: only these rows are accumulated, in the precision of the lse."""
-    tiles = (*schedule.own_tiles, *(tile for stage in schedule.stages for tile in stage.tiles))
+    coming: list[list[slice]] = [[] for _ in schedule.rows]  # rows within the rectangle
+    for tile in (*schedule.own_tiles, *(tile for stage in schedule.stages for tile in stage.tiles)):
+        first = tile.rows.start - schedule.rows[tile.rectangle].start
+        for rows in _row_tiles(tile, block):
+            coming[tile.rectangle].append(slice(first + rows.start, first + rows.stop))
     return [
-        Accumulator(
-            Partial(*(x[slice(*rows)] for x in local)),
-            (
-                some
-                for tile in tiles
-                if tile.rectangle == number
-                for some in _row_tiles(tile, schedule, block)
-            ),
-        )
-        for number, rows in enumerate(schedule.rows)
+        Accumulator(Partial(*(x[slice(*rows)] for x in local)), some)
+        for rows, some in zip(schedule.rows, coming)
     ]
 
 
-def _row_tiles(tile: KVTile, schedule: RingSchedule, block: Block) -> tuple[slice, ...]:
-    return block.row_tiles(schedule.rows[tile.rectangle].length, tile.num_keys)
+def _row_tiles(tile: KVTile, block: Block) -> tuple[slice, ...]:
+    return block.row_tiles(tile.rows.length, tile.num_keys)
 
 
-def _gather(tile: KVTile, q: Tensor, kv: KV, schedule: RingSchedule) -> QKV:
+def _gather(tile: KVTile, q: Tensor, kv: KV) -> QKV:
     """Rows and keys of a tile; copied only where the keys lie in several ranges."""
-    rows = q[slice(*schedule.rows[tile.rectangle])]
+    rows = q[slice(*tile.rows)]
     if len(tile.keys) == 1:
         keys = slice(*tile.keys[0])
         return QKV(rows, *(x[keys] for x in kv))

@@ -10,11 +10,18 @@ from torch import Tensor
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Sequence[int], causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Sequence[int],
+    causal: bool,
+    scale: float,
+    window: tuple[int, int] = (-1, -1),
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention within each document, with every score in memory.
 
-    For query t and the keys s of its document (s <= t if causal)::
+    For query t and the keys s of its document (s <= t if causal, t - left <= s <= t + right)::
 
         lse_t = log sum_s exp(scale q_t . k_s)        o_t = sum_s exp(scale q_t . k_s - lse_t) v_s
 
@@ -25,6 +32,7 @@ def dense_attention(
         cu_seqlens: N + 1 cumulative document lengths, 0 first, S last.
         causal: a query sees itself and what comes before it.
         scale: factor of the scores.
+        window: left and right; -1 is no limit.
 
     Returns:
         Output ``[S, Hq, V]`` and log-sum-exp ``[S, Hq]``, in the dtype of ``q``.
@@ -38,9 +46,11 @@ def dense_attention(
         k_LHD = k[start:stop].repeat_interleave(groups, dim=1)
         v_LHV = v[start:stop].repeat_interleave(groups, dim=1)
         scores_HLL = scale * torch.einsum("qhd,khd->hqk", q_LHD, k_LHD)
-        if causal:
-            future = torch.ones_like(scores_HLL[0], dtype=torch.bool).triu(1)
-            scores_HLL = scores_HLL.masked_fill(future, float("-inf"))
+        t, s = torch.arange(stop - start)[:, None], torch.arange(stop - start)
+        seen = (s <= t) if causal else torch.ones(len(t), len(t), dtype=torch.bool)
+        seen = seen & (s >= t - window[0]) if window[0] >= 0 else seen
+        seen = seen & (s <= t + window[1]) if window[1] >= 0 else seen
+        scores_HLL = scores_HLL.masked_fill(~seen.to(q.device), float("-inf"))
         outputs.append(torch.einsum("hqk,khv->qhv", scores_HLL.softmax(-1), v_LHV))
         lses.append(scores_HLL.logsumexp(-1).T)
     return torch.cat(outputs), torch.cat(lses)

@@ -26,7 +26,7 @@ from ring.planner.schedule import plan_ring
 
 # The group by its name; an empty one for one rank without a group.
 _WHERE = "Tensor lengths, int num_ranks, str order, str group"
-_SETTINGS = f"{_WHERE}, bool causal, float scale, str block"
+_SETTINGS = f"{_WHERE}, bool causal, int[2] window, float scale, str block"
 _SCHEMA = f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor output, Tensor lse)"
 _BACKWARD_SCHEMA = (
     "attention_backward(Tensor doutput, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor output,"
@@ -43,12 +43,13 @@ def attend(
     layout: SequenceLayout | None,
     cp_group: dist.ProcessGroup | None,
     causal: bool,
+    window: tuple[int, int],
     scale: float,
     block: str,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse of packed tokens ``[T, H, D]``; arguments as those of ``ring_attention``."""
     where = _where(q.shape[0], layout, cp_group)
-    output, lse = torch.ops.ring.attention(q, k, v, *where, causal, scale, block)
+    output, lse = torch.ops.ring.attention(q, k, v, *where, causal, window, scale, block)
     return output, lse
 
 
@@ -119,7 +120,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor) -> QKV:
 
 def _context(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> passes.RingContext:
     """Check what a compiled graph does not know, before any other communication."""
-    lengths, num_ranks, order, group, causal, scale, block = settings
+    lengths, num_ranks, order, group, causal, window, scale, block = settings
     cp_group = _group(group)
     layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
     if cp_group is not None and not is_compared("ring_attention", cp_group):
@@ -127,12 +128,15 @@ def _context(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> passes.RingCont
         how = (
             {"dtype": q.dtype}
             | shapes
-            | {"causal": causal, "scale": scale, "layout": layout.summary}
+            | {"causal": causal, "window": list(window), "scale": scale, "layout": layout.summary}
         )
         compare_first_call("ring_attention", cp_group, q, how)
     rank = _rank_of("q", q, -3, layout, cp_group)
-    kernel = resolve_block(block, q.device, q.dtype, q.shape[-1], v.shape[-1])
-    return passes.RingContext(plan_ring(layout, rank, causal), cp_group, kernel, scale)
+    schedule = plan_ring(layout, rank, causal, window=tuple(window))
+    kernel = resolve_block(
+        block, q.device, q.dtype, q.shape[-1], v.shape[-1], slides=schedule.slides
+    )
+    return passes.RingContext(schedule, cp_group, kernel, scale)
 
 
 def _positions(hidden: Tensor, lengths: Tensor, num_ranks: int, order: Order, group: str) -> Tensor:
@@ -180,7 +184,7 @@ def _gradients(ctx: Any, doutput: Tensor | None, dlse: Tensor | None) -> tuple[T
     if doutput is None:  # not used here; others may wait for the gradients of their keys
         doutput = torch.zeros_like(tensors[3])
     gradients = torch.ops.ring.attention_backward(doutput, dlse, *tensors, lengths, *ctx.settings)
-    return *gradients, *(None,) * 7
+    return *gradients, *(None,) * (1 + len(ctx.settings))
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,7 @@ CALLS: dict[str, tuple[Callable[[dist.ProcessGroup], None], str]] = {
     "ring: autocast": (ring_module, f"ring_attention.*{DTYPES}"),
     "ring: heads": (lambda g: ring(g, heads=on_rank(2, 1)), "[8, 2, 8] on ranks [0]"),
     "ring: mask": (lambda g: ring(g, causal=on_rank(True, False)), "causal True on ranks [0]"),
+    "ring: window": (lambda g: ring(g, window=(on_rank(2, 3), 0)), "window [2, 0] on ranks [0]"),
     "ring: layout": (
         lambda g: ring(g, layout=on_rank(LAYOUT, SequenceLayout((5, 11), 2))),
         "layout 2 documents of 16 tokens over 2 ranks, order contiguous",

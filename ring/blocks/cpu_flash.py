@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ring.blocks.interface import QKV, Block, Operands, bhtd, thd
 from ring.blocks.merge import Partial
+from ring.planner.window import CAUSAL, Window
 
 aten = torch.ops.aten
 
@@ -17,26 +18,27 @@ class CpuFlashBlock(Block):
     name = "cpu_flash"
 
     def obstacle(self, operands: Operands) -> str | None:
-        """Refuse everything but CPU tensors of one head dim."""
+        """Refuse everything but CPU tensors of one head dim without a sliding window."""
         if operands.device.type != "cpu":
             return "needs CPU tensors"
-        same = operands.head_dim == operands.value_dim
-        return None if same else "needs values as wide as keys"
+        if operands.head_dim != operands.value_dim:
+            return "needs values as wide as keys"
+        return "takes no sliding window" if operands.slides else None
 
-    def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
+    def forward(self, qkv: QKV, *, window: Window, scale: float) -> Partial:
         """Run one kernel call."""
         output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            *(bhtd(x) for x in qkv), 0.0, causal, scale=scale
+            *(bhtd(x) for x in qkv), 0.0, window == CAUSAL, scale=scale
         )
         return Partial(thd(output), lse[0].T)
 
     def backward(
-        self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
+        self, doutput: Tensor, merged: Partial, qkv: QKV, *, window: Window, scale: float
     ) -> QKV:
         """Run one kernel call."""
         gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(bhtd(x) for x in (doutput, *qkv, merged.output)),
-            *(merged.lse.T[None], 0.0, causal),
+            *(merged.lse.T[None], 0.0, window == CAUSAL),
             scale=scale,
         )
         return QKV(*(thd(x) for x in gradients))

@@ -8,6 +8,7 @@ from torch import Tensor
 from ring.blocks.flash import FlashBlock
 from ring.blocks.interface import QKV, Operands, bhtd, thd
 from ring.blocks.merge import Partial
+from ring.planner.window import CAUSAL, Window
 
 aten = torch.ops.aten
 
@@ -26,7 +27,9 @@ class CudnnBlock(FlashBlock):
         """Return the obstacle of :class:`FlashBlock`, or name the head dims that cuDNN refuses."""
         if (obstacle := super().obstacle(operands)) is not None:
             return obstacle
-        device, _, head_dim, value_dim = operands
+        device, _, head_dim, value_dim, slides = operands
+        if slides:
+            return "takes no sliding window"
         if head_dim == value_dim <= 128:
             return None
         latent = (head_dim, value_dim) == (192, 128)
@@ -34,15 +37,15 @@ class CudnnBlock(FlashBlock):
             return None
         return "needs one head dim of 128 at most, or 192 and 128 on compute capability 9.0"
 
-    def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
+    def forward(self, qkv: QKV, *, window: Window, scale: float) -> Partial:
         """Run one kernel call, whatever the shape."""
         output, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-            *(bhtd(x.contiguous()) for x in qkv), None, True, 0.0, causal, scale=scale
+            *(bhtd(x.contiguous()) for x in qkv), None, True, 0.0, window == CAUSAL, scale=scale
         )
         return Partial(thd(output), lse[0, :, :, 0].T)
 
     def backward(
-        self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
+        self, doutput: Tensor, merged: Partial, qkv: QKV, *, window: Window, scale: float
     ) -> QKV:
         """Run one kernel call, whatever the shape."""
         lse_BHT1 = merged.lse.T.contiguous()[None, :, :, None]
@@ -50,7 +53,7 @@ class CudnnBlock(FlashBlock):
         bias, lengths = None, (None, None, len(qkv.q), len(qkv.k))
         gradients = aten._scaled_dot_product_cudnn_attention_backward(
             *(bhtd(x.contiguous()) for x in (doutput, *qkv, merged.output)),
-            *(lse_BHT1, seed, seed, bias, *lengths, 0.0, causal),
+            *(lse_BHT1, seed, seed, bias, *lengths, 0.0, window == CAUSAL),
             scale=scale,
         )
         return QKV(*(thd(x) for x in gradients))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ring.blocks.interface import QKV, Block, Operands, Segments
 from ring.blocks.merge import Partial
+from ring.planner.window import CAUSAL, EVERYTHING, Window
 
 aten = torch.ops.aten
 
@@ -24,7 +27,7 @@ class FlashBlock(Block):
 
     def obstacle(self, operands: Operands) -> str | None:
         """Name the device, dtype or head dim that the kernels refuse."""
-        device, dtype, *head_dims = operands
+        device, dtype, *head_dims, _ = operands
         if device.type != "cuda" or torch.version.cuda is None:
             return "needs tensors on an NVIDIA GPU"
         if torch.cuda.get_device_capability(device) < (8, 0):
@@ -35,29 +38,35 @@ class FlashBlock(Block):
             return f"needs head dims that 8 divides, {self.max_head_dim} at most"
         return None
 
-    def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
+    def forward(self, qkv: QKV, *, window: Window, scale: float) -> Partial:
         """Run one kernel call, whatever the shape."""
         lengths = (None, None, len(qkv.q), len(qkv.k))
         output, lse, *_ = aten._flash_attention_forward(
-            *(x[None] for x in _one_width(*qkv)), *lengths, 0.0, causal, False, scale=scale
+            *(x[None] for x in _one_width(*qkv)),
+            *(*lengths, 0.0, window == CAUSAL, False),
+            **_options(window, scale),
         )
         return Partial(_as_wide_as(qkv.v, output[0]), lse[0].T)
 
     def backward(
-        self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
+        self, doutput: Tensor, merged: Partial, qkv: QKV, *, window: Window, scale: float
     ) -> QKV:
         """Run one kernel call, whatever the shape."""
         tensors = (*_one_width(doutput, *qkv, merged.output), merged.lse.T.contiguous())
         lengths = (None, None, len(qkv.q), len(qkv.k))
         gradients = aten._flash_attention_backward(
-            *(x[None] for x in tensors), *lengths, 0.0, causal, *_no_dropout(qkv.q), scale=scale
+            *(x[None] for x in tensors),
+            *(*lengths, 0.0, window == CAUSAL, *_no_dropout(qkv.q)),
+            **_options(window, scale),
         )
         return QKV(*(_as_wide_as(x, dx[0]) for x, dx in zip(qkv, gradients)))
 
     def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
         """Run one varlen call for all segments."""
         output, lse, *_ = aten._flash_attention_forward(
-            *_one_width(*qkv), *segments.lengths, 0.0, segments.causal, False, scale=scale
+            *_one_width(*qkv),
+            *(*segments.lengths, 0.0, segments.window == CAUSAL, False),
+            **_options(segments.window, scale),
         )
         return Partial(_as_wide_as(qkv.v, output), lse.T)
 
@@ -66,9 +75,17 @@ class FlashBlock(Block):
     ) -> QKV:
         """Run one varlen call for all segments."""
         tensors = (*_one_width(doutput, *qkv, merged.output), merged.lse.T.contiguous())
-        rest = (*segments.lengths, 0.0, segments.causal, *_no_dropout(qkv.q))
-        gradients = aten._flash_attention_backward(*tensors, *rest, scale=scale)
+        rest = (*segments.lengths, 0.0, segments.window == CAUSAL, *_no_dropout(qkv.q))
+        options = _options(segments.window, scale)
+        gradients = aten._flash_attention_backward(*tensors, *rest, **options)
         return QKV(*(_as_wide_as(x, dx) for x, dx in zip(qkv, gradients)))
+
+
+def _options(window: Window, scale: float) -> dict[str, Any]:
+    """Keywords of a call; no mask and a causal one are told by ``is_causal`` alone."""
+    if window in (EVERYTHING, CAUSAL):
+        return {"scale": scale}
+    return {"scale": scale, "window_size_left": window.left, "window_size_right": window.right}
 
 
 def _one_width(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lasp._core.dtypes import wide_dtype
 from ring.blocks.interface import QKV, Block, Segments
 from ring.blocks.merge import Partial
+from ring.planner.window import Window
 
 
 class RowGradients:
@@ -41,13 +42,13 @@ class RowGradients:
             nothing = Partial(torch.zeros_like(merged.output), merged.lse)
             self._through_lse = (_columns(dlse, doutput), nothing)
 
-    def over(self, rows: slice, part: QKV) -> QKV:
-        """Gradients of some rows over keys that all of them see."""
+    def over(self, rows: slice, part: QKV, window: Window) -> QKV:
+        """Gradients of some rows over keys outside their fragments."""
 
         def backward(doutput: Tensor, merged: Partial, part: QKV) -> QKV:
             of_rows = Partial(*(x[rows] for x in merged))
             return self._block.backward(
-                doutput[rows], of_rows, part, causal=False, scale=self._scale
+                doutput[rows], of_rows, part, window=window, scale=self._scale
             )
 
         grads = backward(*self._through_output, part)

@@ -1,8 +1,9 @@
 """Block kernels: softmax attention of some rows over some keys, forward and backward.
 
 Kernels stand behind one interface (:class:`Block`), each with a dense form, for the rectangles
-of the schedule, and a varlen form, for the fragments of a rank. ``causal`` is used only where
-queries and keys are the same tokens: its conventions for unequal lengths never matter.
+of the schedule, and a varlen form, for the fragments of a rank. A causal mask is used only where
+queries and keys are the same tokens. Sliding windows are aligned at the last row and the last key,
+and every row sees at least one key.
 
 A backward gets the *merged* output and lse of its rows, so exp(score - lse) is a probability over
 all keys: the dq of tiles add up, and dk and dv are final contributions of the rows.
@@ -22,6 +23,7 @@ from lasp._core.cache import tensor_cache
 from lasp._core.dtypes import wide_dtype
 from lasp._core.host_constants import to_device
 from ring.blocks.merge import Partial
+from ring.planner.window import Window
 
 
 class QKV(NamedTuple):
@@ -33,12 +35,21 @@ class QKV(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What decides whether a kernel can run: of q, k and v the device, the dtype and the widths."""
+    """What decides whether a kernel can run.
+
+    Attributes:
+        device: of q, k and v.
+        dtype: of q, k and v.
+        head_dim: D.
+        value_dim: V.
+        slides: whether rows see the keys of a sliding window only.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     value_dim: int
+    slides: bool = False
 
 
 class Segments(NamedTuple):
@@ -47,12 +58,12 @@ class Segments(NamedTuple):
     Attributes:
         borders: cumulative lengths on the host, 0 first.
         cu_seqlens: the same on the device of the queries, int32.
-        causal: whether a row sees only itself and what comes before it.
+        window: which tokens of its segment a row sees.
     """
 
     borders: tuple[int, ...]
     cu_seqlens: Tensor
-    causal: bool
+    window: Window
 
     @property
     def lengths(self) -> tuple[Tensor, Tensor, int, int]:
@@ -76,12 +87,12 @@ class Block(ABC):
         """Why this kernel cannot take these operands; None if it can."""
 
     @abstractmethod
-    def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
-        """Attention of all rows over all keys; ``causal`` only with Tq = Tk."""
+    def forward(self, qkv: QKV, *, window: Window, scale: float) -> Partial:
+        """Attention of all rows over the keys in their windows; a causal one only with Tq = Tk."""
 
     @abstractmethod
     def backward(
-        self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
+        self, doutput: Tensor, merged: Partial, qkv: QKV, *, window: Window, scale: float
     ) -> QKV:
         """Contributions of these keys to dq, and of these rows to dk and dv."""
 
@@ -89,14 +100,14 @@ class Block(ABC):
         """Rows of each partial that :meth:`forward_parts` yields."""
         return (slice(0, rows),)
 
-    def forward_parts(self, qkv: QKV, *, scale: float) -> Iterator[Partial]:
-        """Attention of all rows over all keys, in partials for an ``Accumulator``."""
-        yield self.forward(qkv, causal=False, scale=scale)
+    def forward_parts(self, qkv: QKV, *, window: Window, scale: float) -> Iterator[Partial]:
+        """Attention of all rows over the keys in their windows, for an ``Accumulator``."""
+        yield self.forward(qkv, window=window, scale=scale)
 
     def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
         """Attention of each segment to itself."""
         parts = [
-            self.forward(QKV(*(x[a:b] for x in qkv)), causal=segments.causal, scale=scale)
+            self.forward(QKV(*(x[a:b] for x in qkv)), window=segments.window, scale=scale)
             for a, b in pairwise(segments.borders)
         ]
         return Partial(*(torch.cat(tensors) for tensors in zip(*parts)))
@@ -110,7 +121,7 @@ class Block(ABC):
                 doutput[a:b],
                 Partial(*(x[a:b] for x in merged)),
                 QKV(*(x[a:b] for x in qkv)),
-                causal=segments.causal,
+                window=segments.window,
                 scale=scale,
             )
             for a, b in pairwise(segments.borders)

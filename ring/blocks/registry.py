@@ -31,13 +31,16 @@ def resolve_block(
     dtype: torch.dtype,
     head_dim: int,
     value_dim: int | None = None,
+    *,
+    slides: bool = False,
 ) -> Block:
     """The block called ``name``, for tensors like these.
 
     ``auto`` takes the first of ``cudnn``, ``flash``, ``cpu_flash`` and ``eager`` without an
     obstacle: ``cudnn`` on NVIDIA GPUs of compute capability 8.0 and above in bfloat16 or float16
     with one head dim up to 128, or 192 for keys and 128 for values from 9.0 on (``flash``: any two
-    up to 256), ``cpu_flash`` on CPUs where both are one, ``eager`` for all else.
+    up to 256, and sliding windows), ``cpu_flash`` on CPUs where both are one and no window slides,
+    ``eager`` for all else.
 
     Args:
         name: of the block, or ``auto``.
@@ -45,19 +48,21 @@ def resolve_block(
         dtype: of the tensors.
         head_dim: D, of queries and keys.
         value_dim: V, of values; None: D.
+        slides: whether rows see a sliding window.
 
     Raises:
         ValueError: if the name is unknown or the block cannot run there.
     """
     value_dim = head_dim if value_dim is None else value_dim
     if name == "auto":
-        return _first_without_obstacle(device, dtype, head_dim, value_dim)
+        return _first_without_obstacle(device, dtype, head_dim, value_dim, slides)
     check_block(name)
-    operands = Operands(device, dtype, head_dim, value_dim)
+    operands = Operands(device, dtype, head_dim, value_dim, slides)
     if (obstacle := BLOCKS[name].obstacle(operands)) is not None:
         raise ValueError(
             f"block {name!r} {obstacle}, got {dtype} on {device.type}, head dim {head_dim} of keys"
-            f' and {value_dim} of values: use "auto", or "eager" for any tensors'
+            f" and {value_dim} of values{', a sliding window' if slides else ''}: use"
+            ' "auto", or "eager" for any tensors'
         )
     return BLOCKS[name]
 

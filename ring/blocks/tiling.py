@@ -36,6 +36,7 @@ from torch import Tensor
 from ring.blocks.interface import QKV, Block, Operands, Segments, cu_seqlens, wide_like
 from ring.blocks.merge import Accumulator, Partial
 from ring.planner.stages import bucket
+from ring.planner.window import CAUSAL, EVERYTHING, Window
 
 MIN_SIDE = 1024  # rows and keys of a dense tile, at least
 MAX_SIDE = 65536  # and at most: offsets within 64 heads of 128 stay far below 2^31
@@ -129,12 +130,12 @@ class TiledBlock(Block):
         """Return the obstacle of ``dense``."""
         return self.dense.obstacle(operands)
 
-    def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
+    def forward(self, qkv: QKV, *, window: Window, scale: float) -> Partial:
         """Run a causal square in one call, a rectangle tile by tile."""
         tiles = tile_rectangle(len(qkv.q), len(qkv.k))
-        if causal or len(tiles) == 1:
+        if window == CAUSAL or len(tiles) == 1:
             block = self.dense if tiles[0].dense else self.other
-            return block.forward(qkv, causal=causal, scale=scale)
+            return block.forward(qkv, window=window, scale=scale)
         lse = wide_like(qkv.q[..., 0]).fill_(float("-inf"))
         into = Partial(lse.new_zeros(*lse.shape, qkv.v.shape[-1]), lse)
         self._merge(into, qkv, scale)
@@ -144,49 +145,49 @@ class TiledBlock(Block):
         """Rows of each tile."""
         return tuple(tile.rows for tile in tile_rectangle(rows, keys))
 
-    def forward_parts(self, qkv: QKV, *, scale: float) -> Iterator[Partial]:
-        """One partial for each tile, so that each is merged once."""
+    def forward_parts(self, qkv: QKV, *, window: Window, scale: float) -> Iterator[Partial]:
+        """One partial for each tile, so that each is merged once; without a mask."""
         for tile in tile_rectangle(len(qkv.q), len(qkv.k)):
             block = self.dense if tile.dense else self.other
             part = QKV(qkv.q[tile.rows], qkv.k[tile.keys], qkv.v[tile.keys])
-            yield block.forward(part, causal=False, scale=scale)
+            yield block.forward(part, window=EVERYTHING, scale=scale)
 
     def _merge(self, into: Partial, qkv: QKV, scale: float) -> None:
         """Merge all rows over all keys into what these rows have so far."""
         accumulator = Accumulator(into, self.row_tiles(len(qkv.q), len(qkv.k)))
-        for partial in self.forward_parts(qkv, scale=scale):
+        for partial in self.forward_parts(qkv, window=EVERYTHING, scale=scale):
             accumulator.add(partial)
 
     def backward(
-        self, doutput: Tensor, merged: Partial, qkv: QKV, *, causal: bool, scale: float
+        self, doutput: Tensor, merged: Partial, qkv: QKV, *, window: Window, scale: float
     ) -> QKV:
         """Gradients; those of several tiles are summed in float32 (float64 for float64)."""
         tiles = tile_rectangle(len(qkv.q), len(qkv.k))
-        if causal or len(tiles) == 1:
+        if window == CAUSAL or len(tiles) == 1:
             block = self.dense if tiles[0].dense else self.other
-            return block.backward(doutput, merged, qkv, causal=causal, scale=scale)
+            return block.backward(doutput, merged, qkv, window=window, scale=scale)
         sums = QKV(*(wide_like(x).zero_() for x in qkv))
         for rows, keys, dense in tiles:
             block = self.dense if dense else self.other
             part = QKV(qkv.q[rows], qkv.k[keys], qkv.v[keys])
             of_rows = Partial(*(x[rows] for x in merged))
-            grads = block.backward(doutput[rows], of_rows, part, causal=False, scale=scale)
+            grads = block.backward(doutput[rows], of_rows, part, window=EVERYTHING, scale=scale)
             for into, gradient in zip(_at(sums, rows, keys), grads):
                 into += gradient
         return sums
 
     def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
         """Segments in tiles; rows of a rectangle are merged in float32 (float64 for float64)."""
-        local = tile_segments(segments.borders, segments.causal)
+        local = tile_segments(segments.borders, segments.window == CAUSAL)
         if not local.squares:
             return self.other.forward_varlen(qkv, segments, scale=scale)
         if local.squares == (slice(0, len(qkv.q)),):
-            return self.forward(qkv, causal=segments.causal, scale=scale)
+            return self.forward(qkv, window=segments.window, scale=scale)
         output = qkv.q.new_empty(*qkv.q.shape[:2], qkv.v.shape[-1])
         lse = wide_like(qkv.q[..., 0])
         for rows in local.squares:
             part = QKV(*(x[rows] for x in qkv))
-            partial = self.forward(part, causal=segments.causal, scale=scale)
+            partial = self.forward(part, window=segments.window, scale=scale)
             output[rows], lse[rows] = partial
         for rows, stretch in _stretches(local, segments):
             part = QKV(*(x[rows] for x in qkv))
@@ -200,11 +201,11 @@ class TiledBlock(Block):
         self, doutput: Tensor, merged: Partial, qkv: QKV, segments: Segments, *, scale: float
     ) -> QKV:
         """Gradients of the tiles; with long segments summed in float32 (float64 for float64)."""
-        local = tile_segments(segments.borders, segments.causal)
+        local = tile_segments(segments.borders, segments.window == CAUSAL)
         if not local.squares:
             return self.other.backward_varlen(doutput, merged, qkv, segments, scale=scale)
         if local.squares == (slice(0, len(qkv.q)),):
-            return self.backward(doutput, merged, qkv, causal=segments.causal, scale=scale)
+            return self.backward(doutput, merged, qkv, window=segments.window, scale=scale)
 
         def of(rows: slice, keys: slice) -> tuple[Tensor, Partial, QKV]:
             part = QKV(qkv.q[rows], qkv.k[keys], qkv.v[keys])
@@ -213,7 +214,7 @@ class TiledBlock(Block):
         sums = QKV(*(wide_like(x) for x in qkv))
         # Squares and stretches have every token once: theirs is stored, not added.
         for rows in local.squares:
-            grads = self.backward(*of(rows, rows), causal=segments.causal, scale=scale)
+            grads = self.backward(*of(rows, rows), window=segments.window, scale=scale)
             for into, gradient in zip(sums, grads):
                 into[rows] = gradient
         for rows, stretch in _stretches(local, segments):
@@ -221,7 +222,7 @@ class TiledBlock(Block):
             for into, gradient in zip(sums, grads):
                 into[rows] = gradient
         for rows, keys in local.rectangles:
-            grads = self.backward(*of(rows, keys), causal=False, scale=scale)
+            grads = self.backward(*of(rows, keys), window=EVERYTHING, scale=scale)
             for into, gradient in zip(_at(sums, rows, keys), grads):
                 into += gradient
         return sums
@@ -242,4 +243,4 @@ def _stretches(local: LocalTiling, segments: Segments) -> Iterator[tuple[slice, 
     for start, *ends in local.stretches:
         borders = (0, *(end - start for end in ends))
         lengths = cu_seqlens(borders, segments.cu_seqlens.device)
-        yield slice(start, ends[-1]), Segments(borders, lengths, segments.causal)
+        yield slice(start, ends[-1]), Segments(borders, lengths, segments.window)

@@ -34,6 +34,20 @@ class TokenIndex:
         first, _, offset = self._sorted[bisect_right(self._sorted, (start, sys.maxsize)) - 1]
         return RowRange(start - first + offset, stop - first + offset)
 
+    def parts(self, want: RowRange) -> list[tuple[RowRange, RowRange]]:
+        """The held parts of ``want``: where they lie, and their positions; joined if both meet."""
+        found: list[tuple[RowRange, RowRange]] = []
+        for start, stop, offset in self._sorted:
+            low, high = max(start, want.start), min(stop, want.stop)
+            if low >= high:
+                continue
+            held = RowRange(low - start + offset, high - start + offset)
+            if found and found[-1][0].stop == held.start and found[-1][1].stop == low:
+                before = found.pop()
+                held, low = RowRange(before[0].start, held.stop), before[1].start
+            found.append((held, RowRange(low, high)))
+        return found
+
     def overlap(self, wanted: Iterable[RowRange]) -> tuple[RowRange, ...]:
         """Where the held part of some ranges of the pack lies: sorted, adjacent ranges joined."""
         found = (

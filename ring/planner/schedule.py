@@ -4,7 +4,8 @@ Only the first fragment of a run can continue a document that began outside the 
 rows need *all* of the document before the run: one rectangle without a mask. Without causality
 the last fragment of a run likewise needs all of the document after it. So a rank's attention is
 one local varlen call over its fragments plus at most one rectangle for each fragment at an edge of
-a run, and no row is in two rectangles.
+a run, and no row is in two rectangles. Under a sliding window only rows near an edge have a
+rectangle, over the keys within reach, and a tile has the window of its rows and keys.
 
 The keys of a rectangle need no order (softmax without a mask is a sum over a set), so it is cut
 into tiles along its keys: those that other runs of the rank hold, and those that each stage brings
@@ -34,24 +35,9 @@ from typing import NamedTuple
 from lasp.sequence.layout import SequenceLayout
 from ring.planner.ranges import RowRange, TokenIndex
 from ring.planner.stages import RULE, StageRule
+from ring.planner.tiles import KVTile, Rectangle, rectangles_of, tiles_over
 from ring.planner.traffic import KVDelivery, KVTraffic, plan_traffic
-
-
-class KVTile(NamedTuple):
-    """All rows of a rectangle over some of its keys, without a mask.
-
-    Attributes:
-        rectangle: index into ``RingSchedule.rows``.
-        keys: ranges of the rank's tokens or of a stage's kv buffer; disjoint, sorted, not empty.
-    """
-
-    rectangle: int
-    keys: tuple[RowRange, ...]
-
-    @property
-    def num_keys(self) -> int:
-        """Number of keys in all ranges."""
-        return sum(some.length for some in self.keys)
+from ring.planner.window import EVERYTHING, Window
 
 
 class KVSlice(NamedTuple):
@@ -114,7 +100,7 @@ class RingSchedule:
     Attributes:
         layout: the layout it was made from.
         rank: rank within the context-parallel group.
-        causal: whether a query sees only itself and what comes before it.
+        window: which tokens of its document a query sees.
         route: ``none``, ``direct`` or ``chain``: see :mod:`ring.planner.traffic`. The same on every
             rank.
         rows: query rows of each rectangle, of the rank's tokens; disjoint, never empty.
@@ -124,7 +110,7 @@ class RingSchedule:
 
     layout: SequenceLayout
     rank: int
-    causal: bool
+    window: Window
     route: str
     rows: tuple[RowRange, ...]
     own_tiles: tuple[KVTile, ...]
@@ -141,6 +127,11 @@ class RingSchedule:
         return sum(sum(stage.kv_exchange.send_tokens) for stage in self.stages)
 
     @cached_property
+    def slides(self) -> bool:
+        """Whether the window is a sliding one."""
+        return self.window.slides
+
+    @cached_property
     def fragment_borders(self) -> tuple[int, ...]:
         """Borders of the rank's fragments among its tokens, 0 first, T last."""
         starts = (fragment.offset for fragment in self.layout.fragments(self.rank))
@@ -149,7 +140,11 @@ class RingSchedule:
 
 @lru_cache(maxsize=32)
 def plan_ring(
-    layout: SequenceLayout, rank: int, causal: bool, rule: StageRule = RULE
+    layout: SequenceLayout,
+    rank: int,
+    causal: bool,
+    rule: StageRule = RULE,
+    window: tuple[int, int] = EVERYTHING,
 ) -> RingSchedule:
     """Schedule of ``rank``; the last 32 are kept, so that all layers of a batch share one.
 
@@ -161,42 +156,20 @@ def plan_ring(
         rank: in [0, P).
         causal: whether a query sees only itself and what comes before it.
         rule: the same on every rank.
+        window: how many tokens before and after itself a query sees at most; -1: no limit.
 
     Raises:
         ValueError: if ``rank`` is not in [0, P).
     """
     own = layout.runs(rank)  # refuses a rank that is none
-    traffic = plan_traffic(layout, causal, rule)
-    rectangles = _rectangles(layout, rank, causal)
-    own_tiles = _tiles(rectangles, TokenIndex(own))
+    longest = max(layout.document_lengths, default=0)
+    seen = Window(window[0], 0 if causal else window[1]).within(longest)
+    traffic = plan_traffic(layout, seen, rule)
+    rectangles = rectangles_of(layout, rank, seen)
+    own_tiles = tiles_over(rectangles, TokenIndex(own), seen)
     stages = _stages(traffic, rank, rectangles) if traffic.num_stages else ()
-    rows = tuple(rows for rows, _ in rectangles)
-    return RingSchedule(layout, rank, causal, traffic.route, rows, own_tiles, stages)
-
-
-Rectangle = tuple[RowRange, list[RowRange]]  # rows of the rank, keys of the pack
-
-
-def _rectangles(layout: SequenceLayout, rank: int, causal: bool) -> list[Rectangle]:
-    found: list[Rectangle] = []
-    for fragment in layout.fragments(rank):
-        if fragment.document == layout.num_documents:
-            continue
-        start = layout.document_starts[fragment.document]
-        stop = start + layout.document_lengths[fragment.document]
-        before = RowRange(start, start + fragment.start)
-        after = RowRange(start + fragment.stop, stop)
-        keys = [side for side in ((before,) if causal else (before, after)) if side.length]
-        if keys:
-            end = fragment.offset + fragment.stop - fragment.start
-            found.append((RowRange(fragment.offset, end), keys))
-    return found
-
-
-def _tiles(rectangles: list[Rectangle], held: TokenIndex) -> tuple[KVTile, ...]:
-    """Tiles over the held keys of each rectangle."""
-    tiles = (KVTile(number, held.overlap(keys)) for number, (_, keys) in enumerate(rectangles))
-    return tuple(tile for tile in tiles if tile.keys)
+    rows = tuple(rectangle.rows for rectangle in rectangles)
+    return RingSchedule(layout, rank, seen, traffic.route, rows, own_tiles, stages)
 
 
 def _stages(traffic: KVTraffic, rank: int, rectangles: list[Rectangle]) -> tuple[RingStage, ...]:
@@ -225,7 +198,7 @@ def _stages(traffic: KVTraffic, rank: int, rectangles: list[Rectangle]) -> tuple
         kv_sent, kv_received, grads_sent, grads_received = (some[number] for some in messages)
         kv_exchange = StageExchange(*side(kv_sent, before), *side(kv_received, buffer))
         grad_exchange = StageExchange(*side(grads_sent, buffer), *side(grads_received, after))
-        tiles = _tiles(rectangles, buffer)
+        tiles = tiles_over(rectangles, buffer, traffic.window)
         stages.append(RingStage(buffer.ranges, kv_exchange, tiles, grad_exchange))
     return tuple(stages)
 

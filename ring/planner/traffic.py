@@ -2,9 +2,10 @@
 
 Another rank needs a fragment of a cut document *whole* or not at all: causally, if that rank
 holds a later fragment of the document (whose rows see everything before it); without causality, if
-it holds any. So the traffic is a table of fragments x ranks: how many rows of a rank see a
-fragment. It is made from the layout alone, with a few operations on CPU tensors, so that one long
-document on 256 ranks (65 thousand entries) takes milliseconds.
+it holds any. Under a sliding window fragments are cut where windows of others begin and end, so
+that this is true for their parts. So the traffic is a table of fragments x ranks: how many rows of
+a rank see a fragment. It is made from the layout alone, with a few operations on CPU tensors, so
+that one long document on 256 ranks (65 thousand entries) takes milliseconds.
 
 A fragment takes one of two routes, and each receipt falls into one of 1 to 4 stages.
 
@@ -39,16 +40,9 @@ import torch
 from torch import Tensor
 
 from lasp.sequence.layout import SequenceLayout
+from ring.planner.fragments import cut_at_windows, cut_documents, rows_in_windows
 from ring.planner.stages import StageRule, stage_tokens, stages_asked, stages_filled
-
-
-class KVFragment(NamedTuple):
-    """A fragment of a cut document, in pack positions."""
-
-    owner: int
-    start: int
-    stop: int
-    document: int
+from ring.planner.window import Window
 
 
 class KVDelivery(NamedTuple):
@@ -80,20 +74,25 @@ class KVTraffic:
     """Everything that crosses ranks under one layout.
 
     Attributes:
-        fragments: fragments of documents that are cut, by owner, then position.
+        fragments: of documents that are cut, by owner, then position.
         route: ``none``, ``direct`` or ``chain``.
         num_stages: the same for all ranks; 0 where nothing moves.
     """
 
-    def __init__(self, layout: SequenceLayout, causal: bool, rule: StageRule) -> None:
-        self.layout, self.causal, self.rule = layout, causal, rule
-        self.fragments = _cut_documents(layout)
+    def __init__(self, layout: SequenceLayout, window: Window, rule: StageRule) -> None:
+        self.layout, self.window, self.rule = layout, window, rule
+        self.fragments = whole = cut_documents(layout)
+        if window.slides:
+            self.fragments = cut_at_windows(whole, layout, window)
         self._owners, starts, stops, documents = (
             torch.tensor(column, dtype=torch.int64, device="cpu")
             for column in (zip(*self.fragments) if self.fragments else [()] * 4)
         )
         self._lengths = stops - starts
-        self._rows = self._rows_that_see(starts, documents)
+        if window.slides and whole:
+            self._rows = rows_in_windows(self.fragments, whole, layout, window)
+        else:
+            self._rows = self._rows_that_see(starts, documents)
         ranks = torch.arange(layout.num_ranks, device="cpu")
         self._needs = (self._rows > 0) & (self._owners[:, None] != ranks)  # bool [fragments, P]
         self._tokens = self._needs * self._lengths[:, None]  # [fragments, P], int64
@@ -109,8 +108,8 @@ class KVTraffic:
     def _rows_that_see(self, starts: Tensor, documents: Tensor) -> Tensor:
         """Rows of each rank that attend to a fragment from outside it: int64 ``[fragments, P]``.
 
-        They are rows of the same document, after the fragment if causal, and may be its owner's:
-        sums over fragments sorted by position.
+        No window slides: they are rows of the same document, after the fragment if causal, and may
+        be its owner's: sums over fragments sorted by position.
         """
         order = starts.argsort()
         held = torch.zeros(
@@ -120,7 +119,7 @@ class KVTraffic:
         documents = documents[order]
         first = torch.searchsorted(documents, documents)
         end = torch.searchsorted(documents, documents, right=True)
-        rows = from_here[1:] if self.causal else from_here[first] - held
+        rows = from_here[1:] if self.window.right == 0 else from_here[first] - held
         return torch.zeros_like(rows).index_copy_(0, order, rows - from_here[end])
 
     @cached_property
@@ -180,8 +179,7 @@ class KVTraffic:
         across: list[int] = by_rank.index_add_(0, self._owners, seen_at_home).tolist()
         for rank in range(self.layout.num_ranks):
             for fragment in self.layout.fragments(rank):
-                length = fragment.stop - fragment.start
-                across[rank] += length * (length + 1) // 2 if self.causal else length**2
+                across[rank] += self.window.pairs(fragment.stop - fragment.start)
         return across
 
     def _direct_time(self) -> int:
@@ -260,20 +258,6 @@ class KVTraffic:
 
 
 @lru_cache(maxsize=8)
-def plan_traffic(layout: SequenceLayout, causal: bool, rule: StageRule) -> KVTraffic:
+def plan_traffic(layout: SequenceLayout, window: Window, rule: StageRule) -> KVTraffic:
     """The traffic under a layout; the last ones are kept."""
-    return KVTraffic(layout, causal, rule)
-
-
-def _cut_documents(layout: SequenceLayout) -> list[KVFragment]:
-    """Fragments of documents that have several; padding attends to its own fragment only."""
-    fragments: list[KVFragment] = []
-    counts: dict[int, int] = {}
-    for rank in range(layout.num_ranks):
-        for fragment in layout.fragments(rank):
-            if fragment.document < layout.num_documents:
-                base = layout.document_starts[fragment.document]
-                where = (base + fragment.start, base + fragment.stop)
-                fragments.append(KVFragment(rank, *where, fragment.document))
-                counts[fragment.document] = counts.get(fragment.document, 0) + 1
-    return [fragment for fragment in fragments if counts[fragment.document] > 1]
+    return KVTraffic(layout, window, rule)

@@ -15,6 +15,7 @@ from lasp.sequence.layout import SequenceLayout
 from ring import ring_attention
 from ring.planner.schedule import plan_ring
 from ring.planner.stages import RULE, StageRule
+from ring.planner.window import CAUSAL, EVERYTHING, Window
 from ring.reference import dense_attention
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.ranks import run_on_ranks
@@ -70,8 +71,16 @@ def random_tensors(
     )
 
 
+def mask(causal: bool) -> Window:
+    return CAUSAL if causal else EVERYTHING
+
+
 def oracle(
-    tensors: tuple[Tensor, ...], lengths: tuple[int, ...], causal: bool, scale: float | None = None
+    tensors: tuple[Tensor, ...],
+    lengths: tuple[int, ...],
+    causal: bool,
+    scale: float | None = None,
+    window: tuple[int, int] = EVERYTHING,
 ) -> tuple[Tensor, ...]:
     """output, lse, dq, dk, dv in float64."""
     *qkv, doutput = (x.double() for x in tensors)
@@ -81,6 +90,7 @@ def oracle(
         cu_seqlens=list(accumulate(lengths, initial=0)),
         causal=causal,
         scale=qkv[0].shape[-1] ** -0.5 if scale is None else scale,
+        window=window,
     )
     gradients = torch.autograd.grad(output, qkv, doutput)
     return output.detach(), lse.detach(), *gradients

@@ -14,7 +14,9 @@ from ring.blocks.interface import QKV
 from ring.blocks.merge import Partial, merge
 from ring.blocks.registry import BLOCKS
 from ring.planner.ranges import RowRange
-from ring.planner.schedule import KVTile, RingSchedule, plan_ring
+from ring.planner.schedule import RingSchedule, plan_ring
+from ring.planner.tiles import KVTile
+from ring.planner.window import EVERYTHING
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
 from tests.ring.cases import (
@@ -166,7 +168,7 @@ def test_autocast_casts_the_inputs_and_nothing_else(block: str) -> None:
 def tile_a_key() -> RingSchedule:
     """Schedule of one rank alone, with two runs: the second sees the first key by key."""
     schedule = plan_ring(SequenceLayout((64,), 2, "zigzag"), 0, True)
-    tiles = tuple(KVTile(0, (RowRange(s, s + 1),)) for s in range(16))
+    tiles = tuple(KVTile(0, RowRange(16, 32), (RowRange(s, s + 1),)) for s in range(16))
     return replace(schedule, own_tiles=tiles, stages=())
 
 
@@ -180,7 +182,7 @@ def test_rows_are_merged_over_tiles_in_float32() -> None:
     merged = Partial(local.output[16:].float(), local.lse[16:])
     for s in range(16):
         key = QKV(q[16:], k[s : s + 1], v[s : s + 1])
-        merged = merge(merged, block.forward(key, causal=False, scale=1.0))
+        merged = merge(merged, block.forward(key, window=EVERYTHING, scale=1.0))
     assert torch.equal(output[16:], merged.output.bfloat16())
     assert torch.equal(lse[16:], merged.lse)
     assert torch.equal(output[:16], local.output[:16])

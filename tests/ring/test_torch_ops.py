@@ -31,7 +31,7 @@ def make_inputs(tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]
 def test_operators_are_well_registered(dtype: torch.dtype, padded: bool) -> None:
     inputs = make_inputs(12, dtype)
     lengths = torch.tensor([[5, 3], [5, 7]] if padded else [5, 7])
-    settings = (lengths, 1, "contiguous", "", True, 0.3, "auto")
+    settings = (lengths, 1, "contiguous", "", True, (-1, -1), 0.3, "auto")
     torch.library.opcheck(torch.ops.ring.attention.default, (*inputs, *settings))
     qkv = [x.detach() for x in inputs]
     results = torch.ops.ring.attention(*qkv, *settings)

@@ -9,11 +9,13 @@ from torch import Tensor
 from ring.blocks.interface import QKV, Block, Operands, Segments
 from ring.blocks.merge import Partial, merge
 from ring.blocks.registry import BLOCKS, resolve_block
+from ring.planner.window import EVERYTHING
 from tests.ring.cases import (
     HEADS,
     assert_all_equal,
     assert_all_within_budget,
     cancelling_terms,
+    mask,
     oracle,
     random_tensors,
 )
@@ -31,9 +33,9 @@ def split(tensors: tuple[Tensor, ...], device: str = "cpu") -> tuple[QKV, Tensor
 def run_dense(block: Block, tensors, causal: bool, device: str = "cpu") -> list[Tensor]:
     qkv, doutput = split(tensors, device)
     scale = qkv.q.shape[-1] ** -0.5
-    output, lse = block.forward(qkv, causal=causal, scale=scale)
+    output, lse = block.forward(qkv, window=mask(causal), scale=scale)
     merged = Partial(output.to(qkv.q.dtype), lse)
-    gradients = block.backward(doutput, merged, qkv, causal=causal, scale=scale)
+    gradients = block.backward(doutput, merged, qkv, window=mask(causal), scale=scale)
     return [lse.cpu() if x is lse else x.to(qkv.q.dtype).cpu() for x in (output, lse, *gradients)]
 
 
@@ -44,7 +46,7 @@ def run_varlen(
     scale = qkv.q.shape[-1] ** -0.5
     borders = tuple(accumulate(lengths, initial=0))
     cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
-    segments = Segments(borders, cu_seqlens, causal)
+    segments = Segments(borders, cu_seqlens, mask(causal))
     output, lse = block.forward_varlen(qkv, segments, scale=scale)
     merged = Partial(output.to(qkv.q.dtype), lse)
     gradients = block.backward_varlen(doutput, merged, qkv, segments, scale=scale)
@@ -102,9 +104,9 @@ class TestInFloat64:
         (q, k, v), doutput = split(tensors)
         parts = [QKV(q, k[:3], v[:3]), QKV(q, k[3:], v[3:])]
         block = BLOCKS[name]
-        merged = merge(*(block.forward(part, causal=False, scale=0.5) for part in parts))
+        merged = merge(*(block.forward(part, window=EVERYTHING, scale=0.5) for part in parts))
         first, second = (
-            block.backward(doutput, merged, part, causal=False, scale=0.5) for part in parts
+            block.backward(doutput, merged, part, window=EVERYTHING, scale=0.5) for part in parts
         )
         gradients = (
             first.q + second.q,
@@ -175,12 +177,12 @@ def test_cuda_kernels_take_these_arguments(name: str, dims, rows: int, keys: int
     qkv, doutput = split(tensors, "meta")
     block = BLOCKS[name]
     results = []
-    partial = block.forward(qkv, causal=False, scale=0.1)
-    results.append((partial, block.backward(doutput, partial, qkv, causal=False, scale=0.1)))
+    partial = block.forward(qkv, window=EVERYTHING, scale=0.1)
+    results.append((partial, block.backward(doutput, partial, qkv, window=EVERYTHING, scale=0.1)))
     if rows == keys:
         cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta")
         for causal in (True, False):
-            segments = Segments((0, 5, rows), cu_seqlens, causal)
+            segments = Segments((0, 5, rows), cu_seqlens, mask(causal))
             partial = block.forward_varlen(qkv, segments, scale=0.1)
             gradients = block.backward_varlen(doutput, partial, qkv, segments, scale=0.1)
             results.append((partial, gradients))

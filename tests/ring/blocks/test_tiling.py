@@ -16,6 +16,7 @@ from ring.blocks.merge import Partial
 from ring.blocks.registry import BLOCKS
 from ring.blocks.tiling import TiledBlock, tile_rectangle, tile_segments, tile_side
 from ring.planner.stages import bucket
+from ring.planner.window import CAUSAL, Window
 from tests.ring.blocks.test_blocks import rectangle, rectangle_oracle, run_dense, run_varlen
 from tests.ring.cases import HEADS, assert_all_equal, oracle, random_tensors
 
@@ -26,16 +27,16 @@ class Noting(Block):
     def __init__(self) -> None:
         self.shapes: list[tuple[int, int, bool]] = []
 
-    def obstacle(self, device, dtype, head_dim) -> None:
+    def obstacle(self, operands) -> None:
         return None
 
-    def forward(self, qkv: QKV, *, causal: bool, scale: float) -> Partial:
-        self.shapes.append((len(qkv.q), len(qkv.k), causal))
-        return BLOCKS["eager"].forward(qkv, causal=causal, scale=scale)
+    def forward(self, qkv: QKV, *, window: Window, scale: float) -> Partial:
+        self.shapes.append((len(qkv.q), len(qkv.k), window == CAUSAL))
+        return BLOCKS["eager"].forward(qkv, window=window, scale=scale)
 
-    def backward(self, doutput, merged, qkv: QKV, *, causal: bool, scale: float) -> QKV:
-        self.shapes.append((len(qkv.q), len(qkv.k), causal))
-        return BLOCKS["eager"].backward(doutput, merged, qkv, causal=causal, scale=scale)
+    def backward(self, doutput, merged, qkv: QKV, *, window: Window, scale: float) -> QKV:
+        self.shapes.append((len(qkv.q), len(qkv.k), window == CAUSAL))
+        return BLOCKS["eager"].backward(doutput, merged, qkv, window=window, scale=scale)
 
 
 @pytest.fixture(autouse=True)
@@ -143,9 +144,12 @@ def test_a_long_fragment_is_square_square_and_rest() -> None:
 def test_one_square_is_not_copied() -> None:
     """Results of the kernel as they are, and in its dtype."""
     q, k, v, doutput = random_tensors(16, 2, 1, 4, torch.bfloat16)
-    qkv, segments = QKV(q, k, v), Segments((0, 16), torch.tensor([0, 16], dtype=torch.int32), True)
+    qkv, segments = (
+        QKV(q, k, v),
+        Segments((0, 16), torch.tensor([0, 16], dtype=torch.int32), CAUSAL),
+    )
     block, dense, _ = make_block()
-    partial = BLOCKS["cpu_flash"].forward(qkv, causal=True, scale=1.0)
+    partial = BLOCKS["cpu_flash"].forward(qkv, window=CAUSAL, scale=1.0)
     with (
         patch.object(dense, "forward", lambda *args, **kwargs: partial),
         patch.object(dense, "backward", lambda *args, **kwargs: qkv),
@@ -158,7 +162,7 @@ def test_short_segments_are_one_varlen_call() -> None:
     calls = []
     block, _, other = make_block()
     with patch.object(other, "forward_varlen", lambda *args, **kwargs: calls.append(args)):
-        segments = Segments((0, 3, 10), torch.tensor([0, 3, 10], dtype=torch.int32), True)
+        segments = Segments((0, 3, 10), torch.tensor([0, 3, 10], dtype=torch.int32), CAUSAL)
         block.forward_varlen(
             QKV(*random_tensors(10, 2, 1, 4, torch.float32)[:3]), segments, scale=1
         )

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from lasp.sequence.layout import SequenceLayout
 from ring.planner.ranges import RowRange
-from ring.planner.schedule import KVTile, RingSchedule, plan_ring
+from ring.planner.schedule import RingSchedule, plan_ring
 from ring.planner.stages import RULE, StageRule
+from ring.planner.tiles import KVTile
+from ring.planner.window import EVERYTHING, Window
 from tests.ring.cases import ORDERS, PACKS, RULES
 
 LAYOUTS = st.builds(
@@ -83,9 +85,17 @@ def check_exchanges(layout: SequenceLayout, schedules: list[RingSchedule]) -> No
     assert sum(home, Counter()) == users
 
 
-def check_schedule(layout: SequenceLayout, causal: bool, rule: StageRule = RULE) -> None:
+def check_schedule(
+    layout: SequenceLayout, causal: bool, rule: StageRule = RULE, window: Window = EVERYTHING
+) -> None:
     """Every allowed pair once, and every needed token once."""
-    schedules = [plan_ring(layout, rank, causal, rule) for rank in range(layout.num_ranks)]
+    ranks = range(layout.num_ranks)
+    schedules = [plan_ring(layout, rank, causal, rule, window) for rank in ranks]
+    left, right = (side if side >= 0 else layout.num_tokens for side in window)
+
+    def sees(t: int, s: int) -> bool:
+        return (s <= t or not causal) and t - left <= s <= t + right
+
     document = [
         n for n in range(len(layout.borders) - 1) for _ in range(*layout.borders[n : n + 2])
     ]
@@ -94,7 +104,7 @@ def check_schedule(layout: SequenceLayout, causal: bool, rule: StageRule = RULE)
         pairs = []
         for fragment in layout.fragments(rank):
             tokens = held[fragment.offset : fragment.offset + fragment.stop - fragment.start]
-            pairs += [(t, s) for t in tokens for s in tokens if s <= t or not causal]
+            pairs += [(t, s) for t in tokens for s in tokens if sees(t, s)]
         kv_buffers = [expand(stage.keys) for stage in schedule.stages]
         tiles = [(tile, held) for tile in schedule.own_tiles]
         tiles += [
@@ -102,11 +112,21 @@ def check_schedule(layout: SequenceLayout, causal: bool, rule: StageRule = RULE)
             for stage, kv_buffer in zip(schedule.stages, kv_buffers)
             for t in stage.tiles
         ]
-        for (rectangle, keys), buffer in tiles:
-            rows = [held[i] for i in range(*schedule.rows[rectangle])]
-            assert rows
+        for (rectangle, where, keys, seen), buffer in tiles:
+            of_rectangle = range(*schedule.rows[rectangle])
+            assert set(range(*where)) <= set(of_rectangle)
+            assert where.length
+            assert window.slides or list(range(*where)) == list(of_rectangle)
             assert keys
-            pairs += [(t, buffer[i]) for t in rows for i in expand(keys)]
+            assert len(keys) == 1 or not seen.slides
+            rows, columns = range(*where), expand(keys)
+            ahead = len(columns) - len(rows)
+            for i, t in enumerate(rows):
+                low = i + ahead - seen.left if seen.left >= 0 else 0
+                high = i + ahead + seen.right if seen.right >= 0 else len(columns)
+                found = [s for j, s in enumerate(columns) if low <= j <= high]
+                assert found  # kernels fault on rows without keys
+                pairs += [(held[t], buffer[s]) for s in found]
         real = {
             start + i
             for start, length in zip(layout.document_starts, layout.document_lengths)
@@ -116,7 +136,7 @@ def check_schedule(layout: SequenceLayout, causal: bool, rule: StageRule = RULE)
             (t, s)
             for t in held
             for s in real
-            if t in real and document[t] == document[s] and (s <= t or not causal)
+            if t in real and document[t] == document[s] and sees(t, s)
         }
         covered = [pair for pair in pairs if pair[0] in real]
         assert len(covered) == len(set(covered))
@@ -133,10 +153,15 @@ def check_schedule(layout: SequenceLayout, causal: bool, rule: StageRule = RULE)
     check_exchanges(layout, schedules)
 
 
+SIDES = st.sampled_from((-1, -1, 0, 1, 2, 3, 5, 9, 40))
+
+
 @settings(max_examples=250, deadline=None)
-@given(LAYOUTS, st.booleans(), st.sampled_from(RULES))
-def test_covers_every_allowed_pair_once_and_moves_what_is_needed(layout, causal, rule) -> None:
-    check_schedule(layout, causal, rule)
+@given(LAYOUTS, st.booleans(), st.sampled_from(RULES), st.builds(Window, SIDES, SIDES))
+def test_covers_every_allowed_pair_once_and_moves_what_is_needed(
+    layout, causal, rule, window
+) -> None:
+    check_schedule(layout, causal, rule, window)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -152,10 +177,10 @@ def test_example_of_the_module_docstring() -> None:
     layout = SequenceLayout((8,), 2, "zigzag")
     first, second = (plan_ring(layout, rank, True) for rank in (0, 1))
     assert first.rows == (RowRange(2, 4),)
-    assert first.own_tiles == (KVTile(0, (RowRange(0, 2),)),)
+    assert first.own_tiles == (KVTile(0, RowRange(2, 4), (RowRange(0, 2),)),)
     (stage,) = first.stages
     assert stage.keys == (RowRange(2, 6),)
-    assert stage.tiles == (KVTile(0, (RowRange(0, 4),)),)
+    assert stage.tiles == (KVTile(0, RowRange(2, 4), (RowRange(0, 4),)),)
     assert second.rows == (RowRange(0, 4),)
     assert not second.own_tiles
     assert second.stages[0].keys == (RowRange(0, 2),)
@@ -180,8 +205,8 @@ def test_keys_that_two_rectangles_need_are_received_once() -> None:
     assert len(schedule.rows) == 2
     assert [stage.keys for stage in schedule.stages] == [(RowRange(0, 2), RowRange(4, 8))]
     assert schedule.stages[0].tiles == (
-        KVTile(0, (RowRange(0, 2),)),
-        KVTile(1, (RowRange(0, 6),)),
+        KVTile(0, RowRange(0, 2), (RowRange(0, 2),)),
+        KVTile(1, RowRange(2, 4), (RowRange(0, 6),)),
     )
 
 

@@ -11,8 +11,9 @@ from lasp.sequence.layout import SequenceLayout
 from ring.planner.schedule import plan_ring
 from ring.planner.stages import RULE, StageRule, bucket, stage_tokens, stages_asked, stages_filled
 from ring.planner.traffic import KVTraffic, plan_traffic
+from ring.planner.window import CAUSAL, EVERYTHING
 from tests.lasp.distributions import document_lengths as distribution
-from tests.ring.cases import NOTHING_HIDES, ORDERS
+from tests.ring.cases import NOTHING_HIDES, ORDERS, mask
 
 # ---- stages ----------------------------------------------------------------------------------
 
@@ -111,12 +112,12 @@ def test_kv_buffers_are_no_larger_than_own_tokens_where_the_stages_allow_it(pack
 
 def test_the_attention_to_own_keys_hides_the_first_stage() -> None:
     layout = SequenceLayout((2 * 8192,), 2, "zigzag")
-    traffic = plan_traffic(layout, True, RULE)
+    traffic = plan_traffic(layout, CAUSAL, RULE)
     # Rank 0: two fragments of 4096 and one over the other; rank 1: one fragment of 8192.
     assert traffic._local_pairs() == [2 * (4096 * 4097 // 2) + 4096**2, 8192 * 8193 // 2]
     for pairs_per_token, stages in ((4096, 1), (4097, 2), (8192, 2)):
         rule = RULE._replace(pairs_per_token=pairs_per_token)
-        assert plan_traffic(layout, True, rule).num_stages == stages
+        assert plan_traffic(layout, CAUSAL, rule).num_stages == stages
 
 
 # ---- routes ----------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def test_the_attention_to_own_keys_hides_the_first_stage() -> None:
 
 def forced(layout: SequenceLayout, route: str, causal: bool = True) -> KVTraffic:
     rule = RULE._replace(chain_gain=0.0 if route == "chain" else math.inf)
-    traffic = plan_traffic(layout, causal, rule)
+    traffic = plan_traffic(layout, mask(causal), rule)
     assert traffic.route == route
     return traffic
 
@@ -137,7 +138,7 @@ def busiest_sender(layout: SequenceLayout, route: str) -> int:
 def test_a_hot_owner_starts_chains_instead_of_sending_to_all() -> None:
     layout = SequenceLayout(distribution("A", 2**20, 0), 64, "fold")
     direct, chain = (busiest_sender(layout, route) for route in ("direct", "chain"))
-    assert plan_traffic(layout, True, RULE).route == "chain"
+    assert plan_traffic(layout, CAUSAL, RULE).route == "chain"
     assert chain < direct / 2
 
 
@@ -155,7 +156,7 @@ def test_a_chain_through_one_document_is_the_ring(causal: bool) -> None:
 
 def test_a_document_over_two_ranks_goes_to_the_neighbour_directly() -> None:
     layout = SequenceLayout((6, 4, 6), 4)  # borders at 4, 8, 12
-    traffic = plan_traffic(layout, True, RULE)
+    traffic = plan_traffic(layout, CAUSAL, RULE)
     assert (traffic.route, traffic.num_stages) == ("direct", 1)
     edges = [
         (d.sender, d.consumer)
@@ -179,7 +180,7 @@ def test_documents_over_three_ranks_make_a_truncated_ring() -> None:
 
 def test_sources_come_in_ring_order_backwards() -> None:
     rule = StageRule(max_stages=4, min_tokens=8, pairs_per_token=10**9, chain_gain=math.inf)
-    traffic = plan_traffic(SequenceLayout((40,), 5), False, rule)
+    traffic = plan_traffic(SequenceLayout((40,), 5), EVERYTHING, rule)
     owners = {
         rank: [
             [
@@ -200,7 +201,7 @@ def test_sources_come_in_ring_order_backwards() -> None:
 def test_estimated_times_are_those_of_the_schedules(order, route: str) -> None:
     layout = SequenceLayout(distribution("C", 2**16, 3), 8, order)
     rule = StageRule(3, 100, NOTHING_HIDES, chain_gain=0.0 if route == "chain" else math.inf)
-    traffic = plan_traffic(layout, True, rule)
+    traffic = plan_traffic(layout, CAUSAL, rule)
     assert traffic.route == route
     schedules = [plan_ring(layout, rank, True, rule) for rank in range(8)]
     time = sum(

@@ -1,0 +1,81 @@
+"""Rectangles, rows of a rank that see keys outside their fragment, and their tiles."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lasp.sequence.layout import SequenceLayout
+from ring.planner.ranges import RowRange, TokenIndex
+from ring.planner.window import EVERYTHING, Window
+
+
+class KVTile(NamedTuple):
+    """Rows of a rectangle over some of its keys: all rows and no mask, but for sliding windows.
+
+    Attributes:
+        rectangle: index into ``RingSchedule.rows``.
+        rows: of the rank's tokens, within the rectangle; each sees at least one of the keys.
+        keys: ranges of the rank's tokens or of a stage's kv buffer; disjoint, sorted, not empty.
+        window: of the rows over the keys, last row and last key aligned; if it is one, they are
+            one range.
+    """
+
+    rectangle: int
+    rows: RowRange
+    keys: tuple[RowRange, ...]
+    window: Window = EVERYTHING
+
+    @property
+    def num_keys(self) -> int:
+        """Number of keys in all ranges."""
+        return sum(some.length for some in self.keys)
+
+
+class Rectangle(NamedTuple):
+    """Rows of a fragment that see keys outside it.
+
+    Attributes:
+        rows: of the rank's tokens.
+        position: of the first row, in the pack.
+        keys: positions in the pack that some of the rows see: before the fragment, behind it.
+    """
+
+    rows: RowRange
+    position: int
+    keys: tuple[RowRange, ...]
+
+
+def rectangles_of(layout: SequenceLayout, rank: int, window: Window) -> list[Rectangle]:
+    """The rectangles of a rank, fragment by fragment; none for padding."""
+    found: list[Rectangle] = []
+    for fragment in layout.fragments(rank):
+        if fragment.document == layout.num_documents:
+            continue
+        start = layout.document_starts[fragment.document]
+        own = RowRange(start + fragment.start, start + fragment.stop)
+        stop = start + layout.document_lengths[fragment.document]
+        keys = (window.before(own, start), window.after(own, stop))
+        sides: list[tuple[RowRange, tuple[RowRange, ...]]]
+        sides = [(window.rows(own, some), (some,)) for some in keys if some.length]
+        if len(sides) == 2 and sides[0][0].stop > sides[1][0].start:  # they share rows
+            sides = [(own, keys)]
+        for rows, seen in sides:
+            first = fragment.offset + rows.start - own.start
+            found.append(Rectangle(RowRange(first, first + rows.length), rows.start, seen))
+    return found
+
+
+def tiles_over(rectangles: list[Rectangle], held: TokenIndex, window: Window) -> tuple[KVTile, ...]:
+    """Tiles over the held keys of each rectangle: one, or one a range under a sliding window."""
+    tiles: list[KVTile] = []
+    for number, (rows, position, keys) in enumerate(rectangles):
+        if not window.slides:
+            tiles.append(KVTile(number, rows, held.overlap(keys)))
+            continue
+        places = RowRange(position, position + rows.length)
+        for where, seen in (part for side in keys for part in held.parts(side)):
+            some = window.rows(places, seen)
+            first = rows.start + some.start - position
+            of_rank = RowRange(first, first + some.length)
+            tiles.append(KVTile(number, of_rank, (where,), window.aligned(some, seen)))
+    return tuple(tile for tile in tiles if tile.keys)

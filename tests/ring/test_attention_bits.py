@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -22,11 +23,11 @@ from tests.ring.cases import (
 )
 
 
-def leaky_plan(layout: SequenceLayout, rank: int, causal: bool) -> RingSchedule:
+def leaky_plan(layout: SequenceLayout, rank: int, causal: bool, **options: Any) -> RingSchedule:
     """What a lost document border would do: the first two documents are one."""
     first, second, *rest = layout.document_lengths
     merged = SequenceLayout((first + second, *rest), layout.num_ranks, layout.order)
-    return plan_ring(merged, rank, causal)
+    return plan_ring(merged, rank, causal, **options)
 
 
 def planned_by(planted: bool):

@@ -1,6 +1,7 @@
 """Mixture-of-experts layers over EP x ETP ranks."""
 
 from moe_parallel.config import MoEConfig, RouterConfig
+from moe_parallel.dense import DenseLayer
 from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 from moe_parallel.layer import ExpertParallelMoE, MoEOutput
 from moe_parallel.pipeline.timeline import Timeline
@@ -14,6 +15,7 @@ from moe_parallel.topology import ExpertGroups, ExpertTopology, ParallelGroups
 from moe_parallel.wrappers import apply_ddp, apply_fsdp, clip_grad_norm_
 
 __all__ = [
+    "DenseLayer",
     "ExpertGroups",
     "ExpertParallelMoE",
     "ExpertTopology",

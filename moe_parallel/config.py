@@ -153,6 +153,9 @@ class MoEConfig:
             the router has the default ``score_function``, no bias, no groups and no scaling. For
             other routers they compute the logits and their gradients, and plain torch chooses.
         router: how experts are scored and chosen.
+        shared_ffn_size: FFN width of the shared expert, a dense SwiGLU that takes every token and
+            whose output is added; several shared experts are one of their widths' sum. None: none.
+        shared_gate: the shared expert's output is multiplied by a sigmoid gate of its own.
 
     Raises:
         ValueError: naming the argument.
@@ -171,10 +174,12 @@ class MoEConfig:
     pad_to_capacity: bool = False
     impl: Impl = "auto"
     router: RouterConfig = RouterConfig()
+    shared_ffn_size: int | None = None
+    shared_gate: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(self, "hidden_size", "ffn_size", "num_experts", "top_k")
-        for name in ("overlap_groups", "max_rows"):
+        for name in ("overlap_groups", "max_rows", "shared_ffn_size"):
             if getattr(self, name) is not None:
                 check_sizes(self, name)
         if self.top_k > self.num_experts:
@@ -183,6 +188,10 @@ class MoEConfig:
             )
         self.router.check_choice(self.num_experts, self.top_k)
         check_coefficient("aux_loss_coefficient", self.aux_loss_coefficient)
+        if self.shared_gate and self.shared_ffn_size is None:
+            raise ValueError(
+                "shared_gate must be False without a shared expert, got True: set shared_ffn_size"
+            )
         if self.gemm not in get_args(Gemm):
             raise ValueError(f"gemm must be one of {get_args(Gemm)}, got {self.gemm!r}")
         check_impl(self.impl)

@@ -19,6 +19,7 @@ from moe_parallel.dispatch import SymmetricMemory, make_dispatcher
 from moe_parallel.dispatch.padding import padded_rows
 from moe_parallel.dispatch.permute import SentRows, permute, row_order, unpermute
 from moe_parallel.dispatch.plan import checked_rows
+from moe_parallel.experts.dense import DenseFFN
 from moe_parallel.experts.experts import Experts, generator_of
 from moe_parallel.mesh import expert_mesh
 from moe_parallel.pipeline.groups import expert_groups, positions_on
@@ -40,8 +41,8 @@ class MoEOutput(NamedTuple):
     """Result of :class:`ExpertParallelMoE`.
 
     Attributes:
-        output: the shape and dtype of the input, or autocast's dtype; zero for padding and for
-            tokens whose assignments were all dropped.
+        output: the shape and dtype of the input, or autocast's dtype; zero for padding, and
+            without a shared expert for tokens whose assignments were all dropped.
         aux_loss: this rank's share of the router's losses, a float32 (float64) scalar. Add it to
             this rank's loss: the shares sum to the loss of the whole batch.
         stats: assigned and dropped tokens of every expert over all ranks, on the device.
@@ -64,7 +65,8 @@ class ExpertParallelMoE(nn.Module):
     Parameters: ``gate.weight`` ``[E, hidden]``, the same on every rank, float32 (float64 in a
     float64 layer) whatever ``dtype`` is, as MiniMax keeps it; choose the dtype here rather than by
     ``.to(dtype)``, which would round the gate too. ``experts.w13`` and ``experts.w2`` hold this
-    rank's part (:meth:`moe_parallel.experts.experts.Experts.sharding`).
+    rank's part (:meth:`moe_parallel.experts.experts.Experts.sharding`), ``shared.*`` the whole
+    shared expert (:class:`moe_parallel.experts.dense.DenseFFN`).
 
     Args:
         config: sizes and policies.
@@ -77,9 +79,9 @@ class ExpertParallelMoE(nn.Module):
         dtype: dtype of the experts and the tokens.
 
     Gradients: parameter gradients are this rank's. If the loss is the sum of the ranks' losses (a
-    mean must divide by the global token count), the caller sums ``experts.*`` over the EDP group
-    and ``gate.weight`` over the token group. Run backward on every rank, also one without tokens.
-    Differentiating gradients again raises RuntimeError.
+    mean must divide by the global token count), the caller sums ``experts.*`` over the EDP group,
+    ``gate.weight`` and ``shared.*`` over the token group. Run backward on every rank, also one
+    without tokens. Differentiating gradients again raises RuntimeError.
 
     Communication, per call: one all-gather over the token group (:mod:`moe_parallel.router.route`);
     two all-to-alls over EP and two over ETP for each of ``overlap_groups`` groups of experts, under
@@ -127,6 +129,10 @@ class ExpertParallelMoE(nn.Module):
             device=device,
             dtype=dtype,
         )
+        self.shared: DenseFFN | None = None
+        if config.shared_ffn_size is not None:
+            ffn_size, how = config.shared_ffn_size, (config.shared_gate, config.impl)
+            self.shared = DenseFFN(config.hidden_size, ffn_size, *how, device=device, dtype=dtype)
         if (config.overlap_groups or 1) > self.experts.num_local:
             raise ValueError(
                 f"overlap_groups must be at most the {self.experts.num_local} experts of a rank,"
@@ -144,11 +150,13 @@ class ExpertParallelMoE(nn.Module):
             gain: factor of the experts' standard deviation (DeepNorm's beta); not of the gate's.
         """
         # A seed each: from the same start, the gate would be rows of whatever else the seed draws.
-        for_gate, for_experts = torch.randint(
-            2**63 - 1, (2,), generator=generator_of(seed), device="cpu"
+        for_gate, for_experts, for_shared = torch.randint(
+            2**63 - 1, (3,), generator=generator_of(seed), device="cpu"
         ).tolist()
         self.experts.reset_parameters(for_experts, gain=gain)
         self.gate.reset_parameters(generator_of(for_gate))
+        if self.shared is not None:
+            self.shared.reset_parameters(generator_of(for_shared), gain=gain)
 
     @outside_graphs
     def forward(
@@ -229,8 +237,8 @@ class ExpertParallelMoE(nn.Module):
             timeline: see :meth:`forward`.
 
         Returns:
-            ``[T, hidden]``, zero for tokens whose assignments were all dropped; and the routing,
-            with the drops of ``pad_to_capacity``.
+            ``[T, hidden]``, the shared expert's output for tokens whose assignments were all
+            dropped, without one zero; and the routing, with the drops of ``pad_to_capacity``.
 
         Communication: see :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`.
 
@@ -240,8 +248,8 @@ class ExpertParallelMoE(nn.Module):
         config, mesh = self.config, self.mesh
         impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
         if config.pad_to_capacity and self.training:
-            padded = padded_rows(routing, config, token_order, partial(self._groups, x_TM=x_TM))
-            routing, rows = padded
+            groups = partial(self._groups, x_TM=x_TM)
+            routing, rows = padded_rows(routing, config, token_order, groups)
         else:
             rows = self._kept_rows(x_TM, routing, token_order)
         wait = rows.wait
@@ -249,11 +257,16 @@ class ExpertParallelMoE(nn.Module):
             wait = partial(checked_rows, wait, config.max_rows, mesh)
         dispatch = self.dispatcher.start_call(wait, rows.groups, most_rows=rows.most, like=x_TM)
         order = replace(rows.order, place=dispatch.place)
-        # Without drops the host waits for the counts after this: meanwhile the device permutes.
+        # Without drops the host waits for the counts after this: meanwhile the device permutes, and
+        # computes the shared expert; over several ranks it does that while rows travel.
         rows_AM = permute(x_TM, order, impl)
+        shared = None
+        if self.shared is not None:
+            shared = self.shared.start(x_TM, aside=bool(dispatch.lanes))
         mean_rows = rows.total // mesh.num_token_ranks * mesh.etp_size
         results_AM: Tensor = self.experts(rows_AM, Pipeline(dispatch, timeline), num_rows=mean_rows)
-        return unpermute(results_AM, routing.weights, order, impl), routing
+        output_TM = unpermute(results_AM, routing.weights, order, impl)
+        return output_TM if shared is None else output_TM + shared(), routing
 
     def _kept_rows(self, x_TM: Tensor, routing: Routing, token_order: TokenOrder) -> SentRows:
         """One row for each kept assignment."""

@@ -42,6 +42,7 @@ def reference_moe(
     expert_bias: Sequence[float] | None = None,
     replayed: Sequence[Sequence[int]] | None = None,
     sequences: Sequence[int] | None = None,
+    shared: Sequence[Tensor] = (),
 ) -> ReferenceOutput:
     """h_n = sum over the kept of n's top k experts of softmax(top-k logits) FFN_e(x_n).
 
@@ -63,6 +64,8 @@ def reference_moe(
         expert_bias: E numbers; None: zeros.
         replayed: the experts of each token; None: the router chooses.
         sequences: the sequence of each token, from 0; None: all tokens are one.
+        shared: ``w13`` ``[2, F, M]`` and ``w2`` ``[M, F]`` of the shared expert, and its gate
+            ``[1, M]`` if it has one.
     """
     tokens, num_experts = x_NM.shape[0], gate_EM.shape[0]
     dtype = wide_dtype(x_NM.dtype)
@@ -97,7 +100,7 @@ def reference_moe(
         weights = logits_NE[token, experts].softmax(0) if by_logits else scores_NE[token, experts]
         if router.normalize and not by_logits:
             weights = weights / weights.sum()
-        row = torch.zeros_like(x_NM[token])
+        row = _shared(x_NM[token], *shared) if shared else torch.zeros_like(x_NM[token])
         for weight, expert in zip((weights * router.scaling).to(x_NM.dtype), experts):
             if (token, expert) in kept:
                 gate, up = w13_E2FM[expert] @ x_NM[token]
@@ -115,6 +118,13 @@ def reference_moe(
     z_loss = logits_NE.exp().sum(1).log().square().sum() / max(tokens, 1)
     aux_loss = aux_loss + router.z_loss_coefficient * z_loss
     return ReferenceOutput(output_NM, aux_loss, kept)
+
+
+def _shared(x_M: Tensor, w13: Tensor, w2: Tensor, gate: Tensor | None = None) -> Tensor:
+    """The shared expert of a token."""
+    first, up = w13 @ x_M
+    y_M: Tensor = w2 @ (F.silu(first) * up)
+    return y_M if gate is None else y_M * (gate @ x_M).sigmoid()
 
 
 def _largest(values: Sequence[float], among: Iterable[int], count: int) -> list[int]:

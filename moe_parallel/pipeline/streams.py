@@ -29,7 +29,7 @@ class TurnStreams:
         self._streams: tuple[torch.cuda.Stream, ...] = ()
         if device.type == "cuda":
             self._streams += (torch.cuda.current_stream(device),)
-            self._streams += (_other_stream(device),) if num_groups > 1 else ()
+            self._streams += (other_stream(device),) if num_groups > 1 else ()
         self._current, self._restored = 0, ExitStack()
 
     def turn(self, group: int) -> torch.cuda.Stream | None:
@@ -62,9 +62,10 @@ class TurnStreams:
 
 def at_other_stream(device: torch.device) -> bool:
     """Whether an odd group has its turn."""
-    return device.type == "cuda" and torch.cuda.current_stream(device) == _other_stream(device)
+    return device.type == "cuda" and torch.cuda.current_stream(device) == other_stream(device)
 
 
 @cache  # one for all layers, whose memory then serves one after another
-def _other_stream(device: torch.device) -> torch.cuda.Stream:
+def other_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of odd groups, and of what is computed while rows travel."""
     return torch.cuda.Stream(device)

@@ -8,18 +8,35 @@ such case, which goes through Triton once and then straight to the compiled kern
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
+from copy import copy
 from functools import lru_cache
-from typing import Any
+from inspect import getclosurevars
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 ALIGNMENT = 16  # bytes: what Triton asks of an address to load many elements at once
+
+
+class Tile(NamedTuple):
+    """How the copy engine is to see a tensor, but for its address.
+
+    Attributes:
+        shape: of the tensor.
+        strides: in elements, the last one 1, the others multiples of 16 bytes.
+        block: elements that a kernel loads or stores at once.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
 
 
 class Launcher:
@@ -30,13 +47,16 @@ class Launcher:
         self._compiled: CompiledKernel | None = None
         self._rest: tuple[Any, ...] = ()  # of the arguments, by position
         self._stream_of: Callable[[int | None], int] | None = None
+        self._encoders: list[Encoder] = []  # for each tensor descriptor
+        self._run: Callable[..., object] | None = None
 
     def __call__(self, programs: int, *arguments: Any) -> None:
         """Launch.
 
         Args:
             programs: of the grid, which has one dim; 0 launches nothing.
-            arguments: those that differ between calls, the first ones of the kernel.
+            arguments: those that differ between calls, the first ones of the kernel. What it takes
+                as a tensor descriptor is given as ``(tensor, tile)``.
         """
         if programs == 0:
             return
@@ -52,24 +72,39 @@ class Launcher:
         assert self._stream_of is not None
         stream = self._stream_of(device.index)
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        metadata = None
+        head = programs, 1, 1, stream, kernel.function, kernel.packed_metadata
         # Chains of hooks that hold none are left out: a profiler may add one at any time.
-        if not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave):
-            enter = leave = None
-        else:
-            grid = (programs, 1, 1)
-            metadata = kernel.launch_metadata(grid, stream, *arguments, *self._rest)
-        kernel.run(
-            programs, 1, 1, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave,
-            *arguments, *self._rest,
-        )  # fmt: skip
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            arguments = (*map(_described, arguments), *self._rest)
+            metadata = kernel.launch_metadata((programs, 1, 1), stream, *arguments)
+            kernel.run(*head, metadata, enter, leave, *arguments)
+            return
+        assert self._run is not None
+        self._run(*head, None, None, None, *self._encoded(arguments), *self._rest)
+
+    def _encoded(self, arguments: tuple[Any, ...]) -> list[Any]:
+        """The arguments as Triton's launch function takes them.
+
+        Addresses, for it asks the driver about each tensor.
+        """
+        encoders = iter(self._encoders)
+        encoded: list[Any] = []
+        for x in arguments:
+            if type(x) is Tensor:
+                encoded.append(x.data_ptr())
+            elif type(x) is tuple:
+                encoded += encode(x[0].data_ptr(), x[1], next(encoders))
+            else:
+                encoded.append(x)
+        return encoded
 
     def _compile_and_launch(self, programs: int, arguments: tuple[Any, ...]) -> None:
-        kernel = self._kernel[(programs,)](*arguments, **self._named)
+        kernel = self._kernel[(programs,)](*map(_described, arguments), **self._named)
         if isinstance(kernel, CompiledKernel):  # None where kernels are interpreted
             names = self._kernel.arg_names[len(arguments) :]
             self._rest = tuple(self._named[name] for name in names)
             self._stream_of = driver.active.get_current_stream
+            self._run, self._encoders = _below_descriptors(kernel)
             self._compiled = kernel
 
 
@@ -105,14 +140,57 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def described(
-    x: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]
-) -> TensorDescriptor:
-    """``TensorDescriptor(x, shape, strides, block)`` of what was checked when it was planned.
+# ---- tensor descriptors -------------------------------------------------------------------------
 
-    Its own checks take longer than the launcher does to read it.
+Encoder = Callable[[TensorDescriptor], list[Any]]
+
+
+def _described(x: Any) -> Any:
+    """An argument as Triton's ``kernel[grid]`` takes it."""
+    return TensorDescriptor(x[0], *x[1]) if type(x) is tuple else x
+
+
+class _Address(NamedTuple):
+    """Stands for a tensor where only its address matters."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@lru_cache(maxsize=8192)  # of half a KiB
+def encode(address: int, tile: Tile, encoder: Encoder) -> list[Any]:
+    """What Triton's launch function takes for the tensor at an address, seen as ``tile``.
+
+    Mostly a ``CUtensorMap``, which takes the driver 3 us: more than the launch itself, and a
+    backward has 12. It follows from these arguments alone and owns no memory. So what is remembered
+    is right for whatever tensor lies there later, and allocators give out the same addresses in
+    every step.
     """
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.base, descriptor.shape = x, shape
-    descriptor.strides, descriptor.block_shape = strides, block
-    return descriptor
+    descriptor = object.__new__(TensorDescriptor)  # whose checks passed when it was compiled
+    descriptor.base = _Address(address)
+    descriptor.shape, descriptor.strides, descriptor.block_shape = tile
+    return encoder(descriptor)
+
+
+def _below_descriptors(kernel: CompiledKernel) -> tuple[Callable[..., object], list[Encoder]]:
+    """Triton's launcher without the wrapper that encodes descriptors anew, and that for each."""
+    metas = getattr(kernel.metadata, "tensordesc_meta", None)
+    types = [x for x in kernel.src.signature.values() if str(x).startswith("tensordesc")]
+    if not types:
+        return kernel.run, []
+    run = copy(kernel.run)
+    run.launch = getclosurevars(run.launch).nonlocals["launcher"]
+    encoders: dict[str, Encoder] = {}  # those of equal form remember together
+    forms = [(form, meta) for form, meta in zip(types, metas or [None] * len(types))]
+    return run, [encoders.setdefault(repr(form), _encoder(*form)) for form in forms]
+
+
+def _encoder(form: str, meta: dict[str, Any] | None) -> Encoder:
+    """Triton's own wrapper of a launch function, around one that returns what it is given."""
+    wrapped = nvidia.wrap_handle_tensordesc(lambda *given: given, {0: form}, [meta])
+    before = getattr(nvidia, "_BASE_ARGS_FORMAT_LEN", None)  # Triton 3.6: all arguments in one row
+    if before is None:
+        return lambda descriptor: wrapped((descriptor,))[0]
+    return lambda descriptor: wrapped(*(None,) * before, descriptor)[before:]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lasp._core.derivatives import (
     Reference,
@@ -27,20 +28,37 @@ class Operators:
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
+        self._calls: dict[str, Callable[..., Any]] = {}
         self._library = torch.library.Library(namespace, "FRAGMENT")
 
-    def define(self, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def define(
+        self, schema: str, function: Callable[..., Any], fake: Callable[..., Any]
+    ) -> Callable[..., Any]:
         """Add an operator.
 
         Args:
             schema: name, arguments without defaults, and results.
             function: computes it; a compiler never looks into it, nor when a graph broke before.
             fake: results of the right shapes, whatever is in them.
+
+        Returns:
+            What calls the operator: the function itself where nothing looks at operators. Torch's
+            dispatcher takes 20 us to turn a dozen arguments to its kinds and back.
         """
         name = schema.partition("(")[0]
+        function = outside_graphs(function)
         self._library.define(schema)
-        self._library.impl(name, outside_graphs(function), "CompositeExplicitAutograd")
+        self._library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{self._namespace}::{name}", fake, lib=self._library)
+        operator = self._operator(name)
+
+        def call(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling() or not _is_plain_call(arguments):
+                return operator(*arguments)
+            return function(*arguments)
+
+        self._calls[name] = call
+        return call
 
     def differentiate(
         self,
@@ -58,11 +76,14 @@ class Operators:
             reference: has the derivatives that are missing here.
 
         Returns:
-            What calls the operator. Outside graphs it saves one of the two ways through torch's
-            dispatcher, to gradients and to the function itself.
+            What calls the operator, outside graphs without torch's dispatcher where it can.
         """
         operator = self._operator(name)
-        below_autograd = _below_autograd(operator)
+        without_gradients = self._calls[name]
+
+        def below_autograd(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return without_gradients(*arguments)
 
         def forward(ctx: Any, *arguments: Any) -> Any:
             results = below_autograd(*arguments)
@@ -73,7 +94,7 @@ class Operators:
         function = type(f"{self._namespace}_{name}", (torch.autograd.Function,), methods)
 
         def with_autograd(*arguments: Any) -> Any:
-            tensors = [x for x in arguments if isinstance(x, Tensor)]
+            tensors = [x for x in arguments if type(x) in _TENSORS or isinstance(x, Tensor)]
             refuse_forward_mode(reference, *tensors)
             if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
                 refuse_transforms(reference)
@@ -106,9 +127,23 @@ class Operators:
         return operator
 
 
-def _below_autograd(operator: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
+_TENSORS = frozenset((Tensor, Parameter))
+_PLAIN_TYPES = _TENSORS | {int, float, bool, str, type(None)}
 
-    return call
+
+def _is_plain_call(arguments: tuple[Any, ...]) -> bool:
+    """Whether torch's dispatcher would do nothing but convert the arguments.
+
+    It does more for a mode, a transform, a trace, a profiler, a subclass of tensors, a tensor
+    without values or one that is to be read negated.
+    """
+    if (
+        not _PLAIN_TYPES.issuperset(map(type, arguments))
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    tensors = [x for x in arguments if type(x) in _TENSORS]
+    return not any(x.is_meta or x.is_neg() for x in tensors)

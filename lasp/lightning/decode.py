@@ -76,11 +76,11 @@ def lightning_decode(
     _check_step(q, k, v, rates, state, in_place)
     if chosen_impl(impl, q.device, q.dtype, unserved(q, v)) == "triton":
         refuse_forward_mode(_TRITON, q, k, v, rates, state)
-        from lasp.lightning.triton import decode as fused_decode  # noqa: F401
+        from lasp.lightning.triton import decode as fused
 
         if in_place:
-            return LightningOutput(torch.ops.lasp.decode_(q, k, v, rates, state, scale), state)
-        return LightningOutput(*torch.ops.lasp.decode(q, k, v, rates, state, scale))
+            return LightningOutput(fused.call_(q, k, v, rates, state, scale), state)
+        return LightningOutput(*fused.call(q, k, v, rates, state, scale))
     return _decode(q, k, v, rates, state if in_place else state.clone(), scale)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lasp._core.cache import tensor_cache
-from lasp._core.launcher import described, launcher_of, strides_of
+from lasp._core.launcher import Tile, launcher_of, strides_of
 from lasp.lightning.triton import tuning
 from lasp.lightning.triton.chunk_scan_kernel import chunk_scan_kernel, key_value_gradients_kernel
 from lasp.lightning.triton.device import arithmetic, device_limits
@@ -36,14 +36,6 @@ class EdgeStates(NamedTuple):
     initial: Tensor | None
     incoming: Tensor | None
     final: Tensor | None = None
-
-
-class Tile(NamedTuple):
-    """How a tensor is described to the copy engine, but for its address."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    block: tuple[int, ...]
 
 
 class ChunkScan:
@@ -226,5 +218,5 @@ def _described(
 ) -> Sequence[object]:
     """What a kernel takes in place of the tensors; None for results that are not described."""
     if tiles:
-        return [described(x, *tile) for x, tile in zip(tensors, tiles)]
+        return tuple(zip(tensors, tiles))
     return (*tensors[:-num_results], *(None,) * num_results)

@@ -133,13 +133,13 @@ def _fake_output(q: Tensor, v: Tensor) -> Tensor:
 
 
 _OPERATORS = Operators("lasp")
-_OPERATORS.define(
+call = _OPERATORS.define(
     "decode(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor state, float scale)"
     " -> (Tensor, Tensor)",
     decode,
     lambda q, k, v, rates, state, scale: (_fake_output(q, v), state.new_empty(state.shape)),
 )
-_OPERATORS.define(
+call_ = _OPERATORS.define(
     "decode_(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor(a!) state, float scale) -> Tensor",
     decode_,
     lambda q, k, v, rates, state, scale: _fake_output(q, v),

@@ -21,11 +21,12 @@ import socket
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import operator_calls
-from benchmarks.harness import environment, row, write_rows
+from benchmarks.harness import Row, environment, row, write_rows
 
 ALLOWED = 1.02  # of the device time, by which a change may slow an operator
 
@@ -67,10 +68,9 @@ class Tree:
             process.wait()
 
 
-def compare(trees: dict[str, Tree], what: str, rounds: int) -> list[dict[str, Any]]:
-    """A row for each call of an operator and tree."""
+def compare(trees: dict[str, Tree], what: str, rounds: int) -> Iterator[Row]:
+    """A row for each call of an operator and tree, when it is there."""
     calibrated = {name: tree.ask(build=what)[0] for name, tree in trees.items()}
-    rows = []
     for name in calibrated["now"]:
         settings = calibrated["now"][name]  # the same in both, on all ranks
         samples: dict[str, list[float]] = {tree: [] for tree in trees}
@@ -83,16 +83,15 @@ def compare(trees: dict[str, Tree], what: str, rounds: int) -> list[dict[str, An
         for tree, values in samples.items():
             bound = {"bound": before, "bound_name": "before", "ratio": statistics.median(ratios)}
             case = {"call": name}
-            rows.append(row("before_after", case, tree, metric, sorted(values), unit, **bound))
+            yield row("before_after", case, tree, metric, sorted(values), unit, **bound)
         ratio = statistics.median(ratios)
         mark = "  SLOWER" if ratio > ALLOWED and metric == "device_ms" else ""
         now = statistics.median(samples["now"])
         print(f"{name:32}{before:12.3f}{now:12.3f} {unit}{ratio:9.3f}{mark}", flush=True)
-    return rows
 
 
 def main() -> None:
-    """Compare and write rows."""
+    """Compare, and write each row when it is there: a run may end before it is done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("before", type=Path, help="another checkout")
     parser.add_argument("--ranks", type=int, default=1)
@@ -102,16 +101,16 @@ def main() -> None:
     parser.add_argument("--before-commit", default="unknown")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+    extra = {"before_commit": options.before_commit, "num_devices": options.ranks}
+    common = environment(options.commit) | extra
     trees = {"before": Tree(options.before, options.ranks), "now": Tree(Path(), options.ranks)}
     print(f"{'call':32}{'before':>12}{'now':>12}{'now / before':>14}")
-    rows = []
     for what in operator_calls.builders(options.ranks):
         if options.only in what:
-            rows += compare(trees, what, options.rounds)
+            for found in compare(trees, what, options.rounds):
+                write_rows([found | common], options.results)
     for tree in trees.values():
         tree.close()
-    extra = {"before_commit": options.before_commit, "num_devices": options.ranks}
-    write_rows([some | environment(options.commit) | extra for some in rows], options.results)
 
 
 if __name__ == "__main__":

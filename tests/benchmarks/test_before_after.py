@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import before_after, operator_calls
+from benchmarks.harness import environment
 
 
 class Fake:
@@ -28,7 +30,7 @@ class Fake:
 
 def test_ratios_are_of_the_same_round(capsys) -> None:
     trees = {"before": Fake(2.0), "now": Fake(2.1)}
-    rows = before_after.compare(trees, "lightning layer 0", rounds=9)
+    rows = list(before_after.compare(trees, "lightning layer 0", rounds=9))
     assert [row["metric"] for row in rows] == ["device_ms"] * 2 + ["host_us"] * 2
     for row in rows:
         assert row["ratio"] == pytest.approx(1.05, abs=0.002)
@@ -37,6 +39,32 @@ def test_ratios_are_of_the_same_round(capsys) -> None:
     marked = [line for line in capsys.readouterr().out.splitlines() if "SLOWER" in line]
     assert len(marked) == 1
     assert marked[0].startswith("lightning forward")
+
+
+class Ended(Fake):
+    """A tree whose processes are ended at the second operator."""
+
+    def __init__(self, path: Path, ranks: int) -> None:
+        super().__init__(1.0)
+
+    def ask(self, **request):
+        if request.get("build") == "second":
+            raise SystemExit("a process ended")
+        return super().ask(**request)
+
+
+def test_what_was_measured_is_written_though_the_run_ends_early(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(before_after, "Tree", Ended)
+    monkeypatch.setattr(before_after, "environment", lambda _: environment("c0ffee", "cpu"))
+    monkeypatch.setattr(operator_calls, "builders", lambda _: ["first", "second"])
+    options = ["before", "--before-commit", "decaf", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["before_after", *options])
+    with pytest.raises(SystemExit, match="a process ended"):
+        before_after.main()
+    (path,) = tmp_path.iterdir()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["impl"] for row in rows] == ["before", "now"] * 2
+    assert {(row["commit"], row["before_commit"]) for row in rows} == {("c0ffee", "decaf")}
 
 
 def test_calls_come_from_the_tree_alone(tmp_path) -> None:

@@ -2,11 +2,11 @@
 
 Gradients: every rank must run the backward, also one whose own inputs need no gradient: over
 several ranks the results require gradients wherever gradients are enabled (``torch.no_grad()`` is
-for layers that no rank trains). A loss that depends on the lse (a z-loss, an attention sink) makes
-the kernels of that rank's backward run twice; else the lse costs nothing. Contributions are summed
-in float32 (float64 for float64) in a fixed order. Two runs are bit-identical with ``eager``
-and ``cpu_flash``, and with ``flash`` under ``torch.use_deterministic_algorithms(True)``. Saved for
-the backward: q, k, v, output and lse.
+for layers that no rank trains). A loss that depends on the lse (a z-loss) makes the kernels of that
+rank's backward run twice; else the lse costs nothing, and sinks never do. Contributions are summed
+in float32 (float64 for float64) in a fixed order. Two runs are bit-identical with ``eager`` and
+``cpu_flash``, and with ``flash`` under ``torch.use_deterministic_algorithms(True)``. Saved for the
+backward: q, k, v, output and lse.
 
 Communication: 1 to 4 stages, each one all-to-all under the attention to what came before; none at
 all, on any rank, if no document needs it. The first call on a group also compares how ranks call
@@ -50,8 +50,8 @@ class RingOutput(NamedTuple):
 
     Attributes:
         output: ``[T, Hq, V]`` or ``[B, T, Hq, V]``, dtype of ``q``.
-        lse: log-sum-exp of each row's scores, ``[T, Hq]`` or ``[B, T, Hq]``, float32 (float64 for
-            float64).
+        lse: log-sum-exp of each row's scores, its head's sink among them: ``[T, Hq]`` or
+            ``[B, T, Hq]``, float32 (float64 for float64).
     """
 
     output: Tensor
@@ -67,6 +67,7 @@ def ring_attention(
     cp_group: dist.ProcessGroup | None = None,
     causal: bool = True,
     window: tuple[int, int] | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     block: str = "auto",
 ) -> RingOutput:
@@ -91,11 +92,14 @@ def ring_attention(
         causal: a query sees itself and what comes before it in its document; else all of it.
         window: ``(left, right)``, how many tokens before and after itself a query sees at most; -1
             is no limit. With ``causal`` right is 0 or -1. Keys outside all windows do not move.
+        sinks: ``[Hq]``, floating, on the device of ``q``: a logit of each head that has no value,
+            one more term ``exp(sink)`` in the sum of every row. Learnable; the same on every rank.
         scale: factor of the scores, finite; None: 1 / sqrt(D).
         block: kernel, ``auto``, ``cudnn``, ``flash``, ``cpu_flash`` or ``eager``: see
             :func:`ring.blocks.registry.resolve_block`.
 
-    Gradients: to ``q``, ``k`` and ``v``, once, from output and lse; every rank runs the backward.
+    Gradients: to ``q``, ``k``, ``v`` and ``sinks``, once, from output and lse; every rank runs the
+    backward. Those of ``sinks`` cover the rows of this rank: sum them over the group.
 
     Communication: keys and values that other ranks' rows need, in the backward again with their
     gradients in float32; :mod:`ring.attention` counts them.
@@ -110,13 +114,16 @@ def ring_attention(
     _check_tensors(q, k, v)
     check_kinds(layout, cp_group)
     window = checked_window(window, causal)
-    q = join_backward(cp_group, q, k, v)
+    if sinks is not None:
+        sinks = _checked_sinks(sinks, q)
+    q = join_backward(cp_group, q, k, v, sinks)
     scale = checked_scale(q.shape[-1] ** -0.5 if scale is None else scale)
     if scale <= 0:  # kernels scale the mask's -inf with the scores
         q, scale = q * scale, 1.0
     packed = _rows_as_heads(q, k, v, layout) if q.ndim == 4 else (q, k, v)
     output, lse = attend(
         *packed,
+        sinks=sinks,
         layout=layout,
         cp_group=cp_group,
         causal=bool(causal),
@@ -173,6 +180,16 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}"
         )
+
+
+def _checked_sinks(sinks: Tensor, q: Tensor) -> Tensor:
+    """One sink for each query head, of every row of a batch."""
+    if sinks.shape != q.shape[-2:-1] or not sinks.is_floating_point() or sinks.device != q.device:
+        raise ValueError(
+            f"sinks must be floating, [{q.shape[-2]}] as the heads of q, and on {q.device}, got"
+            f" {list(sinks.shape)} of {sinks.dtype} on {sinks.device}"
+        )
+    return sinks.repeat(len(q)) if q.ndim == 4 else sinks
 
 
 def _rows_as_heads(

@@ -32,6 +32,7 @@ class RingAttention(nn.Module):
         causal: a token sees itself and what comes before it in its document; else all of it.
         window: ``(left, right)``, tokens before and after itself that a token sees at most; -1: no
             limit, None: neither.
+        sinks: whether heads have learnable sinks, the parameter ``sinks [num_heads]``, 0 at first.
         block: attention kernel, see :func:`ring.blocks.registry.resolve_block`.
         device: of the parameters.
         dtype: of the parameters.
@@ -52,6 +53,7 @@ class RingAttention(nn.Module):
         rope_base: float = 10_000.0,
         causal: bool = True,
         window: tuple[int, int] | None = None,
+        sinks: bool = False,
         block: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -81,6 +83,9 @@ class RingAttention(nn.Module):
         self.k_proj = linear(hidden_size, num_kv_heads * head_dim)
         self.v_proj = linear(hidden_size, num_kv_heads * head_dim)
         self.o_proj = linear(num_heads * head_dim, hidden_size)
+        self.sinks: nn.Parameter | None = None
+        if sinks:
+            self.sinks = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
 
     def forward(
         self,
@@ -129,6 +134,7 @@ class RingAttention(nn.Module):
             cp_group=cp_group,
             causal=self.causal,
             window=self.window,
+            sinks=self.sinks,
             block=self.block,
         )
         projected: Tensor = self.o_proj(output.flatten(-2))

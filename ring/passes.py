@@ -31,6 +31,7 @@ from torch import Tensor
 from ring.blocks.gradients import RowGradients
 from ring.blocks.interface import QKV, Block, Segments, cu_seqlens
 from ring.blocks.merge import Accumulator, Partial
+from ring.blocks.sinks import add_sinks
 from ring.exchange import (
     KV,
     KVPrefetcher,
@@ -59,12 +60,13 @@ class RingContext(NamedTuple):
     scale: float
 
 
-def forward(qkv: QKV, context: RingContext) -> Partial:
+def forward(qkv: QKV, context: RingContext, sinks: Tensor | None = None) -> Partial:
     """Output and lse of this rank's tokens.
 
     Args:
         qkv: ``[T, Hq, D]``, ``[T, Hkv, D]`` and ``[T, Hkv, V]``, contiguous.
         context: schedule, group, block and scale.
+        sinks: ``[Hq]``, a logit of each head that no key has; None: none.
 
     Returns:
         The output in the dtype of ``q`` and the lse in float32 (float64 for float64).
@@ -91,6 +93,8 @@ def forward(qkv: QKV, context: RingContext) -> Partial:
     for stage, kv in stages:
         attend(stage.tiles, kv, stages.release)
         del kv  # the next kv buffer may have to be put together
+    if sinks is not None:
+        local = add_sinks(local, sinks)
     return Partial(local.output.to(qkv.q.dtype), local.lse)
 
 

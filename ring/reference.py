@@ -18,6 +18,7 @@ def dense_attention(
     causal: bool,
     scale: float,
     window: tuple[int, int] = (-1, -1),
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention within each document, with every score in memory.
 
@@ -33,11 +34,12 @@ def dense_attention(
         causal: a query sees itself and what comes before it.
         scale: factor of the scores.
         window: left and right; -1 is no limit.
+        sinks: ``[Hq]``, one more term exp(sink) in the sum of every row, without a value.
 
     Returns:
         Output ``[S, Hq, V]`` and log-sum-exp ``[S, Hq]``, in the dtype of ``q``.
 
-    Gradients: to ``q``, ``k`` and ``v`` by autograd, any order.
+    Gradients: to ``q``, ``k``, ``v`` and ``sinks`` by autograd, any order.
     """
     groups = q.shape[1] // k.shape[1]
     outputs, lses = [], []
@@ -51,6 +53,10 @@ def dense_attention(
         seen = seen & (s >= t - window[0]) if window[0] >= 0 else seen
         seen = seen & (s <= t + window[1]) if window[1] >= 0 else seen
         scores_HLL = scores_HLL.masked_fill(~seen.to(q.device), float("-inf"))
-        outputs.append(torch.einsum("hqk,khv->qhv", scores_HLL.softmax(-1), v_LHV))
+        if sinks is not None:
+            sinks_HL1 = sinks[:, None, None].expand(*scores_HLL.shape[:2], 1)
+            scores_HLL = torch.cat((scores_HLL, sinks_HL1), dim=-1)
+        p_HLL = scores_HLL.softmax(-1)[..., : stop - start]
+        outputs.append(torch.einsum("hqk,khv->qhv", p_HLL, v_LHV))
         lses.append(scores_HLL.logsumexp(-1).T)
     return torch.cat(outputs), torch.cat(lses)

@@ -22,12 +22,16 @@ from ring import passes
 from ring.blocks.interface import QKV
 from ring.blocks.merge import Partial
 from ring.blocks.registry import resolve_block
+from ring.blocks.sinks import sink_gradients
 from ring.planner.schedule import plan_ring
 
 # The group by its name; an empty one for one rank without a group.
 _WHERE = "Tensor lengths, int num_ranks, str order, str group"
 _SETTINGS = f"{_WHERE}, bool causal, int[2] window, float scale, str block"
-_SCHEMA = f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor output, Tensor lse)"
+_SCHEMA = (
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_SETTINGS})"
+    " -> (Tensor output, Tensor lse)"
+)
 _BACKWARD_SCHEMA = (
     "attention_backward(Tensor doutput, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor output,"
     f" Tensor lse, {_SETTINGS}) -> (Tensor dq, Tensor dk, Tensor dv)"
@@ -40,6 +44,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
+    sinks: Tensor | None,
     layout: SequenceLayout | None,
     cp_group: dist.ProcessGroup | None,
     causal: bool,
@@ -49,7 +54,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output and lse of packed tokens ``[T, H, D]``; arguments as those of ``ring_attention``."""
     where = _where(q.shape[0], layout, cp_group)
-    output, lse = torch.ops.ring.attention(q, k, v, *where, causal, window, scale, block)
+    output, lse = torch.ops.ring.attention(q, k, v, sinks, *where, causal, window, scale, block)
     return output, lse
 
 
@@ -88,10 +93,12 @@ def _where(
     return layout._lengths, layout.num_ranks, layout.order, group
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor]:
     context = _context(q, k, v, *settings)
     with torch.autocast(q.device.type, enabled=False):
-        output, lse = passes.forward(_rows(q, k, v), context)
+        output, lse = passes.forward(_rows(q, k, v), context, sinks)
     return output.contiguous(), lse.contiguous()
 
 
@@ -174,17 +181,20 @@ def _group(name: str) -> dist.ProcessGroup | None:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
-    ctx.settings = inputs[4:]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5])
+    ctx.settings = inputs[5:]
     ctx.set_materialize_grads(False)  # a gradient of the lse would be work
 
 
 def _gradients(ctx: Any, doutput: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, lengths = ctx.saved_tensors
+    *tensors, sinks, lengths = ctx.saved_tensors
     if doutput is None:  # not used here; others may wait for the gradients of their keys
         doutput = torch.zeros_like(tensors[3])
     gradients = torch.ops.ring.attention_backward(doutput, dlse, *tensors, lengths, *ctx.settings)
-    return *gradients, *(None,) * (1 + len(ctx.settings))
+    dsinks = None
+    if sinks is not None and ctx.needs_input_grad[3]:
+        dsinks = sink_gradients(sinks, doutput, dlse, *tensors[3:])
+    return *gradients, dsinks, *(None,) * (1 + len(ctx.settings))
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -66,6 +66,9 @@ TABLE = {
         "layout must hold one document",
     ),
     "scale that is not finite": ({"scale": float("nan")}, "scale must be finite, got nan"),
+    "sinks of other heads": ({"sinks": torch.zeros(2)}, "sinks must be floating, [4] as the heads"),
+    "sinks that are integers": ({"sinks": torch.zeros(4).int()}, "sinks must be floating"),
+    "sinks elsewhere": ({"sinks": torch.zeros(4, device="meta")}, "sinks must be floating"),
     "unknown block": ({"block": "fast"}, "block must be one of"),
     "block of another device": ({"block": "cudnn"}, "block 'cudnn' needs tensors on an NVIDIA"),
 }

@@ -32,9 +32,11 @@ def test_operators_are_well_registered(dtype: torch.dtype, padded: bool) -> None
     inputs = make_inputs(12, dtype)
     lengths = torch.tensor([[5, 3], [5, 7]] if padded else [5, 7])
     settings = (lengths, 1, "contiguous", "", True, (-1, -1), 0.3, "auto")
-    torch.library.opcheck(torch.ops.ring.attention.default, (*inputs, *settings))
+    for sinks in (None, torch.randn(4, requires_grad=True)):
+        arguments = (*inputs, sinks, *settings)
+        torch.library.opcheck(torch.ops.ring.attention.default, arguments)
     qkv = [x.detach() for x in inputs]
-    results = torch.ops.ring.attention(*qkv, *settings)
+    results = torch.ops.ring.attention(*qkv, None, *settings)
     doutput = torch.randn_like(results[0])
     for dlse in (None, torch.randn_like(results[1])):
         arguments = (doutput, dlse, *qkv, *results, *settings)

@@ -95,7 +95,7 @@ def ring_attention(
         sinks: ``[Hq]``, floating, on the device of ``q``: a logit of each head that has no value,
             one more term ``exp(sink)`` in the sum of every row. Learnable; the same on every rank.
         scale: factor of the scores, finite; None: 1 / sqrt(D).
-        block: kernel, ``auto``, ``cudnn``, ``flash``, ``cpu_flash`` or ``eager``: see
+        block: kernel, ``auto``, ``fa4``, ``cudnn``, ``flash``, ``cpu_flash`` or ``eager``: see
             :func:`ring.blocks.registry.resolve_block`.
 
     Gradients: to ``q``, ``k``, ``v`` and ``sinks``, once, from output and lse; every rank runs the

@@ -42,43 +42,43 @@ class FlashBlock(Block):
         """Run one kernel call, whatever the shape."""
         lengths = (None, None, len(qkv.q), len(qkv.k))
         output, lse, *_ = aten._flash_attention_forward(
-            *(x[None] for x in _one_width(*qkv)),
+            *(x[None] for x in one_width(*qkv)),
             *(*lengths, 0.0, window == CAUSAL, False),
             **_options(window, scale),
         )
-        return Partial(_as_wide_as(qkv.v, output[0]), lse[0].T)
+        return Partial(as_wide_as(qkv.v, output[0]), lse[0].T)
 
     def backward(
         self, doutput: Tensor, merged: Partial, qkv: QKV, *, window: Window, scale: float
     ) -> QKV:
         """Run one kernel call, whatever the shape."""
-        tensors = (*_one_width(doutput, *qkv, merged.output), merged.lse.T.contiguous())
+        tensors = (*one_width(doutput, *qkv, merged.output), merged.lse.T.contiguous())
         lengths = (None, None, len(qkv.q), len(qkv.k))
         gradients = aten._flash_attention_backward(
             *(x[None] for x in tensors),
             *(*lengths, 0.0, window == CAUSAL, *_no_dropout(qkv.q)),
             **_options(window, scale),
         )
-        return QKV(*(_as_wide_as(x, dx[0]) for x, dx in zip(qkv, gradients)))
+        return QKV(*(as_wide_as(x, dx[0]) for x, dx in zip(qkv, gradients)))
 
     def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
         """Run one varlen call for all segments."""
         output, lse, *_ = aten._flash_attention_forward(
-            *_one_width(*qkv),
+            *one_width(*qkv),
             *(*segments.lengths, 0.0, segments.window == CAUSAL, False),
             **_options(segments.window, scale),
         )
-        return Partial(_as_wide_as(qkv.v, output), lse.T)
+        return Partial(as_wide_as(qkv.v, output), lse.T)
 
     def backward_varlen(
         self, doutput: Tensor, merged: Partial, qkv: QKV, segments: Segments, *, scale: float
     ) -> QKV:
         """Run one varlen call for all segments."""
-        tensors = (*_one_width(doutput, *qkv, merged.output), merged.lse.T.contiguous())
+        tensors = (*one_width(doutput, *qkv, merged.output), merged.lse.T.contiguous())
         rest = (*segments.lengths, 0.0, segments.window == CAUSAL, *_no_dropout(qkv.q))
         options = _options(segments.window, scale)
         gradients = aten._flash_attention_backward(*tensors, *rest, **options)
-        return QKV(*(_as_wide_as(x, dx) for x, dx in zip(qkv, gradients)))
+        return QKV(*(as_wide_as(x, dx) for x, dx in zip(qkv, gradients)))
 
 
 def _options(window: Window, scale: float) -> dict[str, Any]:
@@ -88,13 +88,14 @@ def _options(window: Window, scale: float) -> dict[str, Any]:
     return {"scale": scale, "window_size_left": window.left, "window_size_right": window.right}
 
 
-def _one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
+def one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors with zeros behind, up to the widest last dim: copies, where they differ."""
     width = max(x.shape[-1] for x in tensors)
     return tuple(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors)
 
 
-def _as_wide_as(like: Tensor, x: Tensor) -> Tensor:
+def as_wide_as(like: Tensor, x: Tensor) -> Tensor:
+    """What :func:`one_width` was given, out of a result for it."""
     return x if x.shape[-1] == like.shape[-1] else x[..., : like.shape[-1]]
 
 

@@ -10,13 +10,16 @@ import torch
 from ring.blocks.cpu_flash import CpuFlashBlock
 from ring.blocks.cudnn import CudnnBlock
 from ring.blocks.eager import EagerBlock
+from ring.blocks.fa4 import Fa4Block
 from ring.blocks.flash import FlashBlock
 from ring.blocks.interface import Block, Operands
 from ring.blocks.tiling import TiledBlock
 
 _FLASH = FlashBlock()
 _CUDNN = TiledBlock("cudnn", CudnnBlock(), _FLASH)
-BLOCKS: dict[str, Block] = {b.name: b for b in (_CUDNN, _FLASH, CpuFlashBlock(), EagerBlock())}
+BLOCKS: dict[str, Block] = {
+    b.name: b for b in (Fa4Block(), _CUDNN, _FLASH, CpuFlashBlock(), EagerBlock())
+}
 
 
 def check_block(name: str) -> None:
@@ -36,11 +39,19 @@ def resolve_block(
 ) -> Block:
     """The block called ``name``, for tensors like these.
 
-    ``auto`` takes the first of ``cudnn``, ``flash``, ``cpu_flash`` and ``eager`` without an
-    obstacle: ``cudnn`` on NVIDIA GPUs of compute capability 8.0 and above in bfloat16 or float16
-    with one head dim up to 128, or 192 for keys and 128 for values from 9.0 on (``flash``: any two
-    up to 256, and sliding windows), ``cpu_flash`` on CPUs where both are one and no window slides,
-    ``eager`` for all else.
+    ``auto`` takes the first of these without an obstacle:
+
+    ``fa4``
+        On Hopper GPUs in 16 bits, head dims up to 256, where flash-attn-4 is installed.
+    ``cudnn``
+        On NVIDIA GPUs of compute capability 8.0 and above in 16 bits, without a sliding window: one
+        head dim up to 128, or 192 for keys and 128 for values from 9.0 on.
+    ``flash``
+        There too, head dims up to 256, sliding windows.
+    ``cpu_flash``
+        On CPUs, one head dim, without a sliding window.
+    ``eager``
+        For all else.
 
     Args:
         name: of the block, or ``auto``.

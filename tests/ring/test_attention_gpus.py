@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lasp.sequence.layout import SequenceLayout
+from tests.ring.blocks.test_blocks import skip_unless_it_serves
 from tests.ring.cases import (
     ORDERS,
     assert_all_equal,
@@ -18,9 +19,11 @@ from tests.ring.cases import (
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("block", ["flash", "cudnn", "auto"])
+@pytest.mark.parametrize("block", ["flash", "cudnn", "fa4", "auto"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_on_one_gpu(block: str, causal: bool) -> None:
+    if block != "auto":
+        skip_unless_it_serves(block, 64, 64)
     lengths = (300, 1, 77, 130)
     tensors = random_tensors(sum(lengths), 6, 2, 64, torch.bfloat16)
     layout = SequenceLayout(lengths, 1)
@@ -45,9 +48,10 @@ def test_float64_over_gpus(order, causal: bool) -> None:
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("block", ["flash", "cudnn"])
+@pytest.mark.parametrize("block", ["flash", "cudnn", "fa4"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_bfloat16_over_gpus(order, block: str, causal: bool) -> None:
+    skip_unless_it_serves(block, 64, 64)
     lengths = (200, 1, 500, 37)
     tensors = random_tensors(sum(lengths), 6, 2, 64, torch.bfloat16)
     honest = forward_backward(

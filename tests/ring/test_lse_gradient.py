@@ -17,6 +17,7 @@ from ring.blocks.registry import BLOCKS
 from ring.reference import dense_attention
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.ranks import run_on_ranks
+from tests.ring.blocks.test_blocks import skip_unless_it_serves
 from tests.ring.cases import ORDERS, cancelling_terms, random_tensors, rank_device
 
 PACKS = ((16,), (5, 1, 10), (0, 4, 0, 7, 1), (37, 1, 2))
@@ -135,8 +136,11 @@ def test_within_budget(dtype: torch.dtype, head_dim: int, loss) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("loss", [sunk, only_lse])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("block", "head_dim"), [("flash", 128), ("flash", 256), ("cudnn", 128)])
+@pytest.mark.parametrize(
+    ("block", "head_dim"), [("flash", 128), ("flash", 256), ("cudnn", 128), ("fa4", 128)]
+)
 def test_within_budget_on_gpus(block: str, head_dim: int, dtype: torch.dtype, loss) -> None:
+    skip_unless_it_serves(block, head_dim, head_dim)
     check_budget(block, (700, 1, 4200), head_dim, dtype, "cuda", loss)
 
 

@@ -16,6 +16,7 @@ from ring.blocks.registry import BLOCKS
 from ring.reference import dense_attention
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.ranks import run_on_ranks
+from tests.ring.blocks.test_blocks import skip_unless_it_serves
 from tests.ring.cases import HEADS, ORDERS, cancelling_terms, random_tensors, rank_device
 
 PACKS = ((16,), (5, 1, 10), (0, 4, 0, 7, 1), (37, 1, 2))
@@ -92,8 +93,9 @@ def test_within_budget(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("block", ["flash", "cudnn", "auto"])
+@pytest.mark.parametrize("block", ["flash", "cudnn", "fa4"])
 def test_within_budget_on_gpus(block: str) -> None:
+    skip_unless_it_serves(block, 128, 128)
     check_budget(block, "cuda", (700, 1, 4200), 128, torch.bfloat16)
 
 

@@ -7,13 +7,14 @@ import torch
 
 from lasp.sequence.layout import SequenceLayout
 from ring import ring_attention
-from ring.blocks.interface import QKV, Operands
+from ring.blocks.interface import QKV
 from ring.blocks.merge import Partial
 from ring.blocks.registry import BLOCKS
 from ring.planner.schedule import plan_ring
 from ring.planner.window import EVERYTHING, Window
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
+from tests.ring.blocks.test_blocks import skip_unless_it_serves
 from tests.ring.cases import (
     HEADS,
     ORDERS,
@@ -127,13 +128,8 @@ GPU_WINDOWS = ((300, 0), (17, 40), (-1, 64), (128, -1))
 @pytest.mark.parametrize("window", GPU_WINDOWS)
 @pytest.mark.parametrize("block", ["flash", "fa4"])
 class TestOnGpu:
-    def skip_without(self, block: str) -> None:
-        operands = Operands(torch.device("cuda"), torch.bfloat16, 64, 64, True)
-        if block not in BLOCKS or BLOCKS[block].obstacle(operands) is not None:
-            pytest.skip(f"{block} is not here")
-
     def test_on_one_gpu(self, block: str, window: tuple[int, int]) -> None:
-        self.skip_without(block)
+        skip_unless_it_serves(block, 64, 64, slides=True)
         lengths, causal = (700, 1, 77, 1300), window[1] == 0
         tensors = random_tensors(sum(lengths), 6, 2, 64, torch.bfloat16)
         kwargs = {"layout": SequenceLayout(lengths, 1), "device": "cuda", "window": window}
@@ -147,7 +143,7 @@ class TestOnGpu:
     @pytest.mark.parametrize(("rows", "keys"), [(300, 1100), (1100, 300), (130, 130)])
     def test_rectangles(self, block: str, window, rows: int, keys: int) -> None:
         """The last row stands at the last key; every row sees some."""
-        self.skip_without(block)
+        skip_unless_it_serves(block, 64, 64, slides=True)
         window = Window(max(window[0], rows) if window[0] >= 0 else -1, window[1])
         torch.manual_seed(0)
         q, k, v = (torch.randn(n, 4, 64, device="cuda") for n in (rows, keys, keys))

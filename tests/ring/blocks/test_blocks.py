@@ -23,6 +23,13 @@ from tests.ring.cases import (
 CPU = torch.device("cpu")
 CPU_BLOCKS = ("eager", "cpu_flash")
 CUDA_BLOCKS = ("flash", "cudnn")
+GPU_BLOCKS = (*CUDA_BLOCKS, "fa4")
+
+
+def skip_unless_it_serves(name: str, *head_dims: int, slides: bool = False) -> None:
+    operands = Operands(torch.device("cuda"), torch.bfloat16, *head_dims, slides)
+    if (obstacle := BLOCKS[name].obstacle(operands)) is not None:
+        pytest.skip(f"{name} {obstacle}")
 
 
 def split(tensors: tuple[Tensor, ...], device: str = "cpu") -> tuple[QKV, Tensor]:
@@ -154,7 +161,7 @@ def test_auto_on_devices_without_a_kernel_of_their_own() -> None:
     assert resolve_block("auto", torch.device("meta"), torch.float32, 6).name == "eager"
 
 
-@pytest.mark.parametrize("name", [*CUDA_BLOCKS, "Eager", "", "flash3"])
+@pytest.mark.parametrize("name", [*GPU_BLOCKS, "Eager", "", "flash3"])
 def test_what_cannot_run_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="block"):
         resolve_block(name, CPU, torch.bfloat16, 64)
@@ -196,12 +203,13 @@ def test_cuda_kernels_take_these_arguments(name: str, dims, rows: int, keys: int
 @pytest.mark.gpu
 class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("name", CUDA_BLOCKS)
+    @pytest.mark.parametrize("name", GPU_BLOCKS)
     @pytest.mark.parametrize("heads", [(8, 1), (6, 2), (5, 5)])
     @pytest.mark.parametrize(
         ("rows", "keys"), [(1, 300), (77, 1), (130, 513), (513, 130), (1100, 1600), (2048, 1024)]
     )
     def test_rectangle(self, name, dtype, heads, rows, keys) -> None:
+        skip_unless_it_serves(name, 64, 64)
         tensors = rectangle(rows, keys, heads, 64, dtype)
         honest = run_dense(BLOCKS["eager"], tensors, False, "cuda")
         actual = run_dense(BLOCKS[name], tensors, False, "cuda")
@@ -214,11 +222,10 @@ class TestOnGpu:
         )
 
     @pytest.mark.parametrize("dims", [(192, 128), (128, 64), (64, 96)])
-    @pytest.mark.parametrize("name", CUDA_BLOCKS)
+    @pytest.mark.parametrize("name", GPU_BLOCKS)
     def test_values_of_another_width(self, name, dims) -> None:
-        dtype, operands = torch.bfloat16, (torch.device("cuda"), torch.bfloat16, *dims)
-        if BLOCKS[name].obstacle(Operands(*operands)) is not None:
-            pytest.skip("not these head dims")
+        skip_unless_it_serves(name, *dims)
+        dtype = torch.bfloat16
         tensors = rectangle(1100, 1600, (6, 2), dims[0], dtype, dims[1])
         honest, actual = (run_dense(BLOCKS[b], tensors, False, "cuda") for b in ("eager", name))
         terms = cancelling_terms(tensors, (1600,), causal=False)
@@ -231,10 +238,11 @@ class TestOnGpu:
         assert_all_within_budget(actual, expected, honest, dtype, terms=terms)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("name", CUDA_BLOCKS)
+    @pytest.mark.parametrize("name", GPU_BLOCKS)
     @pytest.mark.parametrize("causal", [True, False])
     @pytest.mark.parametrize("lengths", [(100, 1, 333, 2), (1,) * 7, (257,), (5, 4200, 7)])
     def test_varlen(self, name, dtype, causal, lengths) -> None:
+        skip_unless_it_serves(name, 128, 128)
         tensors = random_tensors(sum(lengths), 6, 2, 128, dtype)
         honest = run_varlen(BLOCKS["eager"], tensors, lengths, causal, "cuda")
         actual = run_varlen(BLOCKS[name], tensors, lengths, causal, "cuda")
@@ -261,4 +269,7 @@ class TestOnGpu:
         ],
     )
     def test_auto(self, dtype, head_dim, expected) -> None:
+        operands = Operands(torch.device("cuda"), dtype, head_dim, head_dim)
+        if BLOCKS["fa4"].obstacle(operands) is None:
+            expected = "fa4"
         assert resolve_block("auto", torch.device("cuda"), dtype, head_dim).name == expected

@@ -1,0 +1,125 @@
+"""FlashAttention-4 on NVIDIA Hopper GPUs, from the package flash-attn-4 (extra ``fa4``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ring.blocks.flash import FlashBlock, as_wide_as, one_width
+from ring.blocks.interface import QKV, Operands, Segments
+from ring.blocks.merge import Partial
+from ring.planner.window import Window
+
+VERSION = "4.0.0b36"  # a beta: what we call is not its public interface
+
+
+class Fa4Block(FlashBlock):
+    """FlashAttention-4: the fastest kernel; it compiles once a configuration, for any shapes.
+
+    One varlen call takes all fragments of a rank. It takes what :class:`FlashBlock` takes, on
+    compute capability 9.0. Keys of 192 and values of 128, with as many key heads as query heads,
+    run as they are; other widths are padded with zeros to one. dq, dk and dv are bit-reproducible
+    under ``torch.use_deterministic_algorithms(True)`` only.
+    """
+
+    name = "fa4"
+
+    def obstacle(self, operands: Operands) -> str | None:
+        """Return the obstacle of :class:`FlashBlock`, or name the GPU or the package it needs."""
+        if (obstacle := super().obstacle(operands)) is not None:
+            return obstacle
+        if torch.cuda.get_device_capability(operands.device) != (9, 0):
+            return "needs compute capability 9.0 (Hopper)"
+        return _missing()
+
+    def forward(self, qkv: QKV, *, window: Window, scale: float) -> Partial:
+        """Run one kernel call, whatever the shape."""
+        output, lse = _forward(*(x[None] for x in _widths(qkv)), **_options(window, scale))
+        return Partial(as_wide_as(qkv.v, output[0]), lse[0].T)
+
+    def backward(
+        self, doutput: Tensor, merged: Partial, qkv: QKV, *, window: Window, scale: float
+    ) -> QKV:
+        """Run one kernel call, whatever the shape."""
+        tensors = (*_widths(qkv, merged.output, doutput), merged.lse.T.contiguous())
+        gradients = _backward(*(x[None] for x in tensors), **_options(window, scale))
+        return QKV(*(as_wide_as(x, dx[0]) for x, dx in zip(qkv, gradients)))
+
+    def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
+        """Run one varlen call for all segments, a dense one for one segment."""
+        if len(segments.borders) == 2:
+            return self.forward(qkv, window=segments.window, scale=scale)
+        options = _options(segments.window, scale) | _lengths(segments)
+        output, lse = _forward(*_widths(qkv), **options)
+        return Partial(as_wide_as(qkv.v, output), lse.T)
+
+    def backward_varlen(
+        self, doutput: Tensor, merged: Partial, qkv: QKV, segments: Segments, *, scale: float
+    ) -> QKV:
+        """Run one varlen call for all segments, a dense one for one segment."""
+        if len(segments.borders) == 2:
+            return self.backward(doutput, merged, qkv, window=segments.window, scale=scale)
+        tensors = (*_widths(qkv, merged.output, doutput), merged.lse.T.contiguous())
+        options = _options(segments.window, scale) | _lengths(segments)
+        gradients = _backward(*tensors, **options)
+        return QKV(*(as_wide_as(x, dx) for x, dx in zip(qkv, gradients)))
+
+
+@cache
+def _missing() -> str | None:
+    """Say what is not installed; looked up once, where a GPU could run it."""
+    try:
+        found = version("flash-attn-4")
+        if found != VERSION:
+            return f"needs flash-attn-4 {VERSION}, and {found} is installed"
+        import_module("flash_attn.cute.interface")
+    except PackageNotFoundError:
+        return f"needs flash-attn-4 {VERSION}: pip install 'lasp-plus[fa4]'"
+    except ImportError as error:
+        return f"needs what flash-attn-4 imports ({error}): pip install 'lasp-plus[fa4]'"
+    return None
+
+
+@cache
+def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    interface = import_module("flash_attn.cute.interface")
+    return interface._flash_attn_fwd, interface._flash_attn_bwd
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Output, and lse with the rows last."""
+    with torch.cuda.device_of(q):
+        output, lse, *_ = _kernels()[0](q, k, v, return_lse=True, **options)
+    return output, lse
+
+
+def _backward(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """Gradients to q, k and v; tensors are q, k, v, output, its gradient, and lse rows last."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with torch.cuda.device_of(tensors[0]):
+        gradients = _kernels()[1](*tensors, deterministic=deterministic, **options)
+    return tuple(gradients[:3])
+
+
+def _options(window: Window, scale: float) -> dict[str, Any]:
+    left, right = (side if side >= 0 else None for side in window)
+    return {"softmax_scale": scale, "window_size_left": left, "window_size_right": right}
+
+
+def _lengths(segments: Segments) -> dict[str, Any]:
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return dict(zip(names, segments.lengths))
+
+
+def _widths(qkv: QKV, *outputs: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as the kernels take them: its backward has other widths without grouped heads."""
+    widths = (qkv.q.shape[-1], qkv.v.shape[-1])
+    if widths == (192, 128) and qkv.q.shape[1] == qkv.k.shape[1]:
+        return (*qkv, *outputs)
+    return one_width(*qkv, *outputs)

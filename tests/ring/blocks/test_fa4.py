@@ -1,0 +1,208 @@
+"""FlashAttention-4: what its kernels get, with stand-ins on the CPU; the kernels on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
+from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from ring import ring_attention
+from ring.blocks import fa4
+from ring.blocks.eager import EagerBlock
+from ring.blocks.interface import QKV, Operands
+from ring.blocks.merge import Partial
+from ring.blocks.registry import BLOCKS
+from ring.planner.window import Window
+from tests.ring.blocks.test_blocks import (
+    rectangle,
+    rectangle_oracle,
+    run_dense,
+    run_varlen,
+    skip_unless_it_serves,
+)
+from tests.ring.cases import (
+    assert_all_equal,
+    assert_all_within_budget,
+    cancelling_terms,
+    oracle,
+    random_tensors,
+)
+
+EAGER = EagerBlock()
+
+
+class StandIns:
+    """The two functions of flash_attn.cute.interface that we call, with their conventions."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []  # the function, and how many segments
+
+    def _parts(self, q: Tensor, borders: Tensor | None, side: str) -> Iterator[tuple[slice, ...]]:
+        self.calls.append((side, 1 if borders is None else len(borders) - 1))
+        if borders is None:
+            assert q.dim() == 4
+            assert len(q) == 1
+            yield slice(None), slice(None)
+            return
+        assert q.dim() == 3
+        assert borders.dtype == torch.int32
+        for a, b in pairwise(borders.tolist()):
+            yield slice(a, b), slice(a, b)
+
+    @staticmethod
+    def _window(left: int | None, right: int | None) -> Window:
+        assert all(side is None or side >= 0 for side in (left, right))
+        return Window(*(-1 if side is None else side for side in (left, right)))
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        softmax_scale: float,
+        window_size_left: int | None,
+        window_size_right: int | None,
+        return_lse: bool,
+        **lengths: Any,
+    ) -> tuple[Tensor | None, ...]:
+        assert return_lse
+        borders, dense = lengths.get("cu_seqlens_q"), q.dim() == 4
+        window, results = self._window(window_size_left, window_size_right), []
+        for rows, keys in self._parts(q, borders, "forward"):
+            part = QKV(*(x[0] if dense else x[s] for x, s in ((q, rows), (k, keys), (v, keys))))
+            results.append(EAGER.forward(part, window=window, scale=softmax_scale))
+        output, lse = (torch.cat(x) for x in zip(*results))
+        output, lse = output.to(q.dtype), lse.T.contiguous()  # lse [H, T]
+        return (
+            (output[None], lse[None], None, None, None)
+            if dense
+            else (output, lse, None, None, None)
+        )
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        dout: Tensor,
+        lse: Tensor,
+        *,
+        deterministic: bool,
+        softmax_scale: float,
+        window_size_left: int | None,
+        window_size_right: int | None,
+        **lengths: Any,
+    ) -> tuple[Tensor, ...]:
+        grouped = q.shape[-2] != k.shape[-2]
+        assert not grouped or q.shape[-1] == v.shape[-1], "GQA backward requires one head dim"
+        assert lse.is_contiguous()
+        dense = q.dim() == 4
+        if dense:
+            q, k, v, out, dout, lse = (x[0] for x in (q, k, v, out, dout, lse))
+        window, results = self._window(window_size_left, window_size_right), []
+        for rows, keys in self._parts(
+            q[None] if dense else q, lengths.get("cu_seqlens_q"), "backward"
+        ):
+            merged = Partial(out[rows], lse.T[rows])
+            part = QKV(q[rows], k[keys], v[keys])
+            results.append(
+                EAGER.backward(dout[rows], merged, part, window=window, scale=softmax_scale)
+            )
+        gradients = (torch.cat(x).to(q.dtype) for x in zip(*results))
+        return tuple(x[None] if dense else x for x in gradients)
+
+
+@pytest.fixture
+def stand_ins() -> Iterator[StandIns]:
+    kernels = StandIns()
+    with patch.object(fa4, "_kernels", lambda: (kernels.forward, kernels.backward)):
+        yield kernels
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
+@pytest.mark.parametrize("dims", [(8, 8), (192, 128), (16, 8), (8, 16)])
+class TestWithStandIns:
+    def test_rectangle(self, stand_ins: StandIns, dims, heads) -> None:
+        tensors = rectangle(7, 11, heads, dims[0], torch.float64, dims[1])
+        assert_all_equal(run_dense(BLOCKS["fa4"], tensors, False), rectangle_oracle(tensors))
+        assert stand_ins.calls == [("forward", 1), ("backward", 1)]
+
+    @pytest.mark.parametrize("lengths", [(5, 1, 9), (15,)])
+    def test_all_segments_in_one_call(self, stand_ins: StandIns, dims, heads, lengths) -> None:
+        tensors = random_tensors(15, *heads, dims[0], torch.float64, dims[1])
+        actual = run_varlen(BLOCKS["fa4"], tensors, lengths, True)
+        assert_all_equal(actual, oracle(tensors, lengths, True))
+        assert stand_ins.calls == [("forward", len(lengths)), ("backward", len(lengths))]
+
+
+def test_windows_and_both_results(stand_ins: StandIns) -> None:
+    tensors = random_tensors(20, 4, 2, 8, torch.float64)
+    leaves = [x.requires_grad_() for x in tensors[:3]]
+    with patch.object(fa4.Fa4Block, "obstacle", lambda *_: None):
+        output, lse = ring_attention(*leaves, window=(5, 0), block="fa4")
+        gradients = torch.autograd.grad(output, leaves, tensors[3])
+    actual = (output.detach(), lse.detach(), *gradients)
+    assert_all_equal(actual, oracle(tensors, (20,), True, window=(5, 0)))
+
+
+GPU = Operands(torch.device("cuda"), torch.bfloat16, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("found", "capability", "message"),
+    [
+        (PackageNotFoundError(), (9, 0), "needs flash-attn-4 4.0.0b36: pip install"),
+        (["4.0.0b40"], (9, 0), "needs flash-attn-4 4.0.0b36, and 4.0.0b40 is installed"),
+        (["4.0.0b36"], (9, 0), "needs what flash-attn-4 imports"),
+        (["4.0.0b36"], (10, 0), "needs compute capability 9.0"),
+    ],
+)
+def test_the_obstacle_says_what_is_missing(found, capability, message: str) -> None:
+    fa4._missing.cache_clear()
+    with (
+        patch.object(torch.version, "cuda", "13.0"),
+        patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
+        patch.object(fa4, "version", side_effect=found),
+        patch.object(fa4, "import_module", side_effect=ImportError("No module named 'quack'")),
+    ):
+        assert message in (BLOCKS["fa4"].obstacle(GPU) or "")
+    fa4._missing.cache_clear()
+
+
+@pytest.mark.gpu
+class TestOnGpu:
+    @pytest.mark.parametrize("heads", [(8, 1), (5, 5)])
+    @pytest.mark.parametrize(
+        "dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (72, 40)]
+    )
+    def test_head_dims(self, heads, dims) -> None:
+        skip_unless_it_serves("fa4", *dims)
+        for lengths, causal in (((5, 700, 295), True), ((1000,), False), ((300,), True)):
+            tensors = random_tensors(sum(lengths), *heads, dims[0], torch.bfloat16, dims[1])
+            honest, actual = (
+                run_varlen(BLOCKS[name], tensors, lengths, causal, "cuda")
+                for name in ("eager", "fa4")
+            )
+            terms = cancelling_terms(tensors, lengths, causal)
+            expected = oracle(tensors, lengths, causal)
+            assert_all_within_budget(actual, expected, honest, torch.bfloat16, terms=terms)
+
+    def test_two_runs_have_the_same_bits_where_asked(self) -> None:
+        skip_unless_it_serves("fa4", 128, 128)
+        tensors, lengths = random_tensors(9000, 8, 2, 128, torch.bfloat16), (5, 8000, 995)
+        torch.use_deterministic_algorithms(True)
+        try:
+            first, second = (
+                run_varlen(BLOCKS["fa4"], tensors, lengths, True, "cuda") for _ in range(2)
+            )
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

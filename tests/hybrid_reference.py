@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.hybrid import HybridConfig
+from lasp.hybrid import HybridConfig, Residuals, ResidualScale
 from lasp.layers.options import LightningOptions
 from lasp.lightning.decay import decay_rates
 from lasp.lightning.reference import recurrent_lightning_attention
@@ -67,47 +67,66 @@ def reference_lightning(
 
 
 def reference_logits(
-    config: HybridConfig, p: dict[str, Tensor], tokens: Tensor, lengths: tuple[int, ...]
+    config: HybridConfig,
+    p: dict[str, Tensor],
+    tokens: Tensor,
+    lengths: tuple[int, ...],
+    inputs_embeds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits ``[S, vocab]`` and the auxiliary loss of a whole pack, in float64."""
-    heads, deepnorm = config.attention, ((2 * config.num_layers) ** 0.25, 1.0)
-    own = config.residuals
-    borders = list(accumulate(lengths, initial=0))
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    x, aux_loss = p["embedding.weight"][tokens], torch.zeros((), dtype=torch.float64)
-    for layer in range(config.num_layers):
+    deepnorm = ResidualScale((2 * config.num_layers) ** 0.25)
+    own = config.residuals or Residuals("post", deepnorm, deepnorm, deepnorm)
+    x, aux_loss = p["embedding.weight"][tokens] * config.vocabulary.embedding_scale, torch.zeros(())
+    if inputs_embeds is not None:
+        x = inputs_embeds
+    for layer, kind in enumerate(config.kinds):
         w = {k.removeprefix(f"layers.{layer}."): v for k, v in p.items() if f"layers.{layer}." in k}
         a = {k.removeprefix("attention."): v for k, v in w.items() if k.startswith("attention.")}
         residual, x = x, rms_norm(x, w["attention_norm.weight"], config.norm_eps)
-        if own is None or own.norm == "post":
+        if own.norm == "post":
             residual = x
-        if config.kinds[layer] == "*":
-            alpha, beta = deepnorm if own is None else own.softmax
-            q, k, v = (
-                (x @ a[f"{name}_proj.weight"].T).unflatten(1, (-1, heads.head_dim))
-                for name in "qkv"
-            )
-            q, k = (rotate(y, positions, heads.rotary_dim, heads.rope_base) for y in (q, k))
-            scale = heads.head_dim**-0.5
-            y, _ = dense_attention(q, k, v, cu_seqlens=borders, causal=True, scale=scale)
-            y = y.flatten(1) @ a["o_proj.weight"].T
+        if kind == "*":
+            alpha, beta = own.softmax
+            y = reference_softmax(config, a, x, lengths)
         else:
-            alpha, beta = deepnorm if own is None else own.lightning
-            rates = decay_rates(heads.num_heads, layer, config.num_layers, config.decay)
-            y = reference_lightning(LightningOptions(), a, x, rates, lengths)
+            alpha, beta = own.lightning
+            counted = config.num_decay_layers or config.num_layers
+            rates = decay_rates(config.attention.num_heads, layer, counted, config.decay)
+            y = reference_lightning(config.lightning, a, x, rates, lengths)
         residual = alpha * residual + beta * y
         x = rms_norm(residual, w["moe_norm.weight"], config.norm_eps)
-        if own is None or own.norm == "post":
+        if own.norm == "post":
             residual = x
-        moe = reference_moe(
-            x,
-            w["moe.gate.weight"],
-            w["moe.experts.w13"],
-            w["moe.experts.w2"],
-            top_k=config.moe.top_k,
-            capacity_factor=config.moe.capacity_factor,
-            aux_loss_coefficient=config.moe.aux_loss_coefficient,
-        )
-        alpha, beta = deepnorm if own is None else own.mlp
-        x, aux_loss = alpha * residual + beta * moe.output, aux_loss + moe.aux_loss
-    return rms_norm(x, p["final_norm.weight"], config.norm_eps) @ p["head.weight"].T, aux_loss
+        if "mlp.w13" in w:
+            gate, up = x @ w["mlp.w13"].mT
+            y = (F.silu(gate) * up) @ w["mlp.w2"].T
+        else:
+            moe = reference_moe(
+                x,
+                w["moe.gate.weight"],
+                w["moe.experts.w13"],
+                w["moe.experts.w2"],
+                top_k=config.moe.top_k,
+                capacity_factor=config.moe.capacity_factor,
+                aux_loss_coefficient=config.moe.aux_loss_coefficient,
+            )
+            y, aux_loss = moe.output, aux_loss + moe.aux_loss
+        alpha, beta = own.mlp
+        x = alpha * residual + beta * y
+    head = p["embedding.weight" if config.vocabulary.tied else "head.weight"]
+    logits = rms_norm(x, p["final_norm.weight"], config.norm_eps) @ head.T
+    return config.vocabulary.logit_scale * logits, aux_loss
+
+
+def reference_softmax(
+    config: HybridConfig, p: dict[str, Tensor], x: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """A softmax layer over whole documents ``[S, hidden]``, in float64."""
+    heads = config.attention
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    q, k, v = ((x @ p[f"{n}_proj.weight"].T).unflatten(1, (-1, heads.head_dim)) for n in "qkv")
+    q, k = (rotate(y, positions, heads.rotary_dim, heads.rope_base) for y in (q, k))
+    borders = list(accumulate(lengths, initial=0))
+    scale = heads.head_dim**-0.5
+    y, _ = dense_attention(q, k, v, cu_seqlens=borders, causal=True, scale=scale)
+    return y.flatten(1) @ p["o_proj.weight"].T

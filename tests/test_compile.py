@@ -30,6 +30,7 @@ ROOT = Path(lasp.__file__).parents[1]
 ENTRANCES = {
     "lasp/_core/graphs.py",
     "lasp/lightning/attention.py",
+    "lasp/hybrid/layer.py",
     "lasp/hybrid/model.py",
     "lasp/layers/lightning_attention.py",
     "ring/module.py",

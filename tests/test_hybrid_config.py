@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasp.hybrid import MINIMAX_TEXT_01, HybridModel, Residuals, count_parameters, pack_batch
+from lasp.hybrid import (
+    MINIMAX_TEXT_01,
+    DenseConfig,
+    HybridModel,
+    Residuals,
+    VocabularyConfig,
+    count_parameters,
+    pack_batch,
+)
+from tests.closeness import relative_error
 from tests.test_hybrid import MEDIUM, config
 
 
@@ -38,9 +47,26 @@ def test_command_prints_the_parameters() -> None:
     assert "minimax-text-01: 456.1 B total, 45.9 B active" in done.stdout
 
 
-def model_call(tokens: Tensor) -> None:
+def model_call(tokens: Tensor | None, **inputs: Tensor) -> None:
     batch = pack_batch([(8,)], dp_rank=0, num_ranks=2, order="contiguous")
-    HybridModel(config())(tokens, batch)
+    HybridModel(config())(tokens, batch, **inputs)
+
+
+def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
+    for tied in (False, True):
+        chosen = replace(config(), vocabulary=VocabularyConfig(tied, float32_head=True))
+        model = HybridModel(chosen, dtype=torch.bfloat16)
+        model.reset_parameters(0)
+        batch = pack_batch([(8,)], dp_rank=0, num_ranks=1, order="contiguous")
+        normed: list[Tensor] = []
+        model.final_norm.register_forward_hook(lambda *call, to=normed: to.append(call[2]))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(torch.arange(8), batch).logits
+        weight = (model.embedding if tied else model.head).weight
+        assert logits.dtype == torch.float32
+        assert weight.dtype == (torch.bfloat16 if tied else torch.float32)
+        exact = normed[0].double() @ weight.double().T
+        assert relative_error(logits, exact) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -48,6 +74,25 @@ def model_call(tokens: Tensor) -> None:
     [
         (lambda: model_call(torch.zeros(8, dtype=torch.int64)), "tokens must be int64 of shape"),
         (lambda: model_call(torch.zeros(4)), "tokens must be int64 of shape"),
+        (lambda: model_call(None), "one of tokens and inputs_embeds must be given, got neither"),
+        (
+            lambda: model_call(torch.zeros(4), inputs_embeds=torch.zeros(4, 10)),
+            "one of tokens and inputs_embeds must be given, got both",
+        ),
+        (
+            lambda: model_call(None, inputs_embeds=torch.zeros(4, 9)),
+            r"inputs_embeds must be floats of shape \(4, 10\)",
+        ),
+        (lambda: replace(config(), num_decay_layers=2), "num_decay_layers must be at least"),
+        *(
+            (lambda dense=dense, moe=moe: replace(config(), dense=dense, **moe), message)
+            for dense, moe, message in (
+                (DenseConfig(10, 8, 1), {"moe": None}, "dense.num_layers must be None with moe"),
+                (DenseConfig(9, 8, 1), {}, "dense.hidden_size must be moe.hidden_size 10, got 9"),
+                (DenseConfig(10, 8, 3), {}, r"dense.num_layers must be in \(0, 3\)"),
+                (DenseConfig(10, 8), {}, r"dense.num_layers must be in \(0, 3\)"),
+            )
+        ),
         (lambda: replace(config(), num_layers=0), "num_layers must be a whole number >= 1"),
         (lambda: replace(config(), num_layers=2.5), "num_layers must be a whole number .* 2.5"),
         (lambda: replace(config(), num_layers=2, pattern="GG*"), "pattern must be .* or 2 of G"),
@@ -60,7 +105,10 @@ def model_call(tokens: Tensor) -> None:
             (lambda name=name: replace(config(), **{name: "fast"}), f"{name} must be one of .*fast")
             for name in ("lightning_impl", "exchange", "decay")
         ),
-        (lambda: HybridModel(replace(config(), moe=None)), "moe must be a MoEConfig, got None"),
+        (
+            lambda: HybridModel(replace(config(), moe=None)),
+            "moe or dense must be given, got None for both",
+        ),
         (
             lambda: pack_batch([(8,)], dp_rank=1, num_ranks=2, order="contiguous"),
             r"dp_rank must be in \[0, 1\)",

@@ -4,21 +4,23 @@
 """
 
 from lasp.hybrid.config import (
-    MINIMAX_TEXT_01,
-    NAMED_CONFIGS,
     AttentionConfig,
+    DenseConfig,
     HybridConfig,
     Residuals,
     ResidualScale,
+    VocabularyConfig,
 )
 from lasp.hybrid.model import HybridModel, HybridOutput, ParameterCount, count_parameters
 from lasp.hybrid.packing import PackedBatch, pack_batch
+from lasp.hybrid.presets import MINIMAX_TEXT_01, NAMED_CONFIGS
 from lasp.hybrid.training import next_token_loss, reduce_gradients
 
 __all__ = [
     "MINIMAX_TEXT_01",
     "NAMED_CONFIGS",
     "AttentionConfig",
+    "DenseConfig",
     "HybridConfig",
     "HybridModel",
     "HybridOutput",
@@ -26,6 +28,7 @@ __all__ = [
     "ParameterCount",
     "ResidualScale",
     "Residuals",
+    "VocabularyConfig",
     "count_parameters",
     "next_token_loss",
     "pack_batch",

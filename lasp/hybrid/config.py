@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from lasp._core.impl import Impl, check_impl
+from lasp.layers.options import MINIMAX_OPTIONS, LightningOptions
 from lasp.lightning.decay import Variant, check_variant
 from lasp.lightning.validation import check_exchange
 from lasp.state_exchange import Exchange
@@ -78,21 +79,63 @@ class Residuals:
 
 
 @dataclass(frozen=True)
+class DenseConfig:
+    """The SwiGLU MLP of layers without experts.
+
+    Attributes:
+        hidden_size: the model's.
+        ffn_size: width of the MLP.
+        num_layers: the first so many layers have it, the others experts (Ling, Ring: 1 or more);
+            None: every layer, of a model without experts.
+    """
+
+    hidden_size: int
+    ffn_size: int
+    num_layers: int | None = None
+
+
+@dataclass(frozen=True)
+class VocabularyConfig:
+    """What is special about the embedding and the head; by default nothing is.
+
+    Attributes:
+        tied: the head has the weight of the embedding.
+        float32_head: the head and its product are float32 (float64 of a float64 model) whatever
+            the rest is: MiniMax-M1's remedy for probabilities of trainer and server that differ.
+        embedding_scale: factor of the embedded tokens (muP).
+        logit_scale: factor of the logits (muP).
+    """
+
+    tied: bool = False
+    float32_head: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+
+
+_USUAL = VocabularyConfig()
+
+
+@dataclass(frozen=True)
 class HybridConfig:
     """A hybrid decoder, for :class:`lasp.hybrid.HybridModel` and the specs of ``lasp.megatron``.
 
     Attributes:
         num_layers: all layers.
-        vocab_size: rows of the embedding and of the untied head. Megatron's models take theirs, a
+        vocab_size: rows of the embedding and of the head. Megatron's models take theirs, a
             multiple of the tensor parallel ranks, as an argument.
         attention: heads of the attention layers.
-        moe: the expert layer in every decoder layer; its ``hidden_size`` is the model's. None:
-            a dense MLP, in Megatron alone, whose config has its size.
+        moe: the expert layers; its ``hidden_size`` is the model's. None: every MLP is dense.
         pattern: the kinds of the layers: "7:1", seven lightning layers and a softmax layer in turn,
             or one symbol a layer, "GG*G", G lightning and * softmax, as in Megatron's HybridModel.
+        dense: the layers without experts. None: there are none; with ``moe`` None too only
+            Megatron's specs, whose config has the size.
+        lightning: what lightning layers compute around the attention.
+        vocabulary: what is special about embedding and head.
         residuals: norms and residual weights; None: :meth:`Residuals.deepnorm` of ``num_layers``.
         norm_eps: of the residual norms.
         decay: formula of the rates in lightning layers, see ``lasp.lightning.decay``.
+        num_decay_layers: layers that the formula counts, where the model is the first part of a
+            deeper one; None: ``num_layers``.
         lightning_impl: who computes lightning attention, see :func:`lasp.lightning_attention`.
         exchange: how its states cross the context-parallel ranks, see ``lasp.state_exchange``.
 
@@ -105,9 +148,13 @@ class HybridConfig:
     attention: AttentionConfig
     moe: MoEConfig | None
     pattern: str = "7:1"
+    dense: DenseConfig | None = None
+    lightning: LightningOptions = MINIMAX_OPTIONS
+    vocabulary: VocabularyConfig = _USUAL
     residuals: Residuals | None = None
     norm_eps: float = 1e-5
     decay: Variant = "minimax"
+    num_decay_layers: int | None = None
     lightning_impl: Impl = "auto"
     exchange: Exchange = "auto"
 
@@ -124,6 +171,33 @@ class HybridConfig:
                 f"pattern must be 'lightning layers:softmax layers' or {self.num_layers} of G"
                 f" (lightning) and * (softmax), got {self.pattern!r}: MiniMax-01's is '7:1'"
             )
+        if self.num_decay_layers is not None and self.num_decay_layers < self.num_layers:
+            raise ValueError(
+                f"num_decay_layers must be at least num_layers {self.num_layers}, got"
+                f" {self.num_decay_layers}: it counts all layers of the whole model"
+            )
+        self._check_dense()
+
+    def _check_dense(self) -> None:
+        if self.dense is None:
+            return
+        if self.moe is None and self.dense.num_layers is not None:
+            raise ValueError(
+                f"dense.num_layers must be None with moe None, got {self.dense.num_layers}: every"
+                " layer is dense"
+            )
+        if self.moe is None:
+            return
+        if self.dense.hidden_size != self.moe.hidden_size:
+            raise ValueError(
+                f"dense.hidden_size must be moe.hidden_size {self.moe.hidden_size}, got"
+                f" {self.dense.hidden_size}"
+            )
+        if self.dense.num_layers is None or not 0 < self.dense.num_layers < self.num_layers:
+            raise ValueError(
+                f"dense.num_layers must be in (0, {self.num_layers}) with moe given, got"
+                f" {self.dense.num_layers}: the first layers are dense, the others have experts"
+            )
 
     @cached_property
     def kinds(self) -> str:
@@ -136,18 +210,22 @@ class HybridConfig:
         return (("G" * lightning + "*" * softmax) * self.num_layers)[: self.num_layers]
 
     @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        part = self.moe or self.dense
+        if part is None:
+            raise ValueError(
+                "moe or dense must be given, got None for both: without them only Megatron's specs"
+                " know the size of the MLPs"
+            )
+        return part.hidden_size
+
+    def has_experts(self, layer_index: int) -> bool:
+        """Whether a layer has experts or a dense MLP."""
+        first = 0 if self.dense is None else self.dense.num_layers
+        return self.moe is not None and first is not None and layer_index >= first
+
+    @property
     def residuals_or_deepnorm(self) -> Residuals:
         """``residuals``, by its default if None."""
         return self.residuals or Residuals.deepnorm(self.num_layers)
-
-
-MINIMAX_TEXT_01 = HybridConfig(
-    num_layers=80,
-    vocab_size=200_064,
-    attention=AttentionConfig(
-        num_heads=64, num_kv_heads=8, head_dim=128, rotary_dim=64, rope_base=10_000_000.0
-    ),
-    moe=MoEConfig(hidden_size=6144, ffn_size=9216, num_experts=32, top_k=2),
-)
-
-NAMED_CONFIGS = {"minimax-text-01": MINIMAX_TEXT_01}

@@ -1,4 +1,4 @@
-"""The hybrid decoder: lightning and softmax layers with experts, in plain PyTorch.
+"""The hybrid decoder: lightning and softmax layers, experts and dense MLPs, in plain PyTorch.
 
 MiniMax-Text-01's shape: of every eight layers seven are lightning attention and the last is softmax
 attention; every layer has a mixture of experts; residuals are DeepNorm post-norm, where the
@@ -17,97 +17,13 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lasp._core.dtypes import wide_dtype
 from lasp.hybrid.config import HybridConfig
+from lasp.hybrid.layer import HybridLayer, draw_xavier
 from lasp.hybrid.packing import PackedBatch
-from lasp.layers.lightning_attention import LightningAttention
-from moe_parallel import ExpertParallelMoE, MoEConfig, MoEOutput, ParallelGroups, RoutingStats
-from ring.module import RingAttention
-
-
-class HybridLayer(nn.Module):
-    """One decoder layer: attention of either kind, then experts, with a residual around each."""
-
-    def __init__(
-        self,
-        config: HybridConfig,
-        layer_index: int,
-        *,
-        groups: ParallelGroups,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        moe, heads, residuals = _experts_of(config), config.attention, config.residuals_or_deepnorm
-        hidden, softmax = moe.hidden_size, config.kinds[layer_index] == "*"
-        self.post_norm = residuals.norm == "post"
-        self.attention_residual = residuals.softmax if softmax else residuals.lightning
-        self.moe_residual = residuals.mlp
-        self.groups = groups
-        self.attention_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
-        self.attention: LightningAttention | RingAttention
-        if softmax:
-            self.attention = RingAttention(
-                hidden,
-                heads.num_heads,
-                heads.num_kv_heads,
-                heads.head_dim,
-                rotary_dim=heads.rotary_dim,
-                rope_base=heads.rope_base,
-                device=device,
-                dtype=dtype,
-            )
-        else:
-            self.attention = LightningAttention(
-                hidden,
-                heads.num_heads,
-                heads.head_dim,
-                layer_index,
-                config.num_layers,
-                decay=config.decay,
-                exchange=config.exchange,
-                impl=config.lightning_impl,
-                device=device,
-                dtype=dtype,
-            )
-        self.moe_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
-        self.moe = ExpertParallelMoE(moe, groups=groups.experts, device=device, dtype=dtype)
-
-    def forward(self, hidden: Tensor, batch: PackedBatch) -> MoEOutput:
-        """``hidden`` [T, hidden] of this rank's tokens, through both sub-layers."""
-        normed = self.attention_norm(hidden)
-        attended = self.attention(normed, layout=batch.layout, cp_group=self.groups.cp)
-        hidden = self.attention_residual.add(normed if self.post_norm else hidden, attended)
-        normed = self.moe_norm(hidden)
-        experts: MoEOutput = self.moe(normed, token_order=batch.token_order)
-        residual = normed if self.post_norm else hidden
-        # Not _replace(): in a graph torch 2.11 makes an empty tuple of it.
-        output = self.moe_residual.add(residual, experts.output)
-        return MoEOutput(output, experts.aux_loss, experts.stats)
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator, init_gain: float) -> None:
-        """See :meth:`HybridModel.reset_parameters`."""
-        attention = self.attention
-        if isinstance(attention, LightningAttention):
-            size = attention.hidden_size
-            # Laid out head by head: each of q, k, v is one matrix spread over the heads.
-            qkv = attention.qkv_proj.weight.view(attention.num_heads, 3, attention.head_dim, size)
-            for part, gain in enumerate((1.0, 1.0, init_gain)):
-                drawn = qkv.new_empty(attention.num_heads * attention.head_dim, size)
-                _xavier(drawn, gain, generator)
-                qkv[:, part].copy_(drawn.view(attention.num_heads, attention.head_dim, size))
-            if attention.output_gate is not None:
-                _xavier(attention.output_gate.weight, 1.0, generator)
-            _xavier(attention.out_proj.weight, init_gain, generator)
-        else:
-            _xavier(attention.q_proj.weight, 1.0, generator)
-            _xavier(attention.k_proj.weight, 1.0, generator)
-            _xavier(attention.v_proj.weight, init_gain, generator)
-            _xavier(attention.o_proj.weight, init_gain, generator)
-        # The expert layer draws from seeds of its own, so that its values do not depend on ep, etp.
-        seed = int(torch.randint(2**63 - 1, (1,), generator=generator))
-        self.moe.reset_parameters(seed, gain=init_gain)
+from moe_parallel import ParallelGroups, RoutingStats
 
 
 class HybridOutput(NamedTuple):
@@ -117,7 +33,7 @@ class HybridOutput(NamedTuple):
         logits: ``[T, vocab]`` of this rank's tokens.
         aux_loss: this rank's share of the auxiliary losses of all layers, a scalar; its sum over
             the token group is the loss.
-        stats: expert balance of each layer over all ranks.
+        stats: expert balance of each layer with experts over all ranks.
     """
 
     logits: Tensor
@@ -137,7 +53,7 @@ class HybridModel(nn.Module):
 
     Raises:
         ValueError: if experts or FFN do not divide by the groups, see ``ExpertParallelMoE``, or
-            ``config`` has no experts.
+            ``config`` has neither experts nor dense MLPs.
     """
 
     def __init__(
@@ -149,7 +65,7 @@ class HybridModel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden = _experts_of(config).hidden_size
+        hidden, vocabulary = config.hidden_size, config.vocabulary
         if groups is None:
             groups = ParallelGroups(*[None] * len(ParallelGroups._fields))
         self.config = config
@@ -160,34 +76,88 @@ class HybridModel(nn.Module):
             for index in range(config.num_layers)
         )
         self.final_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
-        self.head = nn.Linear(hidden, config.vocab_size, bias=False, device=device, dtype=dtype)
+        self.head: nn.Linear | None = None
+        if not vocabulary.tied:
+            if vocabulary.float32_head:
+                dtype = wide_dtype(dtype or torch.get_default_dtype())
+            self.head = nn.Linear(hidden, config.vocab_size, bias=False, device=device, dtype=dtype)
 
-    def forward(self, tokens: Tensor, batch: PackedBatch) -> HybridOutput:
+    def forward(
+        self, tokens: Tensor | None, batch: PackedBatch, *, inputs_embeds: Tensor | None = None
+    ) -> HybridOutput:
         """Logits of this rank's tokens.
 
         Args:
-            tokens: int64 ``[T]``, ``batch.layout.shard(pack, cp_rank)``.
+            tokens: int64 ``[T]``, ``batch.layout.shard(pack, cp_rank)``; None with
+                ``inputs_embeds``.
             batch: layout and router order, see :func:`pack_batch`.
+            inputs_embeds: ``[T, hidden_size]`` in place of embedded tokens (of images, prompts that
+                are learned), sharded as tokens are; ``vocabulary.embedding_scale`` is not applied.
 
         Returns:
             :class:`HybridOutput`.
 
+        Gradients: to the parameters, and to ``inputs_embeds``.
+
         Raises:
-            ValueError: if ``tokens`` has not the layout's T tokens.
+            ValueError: unless one of ``tokens`` and ``inputs_embeds`` is given, of the layout's T
+                tokens.
         """
-        if tokens.shape != (batch.layout.num_local_tokens,) or tokens.dtype != torch.int64:
-            raise ValueError(
-                f"tokens must be int64 of shape ({batch.layout.num_local_tokens},), got"
-                f" {tokens.dtype} of {tuple(tokens.shape)}: shard the pack with this batch's layout"
-            )
-        hidden = self.embedding(tokens)
+        hidden = self._embedded(tokens, batch, inputs_embeds)
         aux_losses, stats = [], []
         for layer in self.layers:
             hidden, aux_loss, layer_stats = layer(hidden, batch)
-            aux_losses.append(aux_loss)
-            stats.append(layer_stats)
-        logits = self.head(self.final_norm(hidden))
-        return HybridOutput(logits, torch.stack(aux_losses).sum(), tuple(stats))
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+                stats.append(layer_stats)
+        logits = self._logits(self.final_norm(hidden))
+        aux_loss = torch.stack(aux_losses).sum() if aux_losses else logits.new_zeros(())
+        return HybridOutput(logits, aux_loss, tuple(stats))
+
+    def _embedded(
+        self, tokens: Tensor | None, batch: PackedBatch, inputs_embeds: Tensor | None
+    ) -> Tensor:
+        """The residual stream before the first layer."""
+        num_tokens = batch.layout.num_local_tokens
+        if (tokens is None) == (inputs_embeds is None):
+            raise ValueError(
+                "one of tokens and inputs_embeds must be given, got"
+                f" {'neither' if tokens is None else 'both'}: put the embeddings of tokens into"
+                " inputs_embeds where there are others beside"
+            )
+        if inputs_embeds is not None:
+            shape, wanted = (num_tokens, self.config.hidden_size), self.embedding.weight.dtype
+            if inputs_embeds.shape != shape or not inputs_embeds.is_floating_point():
+                raise ValueError(
+                    f"inputs_embeds must be floats of shape {shape}, got {inputs_embeds.dtype} of"
+                    f" {tuple(inputs_embeds.shape)}: shard them with this batch's layout"
+                )
+            return inputs_embeds.to(wanted)
+        assert tokens is not None
+        if tokens.shape != (num_tokens,) or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"tokens must be int64 of shape ({num_tokens},), got {tokens.dtype} of"
+                f" {tuple(tokens.shape)}: shard the pack with this batch's layout"
+            )
+        embedded: Tensor = self.embedding(tokens)
+        scale = self.config.vocabulary.embedding_scale
+        return embedded if scale == 1.0 else embedded * scale
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        """The head, of the final norm's output."""
+        vocabulary = self.config.vocabulary
+        if vocabulary.logit_scale != 1.0:
+            normed = normed * vocabulary.logit_scale
+        if not vocabulary.float32_head:
+            return self._head(normed)
+        with torch.autocast(normed.device.type, enabled=False):
+            return self._head(normed.to(wide_dtype(normed.dtype)))
+
+    def _head(self, normed: Tensor) -> Tensor:
+        if self.head is None:
+            return F.linear(normed, self.embedding.weight.to(normed.dtype))
+        logits: Tensor = self.head(normed)
+        return logits
 
     def decoder_layers(self) -> Iterator[HybridLayer]:
         """The layers, typed; wrapped ones as they are, with the attributes of what they wrap."""
@@ -216,24 +186,13 @@ class HybridModel(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         embedding = torch.empty(self.embedding.weight.shape)
         self.embedding.weight.copy_(embedding.normal_(generator=generator))
-        _xavier(self.head.weight, 1.0, generator)
+        if self.head is not None:
+            draw_xavier(self.head.weight, 1.0, generator)
         for layer in self.decoder_layers():
             layer.reset_parameters(generator, self.config.residuals_or_deepnorm.init_gain)
         for module in self.modules():
             if isinstance(module, nn.RMSNorm):
                 module.reset_parameters()
-
-
-def _xavier(weight: Tensor, gain: float, generator: torch.Generator) -> None:
-    drawn = torch.empty(weight.shape)
-    nn.init.xavier_uniform_(drawn, gain, generator)
-    weight.copy_(drawn)
-
-
-def _experts_of(config: HybridConfig) -> MoEConfig:
-    if config.moe is None:
-        raise ValueError("moe must be a MoEConfig, got None: dense MLPs are in Megatron alone")
-    return config.moe
 
 
 class ParameterCount(NamedTuple):
@@ -248,7 +207,9 @@ def count_parameters(config: HybridConfig) -> ParameterCount:
     model = HybridModel(config, device="meta")
     experts = sum(parameter.numel() for _, parameter in model.expert_parameters())
     dense = sum(parameter.numel() for _, parameter in model.dense_parameters())
-    vocabulary = model.embedding.weight.numel() + model.head.weight.numel()
-    moe = _experts_of(config)
-    active = dense - vocabulary + experts * moe.top_k // moe.num_experts
+    vocabulary = model.embedding.weight.numel()
+    vocabulary += 0 if model.head is None else model.head.weight.numel()
+    active = dense - vocabulary
+    if config.moe is not None:
+        active += experts * config.moe.top_k // config.moe.num_experts
     return ParameterCount(dense + experts, active)

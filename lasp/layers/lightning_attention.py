@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lasp._core.impl import Impl, check_impl
 from lasp.layers.norm_gate import silu_split
-from lasp.layers.options import LightningOptions
+from lasp.layers.options import MINIMAX_OPTIONS, LightningOptions
 from lasp.layers.parts import GatedNorm, heads_of
 from lasp.lightning.attention import LightningOutput, lightning_attention
 from lasp.lightning.decay import Variant, decay_rates
@@ -16,8 +16,6 @@ from lasp.lightning.decode import lightning_decode
 from lasp.lightning.validation import check_exchange
 from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange import Exchange
-
-_MINIMAX = LightningOptions()
 
 
 class LightningAttention(nn.Module):
@@ -62,7 +60,7 @@ class LightningAttention(nn.Module):
         num_layers: int,
         *,
         decay: Variant | Tensor = "minimax",
-        options: LightningOptions = _MINIMAX,
+        options: LightningOptions = MINIMAX_OPTIONS,
         exchange: Exchange = "auto",
         impl: Impl = "auto",
         device: torch.device | str | None = None,

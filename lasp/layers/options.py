@@ -89,3 +89,6 @@ class LightningOptions:
     def scale_of(self, head_dim: int) -> float:
         """The scale of heads of this size."""
         return head_dim**-0.5 if self.scale is None else self.scale
+
+
+MINIMAX_OPTIONS = LightningOptions()

@@ -34,6 +34,7 @@ _OF_LAYER = {
     "attention.out_proj.weight": "self_attention.out_proj.weight",
     "attention.o_proj.weight": "self_attention.linear_proj.weight",
     "moe_norm.weight": "pre_mlp_layernorm.weight",
+    "mlp.w2": "mlp.linear_fc2.weight",
     "moe.gate.weight": "mlp.moe.gate.weight",
     "moe.experts.w13": "mlp.moe.experts.w13",
     "moe.experts.w2": "mlp.moe.experts.w2",
@@ -43,6 +44,8 @@ _LIGHTNING = ("attention.qkv_proj.weight", "attention.output_gate.weight")
 _LIGHTNING_MERGED = "self_attention.in_proj.weight"
 _SOFTMAX = tuple(f"attention.{name}_proj.weight" for name in "qkv")
 _SOFTMAX_MERGED = "self_attention.linear_qkv.weight"
+_DENSE = "mlp.w13"
+_DENSE_MERGED = "mlp.linear_fc1.weight"
 
 
 def to_megatron(
@@ -73,6 +76,8 @@ def to_megatron(
         if prefix + _SOFTMAX[0] in left:
             parts = [left.pop(prefix + name).unflatten(0, (num_kv_heads, -1)) for name in _SOFTMAX]
             named[merged + _SOFTMAX_MERGED] = torch.cat(parts, dim=1).flatten(0, 1)
+        if prefix + _DENSE in left:
+            named[merged + _DENSE_MERGED] = left.pop(prefix + _DENSE).flatten(0, 1)
     _check_nothing_left(left, "lasp.hybrid.HybridModel")
     return named
 
@@ -83,7 +88,7 @@ def to_plain(
     """Inverse of :func:`to_megatron`.
 
     Raises:
-        ValueError: for a name that a GPTModel of hybrid layers with experts does not have.
+        ValueError: for a name that a GPTModel of hybrid layers does not have.
     """
     left, named = dict(weights), {}
     for ours, theirs in _names(left, "decoder.layers."):
@@ -100,7 +105,9 @@ def to_plain(
             size = by_group.shape[1] // (queries + 2)
             parts = by_group.split((queries * size, size, size), dim=1)
             named |= {prefix + name: part.flatten(0, 1) for name, part in zip(_SOFTMAX, parts)}
-    _check_nothing_left(left, "a GPTModel of hybrid layers with experts")
+        if merged + _DENSE_MERGED in left:
+            named[prefix + _DENSE] = left.pop(merged + _DENSE_MERGED).unflatten(0, (2, -1))
+    _check_nothing_left(left, "a GPTModel of hybrid layers")
     return named
 
 
@@ -114,8 +121,8 @@ def load_plain_weights(
     """Copy this rank's part of whole plain weights into its stage of a GPTModel.
 
     Args:
-        model: GPTModel of :func:`hybrid_block_spec` with experts and untied embeddings, not
-            wrapped; with virtual stages call it for each.
+        model: GPTModel of :func:`hybrid_block_spec` with untied embeddings, not wrapped; with
+            virtual stages call it for each.
         weights: by the names of :class:`lasp.hybrid.HybridModel`, at least those of this stage, on
             any device, of any dtype.
         pg_collection: its tp, ep and expt_tp groups; of the parallel state if None.
@@ -128,9 +135,10 @@ def load_plain_weights(
     for name, parameter in _named_parameters(model):
         if name not in whole:
             raise ValueError(f"weights must have {name} of this stage, got {sorted(whole)[:3]}...")
-        part = whole[name]
+        part = _by_halves(name, whole[name])
         for group, dim in _cuts(name, parameter, groups):
             part = part.chunk(group.size(), dim)[group.rank()]
+        part = _joined(name, part)
         if part.shape != parameter.shape:
             raise ValueError(
                 f"{name} must have shape {tuple(parameter.shape)} on this rank, got"
@@ -159,12 +167,12 @@ def plain_weights(
     of_stage = {}
     for model in models:
         for name, parameter in _named_parameters(model):
-            whole = parameter.detach()
+            whole = _by_halves(name, parameter.detach())
             for group, dim in reversed(_cuts(name, parameter, groups)):
                 parts = [torch.empty_like(whole) for _ in range(group.size())]
                 dist.all_gather(parts, whole.contiguous(), group=group)
                 whole = torch.cat(parts, dim)
-            of_stage[name] = whole.cpu()
+            of_stage[name] = _joined(name, whole).cpu()
     stages: list[Any] = [None] * groups["pp"].size()
     dist.all_gather_object(stages, of_stage, group=groups["pp"])
     weights = {name: weight for stage in stages for name, weight in stage.items()}
@@ -186,9 +194,21 @@ def _cuts(name: str, parameter: nn.Parameter, groups: dict[str, Any]) -> list[tu
     if ".experts." in name:
         dims = Experts.sharding()[name.rpartition(".")[2]]
         return [(groups["ep"], dims.ep_dim), (groups["expt_tp"], dims.etp_dim)]
+    if name.endswith(_DENSE_MERGED):
+        return [(groups["tp"], 1)]
     if getattr(parameter, "tensor_model_parallel", False):
         return [(groups["tp"], parameter.partition_dim)]  # type: ignore[attr-defined]
     return []
+
+
+def _by_halves(name: str, weight: Tensor) -> Tensor:
+    """Gate and up of a dense MLP side by side: a tensor-parallel rank has a part of each."""
+    return weight.unflatten(0, (2, -1)) if name.endswith(_DENSE_MERGED) else weight
+
+
+def _joined(name: str, weight: Tensor) -> Tensor:
+    """Inverse of :func:`_by_halves`."""
+    return weight.flatten(0, 1) if name.endswith(_DENSE_MERGED) else weight
 
 
 def _named_parameters(model: GPTModel) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lasp.hybrid.config import MINIMAX_TEXT_01, HybridConfig
+from lasp.hybrid.config import DenseConfig, HybridConfig, VocabularyConfig
+from lasp.hybrid.presets import MINIMAX_TEXT_01
 from lasp.megatron.checks import require
 from lasp.megatron.experts.config import ExpertOptions, moe_config
 
@@ -37,9 +38,10 @@ def hybrid_of(
 ) -> HybridConfig:
     """The hybrid model of Megatron's config: what that decides from there, the rest as in ``like``.
 
-    Megatron decides the number and kinds of the layers, heads, epsilon of the norms, and what
-    experts compute. ``like`` has residuals, positions, decay, who computes, and how many rows; its
-    pattern counts where ``config.linear_attention_freq`` is None.
+    Megatron decides the number and kinds of the layers, heads, epsilon of the norms, what experts
+    compute and how wide dense MLPs are. ``like`` has residuals, positions, decay, what is around
+    lightning attention, who computes, and how many rows; its pattern counts where
+    ``config.linear_attention_freq`` is None.
 
     Args:
         config: Megatron's.
@@ -50,9 +52,9 @@ def hybrid_of(
     Raises:
         ValueError: for options that hybrid layers do not have.
     """
-    dense = config.num_moe_experts is None if symbols is None else "E" not in symbols
     num_layers = config.num_layers if symbols is None else len(attention_of(symbols))
     kinds = _configured_kinds(config, num_layers) if symbols is None else attention_of(symbols)
+    has_experts, dense = _mlps(config, like, num_layers, symbols)
     options = ExpertOptions() if like.moe is None else ExpertOptions.of(like.moe)
     return replace(
         like,
@@ -63,10 +65,43 @@ def hybrid_of(
             num_kv_heads=config.num_query_groups,
             head_dim=config.kv_channels,
         ),
-        moe=None if dense else moe_config(config, options),
+        moe=moe_config(config, options) if has_experts else None,
+        dense=dense,
         pattern=kinds or like.pattern,
         norm_eps=config.layernorm_epsilon,
     )
+
+
+def _mlps(
+    config: TransformerConfig, like: HybridConfig, num_layers: int, symbols: str | None
+) -> tuple[bool, DenseConfig | None]:
+    """Whether there are experts; and the dense MLPs, unsaid where all are dense as in ``like``."""
+    if symbols is None:
+        num_dense = _num_dense(config, num_layers)
+        has_experts = num_dense < num_layers
+    else:
+        require(config, PART, moe_layer_freq=1)  # the pattern says it
+        num_dense = (like.dense and like.dense.num_layers) or 0
+        has_experts = "E" in symbols
+    sizes = (config.hidden_size, config.ffn_hidden_size)
+    if has_experts:
+        return True, DenseConfig(*sizes, num_dense) if num_dense else None
+    return False, DenseConfig(*sizes) if like.dense else None
+
+
+def _num_dense(config: TransformerConfig, num_layers: int) -> int:
+    """How many of the first layers have a dense MLP, in a GPTModel."""
+    frequency = config.moe_layer_freq
+    if config.num_moe_experts is None:
+        return num_layers
+    if isinstance(frequency, int):
+        frequency = [int(index % frequency == 0) for index in range(num_layers)]
+    if len(frequency) != num_layers or frequency != sorted(frequency):
+        raise ValueError(
+            f"config.moe_layer_freq must be 1 or a list of {num_layers} zeros, for dense layers,"
+            f" and then ones, got {config.moe_layer_freq}: only the first layers may be dense"
+        )
+    return int(frequency.count(0))
 
 
 def attention_of(symbols: str) -> str:
@@ -94,6 +129,14 @@ def check_same_model(
     megatrons = hybrid_of(config, replace(hybrid, pattern=hybrid.kinds), symbols)
     if (hybrid.moe is None) != (megatrons.moe is None):
         _refuse("moe", hybrid.moe, "num_moe_experts", config.num_moe_experts)
+    if hybrid.dense != megatrons.dense:
+        options = "ffn_hidden_size and moe_layer_freq"
+        _refuse("dense", hybrid.dense, options, megatrons.dense)
+    if hybrid.vocabulary != VocabularyConfig():
+        raise ValueError(
+            f"vocabulary must be VocabularyConfig() for {PART}, got {hybrid.vocabulary}: embedding"
+            " and head are Megatron's, which no layer sees"
+        )
     for field, option in (_OPTIONS | (_EXPERT_OPTIONS if hybrid.moe else {})).items():
         wanted, value = (attrgetter(field)(model) for model in (hybrid, megatrons))
         if wanted != value:
@@ -129,7 +172,7 @@ def check_layers(config: TransformerConfig) -> None:
     require(config, PART, apply_residual_connection_post_layernorm=False)
     require(config, PART, fp32_residual_connection=False, overlap_moe_expert_parallel_comm=False)
     require(config, PART, fine_grained_activation_offloading=False, heterogeneous_block_specs=False)
-    require(config, PART, moe_layer_freq=1, experimental_attention_variant=None)
+    require(config, PART, experimental_attention_variant=None)
     require(config, PART, enable_mhc_connections=False, mlp_chunks_for_training=1)
     modules = set(config.recompute_modules or ()) if config.recompute_granularity else set()
     if config.recompute_granularity == "selective" and not modules <= {"core_attn", "moe"}:

@@ -36,15 +36,17 @@ from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 
 @dataclass
 class HybridTransformerLayerSubmodules(TransformerLayerSubmodules):
-    """Parts of :class:`HybridTransformerLayer`: ``self_attention`` is one of two, by layer number.
+    """Parts of :class:`HybridTransformerLayer`, which takes two of these by its layer number.
 
     Attributes:
         lightning: spec of the linear attention.
         softmax: spec of the softmax attention.
+        experts: spec of the experts, of layers that have them; ``mlp`` is the dense one.
     """
 
     lightning: ModuleSpec | None = None
     softmax: ModuleSpec | None = None
+    experts: ModuleSpec | None = None
 
 
 class HybridTransformerLayer(ScaledLayer):
@@ -82,9 +84,12 @@ class HybridTransformerLayer(ScaledLayer):
         check_same_model(config, hybrid)
         pp_group, *_ = groups_of(pg_collection, "hybrid layers", "pp", "tp", "cp")
         offset = get_transformer_layer_offset(config, vp_stage, pp_group.rank())
-        softmax = hybrid.kinds[offset + layer_number - 1] == "*"
+        index = offset + layer_number - 1
+        softmax = hybrid.kinds[index] == "*"
         parts = copy(submodules)
         parts.self_attention = submodules.softmax if softmax else submodules.lightning
+        if hybrid.has_experts(index):
+            parts.mlp = submodules.experts
         super().__init__(
             config,
             parts,
@@ -104,7 +109,9 @@ def attention_specs(
     """Lightning and softmax attention of a hybrid model."""
     lightning = lightning_attention_spec(
         decay=hybrid.decay,
+        options=hybrid.lightning,
         decay_layers=decay_layers,
+        num_decay_layers=hybrid.num_decay_layers,
         impl=hybrid.lightning_impl,
         exchange=hybrid.exchange,
         packed_cut=packed_cut,
@@ -153,7 +160,8 @@ def hybrid_layer_spec(
         submodules=HybridTransformerLayerSubmodules(
             input_layernorm=ResidualNorm,
             pre_mlp_layernorm=ResidualNorm,
-            mlp=experts_spec(hybrid, symmetric_memory) if hybrid.moe else dense_mlp_spec(),
+            mlp=dense_mlp_spec(),
+            experts=experts_spec(hybrid, symmetric_memory) if hybrid.moe else None,
             lightning=lightning,
             softmax=softmax,
         ),

@@ -167,6 +167,11 @@ def hybrid_stack_spec(
             f" {'where' if hybrid.moe else 'nowhere, as'} it has {'' if hybrid.moe else 'no '}"
             f"experts, got {pattern!r}: change one"
         )
+    mlps = "".join("E" if hybrid.has_experts(n) else "-" for n in range(hybrid.num_layers))
+    if hybrid.dense and "".join(symbol for symbol in symbols if symbol in "E-") != mlps:
+        raise ValueError(
+            f"pattern must have the MLPs of the HybridConfig, {mlps}, got {pattern!r}: change one"
+        )
     mixers = tuple(number for number, symbol in enumerate(symbols, 1) if symbol in "G*")
     lightning, softmax = attention_specs(hybrid, packed_cut, mixers)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lasp._core.impl import Impl, check_impl
 from lasp.layers.norm_gate import silu_split
-from lasp.layers.options import LightningOptions
+from lasp.layers.options import MINIMAX_OPTIONS, LightningOptions
 from lasp.layers.parts import heads_of
 from lasp.lightning.attention import lightning_attention
 from lasp.lightning.decay import Variant, decay_rates
@@ -27,8 +27,6 @@ from lasp.megatron.norm import HeadsNorm, OneHeadNorm
 from lasp.megatron.packs import PackedCut, check_packed_cut
 from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange import Exchange
-
-_MINIMAX = LightningOptions()
 
 # Sizes of Megatron's own linear attentions, by their defaults: heads here are num_attention_heads
 # of kv_channels, and there is no convolution.
@@ -73,6 +71,8 @@ class LightningSelfAttention(MegatronModule):
             output norm are whole on a tensor-parallel rank.
         decay_layers: numbers of the layers that the decay formula counts; None: all. A HybridModel
             numbers MLPs too.
+        num_decay_layers: layers that the formula counts, where the model is the first part of a
+            deeper one; None: as many as ``decay_layers``.
         impl: who computes, see :func:`lasp.lightning_attention`: ``triton`` has kernels for the
             activation, the norm and the gate too, see ``lasp.layers.norm_gate``.
         exchange: how states cross the context-parallel ranks, see ``lasp.state_exchange``.
@@ -94,8 +94,9 @@ class LightningSelfAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         decay: Variant | Tensor = "minimax",
-        options: LightningOptions = _MINIMAX,
+        options: LightningOptions = MINIMAX_OPTIONS,
         decay_layers: Sequence[int] | None = None,
+        num_decay_layers: int | None = None,
         impl: Impl = "auto",
         exchange: Exchange = "auto",
         packed_cut: PackedCut | None = None,
@@ -140,9 +141,11 @@ class LightningSelfAttention(MegatronModule):
             **linear,
         )
         counted = range(1, config.num_layers + 1) if decay_layers is None else decay_layers
-        self.rates = self._rates(counted, layer_number, decay)
+        self.rates = self._rates(counted, num_decay_layers or len(counted), layer_number, decay)
 
-    def _rates(self, counted: Sequence[int], layer_number: int, decay: Variant | Tensor) -> Tensor:
+    def _rates(
+        self, counted: Sequence[int], num_layers: int, layer_number: int, decay: Variant | Tensor
+    ) -> Tensor:
         """This rank's decay rates, float32 on the CPU, whatever the module is cast or moved to."""
         if layer_number not in counted:
             raise ValueError(
@@ -152,7 +155,7 @@ class LightningSelfAttention(MegatronModule):
         return decay_rates(
             self.config.num_attention_heads,
             counted.index(layer_number),
-            len(counted),
+            num_layers,
             decay,
             tp_rank=self.tp_group.rank(),
             tp_size=self.tp_group.size(),
@@ -264,8 +267,9 @@ def _check(config: TransformerConfig, part: str, options: LightningOptions, tp_s
 def lightning_attention_spec(
     *,
     decay: Variant | Tensor = "minimax",
-    options: LightningOptions = _MINIMAX,
+    options: LightningOptions = MINIMAX_OPTIONS,
     decay_layers: Sequence[int] | None = None,
+    num_decay_layers: int | None = None,
     impl: Impl = "auto",
     exchange: Exchange = "auto",
     packed_cut: PackedCut | None = None,
@@ -278,6 +282,7 @@ def lightning_attention_spec(
             "decay": decay,
             "options": options,
             "decay_layers": decay_layers,
+            "num_decay_layers": num_decay_layers,
             "impl": impl,
             "exchange": exchange,
             "packed_cut": packed_cut,

@@ -67,7 +67,15 @@ def parallel_config(sizes: dict[str, int], **options: Any) -> TransformerConfig:
 
 
 # Which dim of a parameter is cut over tp; others are whole on every rank.
-CUT = {"in_proj": 0, "out_norm": 0, "out_proj": 1, "linear_qkv": 0, "linear_proj": 1}
+CUT = {
+    "linear_fc1": 1,
+    "linear_fc2": 1,
+    "in_proj": 0,
+    "out_norm": 0,
+    "out_proj": 1,
+    "linear_qkv": 0,
+    "linear_proj": 1,
+}
 
 
 def load(module: torch.nn.Module, weights: dict[str, Tensor], tp_group: Any) -> None:

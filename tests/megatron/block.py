@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from lasp.hybrid import AttentionConfig, HybridConfig, HybridModel
+from lasp.hybrid import AttentionConfig, DenseConfig, HybridConfig, HybridModel, Residuals
 from lasp.megatron import PackedCut, hybrid_block_spec, to_megatron
 from moe_parallel import MoEConfig
-from tests.megatron.attention import CUT, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, parallel_config
+from tests.megatron.attention import (
+    CUT,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LING_OPTIONS,
+    parallel_config,
+)
 from tests.megatron.cpu import gathered, summed
 
 PACKS = ((13, 1, 0, 20, 6), (2, 37, 1))
@@ -39,8 +48,19 @@ OPTIONS = {
 }
 
 
-def plain_model() -> HybridModel:
-    model = HybridModel(HYBRID, dtype=torch.float64)
+# Ling in small: its lightning layers, pre-norm, a dense first layer.
+LING = replace(
+    HYBRID,
+    dense=DenseConfig(HIDDEN, 8, 1),
+    residuals=Residuals(),
+    num_decay_layers=9,
+    decay="bailing",
+    lightning=LING_OPTIONS["options"],
+)
+
+
+def plain_model(hybrid: HybridConfig = HYBRID) -> HybridModel:
+    model = HybridModel(hybrid, dtype=torch.float64)
     model.reset_parameters(0)
     return model
 
@@ -62,25 +82,35 @@ def cuts(name: str, groups: Any) -> list[tuple[Any, int]]:
 
 
 def build_block(
-    sizes: dict[str, int], groups: Any, packed_cut: PackedCut | None = None, **options: Any
+    sizes: dict[str, int],
+    groups: Any,
+    packed_cut: PackedCut | None = None,
+    hybrid: HybridConfig = HYBRID,
+    **options: Any,
 ) -> TransformerBlock:
     config = parallel_config(sizes, **(OPTIONS | options))
     stage, stages = groups.pp.rank(), groups.pp.size()
     block = TransformerBlock(
         config,
-        hybrid_block_spec(config, HYBRID, packed_cut=packed_cut),
+        hybrid_block_spec(config, hybrid, packed_cut=packed_cut),
         pre_process=stage == 0,
         post_process=stage == stages - 1,
         pg_collection=groups,
     )
-    weights = megatron_names(dict(plain_model().named_parameters()))
+    weights = megatron_names(dict(plain_model(hybrid).named_parameters()))
     for name, parameter in block.named_parameters():
-        part = weights[global_name(name, block)]
+        part = by_halves(name, weights[global_name(name, block)])
         for group, dim in cuts(name, groups):
             part = part.chunk(group.size(), dim)[group.rank()]
+        part = part.reshape(-1, part.shape[-1]) if ".linear_fc1." in name else part
         assert part.shape == parameter.shape, name
         parameter.data.copy_(part)
     return block
+
+
+def by_halves(name: str, weight: Tensor) -> Tensor:
+    """A rank has rows of the gate and rows of the up projection of a dense MLP."""
+    return weight.unflatten(0, (2, -1)) if ".linear_fc1." in name else weight
 
 
 def global_name(name: str, block: TransformerBlock) -> str:
@@ -98,6 +128,7 @@ def whole_gradient(name: str, parameter: torch.nn.Parameter, groups: Any) -> Ten
     grad = summed(parameter.grad, groups.expt_dp if expert else groups.dp_cp)
     if getattr(parameter, "sequence_parallel", False):
         grad = summed(grad, groups.tp)
+    grad = by_halves(name, grad)
     for group, dim in reversed(cuts(name, groups)):
         grad = torch.cat(gathered(grad, group), dim)
-    return grad
+    return grad.view(-1, grad.shape[-1]) if ".linear_fc1." in name else grad

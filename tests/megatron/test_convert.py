@@ -9,13 +9,22 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from lasp.hybrid import HybridModel, next_token_loss, pack_batch
-from lasp.megatron import load_plain_weights, plain_weights, to_megatron, to_plain
+from lasp.megatron import (
+    hybrid_block_spec,
+    load_plain_weights,
+    plain_weights,
+    to_megatron,
+    to_plain,
+)
 from moe_parallel.router.counts import Routing
 from moe_parallel.router.route import Router
 from tests.closeness import assert_equal_to_rounding
+from tests.megatron import block
+from tests.megatron.attention import parallel_config
 from tests.megatron.cpu import initialize, train_on_cpu
 from tests.megatron.test_checkpoint import save
 from tests.megatron.test_pretrain import OPTIONS, sizes_of
@@ -158,8 +167,39 @@ def test_names_go_there_and_back() -> None:
     }
     with pytest.raises(ValueError, match=r"of lasp\.hybrid\.HybridModel, got \['bias'\] besides"):
         to_megatron({**weights, "bias": weights["final_norm.weight"]}, **HEADS)
-    with pytest.raises(ValueError, match=r"layers with experts, got \['decoder.layers.0.mlp"):
-        to_plain({"decoder.layers.0.mlp.linear_fc1.weight": torch.ones(2)}, **HEADS)
+    with pytest.raises(ValueError, match=r"of hybrid layers, got \['decoder.layers.0.mlp"):
+        to_plain({"decoder.layers.0.mlp.linear_fc3.weight": torch.ones(2)}, **HEADS)
+
+
+def ling_there_and_back() -> dict[str, Tensor]:
+    groups = initialize(tp=2)
+    config = parallel_config({"tp": 2}, **block.OPTIONS, moe_layer_freq=[0, 1, 1, 1])
+    model = GPTModel(
+        config,
+        hybrid_block_spec(config, block.LING),
+        vocab_size=8,
+        max_sequence_length=0,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=False,
+        pg_collection=groups,
+    )
+    weights = dict(HybridModel(replace(block.LING, vocab_size=8)).double().named_parameters())
+    load_plain_weights(model, weights, pg_collection=groups)
+    halves = weights["layers.0.mlp.w13"].chunk(2, 1)[groups.tp.rank()]
+    loaded = model.decoder.layers[0].mlp.linear_fc1.weight
+    assert torch.equal(loaded, halves.flatten(0, 1))
+    back = plain_weights([model], pg_collection=groups)
+    assert back.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(back[name], weight), name
+    return back
+
+
+def test_ling_goes_there_and_back_over_tensor_parallel_ranks() -> None:
+    """Norms of heads are whole on every rank, a dense MLP has halves of two matrices."""
+    first, second = run_on_ranks(ling_there_and_back, 2)
+    assert {"layers.0.attention.q_norm.weight", "layers.0.mlp.w13"} <= first.keys()
+    assert first.keys() == second.keys()
 
 
 def refusals() -> None:

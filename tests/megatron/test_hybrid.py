@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from lasp.hybrid import Residuals, ResidualScale, pack_batch
+from lasp.hybrid import HybridConfig, Residuals, ResidualScale, pack_batch
 from lasp.megatron import (
     PackedSequence,
     hybrid_block_spec,
@@ -24,6 +24,7 @@ from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import HIDDEN, megatrons_pack, parallel_config
 from tests.megatron.block import (
     HYBRID,
+    LING,
     PACKS,
     TOKENS,
     build_block,
@@ -38,14 +39,14 @@ from tests.ranks import run_on_ranks
 pytestmark = pytest.mark.megatron
 
 
-def plain_results() -> dict[str, Tensor]:
-    model = plain_model()
+def plain_results(hybrid: HybridConfig = HYBRID) -> dict[str, Tensor]:
+    model = plain_model(hybrid)
     batch = pack_batch([PACKS[0] + PACKS[1]], dp_rank=0, num_ranks=1, order="contiguous")
     hidden = random_input().requires_grad_()
     x, aux = hidden, 0.0
     for layer in model.decoder_layers():
         x, aux_loss, _ = layer(x, batch)
-        aux = aux + aux_loss
+        aux = aux + (0.0 if aux_loss is None else aux_loss)
     output = model.final_norm(x)
     torch.autograd.backward([output, aux], [output.detach().cos(), None])
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -116,7 +117,7 @@ def block_on_rank(
 def check(
     num_ranks: int, sizes: dict[str, int], order: str, cut: str | None = None, **options: Any
 ) -> None:
-    expected = plain_results()
+    expected = plain_results(options.get("hybrid", HYBRID))
     results = run_on_ranks(block_on_rank, num_ranks, sizes, order, options, cut)
     seen = set()
     for result in results:
@@ -147,6 +148,18 @@ SPLITS = [
 @pytest.mark.parametrize(("num_ranks", "sizes", "order"), SPLITS)
 def test_equals_the_plain_hybrid(num_ranks, sizes, order) -> None:
     check(num_ranks, sizes, order)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "sizes", "order"),
+    [
+        (4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2}, "fold"),
+        pytest.param(2, {"pp": 2}, "contiguous", marks=pytest.mark.slow),
+        pytest.param(4, {"tp": 2, "pp": 2, "ep": 2}, "zigzag", marks=pytest.mark.slow),
+    ],
+)
+def test_ling_equals_the_plain_hybrid(num_ranks, sizes, order) -> None:
+    check(num_ranks, sizes, order, hybrid=LING, moe_layer_freq=[0, 1, 1, 1])
 
 
 @pytest.mark.parametrize(

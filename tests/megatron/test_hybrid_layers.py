@@ -162,7 +162,7 @@ def choices_of_parts(build_parts: Callable[[TransformerConfig], tuple[Any, Any]]
 
 def parts_of_layer(config: TransformerConfig) -> tuple[Any, Any]:
     parts = hybrid_layer_spec(hybrid_of(config, CHOSEN)).submodules
-    return parts.lightning, parts.mlp
+    return parts.lightning, parts.experts
 
 
 def parts_of_stack(config: TransformerConfig) -> tuple[Any, Any]:

@@ -1,0 +1,117 @@
+"""Other models than MiniMax's in small, and embeddings in place of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.hybrid import (
+    AttentionConfig,
+    DenseConfig,
+    HybridModel,
+    Residuals,
+    ResidualScale,
+    VocabularyConfig,
+    pack_batch,
+)
+from lasp.layers.options import LightningOptions
+from lasp.sequence.layout import SequenceLayout
+from moe_parallel import ExpertTopology
+from tests.closeness import assert_equal_to_rounding
+from tests.hybrid_reference import reference_logits
+from tests.ranks import run_on_ranks
+from tests.test_hybrid import (
+    PACKED,
+    SPLITS,
+    assemble,
+    check_oracle,
+    config,
+    groups_of,
+    loss_and_gradients,
+    one_rank,
+    packs_of_replicas,
+)
+
+# In small: Ling's layers (its first is dense), and MiniCPM-SALA's model (all are).
+LING = {
+    "pattern": "3:1",
+    "num_layers": 4,
+    "dense": DenseConfig(10, 12, 1),
+    "lightning": LightningOptions("none", True, 4, 600.0, None, 2),
+    "residuals": Residuals(),
+    "decay": "bailing",
+    "num_decay_layers": 9,
+}
+_DEPTH = ResidualScale(beta=1.4 / 4**0.5)
+SALA = {
+    "pattern": "*GG*",
+    "num_layers": 4,
+    "moe": None,
+    "dense": DenseConfig(10, 12),
+    "attention": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, rotary_dim=0),
+    "lightning": LightningOptions("none", True, 6, scale=None),
+    "vocabulary": VocabularyConfig(True, True, embedding_scale=12.0, logit_scale=0.25),
+    "residuals": Residuals("pre", _DEPTH, _DEPTH, _DEPTH),
+    "decay": "sala",
+}
+
+
+@pytest.mark.parametrize("model", [LING, SALA], ids=["ling", "sala"])
+def test_one_rank_is_the_oracle(model: dict[str, Any]) -> None:
+    check_oracle(PACKED, model)
+
+
+@pytest.mark.parametrize(
+    ("model", "num_ranks", "sizes", "order"),
+    [
+        (LING, 4, {"cp": 2, "ep": 2, "etp": 2}, "zigzag"),
+        (SALA, 2, {"cp": 2}, "fold"),
+        *(
+            pytest.param(model, num_ranks, sizes, order, marks=pytest.mark.slow)
+            for model in (LING, SALA)
+            for num_ranks, sizes, order in SPLITS[:8]
+        ),
+    ],
+)
+def test_other_models_are_one_function_too(model, num_ranks, sizes, order) -> None:
+    expected = one_rank(**model)
+    actual = assemble(run_on_ranks(loss_and_gradients, num_ranks, sizes, order, **model))
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_equal_to_rounding(actual[name], tensor, what=name)
+
+
+def embeds_on_rank(order: str) -> tuple[Tensor, ...]:
+    """Logits and the gradient into the inputs of embeddings that no token has."""
+    topology = ExpertTopology(dist.get_world_size(), cp=dist.get_world_size())
+    model = HybridModel(config(), groups=groups_of(topology), dtype=torch.float64)
+    model.reset_parameters(0)
+    lengths = packs_of_replicas(PACKED, 1)
+    batch = pack_batch(lengths, dp_rank=0, num_ranks=topology.cp, order=order)
+    whole = torch.randn(sum(lengths[0]), 10, generator=torch.Generator().manual_seed(3)).double()
+    inputs = batch.layout.shard(whole, dist.get_rank()).requires_grad_()
+    output = model(None, batch, inputs_embeds=inputs)
+    weights = batch.layout.shard(whole[:, :1].sin(), dist.get_rank())
+    ((output.logits * weights).sum() + output.aux_loss).backward()
+    return whole, inputs.detach(), output.logits.detach(), inputs.grad
+
+
+@pytest.mark.parametrize(("num_ranks", "order"), [(1, "contiguous"), (2, "zigzag")])
+def test_embeddings_in_place_of_tokens(num_ranks: int, order: str) -> None:
+    results = run_on_ranks(embeds_on_rank, num_ranks, order)
+    (lengths,), whole = packs_of_replicas(PACKED, 1), results[0][0].requires_grad_()
+    layout = SequenceLayout(lengths, num_ranks, order)
+    model = HybridModel(config(), dtype=torch.float64)
+    model.reset_parameters(0)
+    none = torch.zeros(len(whole), dtype=torch.int64)
+    parameters = dict(model.named_parameters())
+    logits, aux_loss = reference_logits(config(), parameters, none, lengths, whole)
+    loss = (logits * whole.detach()[:, :1].sin()).sum() + aux_loss
+    (gradient,) = torch.autograd.grad(loss, whole)
+    for index, expected in ((1, whole), (2, logits), (3, gradient)):
+        actual = layout.unshard([result[index] for result in results])
+        assert_equal_to_rounding(actual, expected.detach())

@@ -124,12 +124,12 @@ def launcher_of(kernel: Any, device: torch.device, case: Hashable, **named: Any)
     return Launcher(kernel, device, named)
 
 
-def strides_of(dims: str, **tensors: Tensor) -> dict[str, int]:
+def strides_of(dims: str, **strides: tuple[int, ...]) -> dict[str, int]:
     """Strides of the first dims of tensors, by the names of kernels: ``query_stride_t``."""
     return {
         f"{name}_stride_{dim}": stride
-        for name, x in tensors.items()
-        for dim, stride in zip(dims, x.stride())
+        for name, of_tensor in strides.items()
+        for dim, stride in zip(dims, of_tensor)
     }
 
 

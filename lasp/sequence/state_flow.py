@@ -77,7 +77,6 @@ class StateFlow(NamedTuple):
         fragments: fragments of this rank, in the order of the flow.
         num_runs: runs of this rank.
         num_slots: most sending runs of any one rank; 0 if no document is cut, the same on all.
-        shortest_pass: tokens of the shortest run of any rank that a state passes through, if any.
         num_documents: N.
         empty_documents: documents of no token whose states this rank keeps (rank 0 keeps all).
     """
@@ -88,7 +87,6 @@ class StateFlow(NamedTuple):
     fragments: tuple[DirectedFragment, ...]
     num_runs: int
     num_slots: int
-    shortest_pass: int | None
     num_documents: int
     empty_documents: tuple[int, ...]
 
@@ -111,7 +109,6 @@ def flow_of(layout: SequenceLayout, rank: int, *, reverse: bool = False) -> Stat
         fragments=_directed_fragments(layout, rank, reverse),
         num_runs=len(layout.runs(rank)),
         num_slots=1 + max((step.slot for step in steps if step.sends), default=-1),
-        shortest_pass=min((step.length for step in steps if step.passes), default=None),
         num_documents=layout.num_documents,
         empty_documents=tuple(n for n, length in enumerate(lengths) if length == 0 and rank == 0),
     )

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Literal, NamedTuple, get_args
 
-from lasp.sequence.layout import Order, SequenceLayout
-from lasp.sequence.state_flow import flow_of
+from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.state_flow import RunStep, flow_of
 from lasp.state_exchange.cost import StateSize, exchange_us, link_of, scan_blocks, traffic_of
 
 Exchange = Literal["auto", "all_gather", "sliced", "scan", "one_hop"]
@@ -73,24 +73,27 @@ def resolve_exchange(
         raise ValueError(f"exchange must be one of {get_args(Exchange)}, got {name!r}")
     if not 0 <= eps < 1:
         raise ValueError(f"state_eps must be in [0, 1), got {eps}: 0 keeps all")
-    return _resolved(name, layout.definition, rates, eps, key_dim, value_dim)
+    if layout.num_ranks == 1:
+        return ()
+    return _resolved(
+        name, layout.num_ranks, flow_of(layout, 0).steps, rates, eps, key_dim, value_dim
+    )
 
 
-@lru_cache(maxsize=1024)  # one entry a layer and batch; a layout itself would keep tensors alive
+@lru_cache(maxsize=1024)  # one entry a layer and batch; a layout would keep tensors alive
 def _resolved(
     name: str,
-    definition: tuple[tuple[int, ...], int, Order, tuple[int, ...] | None],
+    num_ranks: int,
+    steps: tuple[RunStep, ...],
     rates: tuple[float, ...],
     eps: float,
     key_dim: int,
     value_dim: int,
 ) -> tuple[ExchangeChoice, ...]:
-    layout = SequenceLayout(*definition)
-    flow = flow_of(layout, 0)
     heads = [head for head, rate in enumerate(rates) if kept_over(rate, 1, eps) > 0]
-    if flow.num_slots == 0 or not heads:
+    if not heads or not any(step.sends for step in steps):
         return ()
-    shortest = flow.shortest_pass
+    shortest = min((step.length for step in steps if step.passes), default=None)
     slow = [
         head for head in heads if shortest is not None and kept_over(rates[head], shortest, eps) > 0
     ]
@@ -102,7 +105,9 @@ def _resolved(
             f" {shortest} tokens keeps {kept:.1e} of a state, more than state_eps {eps:.1e}: use"
             " 'auto'"
         )
-    choose = partial(_choose, layout=layout, rates=rates, eps=eps, state=(key_dim, value_dim))
+    choose = partial(
+        _choose, num_ranks=num_ranks, steps=steps, rates=rates, eps=eps, state=(key_dim, value_dim)
+    )
     if name != "auto":
         return (choose((name,), heads)[1],)
     if not slow:
@@ -119,7 +124,8 @@ def _choose(
     names: Sequence[str],
     heads: Sequence[int],
     *,
-    layout: SequenceLayout,
+    num_ranks: int,
+    steps: tuple[RunStep, ...],
     rates: tuple[float, ...],
     eps: float,
     state: tuple[int, int],
@@ -127,11 +133,11 @@ def _choose(
     """The cost in us and the choice of the cheapest of these strategies for these heads."""
     slowest = min(rates[head] for head in heads)
     traffic = traffic_of(
-        flow_of(layout, 0).steps,
-        layout.num_ranks,
+        steps,
+        num_ranks,
         lambda length: kept_over(slowest, length, eps) > 0,
     )
-    size, link = StateSize(len(heads), *state), link_of(layout.num_ranks)
+    size, link = StateSize(len(heads), *state), link_of(num_ranks)
     options = []
     for name in names:
         blocks = scan_blocks(traffic, size, link) if name == "scan" else 1

@@ -7,17 +7,17 @@ results, tensor descriptors and launches, no more.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lasp._core.cache import tensor_cache
-from lasp._core.launcher import Tile, launcher_of, strides_of
+from lasp._core.launcher import Launcher, Tile, launcher_of, strides_of
 from lasp.lightning.triton import tuning
 from lasp.lightning.triton.chunk_scan_kernel import chunk_scan_kernel, key_value_gradients_kernel
 from lasp.lightning.triton.device import arithmetic, device_limits
-from lasp.lightning.triton.segments import Recurrence
+from lasp.lightning.triton.segments import Plan, Recurrence
 
 
 class EdgeStates(NamedTuple):
@@ -36,6 +36,29 @@ class EdgeStates(NamedTuple):
     initial: Tensor | None
     incoming: Tensor | None
     final: Tensor | None = None
+
+
+class Form(NamedTuple):
+    """A tensor but for its memory."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Launches(NamedTuple):
+    """What follows from forms of tensors, whatever the pack: found once for all packs.
+
+    Attributes:
+        tiles: of operands and results, see :func:`_tiles`.
+        programs: of a segment, of all its heads.
+        launchers: one, and one more where documents start inside segments.
+    """
+
+    tiles: list[Tile]
+    programs: int
+    launchers: list[Launcher]
 
 
 class ChunkScan:
@@ -63,30 +86,20 @@ class ChunkScan:
         with_final: bool = False,
     ) -> None:
         plan = recurrence.plan
-        num_tokens, num_heads, dim_in = query_THD.shape
+        num_tokens, num_heads, _ = query_THD.shape
         dim_out = value_THE.shape[2]
         self._shape = (num_tokens, num_heads, dim_out)
         self._shared = (*recurrence.tensors, num_heads, recurrence.scale)
-        blocks = _blocks(query_THD, dim_out)
-        tensors = (query_THD, key_THD, value_THE, _contiguous(self._shape, query_THD.dtype))
-        widths = (blocks.operand,) * 2 + (blocks.columns,) * 2
-        self._tiles = _tiles(tensors, widths, blocks.chunk)
-        self._programs = len(plan.segments) * num_heads * -(-dim_out // blocks.columns)
-        self._launchers = [
-            launcher_of(
-                chunk_scan_kernel,
-                query_THD.device,
-                (query_THD.dtype, plan.with_initial, plan.flow.num_slots > 0, with_final),
-                **strides_of("th", query=query_THD, key=key_THD, value=value_THE),
-                D=dim_in,
-                E=dim_out,
-                STEP=-1 if plan.flow.reverse else 1,
-                TRANSPOSED=transposed,
-                REPAIR=repair,
-                **_meta(blocks, query_THD.dtype, bool(self._tiles)),
-            )
-            for repair in (False, True)[: 1 + plan.shared]
-        ]
+        launches = _scan_launches(
+            *map(_form, (query_THD, key_THD, value_THE)),
+            _blocks(query_THD, dim_out),
+            _states(plan, with_final),
+            plan.shared,
+            plan.flow.reverse,
+            transposed,
+        )
+        self._tiles, programs, self._launchers = launches
+        self._programs = len(plan.segments) * programs
 
     def __call__(
         self, query_THD: Tensor, key_THD: Tensor, value_THE: Tensor, states: EdgeStates
@@ -128,27 +141,15 @@ class KeyValueGradients:
         if v.shape[2] != dim:
             dk = ChunkScan(v, do, q, recurrence, transposed=True)
             self._scans = dk, ChunkScan(k, q, do, recurrence, with_final=with_final)
-            self._launchers = []
+            self._launchers: list[Launcher] = []
             return
         plan = recurrence.plan
         self._shared = (*recurrence.tensors, num_heads, recurrence.scale)
-        blocks = _blocks(q, dim)
-        results = (_contiguous(tuple(q.shape), q.dtype),) * 2
-        widths = (blocks.operand,) * 4 + (blocks.columns,) * 4
-        self._tiles = _tiles((q, k, v, do, q, do, *results), widths, blocks.chunk)
-        self._programs = len(plan.segments) * num_heads * 2 * -(-dim // blocks.columns)
-        self._launchers = [
-            launcher_of(
-                key_value_gradients_kernel,
-                q.device,
-                (q.dtype, plan.with_initial, plan.flow.num_slots > 0, with_final),
-                **strides_of("th", q=q, k=k, v=v, do=do),
-                D=dim,
-                REPAIR=repair,
-                **_meta(blocks, q.dtype, bool(self._tiles)),
-            )
-            for repair in (False, True)[: 1 + plan.shared]
-        ]
+        launches = _gradient_launches(
+            *map(_form, (q, k, v, do)), _blocks(q, dim), _states(plan, with_final), plan.shared
+        )
+        self._tiles, programs, self._launchers = launches
+        self._programs = len(plan.segments) * programs
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, states: EdgeStates
@@ -162,6 +163,74 @@ class KeyValueGradients:
         for launch in self._launchers:
             launch(self._programs, *operands, *grads, dk_tiles, dv_tiles, *states, *self._shared)
         return grads
+
+
+def _states(plan: Plan, with_final: bool) -> tuple[bool, bool, bool]:
+    """Which of ``EdgeStates`` there are: initial, incoming, final."""
+    return plan.with_initial, plan.flow.num_slots > 0, with_final
+
+
+@lru_cache(maxsize=1024)
+def _scan_launches(
+    query: Form,
+    key: Form,
+    value: Form,
+    blocks: tuning.Blocks,
+    states: tuple[bool, bool, bool],
+    shared: bool,
+    reverse: bool,
+    transposed: bool,
+) -> Launches:
+    num_tokens, num_heads, dim_in = query.shape
+    dim_out = value.shape[2]
+    result = _contiguous((num_tokens, num_heads, dim_out), query)
+    widths = (blocks.operand,) * 2 + (blocks.columns,) * 2
+    tiles = _tiles((query, key, value, result), widths, blocks.chunk)
+    launchers = [
+        launcher_of(
+            chunk_scan_kernel,
+            query.device,
+            (query.dtype, *states),
+            **strides_of("th", query=query.strides, key=key.strides, value=value.strides),
+            D=dim_in,
+            E=dim_out,
+            STEP=-1 if reverse else 1,
+            TRANSPOSED=transposed,
+            REPAIR=repair,
+            **_meta(blocks, query.dtype, bool(tiles)),
+        )
+        for repair in (False, True)[: 1 + shared]
+    ]
+    return Launches(tiles, num_heads * -(-dim_out // blocks.columns), launchers)
+
+
+@lru_cache(maxsize=1024)
+def _gradient_launches(
+    q: Form,
+    k: Form,
+    v: Form,
+    do: Form,
+    blocks: tuning.Blocks,
+    states: tuple[bool, bool, bool],
+    shared: bool,
+) -> Launches:
+    _, num_heads, dim = q.shape
+    results = (_contiguous(q.shape, q),) * 2
+    widths = (blocks.operand,) * 4 + (blocks.columns,) * 4
+    tiles = _tiles((q, k, v, do, q, do, *results), widths, blocks.chunk)
+    launchers = [
+        launcher_of(
+            key_value_gradients_kernel,
+            q.device,
+            (q.dtype, *states),
+            **strides_of("th", q=q.strides, k=k.strides, v=v.strides, do=do.strides),
+            D=dim,
+            REPAIR=repair,
+            **_meta(blocks, q.dtype, bool(tiles)),
+        )
+        for repair in (False, True)[: 1 + shared]
+    ]
+    return Launches(tiles, num_heads * 2 * -(-dim // blocks.columns), launchers)
 
 
 def _blocks(query: Tensor, dim_out: int) -> tuning.Blocks:
@@ -182,13 +251,17 @@ def _meta(blocks: tuning.Blocks, dtype: torch.dtype, tma: bool) -> dict[str, obj
     }
 
 
-@tensor_cache(maxsize=1024)
-def _contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An example of a result."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+def _form(x: Tensor) -> Form:
+    return Form(x.shape, x.stride(), x.dtype, x.device)
 
 
-def _tiles(tensors: tuple[Tensor, ...], widths: tuple[int, ...], chunk: int) -> list[Tile]:
+def _contiguous(shape: tuple[int, ...], like: Form) -> Form:
+    """Of a result."""
+    _, num_heads, dim = shape
+    return Form(shape, (num_heads * dim, dim, 1), like.dtype, like.device)
+
+
+def _tiles(tensors: tuple[Form, ...], widths: tuple[int, ...], chunk: int) -> list[Tile]:
     """Tiles of ``[H, T, D]`` for the copy engine; empty if not all tensors can be described.
 
     Columns of a tile that lie past a head are zero in shared memory, and are not stored.
@@ -198,18 +271,18 @@ def _tiles(tensors: tuple[Tensor, ...], widths: tuple[int, ...], chunk: int) -> 
     return [
         Tile(
             (x.shape[1], x.shape[0], x.shape[2]),
-            (x.stride(1), x.stride(0), 1),
+            (x.strides[1], x.strides[0], 1),
             (1, chunk, width),
         )
         for x, width in zip(tensors, widths)
     ]
 
 
-def _describable(x: Tensor, width: int) -> bool:
+def _describable(x: Form, width: int) -> bool:
     """Whether the copy engine can find the rows of a head, and take tiles of so many columns."""
-    unit = 16 // x.element_size()
-    return width * x.element_size() <= tuning.LONGEST_TILE_ROW and all(
-        stride > 0 and stride % unit == 0 for stride in x.stride()[:2]
+    unit = 16 // x.dtype.itemsize
+    return width * x.dtype.itemsize <= tuning.LONGEST_TILE_ROW and all(
+        stride > 0 and stride % unit == 0 for stride in x.strides[:2]
     )
 
 

@@ -111,7 +111,7 @@ class ChunkState:
             chunk_state_kernel,
             key_THK.device,
             key_THK.dtype,
-            **strides_of("th", key=key_THK, value=value_THV),
+            **strides_of("th", key=key_THK.stride(), value=value_THV.stride()),
             K=key_dim,
             V=value_dim,
             BLOCK_K=max(64, tuning.power_of_2(key_dim)),

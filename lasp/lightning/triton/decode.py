@@ -109,7 +109,7 @@ def _launch(
         num_heads=num_heads,
         num_tokens=num_tokens,
         scale=scale,
-        **strides_of("bth", query=q, key=k, value=v),
+        **strides_of("bth", query=q.stride(), key=k.stride(), value=v.stride()),
         K=key_dim,
         V=value_dim,
         BLOCK_K=block,

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="the kernels need triton, which has no whee
 
 from lasp.lightning.attention import lightning_attention
 from lasp.lightning.triton import tuning
-from lasp.lightning.triton.chunk_scan import _describable
+from lasp.lightning.triton.chunk_scan import _describable, _form
 from lasp.sequence.layout import SequenceLayout
 from tests.closeness import assert_within_budget
 from tests.lasp.cases import Case, attend, bits_equal, gather, names, oracle
@@ -177,14 +177,18 @@ def test_over_ranks(num_ranks: int, order: str, exchange: str) -> None:
         check(case, gather(case, [result[index] for result in results]))
 
 
+def describable(x: Tensor, width: int) -> bool:
+    return _describable(_form(x), width)
+
+
 def test_views_of_a_fused_projection_give_the_same_bits() -> None:
     fused = torch.randn(50, 2, 192, device=DEVICE)
     rates = torch.tensor([0.1, 0.0], device=DEVICE)
     views = fused.split(64, dim=-1)
     shifted = torch.randn(50, 2, 193, device=DEVICE)  # rows that no descriptor can describe
     shifted[..., 1:] = fused
-    assert all(_describable(x, 64) for x in views)
-    assert not _describable(shifted[..., 1:65], 64)
+    assert all(describable(x, 64) for x in views)
+    assert not describable(shifted[..., 1:65], 64)
     with small_blocks():
         contiguous = lightning_attention(*(x.contiguous() for x in views), rates, impl="triton")
         for x in (views, shifted[..., 1:].split(64, dim=-1)):
@@ -241,13 +245,13 @@ def test_wider_operands_within_budget(dim: int, dtype: torch.dtype) -> None:
 
 def test_descriptors_where_their_tiles_fit() -> None:
     wide = torch.zeros(8, 2, 256)
-    assert not _describable(wide, 256)
-    assert _describable(wide[..., :128], 128)
-    assert _describable(wide.bfloat16(), 256)
+    assert not describable(wide, 256)
+    assert describable(wide[..., :128], 128)
+    assert describable(wide.bfloat16(), 256)
     by_head = torch.zeros(2, 8, 96).transpose(0, 1)
-    assert _describable(by_head, 128)  # what lies past a head is not fetched
-    assert not _describable(by_head[:, :1].expand(8, 2, 96), 128)  # no stride of heads
-    assert not _describable(torch.zeros(8, 2, 90), 128)  # heads not on 16 bytes
+    assert describable(by_head, 128)  # what lies past a head is not fetched
+    assert not describable(by_head[:, :1].expand(8, 2, 96), 128)  # no stride of heads
+    assert not describable(torch.zeros(8, 2, 90), 128)  # heads not on 16 bytes
 
 
 @pytest.mark.gpu

@@ -9,13 +9,14 @@ Between them a checkpoint of Megatron's ``dist_checkpointing`` may change every 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor, nn
+from torch import Tensor
 
 from lasp.megatron.checks import groups_of
 from moe_parallel.experts.experts import Experts
@@ -36,6 +37,10 @@ _OF_LAYER = {
     "moe_norm.weight": "pre_mlp_layernorm.weight",
     "mlp.w2": "mlp.linear_fc2.weight",
     "moe.gate.weight": "mlp.moe.gate.weight",
+    "moe.gate.expert_bias": "mlp.moe.gate.expert_bias",
+    "moe.shared.w13": "mlp.moe.shared.w13",
+    "moe.shared.w2": "mlp.moe.shared.w2",
+    "moe.shared.gate": "mlp.moe.shared.gate",
     "moe.experts.w13": "mlp.moe.experts.w13",
     "moe.experts.w2": "mlp.moe.experts.w2",
 }
@@ -189,7 +194,7 @@ def _groups(pg_collection: ProcessGroupCollection | None) -> dict[str, Any]:
     return dict(zip(names, groups_of(pg_collection, "conversion of weights", *names)))
 
 
-def _cuts(name: str, parameter: nn.Parameter, groups: dict[str, Any]) -> list[tuple[Any, int]]:
+def _cuts(name: str, parameter: Tensor, groups: dict[str, Any]) -> list[tuple[Any, int]]:
     """How a parameter is cut: process groups, outermost first, and the dim of each."""
     if ".experts." in name:
         dims = Experts.sharding()[name.rpartition(".")[2]]
@@ -211,10 +216,11 @@ def _joined(name: str, weight: Tensor) -> Tensor:
     return weight.flatten(0, 1) if name.endswith(_DENSE_MERGED) else weight
 
 
-def _named_parameters(model: GPTModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters by their names in a model with all layers in one stage."""
+def _named_parameters(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and biases of experts by their names in a model with all layers in one stage."""
     start = "decoder.layers."
-    for name, parameter in model.named_parameters():
+    biases = (pair for pair in model.named_buffers() if pair[0].endswith("gate.expert_bias"))
+    for name, parameter in chain(model.named_parameters(), biases):
         if name.startswith(start):
             index, _, rest = name.removeprefix(start).partition(".")
             number = model.decoder.layers[int(index)].layer_number

@@ -30,6 +30,16 @@ _EXPERT_OPTIONS = {
     "moe.drop_policy": "moe_token_drop_policy",
     "moe.aux_loss_coefficient": "moe_aux_loss_coeff",
     "moe.pad_to_capacity": "moe_pad_expert_input_to_capacity",
+    "moe.router.score_function": "moe_router_score_function",
+    "moe.router.normalize": "moe_router_pre_softmax",
+    "moe.router.scaling": "moe_router_topk_scaling_factor",
+    "moe.router.expert_bias": "moe_router_enable_expert_bias",
+    "moe.router.num_groups": "moe_router_num_groups",
+    "moe.router.top_groups": "moe_router_group_topk",
+    "moe.router.sequence_loss_coefficient": "moe_aux_loss_coeff",
+    "moe.router.z_loss_coefficient": "moe_z_loss_coeff",
+    "moe.shared_ffn_size": "moe_shared_expert_intermediate_size",
+    "moe.shared_gate": "moe_shared_expert_gate",
 }
 
 

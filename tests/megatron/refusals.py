@@ -206,20 +206,25 @@ ROWS = [
     *options(experts, moe_expert_rank_capacity_factor=1.0, moe_input_jitter_eps=0.1),
     *options(experts, moe_latent_size=4, moe_mlp_glu_interleave_size=32, moe_paged_stash=True),
     *options(experts, moe_pad_expert_input_to_capacity=True, moe_permute_fusion=True),
-    *options(experts, moe_router_enable_expert_bias=True),
     Row(
         experts,
         {"moe_router_dtype": "fp64", "params_dtype": torch.float32},
         names="moe_router_dtype must",
     ),
     *options(experts, moe_router_force_biased=1.0, moe_router_force_load_balancing=True),
-    *options(experts, moe_router_fusion=True, moe_router_group_topk=1, moe_router_num_groups=2),
-    *options(experts, moe_router_padding_for_quantization=True, moe_router_pre_softmax=True),
-    *options(experts, moe_router_score_function="sigmoid", moe_router_topk_limited_devices=2),
-    *options(experts, moe_router_topk_scaling_factor=2.0, moe_shared_expert_intermediate_size=8),
-    *options(experts, moe_z_loss_coeff=0.1, overlap_dispatch_backward_with_experts_wgrad=True),
+    *options(experts, moe_router_fusion=True),
+    *options(experts, moe_router_padding_for_quantization=True),
+    *options(experts, moe_router_score_function="sqrtsoftplus", moe_router_topk_limited_devices=2),
+    *options(experts, overlap_dispatch_backward_with_experts_wgrad=True),
     *options(experts, overlap_moe_expert_parallel_comm=True),
-    *options(experts, moe_router_load_balancing_type="aux_loss"),
+    Row(
+        experts,
+        {
+            "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+            "moe_aux_loss_coeff": [1, 1],
+        },
+        names=r"moe_router_load_balancing_type must .* no more than one of",
+    ),
     *options(experts, moe_router_load_balancing_type="sinkhorn"),
     Row(experts, {"moe_aux_loss_coeff": [0.1]}, names=r"moe_router_load_balancing_type must"),
     Row(
@@ -231,7 +236,7 @@ ROWS = [
     Row(experts, {"num_moe_experts": 3}, sizes={"ep": RANKS}),
     *options(experts, num_moe_experts=None),
     Row(experts, {"moe_ffn_hidden_size": 13}, sizes={"tp": RANKS, "etp": RANKS}),
-    *calls(experts, intermediate_tensors=ANY, padding_mask=ANY),
+    *calls(experts, intermediate_tensors=ANY),
     # hybrid layers
     *options(hybrid, apply_residual_connection_post_layernorm=True, attention_dropout=0.1),
     *options(hybrid, fine_grained_activation_offloading=True, fp32_residual_connection=True),
@@ -248,7 +253,7 @@ ROWS = [
     *options(block, kv_channels=8, layernorm_epsilon=1e-6, moe_ffn_hidden_size=16),
     *options(block, moe_expert_capacity_factor=2.0, moe_router_topk=3, num_query_groups=4),
     *options(block, num_attention_heads=2, num_layers=6, num_moe_experts=None),
-    *options(derived, moe_router_pre_softmax=True),
+    *options(derived, moe_router_fusion=True),
     *(
         Row(part, {"linear_attention_freq": frequency}, {"pattern": "2:1"}, names=names)
         for part in (hybrid, block)

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from moe_parallel.megatron import expert_parallel_moe_spec
@@ -75,18 +76,41 @@ def test_loads_under_every_other_layout(tmp_path: Path) -> None:
         run_on_ranks(load_block, others, other_sizes, directory)
 
 
+SHARED = {
+    "moe_router_enable_expert_bias": True,
+    "moe_router_score_function": "sigmoid",
+    "moe_shared_expert_gate": True,
+    "moe_shared_expert_intermediate_size": 12,
+}
+
+
+def shared_parts(layer: Any, theirs: bool, groups: ProcessGroupCollection) -> list[tuple[Any, Any]]:
+    """The layer's shared expert and bias, each with the values that it is to have."""
+    w13 = torch.arange(240, dtype=torch.float64).view(2, 12, 10)
+    w2, gate, bias = -w13[0].T, w13[1, :1] / 7, torch.arange(4) / 8
+    if not theirs:
+        moe = layer.moe
+        holders = (moe.shared.w13, moe.shared.w2, moe.shared.gate, moe.gate.expert_bias)
+        return list(zip(holders, (w13, w2, gate, bias)))
+    w13, w2 = (w.chunk(groups.tp.size(), 1)[groups.tp.rank()] for w in (w13, w2))
+    shared = layer.shared_experts
+    holders = (shared.linear_fc1.weight, shared.linear_fc2.weight, shared.gate_weight)
+    return list(zip((*holders, layer.router.expert_bias), (w13.flatten(0, 1), w2, gate, bias)))
+
+
 def megatrons_layer(sizes: dict[str, int], groups: ProcessGroupCollection) -> Any:
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     experts = ModuleSpec(SequentialMLP, submodules=linears)
-    spec = ModuleSpec(MoELayer, submodules=MoESubmodules(experts=experts))
+    shared = ModuleSpec(SharedExpertMLP, submodules=linears)
+    spec = ModuleSpec(MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
     # The dispatcher that makes no CUDA stream; it has no capacity.
     dispatcher = {"moe_token_dispatcher_type": "allgather", "moe_expert_capacity_factor": None}
-    options = parallel_config(sizes, **(OPTIONS | dispatcher))
+    options = parallel_config(sizes, **(OPTIONS | SHARED | dispatcher))
     return build_module(spec, config=options, pg_collection=groups)
 
 
 def our_layer(sizes: dict[str, int], groups: ProcessGroupCollection) -> Any:
-    options = parallel_config(sizes, **OPTIONS)
+    options = parallel_config(sizes, **(OPTIONS | SHARED))
     return build_module(expert_parallel_moe_spec(), config=options, pg_collection=groups)
 
 
@@ -98,6 +122,8 @@ def save_layer(theirs: bool, sizes: dict[str, int], directory: Path) -> None:
     else:
         layer = our_layer(sizes, groups)
         load_plain(layer, groups)
+    for holder, values in shared_parts(layer, theirs, groups):
+        holder.data.copy_(values)
     save(layer.sharded_state_dict("mlp."), directory)
 
 
@@ -122,10 +148,13 @@ def copy_to_megatrons(layer: Any, groups: ProcessGroupCollection) -> None:
 def load_layer(theirs: bool, sizes: dict[str, int], directory: Path) -> None:
     groups = initialize(**sizes)
     layer = (megatrons_layer if theirs else our_layer)(sizes, groups)
-    for parameter in layer.parameters():
-        parameter.data.fill_(torch.nan)
+    for tensor in layer.state_dict().values():
+        if isinstance(tensor, torch.Tensor):
+            tensor.fill_(torch.nan)
     loaded = dist_checkpointing.load(layer.sharded_state_dict("mlp."), str(directory))
     layer.load_state_dict({n.removeprefix("mlp."): v for n, v in loaded.items()}, strict=False)
+    for holder, values in shared_parts(layer, theirs, groups):
+        assert torch.equal(holder, values)
     gate = layer.router.weight if theirs else layer.moe.gate.weight
     assert torch.equal(gate, plain().gate.weight)
     w13, w2 = parts_of(groups)

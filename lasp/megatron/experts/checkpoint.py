@@ -14,6 +14,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
+from moe_parallel.experts.dense import DenseFFN
 from moe_parallel.layer import ExpertParallelMoE
 
 
@@ -35,15 +36,20 @@ def sharded_experts(
             "singleton_local_shards must be off for the expert-parallel MoE layer, got True: save"
             " without it"
         )
+    gate: dict[str, Tensor] = {"weight": moe.gate.weight}
+    if moe.gate.expert_bias is not None:
+        gate["expert_bias"] = moe.gate.expert_bias
     sharded = make_sharded_tensors_for_checkpoint(
-        {"weight": moe.gate.weight},
+        gate,
         f"{prefix}router.",
         {},
         offsets,
         tp_group=groups.tp,
         dp_cp_group=metadata["dp_cp_group"],
     )
-    result = {f"{prefix}moe.gate.weight": sharded[f"{prefix}router.weight"]}
+    result = {f"{prefix}moe.gate.{name}": sharded[f"{prefix}router.{name}"] for name in gate}
+    if moe.shared is not None:
+        result |= _sharded_shared(moe.shared, groups, prefix, offsets, metadata["dp_cp_group"])
     first = moe.mesh.ep_rank * moe.experts.w13.shape[0]
     for name, key in (("w13", "linear_fc1"), ("w2", "linear_fc2")):
         weight = getattr(moe.experts, name)
@@ -63,6 +69,41 @@ def sharded_experts(
                     replica_id=(0, groups.expt_tp.rank(), groups.expt_dp.rank()),
                 )
             )
+    return result
+
+
+def _sharded_shared(
+    shared: DenseFFN,
+    groups: ProcessGroupCollection,
+    prefix: str,
+    offsets: tuple[Any, ...],
+    dp_cp_group: Any,
+) -> dict[str, Any]:
+    """The shared expert, which every rank holds whole, as Megatron's SharedExpertMLP."""
+    keys = {"w13": "linear_fc1.weight", "w2": "linear_fc2.weight", "gate": "gate_weight"}
+    start, replica, result = (
+        f"{prefix}shared_experts.",
+        (0, groups.tp.rank(), dp_cp_group.rank()),
+        {},
+    )
+
+    def factory(key: str, weight: Tensor) -> ShardedTensorFactory:
+        def build(key: str, data: Tensor, replica_id: Any, flattened_range: Any) -> list[Any]:
+            flat, axes = data.view(-1, data.shape[-1]), len(offsets)
+            placed = {"replica_id": replica_id, "prepend_axis_num": axes}
+            return [ShardedTensor.from_rank_offsets(key, flat, *offsets, **placed)]
+
+        def merge(pieces: list[Tensor]) -> Tensor:
+            return pieces[0].view(weight.shape)
+
+        return ShardedTensorFactory(key, weight, build, merge, replica)
+
+    for name, weight in shared.named_parameters():
+        result[f"{prefix}moe.shared.{name}"] = factory(start + keys[name], weight)
+    for linear in ("linear_fc1", "linear_fc2"):
+        key = f"{start}{linear}._extra_state"
+        made = make_sharded_object_for_checkpoint(None, key, offsets, replica_id=replica)
+        result[f"{prefix}moe.shared.{linear}._extra_state"] = made
     return result
 
 

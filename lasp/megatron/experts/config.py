@@ -11,6 +11,7 @@ from torch import nn
 
 from lasp._core.impl import Impl
 from lasp.megatron.checks import require
+from lasp.megatron.experts.router import aux_losses, router_config
 from moe_parallel.config import DropPolicy, Gemm, MoEConfig
 from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 
@@ -26,22 +27,15 @@ _WANTED: dict[str, object] = {
     "moe_apply_probs_on_input": False,
     "moe_latent_size": None,
     "moe_mlp_glu_interleave_size": None,
-    "moe_shared_expert_intermediate_size": None,
-    # router: softmax over the k largest logits
+    "moe_shared_expert_glu_interleave_size": None,
+    # router
     "moe_enable_routing_replay": False,
     "moe_input_jitter_eps": None,
-    "moe_router_enable_expert_bias": False,
     "moe_router_force_biased": None,
     "moe_router_force_load_balancing": False,
     "moe_router_fusion": False,
-    "moe_router_group_topk": None,
-    "moe_router_num_groups": None,
-    "moe_router_pre_softmax": False,
     "moe_router_quantile_balancing_ema": 0.0,
-    "moe_router_score_function": "softmax",
     "moe_router_topk_limited_devices": None,
-    "moe_router_topk_scaling_factor": None,
-    "moe_z_loss_coeff": None,
     # exchange: as many rows as were kept, never padded
     "fine_grained_activation_offloading": False,
     "moe_combine_bwd_dtype": "bf16",
@@ -127,26 +121,15 @@ def moe_config(config: TransformerConfig, options: ExpertOptions = DEFAULT_OPTIO
         top_k=config.moe_router_topk,
         capacity_factor=config.moe_expert_capacity_factor,
         drop_policy=_POLICIES[config.moe_token_drop_policy],
-        aux_loss_coefficient=_aux_loss_coefficient(config),
+        aux_loss_coefficient=aux_losses(config).get("global_aux_loss", 0.0),
         gemm=options.gemm,
         overlap_groups=options.overlap_groups,
         max_rows=options.max_rows,
         impl=options.impl,
+        router=router_config(config),
+        shared_ffn_size=config.moe_shared_expert_intermediate_size,
+        shared_gate=config.moe_shared_expert_gate,
     )
-
-
-def _aux_loss_coefficient(config: TransformerConfig) -> float:
-    """0 where Megatron adds no auxiliary loss; its other losses and balancers are refused."""
-    kind, coefficient = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
-    if kind == "none" or (coefficient == 0 and kind in ("aux_loss", "seq_aux_loss")):
-        return 0.0
-    if kind != "global_aux_loss" or isinstance(coefficient, list):
-        raise ValueError(
-            "config.moe_router_load_balancing_type must be 'global_aux_loss' or 'none', got"
-            f" {kind!r} with moe_aux_loss_coeff {coefficient}: the router balances all ranks'"
-            " tokens together"
-        )
-    return float(coefficient)
 
 
 def check_groups(moe: MoEConfig, groups: ProcessGroupCollection) -> None:

@@ -22,7 +22,8 @@ from lasp.megatron.experts.config import (
     check_groups,
     moe_config,
 )
-from lasp.megatron.experts.loss import StepBalance, attach_aux_loss
+from lasp.megatron.experts.loss import LayerLosses, StepBalance, attach_losses
+from lasp.megatron.experts.router import order_of_mask, sequences_of
 from moe_parallel.experts.experts import generator_of
 from moe_parallel.layer import ExpertParallelMoE
 from moe_parallel.router.counts import Routing
@@ -103,7 +104,8 @@ class ExpertParallelMoELayer(MoELayer):
         # As Megatron's router: its optimizers save parameters of one dtype; route() computes wider.
         gate = self.moe.gate.weight
         gate.data = gate.data.to(config.params_dtype)
-        gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        for parameter in (gate, *(self.moe.shared.parameters() if self.moe.shared else ())):
+            parameter.sequence_parallel = config.sequence_parallel
         for parameter in self.moe.experts.parameters():
             # Reduced over the expert groups and stepped by an optimizer of their own, at any ep and
             # etp: a checkpoint of the optimizer then has one form.
@@ -135,21 +137,34 @@ class ExpertParallelMoELayer(MoELayer):
         Args:
             hidden_states: ``[T / tp, B, hidden]``, this rank's tokens.
             intermediate_tensors: must be None.
-            padding_mask: must be None: padding is what ``token_order`` leaves out.
+            padding_mask: ``[B, T / tp]``, True for padding, which is neither routed nor counted,
+                and whose output is zero. The layers of a model must get one tensor: the first has
+                the ranks gather it, and the host wait.
             token_order: see :class:`moe_parallel.TokenOrder`, over the tp x cp x dp ranks; None:
-                every rank holds as many tokens, in rank order and that of the rows, none padding.
+                every rank holds as many tokens, in rank order and that of the rows, none padding
+                but by the mask.
 
         Returns:
             As ``hidden_states``, and None for the bias.
         """
-        refuse_arguments(PART, intermediate_tensors=intermediate_tensors, padding_mask=padding_mask)
+        refuse_arguments(PART, intermediate_tensors=intermediate_tensors)
+        if padding_mask is not None:
+            if token_order is not None:
+                raise ValueError(
+                    f"padding_mask must be None for {PART} with a token_order, got both: the order"
+                    " leaves padding out"
+                )
+            token_order = order_of_mask(padding_mask, self.groups)
 
         def compute(hidden: Tensor) -> Tensor:
             rows = hidden.flatten(0, 1)
             self.moe.check_first_call(rows, token_order)
             order, rank = self.moe.agreed_order(rows, token_order), self.moe.mesh.token_rank
             tokens = order.take(rows, rank)
-            routing = self._with_aux_loss(self.moe.gate(tokens, order))
+            sequences = None
+            if self.moe.config.router.sequence_loss_coefficient:
+                sequences = sequences_of(hidden, self.config, self.groups, order)
+            routing = self._with_losses(self.moe.gate(tokens, order, sequences=sequences))
             output, _ = self.moe.through_experts(tokens, routing, order)
             return order.put(output, rank).view(hidden.shape)
 
@@ -157,20 +172,16 @@ class ExpertParallelMoELayer(MoELayer):
             return tensor_parallel.checkpoint(compute, False, hidden_states), None
         return compute(hidden_states), None
 
-    def _with_aux_loss(self, routing: Routing) -> Routing:
-        """The routing, with whose weights' gradients those of the auxiliary loss come."""
+    def _with_losses(self, routing: Routing) -> Routing:
+        """The routing, with whose weights' gradients those of the router's losses come."""
+        coefficient = self.moe.config.aux_loss_coefficient
+        has_losses = coefficient or self.moe.config.router.has_losses
         # A layer that is recomputed counts once: its first forward has no gradients.
-        if not (self.training and torch.is_grad_enabled() and self.moe.config.aux_loss_coefficient):
+        if not (self.training and torch.is_grad_enabled() and has_losses):
             return routing
-        weights = attach_aux_loss(
-            routing.weights,
-            self.step_balance(routing),
-            config=self.config,
-            groups=self.groups,
-            num_tokens=routing.num_tokens,
-            layer_number=self.layer_number,
-        )
-        return routing._replace(weights=weights)
+        balance = self.step_balance(routing) if coefficient else None
+        layer = LayerLosses(self.config, self.groups, self.layer_number)
+        return routing._replace(weights=attach_losses(routing, balance, layer))
 
     # ---- checkpoints -------------------------------------------------------------------------
 
@@ -221,6 +232,16 @@ def _draw_initial_values(moe: ExpertParallelMoE, config: TransformerConfig, gain
     gate = torch.empty(moe.gate.weight.shape, device="cpu", dtype=torch.float32)
     _apply(config.init_method, gate, generator_of(for_gate))
     moe.gate.weight.copy_(gate)
+    if moe.shared is None:
+        return
+    generator = generator_of(int(torch.randint(2**31, ())))
+    for name, weight in moe.shared.named_parameters():
+        whole = torch.empty(weight.shape, device="cpu", dtype=torch.float32)
+        if name == "gate":
+            _apply(config.init_method, whole, generator)
+        else:
+            draw(name, whole, generator)
+        weight.copy_(whole)
 
 
 def _apply(init_method: Callable[[Tensor], Any], x: Tensor, generator: torch.Generator) -> None:

@@ -1,6 +1,8 @@
-"""The auxiliary loss in Megatron's gradients and in its log."""
+"""The router's losses in Megatron's gradients and in its log."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -8,8 +10,17 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from lasp.megatron.experts.router import aux_losses
 from lasp.megatron.version import record_moe_loss
 from moe_parallel.router.counts import Routing
+
+# Megatron's names.
+_LOGGED = {
+    "aux_loss": "load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "z_loss": "z_loss",
+}
 
 
 class StepBalance(nn.Module):
@@ -34,7 +45,7 @@ class StepBalance(nn.Module):
 
     def forward(self, routing: Routing) -> Tensor:
         """Count a micro-batch, and return this rank's share of its loss."""
-        self.assigned += routing.counts.assigned.sum(0)
+        self.assigned += routing.load
         self.num_tokens += routing.num_tokens
         return routing.balance_loss(self.assigned, self.num_tokens)
 
@@ -44,33 +55,49 @@ class StepBalance(nn.Module):
         self.num_tokens = 0
 
 
-def attach_aux_loss(
-    probs: Tensor,
-    share: Tensor,
-    *,
-    config: TransformerConfig,
-    groups: ProcessGroupCollection,
-    num_tokens: int,
-    layer_number: int | None,
-) -> Tensor:
-    """``probs``, with whose gradients those of the auxiliary loss come.
+class LayerLosses(NamedTuple):
+    """Whose losses they are, for Megatron's log.
+
+    Attributes:
+        config: Megatron's.
+        groups: tp, cp and tp_dp_cp.
+        layer_number: from 1.
+    """
+
+    config: TransformerConfig
+    groups: ProcessGroupCollection
+    layer_number: int | None
+
+
+def attach_losses(routing: Routing, balance: Tensor | None, layer: LayerLosses) -> Tensor:
+    """The weights, with whose gradients those of the router's losses come.
 
     Args:
-        probs: of the chosen experts.
-        share: this rank's, of the loss of the micro-batch.
-        config: Megatron's, with a coefficient above 0.
-        groups: tp, cp and tp_dp_cp.
-        num_tokens: routed tokens of all ranks.
-        layer_number: from 1, for the log.
+        routing: the decision of a micro-batch.
+        balance: this rank's share of the global auxiliary loss; None: there is none.
+        layer: whose losses these are.
     """
-    record_moe_loss(
-        "global_load_balancing_loss",
-        share.detach() / config.moe_aux_loss_coeff,
-        layer_number,
-        config.num_layers,
-        groups.tp_dp_cp,
-    )
-    attached: Tensor = MoEAuxLossAutoScaler.apply(probs, share * _scale(config, groups, num_tokens))
+    config, coefficients = layer.config, aux_losses(layer.config)
+    per_sequence = "seq_aux_loss" if "seq_aux_loss" in coefficients else "aux_loss"
+    shares = {
+        "global_aux_loss": balance,
+        per_sequence: routing.losses.sequence,
+        "z_loss": routing.losses.z,
+    }
+    coefficients["z_loss"] = config.moe_z_loss_coeff or 0.0
+    total = routing.logits.new_zeros(())
+    for kind, share in shares.items():
+        if share is not None:
+            total = total + share
+            record_moe_loss(
+                _LOGGED[kind],
+                share.detach() / coefficients[kind],
+                layer.layer_number,
+                config.num_layers,
+                layer.groups.tp_dp_cp,
+            )
+    scale = _scale(config, layer.groups, routing.num_tokens)
+    attached: Tensor = MoEAuxLossAutoScaler.apply(routing.weights, total * scale)
     return attached
 
 

@@ -17,10 +17,11 @@ class RingAttention(nn.Module):
     """Grouped-query softmax attention with rotary positions: projections around the operator.
 
     Equation: ``o_proj(ring_attention(rope(q_proj x), rope(k_proj x), v_proj x))``, no biases,
-    score scale 1 / sqrt(head_dim). Parameters are named, shaped and laid out as in Hugging Face's
-    models (``q_proj.weight [num_heads * head_dim, hidden_size]``, ...), so that weights load as
-    they are. They are replicated over the context-parallel group: each rank's gradients cover its
-    own tokens and must be summed over the group.
+    score scale 1 / sqrt(head_dim); if ``gated``, ``o_proj(sigmoid(output_gate x) * ...)``.
+    Parameters are named, shaped and laid out as in Hugging Face's models (``q_proj.weight
+    [num_heads * head_dim, hidden_size]``, ...), so that weights load as they are. They are
+    replicated over the context-parallel group: each rank's gradients cover its own tokens and must
+    be summed over the group.
 
     Args:
         hidden_size: width of the residual stream.
@@ -29,6 +30,7 @@ class RingAttention(nn.Module):
         head_dim: D.
         rotary_dim: dims of each head that are rotated, even; MiniMax-01: D / 2; 0: none.
         rope_base: 10,000 in MiniMax-01's pre-training, 10,000,000 at 1M context.
+        gated: a sigmoid gate on every output of every head (MiniCPM-SALA).
         causal: a token sees itself and what comes before it in its document; else all of it.
         window: ``(left, right)``, tokens before and after itself that a token sees at most; -1: no
             limit, None: neither.
@@ -51,6 +53,7 @@ class RingAttention(nn.Module):
         *,
         rotary_dim: int,
         rope_base: float = 10_000.0,
+        gated: bool = False,
         causal: bool = True,
         window: tuple[int, int] | None = None,
         sinks: bool = False,
@@ -83,6 +86,7 @@ class RingAttention(nn.Module):
         self.k_proj = linear(hidden_size, num_kv_heads * head_dim)
         self.v_proj = linear(hidden_size, num_kv_heads * head_dim)
         self.o_proj = linear(num_heads * head_dim, hidden_size)
+        self.output_gate = linear(hidden_size, num_heads * head_dim) if gated else None
         self.sinks: nn.Parameter | None = None
         if sinks:
             self.sinks = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
@@ -137,5 +141,8 @@ class RingAttention(nn.Module):
             sinks=self.sinks,
             block=self.block,
         )
-        projected: Tensor = self.o_proj(output.flatten(-2))
+        output = output.flatten(-2)
+        if self.output_gate is not None:
+            output = output * torch.sigmoid(self.output_gate(hidden))
+        projected: Tensor = self.o_proj(output)
         return projected

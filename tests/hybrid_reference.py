@@ -109,6 +109,8 @@ def reference_logits(
                 top_k=config.moe.top_k,
                 capacity_factor=config.moe.capacity_factor,
                 aux_loss_coefficient=config.moe.aux_loss_coefficient,
+                router=config.moe.router,
+                shared=[w[f"moe.shared.{n}"] for n in ("w13", "w2") if f"moe.shared.{n}" in w],
             )
             y, aux_loss = moe.output, aux_loss + moe.aux_loss
         alpha, beta = own.mlp
@@ -129,4 +131,5 @@ def reference_softmax(
     borders = list(accumulate(lengths, initial=0))
     scale = heads.head_dim**-0.5
     y, _ = dense_attention(q, k, v, cu_seqlens=borders, causal=True, scale=scale)
-    return y.flatten(1) @ p["o_proj.weight"].T
+    gate = torch.sigmoid(x @ p["output_gate.weight"].T) if heads.gated else 1
+    return (y.flatten(1) * gate) @ p["o_proj.weight"].T

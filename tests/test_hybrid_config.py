@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lasp.hybrid import (
     MINIMAX_TEXT_01,
+    NAMED_CONFIGS,
     DenseConfig,
     HybridModel,
     Residuals,
@@ -34,17 +36,28 @@ def test_layer_kinds_and_deepnorm_are_minimaxs() -> None:
     assert abs(residuals.init_gain - 0.19882) < 5e-6
 
 
-def test_minimax_text_01_has_456_billion_parameters() -> None:
-    total, active = count_parameters(MINIMAX_TEXT_01)
-    assert f"{total / 1e9:.2f}" == "456.09"
-    assert f"{active / 1e9:.2f}" == "45.94"
+@pytest.mark.parametrize(
+    ("name", "total", "active", "with_vocabulary"),
+    [
+        ("minimax-text-01", "456.09", "45.94", "48.40"),
+        ("minimax-m1", "456.09", "45.94", "48.40"),
+        ("minicpm-sala", "9.48", "8.88", "9.48"),
+    ],
+)
+def test_parameters_are_the_published(
+    name: str, total: str, active: str, with_vocabulary: str
+) -> None:
+    """456 B with 45.9 B active; 9.5 B."""
+    counted = count_parameters(NAMED_CONFIGS[name])
+    assert tuple(f"{n / 1e9:.2f}" for n in counted) == (total, active, with_vocabulary)
 
 
 def test_command_prints_the_parameters() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lasp.hybrid"], capture_output=True, text=True, check=True
     )
-    assert "minimax-text-01: 456.1 B total, 45.9 B active" in done.stdout
+    row = "minimax-text-01 80 70 6144 32 456.09 B 45.94 B 48.40 B"
+    assert row in re.sub(" +", " ", done.stdout)
 
 
 def model_call(tokens: Tensor | None, **inputs: Tensor) -> None:

@@ -20,7 +20,7 @@ from lasp.hybrid import (
 )
 from lasp.layers.options import LightningOptions
 from lasp.sequence.layout import SequenceLayout
-from moe_parallel import ExpertTopology
+from moe_parallel import ExpertTopology, MoEConfig, RouterConfig
 from tests.closeness import assert_equal_to_rounding
 from tests.hybrid_reference import reference_logits
 from tests.ranks import run_on_ranks
@@ -41,6 +41,16 @@ LING = {
     "pattern": "3:1",
     "num_layers": 4,
     "dense": DenseConfig(10, 12, 1),
+    "moe": MoEConfig(
+        10,
+        8,
+        num_experts=8,
+        top_k=4,
+        capacity_factor=1.0,
+        aux_loss_coefficient=0.1,
+        router=RouterConfig("sigmoid", scaling=2.5, expert_bias=True, num_groups=4, top_groups=2),
+        shared_ffn_size=6,
+    ),
     "lightning": LightningOptions("none", True, 4, 600.0, None, 2),
     "residuals": Residuals(),
     "decay": "bailing",
@@ -52,7 +62,7 @@ SALA = {
     "num_layers": 4,
     "moe": None,
     "dense": DenseConfig(10, 12),
-    "attention": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, rotary_dim=0),
+    "attention": AttentionConfig(4, 2, 6, rotary_dim=0, gated=True),
     "lightning": LightningOptions("none", True, 6, scale=None),
     "vocabulary": VocabularyConfig(True, True, embedding_scale=12.0, logit_scale=0.25),
     "residuals": Residuals("pre", _DEPTH, _DEPTH, _DEPTH),

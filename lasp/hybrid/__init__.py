@@ -13,10 +13,11 @@ from lasp.hybrid.config import (
 )
 from lasp.hybrid.model import HybridModel, HybridOutput, ParameterCount, count_parameters
 from lasp.hybrid.packing import PackedBatch, pack_batch
-from lasp.hybrid.presets import MINIMAX_TEXT_01, NAMED_CONFIGS
+from lasp.hybrid.presets import MINICPM_SALA, MINIMAX_TEXT_01, NAMED_CONFIGS
 from lasp.hybrid.training import next_token_loss, reduce_gradients
 
 __all__ = [
+    "MINICPM_SALA",
     "MINIMAX_TEXT_01",
     "NAMED_CONFIGS",
     "AttentionConfig",

@@ -20,13 +20,24 @@ from moe_parallel import MoEConfig
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Heads of both kinds of attention; lightning layers have ``num_heads`` of q, k and v each."""
+    """Heads of both kinds of attention, and the rest of the softmax layers.
+
+    Attributes:
+        num_heads: of both; lightning layers have as many keys and values.
+        num_kv_heads: keys and values of softmax layers.
+        head_dim: of both.
+        rotary_dim: dims of each head that softmax layers rotate; 0: no positions. Those of
+            lightning layers are among their options.
+        rope_base: of that rotation.
+        gated: whether softmax layers have a sigmoid gate on their output.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rotary_dim: int
     rope_base: float = 10_000.0
+    gated: bool = False
 
 
 class ResidualScale(NamedTuple):

@@ -99,6 +99,8 @@ class HybridLayer(nn.Module):
             draw_xavier(attention.k_proj.weight, 1.0, generator)
             draw_xavier(attention.v_proj.weight, init_gain, generator)
             draw_xavier(attention.o_proj.weight, init_gain, generator)
+            if attention.output_gate is not None:
+                draw_xavier(attention.output_gate.weight, 1.0, generator)
         # The expert layer draws from seeds of its own, so that its values do not depend on ep, etp.
         seed = int(torch.randint(2**63 - 1, (1,), generator=generator))
         if self.moe is not None:
@@ -121,6 +123,7 @@ def _softmax_attention(
         heads.head_dim,
         rotary_dim=heads.rotary_dim,
         rope_base=heads.rope_base,
+        gated=heads.gated,
         device=device,
         dtype=dtype,
     )

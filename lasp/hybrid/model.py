@@ -196,10 +196,17 @@ class HybridModel(nn.Module):
 
 
 class ParameterCount(NamedTuple):
-    """Parameters of a model: all, and those one token meets, embedding and head left out."""
+    """Parameters of a model.
+
+    Attributes:
+        total: all.
+        active: those that one token meets, embedding and head left out.
+        active_with_vocabulary: those and all of embedding and head.
+    """
 
     total: int
     active: int
+    active_with_vocabulary: int
 
 
 def count_parameters(config: HybridConfig) -> ParameterCount:
@@ -209,7 +216,7 @@ def count_parameters(config: HybridConfig) -> ParameterCount:
     dense = sum(parameter.numel() for _, parameter in model.dense_parameters())
     vocabulary = model.embedding.weight.numel()
     vocabulary += 0 if model.head is None else model.head.weight.numel()
-    active = dense - vocabulary
+    met = dense
     if config.moe is not None:
-        active += experts * config.moe.top_k // config.moe.num_experts
-    return ParameterCount(dense + experts, active)
+        met += experts * config.moe.top_k // config.moe.num_experts
+    return ParameterCount(dense + experts, met - vocabulary, met)

@@ -142,6 +142,11 @@ def check_same_model(
     if hybrid.dense != megatrons.dense:
         options = "ffn_hidden_size and moe_layer_freq"
         _refuse("dense", hybrid.dense, options, megatrons.dense)
+    if hybrid.attention.gated:
+        raise ValueError(
+            f"attention.gated must be False for {PART}, got True: ring attention has no output gate"
+            " in Megatron; lasp.hybrid.HybridModel has it"
+        )
     if hybrid.vocabulary != VocabularyConfig():
         raise ValueError(
             f"vocabulary must be VocabularyConfig() for {PART}, got {hybrid.vocabulary}: embedding"

@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from lasp.hybrid import DenseConfig, VocabularyConfig
 from lasp.megatron import (
     PackedSequence,
     ResidualNorm,
@@ -24,6 +25,7 @@ from lasp.megatron import (
     lightning_attention_spec,
 )
 from lasp.sequence.layout import SequenceLayout
+from moe_parallel import RouterConfig
 from moe_parallel.megatron import expert_parallel_moe_spec
 from ring.megatron import RingCoreAttention, ring_attention_spec
 from tests.megatron.attention import HIDDEN
@@ -261,6 +263,24 @@ ROWS = [
             (2, r"linear_attention_freq must give .* '2:1', got 2, which gives G\*G\* instead of"),
             ([1, 0, 1, 1], r"got \[1, 0, 1, 1\], which gives G\*GG instead of GG\*G"),
             ([1, 1, 0], r"linear_attention_freq must be .* list of 4 ones"),
+        )
+    ),
+    *(
+        Row(block, arguments={name: value}, names=names)
+        for name, value, names in (
+            ("vocabulary", VocabularyConfig(True), r"vocabulary must be VocabularyConfig\(\)"),
+            ("attention", replace(LIKE.attention, gated=True), "attention.gated must be False"),
+            ("dense", DenseConfig(HIDDEN, 8, 1), "ffn_hidden_size and moe_layer_freq must be that"),
+            (
+                "moe",
+                replace(LIKE.moe, router=RouterConfig("sigmoid")),
+                "moe_router_score_function must be that of the HybridConfig",
+            ),
+            (
+                "moe",
+                replace(LIKE.moe, shared_ffn_size=8),
+                "moe_shared_expert_intermediate_size must be that",
+            ),
         )
     ),
     *options(block, hidden_dropout=0.1, linear_attention_freq=1),

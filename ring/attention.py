@@ -115,7 +115,7 @@ def ring_attention(
     check_kinds(layout, cp_group)
     window = checked_window(window, causal)
     if sinks is not None:
-        sinks = _checked_sinks(sinks, q)
+        sinks = checked_sinks(sinks, q)
     q = join_backward(cp_group, q, k, v, sinks)
     scale = checked_scale(q.shape[-1] ** -0.5 if scale is None else scale)
     if scale <= 0:  # kernels scale the mask's -inf with the scores
@@ -182,7 +182,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _checked_sinks(sinks: Tensor, q: Tensor) -> Tensor:
+def checked_sinks(sinks: Tensor, q: Tensor) -> Tensor:
     """One sink for each query head, of every row of a batch."""
     if sinks.shape != q.shape[-2:-1] or not sinks.is_floating_point() or sinks.device != q.device:
         raise ValueError(
@@ -196,9 +196,14 @@ def _rows_as_heads(
     q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout | None
 ) -> tuple[Tensor, ...]:
     """``[B, T, H, D]`` as ``[T, B H, D]``: query head b Hq + h reads its key head of row b."""
+    check_rows(layout)
+    return tuple(x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))
+
+
+def check_rows(layout: SequenceLayout | None) -> None:
+    """Raise ValueError unless rows of a batch can share the layout."""
     if layout is not None and layout.num_documents != 1:
         raise ValueError(
             "layout must hold one document when q is [B, T, Hq, D], whose rows share it, got"
             f" {layout.num_documents}: pack the rows end to end as [T, Hq, D]"
         )
-    return tuple(x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))

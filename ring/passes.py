@@ -40,6 +40,7 @@ from ring.exchange import (
     send_kv_grads,
     zeros_for,
 )
+from ring.expansion import LatentExpansion
 from ring.planner.schedule import RingSchedule
 from ring.planner.tiles import KVTile
 
@@ -52,28 +53,37 @@ class RingContext(NamedTuple):
         cp_group: the context-parallel group; None for one rank.
         block: the kernel.
         scale: factor of the scores.
+        expansion: makes keys and values of what moves; None: they move themselves.
     """
 
     schedule: RingSchedule
     cp_group: dist.ProcessGroup | None
     block: Block
     scale: float
+    expansion: LatentExpansion | None = None
+
+    def keys_and_values(self, moving: KV) -> KV:
+        """Keys ``[tokens, Hkv, D]`` and values ``[tokens, Hkv, V]`` of what moves."""
+        return moving if self.expansion is None else self.expansion.expand(moving[0])
 
 
-def forward(qkv: QKV, context: RingContext, sinks: Tensor | None = None) -> Partial:
+def forward(q: Tensor, moving: KV, context: RingContext, sinks: Tensor | None = None) -> Partial:
     """Output and lse of this rank's tokens.
 
     Args:
-        qkv: ``[T, Hq, D]``, ``[T, Hkv, D]`` and ``[T, Hkv, V]``, contiguous.
-        context: schedule, group, block and scale.
+        q: ``[T, Hq, D]``, contiguous.
+        moving: k ``[T, Hkv, D]`` and v ``[T, Hkv, V]``, or what an expansion makes them of;
+            contiguous.
+        context: schedule, group, block, scale and expansion.
         sinks: ``[Hq]``, a logit of each head that no key has; None: none.
 
     Returns:
         The output in the dtype of ``q`` and the lse in float32 (float64 for float64).
     """
     schedule, block, scale = context.schedule, context.block, context.scale
-    stages = KVPrefetcher(qkv[1:], schedule, context.cp_group)
-    local = block.forward_varlen(qkv, _segments(schedule, qkv.q.device), scale=scale)
+    stages = KVPrefetcher(moving, schedule, context.cp_group)
+    own = context.keys_and_values(moving)
+    local = block.forward_varlen(QKV(q, *own), _segments(schedule, q.device), scale=scale)
     accumulators = _accumulators(local, schedule, block)
 
     def attend(tiles: Sequence[KVTile], kv: KV, release: Callable[[], None]) -> None:
@@ -82,59 +92,81 @@ def forward(qkv: QKV, context: RingContext, sinks: Tensor | None = None) -> Part
         if not left:
             release()
         for tile in tiles:
-            part = _gather(tile, qkv.q, kv)
+            part = _gather(tile, q, kv)
             for partial in block.forward_parts(part, window=tile.window, scale=scale):
                 left -= 1
                 if not left:
                     release()
                 accumulators[tile.rectangle].add(partial)
 
-    attend(schedule.own_tiles, qkv[1:], lambda: None)
-    for stage, kv in stages:
-        attend(stage.tiles, kv, stages.release)
-        del kv  # the next kv buffer may have to be put together
+    attend(schedule.own_tiles, own, lambda: None)
+    for stage, received in stages:
+        attend(stage.tiles, context.keys_and_values(received), stages.release)
+        del received  # the next kv buffer may have to be put together
     if sinks is not None:
         local = add_sinks(local, sinks)
-    return Partial(local.output.to(qkv.q.dtype), local.lse)
+    return Partial(local.output.to(q.dtype), local.lse)
 
 
 def backward(
-    doutput: Tensor, dlse: Tensor | None, merged: Partial, qkv: QKV, context: RingContext
-) -> QKV:
-    """Gradients to q, k and v of this rank's tokens, in their dtypes.
+    doutput: Tensor,
+    dlse: Tensor | None,
+    merged: Partial,
+    q: Tensor,
+    moving: KV,
+    context: RingContext,
+) -> tuple[Tensor, ...]:
+    """Gradients to q and to what moves, of this rank's tokens, in their dtypes.
 
     Sums are in float32 (float64 for float64), rounded once, and in a fixed order. To dq: tiles
     stage by stage, own tiles, own documents. To dk and dv: what comes back from each stage but the
     last, rank by rank, own tiles, what comes back from the last, own documents. A kernel's
-    contributions come rounded to its own dtype.
+    contributions come rounded to its own dtype. With an expansion dk and dv are those of own rows,
+    of which it makes the gradient of what moves; what comes back is added to that.
 
     Args:
         doutput: ``[T, Hq, V]``.
         dlse: ``[T, Hq]``; None if nothing depends on the lse. Else every tile is two calls of the
             block.
         merged: output and lse from :func:`forward`.
-        qkv: the tensors of the forward.
-        context: the context of the forward.
+        q: of the forward.
+        moving: likewise.
+        context: of the forward; its expansion gets the gradient of its weight.
     """
-    schedule, cp_group = context.schedule, context.cp_group
-    stages = KVPrefetcher(qkv[1:], schedule, cp_group)
+    schedule, cp_group, expansion = context.schedule, context.cp_group, context.expansion
+    dtype = merged.lse.dtype
+    stages = KVPrefetcher(moving, schedule, cp_group)
+    own = context.keys_and_values(moving)
     rows = RowGradients(context.block, doutput.contiguous(), dlse, merged, context.scale)
-    sums = _TileGradients(qkv, rows, schedule, merged.lse.dtype)
+    sums = _TileGradients(QKV(q, *own), rows, schedule, dtype)
+    returned = sums.dkv
+    if expansion is not None:
+        _, returned = zeros_for(len(q) if schedule.stages else 0, moving, dtype)
     returning: KVTransfer | None = None
-    for stage, kv in stages:
-        memory, dkv_buffer = zeros_for(stage.tokens, kv, merged.lse.dtype)
-        sums.add(stage.tiles, kv, dkv_buffer)
+    for stage, received in stages:
+        kv = context.keys_and_values(received)
+        memory, sent = zeros_for(stage.tokens, kv, dtype)
+        sums.add(stage.tiles, kv, sent)
         del kv
+        if expansion is not None:
+            dk, dv = sent
+            sent = (expansion.gradients(received[0], dk, dv),)
+            memory = sent[0].flatten(1)
+        del received
         stages.release()
         if returning is not None:
-            accumulate_kv_grads(returning, sums.dkv, dkv_buffer)
-        returning = send_kv_grads(stage, memory, dkv_buffer, cp_group)
-    sums.add(schedule.own_tiles, qkv[1:], sums.dkv)
-    local = rows.within(_segments(schedule, qkv.q.device), qkv)
+            accumulate_kv_grads(returning, returned, sent)
+        returning = send_kv_grads(stage, memory, sent, cp_group)
+    sums.add(schedule.own_tiles, own, sums.dkv)
+    local = rows.within(_segments(schedule, q.device), QKV(q, *own))
     if returning is not None:
-        accumulate_kv_grads(returning, sums.dkv, sums.dkv)  # after the last there is no next stage
+        accumulate_kv_grads(returning, returned, returned)  # after the last is no next stage
     sums.add_to(local)
-    return QKV(*(x.to(y.dtype) for x, y in zip(local, qkv)))
+    gradients: tuple[Tensor, ...] = local
+    if expansion is not None:
+        dmoving = expansion.gradients(moving[0], local.k.to(dtype), local.v.to(dtype))
+        gradients = (local.q, dmoving.add_(returned[0]) if schedule.stages else dmoving)
+    return tuple(x.to(y.dtype) for x, y in zip(gradients, (q, *moving)))
 
 
 class _TileGradients:

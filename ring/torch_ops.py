@@ -6,6 +6,7 @@ results: documents are data to both, and a graph is good for every pack.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,23 +20,17 @@ from lasp._core.dtypes import wide_dtype
 from lasp._core.operators import Operators
 from lasp.sequence.layout import Order, SequenceLayout
 from ring import passes
-from ring.blocks.interface import QKV
 from ring.blocks.merge import Partial
 from ring.blocks.registry import resolve_block
 from ring.blocks.sinks import sink_gradients
+from ring.exchange import KV
+from ring.expansion import LatentExpansion
 from ring.planner.schedule import plan_ring
 
 # The group by its name; an empty one for one rank without a group.
 _WHERE = "Tensor lengths, int num_ranks, str order, str group"
 _SETTINGS = f"{_WHERE}, bool causal, int[2] window, float scale, str block"
-_SCHEMA = (
-    f"attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_SETTINGS})"
-    " -> (Tensor output, Tensor lse)"
-)
-_BACKWARD_SCHEMA = (
-    "attention_backward(Tensor doutput, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor output,"
-    f" Tensor lse, {_SETTINGS}) -> (Tensor dq, Tensor dk, Tensor dv)"
-)
+_RESULTS = "(Tensor output, Tensor lse)"
 _REFERENCE = Reference("ring_attention", "ring.reference.dense_attention")
 
 
@@ -44,6 +39,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
+    latent: bool = False,
     sinks: Tensor | None,
     layout: SequenceLayout | None,
     cp_group: dist.ProcessGroup | None,
@@ -52,9 +48,14 @@ def attend(
     scale: float,
     block: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse of packed tokens ``[T, H, D]``; arguments as those of ``ring_attention``."""
+    """Output and lse of packed tokens ``[T, H, D]``; arguments as those of ``ring_attention``.
+
+    With ``latent`` k is the latent and v the weight that expands it, see
+    :class:`ring.expansion.LatentExpansion`.
+    """
     where = _where(q.shape[0], layout, cp_group)
-    output, lse = torch.ops.ring.attention(q, k, v, sinks, *where, causal, window, scale, block)
+    call = _LATENT_ATTENTION if latent else _ATTENTION
+    output, lse = call(q, k, v, sinks, *where, causal, window, scale, block)
     return output, lse
 
 
@@ -93,57 +94,122 @@ def _where(
     return layout._lengths, layout.num_ranks, layout.order, group
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *settings: Any
-) -> tuple[Tensor, Tensor]:
-    context = _context(q, k, v, *settings)
-    with torch.autocast(q.device.type, enabled=False):
-        output, lse = passes.forward(_rows(q, k, v), context, sinks)
-    return output.contiguous(), lse.contiguous()
+Source = tuple[KV, LatentExpansion | None, int]  # what moves, what expands it, and the value dim
 
 
-def _attention_backward(
-    doutput: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    context = _context(q, k, v, *settings)
-    merged = Partial(output, lse)
-    with torch.autocast(q.device.type, enabled=False):
-        gradients = passes.backward(doutput, dlse, merged, _rows(q, k, v), context)
-    dq, dk, dv = (x.contiguous() for x in gradients)
-    return dq, dk, dv
-
-
-def _rows(q: Tensor, k: Tensor, v: Tensor) -> QKV:
+def _keys_and_values(q: Tensor, k: Tensor, v: Tensor) -> Source:
     """Contiguous: dense kernels would copy strided rows tile by tile."""
-    return QKV(*(x.contiguous() for x in (q, k, v)))
+    return (k.contiguous(), v.contiguous()), None, v.shape[-1]
 
 
-def _context(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> passes.RingContext:
-    """Check what a compiled graph does not know, before any other communication."""
-    lengths, num_ranks, order, group, causal, window, scale, block = settings
-    cp_group = _group(group)
-    layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
-    if cp_group is not None and not is_compared("ring_attention", cp_group):
-        shapes = {"q": list(q.shape), "k": list(k.shape), "v": list(v.shape)}
-        how = (
-            {"dtype": q.dtype}
-            | shapes
-            | {"causal": causal, "window": list(window), "scale": scale, "layout": layout.summary}
+def _latent(q: Tensor, latent: Tensor, weight: Tensor) -> Source:
+    """The latent moves; the width of values is what the weight has beyond the keys' own part."""
+    own_key = q.shape[-1] - (latent.shape[-1] - weight.shape[-1])
+    value_dim = weight.shape[1] - own_key
+    return (latent.contiguous(),), LatentExpansion(weight, value_dim), value_dim
+
+
+class _AttentionOperators:
+    """Attention and its backward as operators, of q and two tensors that keys and values are.
+
+    Args:
+        name: of the operator, as in ``torch.ops.ring``.
+        user_name: of the function that users call.
+        names: of the two tensors.
+        source: makes of q and the two what moves, what expands it, and the value dim.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        user_name: str,
+        names: tuple[str, str],
+        source: Callable[[Tensor, Tensor, Tensor], Source],
+    ) -> None:
+        self._user_name, self._names, self._source = user_name, names, source
+        tensors = f"Tensor q, Tensor {names[0]}, Tensor {names[1]}"
+        gradients = f"(Tensor dq, Tensor d{names[0]}, Tensor d{names[1]})"
+        _OPERATORS.define(
+            f"{name}({tensors}, Tensor? sinks, {_SETTINGS}) -> {_RESULTS}",
+            self._forward,
+            self._fake,
         )
-        compare_first_call("ring_attention", cp_group, q, how)
-    rank = _rank_of("q", q, -3, layout, cp_group)
-    schedule = plan_ring(layout, rank, causal, window=tuple(window))
-    kernel = resolve_block(
-        block, q.device, q.dtype, q.shape[-1], v.shape[-1], slides=schedule.slides
-    )
-    return passes.RingContext(schedule, cp_group, kernel, scale)
+        _OPERATORS.define(
+            f"{name}_backward(Tensor doutput, Tensor? dlse, {tensors}, Tensor output, Tensor lse,"
+            f" {_SETTINGS}) -> {gradients}",
+            self._backward,
+            lambda doutput, dlse, *tensors: tuple(x.new_empty(x.shape) for x in tensors[:3]),
+        )
+        self.call: Callable[..., Any] = _OPERATORS.differentiate(
+            name, self._gradients, _save, _REFERENCE
+        )
+        backward = _OPERATORS.refuse_second_derivatives(f"{name}_backward", _REFERENCE)
+        self._call_backward = backward
+
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        moving, context = self._context(q, k, v, *settings)
+        with torch.autocast(q.device.type, enabled=False):
+            output, lse = passes.forward(q.contiguous(), moving, context, sinks)
+        return output.contiguous(), lse.contiguous()
+
+    def _backward(
+        self,
+        doutput: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        *settings: Any,
+    ) -> tuple[Tensor, ...]:
+        moving, context = self._context(q, k, v, *settings)
+        merged = Partial(output, lse)
+        with torch.autocast(q.device.type, enabled=False):
+            gradients = passes.backward(doutput, dlse, merged, q.contiguous(), moving, context)
+        if context.expansion is not None:
+            gradients += (context.expansion.dweight.view(v.shape).to(v.dtype),)
+        return tuple(x.contiguous() for x in gradients)
+
+    def _fake(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        value_dim = self._source(q, k, v)[2]
+        lse = q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
+        return q.new_empty(*q.shape[:2], value_dim), lse
+
+    def _gradients(
+        self, ctx: Any, doutput: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, sinks, lengths = ctx.saved_tensors
+        if doutput is None:  # not used here; others may wait for the gradients of their keys
+            doutput = torch.zeros_like(tensors[3])
+        gradients = self._call_backward(doutput, dlse, *tensors, lengths, *ctx.settings)
+        dsinks = None
+        if sinks is not None and ctx.needs_input_grad[3]:
+            dsinks = sink_gradients(sinks, doutput, dlse, *tensors[3:])
+        return *gradients, dsinks, *(None,) * (1 + len(ctx.settings))
+
+    def _context(
+        self, q: Tensor, k: Tensor, v: Tensor, *settings: Any
+    ) -> tuple[KV, passes.RingContext]:
+        """What moves, and the rest: checks what a graph does not know, before communication."""
+        lengths, num_ranks, order, group, causal, window, scale, block = settings
+        cp_group = _group(group)
+        layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
+        if cp_group is not None and not is_compared(self._user_name, cp_group):
+            tensors = zip(("q", *self._names), (q, k, v))
+            how: dict[str, object] = {"dtype": q.dtype, **{n: list(x.shape) for n, x in tensors}}
+            how |= {"causal": causal, "window": list(window), "scale": scale}
+            how["layout"] = layout.summary
+            compare_first_call(self._user_name, cp_group, q, how)
+        rank = _rank_of("q", q, -3, layout, cp_group)
+        schedule = plan_ring(layout, rank, causal, window=tuple(window))
+        moving, expansion, value_dim = self._source(q, k, v)
+        kernel = resolve_block(
+            block, q.device, q.dtype, q.shape[-1], value_dim, slides=schedule.slides
+        )
+        return moving, passes.RingContext(schedule, cp_group, kernel, scale, expansion)
 
 
 def _positions(hidden: Tensor, lengths: Tensor, num_ranks: int, order: Order, group: str) -> Tensor:
@@ -186,35 +252,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)  # a gradient of the lse would be work
 
 
-def _gradients(ctx: Any, doutput: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, sinks, lengths = ctx.saved_tensors
-    if doutput is None:  # not used here; others may wait for the gradients of their keys
-        doutput = torch.zeros_like(tensors[3])
-    gradients = torch.ops.ring.attention_backward(doutput, dlse, *tensors, lengths, *ctx.settings)
-    dsinks = None
-    if sinks is not None and ctx.needs_input_grad[3]:
-        dsinks = sink_gradients(sinks, doutput, dlse, *tensors[3:])
-    return *gradients, dsinks, *(None,) * (1 + len(ctx.settings))
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse_dtype = wide_dtype(q.dtype)
-    return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=lse_dtype)
-
-
-def _fake_backward(
-    doutput: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 _OPERATORS = Operators("ring")
-_OPERATORS.define(_SCHEMA, _attention, _fake)
-_OPERATORS.define(_BACKWARD_SCHEMA, _attention_backward, _fake_backward)
 _OPERATORS.define(
     f"positions(Tensor hidden, {_WHERE}) -> Tensor",
     _positions,
     lambda hidden, *_: hidden.new_empty(hidden.shape[-2], dtype=torch.int64),
 )
-_OPERATORS.differentiate("attention", _gradients, _save, _REFERENCE)
-_OPERATORS.refuse_second_derivatives("attention_backward", _REFERENCE)
+_ATTENTION = _AttentionOperators("attention", "ring_attention", ("k", "v"), _keys_and_values).call
+_LATENT_ATTENTION = _AttentionOperators(
+    "latent_attention", "ring_latent_attention", ("latent", "weight"), _latent
+).call

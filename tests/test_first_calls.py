@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lasp import LightningAttention, SequenceLayout, decay_rates, lightning_attention
 from lasp._core.consistency import check_same_calls
 from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig, TokenOrder
-from ring import RingAttention, ring_attention
+from ring import RingAttention, ring_attention, ring_latent_attention
 from tests.ranks import run_on_ranks
 from tests.test_consistency import on_rank
 
@@ -76,6 +76,16 @@ CALLS: dict[str, tuple[Callable[[dist.ProcessGroup], None], str]] = {
     "ring: heads": (lambda g: ring(g, heads=on_rank(2, 1)), "[8, 2, 8] on ranks [0]"),
     "ring: mask": (lambda g: ring(g, causal=on_rank(True, False)), "causal True on ranks [0]"),
     "ring: window": (lambda g: ring(g, window=(on_rank(2, 3), 0)), "window [2, 0] on ranks [0]"),
+    "ring: latent": (
+        lambda g: ring_latent_attention(
+            torch.ones(ROWS, 2, 6),
+            torch.ones(ROWS, 5),
+            torch.ones(2, on_rank(6, 8), 3),
+            layout=LAYOUT,
+            cp_group=g,
+        ),
+        "ring_latent_attention.*weight [2, 6, 3] on ranks [0]",
+    ),
     "ring: layout": (
         lambda g: ring(g, layout=on_rank(LAYOUT, SequenceLayout((5, 11), 2))),
         "layout 2 documents of 16 tokens over 2 ranks, order contiguous",

@@ -176,7 +176,7 @@ def test_rows_are_merged_over_tiles_in_float32() -> None:
     *qkv, _ = random_tensors(32, 4, 2, 8, torch.bfloat16)
     q, k, v = qkv = QKV(*qkv)
     schedule, block = tile_a_key(), BLOCKS["cpu_flash"]
-    output, lse = passes.forward(qkv, passes.RingContext(schedule, None, block, 1.0))
+    output, lse = passes.forward(q, (k, v), passes.RingContext(schedule, None, block, 1.0))
     local = block.forward_varlen(qkv, passes._segments(schedule, q.device), scale=1.0)
     assert local.output.dtype == torch.bfloat16
     merged = Partial(local.output[16:].float(), local.lse[16:])
@@ -198,9 +198,10 @@ def test_dq_is_summed_over_tiles_in_float32() -> None:
         return QKV(*(x.clone() for x in parts[-1]))
 
     context = passes.RingContext(tile_a_key(), None, block, 1.0)
-    merged = passes.forward(QKV(*qkv), context)
+    q, *kv = qkv
+    merged = passes.forward(q, kv, context)
     with patch.object(block, "backward", recorded):  # the varlen form calls it for each fragment
-        dq, _, _ = passes.backward(doutput, None, merged, QKV(*qkv), context)
+        dq, _, _ = passes.backward(doutput, None, merged, q, kv, context)
     assert {part.q.dtype for part in parts} == {torch.bfloat16}
     tiles, local = parts[:16], parts[16:]
     assert len(local) == 2

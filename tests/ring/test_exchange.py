@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lasp.sequence.layout import SequenceLayout
 from ring import exchange
-from ring.blocks.interface import QKV, Block
+from ring.blocks.interface import Block
 from ring.blocks.merge import Accumulator
 from ring.blocks.registry import BLOCKS
 from ring.exchange import (
@@ -206,7 +206,7 @@ def test_a_transfer_starts_before_the_last_merge_of_a_stage() -> None:
         patch.object(dist, "all_to_all_single", started),
         patch.object(Accumulator, "add", lambda *_: events.append("merge")),
     ):
-        forward(QKV(q, k, v), context)
+        forward(q, (k, v), context)
     assert events == ["start", "start", "local", "tile", "start", "merge", *["tile", "merge"] * 2]
 
 

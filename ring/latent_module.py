@@ -1,0 +1,179 @@
+"""Multi-head latent attention layer over a packed batch cut across ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lasp._core.rotary import apply_rotary
+from lasp.sequence.layout import SequenceLayout
+from ring.attention import checked_window
+from ring.blocks.registry import check_block
+from ring.latent_attention import ring_latent_attention
+from ring.torch_ops import check_kinds, positions
+
+
+class MultiLatentAttention(nn.Module):
+    """Attention with keys and values of one latent a token, which is all that crosses ranks.
+
+    Equations, with ``c, p`` the latent of a token and its key part for all heads::
+
+        q    = q_b_proj norm(q_a_proj x), or q_proj x        heads of qk_nope_head_dim + P
+        c, p = kv_a_proj_with_mqa x                          kv_lora_rank and P elements
+        k, v = kv_b_proj norm(c), with rope(p) behind k      and the last P of q rotated
+        y    = o_proj(attention(q, k, v)), or o_proj(sigmoid(g_proj x) * attention(q, k, v))
+
+    P is ``qk_rope_head_dim``. Parameters are named, shaped and laid out as in Hugging Face's
+    DeepSeek-V3 (``kv_b_proj.weight [num_heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank]``,
+    ...). They are replicated over the context-parallel group: each rank's gradients must be summed
+    over the group.
+
+    Args:
+        hidden_size: width of the residual stream.
+        num_heads: H.
+        kv_lora_rank: R, elements of the latent that heads are made of.
+        qk_nope_head_dim: dims of a head's own part of queries and keys.
+        qk_rope_head_dim: P, dims of the part that the keys of all heads share; 0: none.
+        v_head_dim: dims of a value.
+        q_lora_rank: width to which queries are compressed; None: they are not.
+        rope_base: of the shared part's rotary positions; None: nothing is rotated (NoPE).
+        rope_interleaved: whether pairs of the rotation are neighbours, as in DeepSeek's weights,
+            and not half the dims apart.
+        gate: whether the output is gated by a sigmoid of the input, a weight more (``g_proj``).
+        norm_eps: of both norms.
+        causal: a token sees itself and what comes before it in its document; else all of it.
+        window: ``(left, right)``, see :func:`ring.ring_attention`.
+        block: attention kernel, see :func:`ring.blocks.registry.resolve_block`.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: if a size is below 1, ``qk_rope_head_dim`` is odd, or ``window`` or ``block``
+            does not fit.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        q_lora_rank: int | None = None,
+        rope_base: float | None = 10_000.0,
+        rope_interleaved: bool = False,
+        gate: bool = False,
+        norm_eps: float = 1e-6,
+        causal: bool = True,
+        window: tuple[int, int] | None = None,
+        block: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = (hidden_size, num_heads, kv_lora_rank, qk_nope_head_dim, v_head_dim)
+        if min(*sizes, 1 if q_lora_rank is None else q_lora_rank) < 1:
+            raise ValueError(
+                "hidden_size, num_heads, kv_lora_rank, qk_nope_head_dim, v_head_dim and q_lora_rank"
+                f" must be >= 1, got {sizes} and {q_lora_rank}"
+            )
+        if qk_rope_head_dim < 0 or qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim must be even and >= 0, got {qk_rope_head_dim}")
+        check_block(block)
+        self.hidden_size, self.num_heads = hidden_size, num_heads
+        self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
+        self.rope_base, self.rope_interleaved = rope_base, rope_interleaved
+        self.causal, self.window = causal, checked_window(window, causal)
+        self.block = block
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
+
+        def norm(width: int) -> nn.RMSNorm:
+            return nn.RMSNorm(width, eps=norm_eps, device=device, dtype=dtype)
+
+        q_width = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
+        if q_lora_rank is None:
+            self.q_proj = linear(hidden_size, q_width)
+        else:
+            self.q_a_proj = linear(hidden_size, q_lora_rank)
+            self.q_a_layernorm = norm(q_lora_rank)
+            self.q_b_proj = linear(q_lora_rank, q_width)
+        self.compresses_q = q_lora_rank is not None
+        self.kv_a_proj_with_mqa = linear(hidden_size, kv_lora_rank + qk_rope_head_dim)
+        self.kv_a_layernorm = norm(kv_lora_rank)
+        self.kv_b_proj = linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim))
+        self.o_proj = linear(num_heads * v_head_dim, hidden_size)
+        self.g_proj = linear(hidden_size, num_heads * v_head_dim) if gate else None
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        layout: SequenceLayout | None = None,
+        cp_group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        """Attention of this rank's tokens to their documents.
+
+        Args:
+            hidden: ``[T, hidden_size]``, the tokens of this rank; or ``[B, T, hidden_size]``, B
+                rows under one layout of one document.
+            layout: the same on every rank. None: the T tokens are one document, on one rank.
+            cp_group: the ranks that hold the pack. None: one rank.
+
+        Returns:
+            Like ``hidden``.
+
+        Gradients, Communication: those of :func:`ring.ring_latent_attention`.
+
+        Raises:
+            ValueError: if ``hidden`` has another shape, and as the operator does.
+        """
+        size = self.hidden_size
+        if hidden.ndim not in (2, 3) or hidden.shape[-1] != size or hidden.numel() == 0:
+            raise ValueError(
+                f"hidden must be [T, {size}] or [B, T, {size}] with at least one token, got"
+                f" {tuple(hidden.shape)}: drop empty batches"
+            )
+        check_kinds(layout, cp_group)
+        position_ids = positions(hidden, layout, cp_group)
+        q = self._queries(hidden).unflatten(-1, (self.num_heads, -1))
+        widths = (self.kv_lora_rank, self.qk_rope_head_dim)
+        c, shared = self.kv_a_proj_with_mqa(hidden).split(widths, dim=-1)
+        if self.rope_base is not None and self.qk_rope_head_dim:
+            own, rotated = q.split((q.shape[-1] - widths[1], widths[1]), dim=-1)
+            q = torch.cat((own, self._rotated(rotated, position_ids)), dim=-1)
+            shared = self._rotated(shared.unsqueeze(-2), position_ids).squeeze(-2)
+        output, _ = ring_latent_attention(
+            q,
+            torch.cat((self.kv_a_layernorm(c), shared), dim=-1),
+            self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)),
+            layout=layout,
+            cp_group=cp_group,
+            causal=self.causal,
+            window=self.window,
+            block=self.block,
+        )
+        attended = output.flatten(-2)
+        if self.g_proj is not None:
+            attended = attended * self.g_proj(hidden).sigmoid()
+        projected: Tensor = self.o_proj(attended)
+        return projected
+
+    def _queries(self, hidden: Tensor) -> Tensor:
+        q: Tensor
+        if self.compresses_q:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+        else:
+            q = self.q_proj(hidden)
+        return q
+
+    def _rotated(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """``[..., T, H, P]`` rotated; neighbours become halves, in queries and keys alike."""
+        assert self.rope_base is not None
+        if self.rope_interleaved:
+            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return apply_rotary(x, position_ids, rotary_dim=x.shape[-1], base=self.rope_base)

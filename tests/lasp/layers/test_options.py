@@ -139,7 +139,7 @@ def test_the_layer_is_one_graph() -> None:
 
 def mlx_layer(module: LightningAttention, hidden: Tensor) -> Tensor:
     """The same layer by mlx-lm, with the weights of ``module`` in its order of rows."""
-    core = pytest.importorskip("mlx.core", reason="the oracle is pip install mlx-lm mlx[cpu]")
+    core = pytest.importorskip("mlx.core", reason="needs mlx-lm: pip install --group oracles")
     ling = pytest.importorskip("mlx_lm.models.bailing_moe_linear")
     options = SimpleNamespace(
         hidden_size=HEADS * DIM, num_attention_heads=HEADS, num_hidden_layers=6,

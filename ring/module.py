@@ -17,7 +17,8 @@ class RingAttention(nn.Module):
     """Grouped-query softmax attention with rotary positions: projections around the operator.
 
     Equation: ``o_proj(ring_attention(rope(q_proj x), rope(k_proj x), v_proj x))``, no biases,
-    score scale 1 / sqrt(head_dim); if ``gated``, ``o_proj(sigmoid(output_gate x) * ...)``.
+    score scale 1 / sqrt(head_dim); if ``gated``, ``o_proj(sigmoid(output_gate x) * ...)``; with
+    ``qk_norm``, ``rope(q_norm(q_proj x))`` and so for keys.
     Parameters are named, shaped and laid out as in Hugging Face's models (``q_proj.weight
     [num_heads * head_dim, hidden_size]``, ...), so that weights load as they are. They are
     replicated over the context-parallel group: each rank's gradients cover its own tokens and must
@@ -28,8 +29,11 @@ class RingAttention(nn.Module):
         num_heads: Hq.
         num_kv_heads: Hkv, divides ``num_heads``.
         head_dim: D.
-        rotary_dim: dims of each head that are rotated, even; MiniMax-01: D / 2; 0: none.
+        rotary_dim: dims of each head that are rotated, even; MiniMax-01: D / 2; 0: none (NoPE).
         rope_base: 10,000 in MiniMax-01's pre-training, 10,000,000 at 1M context.
+        qk_norm: whether an RMSNorm over the dims of each head, with one weight for all query heads
+            and one for all key heads, comes before the rotation (Qwen3).
+        norm_eps: of these norms.
         gated: a sigmoid gate on every output of every head (MiniCPM-SALA).
         causal: a token sees itself and what comes before it in its document; else all of it.
         window: ``(left, right)``, tokens before and after itself that a token sees at most; -1: no
@@ -53,6 +57,8 @@ class RingAttention(nn.Module):
         *,
         rotary_dim: int,
         rope_base: float = 10_000.0,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
         gated: bool = False,
         causal: bool = True,
         window: tuple[int, int] | None = None,
@@ -86,6 +92,10 @@ class RingAttention(nn.Module):
         self.k_proj = linear(hidden_size, num_kv_heads * head_dim)
         self.v_proj = linear(hidden_size, num_kv_heads * head_dim)
         self.o_proj = linear(num_heads * head_dim, hidden_size)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(head_dim, eps=norm_eps, device=device, dtype=dtype) if qk_norm else None
+            for _ in range(2)
+        )
         self.output_gate = linear(hidden_size, num_heads * head_dim) if gated else None
         self.sinks: nn.Parameter | None = None
         if sinks:
@@ -126,10 +136,13 @@ class RingAttention(nn.Module):
             projection(hidden).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = (
-            apply_rotary(x, position_ids, rotary_dim=self.rotary_dim, base=self.rope_base)
-            for x in (q, k)
-        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary_dim:
+            q, k = (
+                apply_rotary(x, position_ids, rotary_dim=self.rotary_dim, base=self.rope_base)
+                for x in (q, k)
+            )
         output, _ = ring_attention(
             q,
             k,

@@ -123,3 +123,32 @@ def test_parameters_are_those_of_hugging_face_models() -> None:
 def test_device_and_dtype() -> None:
     layer = RingAttention(12, 6, 2, 4, rotary_dim=0, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 2])
+def test_query_and_key_norms_come_before_the_rotation(rotary_dim: int) -> None:
+    torch.manual_seed(0)
+    layer = RingAttention(
+        HIDDEN, HEADS, KV_HEADS, HEAD_DIM, rotary_dim=rotary_dim, rope_base=100.0, qk_norm=True,
+        norm_eps=0.1, window=(3, 0), dtype=torch.float64,
+    )  # fmt: skip
+    weights = dict(layer.named_parameters())
+    assert {name for name in weights if "norm" in name} == {"q_norm.weight", "k_norm.weight"}
+    for name in ("q_norm.weight", "k_norm.weight"):
+        torch.nn.init.normal_(weights[name])
+    x = torch.randn(9, HIDDEN, dtype=torch.float64)
+    q, k, v = ((x @ weights[f"{n}_proj.weight"].T).unflatten(-1, (-1, HEAD_DIM)) for n in "qkv")
+    q, k = (
+        y * weights[f"{n}_norm.weight"] / (y.square().mean(-1, keepdim=True) + 0.1).sqrt()
+        for n, y in zip("qk", (q, k))
+    )
+    q, k = (apply_rotary(y, torch.arange(9), rotary_dim=rotary_dim, base=100.0) for y in (q, k))
+    expected, _ = dense_attention(
+        q, k, v, cu_seqlens=(0, 9), causal=True, scale=HEAD_DIM**-0.5, window=(3, 0)
+    )
+    expected = expected.flatten(1) @ weights["o_proj.weight"].T
+    output = layer(x)
+    assert_equal_to_rounding(output, expected)
+    leaves, doutput = list(weights.values()), torch.randn_like(output)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, doutput) for y in (output, expected))):
+        assert_equal_to_rounding(a, b)

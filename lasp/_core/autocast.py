@@ -13,7 +13,8 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     Gradients: to the tensors, in their own dtypes.
     """
-    if not _is_enabled(tensors[0].device.type):
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(x.to(autocast_dtype(x)) for x in tensors)
 
@@ -21,11 +22,7 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that an operator takes ``x`` in."""
     device = x.device.type
-    if x.dtype == torch.float64 or not _is_enabled(device):
+    # torch raises for meta. Its is_autocast_available() breaks graphs in torch 2.11.
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
-
-
-def _is_enabled(device: str) -> bool:
-    # torch raises for meta. Its is_autocast_available() breaks graphs in torch 2.11.
-    return device != "meta" and torch.is_autocast_enabled(device)

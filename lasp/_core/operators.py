@@ -8,6 +8,7 @@ every call: that took longer than all the rest of a call on the host.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -128,6 +129,7 @@ class Operators:
 
 
 _TENSORS = frozenset((Tensor, Parameter))
+_is_meta = attrgetter("is_meta")
 _PLAIN_TYPES = _TENSORS | {int, float, bool, str, type(None)}
 
 
@@ -146,4 +148,4 @@ def _is_plain_call(arguments: tuple[Any, ...]) -> bool:
     ):
         return False
     tensors = [x for x in arguments if type(x) in _TENSORS]
-    return not any(x.is_meta or x.is_neg() for x in tensors)
+    return not any(map(_is_meta, tensors)) and not any(map(Tensor.is_neg, tensors))

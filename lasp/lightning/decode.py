@@ -117,7 +117,8 @@ def _check_step(
             f"rates must be on the CPU or the device of q, {q.device}, got {rates.device}: move"
             " them with rates.to(q.device), or leave them on the CPU"
         )
-    shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    batch, _, num_heads, key_dim = q.shape
+    shape = batch, num_heads, key_dim, v.shape[3]
     if state.shape != shape or state.dtype != wide_dtype(q.dtype) or state.device != q.device:
         raise ValueError(
             f"state must be {shape} in {wide_dtype(q.dtype)} on {q.device}, got"

@@ -21,6 +21,9 @@ from lasp.lightning.triton.tuning import MAX_HEAD_DIM
 from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange import Exchange, resolve_exchange
 
+CPU, EXCHANGES = torch.device("cpu"), get_args(Exchange)
+DTYPES = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
 
 def unserved(q: Tensor, v: Tensor) -> str:
     """The head dim that the Triton kernels do not serve; empty if they serve both."""
@@ -30,37 +33,37 @@ def unserved(q: Tensor, v: Tensor) -> str:
 
 def check_exchange(exchange: Exchange) -> None:
     """Raise ValueError for a name that is not offered."""
-    if exchange not in get_args(Exchange):
+    if exchange not in EXCHANGES:
         raise ValueError(
-            f"exchange must be one of {get_args(Exchange)}, got {exchange!r}: see"
-            " lasp.state_exchange"
+            f"exchange must be one of {EXCHANGES}, got {exchange!r}: see lasp.state_exchange"
         )
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless q and k are [T, H, K] or [B, T, H, K] and v [.., H, V] alike."""
-    if q.dim() not in (3, 4) or q.numel() == 0:
+    shape, v_shape, dtype = q.shape, v.shape, q.dtype
+    if len(shape) not in (3, 4) or 0 in shape:
         raise ValueError(
             "q must be [T, H, K] or [B, T, H, K] with at least one element, got shape"
             f" {tuple(q.shape)}: split the heads into a dim of their own, x.unflatten(-1, (H, K))"
         )
-    if k.shape != q.shape:
+    if k.shape != shape:
         raise ValueError(
             f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}: repeat heads that"
             " several queries share, k.repeat_interleave(H // k.shape[-2], dim=-2)"
         )
-    if v.dim() != q.dim() or v.shape[:-1] != q.shape[:-1] or v.shape[-1] == 0:
+    if len(v_shape) != len(shape) or v_shape[:-1] != shape[:-1] or v_shape[-1] == 0:
         raise ValueError(
             f"v must be {tuple(q.shape[:-1])} + (V,), all but the last dim as in q, got"
             f" {tuple(v.shape)}: give it the tokens and heads of q, V may differ from K"
         )
-    if not q.dtype.is_floating_point or torch.finfo(q.dtype).bits < 16:
+    if dtype not in DTYPES:
         raise ValueError(
             f"q must be bf16, fp16, fp32 or fp64, got {q.dtype}: convert q, k and v, for example"
             " with q.to(torch.bfloat16)"
         )
     for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
+        if tensor.dtype != dtype:
             raise ValueError(
                 f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}: convert one with"
                 " .to(dtype)"
@@ -151,7 +154,7 @@ def _check_rates_kind(rates: Tensor, q: Tensor) -> None:
             f"rates must be float32 or float64, got {rates.dtype}: keep them out of casts such as"
             " module.to(torch.bfloat16)"
         )
-    if rates.is_meta or rates.device not in (torch.device("cpu"), q.device):
+    if rates.is_meta or rates.device not in (CPU, q.device):
         raise ValueError(
             f"rates must be on the CPU, or on the device of q, {q.device}, and have values, got"
             f" {rates.device}: pass what decay_rates returns as it is"

@@ -105,7 +105,7 @@ class ChunkScan:
         self, query_THD: Tensor, key_THD: Tensor, value_THE: Tensor, states: EdgeStates
     ) -> Tensor:
         """The output; tensors like the examples."""
-        out = query_THD.new_empty(self._shape)
+        out = query_THD.new_empty(*self._shape)
         *operands, out_tiles = _described((query_THD, key_THD, value_THE, out), self._tiles, 1)
         for launch in self._launchers:
             launch(self._programs, *operands, out, out_tiles, *states, *self._shared)
@@ -158,7 +158,7 @@ class KeyValueGradients:
         if not self._launchers:
             dk, dv = self._scans
             return dk(v, do, q, states._replace(final=None)), dv(k, q, do, states)
-        grads = (k.new_empty(k.shape), v.new_empty(v.shape))
+        grads = (k.new_empty(*k.shape), v.new_empty(*v.shape))
         *operands, dk_tiles, dv_tiles = _described((q, k, v, do, q, do, *grads), self._tiles, 2)
         for launch in self._launchers:
             launch(self._programs, *operands, *grads, dk_tiles, dv_tiles, *states, *self._shared)

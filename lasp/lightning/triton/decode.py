@@ -12,14 +12,14 @@ Example: K = V = 2, lambda = 1/2, and one new token with query (1, 0), key (1, 2
 
 # No ``from __future__ import annotations``: Triton's interpreter reads the annotations of kernels.
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp._core.launcher import ALIGNMENT, aligned, launcher_of, strides_of
+from lasp._core.launcher import ALIGNMENT, Launcher, aligned, launcher_of, strides_of
 from lasp._core.operators import Operators
 from lasp.lightning.decay import rates_on
 from lasp.lightning.triton import tuning
@@ -98,34 +98,49 @@ def _launch(
     q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor, new_state: Tensor, scale: float
 ) -> Tensor:
     q, k, v = (aligned(x if x.stride(3) == 1 else x.contiguous()) for x in (q, k, v))
-    batch, num_tokens, num_heads, key_dim = q.shape
-    value_dim = v.shape[3]
-    output = q.new_empty(batch, num_tokens, num_heads, value_dim)
-    block, columns, programs = _blocks(key_dim, value_dim)
-    launch = launcher_of(
-        decode_kernel,
-        q.device,
-        (q.dtype, state.data_ptr() % ALIGNMENT == 0),  # it may be changed where it lies
-        num_heads=num_heads,
-        num_tokens=num_tokens,
-        scale=scale,
-        **strides_of("bth", query=q.stride(), key=k.stride(), value=v.stride()),
-        K=key_dim,
-        V=value_dim,
-        BLOCK_K=block,
-        BLOCK_V=columns,
-        num_warps=tuning.DECODE_WARPS,
-    )
+    launch, programs, shape = _plan(
+        q.shape, q.stride(), k.stride(), v.shape, v.stride(), q.dtype, q.device,
+        state.data_ptr() % ALIGNMENT == 0,  # it may be changed where it lies
+        float(scale),
+    )  # fmt: skip
+    output = q.new_empty(*shape)
     on_device = aligned(rates_on(rates, q.device, torch.float32))
-    launch(batch * num_heads * programs, q, k, v, on_device, state, new_state, output)
+    launch(programs, q, k, v, on_device, state, new_state, output)
     return output
 
 
-@cache
-def _blocks(key_dim: int, value_dim: int) -> tuple[int, int, int]:
-    """Key rows and value columns of a program, and programs of a head."""
+@lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, ...],
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value_shape: tuple[int, ...],
+    value: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned_state: bool,
+    scale: float,
+) -> tuple[Launcher, int, tuple[int, ...]]:
+    """The launch for shapes and strides, how many programs, and the shape of the output."""
+    batch, num_tokens, num_heads, key_dim = shape
+    value_dim = value_shape[3]
     columns = min(tuning.DECODE_COLUMNS, tuning.power_of_2(value_dim))
-    return tuning.power_of_2(key_dim), columns, -(-value_dim // columns)
+    launch = launcher_of(
+        decode_kernel,
+        device,
+        (dtype, aligned_state),
+        num_heads=num_heads,
+        num_tokens=num_tokens,
+        scale=scale,
+        **strides_of("bth", query=query, key=key, value=value),
+        K=key_dim,
+        V=value_dim,
+        BLOCK_K=tuning.power_of_2(key_dim),
+        BLOCK_V=columns,
+        num_warps=tuning.DECODE_WARPS,
+    )
+    programs = batch * num_heads * -(-value_dim // columns)
+    return launch, programs, (batch, num_tokens, num_heads, value_dim)
 
 
 def _fake_output(q: Tensor, v: Tensor) -> Tensor:

@@ -252,13 +252,13 @@ class ExpertParallelMoE(nn.Module):
             routing, rows = padded_rows(routing, config, token_order, groups)
         else:
             rows = self._kept_rows(x_TM, routing, token_order)
-        wait = rows.wait
+        wait, kept, start = rows.wait, rows.kept, self.dispatcher.start_call
         if config.max_rows is not None:
-            wait = partial(checked_rows, wait, config.max_rows, mesh)
-        dispatch = self.dispatcher.start_call(wait, rows.groups, most_rows=rows.most, like=x_TM)
+            wait, kept = partial(checked_rows, wait, config.max_rows, mesh), None
+        dispatch = start(wait, rows.groups, most_rows=rows.most, like=x_TM, kept=kept)
         order = replace(rows.order, place=dispatch.place)
         # Without drops the host waits for the counts after this: meanwhile the device permutes, and
-        # computes the shared expert; over several ranks it does that while rows travel.
+        # on one rank computes the shared expert; over several that runs while rows travel.
         rows_AM = permute(x_TM, order, impl)
         shared = None
         if self.shared is not None:
@@ -266,11 +266,15 @@ class ExpertParallelMoE(nn.Module):
         mean_rows = rows.total // mesh.num_token_ranks * mesh.etp_size
         results_AM: Tensor = self.experts(rows_AM, Pipeline(dispatch, timeline), num_rows=mean_rows)
         output_TM = unpermute(results_AM, routing.weights, order, impl)
+        if self.groups.token is not None:
+            wait()  # for the counts where nothing did yet: ranks that differ in them raise
         return output_TM if shared is None else output_TM + shared(), routing
 
     def _kept_rows(self, x_TM: Tensor, routing: Routing, token_order: TokenOrder) -> SentRows:
-        """One row for each kept assignment."""
-        counts = HostTokenCounts(routing, token_order)
+        """One row for each kept assignment; on one rank grouped products ask for no counts."""
+        alone = self.groups.token is None and self.config.max_rows is None and routing.dropless
+        late = alone and self.experts.chosen_gemm(routing.experts.numel(), x_TM.dtype) == "grouped"
+        counts = HostTokenCounts(routing, token_order, start=not late)
         total = counts.of_all()
         groups, positions_E = self._groups(total, x_TM)
         order = row_order(
@@ -281,10 +285,10 @@ class ExpertParallelMoE(nn.Module):
             histogram=routing.histogram,
             positions_E=positions_E,
         )
-        return SentRows(order, groups, counts.wait, total, counts.most)
+        return SentRows(order, groups, counts.wait, total, counts.most, routing.counts.kept)
 
     def _groups(self, num_rows: int, x_TM: Tensor) -> tuple[tuple[range, ...], Tensor | None]:
-        """Groups of a rank's experts for so many rows of all ranks, and the experts' positions."""
+        """Groups of a rank's experts for so many rows, and the experts' positions."""
         num_local, num_groups = self.experts.num_local, self.config.overlap_groups
         if num_groups is None:
             row_bytes = x_TM.element_size() * self.config.hidden_size

@@ -62,6 +62,7 @@ class AllToAllDispatcher:
         *,
         most_rows: int,
         like: Tensor,
+        kept: Tensor | None = None,
     ) -> Dispatch:
         """See :class:`moe_parallel.dispatch.dispatcher.Dispatcher`."""
         plans = GroupPlans(kept_RE, self._mesh, experts)

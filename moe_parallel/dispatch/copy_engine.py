@@ -73,6 +73,7 @@ class CopyEngineDispatcher:
         *,
         most_rows: int,
         like: Tensor,
+        kept: Tensor | None = None,
     ) -> Dispatch:
         """See :class:`moe_parallel.dispatch.dispatcher.Dispatcher`; the memory may grow."""
         needed = (most_rows * like.element_size() * like.shape[1], self._mesh.etp_size)

@@ -84,6 +84,13 @@ class Dispatch(Protocol):
     def expert_rows(self, g: int) -> tuple[int, ...]:
         """Rows that each expert of group ``g`` takes; the first call waits for the counts."""
 
+    def expert_ends(self, g: int) -> Tensor | None:
+        """Where the rows of each expert of group ``g`` end, int32 on the device, if it counts them.
+
+        By default it does not: None.
+        """
+        return None
+
     def own_rows(self, g: int, rows_AM: Tensor) -> Tensor:
         """The rows of group ``g`` among those that this rank sends, a view."""
 
@@ -129,6 +136,7 @@ class Dispatcher(Protocol):
         *,
         most_rows: int,
         like: Tensor,
+        kept: Tensor | None = None,
     ) -> Dispatch:
         """Prepare a call.
 
@@ -137,6 +145,7 @@ class Dispatcher(Protocol):
             experts: for each group of the pipeline, which of a rank's experts.
             most_rows: no rank sends more.
             like: a tensor of the rows' width and dtype.
+            kept: ``[R, E]``, what ``kept_RE`` is to return, on the device; None: it is not there.
         """
 
 
@@ -161,9 +170,11 @@ class LocalDispatcher:
         *,
         most_rows: int,
         like: Tensor,
+        kept: Tensor | None = None,
     ) -> Dispatch:
         """See :class:`Dispatcher`."""
-        return LocalDispatch(experts, lambda: kept_RE()[self._rank])
+        mine = None if kept is None else kept[self._rank]
+        return LocalDispatch(experts, lambda: kept_RE()[self._rank], mine)
 
 
 class LocalDispatch(Dispatch):
@@ -172,10 +183,17 @@ class LocalDispatch(Dispatch):
     Args:
         experts: for each group of the pipeline, which of this rank's experts.
         kept_E: waits for the counts: rows of each expert.
+        on_device: ``[E]``, the same on the device; None: they are not there.
     """
 
-    def __init__(self, experts: tuple[range, ...], kept_E: Callable[[], Sequence[int]]) -> None:
-        self.experts, self._wait = experts, kept_E
+    def __init__(
+        self,
+        experts: tuple[range, ...],
+        kept_E: Callable[[], Sequence[int]],
+        on_device: Tensor | None = None,
+    ) -> None:
+        self.experts, self._wait, self._on_device = experts, kept_E, on_device
+        self._ends: dict[int, Tensor] = {}  # by group
 
     @cached_property
     def _kept_E(self) -> tuple[int, ...]:
@@ -184,6 +202,14 @@ class LocalDispatch(Dispatch):
     def expert_rows(self, g: int) -> tuple[int, ...]:
         """See :class:`Dispatch`."""
         return self._kept_E[self.experts[g].start : self.experts[g].stop]
+
+    def expert_ends(self, g: int) -> Tensor | None:
+        """See :class:`Dispatch`."""
+        if self._on_device is None or g in self._ends:
+            return self._ends.get(g)
+        own = self._on_device[self.experts[g].start : self.experts[g].stop]
+        self._ends[g] = own.cumsum(0, dtype=torch.int32)
+        return self._ends[g]
 
     def own_rows(self, g: int, rows_AM: Tensor) -> Tensor:
         """See :class:`Dispatch`."""

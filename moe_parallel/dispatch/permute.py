@@ -78,6 +78,7 @@ class SentRows(NamedTuple):
         wait: rows each rank of the token group sends to each expert.
         total: rows that all ranks send.
         most: no rank sends more.
+        kept: what ``wait`` returns, on the device; None: it is not there.
     """
 
     order: RowOrder
@@ -85,6 +86,7 @@ class SentRows(NamedTuple):
     wait: Callable[[], RowCounts]
     total: int
     most: int
+    kept: Tensor | None = None
 
 
 def row_order(

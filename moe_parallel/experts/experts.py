@@ -20,13 +20,19 @@ from lasp._core.dtensors import local
 from lasp._core.impl import ChosenImpl, Impl, chosen_impl
 from lasp._core.joint_backward import join_backward
 from moe_parallel.config import Gemm
+from moe_parallel.dispatch.dispatcher import Dispatch
 from moe_parallel.experts.gemm import (
     GROUPED_ALIGNMENT_BYTES,
+    LOOP_FLOPS,
     LOOP_ROWS,
     ChosenGemm,
+    Counts,
     backward_product,
+    ends_of,
     forward_product,
+    grouped_weight_product,
     weight_product,
+    weights_at_once,
 )
 from moe_parallel.experts.shard import ExpertShard, ShardedDims
 from moe_parallel.experts.swiglu import swiglu, swiglu_backward
@@ -56,8 +62,9 @@ class Experts(ExpertShard):
         etp_size: ETP ranks.
         gemm: ``loop``, one matrix product an expert, any dtype; ``grouped``, one
             ``torch.nn.functional.grouped_mm`` for all experts, not float64, rows of 16-byte
-            multiples; ``auto``, grouped for bfloat16 on CUDA with such rows, fewer than
-            ``gemm.LOOP_ROWS`` an expert, else loop.
+            multiples; ``auto``, loop for experts of ``gemm.LOOP_ROWS`` rows and more whose first
+            product has ``gemm.LOOP_FLOPS`` and more, else grouped for bfloat16 on CUDA with such
+            rows, else loop.
         impl: of the activation between them, see :func:`lasp._core.impl.chosen_impl`.
         device: of the parameters.
         dtype: of the parameters.
@@ -163,10 +170,9 @@ class Experts(ExpertShard):
             ValueError: if ``grouped`` was asked for and cannot run.
         """
         dtype = dtype or self.w13.dtype
-        aligned = all(
-            size * dtype.itemsize % GROUPED_ALIGNMENT_BYTES == 0
-            for size in (self.hidden_size, self.ffn_local)
-        )
+        # Both sizes have the low bits that are zero in either.
+        row_bytes = (self.hidden_size | self.ffn_local) * dtype.itemsize
+        aligned = row_bytes % GROUPED_ALIGNMENT_BYTES == 0
         if self.gemm == "grouped" and (dtype == torch.float64 or not aligned):
             raise ValueError(
                 f"gemm='grouped' needs a dtype other than float64 and rows of multiples of"
@@ -175,7 +181,9 @@ class Experts(ExpertShard):
             )
         if self.gemm == "auto":
             fast = self.w13.is_cuda and dtype == torch.bfloat16 and aligned
-            return "grouped" if fast and num_rows < LOOP_ROWS * self.num_local else "loop"
+            flops = 4 * num_rows * self.hidden_size * self.ffn_local
+            large = num_rows >= LOOP_ROWS * self.num_local and flops >= LOOP_FLOPS * self.num_local
+            return "grouped" if fast and not large else "loop"
         return self.gemm
 
     def forward(self, rows_AM: Tensor, pipeline: Pipeline, *, num_rows: int) -> Tensor:
@@ -192,14 +200,15 @@ class Experts(ExpertShard):
         Returns:
             ``[A, hidden]``, in the same order.
 
-        Gradients: to rows, ``w13`` and ``w2``; exact zeros for an expert without rows. Kept for
-        the backward of each row that an expert takes: it and both halves of its first product,
-        hidden + 2 F_local elements. Under autocast rows and weights are cast to its dtype.
+        Gradients: to rows, ``w13`` and ``w2``; exact zeros for an expert without rows. Kept of each
+        row that an expert takes: it and both halves of its first product, hidden + 2 F_local
+        elements. Under autocast rows and weights are cast to its dtype.
 
         Communication: of :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`, in the backward
         again, which every rank must run, one that needs no gradient itself too: over several ranks
         the results require gradients wherever gradients are enabled. The host waits for nothing but
-        the counts; ``grouped`` queues small copies to the device.
+        the counts, on one rank with ``grouped`` for nothing; over several ``grouped`` queues small
+        copies to the device.
         """
         rows_AM, w13, w2 = autocast_inputs(rows_AM, local(self.w13), local(self.w2))
         dtype = rows_AM.dtype
@@ -229,9 +238,10 @@ class _OverRanks(torch.autograd.Function):
     ) -> Tensor:
         kept: list[Tensor] = []
         dispatch, w13_ENM = pipeline.dispatch, w13.flatten(1, 2)
+        own_of = [slice(experts.start, experts.stop) for experts in dispatch.experts]
 
         def compute(g: int, rows: Tensor) -> Tensor:
-            counts, own = dispatch.expert_rows(g), _slice(dispatch.experts[g])
+            counts, own = _counts(dispatch, g, gemm), own_of[g]
             hidden = forward_product(rows, w13_ENM[own], counts, gemm)
             kept.extend((rows, hidden))
             return forward_product(swiglu(hidden, impl), w2[own], counts, gemm)
@@ -247,13 +257,13 @@ class _OverRanks(torch.autograd.Function):
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
         _, w13, w2, *kept = ctx.saved_tensors
         pipeline, gemm, impl = ctx.arguments
-        dispatch = pipeline.dispatch
-        dw13, dw2 = w13.new_empty(w13.shape), w2.new_empty(w2.shape)  # written as views
-        w13_ENM, dw13_ENM = w13.flatten(1, 2), dw13.flatten(1, 2)
+        dispatch, w13_ENM = pipeline.dispatch, w13.flatten(1, 2)
+        own_of = [slice(experts.start, experts.stop) for experts in dispatch.experts]
+        dws: dict[int, Tensor] = {}
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what weight gradients are made of
 
         def compute(g: int, dy: Tensor) -> Tensor:
-            counts, own = dispatch.expert_rows(g), _slice(dispatch.experts[g])
+            counts, own = _counts(dispatch, g, gemm), own_of[g]
             dact = backward_product(dy, w2[own], counts, gemm)
             dhidden, act = swiglu_backward(dact, kept[2 * g + 1], impl)
             made[g] = (dy, dhidden, act)
@@ -261,20 +271,29 @@ class _OverRanks(torch.autograd.Function):
 
         def weights(g: int) -> None:
             dy, dhidden, act = made.pop(g)
-            counts, own = dispatch.expert_rows(g), _slice(dispatch.experts[g])
             with pipeline.computing("weights", g, dy.device):
-                weight_product(dhidden, kept[2 * g], counts, gemm, dw13_ENM[own])
-                weight_product(dy, act, counts, gemm, dw2[own])
+                for i, (a, b) in enumerate(((dhidden, kept[2 * g]), (dy, act))):
+                    if len(own_of) == 1 and weights_at_once(a, b, gemm):
+                        ends = ends_of(_counts(dispatch, g, gemm), dy.device)
+                        dws[i] = grouped_weight_product(a, b, ends)
+                        continue
+                    if i not in dws:
+                        dws[i] = torch.empty_like((w13_ENM, w2)[i])
+                    weight_product(a, b, dispatch.expert_rows(g), gemm, dws[i][own_of[g]])
 
         with torch.autocast(grad_AM.device.type, enabled=False):
             # An expanded gradient has strides that products reject.
-            wanted = any(ctx.needs_input_grad[1:3])
-            drows = pipeline.run(grad_AM.contiguous(), compute, weights if wanted else None)
-        return drows, *((dw13, dw2) if wanted else (None, None)), None, None, None, None
+            drows = pipeline.run(
+                grad_AM.contiguous(), compute, weights if any(ctx.needs_input_grad[1:3]) else None
+            )
+        dw13 = None if dws[0] is None else dws[0].view_as(w13)
+        return drows, dw13, dws[1], None, None, None, None
 
 
-def _slice(experts: range) -> slice:
-    return slice(experts.start, experts.stop)
+def _counts(dispatch: Dispatch, g: int, gemm: ChosenGemm) -> Counts:
+    """Rows of the group's experts; where the device knows them and that will do, from there."""
+    ends = dispatch.expert_ends(g) if gemm == "grouped" else None
+    return dispatch.expert_rows(g) if ends is None else ends
 
 
 def generator_of(seed: int) -> torch.Generator:

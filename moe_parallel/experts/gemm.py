@@ -1,15 +1,16 @@
 """Matrix products of rows grouped by expert, each expert's rows with its own matrix.
 
-Three shapes, of rows ``[A, K]`` with ``counts`` rows for each of n experts:
+Three shapes, of rows ``[A, K]`` with ``counts`` rows for each of n experts, numbers on the host or,
+for ``grouped``, an int32 tensor of the ends ``[n]`` of their rows, wherever they were counted:
 
     forward     rows, weights [n, N, K]          -> rows [A, N]
     backward    rows [A, N], weights [n, N, K]   -> rows [A, K]
     weights     rows [A, N], rows [A, K]         -> [n, N, K], zero for an expert without rows
 
-``loop`` is one product an expert, in place of its result: at a thousand rows and more it is as fast
-as one launch for all experts, faster than one for two, and takes any dtype. ``grouped`` is torch's
-``grouped_mm``: on an H100 one launch for bfloat16; it rejects float64, and rows that are no
-multiples of 16 bytes.
+``loop`` is one product an expert, in place of its result, and takes any dtype. It is as fast as one
+launch for all experts, faster than one for two, where an expert has a thousand rows and more and
+its product takes longer than its launch. ``grouped`` is torch's ``grouped_mm``: on an H100 one
+launch for bfloat16; it rejects float64, and rows that are no multiples of 16 bytes.
 """
 
 from __future__ import annotations
@@ -30,25 +31,40 @@ ChosenGemm = Literal["loop", "grouped"]
 
 GROUPED_ALIGNMENT_BYTES = 16  # grouped_mm rejects rows whose stride is no multiple of this
 LOOP_ROWS = 1024  # an expert; from here one product each is faster than few experts together
-IN_PLACE = 2**22  # 16 MiB of bfloat16 to read and write: 6 us at 2.6 TB/s
+LOOP_FLOPS = 2**35  # of an expert's first product: 50 us on an H100, several launches
+Counts = Sequence[int] | Tensor
+IN_PLACE = 2**24  # elements: 512 tiles of 128 x 256, several for each multiprocessor
 
 
 def forward_product(
-    rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int], gemm: ChosenGemm
+    rows_AK: Tensor, weight_ENK: Tensor, counts: Counts, gemm: ChosenGemm
 ) -> Tensor:
     """``row weight[e]^T``."""
-    if gemm == "grouped":
-        return _grouped(rows_AK, weight_ENK.transpose(1, 2), counts)
-    return _loop(rows_AK, weight_ENK.transpose(1, 2), counts)
+    return _product(rows_AK, weight_ENK.transpose(1, 2), counts, gemm)
 
 
 def backward_product(
-    rows_AN: Tensor, weight_ENK: Tensor, counts: Sequence[int], gemm: ChosenGemm
+    rows_AN: Tensor, weight_ENK: Tensor, counts: Counts, gemm: ChosenGemm
 ) -> Tensor:
     """``row weight[e]``."""
-    if gemm == "grouped":
-        return _grouped(rows_AN, weight_ENK, counts)
-    return _loop(rows_AN, weight_ENK, counts)
+    return _product(rows_AN, weight_ENK, counts, gemm)
+
+
+def grouped_weight_product(rows_AN: Tensor, rows_AK: Tensor, ends: Tensor) -> Tensor:
+    """``sum of row_N^T row_K`` over each expert's rows, by ``grouped_mm``, not copied."""
+    if not rows_AN.shape[0]:
+        return rows_AN.new_zeros(len(ends), rows_AN.shape[1], rows_AK.shape[1])
+    return _grouped_mm(rows_AN.T, rows_AK, offs=ends)
+
+
+def weights_at_once(rows_AN: Tensor, rows_AK: Tensor, gemm: ChosenGemm) -> bool:
+    """Whether one grouped product makes the weight gradients of all experts.
+
+    Matrices of ``IN_PLACE`` elements and more fill the device alone: with ``grouped`` too they are
+    one product an expert, in place. So who makes them, and their bits, do not depend on how many
+    groups of experts there are.
+    """
+    return gemm == "grouped" and rows_AN.shape[1] * rows_AK.shape[1] < IN_PLACE
 
 
 def weight_product(
@@ -56,19 +72,20 @@ def weight_product(
 ) -> None:
     """``sum of row_N^T row_K`` over each expert's rows, into ``out_ENK``.
 
-    ``grouped_mm`` cannot write into a given tensor: its result is copied. Matrices of ``IN_PLACE``
-    elements and more, whose copy takes longer than a launch, are written directly, one product an
-    expert.
+    ``grouped_mm`` cannot write into a given tensor: its result is copied.
     """
-    small = out_ENK[0].numel() < IN_PLACE
-    if gemm == "grouped" and small and rows_AN.shape[0]:
-        out_ENK.copy_(_grouped_mm(rows_AN.T, rows_AK, offs=_ends_of(counts, rows_AN.device)))
+    if weights_at_once(rows_AN, rows_AK, gemm):
+        out_ENK.copy_(grouped_weight_product(rows_AN, rows_AK, ends_of(counts, rows_AN.device)))
         return
     for a, b, out in zip(_parts(rows_AN, counts), _parts(rows_AK, counts), out_ENK):
         torch.mm(a.T, b, out=out)
 
 
-def _loop(rows_AK: Tensor, weight_EKN: Tensor, counts: Sequence[int]) -> Tensor:
+def _product(rows_AK: Tensor, weight_EKN: Tensor, counts: Counts, gemm: ChosenGemm) -> Tensor:
+    if gemm == "grouped":
+        # grouped_mm leaves rows beyond the last end uninitialised: A must be exactly the sum.
+        return _grouped_mm(rows_AK, weight_EKN, offs=ends_of(counts, rows_AK.device))
+    assert not isinstance(counts, Tensor)
     result = rows_AK.new_empty(rows_AK.shape[0], weight_EKN.shape[2])
     for x, w, out in zip(_parts(rows_AK, counts), weight_EKN, _parts(result, counts)):
         torch.mm(x, w, out=out)
@@ -80,19 +97,16 @@ def _parts(rows_A: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
     return [rows_A] if len(counts) == 1 else rows_A.split_with_sizes(list(counts))
 
 
-def _grouped(rows_AK: Tensor, weight_EKN: Tensor, counts: Sequence[int]) -> Tensor:
-    # grouped_mm leaves rows beyond the last end uninitialised: A must be exactly the sum.
-    result: Tensor = _grouped_mm(rows_AK, weight_EKN, offs=_ends_of(counts, rows_AK.device))
-    return result
-
-
 def _grouped_mm(*args: Any, **kwargs: Any) -> Tensor:
     function = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public from torch 2.10
     result: Tensor = function(*args, **kwargs)
     return result
 
 
-def _ends_of(counts: Sequence[int], device: torch.device) -> Tensor:
+def ends_of(counts: Counts, device: torch.device) -> Tensor:
+    """The ends of the experts' rows, int32 on the device; numbers on the host are copied there."""
+    if isinstance(counts, Tensor):
+        return counts
     # Streams whose groups take turns have their own: neither waits for what the other copies.
     return _ends(tuple(counts), device, at_other_stream(device))
 

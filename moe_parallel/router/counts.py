@@ -210,12 +210,13 @@ class HostTokenCounts:
     Args:
         routing: whose counts.
         order: where the tokens of every rank stand.
+        start: start the copy now; False: where :meth:`wait` is called, if at all.
 
     Attributes:
         dropless: no assignment can be dropped.
     """
 
-    def __init__(self, routing: Routing, order: TokenOrder) -> None:
+    def __init__(self, routing: Routing, order: TokenOrder, *, start: bool = True) -> None:
         self.dropless, self._order = routing.dropless, order
         self._top_k = routing.experts.shape[1]
         assigned_RE, kept_RE, training_R = routing.counts
@@ -223,7 +224,8 @@ class HostTokenCounts:
         told = [assigned_RE] if self.dropless else [assigned_RE, kept_RE]
         if training_R is not None:
             told.append(training_R.unsqueeze(1))
-        self._copied = to_host(assigned_RE if len(told) == 1 else torch.cat(told, dim=1))
+        self._told = assigned_RE if len(told) == 1 else torch.cat(told, dim=1)
+        self._copied = to_host(self._told) if start else None
         self._kept_RE: list[list[int]] | None = None
 
     def of_rank(self, rank: int) -> int:
@@ -251,7 +253,8 @@ class HostTokenCounts:
                 train and others do not.
         """
         if self._kept_RE is None:
-            rows, num_experts = self._copied().tolist(), self._num_experts
+            copied, num_experts = self._copied or to_host(self._told), self._num_experts
+            rows = copied().tolist()
             if self._tells_training:
                 check_training([row[-1] for row in rows])
             assigned_RE = [row[:num_experts] for row in rows]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from moe_parallel import ExpertTopology, MoEConfig
-from tests.closeness import assert_within_budget
-from tests.moe_parallel.batch import ORDERS
-from tests.moe_parallel.layers import LayerResult, on_ranks, oracle
+from moe_parallel.router.counts import HostTokenCounts
+from tests.closeness import assert_equal_to_rounding, assert_within_budget
+from tests.moe_parallel.batch import ORDERS, groups_of, random_batch
+from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, on_ranks, oracle
 from tests.moe_parallel.test_layer import GROUPED, LOW_PRECISION, TOPOLOGIES
+from tests.ranks import run_on_ranks
 
 
 def check_budget(
@@ -73,3 +76,39 @@ def check_bits(topology: ExpertTopology, dtype: torch.dtype, backend: str) -> No
     for other in others:
         for name, a, b in zip(LayerResult._fields, first, other):
             assert torch.equal(a, b), name
+
+
+def test_grouped_products_on_one_rank_ask_for_no_counts_on_the_host() -> None:
+    x = random_batch(NUM_TOKENS, 32).x.float()
+    layers = [
+        build(replace(GROUPED, gemm=gemm), torch.float32, False) for gemm in ("grouped", "loop")
+    ]
+    grads = []
+    for layer in layers:
+        asked = patch.object(
+            HostTokenCounts, "wait", autospec=True, side_effect=HostTokenCounts.wait
+        )
+        with asked as waits:
+            layer(x).output.square().sum().backward()
+        assert bool(waits.call_count) == (layer.config.gemm == "loop")
+        grads.append([weight.grad for weight in layer.parameters()])
+    for grouped, loop in zip(*grads):
+        assert_equal_to_rounding(grouped, loop, tolerance=64 * torch.finfo(torch.float32).eps)
+    few = build(replace(GROUPED, max_rows=3), torch.float32, False)
+    with pytest.raises(ValueError, match="max_rows must be at least"):
+        few(x)
+
+
+def message_of_other_tokens() -> str:
+    groups = groups_of(ExpertTopology(2)).experts
+    layer = build(GROUPED, torch.float32, False, groups=groups)
+    try:
+        layer(torch.ones(3 + layer.mesh.token_rank, 32))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_replicas_with_other_numbers_of_tokens_raise_after_grouped_products() -> None:
+    for message in run_on_ranks(message_of_other_tokens, 2):
+        assert "token_order must be equal on every rank" in message

@@ -183,9 +183,11 @@ def test_rule_of_auto() -> None:
 
 @pytest.mark.gpu
 def test_rule_of_auto_on_a_gpu() -> None:
-    experts = experts_of("auto", torch.bfloat16).cuda()
-    assert experts.chosen_gemm(products.LOOP_ROWS * experts.num_local - 1) == "grouped"
-    assert experts.chosen_gemm(products.LOOP_ROWS * experts.num_local) == "loop"
+    fine = experts_of("auto", torch.bfloat16).cuda()
+    assert fine.chosen_gemm(2**20) == "grouped"
+    coarse = Experts(4096, 4096, 2, dtype=torch.bfloat16, device="cuda")
+    assert coarse.chosen_gemm(2 * products.LOOP_ROWS - 1) == "grouped"
+    assert coarse.chosen_gemm(2 * products.LOOP_ROWS) == "loop"
     assert experts_of("auto", torch.float32).cuda().chosen_gemm(0) == "loop"
     assert Experts(12, 24, 5, dtype=torch.bfloat16, device="cuda").chosen_gemm(0) == "loop"
 

@@ -87,7 +87,8 @@ def reference_logits(
             residual = x
         if kind == "*":
             alpha, beta = own.softmax
-            y = reference_softmax(config, a, x, lengths)
+            softmax = reference_latent if config.attention.latent else reference_softmax
+            y = softmax(config, a, x, lengths)
         else:
             alpha, beta = own.lightning
             counted = config.num_decay_layers or config.num_layers
@@ -133,3 +134,30 @@ def reference_softmax(
     y, _ = dense_attention(q, k, v, cu_seqlens=borders, causal=True, scale=scale)
     gate = torch.sigmoid(x @ p["output_gate.weight"].T) if heads.gated else 1
     return (y.flatten(1) * gate) @ p["o_proj.weight"].T
+
+
+def reference_latent(
+    config: HybridConfig, p: dict[str, Tensor], x: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """A multi-head latent attention layer over whole documents ``[S, hidden]``, in float64."""
+    sizes, heads = config.attention.latent, config.attention.num_heads
+    positions = torch.cat([torch.arange(length) for length in lengths])
+
+    def rotated(y: Tensor) -> Tensor:
+        if sizes.rope_interleaved:
+            y = torch.cat((y[..., 0::2], y[..., 1::2]), -1)
+        return rotate(y, positions, sizes.qk_rope_head_dim, config.attention.rope_base)
+
+    compressed = rms_norm(x @ p["q_a_proj.weight"].T, p["q_a_layernorm.weight"], config.norm_eps)
+    q = (compressed @ p["q_b_proj.weight"].T).unflatten(1, (heads, -1))
+    own, shared = q.split((sizes.qk_nope_head_dim, sizes.qk_rope_head_dim), -1)
+    q = torch.cat((own, rotated(shared)), -1)
+    latent = x @ p["kv_a_proj_with_mqa.weight"].T
+    latent, shared = latent.split((sizes.kv_lora_rank, sizes.qk_rope_head_dim), -1)
+    latent = rms_norm(latent, p["kv_a_layernorm.weight"], config.norm_eps)
+    kv = (latent @ p["kv_b_proj.weight"].T).unflatten(1, (heads, -1))
+    own, v = kv.split((sizes.qk_nope_head_dim, sizes.v_head_dim), -1)
+    k = torch.cat((own, rotated(shared[:, None]).expand(-1, heads, -1)), -1)
+    borders, scale = list(accumulate(lengths, initial=0)), q.shape[-1] ** -0.5
+    y, _ = dense_attention(q, k, v, cu_seqlens=borders, causal=True, scale=scale)
+    return y.flatten(1) @ p["o_proj.weight"].T

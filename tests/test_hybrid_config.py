@@ -14,8 +14,10 @@ from torch import Tensor
 from lasp.hybrid import (
     MINIMAX_TEXT_01,
     NAMED_CONFIGS,
+    AttentionConfig,
     DenseConfig,
     HybridModel,
+    LatentConfig,
     Residuals,
     VocabularyConfig,
     count_parameters,
@@ -42,12 +44,13 @@ def test_layer_kinds_and_deepnorm_are_minimaxs() -> None:
         ("minimax-text-01", "456.09", "45.94", "48.40"),
         ("minimax-m1", "456.09", "45.94", "48.40"),
         ("minicpm-sala", "9.48", "8.88", "9.48"),
+        ("ling-2.5-1t", "1012.23", "61.00", "63.58"),
     ],
 )
 def test_parameters_are_the_published(
     name: str, total: str, active: str, with_vocabulary: str
 ) -> None:
-    """456 B with 45.9 B active; 9.5 B."""
+    """456 B with 45.9 B active; 9.5 B; 1 T with 63 B active, embedding and head among them."""
     counted = count_parameters(NAMED_CONFIGS[name])
     assert tuple(f"{n / 1e9:.2f}" for n in counted) == (total, active, with_vocabulary)
 
@@ -85,6 +88,10 @@ def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda: AttentionConfig(4, 2, 8, 4, latent=LatentConfig(8, 4, 4, 4)),
+            "num_kv_heads must be 4 with latent attention, got 2",
+        ),
         (lambda: model_call(torch.zeros(8, dtype=torch.int64)), "tokens must be int64 of shape"),
         (lambda: model_call(torch.zeros(4)), "tokens must be int64 of shape"),
         (lambda: model_call(None), "one of tokens and inputs_embeds must be given, got neither"),

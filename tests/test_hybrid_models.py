@@ -13,6 +13,7 @@ from lasp.hybrid import (
     AttentionConfig,
     DenseConfig,
     HybridModel,
+    LatentConfig,
     Residuals,
     ResidualScale,
     VocabularyConfig,
@@ -38,8 +39,11 @@ from tests.test_hybrid import (
 
 # In small: Ling's layers (its first is dense), and MiniCPM-SALA's model (all are).
 LING = {
-    "pattern": "3:1",
+    "pattern": "1:1",
     "num_layers": 4,
+    "attention": AttentionConfig(
+        4, 4, 6, 4, 600.0, latent=LatentConfig(5, 3, 4, 7, q_lora_rank=8, rope_interleaved=True)
+    ),
     "dense": DenseConfig(10, 12, 1),
     "moe": MoEConfig(
         10,

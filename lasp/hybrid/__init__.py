@@ -7,16 +7,18 @@ from lasp.hybrid.config import (
     AttentionConfig,
     DenseConfig,
     HybridConfig,
+    LatentConfig,
     Residuals,
     ResidualScale,
     VocabularyConfig,
 )
 from lasp.hybrid.model import HybridModel, HybridOutput, ParameterCount, count_parameters
 from lasp.hybrid.packing import PackedBatch, pack_batch
-from lasp.hybrid.presets import MINICPM_SALA, MINIMAX_TEXT_01, NAMED_CONFIGS
+from lasp.hybrid.presets import LING_2_5_1T, MINICPM_SALA, MINIMAX_TEXT_01, NAMED_CONFIGS
 from lasp.hybrid.training import next_token_loss, reduce_gradients
 
 __all__ = [
+    "LING_2_5_1T",
     "MINICPM_SALA",
     "MINIMAX_TEXT_01",
     "NAMED_CONFIGS",
@@ -25,6 +27,7 @@ __all__ = [
     "HybridConfig",
     "HybridModel",
     "HybridOutput",
+    "LatentConfig",
     "PackedBatch",
     "ParameterCount",
     "ResidualScale",

@@ -19,17 +19,43 @@ from moe_parallel import MoEConfig
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    """Softmax layers that are multi-head latent attention, see :class:`ring.MultiLatentAttention`.
+
+    Attributes:
+        kv_lora_rank: elements of the latent of a token.
+        qk_nope_head_dim: dims of a head's own part of queries and keys.
+        qk_rope_head_dim: dims of the rotated part that all heads share.
+        v_head_dim: dims of a value.
+        q_lora_rank: width to which queries are compressed; None: they are not.
+        rope_interleaved: whether pairs of the rotation are neighbours.
+    """
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    rope_interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """Heads of both kinds of attention, and the rest of the softmax layers.
 
     Attributes:
         num_heads: of both; lightning layers have as many keys and values.
-        num_kv_heads: keys and values of softmax layers.
-        head_dim: of both.
-        rotary_dim: dims of each head that softmax layers rotate; 0: no positions. Those of
-            lightning layers are among their options.
+        num_kv_heads: keys and values of softmax layers; ``num_heads`` with ``latent``.
+        head_dim: of both; with ``latent`` of lightning layers.
+        rotary_dim: dims of each head that softmax layers rotate; 0: no positions;
+            ``latent.qk_rope_head_dim`` with ``latent``. Those of lightning layers are among their
+            options.
         rope_base: of that rotation.
         gated: whether softmax layers have a sigmoid gate on their output.
+        latent: makes softmax layers latent attention.
+
+    Raises:
+        ValueError: for ``num_kv_heads`` or ``rotary_dim`` that ``latent`` does not have.
     """
 
     num_heads: int
@@ -38,6 +64,18 @@ class AttentionConfig:
     rotary_dim: int
     rope_base: float = 10_000.0
     gated: bool = False
+    latent: LatentConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.latent is None:
+            return
+        wanted = {"num_kv_heads": self.num_heads, "rotary_dim": self.latent.qk_rope_head_dim}
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} must be {value} with latent attention, got {getattr(self, name)}: each"
+                    " head has keys of its own, and latent.qk_rope_head_dim dims are rotated"
+                )
 
 
 class ResidualScale(NamedTuple):

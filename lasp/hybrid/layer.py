@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from lasp.hybrid.packing import PackedBatch
 from lasp.layers.lightning_attention import LightningAttention
 from moe_parallel import ExpertParallelMoE, MoEOutput, ParallelGroups, RoutingStats
 from moe_parallel.experts.dense import DenseFFN
+from ring.latent_module import MultiLatentAttention
 from ring.module import RingAttention
 
 
@@ -49,7 +51,7 @@ class HybridLayer(nn.Module):
         self.mlp_residual = residuals.mlp
         self.groups = groups
         self.attention_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
-        self.attention: LightningAttention | RingAttention
+        self.attention: LightningAttention | RingAttention | MultiLatentAttention
         if softmax:
             self.attention = _softmax_attention(config, device, dtype)
         else:
@@ -82,40 +84,30 @@ class HybridLayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator, init_gain: float) -> None:
         """See :meth:`lasp.hybrid.HybridModel.reset_parameters`."""
-        attention = self.attention
-        if isinstance(attention, LightningAttention):
-            size = attention.hidden_size
-            # Laid out head by head: each of q, k, v is one matrix spread over the heads.
-            qkv = attention.qkv_proj.weight.view(attention.num_heads, 3, attention.head_dim, size)
-            for part, gain in enumerate((1.0, 1.0, init_gain)):
-                drawn = qkv.new_empty(attention.num_heads * attention.head_dim, size)
-                draw_xavier(drawn, gain, generator)
-                qkv[:, part].copy_(drawn.view(attention.num_heads, attention.head_dim, size))
-            if attention.output_gate is not None:
-                draw_xavier(attention.output_gate.weight, 1.0, generator)
-            draw_xavier(attention.out_proj.weight, init_gain, generator)
-        else:
-            draw_xavier(attention.q_proj.weight, 1.0, generator)
-            draw_xavier(attention.k_proj.weight, 1.0, generator)
-            draw_xavier(attention.v_proj.weight, init_gain, generator)
-            draw_xavier(attention.o_proj.weight, init_gain, generator)
-            if attention.output_gate is not None:
-                draw_xavier(attention.output_gate.weight, 1.0, generator)
+        _reset_attention(self.attention, generator, init_gain)
         # The expert layer draws from seeds of its own, so that its values do not depend on ep, etp.
         seed = int(torch.randint(2**63 - 1, (1,), generator=generator))
         if self.moe is not None:
             self.moe.reset_parameters(seed, gain=init_gain)
         elif self.mlp is not None:
             self.mlp.reset_parameters(generator, gain=init_gain)
-        for name, parameter in self.attention.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
 
 
 def _softmax_attention(
     config: HybridConfig, device: torch.device | str | None, dtype: torch.dtype | None
-) -> RingAttention:
+) -> RingAttention | MultiLatentAttention:
     heads = config.attention
+    if heads.latent is not None:
+        return MultiLatentAttention(
+            config.hidden_size,
+            heads.num_heads,
+            **asdict(heads.latent),
+            rope_base=heads.rope_base,
+            gate=heads.gated,
+            norm_eps=config.norm_eps,
+            device=device,
+            dtype=dtype,
+        )
     return RingAttention(
         config.hidden_size,
         heads.num_heads,
@@ -149,6 +141,39 @@ def _lightning_attention(
         device=device,
         dtype=dtype,
     )
+
+
+def _reset_attention(
+    attention: LightningAttention | RingAttention | MultiLatentAttention,
+    generator: torch.Generator,
+    init_gain: float,
+) -> None:
+    """Xavier values of the projections, values and output with ``init_gain``; no biases."""
+    gains: dict[str, float]
+    if isinstance(attention, LightningAttention):
+        # Laid out head by head: each of q, k, v is one matrix spread over the heads.
+        by_head = attention.qkv_proj.weight.unflatten(0, (attention.num_heads, 3, -1))
+        for part, gain in enumerate((1.0, 1.0, init_gain)):
+            drawn = by_head.new_empty(by_head[:, part].flatten(0, 1).shape)
+            draw_xavier(drawn, gain, generator)
+            by_head[:, part].copy_(drawn.view_as(by_head[:, part]))
+        gains = {"output_gate": 1.0, "out_proj": init_gain}
+    elif isinstance(attention, RingAttention):
+        gains = {"q_proj": 1.0, "k_proj": 1.0, "v_proj": init_gain, "o_proj": init_gain}
+        gains["output_gate"] = 1.0
+    else:
+        names = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "g_proj")
+        gains = {**dict.fromkeys(names, 1.0), "o_proj": init_gain}
+    for name, gain in gains.items():
+        linear = getattr(attention, name, None)
+        if linear is not None:
+            draw_xavier(linear.weight, gain, generator)
+    if isinstance(attention, MultiLatentAttention):
+        by_head = attention.kv_b_proj.weight.unflatten(0, (attention.num_heads, -1))
+        by_head[:, -(attention.o_proj.in_features // attention.num_heads) :].mul_(init_gain)
+    for name, parameter in attention.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
 
 
 def draw_xavier(weight: Tensor, gain: float, generator: torch.Generator) -> None:

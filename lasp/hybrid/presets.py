@@ -1,7 +1,9 @@
 """Named models, as their released configs have them.
 
 Sources: MiniMax-AI/MiniMax-01 and MiniMax-M1 ``config.json`` (the same shapes, other weights);
-openbmb/MiniCPM-SALA ``config.json`` and arXiv:2602.11761.
+openbmb/MiniCPM-SALA ``config.json`` and arXiv:2602.11761; inclusionAI's Ling-2.5-1T and Ring-2.5-1T
+(the same shapes), of which the number of dense layers and the ranks of the latents were not seen in
+a config: they are those of Ling-1T and Ling-2.6-flash, and give the published 1T and 63B active.
 
 Warning: MiniCPM-SALA's softmax layers choose blocks of keys (InfLLM-V2) in contexts above 8192
 tokens. Here they are dense attention, which is the same model up to 8192 tokens, ``dense_len`` of
@@ -14,12 +16,13 @@ from lasp.hybrid.config import (
     AttentionConfig,
     DenseConfig,
     HybridConfig,
+    LatentConfig,
     Residuals,
     ResidualScale,
     VocabularyConfig,
 )
 from lasp.layers.options import LightningOptions
-from moe_parallel import MoEConfig
+from moe_parallel import MoEConfig, RouterConfig
 
 MINIMAX_TEXT_01 = HybridConfig(
     num_layers=80,
@@ -29,6 +32,21 @@ MINIMAX_TEXT_01 = HybridConfig(
     ),
     moe=MoEConfig(hidden_size=6144, ffn_size=9216, num_experts=32, top_k=2),
 )
+
+_LING_ROUTER = RouterConfig("sigmoid", scaling=2.5, expert_bias=True, num_groups=8, top_groups=4)
+
+
+def _ling_layers(norm_groups: int, rope_base: float) -> LightningOptions:
+    """Lightning layers of inclusionAI's models: half of each head is rotated."""
+    return LightningOptions(
+        activation="none",
+        qk_norm=True,
+        rotary_dim=64,
+        rope_base=rope_base,
+        scale=None,
+        norm_groups=norm_groups,
+    )
+
 
 _SALA_RESIDUAL = ResidualScale(beta=1.4 / 32**0.5)
 
@@ -48,8 +66,43 @@ MINICPM_SALA = HybridConfig(
     decay="sala",
 )
 
+LING_2_5_1T = HybridConfig(
+    num_layers=80,
+    vocab_size=157_184,
+    attention=AttentionConfig(
+        num_heads=64,
+        num_kv_heads=64,
+        head_dim=128,
+        rotary_dim=64,
+        rope_base=6_000_000.0,
+        latent=LatentConfig(
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            q_lora_rank=1536,
+            rope_interleaved=True,
+        ),
+    ),
+    moe=MoEConfig(
+        hidden_size=8192,
+        ffn_size=2048,
+        num_experts=256,
+        top_k=8,
+        router=_LING_ROUTER,
+        shared_ffn_size=2048,
+    ),
+    dense=DenseConfig(hidden_size=8192, ffn_size=18_432, num_layers=4),
+    lightning=_ling_layers(norm_groups=8, rope_base=6_000_000.0),
+    residuals=Residuals(),
+    norm_eps=1e-6,
+    decay="bailing",
+)
+
 NAMED_CONFIGS = {
     "minimax-text-01": MINIMAX_TEXT_01,
     "minimax-m1": MINIMAX_TEXT_01,
     "minicpm-sala": MINICPM_SALA,
+    "ling-2.5-1t": LING_2_5_1T,
+    "ring-2.5-1t": LING_2_5_1T,
 }

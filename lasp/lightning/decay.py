@@ -11,7 +11,7 @@ alibi            ALiBi slopes (for H not a power of two: those of the closest po
                  every second one of twice that) ``* (1 - l/(L-1) + 1e-5)``.
                  vLLM ``MiniMaxText01``; the TransNormer example of OpenNLPLab/lightning-attention
 bailing          ALiBi slopes ``* (1 - (l-1)/(L-1) + 1e-5)``: Ring-linear-2.0, Ling-2.5, Ring-2.5.
-                 inclusionAI's model files, AReaL ``lightning_attention.py``, sglang-jax
+                 inclusionAI's ``modeling_bailing_moe_v2_5.py``; AReaL, sglang-jax
 bailing_clamped  ALiBi slopes ``* (1 - max(l-1, 0)/(L-1) + 1e-5)``: the same but in layer 0.
                  mlx-lm ``models/bailing_moe_linear.py``
 sala             ALiBi slopes in every layer: MiniCPM-SALA, arXiv:2602.11761.
@@ -22,10 +22,11 @@ retnet           ``-log(1 - 2^(-5-h))`` in every layer.
                  RetNet, arXiv:2307.08621; ``fla.ops.retention``
 ===============  ==============================================================================
 
-Warning: Ling and Ring run with three offsets of the layer. The vendor's own code counts l from 0
-and subtracts 1 (``bailing``: layer 0 decays a little faster than its slopes say). mlx-lm subtracts
-1 but not from layer 0 (``bailing_clamped``). vLLM and mcore-bridge subtract nothing (``alibi``: the
-last layer hardly decays). Take the offset that the weights were trained with.
+Warning: Ling and Ring run with three offsets of the layer. The vendor's own files count l from 0
+and subtract 1 (``bailing``: layer 0 decays a little faster than its slopes say). mlx-lm 0.32
+subtracts 1 but not from layer 0 for Ring-linear-2.0 (``bailing_clamped``). It subtracts nothing for
+Ling-2.5, as vLLM and mcore-bridge (``alibi``: the last layer hardly decays). Take the one that the
+weights were trained with; for released weights that is the vendor's.
 """
 
 from __future__ import annotations

@@ -126,6 +126,7 @@ def check_same_model(
 
     Args: see :func:`hybrid_of`.
     """
+    _check_fields(hybrid)
     num_layers = config.num_layers if symbols is None else len(attention_of(symbols))
     if hybrid.num_layers != num_layers:
         _refuse("num_layers", hybrid.num_layers, "num_layers", num_layers)
@@ -142,20 +143,26 @@ def check_same_model(
     if hybrid.dense != megatrons.dense:
         options = "ffn_hidden_size and moe_layer_freq"
         _refuse("dense", hybrid.dense, options, megatrons.dense)
-    if hybrid.attention.gated:
-        raise ValueError(
-            f"attention.gated must be False for {PART}, got True: ring attention has no output gate"
-            " in Megatron; lasp.hybrid.HybridModel has it"
-        )
+    for field, option in (_OPTIONS | (_EXPERT_OPTIONS if hybrid.moe else {})).items():
+        wanted, value = (attrgetter(field)(model) for model in (hybrid, megatrons))
+        if wanted != value:
+            _refuse(field, wanted, option, value)
+
+
+def _check_fields(hybrid: HybridConfig) -> None:
+    """Raise ValueError for what of a hybrid model these layers do not have."""
+    for name, value in (("gated", False), ("latent", None)):
+        if getattr(hybrid.attention, name) != value:
+            raise ValueError(
+                f"attention.{name} must be {value} for {PART}, got"
+                f" {getattr(hybrid.attention, name)}: ring attention has neither an output gate nor"
+                " latents in Megatron; lasp.hybrid.HybridModel has both"
+            )
     if hybrid.vocabulary != VocabularyConfig():
         raise ValueError(
             f"vocabulary must be VocabularyConfig() for {PART}, got {hybrid.vocabulary}: embedding"
             " and head are Megatron's, which no layer sees"
         )
-    for field, option in (_OPTIONS | (_EXPERT_OPTIONS if hybrid.moe else {})).items():
-        wanted, value = (attrgetter(field)(model) for model in (hybrid, megatrons))
-        if wanted != value:
-            _refuse(field, wanted, option, value)
 
 
 def _refuse(field: str, wanted: Any, option: str, value: Any) -> None:

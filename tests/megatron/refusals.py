@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lasp.hybrid import DenseConfig, VocabularyConfig
+from lasp.hybrid import DenseConfig, LatentConfig, VocabularyConfig
 from lasp.megatron import (
     PackedSequence,
     ResidualNorm,
@@ -270,6 +270,15 @@ ROWS = [
         for name, value, names in (
             ("vocabulary", VocabularyConfig(True), r"vocabulary must be VocabularyConfig\(\)"),
             ("attention", replace(LIKE.attention, gated=True), "attention.gated must be False"),
+            (
+                "attention",
+                replace(
+                    LIKE.attention,
+                    num_kv_heads=LIKE.attention.num_heads,
+                    latent=LatentConfig(4, 4, LIKE.attention.rotary_dim, 4),
+                ),
+                "attention.latent must be None",
+            ),
             ("dense", DenseConfig(HIDDEN, 8, 1), "ffn_hidden_size and moe_layer_freq must be that"),
             (
                 "moe",

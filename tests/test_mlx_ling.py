@@ -1,0 +1,156 @@
+"""The hybrid decoder is mlx-lm's Ling-2.5, with its weights: an oracle that others wrote.
+
+It computes in float32 on the CPU, one document at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lasp.hybrid import (
+    AttentionConfig,
+    DenseConfig,
+    HybridConfig,
+    HybridModel,
+    LatentConfig,
+    Residuals,
+    pack_batch,
+)
+from lasp.layers.options import LightningOptions
+from moe_parallel import MoEConfig, RouterConfig
+from tests.closeness import relative_error
+
+REASON = "needs mlx-lm: pip install --group oracles"
+mx = pytest.importorskip("mlx.core", reason=REASON)
+ling = pytest.importorskip("mlx_lm.models.bailing_hybrid", reason=REASON)
+
+HIDDEN, HEADS, DIM, VOCAB = 32, 4, 8, 40
+CONFIG = HybridConfig(
+    num_layers=7,
+    vocab_size=VOCAB,
+    attention=AttentionConfig(
+        HEADS, HEADS, DIM, 4, 600.0, latent=LatentConfig(12, 6, 4, 10, 16, rope_interleaved=True)
+    ),
+    moe=MoEConfig(
+        HIDDEN,
+        12,
+        num_experts=16,
+        top_k=4,
+        router=RouterConfig("sigmoid", scaling=2.5, expert_bias=True, num_groups=4, top_groups=2),
+        shared_ffn_size=10,
+    ),
+    dense=DenseConfig(HIDDEN, 20, 1),
+    pattern="GG*GG**",  # groups of three; a layer that fills no group is softmax
+    lightning=LightningOptions("none", True, 4, 600.0, None, norm_groups=2),
+    residuals=Residuals(),
+    norm_eps=1e-6,
+    decay="alibi",  # mlx-lm 0.32 subtracts nothing from the layer
+)
+
+
+def theirs() -> Any:
+    latent, moe = CONFIG.attention.latent, CONFIG.moe
+    return ling.Model(
+        ling.ModelArgs(
+            model_type="bailing_hybrid",
+            hidden_size=HIDDEN,
+            intermediate_size=CONFIG.dense.ffn_size,
+            moe_intermediate_size=moe.ffn_size,
+            num_hidden_layers=CONFIG.num_layers,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            num_experts=moe.num_experts,
+            num_experts_per_tok=moe.top_k,
+            num_shared_experts=1,
+            n_group=4,
+            topk_group=2,
+            first_k_dense_replace=1,
+            layer_group_size=3,
+            group_norm_size=2,
+            vocab_size=VOCAB,
+            rms_norm_eps=1e-6,
+            rope_theta=600.0,
+            max_position_embeddings=4096,
+            routed_scaling_factor=2.5,
+            head_dim=DIM,
+            kv_lora_rank=latent.kv_lora_rank,
+            qk_rope_head_dim=latent.qk_rope_head_dim,
+            qk_nope_head_dim=latent.qk_nope_head_dim,
+            v_head_dim=latent.v_head_dim,
+            q_lora_rank=latent.q_lora_rank,
+            moe_shared_expert_intermediate_size=moe.shared_ffn_size,
+        )
+    )
+
+
+def released_names(model: HybridModel) -> dict[str, Tensor]:
+    """Our weights as inclusionAI's files name and lay them out."""
+    named = {}
+    for name, value in model.state_dict().items():
+        if name.endswith("qkv_proj.weight"):
+            value = value.unflatten(0, (HEADS, 3, -1)).transpose(0, 1).flatten(0, 2)
+        for ours, released in (
+            ("embedding.", "model.word_embeddings."),
+            ("final_norm.", "model.norm."),
+            ("head.", "lm_head."),
+            ("layers.", "model.layers."),
+            ("attention_norm.", "input_layernorm."),
+            ("moe_norm.", "post_attention_layernorm."),
+            ("qkv_proj.", "query_key_value."),
+            ("output_gate.", "g_proj."),
+            ("attention.norm.", "attention.g_norm."),
+            ("q_norm.", "query_layernorm."),
+            ("k_norm.", "key_layernorm."),
+            ("out_proj.", "dense."),
+            ("o_proj.", "dense."),
+            (".moe.", ".mlp."),
+        ):
+            name = name.replace(ours, released) if ours != "head." or name[:5] == ours else name
+        stem, _, last = name.rpartition(".")
+        if stem.endswith("experts"):
+            parts = {f"{stem}.{e}": part for e, part in enumerate(value)}
+        else:
+            parts = {stem.replace(".shared", ".shared_experts"): value}
+        for part_name, part in parts.items():
+            if last == "w13":
+                named[f"{part_name}.gate_proj.weight"], named[f"{part_name}.up_proj.weight"] = part
+            elif last == "w2":
+                named[f"{part_name}.down_proj.weight"] = part
+            else:
+                named[f"{part_name}.{last}"] = part
+    return {name: value for name, value in named.items() if "tokens_per_expert" not in name}
+
+
+def test_logits_are_those_of_mlx() -> None:
+    model = HybridModel(CONFIG, dtype=torch.float64)
+    model.reset_parameters(0)
+    for name, value in model.state_dict().items():
+        if "norm" in name:
+            value.normal_(1.0, 0.2)
+        if name.endswith("expert_bias"):
+            value.normal_(0.0, 0.1)
+    single = model.state_dict()
+    weights = {n: mx.array(v.float().numpy()) for n, v in released_names(model).items()}
+    oracle = theirs()
+    oracle.load_weights(list(oracle.sanitize(weights).items()))
+    tokens, lengths = torch.randint(VOCAB, (50,)), (30, 1, 19)
+    with mx.stream(mx.cpu):
+        expected = torch.cat(
+            [
+                torch.tensor(oracle(mx.array(document[None].numpy()))[0].tolist())
+                for document in tokens.split(lengths)
+            ]
+        )
+    batch = pack_batch([lengths], dp_rank=0, num_ranks=1, order="contiguous")
+    with torch.no_grad():
+        exact = model(tokens, batch).logits
+        float32 = HybridModel(CONFIG)
+        float32.load_state_dict(single)
+        ours = float32(tokens, batch).logits
+    # Theirs differs from ours in float64 as ours in float32 does: by float32's rounding.
+    assert relative_error(expected, exact) < 2e-6
+    assert relative_error(ours, exact) < 2e-6

@@ -7,6 +7,12 @@ time of a call among many behind each other, on the host or on the device, which
 bound is the time in a CUDA graph, in which the host has no part. The largest pack shows that
 documents cost a call nothing.
 
+``first_forward_s`` and ``first_backward_s`` are those of a new process that compiles all kernels,
+beside one that finds them in Triton's cache. ``new_pack_host_us`` is the time of forward and
+backward of the first layer that sees a pack, ``new_pack_layer_host_us`` that of every further one,
+beside a second call; ``compiled_share`` is how many of the packs had to compile a kernel: none
+should.
+
 Baseline: causal ``scaled_dot_product_attention`` of torch on as many tokens and heads.
 
 Run: python -m benchmarks.host_time --commit $(git rev-parse HEAD)
@@ -14,7 +20,15 @@ Run: python -m benchmarks.host_time --commit $(git rev-parse HEAD)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +51,11 @@ class Case(NamedTuple):
     head_dim: int = 128
     documents: int = 1
 
-    def forward(self, impl: Any) -> Any:
-        """Output of q, k and v ``[T, H, head_dim]``."""
+    def forward(self, impl: Any, layout: SequenceLayout | None = None, layer: int = LAYER) -> Any:
+        """Output of q, k and v ``[T, H, head_dim]``, documents of one length by default."""
         lengths = (self.tokens // self.documents,) * self.documents
-        layout, rates = SequenceLayout(lengths, 1), decay_rates(self.heads, LAYER, LAYERS)
+        layout = SequenceLayout(lengths, 1) if layout is None else layout
+        rates = decay_rates(self.heads, layer, LAYERS)
 
         def output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return lightning_attention(
@@ -61,6 +76,8 @@ CASES = [
     Case(100_000, 1, head_dim=64, documents=100_000),
 ]
 STEPS = [Case(1, 8), Case(1, 64)]
+FIRST = Case(8192, 64, documents=4)
+PACKS, NUM_PACKS = Case(16384, 8), 50
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -114,6 +131,82 @@ def empty_bound(x: Tensor) -> dict[str, Any]:
     return {"bound": times[len(times) // 2], "bound_name": "empty kernel"}
 
 
+def first_calls() -> None:
+    """Print the seconds of forward and backward of this process, which made none before."""
+    *inputs, grad = FIRST.tensors(Machine())
+    leaves = [x.requires_grad_() for x in inputs]
+    results: list[Tensor] = []
+    forward = once_us(lambda: results.append(FIRST.forward("triton")(*leaves)))
+    backward = once_us(lambda: torch.autograd.grad(results[0], leaves, grad))
+    print(json.dumps({"forward": forward / 1e6, "backward": backward / 1e6}))
+
+
+def first_seconds(cache: str) -> dict[str, float]:
+    """What :func:`first_calls` prints in a process of its own, with this folder as cache."""
+    code = "from benchmarks.host_time import first_calls; first_calls()"
+    environment = os.environ | {"TRITON_CACHE_DIR": cache}
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    seconds: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    return seconds
+
+
+def measure_first(machine: Machine) -> Iterator[Row]:
+    """Rows of the first call of a process, without and with compiled kernels on disk."""
+    with tempfile.TemporaryDirectory() as cache:
+        compiling, finding = first_seconds(cache), first_seconds(cache)
+    who = "host_time", FIRST._asdict() | {"dtype": str(machine.dtype)[6:]}, "lasp triton"
+    for metric, seconds in compiling.items():
+        bound = {"bound": finding[metric], "bound_name": "compiled before"}
+        yield row(*who, f"first_{metric}_s", seconds, "s", **bound)
+
+
+def measure_packs(machine: Machine) -> Iterator[Row]:
+    """Rows of packs of random documents, each for the first time."""
+    from triton import knobs
+
+    *inputs, grad = PACKS.tensors(machine)
+    leaves = [x.requires_grad_() for x in inputs]
+    generator = random.Random(0)
+    times: list[list[float]] = [[], [], []]
+    compiled: list[int] = []  # in which packs
+
+    def both(forward: Any) -> None:
+        torch.autograd.grad(forward(*leaves), leaves, grad)
+
+    with knobs.runtime.scope():
+        for pack in range(NUM_PACKS + 1):
+            knobs.runtime.jit_post_compile_hook = lambda pack=pack, **_: compiled.append(pack)
+            layout = random_pack(generator)
+            for call, layer in enumerate((LAYER, LAYER + 1, LAYER + 1)):
+                forward = PACKS.forward("triton", layout, layer)
+                times[call].append(once_us(partial(both, forward)))
+    layout_us, layer_us, again_us = (sorted(call[1:]) for call in times)  # the first one compiles
+    who = "host_time", PACKS._asdict() | {"documents": "random"}, "lasp triton"
+    bound = {"bound": again_us[NUM_PACKS // 2], "bound_name": "the same call again"}
+    yield row(*who, "new_pack_host_us", layout_us, "us", **bound)
+    yield row(*who, "new_pack_layer_host_us", layer_us, "us", **bound)
+    share = len({pack for pack in compiled if pack > 0}) / NUM_PACKS
+    yield row(*who, "compiled_share", share, "share", samples=NUM_PACKS)
+
+
+def random_pack(generator: random.Random) -> SequenceLayout:
+    """Documents from a few tokens to all of them."""
+    lengths: list[int] = []
+    while (left := PACKS.tokens - sum(lengths)) > 0:
+        lengths.append(min(left, int(generator.lognormvariate(7, 1.5)) + 1))
+    return SequenceLayout(lengths, 1)
+
+
+def once_us(call: Callable[[], object]) -> float:
+    """Time until one call returns, of a device that is done with all before."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e6
+
+
 def rows(options: Options, machine: Machine) -> Iterator[Row]:
     """Rows of ours after its check, and of the peer for one document."""
     check_forward(machine)
@@ -124,6 +217,8 @@ def rows(options: Options, machine: Machine) -> Iterator[Row]:
             yield from measure(case, "torch scaled_dot_product_attention", sdpa, machine)
     for case in STEPS:
         yield measure_step(case, machine)
+    yield from measure_packs(machine)
+    yield from measure_first(machine)
 
 
 QUESTION = Question("host_time", Options, rows)

@@ -97,11 +97,21 @@ def test_decode(rows_of) -> None:
 
 def test_host_time(rows_of) -> None:
     cases = {"CASES": [host_time.Case(32, 2, 32)], "STEPS": [host_time.Case(1, 2, 32)]}
-    found = rows_of("host_time", Options(commit="c"), **cases)
+    cases |= {"PACKS": host_time.Case(32, 2, 32), "NUM_PACKS": 3}
+    clocks = {"once_us": lambda call: (call(), 2.0)[1]}
+    clocks |= {"first_seconds": lambda _: {"forward": 4.0, "backward": 5.0}}
+    found = rows_of("host_time", Options(commit="c"), **cases, **clocks)
     metrics = ("forward_host_us", "backward_host_us", "forward_call_us")
     implementations = ("lasp triton", "torch scaled_dot_product_attention")
     expected = [(impl, metric) for impl in implementations for metric in metrics]
-    assert [(key[0], key[-1]) for key in found] == [*expected, ("lasp triton", "step_host_us")]
+    expected += [
+        ("lasp triton", metric)
+        for metric in (
+            "step_host_us", "new_pack_host_us", "new_pack_layer_host_us", "compiled_share",
+            "first_forward_s", "first_backward_s",
+        )
+    ]  # fmt: skip
+    assert [(key[0], key[-1]) for key in found] == expected
 
 
 def test_layer(rows_of) -> None:

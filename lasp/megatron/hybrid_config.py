@@ -195,6 +195,9 @@ def check_layers(config: TransformerConfig) -> None:
     require(config, PART, fp32_residual_connection=False, overlap_moe_expert_parallel_comm=False)
     require(config, PART, fine_grained_activation_offloading=False, heterogeneous_block_specs=False)
     require(config, PART, experimental_attention_variant=None)
+    # Ring attention reads these, but a HybridConfig has none of them.
+    require(config, PART, window_size=None, softmax_type="vanilla", qk_layernorm=False)
+    require(config, PART, no_rope_freq=None)
     require(config, PART, enable_mhc_connections=False, mlp_chunks_for_training=1)
     modules = set(config.recompute_modules or ()) if config.recompute_granularity else set()
     if config.recompute_granularity == "selective" and not modules <= {"core_attn", "moe"}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lasp._core.rotary import apply_rotary, check_rotary_dim
 from lasp.megatron.checks import groups_of, refuse_arguments, require, training_argument
+from lasp.megatron.norm import ResidualNorm
 from lasp.megatron.packs import PackedCut, check_packed_cut
 from lasp.megatron.ring_core import RingCoreAttention
 
@@ -23,7 +25,9 @@ class RingSelfAttention(SelfAttention):
     """Megatron's self-attention with positions of the layout: RoPE right for every order.
 
     Megatron's RoPE takes packs for cut per document. Here angles are computed in float64 at
-    ``layout.position_ids``. The projections, their initialisation and checkpoint keys are
+    ``layout.position_ids``; layers that ``config.no_rope_freq`` names rotate nothing. With
+    ``config.qk_layernorm`` the heads of queries and keys are normed before, by an RMSNorm if the
+    submodules name no other. The projections, their initialisation and checkpoint keys are
     SelfAttention's.
 
     Args:
@@ -56,10 +60,15 @@ class RingSelfAttention(SelfAttention):
         **optional: Any,
     ) -> None:
         part = "ring self-attention"
-        require(config, part, apply_rope_fusion=False, rotary_interleaved=False, no_rope_freq=None)
+        require(config, part, apply_rope_fusion=False, rotary_interleaved=False)
         require(config, part, attention_output_gate=False, fused_single_qkv_rope=False)
-        require(config, part, qk_layernorm=False, qk_l2_norm=False)
-        require(config, part, fine_grained_activation_offloading=False)
+        require(config, part, qk_l2_norm=False, fine_grained_activation_offloading=False)
+        if config.qk_layernorm:
+            submodules = replace(
+                submodules,
+                q_layernorm=submodules.q_layernorm or ResidualNorm,
+                k_layernorm=submodules.k_layernorm or ResidualNorm,
+            )
         check_rotary_dim(rotary_dim, config.kv_channels)
         check_positions(config, rotary_dim, rope_base)
         check_packed_cut(packed_cut)
@@ -79,7 +88,8 @@ class RingSelfAttention(SelfAttention):
             pg_collection=pg_collection,
             **optional,
         )
-        self.rotary_dim, self.rope_base = rotary_dim, rope_base
+        rotates = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
+        self.rotary_dim, self.rope_base = rotary_dim if rotates else 0, rope_base
         self.core_attention.positions_of_layout = True
         self.core_attention.packed_cut = packed_cut
 
@@ -123,13 +133,14 @@ class RingSelfAttention(SelfAttention):
         num_tokens = hidden_states.shape[0] * gathered
         layout = core.layout_of(packed_seq_params, num_tokens)
         query, key, value = self.get_query_key_value_tensors(hidden_states, None)
-        positions = layout.position_ids(cp_group.rank(), query.device)
-        query, key = (  # apply_rotary takes [..., T, H, D]
-            apply_rotary(
-                x.transpose(0, 1), positions, rotary_dim=self.rotary_dim, base=self.rope_base
-            ).transpose(0, 1)
-            for x in (query, key)
-        )
+        if self.rotary_dim:
+            positions = layout.position_ids(cp_group.rank(), query.device)
+            query, key = (  # apply_rotary takes [..., T, H, D]
+                apply_rotary(
+                    x.transpose(0, 1), positions, rotary_dim=self.rotary_dim, base=self.rope_base
+                ).transpose(0, 1)
+                for x in (query, key)
+            )
         packed = packed_seq_params is not None
         if packed:
             query, key, value = (x.squeeze(1) for x in (query, key, value))

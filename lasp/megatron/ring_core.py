@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor, nn
 
 from lasp.megatron.batch import layout_of, order_of_rows
-from lasp.megatron.checks import groups_of, refuse_arguments, require
+from lasp.megatron.checks import groups_of, parameter_device, refuse_arguments, require
 from lasp.megatron.packs import PackedCut, check_packed_cut
 from lasp.sequence.layout import SequenceLayout
 from ring.attention import ring_attention
@@ -21,9 +29,12 @@ _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 class RingCoreAttention(MegatronModule):
     """A ``core_attention``: softmax attention over context-parallel ranks, packs included.
 
+    The config's ``window_size`` with ``window_attn_skip_freq``, and its ``softmax_type`` are read:
+    ``learnable`` adds the parameter ``softmax_offset``, the sinks of this rank's heads.
+
     Args:
         config: Megatron's.
-        layer_number: not read.
+        layer_number: from 1; says whether the layer has a window.
         attn_mask_type: ``causal`` or ``no_mask``, within each document.
         attention_type: must be ``self``.
         attention_dropout: must be 0, as in the config.
@@ -61,7 +72,7 @@ class RingCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         part = "ring attention"
-        require(config, part, attention_dropout=0.0, window_size=None, softmax_type="vanilla")
+        require(config, part, attention_dropout=0.0)
         require(config, part, qk_clip=False, log_max_attention_logit=False)
         require(config, part, apply_query_key_layer_scaling=False, multi_latent_attention=False)
         require(config, part, attention_backend=AttnBackend.auto, flash_attention_version=None)
@@ -79,9 +90,50 @@ class RingCoreAttention(MegatronModule):
         self._check_mask_type(attn_mask_type)
         (self.cp_group,) = groups_of(pg_collection, part, "cp")
         self.attn_mask_type, self.softmax_scale = attn_mask_type, softmax_scale
+        self.window = _window_of(config, layer_number, _CAUSAL[attn_mask_type])
+        self.softmax_offset: Tensor | None = None
+        if config.softmax_type != "vanilla":
+            (self.tp_group,) = groups_of(pg_collection, part, "tp")
+            self._add_sinks(config)
         self.positions_of_layout = False
         check_packed_cut(packed_cut)
         self.order, self.packed_cut = order_of_rows(config, part), packed_cut
+
+    def _add_sinks(self, config: TransformerConfig) -> None:
+        """Megatron's ``softmax_offset``: zeros, or a parameter, one a head of this rank."""
+        heads, dtype = config.num_attention_heads // self.tp_group.size(), config.params_dtype
+        sinks = torch.zeros(heads, device=parameter_device(config), dtype=dtype)
+        del self.softmax_offset
+        if config.softmax_type == "off-by-one":
+            self.register_buffer("softmax_offset", sinks, persistent=False)
+            return
+        if config.softmax_type != "learnable":
+            raise ValueError(
+                "config.softmax_type must be 'vanilla', 'off-by-one' or 'learnable' for ring"
+                f" attention, got {config.softmax_type!r}: choose one of these"
+            )
+        self.softmax_offset = nn.Parameter(sinks)
+        for name, value in (("tensor_model_parallel", True), ("partition_dim", 0)):
+            setattr(self.softmax_offset, name, value)
+        self.softmax_offset.partition_stride = 1  # type: ignore[attr-defined]
+        if config.perform_initialization:
+            config.init_method(self.softmax_offset)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The sinks, cut over tp; nothing without learnable ones."""
+        if not isinstance(self.softmax_offset, nn.Parameter):
+            return {}
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+        return sharded
 
     def layout_of(
         self, packed_seq_params: PackedSeqParams | None, num_tokens: int
@@ -148,6 +200,29 @@ class RingCoreAttention(MegatronModule):
             layout=layout,
             cp_group=self.cp_group,
             causal=_CAUSAL[mask_type],
+            window=self.window,
+            sinks=self.softmax_offset,
             scale=self.softmax_scale,
         ).output.flatten(-2)
         return output.transpose(0, 1).contiguous() if batched else output
+
+
+def _window_of(
+    config: TransformerConfig, layer_number: int, causal: bool
+) -> tuple[int, int] | None:
+    """The window of a layer; None where it sees all."""
+    size = config.window_size
+    if not is_layer_window_attention(size, config.window_attn_skip_freq, layer_number):
+        return None
+    assert size is not None  # such a layer has one
+    if len(size) != 2 or any(type(side) is not int or side < -1 for side in size):
+        raise ValueError(
+            "config.window_size must be (left, right), two integers >= -1, for ring attention, got"
+            f" {size!r}: -1 is no limit"
+        )
+    if causal and size[1] > 0:
+        raise ValueError(
+            "config.window_size must end at the query under a causal mask for ring attention, got"
+            f" {size!r}: set ({size[0]}, 0)"
+        )
+    return (size[0], size[1])

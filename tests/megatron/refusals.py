@@ -141,16 +141,14 @@ SOFTMAX = {
     "log_max_attention_logit": True,
     "multi_latent_attention": True,
     "qk_clip": True,
-    "softmax_type": "learnable",
-    "window_size": (4, 0),
+    "softmax_type": "other",
+    "window_size": (4, 1),
 }
 OWN_POSITIONS = {
     "apply_rope_fusion": True,
     "attention_output_gate": True,
     "fused_single_qkv_rope": True,
-    "no_rope_freq": 2,
     "qk_l2_norm": True,
-    "qk_layernorm": True,
     "rotary_interleaved": True,
 }
 ANY = torch.zeros(1)
@@ -246,6 +244,8 @@ ROWS = [
     *(options(hybrid, linear_attention_freq=freq)[0] for freq in (None, 1)),
     *options(hybrid, enable_mhc_connections=True, experimental_attention_variant="gdn"),
     *options(hybrid, mlp_chunks_for_training=2, overlap_moe_expert_parallel_comm=True),
+    *options(hybrid, no_rope_freq=2, qk_layernorm=True, softmax_type="learnable"),
+    *options(hybrid, window_size=(4, 0)),
     Row(
         hybrid,
         {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},

@@ -128,6 +128,9 @@ def reference_softmax(
     heads = config.attention
     positions = torch.cat([torch.arange(length) for length in lengths])
     q, k, v = ((x @ p[f"{n}_proj.weight"].T).unflatten(1, (-1, heads.head_dim)) for n in "qkv")
+    if heads.qk_norm:
+        q = rms_norm(q, p["q_norm.weight"], config.norm_eps)
+        k = rms_norm(k, p["k_norm.weight"], config.norm_eps)
     q, k = (rotate(y, positions, heads.rotary_dim, heads.rope_base) for y in (q, k))
     borders = list(accumulate(lengths, initial=0))
     scale = heads.head_dim**-0.5

@@ -44,13 +44,15 @@ def test_layer_kinds_and_deepnorm_are_minimaxs() -> None:
         ("minimax-text-01", "456.09", "45.94", "48.40"),
         ("minimax-m1", "456.09", "45.94", "48.40"),
         ("minicpm-sala", "9.48", "8.88", "9.48"),
+        ("ring-mini-linear-2.0", "16.42", "0.96", "1.60"),
+        ("ring-flash-linear-2.0", "104.18", "6.16", "7.44"),
         ("ling-2.5-1t", "1012.23", "61.00", "63.58"),
     ],
 )
 def test_parameters_are_the_published(
     name: str, total: str, active: str, with_vocabulary: str
 ) -> None:
-    """456 B with 45.9 B active; 9.5 B; 1 T with 63 B active, embedding and head among them."""
+    """456 B, 45.9 B active; 9.5 B; 16.4 B, 957 M and 1.6 B; 104 B, 6.1 B and 7.4 B; 1 T, 63 B."""
     counted = count_parameters(NAMED_CONFIGS[name])
     assert tuple(f"{n / 1e9:.2f}" for n in counted) == (total, active, with_vocabulary)
 

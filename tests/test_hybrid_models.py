@@ -37,7 +37,7 @@ from tests.test_hybrid import (
     packs_of_replicas,
 )
 
-# In small: Ling's layers (its first is dense), and MiniCPM-SALA's model (all are).
+# In small: Ling-2.5 and Ring-linear-2.0 (the first layer is dense), and MiniCPM-SALA (all are).
 LING = {
     "pattern": "1:1",
     "num_layers": 4,
@@ -60,6 +60,7 @@ LING = {
     "decay": "bailing",
     "num_decay_layers": 9,
 }
+RING = LING | {"attention": AttentionConfig(4, 2, 6, rotary_dim=4, qk_norm=True)}
 _DEPTH = ResidualScale(beta=1.4 / 4**0.5)
 SALA = {
     "pattern": "*GG*",
@@ -74,7 +75,7 @@ SALA = {
 }
 
 
-@pytest.mark.parametrize("model", [LING, SALA], ids=["ling", "sala"])
+@pytest.mark.parametrize("model", [LING, RING, SALA], ids=["ling", "ring", "sala"])
 def test_one_rank_is_the_oracle(model: dict[str, Any]) -> None:
     check_oracle(PACKED, model)
 
@@ -86,7 +87,7 @@ def test_one_rank_is_the_oracle(model: dict[str, Any]) -> None:
         (SALA, 2, {"cp": 2}, "fold"),
         *(
             pytest.param(model, num_ranks, sizes, order, marks=pytest.mark.slow)
-            for model in (LING, SALA)
+            for model in (LING, RING, SALA)
             for num_ranks, sizes, order in SPLITS[:8]
         ),
     ],

@@ -14,7 +14,14 @@ from lasp.hybrid.config import (
 )
 from lasp.hybrid.model import HybridModel, HybridOutput, ParameterCount, count_parameters
 from lasp.hybrid.packing import PackedBatch, pack_batch
-from lasp.hybrid.presets import LING_2_5_1T, MINICPM_SALA, MINIMAX_TEXT_01, NAMED_CONFIGS
+from lasp.hybrid.presets import (
+    LING_2_5_1T,
+    MINICPM_SALA,
+    MINIMAX_TEXT_01,
+    NAMED_CONFIGS,
+    RING_FLASH_LINEAR_2_0,
+    RING_MINI_LINEAR_2_0,
+)
 from lasp.hybrid.training import next_token_loss, reduce_gradients
 
 __all__ = [
@@ -22,6 +29,8 @@ __all__ = [
     "MINICPM_SALA",
     "MINIMAX_TEXT_01",
     "NAMED_CONFIGS",
+    "RING_FLASH_LINEAR_2_0",
+    "RING_MINI_LINEAR_2_0",
     "AttentionConfig",
     "DenseConfig",
     "HybridConfig",

@@ -51,11 +51,13 @@ class AttentionConfig:
             ``latent.qk_rope_head_dim`` with ``latent``. Those of lightning layers are among their
             options.
         rope_base: of that rotation.
+        qk_norm: whether softmax layers have an RMSNorm over each head of queries and of keys;
+            False with ``latent``.
         gated: whether softmax layers have a sigmoid gate on their output.
         latent: makes softmax layers latent attention.
 
     Raises:
-        ValueError: for ``num_kv_heads`` or ``rotary_dim`` that ``latent`` does not have.
+        ValueError: for a field that ``latent`` does not have.
     """
 
     num_heads: int
@@ -63,18 +65,24 @@ class AttentionConfig:
     head_dim: int
     rotary_dim: int
     rope_base: float = 10_000.0
+    qk_norm: bool = False
     gated: bool = False
     latent: LatentConfig | None = None
 
     def __post_init__(self) -> None:
         if self.latent is None:
             return
-        wanted = {"num_kv_heads": self.num_heads, "rotary_dim": self.latent.qk_rope_head_dim}
+        wanted = {
+            "num_kv_heads": self.num_heads,
+            "rotary_dim": self.latent.qk_rope_head_dim,
+            "qk_norm": False,
+        }
         for name, value in wanted.items():
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{name} must be {value} with latent attention, got {getattr(self, name)}: each"
-                    " head has keys of its own, and latent.qk_rope_head_dim dims are rotated"
+                    " head has keys of its own, of a latent that has its norm, and"
+                    " latent.qk_rope_head_dim dims are rotated"
                 )
 
 

@@ -115,6 +115,8 @@ def _softmax_attention(
         heads.head_dim,
         rotary_dim=heads.rotary_dim,
         rope_base=heads.rope_base,
+        qk_norm=heads.qk_norm,
+        norm_eps=config.norm_eps,
         gated=heads.gated,
         device=device,
         dtype=dtype,

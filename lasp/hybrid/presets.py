@@ -1,9 +1,11 @@
 """Named models, as their released configs have them.
 
 Sources: MiniMax-AI/MiniMax-01 and MiniMax-M1 ``config.json`` (the same shapes, other weights);
-openbmb/MiniCPM-SALA ``config.json`` and arXiv:2602.11761; inclusionAI's Ling-2.5-1T and Ring-2.5-1T
-(the same shapes), of which the number of dense layers and the ranks of the latents were not seen in
-a config: they are those of Ling-1T and Ling-2.6-flash, and give the published 1T and 63B active.
+openbmb/MiniCPM-SALA ``config.json`` and arXiv:2602.11761; inclusionAI/Ring-mini-linear-2.0
+``config.json`` and arXiv:2510.19338. No config was seen of Ring-flash-linear-2.0, nor of
+Ling-2.5-1T and Ring-2.5-1T, which have one shape: their sizes are those of Ling-flash-2.0, Ling-1T
+and Ling-2.6-flash and give the published numbers of parameters. Compare ``rope_base``,
+``norm_groups``, ``latent`` and the dense layers with the config of the weights that you load.
 
 Warning: MiniCPM-SALA's softmax layers choose blocks of keys (InfLLM-V2) in contexts above 8192
 tokens. Here they are dense attention, which is the same model up to 8192 tokens, ``dense_len`` of
@@ -36,6 +38,18 @@ MINIMAX_TEXT_01 = HybridConfig(
 _LING_ROUTER = RouterConfig("sigmoid", scaling=2.5, expert_bias=True, num_groups=8, top_groups=4)
 
 
+def _ling_experts(hidden_size: int, ffn_size: int) -> MoEConfig:
+    """Experts of inclusionAI's models: 8 of 256, and one more for every token."""
+    return MoEConfig(
+        hidden_size,
+        ffn_size,
+        num_experts=256,
+        top_k=8,
+        router=_LING_ROUTER,
+        shared_ffn_size=ffn_size,
+    )
+
+
 def _ling_layers(norm_groups: int, rope_base: float) -> LightningOptions:
     """Lightning layers of inclusionAI's models: half of each head is rotated."""
     return LightningOptions(
@@ -66,6 +80,31 @@ MINICPM_SALA = HybridConfig(
     decay="sala",
 )
 
+RING_MINI_LINEAR_2_0 = HybridConfig(
+    num_layers=20,
+    vocab_size=157_184,
+    attention=AttentionConfig(16, 4, 128, rotary_dim=64, rope_base=1_000_000.0, qk_norm=True),
+    moe=_ling_experts(hidden_size=2048, ffn_size=512),
+    pattern="4:1",
+    dense=DenseConfig(hidden_size=2048, ffn_size=5120, num_layers=1),
+    lightning=_ling_layers(norm_groups=4, rope_base=1_000_000.0),
+    residuals=Residuals(),
+    norm_eps=1e-6,
+    decay="bailing",
+)
+
+RING_FLASH_LINEAR_2_0 = HybridConfig(
+    num_layers=32,
+    vocab_size=157_184,
+    attention=AttentionConfig(32, 4, 128, rotary_dim=64, rope_base=1_000_000.0, qk_norm=True),
+    moe=_ling_experts(hidden_size=4096, ffn_size=1024),
+    dense=DenseConfig(hidden_size=4096, ffn_size=9216, num_layers=1),
+    lightning=_ling_layers(norm_groups=4, rope_base=1_000_000.0),
+    residuals=Residuals(),
+    norm_eps=1e-6,
+    decay="bailing",
+)
+
 LING_2_5_1T = HybridConfig(
     num_layers=80,
     vocab_size=157_184,
@@ -84,14 +123,7 @@ LING_2_5_1T = HybridConfig(
             rope_interleaved=True,
         ),
     ),
-    moe=MoEConfig(
-        hidden_size=8192,
-        ffn_size=2048,
-        num_experts=256,
-        top_k=8,
-        router=_LING_ROUTER,
-        shared_ffn_size=2048,
-    ),
+    moe=_ling_experts(hidden_size=8192, ffn_size=2048),
     dense=DenseConfig(hidden_size=8192, ffn_size=18_432, num_layers=4),
     lightning=_ling_layers(norm_groups=8, rope_base=6_000_000.0),
     residuals=Residuals(),
@@ -103,6 +135,8 @@ NAMED_CONFIGS = {
     "minimax-text-01": MINIMAX_TEXT_01,
     "minimax-m1": MINIMAX_TEXT_01,
     "minicpm-sala": MINICPM_SALA,
+    "ring-mini-linear-2.0": RING_MINI_LINEAR_2_0,
+    "ring-flash-linear-2.0": RING_FLASH_LINEAR_2_0,
     "ling-2.5-1t": LING_2_5_1T,
     "ring-2.5-1t": LING_2_5_1T,
 }

@@ -151,12 +151,12 @@ def check_same_model(
 
 def _check_fields(hybrid: HybridConfig) -> None:
     """Raise ValueError for what of a hybrid model these layers do not have."""
-    for name, value in (("gated", False), ("latent", None)):
+    for name, value in (("gated", False), ("latent", None), ("qk_norm", False)):
         if getattr(hybrid.attention, name) != value:
             raise ValueError(
                 f"attention.{name} must be {value} for {PART}, got"
-                f" {getattr(hybrid.attention, name)}: ring attention has neither an output gate nor"
-                " latents in Megatron; lasp.hybrid.HybridModel has both"
+                f" {getattr(hybrid.attention, name)}: softmax layers in Megatron do not have it;"
+                " those of lasp.hybrid.HybridModel do"
             )
     if hybrid.vocabulary != VocabularyConfig():
         raise ValueError(

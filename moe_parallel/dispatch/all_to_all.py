@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_parallel.dispatch.dispatcher import Dispatch, EtpStages, Lane, RowTransfer
 from moe_parallel.dispatch.plan import ExchangePlan, GroupPlans, RowCounts, Splits
+from moe_parallel.dispatch.planned import PlannedDispatch, kept_of_sources
 from moe_parallel.mesh import ExpertMesh
 
 # A group should send at least this by NCCL, on average: with two thread blocks 8 groups of 96 MiB
@@ -66,32 +67,8 @@ class AllToAllDispatcher:
     ) -> Dispatch:
         """See :class:`moe_parallel.dispatch.dispatcher.Dispatcher`."""
         plans = GroupPlans(kept_RE, self._mesh, experts)
-        return AllToAllDispatch(experts, plans, *self._groups)
-
-
-class PlannedDispatch(Dispatch):
-    """A call whose rows go by plans, made as they are needed.
-
-    Args:
-        experts: for each group of the pipeline, which of this rank's experts.
-        plans: of each group.
-    """
-
-    def __init__(self, experts: tuple[range, ...], plans: Sequence[ExchangePlan]) -> None:
-        self.experts, self._plans = experts, plans
-
-    def expert_rows(self, g: int) -> tuple[int, ...]:
-        """See :class:`moe_parallel.dispatch.dispatcher.Dispatch`."""
-        return self._plans[g].expert_rows
-
-    def own_rows(self, g: int, rows_AM: Tensor) -> Tensor:
-        """See :class:`moe_parallel.dispatch.dispatcher.Dispatch`."""
-        plan = self._plans[g]
-        return rows_AM.narrow(0, plan.first, sum(plan.dispatch_rows))
-
-    def open(self, rows_AM: Tensor) -> None:
-        """Wait for the counts."""
-        self._plans[0]
+        kept_SE = kept_of_sources(kept, self._mesh)
+        return AllToAllDispatch(experts, plans, *self._groups, kept_SE)
 
 
 class AllToAllDispatch(PlannedDispatch):
@@ -107,8 +84,9 @@ class AllToAllDispatch(PlannedDispatch):
         plans: Sequence[ExchangePlan],
         ep_group: dist.ProcessGroup | None,
         etp_group: dist.ProcessGroup | None,
+        kept_SE: Tensor | None = None,
     ) -> None:
-        super().__init__(experts, plans)
+        super().__init__(experts, plans, kept_SE)
         self._ep_group = ep_group
         axes: tuple[tuple[Lane, dist.ProcessGroup | None], ...]
         axes = (("ep", ep_group), ("etp", etp_group))
@@ -130,14 +108,6 @@ class AllToAllDispatch(PlannedDispatch):
         if self._ep_group is None:
             return RowTransfer(into.copy_(rows_AM), rows_AM)
         return start_all_to_all(rows_AM, self._plans[g].dispatch.back, self._ep_group, into)
-
-    def by_expert(self, g: int, rows_AM: Tensor) -> Tensor:
-        """See :class:`moe_parallel.dispatch.dispatcher.Dispatch`; a copy."""
-        return self._plans[g].group_by_expert(rows_AM)
-
-    def by_arrival(self, g: int, rows_AM: Tensor) -> Tensor:
-        """See :class:`moe_parallel.dispatch.dispatcher.Dispatch`; a copy."""
-        return self._plans[g].group_by_source(rows_AM)
 
 
 class AllToAllEtpStages(EtpStages):

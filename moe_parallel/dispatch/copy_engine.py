@@ -7,8 +7,9 @@ copies its partial sums of the results to the ranks of their tokens::
     combine     copy partial sums to their ranks;  wait until all have;  add mine up
 
 Rows arrive expert by expert, from all ranks of the EP x ETP block at once. One copy for each expert
-and rank replaces an all-to-all, a gather over ETP and a reordering of all rows. Offsets follow from
-the counts, which every rank has on the host.
+and rank replaces an all-to-all, a gather over ETP and a reordering of all rows; where that would be
+many copies, one for each rank, and the reordering stays (:mod:`moe_parallel.dispatch.planned`).
+Offsets follow from the counts, which every rank has on the host.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_parallel.dispatch.all_to_all import PlannedDispatch, add_partial_sums
+from moe_parallel.dispatch.all_to_all import add_partial_sums
 from moe_parallel.dispatch.dispatcher import Dispatch, Lane, RowTransfer
 from moe_parallel.dispatch.plan import ExchangePlan, GroupPlans, RowCounts
+from moe_parallel.dispatch.planned import PlannedDispatch, kept_of_sources
 from moe_parallel.dispatch.symmetric_memory import (
     EVEN,
     ODD,
@@ -81,12 +83,12 @@ class CopyEngineDispatcher:
             kept_RE()  # raises on ranks that believe in other numbers: they do not grow
         self._memory.reserve(*needed)
         plans = GroupPlans(kept_RE, self._mesh, experts)
-        outgoing = OutgoingRows(self._memory)
-        return CopyEngineDispatch(experts, plans, self._process_groups, outgoing)
+        outgoing, kept_SE = OutgoingRows(self._memory), kept_of_sources(kept, self._mesh)
+        return CopyEngineDispatch(experts, plans, self._process_groups, outgoing, kept_SE)
 
 
 class _Chunk(NamedTuple):
-    """The rows of one rank for one expert, in bytes."""
+    """Rows of one rank that are copied together, in bytes."""
 
     rank: int  # in the group of the memory
     there: int  # offset among the rows that the rank sends
@@ -109,8 +111,9 @@ class CopyEngineDispatch(PlannedDispatch):
         plans: Sequence[ExchangePlan],
         process_groups: tuple[dist.ProcessGroup, ...],
         outgoing: OutgoingRows,
+        kept_SE: Tensor | None = None,
     ) -> None:
-        super().__init__(experts, plans)
+        super().__init__(experts, plans, kept_SE)
         self.process_groups, self.place = process_groups, outgoing.place
         self._outgoing, self._memory = outgoing, outgoing.memory
 
@@ -145,6 +148,8 @@ class CopyEngineDispatch(PlannedDispatch):
     def dispatch(self, g: int, rows_AM: Tensor, stream: torch.cuda.Stream | None) -> RowTransfer:
         """Start to fetch the rows of a group; they arrive by expert, within it by source.
 
+        Rows of many chunks arrive by source, see :meth:`by_expert`.
+
         Args:
             g: number of the group.
             rows_AM: held until they have arrived.
@@ -152,7 +157,7 @@ class CopyEngineDispatch(PlannedDispatch):
         """
         memory, pulls, plan = self._memory, self._memory.pulls, self._plans[g]
         arriving = self._like.new_empty(sum(map(sum, plan.chunk_rows)), self._like.shape[1])
-        here, self._chunks[g] = arriving.data_ptr(), self._chunks_of(plan)
+        here, self._chunks[g] = arriving.data_ptr(), self._chunks_of(g, plan)
         pulls.wait_stream(stream or memory.module.current_stream())
         for rank, there, start, size in self._chunks[g]:
             memory.streams.copy(here + start, memory.rows_at[rank] + there, size, pulls)
@@ -206,11 +211,23 @@ class CopyEngineDispatch(PlannedDispatch):
                 memory.streams.copy(target + start, source + start, size, stream)
             start += size
 
-    def _chunks_of(self, plan: ExchangePlan) -> list[_Chunk]:
-        """The rows of this rank's experts, from the next rank on: not all turn to the same one."""
+    def by_expert(self, g: int, rows_AM: Tensor) -> Tensor:
+        """Rows that were copied for each expert have arrived so."""
+        return super().by_expert(g, rows_AM) if self._has_many_chunks(g) else rows_AM
+
+    def by_arrival(self, g: int, rows_AM: Tensor) -> Tensor:
+        """Inverse of :meth:`by_expert`."""
+        return super().by_arrival(g, rows_AM) if self._has_many_chunks(g) else rows_AM
+
+    def _chunks_of(self, g: int, plan: ExchangePlan) -> list[_Chunk]:
+        """The rows of this rank's experts, from the next rank on: not all turn to the same one.
+
+        Rows of many experts, which a rank sends one after the other, are one chunk of it.
+        """
         here, found = 0, []
         there = [start * self._row_bytes for start in plan.starts]
-        for rows in zip(*plan.chunk_rows):
+        together = [tuple(map(sum, plan.chunk_rows))]
+        for rows in together if self._has_many_chunks(g) else zip(*plan.chunk_rows):
             for source, num_rows in enumerate(rows):
                 size = num_rows * self._row_bytes
                 if size:

@@ -283,11 +283,10 @@ class _OverRanks(torch.autograd.Function):
 
         with torch.autocast(grad_AM.device.type, enabled=False):
             # An expanded gradient has strides that products reject.
-            drows = pipeline.run(
-                grad_AM.contiguous(), compute, weights if any(ctx.needs_input_grad[1:3]) else None
-            )
-        dw13 = None if dws[0] is None else dws[0].view_as(w13)
-        return drows, dw13, dws[1], None, None, None, None
+            wanted = any(ctx.needs_input_grad[1:3])
+            drows = pipeline.run(grad_AM.contiguous(), compute, weights if wanted else None)
+        dw13, dw2 = (dws[0].view_as(w13), dws[1]) if wanted else (None, None)
+        return drows, dw13, dw2, None, None, None, None
 
 
 def _counts(dispatch: Dispatch, g: int, gemm: ChosenGemm) -> Counts:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from moe_parallel import ExpertTopology
-from moe_parallel.dispatch import make_dispatcher
+from moe_parallel import ExpertTopology, MoEConfig
+from moe_parallel.dispatch import make_dispatcher, planned
 from moe_parallel.dispatch.dispatcher import Dispatch
 from moe_parallel.dispatch.plan import plan_exchange
 from moe_parallel.mesh import ExpertMesh, expert_mesh
 from moe_parallel.pipeline.pipeline import Pipeline
 from tests.closeness import assert_equal_to_rounding
-from tests.moe_parallel.batch import Replicated, Summed, groups_of
+from tests.moe_parallel.batch import ORDERS, Replicated, Summed, groups_of
 from tests.moe_parallel.host_memory import memory_of
+from tests.moe_parallel.layers import LayerResult, on_ranks, oracle
 from tests.ranks import run_on_ranks
 
 Counts = list[list[int]]
@@ -48,20 +52,25 @@ def labelled(counts: Counts, rank: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
 
 
-def start(topology: ExpertTopology, counts: Counts, copied: bool = False) -> Dispatch:
+def start(
+    topology: ExpertTopology, counts: Counts, copied: bool = False, on_device: bool = False
+) -> Dispatch:
     """A call with all experts in one group, which sends these rows."""
     groups = groups_of(topology).experts
     mesh = expert_mesh(groups)
     dispatcher = make_dispatcher(mesh, groups, memory_of(groups) if copied else None)
     everybody, rows = (range(len(counts[0]) // mesh.ep_size),), max(map(sum, counts))
     like = torch.empty(0, 3, dtype=torch.float64)
-    return dispatcher.start_call(lambda: counts, everybody, most_rows=rows, like=like)
+    kept = torch.tensor(counts) if on_device else None
+    return dispatcher.start_call(lambda: counts, everybody, most_rows=rows, like=like, kept=kept)
 
 
-def there_and_back(topology: ExpertTopology, counts: Counts, copied: bool) -> dict[str, object]:
+def there_and_back(
+    topology: ExpertTopology, counts: Counts, copied: bool, on_device: bool = False
+) -> dict[str, object]:
     mesh = expert_mesh(groups_of(topology).experts)
     stage = counts[: mesh.num_token_ranks]
-    dispatch, found = start(topology, stage, copied), []
+    dispatch, found = start(topology, stage, copied, on_device), []
     sent = labelled(stage, mesh.token_rank)
 
     def compute(g: int, rows: Tensor) -> Tensor:
@@ -70,6 +79,9 @@ def there_and_back(topology: ExpertTopology, counts: Counts, copied: bool) -> di
 
     assert torch.equal(Pipeline(dispatch).run(sent, compute), sent * mesh.etp_size)
     ((by_expert, expert_rows),) = found
+    ends = dispatch.expert_ends(0)
+    assert (ends is not None) == on_device
+    assert ends is None or ends.tolist() == [*accumulate(expert_rows)]
     again = dispatch.by_expert(0, dispatch.by_arrival(0, by_expert))
     assert torch.equal(again, by_expert)
     return {"rows": by_expert, "expert_rows": expert_rows, "mesh": mesh}
@@ -81,8 +93,29 @@ def there_and_back(topology: ExpertTopology, counts: Counts, copied: bool) -> di
 def test_rows_reach_their_experts_in_order_and_come_back(
     topology: ExpertTopology, case: str, copied: bool
 ) -> None:
-    counts = CASES[case]
-    for part in run_on_ranks(there_and_back, topology.world_size, topology, counts, copied):
+    check_order(there_and_back, topology, CASES[case], copied)
+
+
+def many_chunks_there_and_back(*args: Any) -> dict[str, object]:
+    """As if every group had many: one gather brings rows into order."""
+    with mock.patch.object(planned, "MANY_CHUNKS", 2):
+        return there_and_back(*args)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("case", ["uneven", "one hot expert"])
+@pytest.mark.parametrize("topology", [MESHES[2], MESHES[3], MESHES[5]])
+def test_many_chunks_are_ordered_on_the_device(
+    topology: ExpertTopology, case: str, copied: bool, on_device: bool
+) -> None:
+    check_order(many_chunks_there_and_back, topology, CASES[case], copied, on_device)
+
+
+def check_order(
+    function: Callable[..., Any], topology: ExpertTopology, counts: Counts, *how: bool
+) -> None:
+    for part in run_on_ranks(function, topology.world_size, topology, counts, *how):
         mesh: ExpertMesh = part["mesh"]
         local = range(4 // mesh.ep_size * mesh.ep_rank, 4 // mesh.ep_size * (mesh.ep_rank + 1))
         expected = [
@@ -195,3 +228,25 @@ def copied_with_its_model(copied: bool) -> bool:
 @pytest.mark.parametrize("copied", [False, True])
 def test_copies_of_a_model_share_its_dispatcher(copied: bool) -> None:
     assert run_on_ranks(copied_with_its_model, 2, copied) == [True, True]
+
+
+FINE = MoEConfig(10, 12, 32, 4, aux_loss_coefficient=0.3, overlap_groups=1)
+
+
+def check_fine(copied: bool, backend: str) -> None:
+    order = ORDERS["zigzag"](29, 2)
+    how = {"backend": backend, "copied": copied}
+    actual = on_ranks(ExpertTopology(2, ep=2), order, FINE, torch.float64, **how)
+    for name, got, expected in zip(LayerResult._fields, actual, oracle(FINE)):
+        assert_equal_to_rounding(got, expected, what=name)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_fine_experts_are_the_oracles(copied: bool) -> None:
+    check_fine(copied, "gloo")
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("copied", [False, True])
+def test_fine_experts_on_two_gpus(copied: bool) -> None:
+    check_fine(copied, "nccl")

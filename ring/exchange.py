@@ -120,6 +120,8 @@ def receive_memory(own: KV, schedule: RingSchedule) -> list[Tensor]:
     Returns:
         ``[tokens, W]`` for the messages of each stage.
     """
+    if not schedule.stages:
+        return []
     tokens = [stage.tokens for stage in schedule.stages]
     memory = [own[0].new_empty(max(tokens[i::2], default=0), _width(own)) for i in (0, 1)]
     return [memory[number % 2][:length] for number, length in enumerate(tokens)]

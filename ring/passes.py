@@ -172,7 +172,7 @@ def backward(
 class _TileGradients:
     """Sums, in ``dtype``, of what tiles contribute to the gradients of this rank's tokens.
 
-    ``dkv`` holds dk and dv; without tokens where there are no tiles.
+    ``dkv`` holds dk and dv; nothing where there are no tiles.
     """
 
     def __init__(
@@ -181,8 +181,7 @@ class _TileGradients:
         self._q, self._rows, self._schedule, self._dtype = qkv.q, rows, schedule, dtype
         self._dq: list[Tensor | None] = [None] * len(schedule.rows)
         self._any = bool(schedule.own_tiles or schedule.stages)
-        tokens = len(qkv.k) if self._any else 0
-        _, self.dkv = zeros_for(tokens, qkv[1:], dtype)
+        self.dkv: KV = zeros_for(len(qkv.k), qkv[1:], dtype)[1] if self._any else ()
 
     def add(self, tiles: Iterable[KVTile], kv: KV, dkv: KV) -> None:
         """Add gradients of tiles over ``kv``: to dq, and to ``dkv`` of the same shapes."""

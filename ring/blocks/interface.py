@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ class Segments(NamedTuple):
     @property
     def lengths(self) -> tuple[Tensor, Tensor, int, int]:
         """Arguments of varlen kernels: cu_seqlens and longest segment, for rows and for keys."""
-        longest = max(stop - start for start, stop in pairwise(self.borders))
+        longest = _longest(self.borders)
         return self.cu_seqlens, self.cu_seqlens, longest, longest
 
 
@@ -127,6 +128,11 @@ class Block(ABC):
             for a, b in pairwise(segments.borders)
         ]
         return QKV(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+
+@lru_cache(maxsize=256)
+def _longest(borders: tuple[int, ...]) -> int:
+    return max(stop - start for start, stop in pairwise(borders))
 
 
 def bhtd(x_THD: Tensor) -> Tensor:

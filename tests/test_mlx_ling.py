@@ -1,10 +1,11 @@
-"""The hybrid decoder is mlx-lm's Ling-2.5, with its weights: an oracle that others wrote.
+"""The hybrid decoder is mlx-lm's Ling-2.5 and Ring-linear-2.0: oracles that others wrote.
 
-It computes in float32 on the CPU, one document at a time.
+They compute in float32 on the CPU, one document at a time.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,9 +28,10 @@ from tests.closeness import relative_error
 REASON = "needs mlx-lm: pip install --group oracles"
 mx = pytest.importorskip("mlx.core", reason=REASON)
 ling = pytest.importorskip("mlx_lm.models.bailing_hybrid", reason=REASON)
+ring = pytest.importorskip("mlx_lm.models.bailing_moe_linear", reason=REASON)
 
 HIDDEN, HEADS, DIM, VOCAB = 32, 4, 8, 40
-CONFIG = HybridConfig(
+LING = HybridConfig(
     num_layers=7,
     vocab_size=VOCAB,
     attention=AttentionConfig(
@@ -50,41 +52,50 @@ CONFIG = HybridConfig(
     norm_eps=1e-6,
     decay="alibi",  # mlx-lm 0.32 subtracts nothing from the layer
 )
+RING = replace(
+    LING,
+    attention=AttentionConfig(HEADS, 2, DIM, 4, 600.0, qk_norm=True),
+    decay="bailing_clamped",  # mlx-lm 0.32 subtracts 1, but not from layer 0
+)
 
 
-def theirs() -> Any:
-    latent, moe = CONFIG.attention.latent, CONFIG.moe
-    return ling.Model(
-        ling.ModelArgs(
-            model_type="bailing_hybrid",
-            hidden_size=HIDDEN,
-            intermediate_size=CONFIG.dense.ffn_size,
-            moe_intermediate_size=moe.ffn_size,
-            num_hidden_layers=CONFIG.num_layers,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            num_experts=moe.num_experts,
-            num_experts_per_tok=moe.top_k,
-            num_shared_experts=1,
-            n_group=4,
-            topk_group=2,
-            first_k_dense_replace=1,
-            layer_group_size=3,
-            group_norm_size=2,
-            vocab_size=VOCAB,
-            rms_norm_eps=1e-6,
-            rope_theta=600.0,
-            max_position_embeddings=4096,
-            routed_scaling_factor=2.5,
-            head_dim=DIM,
-            kv_lora_rank=latent.kv_lora_rank,
-            qk_rope_head_dim=latent.qk_rope_head_dim,
-            qk_nope_head_dim=latent.qk_nope_head_dim,
-            v_head_dim=latent.v_head_dim,
-            q_lora_rank=latent.q_lora_rank,
-            moe_shared_expert_intermediate_size=moe.shared_ffn_size,
-        )
-    )
+def theirs(config: HybridConfig) -> Any:
+    moe = config.moe
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": config.dense.ffn_size,
+        "moe_intermediate_size": moe.ffn_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": config.attention.num_kv_heads,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "num_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "layer_group_size": 3,
+        "group_norm_size": 2,
+        "vocab_size": VOCAB,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 600.0,
+        "max_position_embeddings": 4096,
+        "routed_scaling_factor": 2.5,
+        "head_dim": DIM,
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_size,
+        "norm_topk_prob": True,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+        "score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    }
+    latent = config.attention.latent
+    if latent is None:
+        return ring.Model(ring.ModelArgs(model_type="bailing_moe_linear", **sizes))
+    for name in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
+        sizes[name] = getattr(latent, name)
+    sizes["q_lora_rank"] = latent.q_lora_rank
+    return ling.Model(ling.ModelArgs(model_type="bailing_hybrid", **sizes))
 
 
 def released_names(model: HybridModel) -> dict[str, Tensor]:
@@ -122,20 +133,24 @@ def released_names(model: HybridModel) -> dict[str, Tensor]:
                 named[f"{part_name}.down_proj.weight"] = part
             else:
                 named[f"{part_name}.{last}"] = part
+    for name in [name for name in named if name.endswith(".q_proj.weight")]:
+        q, k, v = (named.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv")
+        named[name.replace("q_proj", "query_key_value")] = torch.cat((q, k, v))
     return {name: value for name, value in named.items() if "tokens_per_expert" not in name}
 
 
-def test_logits_are_those_of_mlx() -> None:
-    model = HybridModel(CONFIG, dtype=torch.float64)
+@pytest.mark.parametrize("config", [LING, RING], ids=["Ling-2.5", "Ring-linear-2.0"])
+def test_logits_are_those_of_mlx(config: HybridConfig) -> None:
+    model = HybridModel(config, dtype=torch.float64)
     model.reset_parameters(0)
     for name, value in model.state_dict().items():
         if "norm" in name:
             value.normal_(1.0, 0.2)
         if name.endswith("expert_bias"):
-            value.normal_(0.0, 0.1)
+            value.uniform_(0.0, 0.2)
     single = model.state_dict()
     weights = {n: mx.array(v.float().numpy()) for n, v in released_names(model).items()}
-    oracle = theirs()
+    oracle = theirs(config)
     oracle.load_weights(list(oracle.sanitize(weights).items()))
     tokens, lengths = torch.randint(VOCAB, (50,)), (30, 1, 19)
     with mx.stream(mx.cpu):
@@ -148,7 +163,7 @@ def test_logits_are_those_of_mlx() -> None:
     batch = pack_batch([lengths], dp_rank=0, num_ranks=1, order="contiguous")
     with torch.no_grad():
         exact = model(tokens, batch).logits
-        float32 = HybridModel(CONFIG)
+        float32 = HybridModel(config)
         float32.load_state_dict(single)
         ours = float32(tokens, batch).logits
     # Theirs differs from ours in float64 as ours in float32 does: by float32's rounding.

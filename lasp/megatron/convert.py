@@ -30,8 +30,6 @@ _OF_MODEL = {
 _OF_LAYER = {
     "attention_norm.weight": "input_layernorm.weight",
     "attention.norm.weight": "self_attention.out_norm.weight",
-    "attention.q_norm.weight": "self_attention.q_norm.weight",
-    "attention.k_norm.weight": "self_attention.k_norm.weight",
     "attention.out_proj.weight": "self_attention.out_proj.weight",
     "attention.o_proj.weight": "self_attention.linear_proj.weight",
     "moe_norm.weight": "pre_mlp_layernorm.weight",
@@ -49,6 +47,10 @@ _LIGHTNING = ("attention.qkv_proj.weight", "attention.output_gate.weight")
 _LIGHTNING_MERGED = "self_attention.in_proj.weight"
 _SOFTMAX = tuple(f"attention.{name}_proj.weight" for name in "qkv")
 _SOFTMAX_MERGED = "self_attention.linear_qkv.weight"
+# Norms of queries and keys have one name in the plain model, and Megatron's own in softmax layers.
+_NORMS = ("attention.q_norm.weight", "attention.k_norm.weight")
+_LIGHTNING_NORMS = ("self_attention.q_norm.weight", "self_attention.k_norm.weight")
+_SOFTMAX_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")
 _DENSE = "mlp.w13"
 _DENSE_MERGED = "mlp.linear_fc1.weight"
 
@@ -59,7 +61,8 @@ def to_megatron(
     """Whole weights, or their gradients, under the names and in the layouts of GPTModel.
 
     Args:
-        weights: by the names of :class:`lasp.hybrid.HybridModel`, all of them or some.
+        weights: by the names of :class:`lasp.hybrid.HybridModel`, all of them or some; norms of
+            queries and keys of softmax layers with the projections beside them.
         num_heads: of all attention layers.
         num_kv_heads: of the softmax layers.
 
@@ -75,6 +78,10 @@ def to_megatron(
             named[theirs] = left.pop(ours)
     for index in _layers(left, "layers."):
         prefix, merged = f"layers.{index}.", f"decoder.layers.{index}."
+        norms = _SOFTMAX_NORMS if prefix + _SOFTMAX[0] in left else _LIGHTNING_NORMS
+        for ours, theirs in zip(_NORMS, norms):
+            if prefix + ours in left:
+                named[merged + theirs] = left.pop(prefix + ours)
         if prefix + _LIGHTNING[0] in left:
             qkv, gate = (left.pop(prefix + name) for name in _LIGHTNING)
             named[merged + _LIGHTNING_MERGED] = merge_projections(qkv, gate, num_heads)
@@ -101,6 +108,9 @@ def to_plain(
             named[ours] = left.pop(theirs)
     for index in _layers(left, "decoder.layers."):
         prefix, merged = f"layers.{index}.", f"decoder.layers.{index}."
+        for ours, theirs in zip(_NORMS * 2, _LIGHTNING_NORMS + _SOFTMAX_NORMS):
+            if merged + theirs in left:
+                named[prefix + ours] = left.pop(merged + theirs)
         if merged + _LIGHTNING_MERGED in left:
             parts = split_projections(left.pop(merged + _LIGHTNING_MERGED), num_heads)
             named |= {prefix + name: part for name, part in zip(_LIGHTNING, parts)}

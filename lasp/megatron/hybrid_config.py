@@ -19,6 +19,7 @@ _OPTIONS = {
     "attention.num_heads": "num_attention_heads",
     "attention.num_kv_heads": "num_query_groups",
     "attention.head_dim": "kv_channels",
+    "attention.qk_norm": "qk_layernorm",
     "norm_eps": "layernorm_epsilon",
 }
 _EXPERT_OPTIONS = {
@@ -74,6 +75,7 @@ def hybrid_of(
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_query_groups,
             head_dim=config.kv_channels,
+            qk_norm=config.qk_layernorm,
         ),
         moe=moe_config(config, options) if has_experts else None,
         dense=dense,
@@ -151,7 +153,7 @@ def check_same_model(
 
 def _check_fields(hybrid: HybridConfig) -> None:
     """Raise ValueError for what of a hybrid model these layers do not have."""
-    for name, value in (("gated", False), ("latent", None), ("qk_norm", False)):
+    for name, value in (("gated", False), ("latent", None)):
         if getattr(hybrid.attention, name) != value:
             raise ValueError(
                 f"attention.{name} must be {value} for {PART}, got"
@@ -196,7 +198,7 @@ def check_layers(config: TransformerConfig) -> None:
     require(config, PART, fine_grained_activation_offloading=False, heterogeneous_block_specs=False)
     require(config, PART, experimental_attention_variant=None)
     # Ring attention reads these, but a HybridConfig has none of them.
-    require(config, PART, window_size=None, softmax_type="vanilla", qk_layernorm=False)
+    require(config, PART, window_size=None, softmax_type="vanilla")
     require(config, PART, no_rope_freq=None)
     require(config, PART, enable_mhc_connections=False, mlp_chunks_for_training=1)
     modules = set(config.recompute_modules or ()) if config.recompute_granularity else set()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lasp.hybrid import AttentionConfig, DenseConfig, HybridConfig, HybridModel, Residuals
 from lasp.megatron import PackedCut, hybrid_block_spec, to_megatron
-from moe_parallel import MoEConfig
+from moe_parallel import MoEConfig, RouterConfig
 from tests.megatron.attention import (
     CUT,
     HEAD_DIM,
@@ -48,15 +48,31 @@ OPTIONS = {
 }
 
 
-# Ling in small: its lightning layers, pre-norm, a dense first layer.
-LING = replace(
+# Ring-linear in small: its layers of both kinds, pre-norm, a dense first layer, its experts.
+RING = replace(
     HYBRID,
+    attention=replace(HYBRID.attention, qk_norm=True),
+    moe=replace(
+        HYBRID.moe,
+        router=RouterConfig("sigmoid", scaling=2.5, expert_bias=True, num_groups=2, top_groups=1),
+        shared_ffn_size=4,
+    ),
     dense=DenseConfig(HIDDEN, 8, 1),
     residuals=Residuals(),
     num_decay_layers=9,
     decay="bailing",
     lightning=LING_OPTIONS["options"],
 )
+RING_OPTIONS = {
+    "qk_layernorm": True,
+    "moe_layer_freq": [0, 1, 1, 1],
+    "moe_router_score_function": "sigmoid",
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_enable_expert_bias": True,
+    "moe_router_num_groups": 2,
+    "moe_router_group_topk": 1,
+    "moe_shared_expert_intermediate_size": 4,
+}
 
 
 def plain_model(hybrid: HybridConfig = HYBRID) -> HybridModel:

@@ -269,10 +269,7 @@ ROWS = [
         Row(block, arguments={name: value}, names=names)
         for name, value, names in (
             ("vocabulary", VocabularyConfig(True), r"vocabulary must be VocabularyConfig\(\)"),
-            *(
-                ("attention", replace(LIKE.attention, **{field: True}), f"attention.{field} must")
-                for field in ("gated", "qk_norm")
-            ),
+            ("attention", replace(LIKE.attention, gated=True), "attention.gated must be False"),
             (
                 "attention",
                 replace(

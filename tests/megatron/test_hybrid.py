@@ -24,8 +24,9 @@ from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import HIDDEN, megatrons_pack, parallel_config
 from tests.megatron.block import (
     HYBRID,
-    LING,
     PACKS,
+    RING,
+    RING_OPTIONS,
     TOKENS,
     build_block,
     global_name,
@@ -158,8 +159,8 @@ def test_equals_the_plain_hybrid(num_ranks, sizes, order) -> None:
         pytest.param(4, {"tp": 2, "pp": 2, "ep": 2}, "zigzag", marks=pytest.mark.slow),
     ],
 )
-def test_ling_equals_the_plain_hybrid(num_ranks, sizes, order) -> None:
-    check(num_ranks, sizes, order, hybrid=LING, moe_layer_freq=[0, 1, 1, 1])
+def test_ring_linear_equals_the_plain_hybrid(num_ranks, sizes, order) -> None:
+    check(num_ranks, sizes, order, hybrid=RING, **RING_OPTIONS)
 
 
 @pytest.mark.parametrize(

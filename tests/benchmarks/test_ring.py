@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import report, ring_cases, ring_length, ring_packed, ring_peers
+from benchmarks import report, ring_cases, ring_kinds, ring_length, ring_packed, ring_peers
 from benchmarks.harness import Machine
 from lasp import SequenceLayout
 from ring.reference import dense_attention
@@ -76,6 +76,25 @@ def test_ring_packed() -> None:
         assert 0 < values["tile_fill"] <= 1
         whole = case[ring_packed.WHOLE, "both_ms"]["p50"]
         assert case["ring", "both_ms"]["bound"] == whole / 2
+
+
+def kinds_rows() -> list[dict[str, Any]]:
+    options = ring_kinds.Options(
+        commit="c", tokens=256, heads=2, kv_heads=1, head_dim=8, latent=(6, 4), window=20
+    )
+    return list(ring_kinds.rows(options, Machine("cpu", torch.float32, 1)))
+
+
+def test_ring_kinds() -> None:
+    found = by_case(run_on_ranks(kinds_rows, 2)[0], "kind")
+    assert [kind for (kind,) in found] == list(ring_kinds.KINDS)
+    for (kind,), case in found.items():
+        whole = case[ring_kinds.WHOLE, "both_ms"]
+        assert whole["bound"] is None  # no kernel here
+        assert case["ring", "both_ms"]["bound"] == whole["p50"] / 2
+        received = case["ring", "forward_bytes"]["p50"]
+        # A window's keys, or of 256 latents all; 8 and 8 elements, or 10, of 4 bytes.
+        assert received == {"window": 20 * 16 * 4, "latent": 256 * 10 * 4}.get(kind, received)
 
 
 def test_tile_fill_counts_scores() -> None:

@@ -1,10 +1,11 @@
-"""Train a small MiniMax-shaped hybrid language model on the Python standard library's sources.
+"""Train a small hybrid language model on the Python standard library's sources.
 
     torchrun --standalone --nproc-per-node 4 examples/05_train_hybrid.py --cp 2 --ep 2 --etp 2
 
-8 layers (7 lightning, 1 softmax), 8 experts top-2 in every layer. NCCL when there is a GPU a rank,
-else gloo. Writes metrics.jsonl, loss.png and checkpoints to ``--out``; ``--resume`` goes on from
-the newest checkpoint there, also with other parallel sizes or another number of ranks.
+8 layers of MiniMax's shape (7 lightning, 1 softmax), 8 experts top-2 in every layer; ``--model
+ling`` and ``--model sala`` train those of Ling-2.5 and of MiniCPM-SALA. NCCL when there is a GPU a
+rank, else gloo. Writes metrics.jsonl, loss.png and checkpoints to ``--out``; ``--resume`` goes on
+from the newest checkpoint there, also with other parallel sizes or another number of ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.distributed as dist
 import tyro
 from hybrid_training.checkpoint import Checkpointer
 from hybrid_training.corpus import NO_LABEL, Corpus
-from hybrid_training.model import small_hybrid
+from hybrid_training.model import Name, small_hybrid
 from hybrid_training.optimizer import Trainer
 from hybrid_training.report import Report
 from hybrid_training.sample import sample
@@ -33,7 +34,7 @@ from lasp.hybrid import (
     reduce_gradients,
 )
 from lasp.sequence.layout import Order
-from moe_parallel import ExpertTopology, distribute_experts
+from moe_parallel import ExpertTopology, distribute_experts, update_expert_bias
 
 PROMPT = b"def main("
 # Options that a resumed run may change: all others decide what the loss curve is.
@@ -58,6 +59,7 @@ class Options:
     """Flags of the run.
 
     Attributes:
+        model: whose layers, in small.
         steps: optimizer steps.
         cp: context parallel ranks; dp is what is left of the ranks.
         ep: ranks over which the experts are dealt out.
@@ -78,6 +80,7 @@ class Options:
         sample_tokens: bytes to sample at the end.
     """
 
+    model: Name = "minimax"
     steps: int = 270
     cp: int = 2
     ep: int = 2
@@ -111,7 +114,10 @@ class Job:
         self.corpus = Corpus.from_standard_library(options.seed)
         self.model = HybridModel(
             small_hybrid(
-                options.capacity_factor, drop_policy=options.drop_policy, impl=options.impl
+                options.capacity_factor,
+                drop_policy=options.drop_policy,
+                impl=options.impl,
+                name=options.model,
             ),
             groups=self.topology.build_groups(),
             device=device,
@@ -148,13 +154,21 @@ class Job:
         reduce_gradients(self.model)
         losses = torch.stack([loss.detach().double(), output.aux_loss.detach().double()])
         dist.all_reduce(losses)
-        assigned = torch.stack([stats.assigned for stats in output.stats]).double()
-        dropped = torch.stack([stats.dropped for stats in output.stats]).double()
         return {
             "step": step,
             "loss": losses[0].item(),
             "aux_loss": losses[1].item(),
             "tokens": options.packs * options.pack_tokens,
+            **self.balance(output),
+        }
+
+    def balance(self, output: HybridOutput) -> dict[str, float]:
+        """How evenly experts were met, over all layers that have some."""
+        if not output.stats:
+            return {"expert_imbalance": 1.0, "dropped_share": 0.0}
+        assigned = torch.stack([stats.assigned for stats in output.stats]).double()
+        dropped = torch.stack([stats.dropped for stats in output.stats]).double()
+        return {
             "expert_imbalance": (assigned.amax(1) / assigned.mean(1)).mean().item(),
             "dropped_share": (dropped.sum() / assigned.sum()).item(),
         }
@@ -186,6 +200,8 @@ def main(options: Options, device: torch.device) -> None:
         start = time.perf_counter()
         row = job.forward_backward(step)
         row["grad_norm"] = trainer.step(step).item()
+        if options.model == "ling":
+            update_expert_bias(job.model)
         row["tokens_per_s"] = row["tokens"] / (time.perf_counter() - start)
         if report is not None:
             report.step(row)

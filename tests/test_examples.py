@@ -79,6 +79,20 @@ def test_resume_on_other_ranks_continues_the_curve(tmp_path, curve_of_one_rank) 
     assert (tmp_path / "loss.png").stat().st_size > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [("ling", {"cp": 2, "ep": 2, "etp": 2}), ("sala", {"cp": 4, "ep": 1, "etp": 1})],
+)
+def test_other_models_train_and_resume_on_other_ranks(model, sizes, tmp_path) -> None:
+    """Its first steps on one rank; then half of them on four and the rest on two."""
+    flags = ("--model", model, "--stop-after")
+    expected = train(tmp_path / "one", *flags, "4", num_ranks=1, cp=1, ep=1, etp=1)
+    train(tmp_path / "four", *flags, "2", num_ranks=4, **sizes)
+    rows = train(tmp_path / "four", *flags, "4", "--resume", num_ranks=2, cp=2, ep=1, etp=1)
+    assert_same_curve(rows, expected)
+
+
 def test_lightning_example() -> None:
     printed = run("01_lightning.py")
     assert "same as alone: True" in printed

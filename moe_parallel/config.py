@@ -149,9 +149,9 @@ class MoEConfig:
             drops by position.
         impl: of the router, the activation, and the rows of tokens and their sums: ``eager`` is
             plain torch, ``triton`` kernels, ``auto`` triton on CUDA but for float64
-            (:func:`lasp._core.impl.chosen_impl`). Kernels choose the experts if
-            the router has the default ``score_function``, no bias, no groups and no scaling. For
-            other routers they compute the logits and their gradients, and plain torch chooses.
+            (:func:`lasp._core.impl.chosen_impl`). Kernels choose the experts
+            unless a choice is made again, or there are groups and E or their number is no power of
+            2: then they compute the logits and their gradients, and plain torch chooses.
         router: how experts are scored and chosen.
         shared_ffn_size: FFN width of the shared expert, a dense SwiGLU that takes every token and
             whose output is added; several shared experts are one of their widths' sum. None: none.

@@ -126,6 +126,6 @@ def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _chunk_sizes(chunk_rows: RowCounts, device: torch.device) -> Tensor:
-    """Of padded calls, whose counts are no matter of the routing: they are remembered."""
+    """The same from the host: padded calls always have these counts, which are remembered."""
     flat = _numbers(tuple(rows for source in chunk_rows for rows in source), device)
     return flat.view(len(chunk_rows), -1)

@@ -5,6 +5,9 @@ A float32 number is the sum of three bfloat16 ones, high, middle and low
 
 Example, k = 2: logits = (1, 3, NaN, 3)    experts = (2, 1), weights NaN
                 logits = (1, 3, 0, 3)      experts = (1, 3), weights = (1/2, 1/2)
+
+Scores, biases and groups are those of :mod:`moe_parallel.router.scores`; ``SCORE`` is 0 for logits,
+1 for sigmoid and 2 for softmax over all.
 """
 
 import triton
@@ -12,6 +15,7 @@ import triton.language as tl
 
 _TAKEN = tl.constexpr(-(2**31))  # below every key
 _NAN = tl.constexpr(2**31 - 1)  # above all others
+_OUTSIDE = tl.constexpr(-(2**31) + 1)  # of a group that was not chosen: below all but those taken
 _BUT_SIGN = tl.constexpr(2**31 - 1)
 
 
@@ -76,6 +80,52 @@ def _value(key):
     return (key ^ ((key >> 31) & _BUT_SIGN)).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _largest(key, index, SIZE: tl.constexpr):
+    """The largest key of each row and the lowest index that has it."""
+    best = tl.max(key, axis=1, keep_dims=True)
+    return best, tl.min(tl.where(key == best, index, SIZE), axis=1, keep_dims=True)
+
+
+@triton.jit
+def _softmax(value, mask):
+    """Over the second dim, where ``mask`` is."""
+    # NaN must stay: a maximum would leave it out.
+    share = tl.exp(value - tl.max(tl.where(mask, value, -float("inf")), axis=1, keep_dims=True))
+    share = tl.where(mask, share, 0.0)
+    return share / tl.sum(share, axis=1, keep_dims=True)
+
+
+@triton.jit
+def _log_sigmoid(value):
+    return tl.minimum(value, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(value)))
+
+
+@triton.jit
+def _outside(
+    score,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    BEST: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """``[TOKENS, E]``: whether an expert is in none of the token's groups of the largest sums."""
+    member, group = tl.arange(0, SIZE)[None, :], tl.arange(0, GROUPS)[None, :]
+    total = tl.zeros([TOKENS * GROUPS, 1], dtype=tl.float32)
+    key = _key(tl.reshape(score, [TOKENS * GROUPS, SIZE]))
+    for _ in range(BEST):
+        best, lowest = _largest(key, member, SIZE)
+        total += _value(best)
+        key = tl.where(member == lowest, _TAKEN, key)
+    key = _key(tl.reshape(total, [TOKENS, GROUPS]))
+    for _ in range(TOP_GROUPS):
+        _best, lowest = _largest(key, group, GROUPS)
+        key = tl.where(group == lowest, _TAKEN, key)
+    outside = tl.reshape((key != _TAKEN).to(tl.int32), [TOKENS, GROUPS, 1])
+    return tl.reshape(tl.broadcast_to(outside, [TOKENS, GROUPS, SIZE]), [TOKENS, GROUPS * SIZE])
+
+
 @triton.jit(do_not_specialize=["num_tokens", "span"])
 def top_k_kernel(
     product,  # [T, PARTS E] float32: logits as a sum of parts, the smallest last
@@ -83,11 +133,18 @@ def top_k_kernel(
     experts,  # [T, K] int64, best first
     weights,  # [T, K] float32: softmax over the chosen
     counts,  # [programs, E] int32: assignments of the program's tokens
+    bias,  # [E] float32, added to the scores for the choice alone, or None
+    scaling,  # of the weights
     num_tokens,  # T
     span,  # tokens of a program, a multiple of TOKENS
     E: tl.constexpr,
     K: tl.constexpr,
     PARTS: tl.constexpr,
+    SCORE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PLAIN: tl.constexpr,  # the largest logits are chosen: SCORE is 0, and there is no bias
+    GROUPS: tl.constexpr,  # 1: none; otherwise it and E are powers of 2
+    TOP_GROUPS: tl.constexpr,
     E_PAD: tl.constexpr,
     K_PAD: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -108,19 +165,43 @@ def top_k_kernel(
         if logits is not None:
             tl.store(logits + token * E + expert, value, mask=mask)
 
-        key = tl.where(expert < E, _key(value), _TAKEN)
+        score = value
+        if SCORE == 1:
+            score = tl.sigmoid(value)
+        if SCORE == 2:
+            score = _softmax(value, expert < E)
+        if bias is not None:
+            score += tl.load(bias + expert, mask=expert < E, other=0.0)
+        key = tl.where(expert < E, _key(score), _TAKEN)
+        if GROUPS > 1:
+            outside = _outside(score, TOKENS, GROUPS, TOP_GROUPS, K // TOP_GROUPS, E // GROUPS)
+            key = tl.where(outside != 0, _OUTSIDE, key)
         chosen = tl.zeros([TOKENS, K_PAD], dtype=tl.int32)
         chosen_key = tl.full([TOKENS, K_PAD], _TAKEN, dtype=tl.int32)
+        logit = tl.zeros([TOKENS, K_PAD], dtype=tl.float32)
         for k in range(K):
-            best = tl.max(key, axis=1, keep_dims=True)
-            lowest = tl.min(tl.where(key == best, expert, E_PAD), axis=1, keep_dims=True)
+            best, lowest = _largest(key, expert, E_PAD)
             chosen = tl.where(slot == k, lowest, chosen)
-            chosen_key = tl.where(slot == k, best, chosen_key)
+            if PLAIN:
+                chosen_key = tl.where(slot == k, best, chosen_key)
+            else:
+                of_best = tl.sum(tl.where(expert == lowest, value, 0.0), axis=1, keep_dims=True)
+                logit = tl.where(slot == k, of_best, logit)
             key = tl.where(expert == lowest, _TAKEN, key)
 
-        largest = _value(tl.max(chosen_key, axis=1, keep_dims=True))
-        share = tl.where(slot < K, tl.exp(_value(chosen_key) - largest), 0.0)
-        weight = share / tl.sum(share, axis=1, keep_dims=True)
+        if PLAIN:
+            largest = _value(tl.max(chosen_key, axis=1, keep_dims=True))
+            share = tl.where(slot < K, tl.exp(_value(chosen_key) - largest), 0.0)
+            weight = share / tl.sum(share, axis=1, keep_dims=True)
+        elif NORMALIZE:
+            weight = _softmax(_log_sigmoid(logit) if SCORE == 1 else logit, slot < K)
+        elif SCORE == 1:
+            weight = tl.sigmoid(logit)
+        else:
+            largest = tl.max(tl.where(expert < E, value, -float("inf")), axis=1, keep_dims=True)
+            share = tl.where(expert < E, tl.exp(value - largest), 0.0)
+            weight = tl.exp(logit - largest) / tl.sum(share, axis=1, keep_dims=True)
+        weight *= scaling
         slots, mask = token * K + slot, exists & (slot < K)
         tl.store(experts + slots, chosen.to(tl.int64), mask=mask)
         tl.store(weights + slots, weight, mask=mask)
@@ -135,16 +216,23 @@ def top_k_backward_kernel(
     dlogits,  # [T, E] float32, or None for zeros
     weights,  # [T, K] float32
     experts,  # [T, K] int64
+    logits,  # [T, E] float32; None for SCORE 0
     grad,  # [T, E] float32; or bfloat16 parts: [T, 6 E] for pairs, else [T, 3 E]
+    scaling,  # of the weights
     num_tokens,  # T
     E: tl.constexpr,
     K: tl.constexpr,
     PARTS: tl.constexpr,
     PAIRS: tl.constexpr,
+    SCORE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     E_PAD: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """The gradient of the logits d: to those chosen ``w (dw - sum w dw)``, and ``dlogits``.
+
+    That is for normalised weights w, with a sigmoid times its derivative's ``1 - s``. Without
+    normalisation sigmoids have no sum, and softmax reaches all logits, ``p (dw - sum w dw)``.
 
     ``PARTS`` lie side by side, low, middle, high; for pairs with the six parts of ``split_kernel``
     high, middle, low, high, middle, high: products of a pair from the smallest on.
@@ -158,14 +246,24 @@ def top_k_backward_kernel(
         d += tl.load(dlogits + token * E + expert, mask=mask, other=0.0)
     if dweights is not None:
         mean = tl.zeros([TOKENS, 1], dtype=tl.float32)
-        for k in range(K):
-            weight = tl.load(weights + token * K + k, mask=exists, other=0.0)
-            mean += weight * tl.load(dweights + token * K + k, mask=exists, other=0.0)
+        if NORMALIZE or SCORE == 2:
+            for k in range(K):
+                weight = tl.load(weights + token * K + k, mask=exists, other=0.0)
+                mean += weight * tl.load(dweights + token * K + k, mask=exists, other=0.0)
+            mean = mean / scaling
         for k in range(K):
             weight = tl.load(weights + token * K + k, mask=exists, other=0.0)
             dweight = tl.load(dweights + token * K + k, mask=exists, other=0.0)
             chosen = tl.load(experts + token * K + k, mask=exists, other=-1)
-            d += tl.where(expert == chosen, weight * (dweight - mean), 0.0)
+            if SCORE == 1:
+                logit = tl.load(logits + token * E + chosen, mask=exists, other=0.0)
+                weight *= tl.sigmoid(-logit)
+            if NORMALIZE or SCORE == 1:
+                dweight -= mean
+            d += tl.where(expert == chosen, weight * dweight, 0.0)
+        if SCORE == 2 and not NORMALIZE:
+            value = tl.load(logits + token * E + expert, mask=mask, other=0.0)
+            d -= _softmax(value, expert < E) * mean * scaling
     if PARTS:
         high, middle, low = _parts(d)
         if PAIRS:

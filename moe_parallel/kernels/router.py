@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,27 @@ NUM_WARPS = 4
 MAX_PROGRAMS = 256  # two a multiprocessor: the scan over their counts is one tile
 SCAN_COLUMNS = 4  # experts of a program of that scan
 POSITIONS_TILE = 2048  # pairs of experts that are compared at a time
+
+
+class ChoiceRule(NamedTuple):
+    """How the kernels score, choose and weight, see :mod:`moe_parallel.router.scores`.
+
+    Attributes:
+        score: 0 for logits, 1 for sigmoid, 2 for softmax over all.
+        normalize: weights are divided by their sum.
+        scaling: of the weights, after that.
+        num_groups: of experts; a power of 2, of as many experts each. 1: no groups.
+        top_groups: from which a token chooses.
+    """
+
+    score: int = 0
+    normalize: bool = True
+    scaling: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+
+
+DEFAULT_RULE = ChoiceRule()
 
 
 def split(x_NM: Tensor, *, pairs: bool = False) -> Tensor:
@@ -35,7 +58,11 @@ def split(x_NM: Tensor, *, pairs: bool = False) -> Tensor:
 
 
 def top_k(
-    product_TPE: Tensor, num_experts: int, top_k: int
+    product_TPE: Tensor,
+    num_experts: int,
+    top_k: int,
+    rule: ChoiceRule = DEFAULT_RULE,
+    bias_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Histogram]:
     """The best experts of every token.
 
@@ -43,6 +70,8 @@ def top_k(
         product_TPE: ``[T, P E]`` float32: logits as a sum of P parts, the smallest last.
         num_experts: E.
         top_k: k.
+        rule: how they are scored, chosen and weighted.
+        bias_E: ``[E]`` float32, added to the scores for the choice alone.
 
     Returns:
         Logits ``[T, E]``, experts ``[T, k]`` int64, weights ``[T, k]``, and the histogram.
@@ -64,11 +93,18 @@ def top_k(
                 experts,
                 weights,
                 before,
+                bias_E,
+                rule.scaling,
                 num_tokens,
                 span,
                 E=num_experts,
                 K=top_k,
                 PARTS=parts,
+                SCORE=rule.score,
+                NORMALIZE=rule.normalize,
+                PLAIN=rule.score == 0 and bias_E is None,
+                GROUPS=rule.num_groups,
+                TOP_GROUPS=rule.top_groups,
                 E_PAD=_power_of_2(num_experts),
                 K_PAD=_power_of_2(top_k),
                 TOKENS=tokens_at_a_time(num_experts),
@@ -93,6 +129,8 @@ def top_k_backward(
     *,
     parts: bool,
     pairs: bool = False,
+    rule: ChoiceRule = DEFAULT_RULE,
+    logits_TE: Tensor | None = None,
 ) -> Tensor:
     """The gradient of the logits, ``[T, E]`` float32, or its bfloat16 parts side by side.
 
@@ -104,6 +142,8 @@ def top_k_backward(
         parts: ``[T, 3 E]``, low, middle, high, in the place of their sum.
         pairs: ``[T, 6 E]``, high, middle, low, high, middle, high, which meet those of
             :func:`split`: the first half are all parts.
+        rule: of :func:`top_k`.
+        logits_TE: result of :func:`top_k`; of other scores than logits alone.
     """
     num_tokens, top_k = weights_Tk.shape
     copies, dtype = (6 if pairs else 3, torch.bfloat16) if parts else (1, torch.float32)
@@ -115,12 +155,16 @@ def top_k_backward(
                 *(None if g is None else g.contiguous() for g in grads),
                 weights_Tk,
                 experts_Tk,
+                logits_TE,
                 grad,
+                rule.scaling,
                 num_tokens,
                 E=num_experts,
                 K=top_k,
                 PARTS=parts,
                 PAIRS=pairs,
+                SCORE=rule.score,
+                NORMALIZE=rule.normalize,
                 E_PAD=_power_of_2(num_experts),
                 TOKENS=tokens,
                 num_warps=NUM_WARPS,

@@ -103,7 +103,6 @@ def route(
     score_function: ScoreFunction = "softmax_of_top_k"
     if scoring is not None:
         score_function = scoring.router.score_function
-        weights_Tk = weights_Tk * scoring.router.scaling
     if capacity_factor is None or not training:
         assigned_E = counted(experts_Tk, num_experts) if histogram is None else histogram.totals
         asked = capacity_factor is not None and drop_policy == "position"

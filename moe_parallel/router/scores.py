@@ -1,4 +1,4 @@
-"""Choice and weights of routers with scores, biases or groups of experts, in plain torch.
+"""Choice and weights of routers with scores, biases or groups of experts; here in plain torch.
 
     scores    softmax over all E logits, or sigmoid of each; ``softmax_of_top_k``: the logits
     choice    the k largest of scores + bias, among the experts of the token's best groups
@@ -76,7 +76,7 @@ def choose_by_scores(logits_TE: Tensor, top_k: int, scoring: Scoring) -> tuple[T
         weights_Tk = chosen_Tk.sigmoid()
     else:
         weights_Tk = logits_TE.softmax(1).gather(1, experts_Tk)
-    return experts_Tk, weights_Tk
+    return experts_Tk, weights_Tk * router.scaling
 
 
 def scores_of(logits_TE: Tensor, router: RouterConfig) -> Tensor:

@@ -66,16 +66,21 @@ def choose(
 ) -> TopK:
     """The k largest logits ``x gate^T`` of every token, float32 or wider, under autocast too.
 
-    With ``scoring`` the choice is :func:`moe_parallel.router.scores.choose_by_scores`, plain torch
-    on logits that are computed alike.
+    With ``scoring`` the choice is that of :mod:`moe_parallel.router.scores`. Kernels make it too,
+    but for given choices and for groups where E or their number is no power of 2: there plain torch
+    chooses, on logits that are computed alike.
 
     Gradients: of logits and weights to x and gate. With ``impl="triton"`` differentiating them
     again raises RuntimeError, and the arguments are kept for the backward beside the results.
     """
     if impl == "triton":
         refuse_transforms(_REFERENCE, x_TM, gate_EM)
-        logits, experts, weights, *histogram = _Choose.apply(x_TM, gate_EM, top_k)  # type: ignore[no-untyped-call]
-        if scoring is None:
+        rule = () if scoring is None else kernel_rule(scoring, len(gate_EM))
+        bias_E = scoring.expert_bias if scoring is not None and rule else None
+        logits, experts, weights, *histogram = _Choose.apply(  # type: ignore[no-untyped-call]
+            x_TM, gate_EM, top_k, rule or (), bias_E
+        )
+        if rule is not None:
             return TopK(logits, experts, weights, Histogram(*histogram))
     else:
         logits = wide_product(x_TM, gate_EM.T)
@@ -88,18 +93,27 @@ def choose(
 
 class _Choose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TM: Tensor, gate_EM: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        x_TM: Tensor,
+        gate_EM: Tensor,
+        top_k: int,
+        rule: tuple[Any, ...],
+        bias_E: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         from moe_parallel.kernels import router
 
-        ctx.split = takes_parts(x_TM)
+        ctx.split, ctx.rule = takes_parts(x_TM), router.ChoiceRule(*rule)
         if not ctx.split:
             product = wide_product(x_TM, gate_EM.T)
         elif gate_EM.dtype == torch.bfloat16:
             product = parts_product(x_TM, gate_EM.T, torch.float32)
         else:
             product = parts_product(x_TM, router.split(gate_EM).T, torch.float32)
-        logits, experts, weights, histogram = router.top_k(product, gate_EM.shape[0], top_k)
-        ctx.save_for_backward(x_TM, gate_EM, experts, weights)
+        sizes = (len(gate_EM), top_k)
+        logits, experts, weights, histogram = router.top_k(product, *sizes, ctx.rule, bias_E)
+        kept = logits if ctx.rule.score else None
+        ctx.save_for_backward(x_TM, gate_EM, experts, weights, kept)
         ctx.mark_non_differentiable(experts, *histogram)
         ctx.set_materialize_grads(False)
         return logits, experts, weights, *histogram
@@ -111,18 +125,25 @@ class _Choose(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         from moe_parallel.kernels import router
 
-        x_TM, gate_EM, experts, weights = ctx.saved_tensors
+        x_TM, gate_EM, experts, weights, logits = ctx.saved_tensors
         if dlogits is None and dweights is None:
-            return None, None, None
+            return (None,) * 5
         pairs = ctx.split and gate_EM.dtype != torch.bfloat16
         grad = router.top_k_backward(
-            (dweights, dlogits), weights, experts, len(gate_EM), parts=ctx.split, pairs=pairs
+            (dweights, dlogits),
+            weights,
+            experts,
+            len(gate_EM),
+            parts=ctx.split,
+            pairs=pairs,
+            rule=ctx.rule,
+            logits_TE=logits,
         )
         for_x, for_gate = ctx.needs_input_grad[:2]
         if not ctx.split:
             dx = wide_product(grad, gate_EM).to(x_TM.dtype) if for_x else None
             dgate = wide_product(grad.T, x_TM).to(gate_EM.dtype) if for_gate else None
-            return dx, dgate, None
+            return dx, dgate, None, None, None
         dx = dgate = None
         if for_x:
             gates = router.split(gate_EM, pairs=True) if pairs else torch.cat([gate_EM] * 3)
@@ -130,7 +151,18 @@ class _Choose(torch.autograd.Function):
         if for_gate:
             high_to_low = parts_product(grad[:, : 3 * len(gate_EM)].T, x_TM, torch.float32).chunk(3)
             dgate = summed(high_to_low if pairs else high_to_low[::-1]).to(gate_EM.dtype)
-        return dx, dgate, None
+        return dx, dgate, None, None, None
+
+
+def kernel_rule(scoring: Scoring, num_experts: int) -> tuple[Any, ...] | None:
+    """Fields of :class:`moe_parallel.kernels.router.ChoiceRule`; None: plain torch chooses."""
+    router, groups = scoring.router, scoring.router.num_groups or 1
+    powers = all(size & (size - 1) == 0 for size in (groups, num_experts))
+    if scoring.experts is not None or (groups > 1 and not powers):
+        return None
+    score = ("softmax_of_top_k", "sigmoid", "softmax").index(router.score_function)
+    # A softmax over all that is normalised is the softmax over the chosen, of the same choice.
+    return (score, router.normalize, router.scaling, groups, router.top_groups or 1)
 
 
 def takes_parts(x_TM: Tensor) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from moe_parallel import (
     ExpertParallelMoE,
@@ -18,9 +18,10 @@ from moe_parallel import (
     RoutingReplay,
     TokenOrder,
     TokenSequences,
-    update_expert_bias,
 )
 from moe_parallel.reference import reference_moe
+from moe_parallel.router.scores import Scoring
+from moe_parallel.router.top_k import kernel_rule
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.moe_parallel.batch import (
     ORDERS,
@@ -174,29 +175,43 @@ def test_two_gpus() -> None:
     check_ranks(ExpertTopology(2, ep=2), [config_of(ROUTERS["DeepSeek-V3"])], "nccl")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ROUTERS)
-def test_kernels_make_the_logits_on_a_gpu(name: str) -> None:
+def check_kernels(name: str, device: str, replay: RoutingReplay | None = None) -> None:
     """float32 and plain torch on the CPU is the honest error."""
-    config = config_of(ROUTERS[name])
-    order, oracle = TokenOrder.contiguous([NUM_TOKENS]), of_oracle(config, dtype=torch.float32)
-    honest = of_layer(layer_of(config, dtype=torch.float32), order, 0)
-    config = MoEConfig(**{**vars(config), "impl": "triton"})
-    actual = of_layer(layer_of(config, dtype=torch.float32, device="cuda"), order, 0)
+    config, order = config_of(ROUTERS[name]), TokenOrder.contiguous([NUM_TOKENS])
+    oracle = of_oracle(config, dtype=torch.float32)
+    honest = of_layer(layer_of(config, dtype=torch.float32), order, 0, replay=replay)
+    if replay is not None and replay.experts is not None:
+        replay.experts = replay.experts.to(device)
+    layer = layer_of(replace(config, impl="triton"), dtype=torch.float32, device=device)
+    actual = of_layer(layer, order, 0, replay=replay)
     for what, got, wanted, plain in zip(Results._fields, actual, oracle, honest):
         assert_within_budget(got, wanted, plain, factor=4, what=what)
 
 
-def test_interpreted_kernels_make_the_logits() -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ROUTERS)
+def test_kernels_choose_on_a_gpu(name: str) -> None:
+    check_kernels(name, "cuda")
+    check_kernels(name, "cuda", RoutingReplay())
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_interpreted_kernels_choose(name: str) -> None:
     pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
-    config = config_of(ROUTERS["DeepSeek-V3"])
-    order = TokenOrder.contiguous([NUM_TOKENS])
-    plain = of_layer(layer_of(config, dtype=torch.float32), order, 0)
-    config = MoEConfig(**{**vars(config), "impl": "triton"})
-    actual = of_layer(layer_of(config, dtype=torch.float32), order, 0)
-    oracle = of_oracle(config, dtype=torch.float32)
-    for what, got, wanted, other in zip(Results._fields, actual, oracle, plain):
-        assert_within_budget(got, wanted, other, what=what)
+    check_kernels(name, "cpu")
+
+
+def test_kernels_make_the_logits_of_given_choices() -> None:
+    pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
+    check_kernels("DeepSeek-V3", "cpu", RoutingReplay())
+
+
+def test_who_chooses() -> None:
+    scoring = Scoring(ROUTERS["DeepSeek-V3"])
+    assert kernel_rule(scoring, 8) == (1, True, 2.5, 4, 2)
+    assert kernel_rule(scoring, 24) is None
+    assert kernel_rule(scoring._replace(experts=torch.zeros(2, 4)), 8) is None
+    assert kernel_rule(Scoring(RouterConfig("softmax", normalize=False)), 11) is not None
 
 
 @pytest.mark.parametrize("name", ["default", "DeepSeek-V3"])
@@ -234,54 +249,6 @@ def test_rows_of_a_batch_are_sequences() -> None:
         layer(x, sequences=TokenSequences(numbers[:19], 4))
     with pytest.raises(ValueError, match="sequences must be None"):
         layer_of(config_of(RouterConfig()))(x, sequences=TokenSequences(numbers, 4))
-
-
-def biases_on_rank(order: TokenOrder, how: str, rate: float) -> tuple[Tensor, Tensor]:
-    """The bias before and after two micro-batches, and an evaluation, and two updates."""
-    groups = groups_of(ExpertTopology(dist.get_world_size())).experts
-    layer = layer_of(config_of(RouterConfig("sigmoid", expert_bias=True)), groups=groups)
-    rank, x = dist.get_rank(), random_batch(NUM_TOKENS, HIDDEN).x
-    rows = local_rows(x, order, rank, padding=torch.nan).requires_grad_()
-
-    def output(rows: Tensor) -> Tensor:
-        return layer(rows, token_order=order).output
-
-    assigned = layer(rows, token_order=order).stats.assigned  # no backward: it does not count
-    for _ in range(2):
-        out = output(rows)
-        if how != "plain":
-            out = checkpoint(output, rows, use_reentrant=how == "reentrant")
-        out[[segment.offset for segment in order.segments[rank]]].sum().backward()
-    layer.eval()(rows, token_order=order).output.nan_to_num().sum().backward()
-    before = layer.gate.expert_bias.clone()
-    update_expert_bias(layer, rate)
-    expected = before - rate * (2 * assigned * EXPERTS - 2 * assigned.sum()).sign()
-    after = layer.gate.expert_bias.clone()
-    update_expert_bias(layer, rate)  # nothing was counted since
-    assert torch.equal(layer.gate.expert_bias, after)
-    return after, expected
-
-
-@pytest.mark.parametrize("how", ["plain", "reentrant", "not reentrant"])
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_biases_move_against_the_load_of_all_ranks(num_ranks: int, how: str) -> None:
-    order = ORDERS["zigzag"](NUM_TOKENS, num_ranks)
-    results = run_on_ranks(biases_on_rank, num_ranks, order, how, 0.25)
-    for after, expected in results:
-        assert torch.equal(after, expected)
-        assert torch.equal(after, results[0][0])
-
-
-def test_biases_stay_float32_and_are_saved() -> None:
-    layer = layer_of(config_of(RouterConfig("sigmoid", expert_bias=True))).bfloat16()
-    assert layer.gate.expert_bias.dtype == torch.float32
-    assert layer.gate.local_tokens_per_expert.dtype == torch.int64
-    assert torch.equal(layer.gate.expert_bias, torch.tensor(BIAS))
-    assert torch.equal(layer.state_dict()["gate.expert_bias"], torch.tensor(BIAS))
-    on_meta = ExpertParallelMoE(layer.config, device="meta").to_empty(device="cpu")
-    assert not on_meta.gate.expert_bias.any()
-    with pytest.raises(ValueError, match="must have a router with a bias"):
-        update_expert_bias(ExpertParallelMoE(config_of(RouterConfig())))
 
 
 @pytest.mark.parametrize(

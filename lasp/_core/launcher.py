@@ -22,7 +22,6 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-RUNTIME = knobs.runtime  # of Triton
 ALIGNMENT = 16  # bytes: what Triton asks of an address to load many elements at once
 
 
@@ -45,10 +44,11 @@ class Launcher:
 
     def __init__(self, kernel: Any, device: torch.device, named: dict[str, Any]) -> None:
         self._kernel, self._device, self._named = kernel, device, named
-        self._index = device.index if device.type == "cuda" else None
         self._compiled: CompiledKernel | None = None
         self._rest: tuple[Any, ...] = ()  # of the arguments, by position
+        self._stream_of: Callable[[int | None], int] | None = None
         self._encoders: list[Encoder] = []  # for each tensor descriptor
+        self._run: Callable[..., object] | None = None
 
     def __call__(self, programs: int, *arguments: Any) -> None:
         """Launch.
@@ -60,25 +60,27 @@ class Launcher:
         """
         if programs == 0:
             return
-        index, kernel = self._index, self._compiled
-        if index is not None and index != torch.cuda.current_device():
-            with torch.cuda.device(index):
+        device = self._device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
                 self(programs, *arguments)
             return
+        kernel = self._compiled
         if kernel is None:
             self._compile_and_launch(programs, arguments)
             return
-        stream = self._stream_of(index)
-        enter, leave = RUNTIME.launch_enter_hook, RUNTIME.launch_exit_hook
+        assert self._stream_of is not None
+        stream = self._stream_of(device.index)
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        head = programs, 1, 1, stream, kernel.function, kernel.packed_metadata
         # Chains of hooks that hold none are left out: a profiler may add one at any time.
-        if not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave):
-            self._launch(programs, stream, (*self._encoded(arguments), *self._rest))
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            arguments = (*map(_described, arguments), *self._rest)
+            metadata = kernel.launch_metadata((programs, 1, 1), stream, *arguments)
+            kernel.run(*head, metadata, enter, leave, *arguments)
             return
-        arguments = (*map(_described, arguments), *self._rest)
-        kernel.run(
-            programs, 1, 1, stream, kernel.function, kernel.packed_metadata,
-            kernel.launch_metadata((programs, 1, 1), stream, *arguments), enter, leave, *arguments,
-        )  # fmt: skip
+        assert self._run is not None
+        self._run(*head, None, None, None, *self._encoded(arguments), *self._rest)
 
     def _encoded(self, arguments: tuple[Any, ...]) -> list[Any]:
         """The arguments as Triton's launch function takes them.
@@ -102,8 +104,7 @@ class Launcher:
             names = self._kernel.arg_names[len(arguments) :]
             self._rest = tuple(self._named[name] for name in names)
             self._stream_of = driver.active.get_current_stream
-            self._encoders = _encoders_of(kernel)
-            self._launch = _launch_of(kernel, bool(self._encoders))
+            self._run, self._encoders = _below_descriptors(kernel)
             self._compiled = kernel
 
 
@@ -142,7 +143,6 @@ def aligned(x: Tensor) -> Tensor:
 # ---- tensor descriptors -------------------------------------------------------------------------
 
 Encoder = Callable[[TensorDescriptor], list[Any]]
-Launch = Callable[[int, int, tuple[Any, ...]], object]
 
 
 def _described(x: Any) -> Any:
@@ -174,14 +174,17 @@ def encode(address: int, tile: Tile, encoder: Encoder) -> list[Any]:
     return encoder(descriptor)
 
 
-def _encoders_of(kernel: CompiledKernel) -> list[Encoder]:
-    """Those of the descriptors of a kernel; where two have the same form, the same."""
+def _below_descriptors(kernel: CompiledKernel) -> tuple[Callable[..., object], list[Encoder]]:
+    """Triton's launcher without the wrapper that encodes descriptors anew, and that for each."""
+    metas = getattr(kernel.metadata, "tensordesc_meta", None)
     types = [x for x in kernel.src.signature.values() if str(x).startswith("tensordesc")]
-    metas = getattr(kernel.metadata, "tensordesc_meta", None) or [None] * len(types)
-    encoders: dict[str, Encoder] = {}
-    for form in zip(types, metas):
-        encoders.setdefault(repr(form), _encoder(*form))
-    return [encoders[repr(form)] for form in zip(types, metas)]
+    if not types:
+        return kernel.run, []
+    run = copy(kernel.run)
+    run.launch = getclosurevars(run.launch).nonlocals["launcher"]
+    encoders: dict[str, Encoder] = {}  # those of equal form remember together
+    forms = [(form, meta) for form, meta in zip(types, metas or [None] * len(types))]
+    return run, [encoders.setdefault(repr(form), _encoder(*form)) for form in forms]
 
 
 def _encoder(form: str, meta: dict[str, Any] | None) -> Encoder:
@@ -191,24 +194,3 @@ def _encoder(form: str, meta: dict[str, Any] | None) -> Encoder:
     if before is None:
         return lambda descriptor: wrapped((descriptor,))[0]
     return lambda descriptor: wrapped(*(None,) * before, descriptor)[before:]
-
-
-def _launch_of(kernel: CompiledKernel, described: bool) -> Launch:
-    """Triton's launch function, past what encodes descriptors and past what looks for scratch."""
-    function, packed = kernel.function, kernel.packed_metadata
-    run, mark = copy(kernel.run), object()
-    launch = getclosurevars(run.launch).nonlocals["launcher"] if described else run.launch
-    if run.global_scratch_size or run.profile_scratch_size:
-        run.launch = launch
-        return lambda programs, stream, arguments: run(
-            programs, 1, 1, stream, function, packed, None, None, None, *arguments
-        )
-    passed: list[Any] = []  # on to the launch function
-    run.launch = lambda *given: passed.extend(given)
-    run(1, 1, 1, 0, function, packed, None, None, None, mark)
-    _, _, _, _, *front, last = passed
-    if last is mark:  # Triton 3.6: the arguments in the same row
-        return lambda programs, stream, arguments: launch(
-            programs, 1, 1, stream, *front, *arguments
-        )
-    return lambda programs, stream, arguments: launch(programs, 1, 1, stream, *front, arguments)

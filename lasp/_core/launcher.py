@@ -19,6 +19,8 @@ from torch import Tensor
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -32,11 +34,13 @@ class Tile(NamedTuple):
         shape: of the tensor.
         strides: in elements, the last one 1, the others multiples of 16 bytes.
         block: elements that a kernel loads or stores at once.
+        layout: of the block in shared memory, where a kernel of Gluon names it.
     """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block: tuple[int, ...]
+    layout: NVMMASharedLayout | None = None
 
 
 class Launcher:
@@ -147,7 +151,12 @@ Encoder = Callable[[TensorDescriptor], list[Any]]
 
 def _described(x: Any) -> Any:
     """An argument as Triton's ``kernel[grid]`` takes it."""
-    return TensorDescriptor(x[0], *x[1]) if type(x) is tuple else x
+    if type(x) is not tuple:
+        return x
+    tensor, (shape, strides, block, layout) = x
+    if layout is None:
+        return TensorDescriptor(tensor, shape, strides, block)
+    return GluonDescriptor(tensor, list(shape), list(strides), list(block), layout)
 
 
 class _Address(NamedTuple):
@@ -170,7 +179,7 @@ def encode(address: int, tile: Tile, encoder: Encoder) -> list[Any]:
     """
     descriptor = object.__new__(TensorDescriptor)  # whose checks passed when it was compiled
     descriptor.base = _Address(address)
-    descriptor.shape, descriptor.strides, descriptor.block_shape = tile
+    descriptor.shape, descriptor.strides, descriptor.block_shape, _ = tile
     return encoder(descriptor)
 
 

@@ -19,6 +19,12 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return properties["multiprocessor_count"], properties["max_shared_mem"] - 7 * 1024
 
 
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernels for Hopper run there: compute capability 9.0, compiled."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def arithmetic(dtype: torch.dtype) -> dict[str, object]:
     """What matrix products take: fp16 goes as tf32, which has its digits and the range of states.
 

@@ -66,6 +66,41 @@ def output_blocks(
     return Blocks(chunk, columns, operand, num_warps, num_stages)
 
 
+class HopperBlocks(NamedTuple):
+    """How the kernels for Hopper are cut, besides chunks of 64 tokens and 128 columns.
+
+    Attributes:
+        width: columns of query and key that one product takes.
+        stages: chunks in shared memory.
+        apart: a group of its own computes the scores.
+        max_registers: of a thread, before the groups take or leave some.
+    """
+
+    width: int
+    stages: int
+    apart: bool
+    max_registers: int
+
+
+@lru_cache(maxsize=1024)
+def hopper_blocks(dim_in: int, dim_out: int, dtype: torch.dtype) -> HopperBlocks | None:
+    """For the output kernel on Hopper; None where the one for all GPUs serves better.
+
+    With 64 columns or fewer one of two groups would have nothing to do.
+    """
+    if dtype != torch.bfloat16 or dim_out <= 64:
+        return None
+    width = _operand_columns(dim_in)
+    apart = dim_in <= 192
+    tile = 2 * 64 * 64
+    stage = 2 * (2 * 64 * -(-dim_in // width) * width) + 2 * tile
+    # Two tiles of scores and two of results, float32 weights of scores, barriers.
+    kept = 4 * tile + 2 * tile + 2048
+    stages = min(3, (HOPPER_SHARED_BYTES + 7 * 1024 - kept) // stage)
+    # 16 warps hold 65536 registers, or 12.
+    return HopperBlocks(width, stages, apart, 128 if apart else 168)
+
+
 def _operand_columns(dim: int) -> int:
     """As few columns past a head as products of 64 allow, then as few products.
 

@@ -18,7 +18,8 @@ pytest.importorskip("triton", reason="the kernels need triton, which has no whee
 
 from lasp.lightning.attention import lightning_attention
 from lasp.lightning.triton import tuning
-from lasp.lightning.triton.chunk_scan import _describable, _form
+from lasp.lightning.triton.chunk_scan import _form
+from lasp.lightning.triton.scan_launches import _describable
 from lasp.sequence.layout import SequenceLayout
 from tests.closeness import assert_within_budget
 from tests.lasp.cases import Case, attend, bits_equal, gather, names, oracle
@@ -272,9 +273,10 @@ def test_integers_are_exact(dim: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("rate", [0.0, 4e-8, 0.01, 20.0])
-def test_any_decay_over_many_tokens(rate: float) -> None:
-    q, k, v = torch.randn(3, 200_000, 2, 64, device="cuda").bfloat16().unbind()
+def test_any_decay_over_many_tokens(rate: float, dim: int) -> None:
+    q, k, v = torch.randn(3, 200_000, 2, dim, device="cuda").bfloat16().unbind()
     rates = torch.full((2,), rate)
     exact = lightning_attention(*(x.double() for x in (q, k, v)), rates).output
     with RoundedProducts(16):

@@ -1,0 +1,181 @@
+"""Which kernels scan tensors of which forms, and how they are cut; whatever the pack."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from lasp._core.launcher import Launcher, Tile, launcher_of, strides_of
+from lasp.lightning.triton import tuning
+from lasp.lightning.triton.chunk_scan_kernel import chunk_scan_kernel, key_value_gradients_kernel
+from lasp.lightning.triton.device import arithmetic, is_hopper
+from lasp.lightning.triton.hopper_scan_kernel import (
+    TILE,
+    hopper_gradients_kernel,
+    hopper_scan_kernel,
+)
+
+
+class Form(NamedTuple):
+    """A tensor but for its memory."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Launch(NamedTuple):
+    """A kernel for forms of tensors, whatever the pack.
+
+    Attributes:
+        launcher: of the kernel.
+        programs: of a segment, of all its heads.
+        tiles: of operands and results, see :func:`_tiles`.
+    """
+
+    launcher: Launcher
+    programs: int
+    tiles: list[Tile]
+
+
+@lru_cache(maxsize=1024)
+def scan_launches(
+    query: Form,
+    key: Form,
+    value: Form,
+    blocks: tuning.Blocks,
+    states: tuple[bool, bool, bool],
+    shared: bool,
+    reverse: bool,
+    transposed: bool,
+) -> tuple[Launch, ...]:
+    """One launch, and one more where documents start inside segments."""
+    num_tokens, num_heads, dim_in = query.shape
+    dim_out = value.shape[2]
+    tensors = (query, key, value, _contiguous((num_tokens, num_heads, dim_out), query))
+    case = query.device, (query.dtype, *states)
+    sizes = {"D": dim_in, "E": dim_out, "STEP": -1 if reverse else 1, "TRANSPOSED": transposed}
+    hopper, tiles = _hopper(tensors, (True, True, False, False))
+    launches = []
+    if hopper is not None:
+        named = _hopper_meta(hopper, shared)
+        launcher = launcher_of(hopper_scan_kernel, *case, **sizes, **named)
+        launches.append(Launch(launcher, num_heads * -(-dim_out // 128), tiles))
+    widths = (blocks.operand,) * 2 + (blocks.columns,) * 2
+    tiles = _tiles(tensors, widths, blocks.chunk)
+    strides = strides_of("th", query=query.strides, key=key.strides, value=value.strides)
+    named = strides | sizes | _meta(blocks, query.dtype, bool(tiles))
+    programs = num_heads * -(-dim_out // blocks.columns)
+    for repair in (False, True)[hopper is not None : 1 + shared]:
+        launcher = launcher_of(chunk_scan_kernel, *case, **named, REPAIR=repair)
+        launches.append(Launch(launcher, programs, tiles))
+    return tuple(launches)
+
+
+@lru_cache(maxsize=1024)
+def gradient_launches(
+    q: Form,
+    k: Form,
+    v: Form,
+    do: Form,
+    blocks: tuning.Blocks,
+    states: tuple[bool, bool, bool],
+    shared: bool,
+) -> tuple[Launch, ...]:
+    """As above."""
+    _, num_heads, dim = q.shape
+    tensors = (q, k, v, do, q, do, *(_contiguous(q.shape, q),) * 2)
+    case = q.device, (q.dtype, *states)
+    hopper, tiles = _hopper(tensors, (True,) * 4 + (False,) * 4)
+    launches = []
+    if hopper is not None:
+        launcher = launcher_of(
+            hopper_gradients_kernel, *case, D=dim, **_hopper_meta(hopper, shared)
+        )
+        launches.append(Launch(launcher, num_heads * 2 * -(-dim // 128), tiles))
+    widths = (blocks.operand,) * 4 + (blocks.columns,) * 4
+    tiles = _tiles(tensors, widths, blocks.chunk)
+    strides = strides_of("th", q=q.strides, k=k.strides, v=v.strides, do=do.strides)
+    named = strides | {"D": dim} | _meta(blocks, q.dtype, bool(tiles))
+    programs = num_heads * 2 * -(-dim // blocks.columns)
+    for repair in (False, True)[hopper is not None : 1 + shared]:
+        launcher = launcher_of(key_value_gradients_kernel, *case, **named, REPAIR=repair)
+        launches.append(Launch(launcher, programs, tiles))
+    return tuple(launches)
+
+
+def _hopper(
+    tensors: tuple[Form, ...], operands: tuple[bool, ...]
+) -> tuple[tuning.HopperBlocks | None, list[Tile]]:
+    """How the kernels for Hopper are cut, and tiles for them; None, none where others serve.
+
+    Args:
+        tensors: the first is the query, the last a result.
+        operands: which tensors products take as query or key, others as values or results.
+    """
+    query, result = tensors[0], tensors[-1]
+    blocks = tuning.hopper_blocks(query.shape[2], result.shape[2], query.dtype)
+    if blocks is None or not is_hopper(query.device):
+        return None, []
+    widths = tuple(blocks.width if operand else 64 for operand in operands)
+    tiles = [tile._replace(layout=TILE.value) for tile in _tiles(tensors, widths, 64)]
+    return (blocks, tiles) if tiles else (None, [])
+
+
+def _hopper_meta(blocks: tuning.HopperBlocks, shared: bool) -> dict[str, object]:
+    """What both kernels for Hopper are compiled for."""
+    return {
+        "STAGES": blocks.stages,
+        "WIDTH": blocks.width,
+        "APART": blocks.apart,
+        "SHARED": shared,
+        "num_warps": 4,
+        "maxnreg": blocks.max_registers,
+    }
+
+
+def _meta(blocks: tuning.Blocks, dtype: torch.dtype, tma: bool) -> dict[str, object]:
+    """What both kernels are compiled for."""
+    return {
+        "BLOCK_D": blocks.operand,
+        "BLOCK_E": blocks.columns,
+        "CHUNK": blocks.chunk,
+        "TMA": tma,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+        **arithmetic(dtype),
+    }
+
+
+def _contiguous(shape: tuple[int, ...], like: Form) -> Form:
+    """Of a result."""
+    _, num_heads, dim = shape
+    return Form(shape, (num_heads * dim, dim, 1), like.dtype, like.device)
+
+
+def _tiles(tensors: tuple[Form, ...], widths: tuple[int, ...], chunk: int) -> list[Tile]:
+    """Tiles of ``[H, T, D]`` for the copy engine; empty if not all tensors can be described.
+
+    Columns of a tile that lie past a head are zero in shared memory, and are not stored.
+    """
+    if not all(_describable(x, width) for x, width in zip(tensors, widths)):
+        return []
+    return [
+        Tile(
+            (x.shape[1], x.shape[0], x.shape[2]),
+            (x.strides[1], x.strides[0], 1),
+            (1, chunk, width),
+        )
+        for x, width in zip(tensors, widths)
+    ]
+
+
+def _describable(x: Form, width: int) -> bool:
+    """Whether the copy engine can find the rows of a head, and take tiles of so many columns."""
+    unit = 16 // x.dtype.itemsize
+    return width * x.dtype.itemsize <= tuning.LONGEST_TILE_ROW and all(
+        stride > 0 and stride % unit == 0 for stride in x.strides[:2]
+    )

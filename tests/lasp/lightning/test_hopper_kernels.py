@@ -1,0 +1,76 @@
+"""The kernels for Hopper are compiled without one: what they need of its registers and memory.
+
+That they compute what the others do is tested on GPUs, by the tests of the operator.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon", reason="needs Triton with Gluon")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from lasp.lightning.triton import tuning
+from lasp.lightning.triton.hopper_scan_kernel import (
+    TILE,
+    hopper_gradients_kernel,
+    hopper_scan_kernel,
+)
+
+RESULT_TILES = ("value", "output_tiles", "q_columns", "do_columns", "dk_tiles", "dv_tiles")
+POINTERS = dict.fromkeys(("output", "dk", "dv"), "*bf16")
+POINTERS |= dict.fromkeys(("states", "rates"), "*fp32")
+POINTERS |= dict.fromkeys(("table", "reach"), "*i32")
+
+
+def compiled(kernel: object, dim: int, **named: object) -> triton.compiler.CompiledKernel:
+    """For compute capability 9.0, without states at edges."""
+    blocks = tuning.hopper_blocks(dim, dim, torch.bfloat16)
+    assert blocks is not None
+    known = {"STAGES": blocks.stages, "WIDTH": blocks.width, "APART": blocks.apart, **named}
+    known |= {"D": dim, "initial_state": None, "incoming": None, "final_state": None}
+    names = [parameter.name for parameter in kernel.params]  # type: ignore[attr-defined]
+
+    def kind(name: str) -> str:
+        if name in known:
+            return "constexpr"
+        if name in POINTERS or name in ("num_heads", "scale"):
+            return POINTERS.get(name, "i32" if name == "num_heads" else "fp32")
+        width = 64 if name in RESULT_TILES else blocks.width
+        return f"tensordesc<bf16[1, 64, {width}],{TILE.value!r}>"
+
+    signature = {name: kind(name) for name in names}
+    constants = {(i,): known[name] for i, name in enumerate(names) if name in known}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in POINTERS}
+    return triton.compile(
+        GluonASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 4, "maxnreg": blocks.max_registers},
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dim", "named"),
+    [
+        (hopper_scan_kernel, 128, {"E": 128, "STEP": 1, "TRANSPOSED": False, "SHARED": True}),
+        (hopper_gradients_kernel, 256, {"SHARED": False}),
+    ],
+)
+def test_a_kernel_fits_and_its_products_follow_each_other(
+    kernel: object, dim: int, named: dict[str, object], tmp_path: Path
+) -> None:
+    result = compiled(kernel, dim, **named)
+    assert result.metadata.shared <= tuning.HOPPER_SHARED_BYTES + 7 * 1024
+    (tmp_path / "kernel.ptx").write_text(result.asm["ptx"])
+    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+    report = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    # Where registers are short, the assembler makes each product wait for the one before.
+    assert "serialized" not in report.stderr

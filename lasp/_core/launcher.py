@@ -19,6 +19,7 @@ from torch import Tensor
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
@@ -34,13 +35,11 @@ class Tile(NamedTuple):
         shape: of the tensor.
         strides: in elements, the last one 1, the others multiples of 16 bytes.
         block: elements that a kernel loads or stores at once.
-        layout: of the block in shared memory, where a kernel of Gluon names it.
     """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block: tuple[int, ...]
-    layout: NVMMASharedLayout | None = None
 
 
 class Launcher:
@@ -79,7 +78,7 @@ class Launcher:
         head = programs, 1, 1, stream, kernel.function, kernel.packed_metadata
         # Chains of hooks that hold none are left out: a profiler may add one at any time.
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-            arguments = (*map(_described, arguments), *self._rest)
+            arguments = (*_described(self._kernel, arguments), *self._rest)
             metadata = kernel.launch_metadata((programs, 1, 1), stream, *arguments)
             kernel.run(*head, metadata, enter, leave, *arguments)
             return
@@ -103,7 +102,7 @@ class Launcher:
         return encoded
 
     def _compile_and_launch(self, programs: int, arguments: tuple[Any, ...]) -> None:
-        kernel = self._kernel[(programs,)](*map(_described, arguments), **self._named)
+        kernel = self._kernel[(programs,)](*_described(self._kernel, arguments), **self._named)
         if isinstance(kernel, CompiledKernel):  # None where kernels are interpreted
             names = self._kernel.arg_names[len(arguments) :]
             self._rest = tuple(self._named[name] for name in names)
@@ -149,14 +148,21 @@ def aligned(x: Tensor) -> Tensor:
 Encoder = Callable[[TensorDescriptor], list[Any]]
 
 
-def _described(x: Any) -> Any:
-    """An argument as Triton's ``kernel[grid]`` takes it."""
-    if type(x) is not tuple:
-        return x
-    tensor, (shape, strides, block, layout) = x
-    if layout is None:
-        return TensorDescriptor(tensor, shape, strides, block)
-    return GluonDescriptor(tensor, list(shape), list(strides), list(block), layout)
+def _described(kernel: Any, arguments: tuple[Any, ...]) -> list[Any]:
+    """Arguments as Triton's ``kernel[grid]`` takes them."""
+    in_gluon = getattr(kernel, "is_gluon", bool)()  # those name the layout of a tile
+    return [
+        (_in_gluon if in_gluon else TensorDescriptor)(x[0], *x[1]) if type(x) is tuple else x
+        for x in arguments
+    ]
+
+
+def _in_gluon(
+    x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> GluonDescriptor:
+    """A descriptor whose tiles lie as matrix products read them."""
+    layout = NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(x.dtype)[6:]))
+    return GluonDescriptor(x, list(shape), list(strides), list(block), layout)
 
 
 class _Address(NamedTuple):
@@ -179,7 +185,7 @@ def encode(address: int, tile: Tile, encoder: Encoder) -> list[Any]:
     """
     descriptor = object.__new__(TensorDescriptor)  # whose checks passed when it was compiled
     descriptor.base = _Address(address)
-    descriptor.shape, descriptor.strides, descriptor.block_shape, _ = tile
+    descriptor.shape, descriptor.strides, descriptor.block_shape = tile
     return encoder(descriptor)
 
 

@@ -12,7 +12,6 @@ from lasp.lightning.triton import tuning
 from lasp.lightning.triton.chunk_scan_kernel import chunk_scan_kernel, key_value_gradients_kernel
 from lasp.lightning.triton.device import arithmetic, is_hopper
 from lasp.lightning.triton.hopper_scan_kernel import (
-    TILE,
     hopper_gradients_kernel,
     hopper_scan_kernel,
 )
@@ -59,6 +58,8 @@ def scan_launches(
     case = query.device, (query.dtype, *states)
     sizes = {"D": dim_in, "E": dim_out, "STEP": -1 if reverse else 1, "TRANSPOSED": transposed}
     hopper, tiles = _hopper(tensors, (True, True, False, False))
+    if tuning.waits_for_memory(dim_in, dim_out, shared):
+        hopper = None
     launches = []
     if hopper is not None:
         named = _hopper_meta(hopper, shared)
@@ -121,7 +122,7 @@ def _hopper(
     if blocks is None or not is_hopper(query.device):
         return None, []
     widths = tuple(blocks.width if operand else 64 for operand in operands)
-    tiles = [tile._replace(layout=TILE.value) for tile in _tiles(tensors, widths, 64)]
+    tiles = _tiles(tensors, widths, 64)
     return (blocks, tiles) if tiles else (None, [])
 
 

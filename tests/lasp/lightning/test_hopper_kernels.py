@@ -16,7 +16,9 @@ pytest.importorskip("triton.experimental.gluon", reason="needs Triton with Gluon
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
 
 from lasp.lightning.triton import tuning
 from lasp.lightning.triton.hopper_scan_kernel import (
@@ -55,6 +57,12 @@ def compiled(kernel: object, dim: int, **named: object) -> triton.compiler.Compi
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": 4, "maxnreg": blocks.max_registers},
     )
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_tiles_are_described_as_the_kernels_read_them(width: int) -> None:
+    described = NVMMASharedLayout.get_default_for([1, 64, width], gl.bfloat16)
+    assert described == TILE.value
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from moe_parallel.dispatch.plan import checked_rows
 from moe_parallel.experts.dense import DenseFFN
 from moe_parallel.experts.experts import Experts, generator_of
 from moe_parallel.mesh import expert_mesh
-from moe_parallel.pipeline.groups import expert_groups, positions_on
+from moe_parallel.pipeline.groups import expert_groups, most_groups, positions_on
 from moe_parallel.pipeline.pipeline import Pipeline
 from moe_parallel.pipeline.timeline import Timeline
 from moe_parallel.router.checks import agreed_order, check_hidden, routed_inputs, shared_settings
@@ -109,12 +109,10 @@ class ExpertParallelMoE(nn.Module):
     ) -> None:
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
-        self.config = config
-        self.mesh = expert_mesh(groups)
-        self.groups = groups
+        self.config, self.groups, self.mesh = config, groups, expert_mesh(groups)
         self.dispatcher = make_dispatcher(self.mesh, groups, symmetric_memory)
         self._is_split = len(self.mesh.sources) > 1
-        self._has_sequences = bool(config.router.sequence_loss_coefficient)
+        self._has_sequences = config.router.sequence_loss_coefficient > 0
         self.gate = Router(config, token_group=self.groups.token, device=device, dtype=dtype)
         self.experts = Experts(
             config.hidden_size,
@@ -131,8 +129,8 @@ class ExpertParallelMoE(nn.Module):
         )
         self.shared: DenseFFN | None = None
         if config.shared_ffn_size is not None:
-            ffn_size, how = config.shared_ffn_size, (config.shared_gate, config.impl)
-            self.shared = DenseFFN(config.hidden_size, ffn_size, *how, device=device, dtype=dtype)
+            sizes, how = (config.hidden_size, config.shared_ffn_size), config.shared_gate
+            self.shared = DenseFFN(*sizes, how, config.impl, device=device, dtype=dtype)
         if (config.overlap_groups or 1) > self.experts.num_local:
             raise ValueError(
                 f"overlap_groups must be at most the {self.experts.num_local} experts of a rank,"
@@ -178,8 +176,7 @@ class ExpertParallelMoE(nn.Module):
                 all ranks or on none: every rank holds as many tokens as this one, in rank order;
                 an order is then built a call, and with drops by probability compared a call.
             timeline: records what ran when, forward and backward; None costs nothing.
-            replay: keeps the experts that tokens choose in its first call, and has every later call
-                choose them again.
+            replay: keeps the choice of its first call, and has every later call make it again.
             sequences: which tokens form a sequence, with a ``sequence_loss_coefficient``. None on
                 one rank with ``[B, T, hidden]``: every row of the batch is one.
 
@@ -187,7 +184,7 @@ class ExpertParallelMoE(nn.Module):
             ValueError: naming the argument, if it does not fit the layer; on every rank alike, if
                 they differ in dtype, config or whether an order is given in the first call, if
                 ranks hold different orders or numbers of tokens, and if with a capacity some do not
-                train (by probability or padded: :func:`moe_parallel.router.checks.check_order`).
+                train (:func:`moe_parallel.router.checks.check_order`).
         """
         refuse_transforms(_REFERENCE, hidden)
         (hidden,) = autocast_inputs(hidden)
@@ -212,8 +209,8 @@ class ExpertParallelMoE(nn.Module):
         """
         if not self._calls_compared:
             how = shared_settings(self.config, hidden, token_order)
-            token_group = self.groups.token
-            self._calls_compared = check_same_calls("ExpertParallelMoE", token_group, hidden, how)
+            who = ("ExpertParallelMoE", self.groups.token)
+            self._calls_compared = check_same_calls(*who, hidden, how)
 
     def agreed_order(self, rows: Tensor, token_order: TokenOrder | None) -> TokenOrder:
         """Where all tokens stand, see :func:`moe_parallel.router.checks.agreed_order`."""
@@ -237,8 +234,7 @@ class ExpertParallelMoE(nn.Module):
             timeline: see :meth:`forward`.
 
         Returns:
-            ``[T, hidden]``, the shared expert's output for tokens whose assignments were all
-            dropped, without one zero; and the routing, with the drops of ``pad_to_capacity``.
+            ``[T, hidden]``, and the routing, with the drops of ``pad_to_capacity``.
 
         Communication: see :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`.
 
@@ -257,23 +253,23 @@ class ExpertParallelMoE(nn.Module):
             wait, kept = partial(checked_rows, wait, config.max_rows, mesh), None
         dispatch = start(wait, rows.groups, most_rows=rows.most, like=x_TM, kept=kept)
         order = replace(rows.order, place=dispatch.place)
-        # Without drops the host waits for the counts after this: meanwhile the device permutes, and
-        # on one rank computes the shared expert; over several that runs while rows travel.
+        # The host may wait for the counts after this: meanwhile the device permutes, and on one
+        # rank computes the shared expert; over several that runs while rows travel.
         rows_AM = permute(x_TM, order, impl)
-        shared = None
-        if self.shared is not None:
-            shared = self.shared.start(x_TM, aside=bool(dispatch.lanes))
+        shared = self.shared and self.shared.start(x_TM, aside=bool(dispatch.lanes))
         mean_rows = rows.total // mesh.num_token_ranks * mesh.etp_size
         results_AM: Tensor = self.experts(rows_AM, Pipeline(dispatch, timeline), num_rows=mean_rows)
         output_TM = unpermute(results_AM, routing.weights, order, impl)
-        if self.groups.token is not None:
-            wait()  # for the counts where nothing did yet: ranks that differ in them raise
+        if mesh.num_token_ranks > 1:
+            wait()  # where nothing did yet: ranks that differ in the counts raise
         return output_TM if shared is None else output_TM + shared(), routing
 
     def _kept_rows(self, x_TM: Tensor, routing: Routing, token_order: TokenOrder) -> SentRows:
         """One row for each kept assignment; on one rank grouped products ask for no counts."""
-        alone = self.groups.token is None and self.config.max_rows is None and routing.dropless
-        late = alone and self.experts.chosen_gemm(routing.experts.numel(), x_TM.dtype) == "grouped"
+        config, late = self.config, False
+        alone = self.mesh.num_token_ranks == 1 and routing.dropless and config.max_rows is None
+        if alone and config.overlap_groups in (None, 1):
+            late = self.experts.chosen_gemm(routing.experts.numel(), x_TM.dtype) == "grouped"
         counts = HostTokenCounts(routing, token_order, start=not late)
         total = counts.of_all()
         groups, positions_E = self._groups(total, x_TM)
@@ -281,7 +277,7 @@ class ExpertParallelMoE(nn.Module):
             routing.experts,
             routing.mask,
             counts.of_rank(self.mesh.token_rank),
-            self.config.num_experts,
+            config.num_experts,
             histogram=routing.histogram,
             positions_E=positions_E,
         )
@@ -289,12 +285,15 @@ class ExpertParallelMoE(nn.Module):
 
     def _groups(self, num_rows: int, x_TM: Tensor) -> tuple[tuple[range, ...], Tensor | None]:
         """Groups of a rank's experts for so many rows, and the experts' positions."""
-        num_local, num_groups = self.experts.num_local, self.config.overlap_groups
+        config, num_local = self.config, self.experts.num_local
+        num_groups, sizes = config.overlap_groups, (config.hidden_size, config.ffn_size)
         if num_groups is None:
-            row_bytes = x_TM.element_size() * self.config.hidden_size
-            rank_bytes = num_rows // self.mesh.num_token_ranks * row_bytes
+            rank_rows = num_rows // self.mesh.num_token_ranks
+            rank_bytes = rank_rows * x_TM.element_size() * sizes[0]
             num_groups = self.dispatcher.overlap_groups(num_local, rank_bytes)
+            if num_groups > 1:
+                num_groups = min(num_groups, most_groups(rank_rows, *sizes))
         groups = expert_groups(num_local, num_groups)
         if num_groups == 1:
             return groups, None
-        return groups, positions_on(x_TM.device, self.config.num_experts, self.mesh.ep_size, groups)
+        return groups, positions_on(x_TM.device, config.num_experts, self.mesh.ep_size, groups)

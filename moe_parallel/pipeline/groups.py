@@ -12,6 +12,8 @@ from torch import Tensor
 from lasp._core.cache import tensor_cache
 from lasp._core.host_constants import to_device
 
+GROUP_FLOPS = 2**37  # forward: 230 us at 600 TFLOP/s; to queue a group takes the host as long
+
 
 @cache
 def expert_groups(num_local: int, num_groups: int) -> tuple[range, ...]:
@@ -21,6 +23,18 @@ def expert_groups(num_local: int, num_groups: int) -> tuple[range, ...]:
     """
     inner = (num_local * (group - 0.5) / (num_groups - 1) for group in range(1, num_groups))
     return tuple(range(*cut) for cut in pairwise([0, *map(round, inner), num_local]))
+
+
+@cache
+def most_groups(rank_rows: int, hidden_size: int, ffn_size: int) -> int:
+    """The most groups whose products, of ``GROUP_FLOPS`` and more, hide how long the host queues.
+
+    Args:
+        rank_rows: that the average rank sends.
+        hidden_size: of a row.
+        ffn_size: of a whole expert.
+    """
+    return max(1, 6 * rank_rows * hidden_size * ffn_size // GROUP_FLOPS)
 
 
 def dispatch_positions(num_experts: int, ep_size: int, groups: Sequence[range]) -> list[int]:

@@ -14,7 +14,7 @@ from moe_parallel.dispatch.copy_engine import COPIED_BYTES, CopyEngineDispatcher
 from moe_parallel.dispatch.dispatcher import LocalDispatcher
 from moe_parallel.dispatch.plan import GroupPlans
 from moe_parallel.mesh import ExpertMesh
-from moe_parallel.pipeline.groups import dispatch_positions, expert_groups
+from moe_parallel.pipeline.groups import dispatch_positions, expert_groups, most_groups
 from tests.moe_parallel.batch import ORDERS, groups_of
 from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, layer_on_rank, on_ranks
 from tests.ranks import run_on_ranks
@@ -181,6 +181,12 @@ def test_the_first_and_the_last_group_are_half_as_large() -> None:
             assert len(groups) == num_groups
             assert all(groups)
             assert [e for group in groups for e in group] == list(range(num_local))
+
+
+def test_small_products_are_cut_into_few_groups() -> None:
+    assert most_groups(65536, 2048, 768) == 4  # Qwen3-30B, 8192 tokens
+    assert most_groups(16384, 6144, 9216) == 40  # MiniMax-01, 8192 tokens
+    assert most_groups(0, 6144, 9216) == 1
 
 
 def test_experts_leave_group_by_group() -> None:

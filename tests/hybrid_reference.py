@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,59 +67,97 @@ def reference_lightning(
     return y @ p["out_proj.weight"].T + p.get("out_proj.bias", 0)
 
 
+class ReferenceLogits(NamedTuple):
+    """Logits ``[S, vocab]`` of the next token and of the one after, and the auxiliary loss."""
+
+    logits: Tensor
+    aux_loss: Tensor
+    mtp_logits: Tensor | None = None
+
+
 def reference_logits(
     config: HybridConfig,
     p: dict[str, Tensor],
     tokens: Tensor,
     lengths: tuple[int, ...],
     inputs_embeds: Tensor | None = None,
+) -> ReferenceLogits:
+    """The model over a whole pack, in float64."""
+
+    def embed(ids: Tensor) -> Tensor:
+        return p["embedding.weight"][ids] * config.vocabulary.embedding_scale
+
+    def logits_of(x: Tensor) -> Tensor:
+        head = p["embedding.weight" if config.vocabulary.tied else "head.weight"]
+        return config.vocabulary.logit_scale * (x @ head.T)
+
+    x, aux_loss = embed(tokens) if inputs_embeds is None else inputs_embeds, torch.zeros(())
+    for layer, kind in enumerate(config.kinds):
+        counted = config.num_decay_layers or config.num_layers
+        rates = decay_rates(config.attention.num_heads, layer, counted, config.decay)
+        x, more = reference_layer(config, part_of(p, f"layers.{layer}."), x, lengths, kind, rates)
+        aux_loss = aux_loss + more
+    x = rms_norm(x, p["final_norm.weight"], config.norm_eps)
+    if config.mtp_loss_weight is None:
+        return ReferenceLogits(logits_of(x), aux_loss)
+    # The embedding of the token behind each, that of token 0 behind the last of a document.
+    documents = tokens.split(lengths)
+    following = torch.cat([F.pad(ids[1:], (0, 1))[: len(ids)] for ids in documents])
+    embedded = rms_norm(embed(following), p["mtp.token_norm.weight"], config.norm_eps)
+    y = rms_norm(x, p["mtp.hidden_norm.weight"], config.norm_eps)
+    y = torch.cat((embedded, y), 1) @ p["mtp.projection.weight"].T
+    y, more = reference_layer(config, part_of(p, "mtp.layer."), y, lengths, "*", rates)
+    y = rms_norm(y, p["mtp.final_norm.weight"], config.norm_eps)
+    return ReferenceLogits(logits_of(x), aux_loss + more, logits_of(y))
+
+
+def part_of(p: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): w for name, w in p.items() if name.startswith(prefix)}
+
+
+def reference_layer(
+    config: HybridConfig,
+    w: dict[str, Tensor],
+    x: Tensor,
+    lengths: tuple[int, ...],
+    kind: str,
+    rates: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Logits ``[S, vocab]`` and the auxiliary loss of a whole pack, in float64."""
+    """One layer with the weights ``w``, and its auxiliary loss."""
     deepnorm = ResidualScale((2 * config.num_layers) ** 0.25)
     own = config.residuals or Residuals("post", deepnorm, deepnorm, deepnorm)
-    x, aux_loss = p["embedding.weight"][tokens] * config.vocabulary.embedding_scale, torch.zeros(())
-    if inputs_embeds is not None:
-        x = inputs_embeds
-    for layer, kind in enumerate(config.kinds):
-        w = {k.removeprefix(f"layers.{layer}."): v for k, v in p.items() if f"layers.{layer}." in k}
-        a = {k.removeprefix("attention."): v for k, v in w.items() if k.startswith("attention.")}
-        residual, x = x, rms_norm(x, w["attention_norm.weight"], config.norm_eps)
-        if own.norm == "post":
-            residual = x
-        if kind == "*":
-            alpha, beta = own.softmax
-            softmax = reference_latent if config.attention.latent else reference_softmax
-            y = softmax(config, a, x, lengths)
-        else:
-            alpha, beta = own.lightning
-            counted = config.num_decay_layers or config.num_layers
-            rates = decay_rates(config.attention.num_heads, layer, counted, config.decay)
-            y = reference_lightning(config.lightning, a, x, rates, lengths)
-        residual = alpha * residual + beta * y
-        x = rms_norm(residual, w["moe_norm.weight"], config.norm_eps)
-        if own.norm == "post":
-            residual = x
-        if "mlp.w13" in w:
-            gate, up = x @ w["mlp.w13"].mT
-            y = (F.silu(gate) * up) @ w["mlp.w2"].T
-        else:
-            moe = reference_moe(
-                x,
-                w["moe.gate.weight"],
-                w["moe.experts.w13"],
-                w["moe.experts.w2"],
-                top_k=config.moe.top_k,
-                capacity_factor=config.moe.capacity_factor,
-                aux_loss_coefficient=config.moe.aux_loss_coefficient,
-                router=config.moe.router,
-                shared=[w[f"moe.shared.{n}"] for n in ("w13", "w2") if f"moe.shared.{n}" in w],
-            )
-            y, aux_loss = moe.output, aux_loss + moe.aux_loss
-        alpha, beta = own.mlp
-        x = alpha * residual + beta * y
-    head = p["embedding.weight" if config.vocabulary.tied else "head.weight"]
-    logits = rms_norm(x, p["final_norm.weight"], config.norm_eps) @ head.T
-    return config.vocabulary.logit_scale * logits, aux_loss
+    a, aux_loss = part_of(w, "attention."), torch.zeros(())
+    residual, x = x, rms_norm(x, w["attention_norm.weight"], config.norm_eps)
+    if own.norm == "post":
+        residual = x
+    if kind == "*":
+        alpha, beta = own.softmax
+        softmax = reference_latent if config.attention.latent else reference_softmax
+        y = softmax(config, a, x, lengths)
+    else:
+        alpha, beta = own.lightning
+        y = reference_lightning(config.lightning, a, x, rates, lengths)
+    residual = alpha * residual + beta * y
+    x = rms_norm(residual, w["moe_norm.weight"], config.norm_eps)
+    if own.norm == "post":
+        residual = x
+    if "mlp.w13" in w:
+        gate, up = x @ w["mlp.w13"].mT
+        y = (F.silu(gate) * up) @ w["mlp.w2"].T
+    else:
+        y, aux_loss, _ = reference_moe(
+            x,
+            w["moe.gate.weight"],
+            w["moe.experts.w13"],
+            w["moe.experts.w2"],
+            top_k=config.moe.top_k,
+            capacity_factor=config.moe.capacity_factor,
+            aux_loss_coefficient=config.moe.aux_loss_coefficient,
+            router=config.moe.router,
+            shared=[w[f"moe.shared.{n}"] for n in ("w13", "w2") if f"moe.shared.{n}" in w],
+        )
+    alpha, beta = own.mlp
+    return alpha * residual + beta * y, aux_loss
 
 
 def reference_softmax(

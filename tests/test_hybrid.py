@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from lasp.hybrid import (
     AttentionConfig,
@@ -16,6 +18,7 @@ from lasp.hybrid import (
     HybridModel,
     Residuals,
     ResidualScale,
+    next_in_document,
     next_token_loss,
     pack_batch,
     reduce_gradients,
@@ -104,8 +107,15 @@ def loss_and_gradients(
     tokens, labels = data(packs, topology.dp)[at.dp]
     tokens = batch.layout.shard(tokens, at.cp).to(device)
     labels = batch.layout.shard(labels, at.cp, pad_value=-100).to(device)
-    output = model(tokens, batch)
-    loss = next_token_loss(output.logits, labels, sum(map(sum, packs))) + output.aux_loss
+    targets, more = sum(map(sum, packs)), {}
+    if chosen.mtp_loss_weight is not None:
+        following = partial(next_in_document, layout=batch.layout, cp_group=model.groups.cp)
+        more = {"next_tokens": following(tokens, pad_value=0)}
+    output = model(tokens, batch, **more)
+    loss = next_token_loss(output.logits, labels, targets) + output.aux_loss
+    if chosen.mtp_loss_weight is not None:
+        after = following(labels, pad_value=-100)
+        loss += chosen.mtp_loss_weight * next_token_loss(output.mtp_logits, after, targets)
     loss.backward()
     reduce_gradients(model)
     total = loss.detach().double()
@@ -173,8 +183,14 @@ def check_oracle(packs: Packs, fields: dict[str, Any]) -> None:
     model.reset_parameters(0)
     parameters = dict(model.named_parameters())
     (tokens, labels), lengths = data(packs, dp=1)[0], packs_of_replicas(packs, dp=1)[0]
-    logits, aux_loss = reference_logits(chosen, parameters, tokens, lengths)
-    loss = next_token_loss(logits, labels, len(tokens)) + aux_loss
+    expected = reference_logits(chosen, parameters, tokens, lengths)
+    loss = next_token_loss(expected.logits, labels, len(tokens)) + expected.aux_loss
+    if chosen.mtp_loss_weight is not None:
+        after = torch.cat(
+            [F.pad(x[1:], (0, 1), value=-100)[: len(x)] for x in labels.split(lengths)]
+        )
+        of_mtp = next_token_loss(expected.mtp_logits, after, len(tokens))
+        loss = loss + chosen.mtp_loss_weight * of_mtp
     gradients = torch.autograd.grad(loss, list(parameters.values()))
     actual = one_rank(packs=packs, **fields)
     assert_equal_to_rounding(actual.pop("loss"), loss, what="loss")

@@ -21,8 +21,10 @@ from lasp.hybrid import (
     Residuals,
     VocabularyConfig,
     count_parameters,
+    next_in_document,
     pack_batch,
 )
+from lasp.sequence.layout import SequenceLayout
 from tests.closeness import relative_error
 from tests.test_hybrid import MEDIUM, config
 
@@ -65,9 +67,12 @@ def test_command_prints_the_parameters() -> None:
     assert row in re.sub(" +", " ", done.stdout)
 
 
-def model_call(tokens: Tensor | None, **inputs: Tensor) -> None:
+def model_call(
+    tokens: Tensor | None, mtp_loss_weight: float | None = None, **inputs: Tensor
+) -> None:
     batch = pack_batch([(8,)], dp_rank=0, num_ranks=2, order="contiguous")
-    HybridModel(config())(tokens, batch, **inputs)
+    chosen = replace(config(), mtp_loss_weight=mtp_loss_weight)
+    HybridModel(chosen)(tokens, batch, **inputs)
 
 
 def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
@@ -104,6 +109,19 @@ def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
         (
             lambda: model_call(None, inputs_embeds=torch.zeros(4, 9)),
             r"inputs_embeds must be floats of shape \(4, 10\)",
+        ),
+        (lambda: replace(config(), mtp_loss_weight=0.0), "mtp_loss_weight must be > 0 or None"),
+        (
+            lambda: model_call(torch.arange(4), next_tokens=torch.arange(4)),
+            "next_tokens must be None for a model without multi-token prediction",
+        ),
+        (
+            lambda: model_call(torch.arange(4), mtp_loss_weight=0.1),
+            "next_tokens must be given to train multi-token prediction",
+        ),
+        (
+            lambda: next_in_document(torch.arange(3), SequenceLayout((4,), 1), pad_value=0),
+            r"x must have shape \(4,\), got \(3,\)",
         ),
         (lambda: replace(config(), num_decay_layers=2), "num_decay_layers must be at least"),
         *(

@@ -59,8 +59,12 @@ LING = {
     "residuals": Residuals(),
     "decay": "bailing",
     "num_decay_layers": 9,
+    "mtp_loss_weight": 0.3,
 }
-RING = LING | {"attention": AttentionConfig(4, 2, 6, rotary_dim=4, qk_norm=True)}
+RING = LING | {
+    "mtp_loss_weight": None,
+    "attention": AttentionConfig(4, 2, 6, rotary_dim=4, qk_norm=True),
+}
 _DEPTH = ResidualScale(beta=1.4 / 4**0.5)
 SALA = {
     "pattern": "*GG*",
@@ -72,6 +76,7 @@ SALA = {
     "vocabulary": VocabularyConfig(True, True, embedding_scale=12.0, logit_scale=0.25),
     "residuals": Residuals("pre", _DEPTH, _DEPTH, _DEPTH),
     "decay": "sala",
+    "mtp_loss_weight": 0.1,
 }
 
 
@@ -124,7 +129,7 @@ def test_embeddings_in_place_of_tokens(num_ranks: int, order: str) -> None:
     model.reset_parameters(0)
     none = torch.zeros(len(whole), dtype=torch.int64)
     parameters = dict(model.named_parameters())
-    logits, aux_loss = reference_logits(config(), parameters, none, lengths, whole)
+    logits, aux_loss, _ = reference_logits(config(), parameters, none, lengths, whole)
     loss = (logits * whole.detach()[:, :1].sin()).sum() + aux_loss
     (gradient,) = torch.autograd.grad(loss, whole)
     for index, expected in ((1, whole), (2, logits), (3, gradient)):

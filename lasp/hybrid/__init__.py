@@ -13,6 +13,7 @@ from lasp.hybrid.config import (
     VocabularyConfig,
 )
 from lasp.hybrid.model import HybridModel, HybridOutput, ParameterCount, count_parameters
+from lasp.hybrid.multi_token import next_in_document
 from lasp.hybrid.packing import PackedBatch, pack_batch
 from lasp.hybrid.presets import (
     LING_2_5_1T,
@@ -43,6 +44,7 @@ __all__ = [
     "Residuals",
     "VocabularyConfig",
     "count_parameters",
+    "next_in_document",
     "next_token_loss",
     "pack_batch",
     "reduce_gradients",

@@ -193,6 +193,8 @@ class HybridConfig:
         decay: formula of the rates in lightning layers, see ``lasp.lightning.decay``.
         num_decay_layers: layers that the formula counts, where the model is the first part of a
             deeper one; None: ``num_layers``.
+        mtp_loss_weight: of the loss of a layer that predicts the token after the next, which the
+            model then has (``lasp.hybrid.multi_token``); None: it has none.
         lightning_impl: who computes lightning attention, see :func:`lasp.lightning_attention`.
         exchange: how its states cross the context-parallel ranks, see ``lasp.state_exchange``.
 
@@ -212,6 +214,7 @@ class HybridConfig:
     norm_eps: float = 1e-5
     decay: Variant = "minimax"
     num_decay_layers: int | None = None
+    mtp_loss_weight: float | None = None
     lightning_impl: Impl = "auto"
     exchange: Exchange = "auto"
 
@@ -233,6 +236,8 @@ class HybridConfig:
                 f"num_decay_layers must be at least num_layers {self.num_layers}, got"
                 f" {self.num_decay_layers}: it counts all layers of the whole model"
             )
+        if self.mtp_loss_weight is not None and not 0 < self.mtp_loss_weight < math.inf:
+            raise ValueError(f"mtp_loss_weight must be > 0 or None, got {self.mtp_loss_weight}")
         self._check_dense()
 
     def _check_dense(self) -> None:

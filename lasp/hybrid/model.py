@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from lasp._core.dtypes import wide_dtype
 from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.layer import HybridLayer, draw_xavier
+from lasp.hybrid.multi_token import MultiTokenLayer
 from lasp.hybrid.packing import PackedBatch
 from moe_parallel import ParallelGroups, RoutingStats
 
@@ -34,11 +35,14 @@ class HybridOutput(NamedTuple):
         aux_loss: this rank's share of the auxiliary losses of all layers, a scalar; its sum over
             the token group is the loss.
         stats: expert balance of each layer with experts over all ranks.
+        mtp_logits: ``[T, vocab]`` for the token after the next, see ``lasp.hybrid.multi_token``;
+            None where no ``next_tokens`` were given.
     """
 
     logits: Tensor
     aux_loss: Tensor
     stats: tuple[RoutingStats, ...]
+    mtp_logits: Tensor | None = None
 
 
 class HybridModel(nn.Module):
@@ -76,6 +80,9 @@ class HybridModel(nn.Module):
             for index in range(config.num_layers)
         )
         self.final_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
+        self.mtp: MultiTokenLayer | None = None
+        if config.mtp_loss_weight is not None:
+            self.mtp = MultiTokenLayer(config, groups=groups, device=device, dtype=dtype)
         self.head: nn.Linear | None = None
         if not vocabulary.tied:
             if vocabulary.float32_head:
@@ -83,7 +90,12 @@ class HybridModel(nn.Module):
             self.head = nn.Linear(hidden, config.vocab_size, bias=False, device=device, dtype=dtype)
 
     def forward(
-        self, tokens: Tensor | None, batch: PackedBatch, *, inputs_embeds: Tensor | None = None
+        self,
+        tokens: Tensor | None,
+        batch: PackedBatch,
+        *,
+        inputs_embeds: Tensor | None = None,
+        next_tokens: Tensor | None = None,
     ) -> HybridOutput:
         """Logits of this rank's tokens.
 
@@ -93,6 +105,9 @@ class HybridModel(nn.Module):
             batch: layout and router order, see :func:`pack_batch`.
             inputs_embeds: ``[T, hidden_size]`` in place of embedded tokens (of images, prompts that
                 are learned), sharded as tokens are; ``vocabulary.embedding_scale`` is not applied.
+            next_tokens: int64 ``[T]``, what follows each token in its document, for multi-token
+                prediction: :func:`lasp.hybrid.next_in_document` of ``tokens``. It must be given in
+                training mode where the model has ``mtp_loss_weight``, on all ranks.
 
         Returns:
             :class:`HybridOutput`.
@@ -101,18 +116,38 @@ class HybridModel(nn.Module):
 
         Raises:
             ValueError: unless one of ``tokens`` and ``inputs_embeds`` is given, of the layout's T
-                tokens.
+                tokens, and ``next_tokens`` where they must be and can be.
         """
+        self._check_next(next_tokens)
         hidden = self._embedded(tokens, batch, inputs_embeds)
-        aux_losses, stats = [], []
+        outputs = []
         for layer in self.layers:
-            hidden, aux_loss, layer_stats = layer(hidden, batch)
-            if aux_loss is not None:
-                aux_losses.append(aux_loss)
-                stats.append(layer_stats)
-        logits = self._logits(self.final_norm(hidden))
+            hidden, *of_layer = layer(hidden, batch)
+            outputs.append(of_layer)
+        hidden, mtp_logits = self.final_norm(hidden), None
+        logits = self._logits(hidden)
+        if self.mtp is not None and next_tokens is not None:
+            embedded = self._embedded(next_tokens, batch, None)
+            predicted, *of_layer = self.mtp(hidden, embedded, batch)
+            outputs.append(of_layer)
+            mtp_logits = self._logits(predicted)
+        aux_losses = [aux_loss for aux_loss, _ in outputs if aux_loss is not None]
         aux_loss = torch.stack(aux_losses).sum() if aux_losses else logits.new_zeros(())
-        return HybridOutput(logits, aux_loss, tuple(stats))
+        stats = tuple(of_layer for _, of_layer in outputs if of_layer is not None)
+        return HybridOutput(logits, aux_loss, stats, mtp_logits)
+
+    def _check_next(self, next_tokens: Tensor | None) -> None:
+        if next_tokens is None and self.mtp is not None and self.training:
+            raise ValueError(
+                "next_tokens must be given to train multi-token prediction, got None: pass"
+                " lasp.hybrid.next_in_document of the tokens, or build the model with"
+                " mtp_loss_weight None"
+            )
+        if next_tokens is not None and self.mtp is None:
+            raise ValueError(
+                "next_tokens must be None for a model without multi-token prediction, got a tensor:"
+                " build the model with an mtp_loss_weight"
+            )
 
     def _embedded(
         self, tokens: Tensor | None, batch: PackedBatch, inputs_embeds: Tensor | None
@@ -190,6 +225,8 @@ class HybridModel(nn.Module):
             draw_xavier(self.head.weight, 1.0, generator)
         for layer in self.decoder_layers():
             layer.reset_parameters(generator, self.config.residuals_or_deepnorm.init_gain)
+        if self.mtp is not None:
+            self.mtp.reset_parameters(generator, self.config.residuals_or_deepnorm.init_gain)
         for module in self.modules():
             if isinstance(module, nn.RMSNorm):
                 module.reset_parameters()

@@ -160,6 +160,11 @@ def _check_fields(hybrid: HybridConfig) -> None:
                 f" {getattr(hybrid.attention, name)}: softmax layers in Megatron do not have it;"
                 " those of lasp.hybrid.HybridModel do"
             )
+    if hybrid.mtp_loss_weight is not None:
+        raise ValueError(
+            f"mtp_loss_weight must be None for {PART}, got {hybrid.mtp_loss_weight}: multi-token"
+            " prediction is not in Megatron; lasp.hybrid.HybridModel has it"
+        )
     if hybrid.vocabulary != VocabularyConfig():
         raise ValueError(
             f"vocabulary must be VocabularyConfig() for {PART}, got {hybrid.vocabulary}: embedding"

@@ -268,6 +268,7 @@ ROWS = [
     *(
         Row(block, arguments={name: value}, names=names)
         for name, value, names in (
+            ("mtp_loss_weight", 0.1, "mtp_loss_weight must be None"),
             ("vocabulary", VocabularyConfig(True), r"vocabulary must be VocabularyConfig\(\)"),
             ("attention", replace(LIKE.attention, gated=True), "attention.gated must be False"),
             (

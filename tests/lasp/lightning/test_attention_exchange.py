@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lasp.lightning.attention import lightning_attention
 from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.state_flow import flow_of
 from lasp.state_exchange import ExchangeChoice, resolve_exchange
 from lasp.state_exchange.choice import _resolved
 from lasp.state_exchange.cost import Link
@@ -81,10 +82,11 @@ def attend_over_slow_link(cases: list[Case]) -> list[list[Tensor]]:
     link = Link(latency_us=0.0, gb_per_s=1e-6, launch_us=0.0, rank_us=0.0)
     case = cases[0]
     with patch("lasp.state_exchange.choice.link_of", lambda num_ranks: link):
-        definition = (case.layout.document_lengths, case.layout.num_ranks, case.layout.order)
+        layout = case.layout
         choices = _resolved.__wrapped__(  # not remembered
-            "auto", definition, case.rates, 2.0**-32, case.key_dim, case.value_dim
-        )
+            "auto", layout.num_ranks, flow_of(layout, 0).steps, case.rates, 2.0**-32,
+            case.key_dim, case.value_dim,
+        )  # fmt: skip
     assert [(c.strategy, c.heads) for c in choices] == [("scan", (0, 2)), ("one_hop", (1, 4))]
     with patch("lasp.lightning.validation.resolve_exchange", lambda *_: choices):
         return attend_on_rank(cases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class States(NamedTuple):
     """The states of one direction.
 
     Attributes:
-        entering: what enters segments from those before ``[plan.num_states, H, K, V]``.
+        entering: what enters segments from those before, ``[plan.num_states, H, K, V]`` in a row.
         outgoing: the local part of what runs send on ``[slots, H, K, V]``.
     """
 
@@ -86,11 +87,10 @@ class ChunkState:
         state = (num_heads, key_dim, value_dim)
         self._rates = recurrence.rates
         self._outgoing = (plan.flow.num_slots, *state)  # a run that sends ends in a segment
-        self._entering = (plan.num_states, *state)
-        self._none: States | None = None
-        if not any(plan.state_lengths):
-            empty = self._rates.new_empty(0)
-            self._none = States(empty, empty)
+        self._entering = plan.num_states * prod(state)
+        self._empty = self._rates.new_empty(0)
+        self._has_states = any(plan.state_lengths)
+        if not self._has_states:
             return
         num_sms, shared_bytes = device_limits(key_THK.device)
         blocks = tuning.state_blocks(key_dim, value_dim, key_THK.dtype, shared_bytes)
@@ -144,12 +144,12 @@ class ChunkState:
             initial_state: of the start of each document ``[N, H, K, V]`` float32, or None.
         """
         new_empty = self._rates.new_empty
-        if self._none is not None and self._outgoing[0] == 0:
-            return self._none
-        if self._none is not None:  # other ranks send, this one sends what nobody reads
-            return self._none._replace(outgoing=new_empty(self._outgoing))
-        states = States(new_empty(self._entering), new_empty(self._outgoing))
-        sums = new_empty(self._sums)
+        # Where other ranks send and this one does not, it sends what nobody reads.
+        outgoing = new_empty(*self._outgoing) if self._outgoing[0] else self._empty
+        if not self._has_states:
+            return States(self._empty, outgoing)
+        states = States(new_empty(self._entering), outgoing)
+        sums = new_empty(*self._sums)
         self._launch_sums(self._sum_programs, key_THK, value_THV, sums, *self._sum_shared)
         self._launch_passing(self._pass_programs, sums, *states, initial_state, *self._pass_shared)
         return states

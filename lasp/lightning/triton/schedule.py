@@ -117,7 +117,7 @@ def forward(
         op = _context(like, v, rates, initial_state, settings)
         return _plan_forward(op, q, k, v, initial_state is not None)
 
-    plan = _FORWARD.get((key, *_form(q), *_form(k), *_form(v)), build)
+    plan = _FORWARD.get((*key, q.stride(), k.stride(), v.shape, v.stride()), build)
     initial_state = _states(initial_state, like)
     states, outgoing = plan.chunk_state(k, v, initial_state)
     incoming = plan.sending.start(outgoing, settings.cp_group)()
@@ -128,7 +128,7 @@ def forward(
     return (
         rows_of_heads(output, like),
         states.new_empty(0) if final_state is None else states_of_rows(final_state, like),
-        states.view(-1) if states.numel() else states.new_empty(0),  # which others share
+        states if states.numel() else states.new_empty(0),  # which others share
         states.new_empty(0) if incoming is None else incoming.view(-1),
     )
 
@@ -158,7 +158,8 @@ def backward(
         op = _context(like, v, rates, initial_state, settings)
         return _plan_backward(op, (q, k, v, do), initial_state is not None, asked)
 
-    plan = _BACKWARD.get((key, asked, *_form(q), *_form(k), *_form(v), *_form(do)), build)
+    strides = q.stride(), k.stride(), v.stride(), do.stride()
+    plan = _BACKWARD.get((*key, *asked, v.shape, *strides), build)
     initial_state, grad_final = _states(initial_state, like), _states(grad_final, like)
     received = aligned(incoming) if incoming.numel() else None
     states_back, outgoing = plan.chunk_state(q, do, grad_final)
@@ -179,20 +180,20 @@ def backward(
 # ---- plans --------------------------------------------------------------------------------------
 
 
-def _key(q: Tensor, rates: Tensor, initial_state: Tensor | None, settings: Settings) -> Hashable:
-    """What the plans of both directions follow from, but for strides.
+def _key(
+    q: Tensor, rates: Tensor, initial_state: Tensor | None, settings: Settings
+) -> tuple[Hashable, ...]:
+    """What the plans of both directions follow from, but for V and strides; K is that of q.
 
     The functions that choose sizes are part of it: tests and tuners put others in their place.
     """
     layout, group, *numbers = settings
     ranks = None if group is None else (group.rank(), group.size())
     initial = None if initial_state is None else (initial_state.shape, initial_state.dtype)
-    sizes = tuning.output_blocks, tuning.state_blocks, tuning.segment_length, tuning.part_length
-    return layout, ranks, *numbers, tuple(rates.tolist()), q.shape, initial, sizes
-
-
-def _form(x: Tensor) -> tuple[Hashable, ...]:
-    return x.shape, x.stride(), x.dtype, x.device
+    return (
+        layout, ranks, *numbers, tuple(rates.tolist()), q.shape, q.dtype, q.device, initial,
+        tuning.output_blocks, tuning.state_blocks, tuning.segment_length, tuning.part_length,
+    )  # fmt: skip
 
 
 def _context(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from tests.test_hybrid import (
     one_rank,
     packs_of_replicas,
 )
+from tests.test_training import assert_same, trained_on_rank
 
 # In small: Ling-2.5 and Ring-linear-2.0 (the first layer is dense), and MiniCPM-SALA (all are).
 LING = {
@@ -103,6 +105,17 @@ def test_other_models_are_one_function_too(model, num_ranks, sizes, order) -> No
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert_equal_to_rounding(actual[name], tensor, what=name)
+
+
+@pytest.mark.parametrize("model", [RING, SALA], ids=["ring", "sala"])
+def test_wrapped_models_train_as_one_rank_does(model: dict[str, Any]) -> None:
+    """Shared experts and dense layers are replicated; a tied head has one weight."""
+    chosen = replace(config(), **(model | {"mtp_loss_weight": None}))
+    (expected,) = run_on_ranks(trained_on_rank, 1, {}, ["plain"], "cpu", chosen)[0]
+    hows = ["ddp+recompute", "fsdp"]
+    for of_rank in run_on_ranks(trained_on_rank, 2, {"ep": 2}, hows, "cpu", chosen):
+        for how, actual in zip(hows, of_rank, strict=True):
+            assert_same(actual, expected, how)
 
 
 def embeds_on_rank(order: str) -> tuple[Tensor, ...]:

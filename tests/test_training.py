@@ -63,10 +63,17 @@ class Job:
     run again in the backward.
     """
 
-    def __init__(self, topology: ExpertTopology, how: str, seed: int, device: str) -> None:
+    def __init__(
+        self,
+        topology: ExpertTopology,
+        how: str,
+        seed: int,
+        device: str,
+        config: HybridConfig = CONFIG,
+    ) -> None:
         self.how, self.topology, self.groups = how, topology, groups_of(topology)
         self.device = f"cuda:{dist.get_rank()}" if device == "cuda" else device
-        model = HybridModel(CONFIG, groups=self.groups, device=self.device, dtype=torch.float64)
+        model = HybridModel(config, groups=self.groups, device=self.device, dtype=torch.float64)
         model.reset_parameters(seed)
         if "+recompute" in how:
             for layer in model.layers:
@@ -117,11 +124,13 @@ class Job:
         return found
 
 
-def trained_on_rank(sizes: dict[str, int], hows: list[str], device: str) -> list[dict[str, Tensor]]:
+def trained_on_rank(
+    sizes: dict[str, int], hows: list[str], device: str, config: HybridConfig = CONFIG
+) -> list[dict[str, Tensor]]:
     """Parameters after two steps, of which the second accumulates, and both norms."""
     results = []
     for how in hows:
-        job = Job(ExpertTopology(dist.get_world_size(), **sizes), how, 0, device)
+        job = Job(ExpertTopology(dist.get_world_size(), **sizes), how, 0, device, config)
         norms = torch.stack([job.step(0), job.step(1, micro_batches=2)]).cpu()
         results.append({"norms": norms, **job.whole()})
     return results

@@ -155,23 +155,7 @@ def hybrid_stack_spec(
     Raises:
         ValueError: for layers that are neither of the four, or of another model.
     """
-    symbols = pattern.replace("|", "")
-    if not symbols or not set(symbols) <= set("G*E-"):
-        raise ValueError(
-            f"pattern must be of the layers G, *, E and - and of |, got {pattern!r}: take other"
-            " layers from Megatron's own stack spec; there is no MTP"
-        )
-    if ("E" in symbols) != (hybrid.moe is not None) or attention_of(symbols) != hybrid.kinds:
-        raise ValueError(
-            f"pattern must have the attention layers of the HybridConfig, {hybrid.kinds}, and E"
-            f" {'where' if hybrid.moe else 'nowhere, as'} it has {'' if hybrid.moe else 'no '}"
-            f"experts, got {pattern!r}: change one"
-        )
-    mlps = "".join("E" if hybrid.has_experts(n) else "-" for n in range(hybrid.num_layers))
-    if hybrid.dense and "".join(symbol for symbol in symbols if symbol in "E-") != mlps:
-        raise ValueError(
-            f"pattern must have the MLPs of the HybridConfig, {mlps}, got {pattern!r}: change one"
-        )
+    symbols = _checked_symbols(pattern, hybrid)
     mixers = tuple(number for number, symbol in enumerate(symbols, 1) if symbol in "G*")
     lightning, softmax = attention_specs(hybrid, packed_cut, mixers)
 
@@ -199,6 +183,28 @@ def hybrid_stack_spec(
         params={"pattern": pattern, "hybrid": hybrid},
         submodules=HybridStackSubmodules(**layers),
     )
+
+
+def _checked_symbols(pattern: str, hybrid: HybridConfig) -> str:
+    """The layers of a pattern; raise ValueError unless they are those of the hybrid model."""
+    symbols = pattern.replace("|", "")
+    if not symbols or not set(symbols) <= set("G*E-"):
+        raise ValueError(
+            f"pattern must be of the layers G, *, E and - and of |, got {pattern!r}: take other"
+            " layers from Megatron's own stack spec; there is no MTP"
+        )
+    if ("E" in symbols) != (hybrid.moe is not None) or attention_of(symbols) != hybrid.kinds:
+        raise ValueError(
+            f"pattern must have the attention layers of the HybridConfig, {hybrid.kinds}, and E"
+            f" {'where' if hybrid.moe else 'nowhere, as'} it has {'' if hybrid.moe else 'no '}"
+            f"experts, got {pattern!r}: change one"
+        )
+    mlps = "".join("E" if hybrid.has_experts(n) else "-" for n in range(hybrid.num_layers))
+    if hybrid.dense and "".join(symbol for symbol in symbols if symbol in "E-") != mlps:
+        raise ValueError(
+            f"pattern must have the MLPs of the HybridConfig, {mlps}, got {pattern!r}: change one"
+        )
+    return symbols
 
 
 # Megatron's --spec imports an object, before there is a pattern.

@@ -18,6 +18,7 @@ from tests.hybrid_reference import reference_lightning
 from tests.ranks import run_on_ranks
 
 HIDDEN, HEADS, DIM = 10, 4, 6
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is one, kernels run there
 LING = LightningOptions(
     activation="none", qk_norm=True, rotary_dim=4, scale=None, norm_groups=2, rope_base=600.0
 )
@@ -45,7 +46,7 @@ def make_module(options: LightningOptions, **kwargs: object) -> LightningAttenti
 
 
 def results(output: Tensor, module: LightningAttention, hidden: Tensor) -> list[Tensor]:
-    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).sin().view(output.shape)
+    weight = torch.linspace(-1, 1, output.numel()).to(output).sin().view(output.shape)
     leaves = [hidden, *module.parameters()]
     return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
 
@@ -112,10 +113,10 @@ def test_generation_rotates_by_given_positions() -> None:
 
 def test_kernels_within_budget() -> None:
     pytest.importorskip("triton", reason="it has no wheel here")
-    hidden, layout = torch.randn(30, HIDDEN), SequenceLayout((20, 10), 1)
+    hidden, layout = torch.randn(30, HIDDEN, device=DEVICE), SequenceLayout((20, 10), 1)
 
     def run(impl: str, dtype: torch.dtype) -> list[Tensor]:
-        module = make_module(LING, impl=impl).to(dtype)
+        module = make_module(LING, impl=impl).to(DEVICE, dtype)
         x = hidden.to(dtype).requires_grad_()
         return results(module(x, layout=layout), module, x)
 
@@ -127,9 +128,9 @@ def test_kernels_within_budget() -> None:
 def test_the_layer_is_one_graph() -> None:
     torch._dynamo.reset()
     pytest.importorskip("triton", reason="it has no wheel here")
-    module = make_module(LING, impl="triton").float()
+    module = make_module(LING, impl="triton").to(DEVICE, torch.float32)
     compiled = torch.compile(module, backend="eager", fullgraph=True)
-    hidden = torch.randn(12, HIDDEN)
+    hidden = torch.randn(12, HIDDEN, device=DEVICE)
     for lengths in ((12,), (5, 7)):
         layout = SequenceLayout(lengths, 1)
         assert_equal_to_rounding(

@@ -16,12 +16,18 @@ from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, on_ranks, 
 from tests.moe_parallel.test_layer import GROUPED, LOW_PRECISION, TOPOLOGIES
 from tests.ranks import run_on_ranks
 
+FINE = MoEConfig(64, 32, 64, 8)  # many small experts: ordered and multiplied at once
+
 
 def check_budget(
-    topology: ExpertTopology, config: MoEConfig, dtype: torch.dtype, backend: str
+    topology: ExpertTopology,
+    config: MoEConfig,
+    dtype: torch.dtype,
+    backend: str,
+    copied: bool = False,
 ) -> None:
     order = ORDERS["zigzag"](64, topology.world_size)
-    actual = on_ranks(topology, order, config, dtype, backend=backend)
+    actual = on_ranks(topology, order, config, dtype, backend=backend, copied=copied)
     exact = oracle(config, dtype, num_tokens=64)
     honest = oracle(config, dtype, compute=dtype, num_tokens=64)
     for name, got, wanted, eager in zip(LayerResult._fields, actual, exact, honest):
@@ -56,6 +62,19 @@ def test_kernels_are_within_budget(topology: ExpertTopology, copied: bool) -> No
 @pytest.mark.parametrize("topology", TOPOLOGIES[1:4])
 def test_low_precision_on_two_gpus(topology: ExpertTopology, dtype: torch.dtype) -> None:
     check_budget(topology, LOW_PRECISION, dtype, "nccl")
+
+
+@pytest.mark.gpu
+def test_fine_experts_on_a_gpu() -> None:
+    check_budget(TOPOLOGIES[0], FINE, torch.bfloat16, "nccl")
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("overlap_groups", [1, 2])
+def test_fine_experts_on_two_gpus(overlap_groups: int, copied: bool) -> None:
+    config = replace(FINE, overlap_groups=overlap_groups)
+    check_budget(ExpertTopology(2, ep=2), config, torch.bfloat16, "nccl", copied)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -10,7 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder
+from moe_parallel import (
+    ExpertParallelMoE,
+    ExpertTopology,
+    MoEConfig,
+    RouterConfig,
+    TokenOrder,
+)
 from moe_parallel.dispatch.padding import padded_order
 from moe_parallel.reference import reference_moe
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
@@ -148,8 +155,17 @@ def test_padding_needs_an_order() -> None:
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_captures_forward_and_backward() -> None:
-    config = MoEConfig(32, 64, 8, 2, capacity_factor=1.0, pad_to_capacity=True)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"capacity_factor": 1.0, "pad_to_capacity": True},
+        {"gemm": "grouped"},  # without drops, on one rank
+        {"gemm": "grouped", "router": RouterConfig("sigmoid", expert_bias=True)},
+    ],
+    ids=str,
+)
+def test_a_cuda_graph_captures_forward_and_backward(options: dict[str, Any]) -> None:
+    config = MoEConfig(32, 64, 8, 2, **options)
     layer = ExpertParallelMoE(config, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(64, 32, device="cuda", dtype=torch.bfloat16)
     order = TokenOrder.contiguous([64])

@@ -10,14 +10,18 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
 
+from dataclasses import replace
+
 from benchmarks import (
     host_time,
+    hybrid_layers,
     lightning_decode,
     lightning_kernels,
     lightning_layer,
     lightning_length,
 )
 from benchmarks.harness import Machine, Options
+from lasp.hybrid import NAMED_CONFIGS, AttentionConfig, DenseConfig
 
 # Triton's interpreter has no product of bf16.
 MACHINE = Machine("cpu", torch.float16)
@@ -125,3 +129,26 @@ def test_layer(rows_of) -> None:
         for metric in ("forward_ms", "backward_ms")
     ]
     assert {row["bound_name"] for row in found.values()} == {"bytes at copy bandwidth"}
+
+
+def test_hybrid_layers(rows_of) -> None:
+    small = {
+        name: replace(
+            config,
+            attention=AttentionConfig(2, 1, 16, 8),
+            moe=None,
+            dense=DenseConfig(8, 4),
+            lightning=replace(config.lightning, rotary_dim=8, norm_groups=1),
+        )
+        for name, config in NAMED_CONFIGS.items()
+        if name in hybrid_layers.MODELS[-2:]
+    }
+    cases = {"NAMED_CONFIGS": small, "MODELS": tuple(small), "CHECKED_TOKENS": 16}
+    options = hybrid_layers.Sizes(commit="c", tokens=32)
+    found = rows_of("hybrid_layers", options, **cases)
+    assert [key[1:3] + key[-1:] for key in found] == [
+        (name, layer, metric)
+        for name in small
+        for layer in ("lightning", "softmax")
+        for metric in ("forward_ms", "backward_ms")
+    ]

@@ -44,6 +44,7 @@ from lasp.megatron.packing import share_packs
 from lasp.megatron.packs import PackedCut, cut_of_training_loop
 from lasp.megatron.ring import RingSelfAttention, ring_attention_spec
 from lasp.megatron.ring_core import RingCoreAttention
+from lasp.megatron.ring_latent import RingLatentSelfAttention, ring_latent_attention_spec
 
 __all__ = [
     "ExpertOptions",
@@ -56,6 +57,7 @@ __all__ = [
     "PackedSequence",
     "ResidualNorm",
     "RingCoreAttention",
+    "RingLatentSelfAttention",
     "RingSelfAttention",
     "cut_of_training_loop",
     "expert_parallel_moe_spec",
@@ -71,6 +73,7 @@ __all__ = [
     "order_of_rows",
     "plain_weights",
     "ring_attention_spec",
+    "ring_latent_attention_spec",
     "shard_batch",
     "share_packs",
     "split_projections",

@@ -63,6 +63,7 @@ class RingSelfAttention(SelfAttention):
         require(config, part, apply_rope_fusion=False, rotary_interleaved=False)
         require(config, part, attention_output_gate=False, fused_single_qkv_rope=False)
         require(config, part, qk_l2_norm=False, fine_grained_activation_offloading=False)
+        require(config, part, multi_latent_attention=False)
         if config.qk_layernorm:
             submodules = replace(
                 submodules,

@@ -74,7 +74,7 @@ class RingCoreAttention(MegatronModule):
         part = "ring attention"
         require(config, part, attention_dropout=0.0)
         require(config, part, qk_clip=False, log_max_attention_logit=False)
-        require(config, part, apply_query_key_layer_scaling=False, multi_latent_attention=False)
+        require(config, part, apply_query_key_layer_scaling=False)
         require(config, part, attention_backend=AttnBackend.auto, flash_attention_version=None)
         if cp_comm_type not in (None, "p2p"):
             raise ValueError(

@@ -2,5 +2,12 @@
 
 from lasp.megatron.ring import RingSelfAttention, ring_attention_spec
 from lasp.megatron.ring_core import RingCoreAttention
+from lasp.megatron.ring_latent import RingLatentSelfAttention, ring_latent_attention_spec
 
-__all__ = ["RingCoreAttention", "RingSelfAttention", "ring_attention_spec"]
+__all__ = [
+    "RingCoreAttention",
+    "RingLatentSelfAttention",
+    "RingSelfAttention",
+    "ring_attention_spec",
+    "ring_latent_attention_spec",
+]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from lasp.layers.lightning_attention import LightningAttention
@@ -50,7 +50,8 @@ def config(**options: Any) -> TransformerConfig:
         "use_cpu_initialization": True,
         "params_dtype": torch.float64,
     }
-    return TransformerConfig(**(chosen | options))
+    kind = MLATransformerConfig if "kv_lora_rank" in options else TransformerConfig
+    return kind(**(chosen | options))
 
 
 def parallel_config(sizes: dict[str, int], **options: Any) -> TransformerConfig:
@@ -75,6 +76,11 @@ CUT = {
     "out_proj": 1,
     "linear_qkv": 0,
     "linear_proj": 1,
+    "linear_q_proj": 0,
+    "linear_q_down_proj": 0,
+    "linear_q_up_proj": 0,
+    "linear_kv_down_proj": 0,
+    "linear_kv_up_proj": 0,
 }
 
 
@@ -125,15 +131,22 @@ def attention_on_rank(
     device: str = "cpu",
     sequence_parallel: bool = True,
     megatrons: bool = False,
+    configured: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Output, input gradient and parameter gradients for the loss sum(output * cos(pack)).
 
     ``pack`` is [S, hidden]; with ``lengths`` None it is [S, B, hidden], a batch of B rows in
     ``order``. With ``megatrons`` the part gets Megatron's own PackedSeqParams. Padding is sevens.
+    ``configured`` are options of the config.
     """
     groups = initialize(device, **sizes)
     sequence_parallel = sequence_parallel and sizes.get("tp", 1) > 1
-    options = parallel_config(sizes, sequence_parallel=sequence_parallel, params_dtype=pack.dtype)
+    options = parallel_config(
+        sizes,
+        sequence_parallel=sequence_parallel,
+        params_dtype=pack.dtype,
+        **(configured or {}),
+    )
     if lengths is None:
         options.linear_cp_layout = options.attention_cp_layout = order  # as Megatron's main
     module = build_module(spec, config=options, layer_number=3, pg_collection=groups).to(device)
@@ -173,11 +186,13 @@ class Case(NamedTuple):
         spec: of the part.
         plain: the module, of one value whatever the dtype.
         names: values of the module's parameters under the names of the part's.
+        configured: options of the config that the part is built with.
     """
 
     spec: ModuleSpec
     plain: Callable[[torch.dtype], torch.nn.Module]
     names: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    configured: dict[str, Any] = {}  # noqa: RUF012
 
     def weights(self) -> dict[str, Tensor]:
         parameters = self.plain(torch.float64).named_parameters()
@@ -202,13 +217,14 @@ class Case(NamedTuple):
         sizes: dict[str, int],
         lengths: tuple[int, ...] | None,
         order: str = "contiguous",
-        **options: bool,
+        **options: Any,
     ) -> None:
         """float64 on every rank: equal to rounding."""
         shape = (sum(LENGTHS), HIDDEN) if lengths else (16, 3, HIDDEN)
         pack = torch.randn(shape, dtype=torch.float64)
         expected = self.expected(pack, lengths)
         args = (self.spec, sizes, lengths, order, self.weights(), pack)
+        options |= {"configured": self.configured}
         for result in run_on_ranks(attention_on_rank, num_ranks, *args, **options):
             assert result.keys() == expected.keys()
             for name, tensor in expected.items():

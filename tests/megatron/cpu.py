@@ -7,6 +7,7 @@
     torch.cuda.synchronize         before a checkpoint is written: nothing to wait for
     torch.cuda.current_stream      of which gradient reductions ask the events to wait for: none
     get_pos_emb_on_this_cp_rank    the same slices, without pinned memory and a copy to the GPU
+    multi_latent_attention.HAVE_TE 0.16 takes a stand-in for TransformerEngine's classes
 
 ``train_on_cpu()`` rewrites, within its block, what Megatron's optimizer, schedules and loss write
 out: device "cuda" is the CPU, float32 is float64 where the tensors are, ``Tensor.type()`` names
@@ -30,6 +31,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer import multi_latent_attention
 from torch.overrides import TorchFunctionMode
 
 
@@ -42,6 +44,8 @@ def run_on_cpu() -> None:
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.HAVE_TE = False
     for module in (rope_utils, rotary_pos_embedding):
         module.get_pos_emb_on_this_cp_rank = _rows_of_this_rank
 

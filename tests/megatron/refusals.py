@@ -139,7 +139,6 @@ SOFTMAX = {
     "attention_dropout": 0.1,
     "flash_attention_version": 3,
     "log_max_attention_logit": True,
-    "multi_latent_attention": True,
     "qk_clip": True,
     "softmax_type": "other",
     "window_size": (4, 1),
@@ -148,6 +147,7 @@ OWN_POSITIONS = {
     "apply_rope_fusion": True,
     "attention_output_gate": True,
     "fused_single_qkv_rope": True,
+    "multi_latent_attention": True,
     "qk_l2_norm": True,
     "rotary_interleaved": True,
 }

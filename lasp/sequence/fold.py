@@ -36,20 +36,25 @@ class WorkIndex:
 
     Args:
         borders: N + 1 cumulative document lengths, starting at 0.
+        window: tokens before itself that a query sees; None: all.
     """
 
-    def __init__(self, borders: Sequence[int]) -> None:
-        self.borders = borders
+    def __init__(self, borders: Sequence[int], window: int | None = None) -> None:
+        self.borders, self._window = borders, window
         self._before = [0]  # work of all documents before document n
         for start, stop in pairwise(borders):
-            length = stop - start
-            self._before.append(self._before[-1] + length * (length + 1) // 2)
+            self._before.append(self._before[-1] + self._of(stop - start))
 
     def until(self, position: int) -> int:
         """Work of pack positions [0, position)."""
         document = bisect_right(self.borders, position) - 1
         inside = position - self.borders[document]
-        return self._before[document] + inside * (inside + 1) // 2
+        return self._before[document] + self._of(inside)
+
+    def _of(self, tokens: int) -> int:
+        """Work of the first tokens of a document."""
+        beyond = 0 if self._window is None else max(0, tokens - 1 - self._window)
+        return (tokens * (tokens + 1) - beyond * (beyond + 1)) // 2
 
     def between(self, start: int, stop: int) -> int:
         """Work of pack positions [start, stop)."""

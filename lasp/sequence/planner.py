@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from lasp.sequence.fold import WorkIndex
 from lasp.sequence.layout import Order, SequenceLayout
 
 # document_zigzag is for data that comes so: to pad every document never pays.
@@ -38,6 +39,7 @@ class CostModel:
         flop_per_s: rate of the softmax attention kernel.
         link_bytes_per_s: bandwidth between ranks, each direction.
         activation_bytes: bytes of one key or value element.
+        window: tokens before itself that a query of the softmax layer sees; None: all.
     """
 
     query_heads: int = 64
@@ -48,6 +50,7 @@ class CostModel:
     flop_per_s: float = 400e12
     link_bytes_per_s: float = 45e9
     activation_bytes: int = 2
+    window: int | None = None
 
 
 class LayoutCost(NamedTuple):
@@ -107,11 +110,12 @@ def layout_costs(
 
 def _cost(layout: SequenceLayout, model: CostModel) -> LayoutCost:
     ranks = range(layout.num_ranks)
-    work = [layout.work(rank) for rank in ranks]
+    index = WorkIndex(layout.borders, model.window)
+    work = [sum(index.between(*run) for run in layout.runs(rank)) for rank in ranks]
     # A (query, key) pair costs 4 d floating-point operations a query head: q k^T and p v.
     flop = max(work) * 4 * model.query_heads * model.head_dim
     token_bytes = 2 * model.kv_heads * model.head_dim * model.activation_bytes
-    kv_bytes = token_bytes * max(_tokens_received(layout, rank) for rank in ranks)
+    kv_bytes = token_bytes * max(_tokens_received(layout, rank, model.window) for rank in ranks)
     state_bytes = int(_states_received(layout) * model.lightning_heads * model.head_dim**2 * 4)
     attention_ms = 1e3 * flop / model.flop_per_s
     kv_ms = 1e3 * kv_bytes / model.link_bytes_per_s
@@ -141,15 +145,17 @@ def _states_received(layout: SequenceLayout) -> float:
     return min(float(gathered), sliced)
 
 
-def _tokens_received(layout: SequenceLayout, rank: int) -> int:
-    """Tokens of other ranks that causal attention of ``rank`` reads."""
-    last_start: dict[int, int] = {}  # document -> where its last fragment here starts
-    held: dict[int, int] = {}  # document -> tokens held here before that fragment
-    tokens_of: dict[int, int] = {}
+def _tokens_received(layout: SequenceLayout, rank: int, window: int | None = None) -> int:
+    """Tokens of other ranks that causal attention of ``rank`` reads.
+
+    A fragment brings what lies between it and the one before it here, as far as the window reaches:
+    what lies before that one is what that one needs itself.
+    """
+    received, stops = 0, dict[int, int]()  # of a document: where its last fragment here stops
     for fragment in layout.fragments(rank):
         if fragment.document == layout.num_documents:  # padding attends to itself alone
             continue
-        held[fragment.document] = tokens_of.get(fragment.document, 0)
-        tokens_of[fragment.document] = held[fragment.document] + fragment.stop - fragment.start
-        last_start[fragment.document] = fragment.start
-    return sum(start - held[document] for document, start in last_start.items())
+        gap = fragment.start - stops.get(fragment.document, 0)
+        received += gap if window is None else min(gap, window)
+        stops[fragment.document] = fragment.stop
+    return received

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from lasp.sequence.fold import WorkIndex
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.planner import (
     CostModel,
@@ -32,6 +33,18 @@ def test_tokens_received_are_those_of_ring_attention(name: str, order) -> None:
     layout = SequenceLayout(distribution(name, 2**17, 2), 8, order)
     for rank in range(8):
         assert _tokens_received(layout, rank) == plan_ring(layout, rank, True).received_tokens
+        for window in (1, 500, 9000):
+            schedule = plan_ring(layout, rank, True, window=(window, 0))
+            assert _tokens_received(layout, rank, window) == schedule.received_tokens
+
+
+@pytest.mark.parametrize("window", [None, 0, 1, 4, 100])
+def test_work_counts_the_keys_in_the_window(window: int | None) -> None:
+    index = WorkIndex((0, 9, 9, 12, 30), window)
+    first = [n for n, stop in ((0, 9), (9, 12), (12, 30)) for _ in range(n, stop)]
+    seen = [t + 1 - max(first[t], 0 if window is None else t - window) for t in range(30)]
+    for start, stop in ((0, 30), (3, 11), (12, 13), (14, 29), (5, 5)):
+        assert index.between(start, stop) == sum(seen[start:stop])
 
 
 def test_states_received_are_the_fewer_of_gathered_and_sliced() -> None:
@@ -50,6 +63,14 @@ def test_costs_say_why() -> None:
 
 def test_one_long_document_goes_zigzag() -> None:
     assert plan_layout((2**20,), 16).order == "zigzag"
+
+
+def test_one_long_document_under_a_window_stays_contiguous() -> None:
+    model = CostModel(window=4096)
+    first, *_ = layout_costs((2**20,), 16, cost_model=model)
+    assert first.layout.order == "contiguous"
+    assert first.balance < 1.01
+    assert first.kv_bytes == 4096 * 2 * 8 * 128 * 2
 
 
 def test_many_short_documents_stay_contiguous() -> None:

@@ -25,7 +25,6 @@ from lasp._core.dtensors import local
 from lasp._core.graphs import outside_graphs
 from lasp._core.summed_gradients import any_summed, mark_summed
 from moe_parallel.experts.experts import Experts
-from moe_parallel.router.route import Router
 from moe_parallel.sharding import distribute_experts, split_experts
 from moe_parallel.topology import ExpertTopology, ParallelGroups
 
@@ -172,7 +171,8 @@ def apply_fsdp(
 
     Call ``backward`` on this rank's share of the loss; make the optimizer after this. Split experts
     become DTensors over (edp, ep, etp), see :func:`distribute_experts`. Where ``mp_policy`` has a
-    parameter dtype, the routers keep theirs.
+    parameter dtype, the routers keep theirs, and so does any module with the attribute
+    ``keeps_dtype``, as the float32 head of a hybrid model.
 
     Args:
         model: holds any number of :class:`moe_parallel.ExpertParallelMoE`; with its initial values,
@@ -201,7 +201,7 @@ def apply_fsdp(
         if isinstance(module, Experts):
             cut = partial(_cut, num_ranks=topology.edp)
             fully_shard(module, mesh=mesh["edp"], shard_placement_fn=cut, **options)
-        elif isinstance(module, Router) and "mp_policy" in options:
+        elif getattr(module, "keeps_dtype", False) and "mp_policy" in options:
             fully_shard(module, mesh=tokens, **{**options, "mp_policy": own_dtype})
     for block in (*blocks, model):
         fully_shard(block, mesh=tokens, **options)

@@ -6,6 +6,7 @@ rank that holds everything.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lasp.hybrid import (
     AttentionConfig,
     HybridConfig,
     HybridModel,
+    VocabularyConfig,
     next_token_loss,
     pack_batch,
     reduce_gradients,
@@ -222,9 +224,10 @@ def test_a_checkpoint_of_two_gpus_is_read_under_other_sizes(tmp_path) -> None:
     check_checkpoint(tmp_path / "saved", (2, {"ep": 2}, "fsdp"), loads, backend="nccl")
 
 
-def mixed_on_rank() -> dict[str, torch.dtype]:
+def mixed_on_rank(float32_head: bool) -> dict[str, torch.dtype]:
     topology = ExpertTopology(2, ep=2)
-    model = HybridModel(CONFIG, groups=groups_of(topology))
+    chosen = replace(CONFIG, vocabulary=VocabularyConfig(float32_head=float32_head))
+    model = HybridModel(chosen, groups=groups_of(topology))
     model.reset_parameters(0)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     apply_fsdp(model, topology, blocks=model.layers, mp_policy=policy)
@@ -238,13 +241,16 @@ def mixed_on_rank() -> dict[str, torch.dtype]:
     batch = pack_batch([[4], [4]], dp_rank=dist.get_rank(), num_ranks=1, order="contiguous")
     output = model(torch.arange(4), batch)
     (output.logits.float().sum() + output.aux_loss).backward()
-    return seen
+    return seen | {"logits": output.logits.dtype}
 
 
-def test_fsdp_in_mixed_precision_keeps_the_routers_dtype() -> None:
-    for seen in run_on_ranks(mixed_on_rank, 2):
+@pytest.mark.parametrize("float32_head", [False, True])
+def test_fsdp_in_mixed_precision_keeps_the_dtype_of_router_and_head(float32_head: bool) -> None:
+    of_head = torch.float32 if float32_head else torch.bfloat16
+    for seen in run_on_ranks(mixed_on_rank, 2, float32_head):
         assert seen == {
             "layers.0.moe.gate": torch.float32,
             "layers.0.moe.experts": torch.bfloat16,
-            "head": torch.bfloat16,
+            "head": of_head,
+            "logits": of_head,
         }

@@ -88,6 +88,7 @@ class HybridModel(nn.Module):
             if vocabulary.float32_head:
                 dtype = wide_dtype(dtype or torch.get_default_dtype())
             self.head = nn.Linear(hidden, config.vocab_size, bias=False, device=device, dtype=dtype)
+            self.head.keeps_dtype = vocabulary.float32_head  # type: ignore[assignment]
 
     def forward(
         self,

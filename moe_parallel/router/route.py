@@ -145,6 +145,8 @@ class Router(nn.Module):
 
     expert_bias: Tensor | None
 
+    keeps_dtype = True  # whatever others are cast to, see moe_parallel.apply_fsdp
+
     def __init__(
         self,
         config: MoEConfig,

@@ -2,9 +2,9 @@
 
 Every rank holds the same number of tokens. Under a causal mask or without one, P ranks with T
 tokens each have P times the work, each, of one rank that attends to its T tokens alone. So the
-bound is P times the time of that on one GPU, by cuDNN's dense kernel, in the same run (on CPUs
-PyTorch's flash attention). The ring is measured in the order that balances, zigzag; the peers of
-``benchmarks.ring_peers`` in the order that each needs.
+bound is P times the time of that on one GPU, by the fastest dense kernel that is installed, FA4 or
+cuDNN's, in the same run (on CPUs PyTorch's flash attention). The ring is measured in the order that
+balances, zigzag; the peers of ``benchmarks.ring_peers`` in the order that each needs.
 
 Calls take turns; samples are those of ``benchmarks.timing``: the slowest rank counts. Bytes are
 counted at the collectives. ``both_ms`` is forward and backward; ``extra_bytes`` the peak memory of
@@ -25,6 +25,8 @@ from torch import Tensor
 from benchmarks import ring_cases
 from benchmarks.harness import Forward, Machine, Row, answer
 from benchmarks.ring_cases import Case, compare, peers, question
+from ring.blocks.interface import Operands
+from ring.blocks.registry import BLOCKS
 
 aten = torch.ops.aten
 NAME, ALONE = "ring_length", "one rank's tokens alone"
@@ -38,9 +40,18 @@ class Options(ring_cases.Options):
 
 
 def alone(case: Case) -> Forward:
-    """The tokens of one rank as a document of their own, by PyTorch's fastest dense kernel."""
+    """The tokens of one rank as a document of their own, by the fastest dense kernel."""
+
+    def by_fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from flash_attn.cute import flash_attn_func
+
+        output, *_ = flash_attn_func(q[None], k[None], v[None], causal=case.causal)
+        return output[0]
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        operands = Operands(q.device, q.dtype, case.head_dim, case.head_dim)
+        if BLOCKS["fa4"].obstacle(operands) is None:
+            return by_fa4(q, k, v)
         heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
         if q.is_cuda:
             output, *_ = aten._scaled_dot_product_cudnn_attention(

@@ -18,6 +18,8 @@ Example: documents of 3 and 5 tokens, chunks of 4, no initial states::
     chunk 1   rows 0 to 3 see the state (1 > 0, 2 > 1, ...), and the state stays (4 >= 4)
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -31,11 +33,58 @@ from lasp.lightning.triton.chunk_rows_kernel import (
 from lasp.lightning.triton.chunk_state_kernel import as_operand
 
 
+class Tensors(NamedTuple):
+    """What a scan reads and writes: descriptors, or pointers with strides.
+
+    Attributes:
+        query: ``[T, H, D]``.
+        key: ``[T, H, D]``.
+        value: ``[T, H, E]``.
+        output: pointer to ``[T, H, E]``, contiguous.
+        output_tiles: its descriptor, or None.
+        reach: pointer to ``[T]``.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    output: Any
+    output_tiles: Any
+    reach: Any
+
+
+class Strides(NamedTuple):
+    """Elements from token to token, and from head to head."""
+
+    query_t: Any
+    query_h: Any
+    key_t: Any
+    key_h: Any
+    value_t: Any
+    value_h: Any
+
+
+class Weights(NamedTuple):
+    """What weighs on a chunk of n rows of one document.
+
+    Attributes:
+        powers: on scores ``[keys, queries]``.
+        entering: on the state on entry ``[CHUNK]``.
+        leaving: on rows on leaving ``[CHUNK]``.
+        across: on the state on leaving.
+    """
+
+    powers: Any
+    entering: Any
+    leaving: Any
+    across: Any
+
+
 @triton.jit
 def weights(n, rate, scale, CHUNK: tl.constexpr, STEP: tl.constexpr):
-    """What weighs on scores, the state on entry, rows on leaving, the state on leaving.
+    """The weights of a chunk of n rows of one document.
 
-    For a chunk of n rows of one document. Forward, the output is scaled and the state is not; in
+    Forward, the output is scaled and the state is not; in
     reverse the state is, because it is the gradient of a state that does not know the scale, and
     what it gives is not scaled again.
     """
@@ -51,7 +100,7 @@ def weights(n, rate, scale, CHUNK: tl.constexpr, STEP: tl.constexpr):
         entering *= scale
     else:
         leaving *= scale
-    return powers, entering, leaving, tl.exp2(-rate * n.to(tl.float32))
+    return Weights(powers, entering, leaving, tl.exp2(-rate * n.to(tl.float32)))
 
 
 @triton.jit
@@ -146,24 +195,14 @@ def _state_after(
 
 @triton.jit
 def advance_chunk(
-    query,
-    key,
-    value,
-    output,
-    output_tiles,
-    reach,
+    tensors,
+    strides,
     state,  # a tuple: [BLOCK_E, BLOCK_D] for every BLOCK_D key rows
     head,
     token,
     n,
-    powers,
-    entering,
-    leaving,
-    across,
-    query_stride_t,
-    key_stride_t,
-    value_stride_t,
-    output_stride_t,
+    factors,
+    num_heads,
     column,  # the first of value and output
     D: tl.constexpr,
     E: tl.constexpr,
@@ -178,20 +217,22 @@ def advance_chunk(
     SELECT: tl.constexpr,  # documents by selection: 0 * NaN would be NaN
 ):
     """Write the output of one chunk of n tokens; the state after it."""
-    rows = flow_rows(CHUNK, STEP)
+    powers, entering, leaving, across = factors
+    reach, rows = tensors.reach, flow_rows(CHUNK, STEP)
     reach_last = tl.load(reach + token + STEP * (n - 1))
     border = reach_last < n
     if border:
         across = tl.zeros_like(across)
     q = load_pieces(
-        query, head, token, rows, n, query_stride_t,
+        tensors.query, head, token, rows, n, strides.query_t,
         D, BLOCK_D, CHUNK, STEP, RAGGED, TMA, OPERAND,
     )  # fmt: skip
     k = load_pieces(
-        key, head, token, rows, n, key_stride_t, D, BLOCK_D, CHUNK, STEP, RAGGED, TMA, OPERAND
-    )
+        tensors.key, head, token, rows, n, strides.key_t,
+        D, BLOCK_D, CHUNK, STEP, RAGGED, TMA, OPERAND,
+    )  # fmt: skip
     v = load_rows(
-        value, head, token, column, rows, n, value_stride_t,
+        tensors.value, head, token, column, rows, n, strides.value_t,
         E, BLOCK_E, CHUNK, STEP, RAGGED, TMA, OPERAND,
     )  # fmt: skip
     stays = n - 1 - rows <= reach_last
@@ -209,7 +250,7 @@ def advance_chunk(
     )  # fmt: skip
     result = tl.trans(tl.dot(tl.trans(v), scores, result, input_precision=PRECISION))
     store_rows(
-        output, output_tiles, result.to(output.dtype.element_ty), head, token, column, rows, n,
-        output_stride_t, E, BLOCK_E, CHUNK, STEP, RAGGED, TMA,
+        tensors.output, tensors.output_tiles, result.to(tensors.output.dtype.element_ty),
+        head, token, column, rows, n, num_heads * E, E, BLOCK_E, CHUNK, STEP, RAGGED, TMA,
     )  # fmt: skip
     return _state_after(k, weighted, state, across, stays, border, OPERAND, PRECISION, SELECT)

@@ -15,32 +15,22 @@ and selects.
 import triton
 import triton.language as tl
 
-from lasp.lightning.triton.chunk_kernel import advance_chunk, weights
+from lasp.lightning.triton.chunk_kernel import Strides, Tensors, advance_chunk, weights
 from lasp.lightning.triton.chunk_state_kernel import COLUMNS, FIRST, LENGTH, LOG2E
 from lasp.lightning.triton.segment_state_kernel import entering_state, leave_state
 
 
 @triton.jit
 def _walk(
-    query,
-    key,
-    value,
-    output,
-    output_tiles,
+    tensors,
+    strides,
     state,  # before the segment: a tuple, see advance_chunk
     rates,
     table,
-    reach,
     row,  # segment and head
     block,  # of columns
     num_heads,
     scale,
-    query_stride_t,
-    query_stride_h,
-    key_stride_t,
-    key_stride_h,
-    value_stride_t,
-    value_stride_h,
     D: tl.constexpr,
     E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -59,43 +49,43 @@ def _walk(
     length = tl.load(table + LENGTH)
     rate = tl.load(rates + head) * LOG2E
     column = block * BLOCK_E
-    if not TMA:
-        query += head.to(tl.int64) * query_stride_h
-        key += head.to(tl.int64) * key_stride_h
-        value += head.to(tl.int64) * value_stride_h
-    output += head.to(tl.int64) * E
-
+    tensors = _of_head(tensors, strides, head.to(tl.int64), E, TMA)
     if SELECT:
         for begin in tl.range(0, length, CHUNK, num_stages=1):
             n = tl.minimum(length - begin, CHUNK)
-            powers, entering, leaving, across = weights(n, rate, scale, CHUNK, STEP)
+            factors = weights(n, rate, scale, CHUNK, STEP)
             state = advance_chunk(
-                query, key, value, output, output_tiles, reach, state,
-                head, first + STEP * begin, n, powers, entering, leaving, across,
-                query_stride_t, key_stride_t, value_stride_t, num_heads * E, column,
+                tensors, strides, state, head, first + STEP * begin, n, factors, num_heads, column,
                 D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, True, TMA, OPERAND, PRECISION, True,
             )  # fmt: skip
         return state
     whole = length // CHUNK * CHUNK
     n = tl.full([], CHUNK, tl.int32)
-    powers, entering, leaving, across = weights(n, rate, scale, CHUNK, STEP)
+    factors = weights(n, rate, scale, CHUNK, STEP)
     for begin in range(0, whole, CHUNK):
         state = advance_chunk(
-            query, key, value, output, output_tiles, reach, state,
-            head, first + STEP * begin, n, powers, entering, leaving, across,
-            query_stride_t, key_stride_t, value_stride_t, num_heads * E, column,
+            tensors, strides, state, head, first + STEP * begin, n, factors, num_heads, column,
             D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, False, TMA, OPERAND, PRECISION, False,
         )  # fmt: skip
     if whole < length:
         n = length - whole
-        powers, entering, leaving, across = weights(n, rate, scale, CHUNK, STEP)
+        factors = weights(n, rate, scale, CHUNK, STEP)
         state = advance_chunk(
-            query, key, value, output, output_tiles, reach, state,
-            head, first + STEP * whole, n, powers, entering, leaving, across,
-            query_stride_t, key_stride_t, value_stride_t, num_heads * E, column,
+            tensors, strides, state, head, first + STEP * whole, n, factors, num_heads, column,
             D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, True, TMA, OPERAND, PRECISION, False,
         )  # fmt: skip
     return state
+
+
+@triton.jit
+def _of_head(tensors, strides, head, E: tl.constexpr, TMA: tl.constexpr):
+    """The tensors with pointers moved to a head; descriptors find it themselves."""
+    query, key, value, output, output_tiles, reach = tensors
+    if not TMA:
+        query += head * strides.query_h
+        key += head * strides.key_h
+        value += head * strides.value_h
+    return Tensors(query, key, value, output + head * E, output_tiles, reach)
 
 
 @triton.jit
@@ -166,10 +156,12 @@ def chunk_scan_kernel(
         states, initial_state, incoming, rates, table, row, block, num_heads,
         D, E, BLOCK_D, BLOCK_E, TRANSPOSED,
     )  # fmt: skip
+    strides = Strides(
+        query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h
+    )
     state = _walk(
-        query, key, value, output, output_tiles, state, rates, table, reach, row, block, num_heads,
-        scale,
-        query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
+        Tensors(query, key, value, output, output_tiles, reach), strides, state, rates, table,
+        row, block, num_heads, scale,
         D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, TMA, OPERAND, PRECISION, REPAIR,
     )  # fmt: skip
     if final_state is not None:
@@ -180,42 +172,18 @@ def chunk_scan_kernel(
 
 @triton.jit(do_not_specialize=["num_heads"])
 def key_value_gradients_kernel(
-    q,  # [T, H, D]
-    k,  # [T, H, D]
-    v,  # [T, H, D]
-    do,  # [T, H, D]
-    q_columns,  # the same tensors by blocks of columns
-    do_columns,
-    dk,  # [T, H, D], contiguous
-    dv,  # [T, H, D], contiguous
-    dk_tiles,  # their tensor descriptors, or None
-    dv_tiles,
+    q, k, v, do,  # [T, H, D]
+    q_columns, do_columns,  # the same tensors by blocks of columns
+    dk, dv,  # [T, H, D], contiguous
+    dk_tiles, dv_tiles,  # their tensor descriptors, or None
     states,  # [states, H, D, D] float32, and so on: see chunk_scan_kernel
-    initial_state,
-    incoming,
-    final_state,
-    rates,
-    table,
-    reach,
-    num_heads,
-    scale,
-    q_stride_t,
-    q_stride_h,
-    k_stride_t,
-    k_stride_h,
-    v_stride_t,
-    v_stride_h,
-    do_stride_t,
-    do_stride_h,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TMA: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    initial_state, incoming, final_state, rates, table, reach, num_heads, scale,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h,
+    v_stride_t, v_stride_h, do_stride_t, do_stride_h,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
+    TMA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     REPAIR: tl.constexpr,  # only what is not finite
-):
+):  # fmt: skip
     """Both gradients that flow in reverse: dk is the output of (v, do, q), dv that of (k, q, do).
 
     Programs of the two lie side by side, so that what one has read is in the cache for the other.
@@ -234,26 +202,24 @@ def key_value_gradients_kernel(
     if of_dv:
         block -= blocks
         query, key, value, output, output_tiles = k, q, do_columns, dv, dv_tiles
-        query_stride_t, query_stride_h = k_stride_t, k_stride_h
-        key_stride_t, key_stride_h = q_stride_t, q_stride_h
-        value_stride_t, value_stride_h = do_stride_t, do_stride_h
+        query_t, query_h, key_t, key_h = k_stride_t, k_stride_h, q_stride_t, q_stride_h
+        value_t, value_h = do_stride_t, do_stride_h
         state = entering_state(
             states, initial_state, incoming, rates, table, row, block, num_heads,
             D, D, BLOCK_D, BLOCK_E, False,
         )  # fmt: skip
     else:
         query, key, value, output, output_tiles = v, do, q_columns, dk, dk_tiles
-        query_stride_t, query_stride_h = v_stride_t, v_stride_h
-        key_stride_t, key_stride_h = do_stride_t, do_stride_h
-        value_stride_t, value_stride_h = q_stride_t, q_stride_h
+        query_t, query_h, key_t, key_h = v_stride_t, v_stride_h, do_stride_t, do_stride_h
+        value_t, value_h = q_stride_t, q_stride_h
         state = entering_state(
             states, initial_state, incoming, rates, table, row, block, num_heads,
             D, D, BLOCK_D, BLOCK_E, True,
         )  # fmt: skip
     state = _walk(
-        query, key, value, output, output_tiles, state, rates, table, reach, row, block, num_heads,
-        scale,
-        query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
+        Tensors(query, key, value, output, output_tiles, reach),
+        Strides(query_t, query_h, key_t, key_h, value_t, value_h),
+        state, rates, table, row, block, num_heads, scale,
         D, D, BLOCK_D, BLOCK_E, CHUNK, -1, TMA, OPERAND, PRECISION, REPAIR,
     )  # fmt: skip
     if final_state is not None:  # noqa: SIM102 (known when this is compiled, the other is not)

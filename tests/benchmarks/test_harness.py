@@ -33,7 +33,7 @@ def test_the_commands_of_the_rows_still_work() -> None:
         assert options.commit == arguments[arguments.index("--commit") + 1]
         checked.add(name)
     assert checked == {
-        "lasp_ranks", "lightning_decode", "lightning_kernels", "lightning_layer",
+        "host_time", "lasp_ranks", "lightning_decode", "lightning_kernels", "lightning_layer",
         "lightning_length", "moe_overlap", "ring_length", "ring_packed",
     }  # fmt: skip
 

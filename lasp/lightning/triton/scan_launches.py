@@ -152,7 +152,7 @@ def _meta(blocks: tuning.Blocks, dtype: torch.dtype, tma: bool) -> dict[str, obj
 
 
 def _contiguous(shape: tuple[int, ...], like: Form) -> Form:
-    """Of a result."""
+    """The form of a result."""
     _, num_heads, dim = shape
     return Form(shape, (num_heads * dim, dim, 1), like.dtype, like.device)
 

@@ -177,6 +177,24 @@ def test_within_budget_on_gpus(block: str) -> None:
     check_budget(block, "cuda", (8, 128, 64, 128, 512), (700, 1, 4200))
 
 
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_over_gpus(order) -> None:
+    torch.manual_seed(0)
+    lengths, dtype = (700, 1, 77, 1300), torch.bfloat16
+    tensors = random_latents(sum(lengths), (4, 128, 64, 128, 256), dtype)
+    tensors[3] /= 16
+    layout, one = SequenceLayout(lengths, 2, order), SequenceLayout(lengths, 1)
+    cases = [(tensors, layout, RULES[-1], {})]
+    parts = [found[0] for found in run_on_ranks(on_world, 2, cases, backend="nccl")]
+    honest, expected = (
+        results(tensors, one, block="eager", device="cuda"),
+        oracle(tensors, one, True),
+    )
+    for name, a, b, c in zip(NAMES, whole(layout, parts), expected, honest, strict=True):
+        assert_within_budget(a, b, c.to(dtype), what=name)
+
+
 def test_equal_to_ring_attention_of_its_keys_and_values() -> None:
     q, latent, _, weight, sinks = random_latents(11, SHAPES[0])
     ours = ring_latent_attention(q, latent, weight, sinks=sinks, scale=-0.3)

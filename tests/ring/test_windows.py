@@ -144,7 +144,8 @@ class TestOnGpu:
     def test_rectangles(self, block: str, window, rows: int, keys: int) -> None:
         """The last row stands at the last key; every row sees some."""
         skip_unless_it_serves(block, 64, 64, slides=True)
-        window = Window(max(window[0], rows) if window[0] >= 0 else -1, window[1])
+        left, right = window  # of a tile one is limited, and no row is without keys
+        window = Window(left) if left >= 0 else Window(right=max(right, rows - keys))
         torch.manual_seed(0)
         q, k, v = (torch.randn(n, 4, 64, device="cuda") for n in (rows, keys, keys))
         do, results = torch.randn_like(q).bfloat16(), []
@@ -160,3 +161,15 @@ class TestOnGpu:
         expected, honest, actual = results
         actual = [x if x.dim() == 2 else x.bfloat16() for x in actual]
         assert_all_within_budget(actual, expected, honest, torch.bfloat16)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_over_gpus(order) -> None:
+    lengths, window = (700, 1, 77, 1300), (300, 0)
+    tensors = random_tensors(sum(lengths), 6, 2, 64, torch.bfloat16)
+    one = {"layout": SequenceLayout(lengths, 1), "device": "cuda", "window": window}
+    honest = forward_backward(tensors, block="eager", **one)
+    actual = on_ranks(tensors, SequenceLayout(lengths, 2, order), backend="nccl", window=window)
+    expected = oracle(tensors, lengths, True, window=window)
+    assert_all_within_budget(actual, expected, honest, torch.bfloat16)

@@ -205,7 +205,14 @@ ROWS = [
     *options(experts, moe_router_quantile_balancing_ema=0.9, moe_token_dispatcher_type="flex"),
     *options(experts, moe_expert_rank_capacity_factor=1.0, moe_input_jitter_eps=0.1),
     *options(experts, moe_latent_size=4, moe_mlp_glu_interleave_size=32, moe_paged_stash=True),
-    *options(experts, moe_pad_expert_input_to_capacity=True, moe_permute_fusion=True),
+    *options(experts, moe_permute_fusion=True),
+    *(
+        Row(experts, {"moe_pad_expert_input_to_capacity": True, name: value}, names=f"{name} must")
+        for name, value in (
+            ("moe_token_drop_policy", "probs"),
+            ("moe_expert_capacity_factor", None),
+        )
+    ),
     Row(
         experts,
         {"moe_router_dtype": "fp64", "params_dtype": torch.float32},

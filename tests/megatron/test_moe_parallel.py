@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, track_
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig
+from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder
 from moe_parallel.megatron import (
     ExpertOptions,
     ExpertParallelMoELayer,
@@ -208,3 +208,24 @@ def test_megatron_logs_the_auxiliary_loss(num_ranks, sizes, options) -> None:
     expected = result.aux_loss.item() / OPTIONS["moe_aux_loss_coeff"]
     for actual in run_on_ranks(logged, num_ranks, sizes, options):
         assert actual == pytest.approx(expected, rel=1e-6)  # it logs float32
+
+
+def padded_on_rank(sizes: dict[str, int]) -> None:
+    """Our layer in Megatron and the plain one on the same ranks, without an order of the tokens."""
+    groups, options = initialize(**sizes), {"moe_pad_expert_input_to_capacity": True}
+    settings = parallel_config(sizes, **OPTIONS, **options)
+    layer = build_module(expert_parallel_moe_spec(), config=settings, pg_collection=groups)
+    load_plain(layer, groups)
+    alone = ExpertParallelMoE(layer.moe.config, groups=layer.moe.groups, dtype=torch.float64)
+    for weight, values in zip(alone.parameters(), layer.moe.parameters()):
+        weight.data.copy_(values)
+    order = TokenOrder.contiguous([12] * groups.tp_dp_cp.size())
+    for seed in range(2):
+        x = random_batch(12, 10, seed=seed + 2 * groups.tp_dp_cp.rank()).x
+        expected = alone(x, token_order=order)
+        assert int(expected.stats.dropped.sum()) > 0
+        assert_equal_to_rounding(layer(x.view(4, 3, 10))[0].view(12, 10), expected.output)
+
+
+def test_padded_to_capacity() -> None:
+    run_on_ranks(padded_on_rank, 2, {"ep": 2})

@@ -36,14 +36,13 @@ _WANTED: dict[str, object] = {
     "moe_router_fusion": False,
     "moe_router_quantile_balancing_ema": 0.0,
     "moe_router_topk_limited_devices": None,
-    # exchange: as many rows as were kept, never padded
+    # exchange
     "fine_grained_activation_offloading": False,
     "moe_combine_bwd_dtype": "bf16",
     "moe_dispatch_fwd_dtype": "bf16",
     "moe_enable_deepep": False,
     "moe_expert_rank_capacity_factor": None,
     "moe_extended_tp": False,
-    "moe_pad_expert_input_to_capacity": False,
     "moe_paged_stash": False,
     "moe_permute_fusion": False,
     "moe_router_padding_for_quantization": False,
@@ -114,6 +113,18 @@ def moe_config(config: TransformerConfig, options: ExpertOptions = DEFAULT_OPTIO
             "config.sequence_parallel must be True with tensor parallelism, got False: every rank"
             " passes tokens of its own to the experts"
         )
+    padded = config.moe_pad_expert_input_to_capacity
+    if padded and config.moe_token_drop_policy != "position":
+        raise ValueError(
+            "config.moe_token_drop_policy must be 'position' with moe_pad_expert_input_to_capacity"
+            f" for {PART}, got {config.moe_token_drop_policy!r}: each rank keeps the first of its"
+            " assignments to an expert"
+        )
+    if padded and config.moe_expert_capacity_factor is None:
+        raise ValueError(
+            "config.moe_expert_capacity_factor must be a number with"
+            " moe_pad_expert_input_to_capacity, got None: padding needs a size"
+        )
     return MoEConfig(
         hidden_size=config.hidden_size,
         ffn_size=config.moe_ffn_hidden_size or config.ffn_hidden_size,
@@ -125,6 +136,7 @@ def moe_config(config: TransformerConfig, options: ExpertOptions = DEFAULT_OPTIO
         gemm=options.gemm,
         overlap_groups=options.overlap_groups,
         max_rows=options.max_rows,
+        pad_to_capacity=padded,
         impl=options.impl,
         router=router_config(config),
         shared_ffn_size=config.moe_shared_expert_intermediate_size,

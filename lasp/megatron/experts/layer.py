@@ -115,6 +115,7 @@ class ExpertParallelMoELayer(MoELayer):
         self.recompute = config.recompute_granularity == "selective" and (
             "moe" in config.recompute_modules
         )
+        self._orders: dict[int, TokenOrder] = {}  # by rows of a rank
         self.step_balance = StepBalance(moe.num_experts, parameter_device(config))
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -155,6 +156,8 @@ class ExpertParallelMoELayer(MoELayer):
                     " leaves padding out"
                 )
             token_order = order_of_mask(padding_mask, self.groups)
+        elif token_order is None and self.moe.config.pad_to_capacity:
+            token_order = self._order_of_rows(hidden_states.shape[0] * hidden_states.shape[1])
 
         def compute(hidden: Tensor) -> Tensor:
             rows = hidden.flatten(0, 1)
@@ -171,6 +174,13 @@ class ExpertParallelMoELayer(MoELayer):
         if self.recompute:
             return tensor_parallel.checkpoint(compute, False, hidden_states), None
         return compute(hidden_states), None
+
+    def _order_of_rows(self, num_rows: int) -> TokenOrder:
+        """So many tokens on every rank, none of them padding; one object for all calls."""
+        if num_rows not in self._orders:
+            ranks = self.groups.tp_dp_cp.size()
+            self._orders[num_rows] = TokenOrder.contiguous([num_rows] * ranks)
+        return self._orders[num_rows]
 
     def _with_losses(self, routing: Routing) -> Routing:
         """The routing, with whose weights' gradients those of the router's losses come."""

@@ -18,7 +18,7 @@ from ring.megatron import ring_attention_spec
 from tests.megatron.attention import HEAD_DIM, HEADS, parallel_config
 from tests.megatron.block import OPTIONS
 from tests.megatron.cpu import initialize
-from tests.megatron.refusals import core
+from tests.megatron.refused_parts import core
 from tests.ranks import refusal, run_on_ranks
 
 pytestmark = pytest.mark.megatron

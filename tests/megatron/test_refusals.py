@@ -17,16 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tests.megatron.attention import HEAD_DIM, HEADS, HIDDEN, parallel_config
 from tests.megatron.cpu import initialize
-from tests.megatron.refusals import (
-    BASE,
-    OTHER_RANKS,
-    RANKS,
-    ROWS,
-    Row,
-    core,
-    lightning,
-    ring,
-)
+from tests.megatron.refusals import OTHER_RANKS, ROWS
+from tests.megatron.refused_parts import BASE, RANKS, Row, core, lightning, ring
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.megatron

@@ -159,7 +159,7 @@ class VocabularyConfig:
         tied: the head has the weight of the embedding.
         float32_head: the head and its product are float32 (float64 of a float64 model) whatever
             the rest is: MiniMax-M1's remedy for probabilities of trainer and server that differ.
-            Of a tied head the product alone; its weight has the dtype of the embedding.
+            With a tied head only the product is float32; its weight has the dtype of the embedding.
         embedding_scale: factor of the embedded tokens (muP).
         logit_scale: factor of the logits (muP).
     """

@@ -30,12 +30,12 @@ LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))  # the left factor
 QUERIES = gl.constexpr(gl.SliceLayout(0, PRODUCT.value))
 KEYS = gl.constexpr(gl.SliceLayout(1, PRODUCT.value))
 TOKENS = gl.constexpr(gl.SliceLayout(0, LEFT.value))
-# Of a tile, 16 bytes a thread; of a line of 64 numbers.
+# A tile, 16 bytes a thread; a line of 64 numbers.
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
-class Segment(NamedTuple):
+class SegmentOfHead(NamedTuple):
     """What a program walks: a segment of a head, and 128 columns of the output.
 
     Attributes:
@@ -142,7 +142,7 @@ def weigh_scores(scores, powers_tile, segment, token, n, border, STEP: gl.conste
 def edge_weights(
     leaving_row, entering_row, segment, token, n, reach_last, border, STEP: gl.constexpr
 ):
-    """Of keys on leaving, of the state on entry, of the state that stays."""
+    """The weights of keys on leaving, of the state on entry, and of the state that stays."""
     rate, scale = segment.rate, segment.scale
     leaving, entering = leaving_row.load(TOKENS), entering_row.load(QUERIES)
     across = gl.exp2(-rate * CHUNK)

@@ -34,7 +34,7 @@ from lasp.lightning.triton.hopper_chunk_kernel import (
 COLUMN_BYTES = gl.constexpr(2 * 64)  # of a column of a chunk
 
 
-class Tensors(NamedTuple):
+class DescribedTensors(NamedTuple):
     """What a program reads and writes: tensor descriptors, and the pointer of the output."""
 
     query: Any

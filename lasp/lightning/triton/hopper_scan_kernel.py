@@ -21,16 +21,16 @@ from lasp.lightning.triton.hopper_chunk_kernel import (
     CHUNK,
     TOKENS,
     Edges,
-    Segment,
+    SegmentOfHead,
     entering_of,
     flow_rows,
     leaving_of,
     powers_of,
 )
 from lasp.lightning.triton.hopper_jobs_kernel import (
+    DescribedTensors,
     Shared,
     Sizes,
-    Tensors,
     compute_columns,
     compute_scores,
     load_chunks,
@@ -105,7 +105,7 @@ def _segment(row, block, rates, table, reach, num_heads, scale):
     table += row // num_heads * COLUMNS
     first, length = gl.load(table + FIRST), gl.load(table + LENGTH)
     rate = gl.load(rates + head) * LOG2E
-    return Segment(head, first, length, block, rate, scale, num_heads, table, reach)
+    return SegmentOfHead(head, first, length, block, rate, scale, num_heads, table, reach)
 
 
 @gluon.jit(do_not_specialize=["num_heads"])
@@ -122,7 +122,7 @@ def hopper_scan_kernel(
     stride_d: gl.constexpr = 1 if TRANSPOSED else E
     stride_e: gl.constexpr = D if TRANSPOSED else 1
     edges = Edges(states, initial_state, incoming, final_state, stride_d, stride_e, True)
-    tensors = Tensors(query, key, value, output, output_tiles)
+    tensors = DescribedTensors(query, key, value, output, output_tiles)
     sizes: gl.constexpr = Sizes(
         D, E, STEP, STAGES, WIDTH, SHARED, (D + WIDTH - 1) // WIDTH, D <= 192
     )
@@ -150,7 +150,7 @@ def hopper_gradients_kernel(
         stride_d, stride_e = 1, D
     segment = _segment(row, block, rates, table, reach, num_heads, scale)
     edges = Edges(states, initial_state, incoming, final_state, stride_d, stride_e, of_dv)
-    tensors = Tensors(query, key, value, output, output_tiles)
+    tensors = DescribedTensors(query, key, value, output, output_tiles)
     pieces: gl.constexpr = (D + WIDTH - 1) // WIDTH
     sizes: gl.constexpr = Sizes(D, D, -1, STAGES, WIDTH, SHARED, pieces, APART)
     _scan(tensors, edges, segment, sizes)

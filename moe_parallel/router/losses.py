@@ -42,14 +42,15 @@ def router_losses(
     Communication: one all-reduce of E int64 over ``token_group`` where there is an auxiliary loss
     and a bias or groups decide the choice; that of :func:`sequence_loss`.
     """
-    experts_Tk = preferred_experts(routing.experts, routing.logits, router)
     preferred = sequence = z = None
-    if routing.aux_loss_coefficient and not router.by_score:
-        preferred = summed_over(token_group, counted(experts_Tk, routing.logits.shape[1]))
-    if router.sequence_loss_coefficient:
-        assert sequences is not None  # the layer has checked it
-        loss = sequence_loss(experts_Tk, routing.probabilities, sequences, token_group)
-        sequence = router.sequence_loss_coefficient * loss
+    if routing.aux_loss_coefficient or router.sequence_loss_coefficient:
+        experts_Tk = preferred_experts(routing.experts, routing.logits, router)
+        if routing.aux_loss_coefficient and not router.by_score:
+            preferred = summed_over(token_group, counted(experts_Tk, routing.logits.shape[1]))
+        if router.sequence_loss_coefficient:
+            assert sequences is not None  # the layer has checked it
+            loss = sequence_loss(experts_Tk, routing.probabilities, sequences, token_group)
+            sequence = router.sequence_loss_coefficient * loss
     if router.z_loss_coefficient:
         z = router.z_loss_coefficient * z_loss(routing.logits, routing.num_tokens)
     return RouterLosses(preferred, sequence, z)

@@ -230,7 +230,7 @@ class Router(nn.Module):
         )
         if replay is not None:
             replay.experts = routing.experts
-        if router.has_losses or not router.by_score:
+        if router.has_losses or (config.aux_loss_coefficient and not router.by_score):
             losses = router_losses(routing, router, sequences, self.groups.token)
             routing = routing._replace(losses=losses)
         if self.expert_bias is not None and self.training and routing.weights.requires_grad:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_parallel import MoEConfig, TokenOrder
+from moe_parallel import MoEConfig, RouterConfig, TokenOrder
 from moe_parallel import layer as layer_module
 from moe_parallel.dispatch.padding import drop_by_rank, padded_order
 from moe_parallel.dispatch.permute import RowOrder, permute, row_order
@@ -163,9 +163,16 @@ class Queued(TorchDispatchMode):
         return patch.object(module, name, launches())
 
 
-def test_few_launches_until_rows_leave_and_in_the_routers_backward() -> None:
-    layer = build(MoEConfig(16, 8, 8, 2, impl="triton", overlap_groups=2), torch.bfloat16, False)
-    layer = layer.to(DEVICE)
+BIASED = RouterConfig("sigmoid", scaling=2.5, expert_bias=True, num_groups=4, top_groups=2)
+
+
+@pytest.mark.parametrize("router_config", [RouterConfig(), BIASED], ids=["default", "biased"])
+def test_few_launches_until_rows_leave_and_in_the_routers_backward(
+    router_config: RouterConfig,
+) -> None:
+    sizes = {"aux_loss_coefficient": 0.0, "impl": "triton", "overlap_groups": 2}
+    config = MoEConfig(16, 8, 8, 2, **sizes, router=router_config)
+    layer = build(config, torch.bfloat16, False).to(DEVICE).eval()  # no load is counted
     x = torch.randn(40, 16, device=DEVICE).bfloat16().requires_grad_()
     queued = Queued()
 

@@ -241,10 +241,10 @@ class _OverRanks(torch.autograd.Function):
         own_of = [slice(experts.start, experts.stop) for experts in dispatch.experts]
 
         def compute(g: int, rows: Tensor) -> Tensor:
-            counts, own = _counts(dispatch, g, gemm), own_of[g]
-            hidden = forward_product(rows, w13_ENM[own], counts, gemm)
+            counts = dispatch.expert_rows(g) if gemm == "loop" else _ends_or_counts(dispatch, g)
+            hidden = forward_product(rows, w13_ENM[own_of[g]], counts, gemm)
             kept.extend((rows, hidden))
-            return forward_product(swiglu(hidden, impl), w2[own], counts, gemm)
+            return forward_product(swiglu(hidden, impl), w2[own_of[g]], counts, gemm)
 
         with torch.autocast(rows_AM.device.type, enabled=False):
             results = pipeline.run(rows_AM, compute)
@@ -263,18 +263,18 @@ class _OverRanks(torch.autograd.Function):
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what weight gradients are made of
 
         def compute(g: int, dy: Tensor) -> Tensor:
-            counts, own = _counts(dispatch, g, gemm), own_of[g]
-            dact = backward_product(dy, w2[own], counts, gemm)
+            counts = dispatch.expert_rows(g) if gemm == "loop" else _ends_or_counts(dispatch, g)
+            dact = backward_product(dy, w2[own_of[g]], counts, gemm)
             dhidden, act = swiglu_backward(dact, kept[2 * g + 1], impl)
             made[g] = (dy, dhidden, act)
-            return backward_product(dhidden, w13_ENM[own], counts, gemm)
+            return backward_product(dhidden, w13_ENM[own_of[g]], counts, gemm)
 
         def weights(g: int) -> None:
             dy, dhidden, act = made.pop(g)
             with pipeline.computing("weights", g, dy.device):
                 for i, (a, b) in enumerate(((dhidden, kept[2 * g]), (dy, act))):
-                    if len(own_of) == 1 and weights_at_once(a, b, gemm):
-                        ends = ends_of(_counts(dispatch, g, gemm), dy.device)
+                    if gemm != "loop" and len(own_of) == 1 and weights_at_once(a, b):
+                        ends = ends_of(_ends_or_counts(dispatch, g), dy.device)
                         dws[i] = grouped_weight_product(a, b, ends)
                         continue
                     if i not in dws:
@@ -289,9 +289,9 @@ class _OverRanks(torch.autograd.Function):
         return drows, dw13, dw2, None, None, None, None
 
 
-def _counts(dispatch: Dispatch, g: int, gemm: ChosenGemm) -> Counts:
-    """Rows of the group's experts; where the device knows them and that will do, from there."""
-    ends = dispatch.expert_ends(g) if gemm == "grouped" else None
+def _ends_or_counts(dispatch: Dispatch, g: int) -> Counts:
+    """Rows of the group's experts: their ends, where the device knows them, else the counts."""
+    ends = dispatch.expert_ends(g)
     return dispatch.expert_rows(g) if ends is None else ends
 
 

@@ -57,14 +57,14 @@ def grouped_weight_product(rows_AN: Tensor, rows_AK: Tensor, ends: Tensor) -> Te
     return _grouped_mm(rows_AN.T, rows_AK, offs=ends)
 
 
-def weights_at_once(rows_AN: Tensor, rows_AK: Tensor, gemm: ChosenGemm) -> bool:
-    """Whether one grouped product makes the weight gradients of all experts.
+def weights_at_once(rows_AN: Tensor, rows_AK: Tensor) -> bool:
+    """Whether with ``grouped`` one product makes the weight gradients of all experts.
 
-    Matrices of ``IN_PLACE`` elements and more fill the device alone: with ``grouped`` too they are
-    one product an expert, in place. So who makes them, and their bits, do not depend on how many
+    Matrices of ``IN_PLACE`` elements and more fill the device alone: they are one product an
+    expert, in place. So who makes them, and their bits, do not depend on how many
     groups of experts there are.
     """
-    return gemm == "grouped" and rows_AN.shape[1] * rows_AK.shape[1] < IN_PLACE
+    return rows_AN.shape[1] * rows_AK.shape[1] < IN_PLACE
 
 
 def weight_product(
@@ -74,7 +74,7 @@ def weight_product(
 
     ``grouped_mm`` cannot write into a given tensor: its result is copied.
     """
-    if weights_at_once(rows_AN, rows_AK, gemm):
+    if gemm == "grouped" and weights_at_once(rows_AN, rows_AK):
         out_ENK.copy_(grouped_weight_product(rows_AN, rows_AK, ends_of(counts, rows_AN.device)))
         return
     for a, b, out in zip(_parts(rows_AN, counts), _parts(rows_AK, counts), out_ENK):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
+from lasp._core.checks import checked_rank
 from lasp._core.consistency import compare_first_call, is_compared
 from lasp._core.derivatives import Reference
 from lasp._core.dtypes import wide_dtype
@@ -203,7 +204,7 @@ class _AttentionOperators:
             how |= {"causal": causal, "window": list(window), "scale": scale}
             how["layout"] = layout.summary
             compare_first_call(self._user_name, cp_group, q, how)
-        rank = _rank_of("q", q, -3, layout, cp_group)
+        rank = checked_rank("q", q, -3, layout, cp_group)
         schedule = plan_ring(layout, rank, causal, window=tuple(window))
         moving, expansion, value_dim = self._source(q, k, v)
         kernel = resolve_block(
@@ -214,32 +215,8 @@ class _AttentionOperators:
 
 def _positions(hidden: Tensor, lengths: Tensor, num_ranks: int, order: Order, group: str) -> Tensor:
     layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
-    rank = _rank_of("hidden", hidden, -2, layout, _group(group))
+    rank = checked_rank("hidden", hidden, -2, layout, _group(group))
     return layout.position_ids(rank, hidden.device)
-
-
-def _rank_of(
-    name: str,
-    x: Tensor,
-    token_dim: int,
-    layout: SequenceLayout,
-    cp_group: dist.ProcessGroup | None,
-) -> int:
-    """The rank within ``cp_group`` that holds the tokens of ``x``, the argument ``name``."""
-    num_tokens = x.shape[token_dim]
-    num_ranks = 1 if cp_group is None else cp_group.size()
-    if layout.num_ranks != num_ranks:
-        raise ValueError(
-            f"layout must be for the {num_ranks} ranks of cp_group, got num_ranks"
-            f" {layout.num_ranks}: build it with cp_group.size() and pass that group"
-        )
-    if layout.num_local_tokens != num_tokens:
-        raise ValueError(
-            f"layout must hold the {num_tokens} tokens a rank of {name} {tuple(x.shape)}, got"
-            f" {layout.num_local_tokens}: is this the layout of this batch, and {name} sharded"
-            " by it?"
-        )
-    return 0 if cp_group is None else cp_group.rank()
 
 
 def _group(name: str) -> dist.ProcessGroup | None:

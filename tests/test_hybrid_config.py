@@ -120,8 +120,20 @@ def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
             "next_tokens must be given to train multi-token prediction",
         ),
         (
+            lambda: model_call(torch.arange(4), mtp_loss_weight=0.1, next_tokens=torch.arange(3)),
+            r"next_tokens must be int64 of shape \(4,\)",
+        ),
+        (
             lambda: next_in_document(torch.arange(3), SequenceLayout((4,), 1), pad_value=0),
-            r"x must have shape \(4,\), got \(3,\)",
+            r"layout must hold the 3 tokens a rank of x \(3,\), got 4",
+        ),
+        (
+            lambda: next_in_document(torch.zeros(4, 2), SequenceLayout((4,), 1), pad_value=0),
+            r"x must be \[T\], one number a token, got \[4, 2\]",
+        ),
+        (
+            lambda: next_in_document(torch.arange(2), SequenceLayout((4,), 2), pad_value=0),
+            "layout must be for the 1 ranks of cp_group, got num_ranks 2",
         ),
         (lambda: replace(config(), num_decay_layers=2), "num_decay_layers must be at least"),
         *(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
 
 
 def checked_scale(scale: float) -> float:
@@ -10,3 +14,35 @@ def checked_scale(scale: float) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}: leave it out for the default")
     return float(scale)
+
+
+class Shards(Protocol):
+    """How a layout cuts a pack: over how many ranks, and into how many tokens a rank."""
+
+    @property
+    def num_ranks(self) -> int: ...
+    @property
+    def num_local_tokens(self) -> int: ...
+
+
+def checked_rank(
+    name: str, x: Tensor, token_dim: int, layout: Shards, cp_group: dist.ProcessGroup | None
+) -> int:
+    """The rank within ``cp_group`` that holds the tokens of ``x``, the argument ``name``.
+
+    Raises:
+        ValueError: if the layout is for another number of ranks, or has other numbers of tokens.
+    """
+    num_ranks, num_tokens = 1 if cp_group is None else cp_group.size(), x.shape[token_dim]
+    if layout.num_ranks != num_ranks:
+        raise ValueError(
+            f"layout must be for the {num_ranks} ranks of cp_group, got num_ranks"
+            f" {layout.num_ranks}: build it with cp_group.size() and pass that group"
+        )
+    if layout.num_local_tokens != num_tokens:
+        raise ValueError(
+            f"layout must hold the {num_tokens} tokens a rank of {name} {tuple(x.shape)}, got"
+            f" {layout.num_local_tokens}: is this the layout of this batch, and {name} sharded"
+            " by it?"
+        )
+    return 0 if cp_group is None else cp_group.rank()

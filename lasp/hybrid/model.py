@@ -119,7 +119,7 @@ class HybridModel(nn.Module):
             ValueError: unless one of ``tokens`` and ``inputs_embeds`` is given, of the layout's T
                 tokens, and ``next_tokens`` where they must be and can be.
         """
-        self._check_next(next_tokens)
+        self._check_next(next_tokens, batch)
         hidden = self._embedded(tokens, batch, inputs_embeds)
         outputs = []
         for layer in self.layers:
@@ -137,7 +137,7 @@ class HybridModel(nn.Module):
         stats = tuple(of_layer for _, of_layer in outputs if of_layer is not None)
         return HybridOutput(logits, aux_loss, stats, mtp_logits)
 
-    def _check_next(self, next_tokens: Tensor | None) -> None:
+    def _check_next(self, next_tokens: Tensor | None, batch: PackedBatch) -> None:
         if next_tokens is None and self.mtp is not None and self.training:
             raise ValueError(
                 "next_tokens must be given to train multi-token prediction, got None: pass"
@@ -149,12 +149,13 @@ class HybridModel(nn.Module):
                 "next_tokens must be None for a model without multi-token prediction, got a tensor:"
                 " build the model with an mtp_loss_weight"
             )
+        if next_tokens is not None:
+            _check_tokens("next_tokens", next_tokens, batch)
 
     def _embedded(
         self, tokens: Tensor | None, batch: PackedBatch, inputs_embeds: Tensor | None
     ) -> Tensor:
         """The residual stream before the first layer."""
-        num_tokens = batch.layout.num_local_tokens
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError(
                 "one of tokens and inputs_embeds must be given, got"
@@ -162,19 +163,15 @@ class HybridModel(nn.Module):
                 " inputs_embeds where there are others beside"
             )
         if inputs_embeds is not None:
-            shape, wanted = (num_tokens, self.config.hidden_size), self.embedding.weight.dtype
+            shape = (batch.layout.num_local_tokens, self.config.hidden_size)
             if inputs_embeds.shape != shape or not inputs_embeds.is_floating_point():
                 raise ValueError(
                     f"inputs_embeds must be floats of shape {shape}, got {inputs_embeds.dtype} of"
                     f" {tuple(inputs_embeds.shape)}: shard them with this batch's layout"
                 )
-            return inputs_embeds.to(wanted)
+            return inputs_embeds.to(self.embedding.weight.dtype)
         assert tokens is not None
-        if tokens.shape != (num_tokens,) or tokens.dtype != torch.int64:
-            raise ValueError(
-                f"tokens must be int64 of shape ({num_tokens},), got {tokens.dtype} of"
-                f" {tuple(tokens.shape)}: shard the pack with this batch's layout"
-            )
+        _check_tokens("tokens", tokens, batch)
         embedded: Tensor = self.embedding(tokens)
         scale = self.config.vocabulary.embedding_scale
         return embedded if scale == 1.0 else embedded * scale
@@ -231,6 +228,15 @@ class HybridModel(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.RMSNorm):
                 module.reset_parameters()
+
+
+def _check_tokens(name: str, tokens: Tensor, batch: PackedBatch) -> None:
+    num_tokens = batch.layout.num_local_tokens
+    if tokens.shape != (num_tokens,) or tokens.dtype != torch.int64:
+        raise ValueError(
+            f"{name} must be int64 of shape ({num_tokens},), got {tokens.dtype} of"
+            f" {tuple(tokens.shape)}: shard the pack with this batch's layout"
+        )
 
 
 class ParameterCount(NamedTuple):

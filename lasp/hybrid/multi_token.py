@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lasp._core.checks import checked_rank
 from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.layer import HybridLayer, LayerOutput, draw_xavier
 from lasp.hybrid.packing import PackedBatch
@@ -86,13 +87,12 @@ def next_in_document(
     Communication: one all-gather of ``x`` over the group.
 
     Raises:
-        ValueError: if ``x`` has not the layout's T tokens.
+        ValueError: if ``x`` has not the layout's T tokens, or the group not its ranks; before any
+            communication.
     """
-    if x.shape != (layout.num_local_tokens,):
-        raise ValueError(
-            f"x must have shape ({layout.num_local_tokens},), got {tuple(x.shape)}: shard the pack"
-            " with this layout"
-        )
+    if x.dim() != 1:
+        raise ValueError(f"x must be [T], one number a token, got {list(x.shape)}")
+    rank = checked_rank("x", x, 0, layout, cp_group)
     parts = [x]
     if cp_group is not None:
         parts = [torch.empty_like(x) for _ in range(cp_group.size())]
@@ -100,5 +100,4 @@ def next_in_document(
     following = layout.unshard(parts).roll(-1)
     ends = [end - 1 for end in accumulate(layout.document_lengths) if end > 0]
     following[ends] = pad_value
-    rank = 0 if cp_group is None else cp_group.rank()
     return layout.shard(following, rank, pad_value=pad_value)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp._core.checks import checked_scale
+from lasp._core.checks import checked_rank, checked_scale
 from lasp._core.consistency import compare_first_call, digest_of, is_compared
 from lasp._core.dtypes import wide_dtype
 from lasp.lightning.decay import check_rates
@@ -166,23 +166,13 @@ def _check_rates_kind(rates: Tensor, q: Tensor) -> None:
 def check_layout(layout: SequenceLayout, cp_group: dist.ProcessGroup | None, q: Tensor) -> int:
     """Raise ValueError unless layout, group and q belong together; this rank within the group."""
     _check_group(cp_group)
-    num_ranks = 1 if cp_group is None else cp_group.size()
-    if layout.num_ranks != num_ranks:
-        raise ValueError(
-            f"layout must be for the {num_ranks} ranks of cp_group, got num_ranks"
-            f" {layout.num_ranks}: build it with cp_group.size() and pass that group"
-        )
-    if layout.num_local_tokens != q.shape[-3]:
-        raise ValueError(
-            f"layout must hold the {q.shape[-3]} tokens a rank of q {tuple(q.shape)}, got"
-            f" {layout.num_local_tokens}: is this the layout of this batch, and q sharded by it?"
-        )
+    rank = checked_rank("q", q, -3, layout, cp_group)
     if q.dim() == 4 and layout.num_documents != 1:
         raise ValueError(
             "layout must hold one document when q is [B, T, H, K], whose rows share it, got"
             f" {layout.num_documents}: pack the rows end to end as [T, H, K]"
         )
-    return 0 if cp_group is None else cp_group.rank()
+    return rank
 
 
 def _check_group(cp_group: dist.ProcessGroup | None) -> None:

@@ -105,17 +105,17 @@ def norm_gate(
             f"weight must be [{x.shape[-1]}] on {x.device}, got {tuple(weight.shape)} on"
             f" {weight.device}: this rank's features"
         )
-    x = join_backward(tp_group, x)
     width = x.shape[-1]
     unserved = "" if width <= WIDEST_ROW else f"{width} features a rank, above {WIDEST_ROW}"
-    if chosen_impl(impl, x.device, x.dtype, unserved) == "triton":
-        from lasp.layers.triton import norm_gate as fused
+    if chosen_impl(impl, x.device, x.dtype, unserved) == "eager":
+        return grouped_norm_gate(x, gate, weight, eps=eps, tp_group=tp_group)
+    from lasp.layers.triton import norm_gate as fused
 
-        group_name = "" if tp_group is None else tp_group.group_name
-        rows = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (x, gate))
-        y: Tensor = fused.call(*rows, weight, eps, group_name)[0]
-        return y if x.dim() == 2 else y.view(x.shape)
-    return _norm_gate(x, gate, weight, eps, tp_group)
+    x = join_backward(tp_group, x)
+    group_name = "" if tp_group is None else tp_group.group_name
+    rows = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (x, gate))
+    y: Tensor = fused.call(*rows, weight, eps, group_name)[0]
+    return y if x.dim() == 2 else y.view(x.shape)
 
 
 def grouped_norm_gate(
@@ -129,7 +129,7 @@ def grouped_norm_gate(
     gate_first: bool = False,
     tp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The other output norms and gates of lightning layers, in plain torch.
+    """The output norms and gates of all lightning layers, in plain torch; nothing is checked.
 
     ``norm(x) * weight * g(gate)``, or ``norm(x * g(gate)) * weight`` with ``gate_first``; the mean
     square is over each of ``num_groups`` equal groups of neighbouring features.
@@ -160,19 +160,6 @@ def grouped_norm_gate(
     scaled = wide.unflatten(-1, (num_groups, -1)) * torch.rsqrt(squares / size + eps)
     normed: Tensor = scaled.flatten(-2) * weight
     return (normed if factor is None or gate_first else normed * factor).to(x.dtype)
-
-
-def _norm_gate(
-    x: Tensor, gate: Tensor, weight: Tensor, eps: float, tp_group: dist.ProcessGroup | None
-) -> Tensor:
-    """In plain torch."""
-    wide = x.to(wide_dtype(x.dtype))
-    squares, size = wide.square().sum(-1, keepdim=True), x.shape[-1]
-    if tp_group is not None:
-        squares = sum_over_ranks(squares, tp_group)
-        size *= tp_group.size()
-    normed = wide * torch.rsqrt(squares / size + eps) * weight
-    return (normed * torch.sigmoid(gate.to(wide.dtype))).to(x.dtype)
 
 
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:

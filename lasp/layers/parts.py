@@ -85,6 +85,9 @@ def heads_of(
         position_ids: int64 ``[T]``, or ``[B, T]`` where the rows of a batch differ; None: those of
             the layout.
         impl: who computes the activation.
+
+    Raises:
+        ValueError: for ``position_ids`` of other shapes.
     """
     head_dim = qkv.shape[-1] // 3
     if options.activation == "silu":
@@ -96,6 +99,11 @@ def heads_of(
     if options.rotary_dim:
         if position_ids is None:
             position_ids = positions(q, layout, cp_group)
+        elif position_ids.shape not in (q.shape[-3:-2], q.shape[:-2]):
+            raise ValueError(
+                f"position_ids must be {list(q.shape[-3:-2])}, or {list(q.shape[:-2])} as the"
+                f" tokens, got shape {tuple(position_ids.shape)}"
+            )
         q, k = (_rotate(x, position_ids, options) for x in (q, k))
     return q, k, v
 
@@ -121,9 +129,7 @@ def positions(
     if layout is None:
         return torch.arange(q.shape[-3], device=q.device)
     group = "" if cp_group is None else cp_group.group_name
-    found: Tensor = torch.ops.lasp.positions(
-        q, layout._lengths, layout.num_ranks, layout.order, group
-    )
+    found: Tensor = _call_positions(q, layout._lengths, layout.num_ranks, layout.order, group)
     return found
 
 
@@ -134,7 +140,7 @@ def _positions(q: Tensor, lengths: Tensor, num_ranks: int, order: Order, group: 
 
 
 _OPERATORS = Operators("lasp")
-_OPERATORS.define(
+_call_positions = _OPERATORS.define(
     "positions(Tensor q, Tensor lengths, int num_ranks, str order, str group) -> Tensor",
     _positions,
     lambda q, *_: q.new_empty(q.shape[-3], dtype=torch.int64),

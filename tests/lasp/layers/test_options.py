@@ -138,6 +138,13 @@ def test_the_layer_is_one_graph() -> None:
         )
 
 
+def test_positions_that_do_not_fit_are_refused() -> None:
+    module, rows = make_module(LING), torch.randn(2, 5, HIDDEN, dtype=torch.float64)
+    for hidden, positions in ((rows[0], torch.zeros(1, 5)), (rows, torch.zeros(1, 5))):
+        with pytest.raises(ValueError, match=r"position_ids must be .*5.*, got shape \(1, 5\)"):
+            module(hidden, position_ids=positions.long())
+
+
 def mlx_layer(module: LightningAttention, hidden: Tensor) -> Tensor:
     """The same layer by mlx-lm, with the weights of ``module`` in its order of rows."""
     core = pytest.importorskip("mlx.core", reason="needs mlx-lm: pip install --group oracles")

@@ -26,9 +26,9 @@ class DenseLayer(nn.Module):
     :class:`moe_parallel.experts.dense.DenseFFN`, whole on every rank, under ``ffn``.
 
     Args:
-        config: whose ``hidden_size`` and ``impl`` this layer has; None of the rest is read.
+        config: gives ``hidden_size`` and ``impl``; its other fields are not read.
         ffn_size: its FFN width.
-        groups: whose token group the ranks of a ``token_order`` are; the default is one rank.
+        groups: its token group holds the ranks of a ``token_order``; the default is one rank.
         seed: seed of the initial values, the same on every rank; give every layer another.
         device: of the parameters; ``meta`` makes no values.
         dtype: of the parameters and the tokens.

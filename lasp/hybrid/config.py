@@ -46,10 +46,10 @@ class AttentionConfig:
     Attributes:
         num_heads: of both; lightning layers have as many keys and values.
         num_kv_heads: keys and values of softmax layers; ``num_heads`` with ``latent``.
-        head_dim: of both; with ``latent`` of lightning layers.
+        head_dim: of both; with ``latent`` it is that of lightning layers alone.
         rotary_dim: dims of each head that softmax layers rotate; 0: no positions;
-            ``latent.qk_rope_head_dim`` with ``latent``. Those of lightning layers are among their
-            options.
+            ``latent.qk_rope_head_dim`` with ``latent``. ``LightningOptions`` has that of lightning
+            layers.
         rope_base: of that rotation.
         qk_norm: whether softmax layers have an RMSNorm over each head of queries and of keys;
             False with ``latent``.
@@ -284,7 +284,7 @@ class HybridConfig:
         return part.hidden_size
 
     def has_experts(self, layer_index: int) -> bool:
-        """Whether a layer has experts or a dense MLP."""
+        """Whether a layer has experts; without them it has a dense MLP."""
         first = 0 if self.dense is None else self.dense.num_layers
         return self.moe is not None and first is not None and layer_index >= first
 

@@ -25,7 +25,6 @@ def expert_groups(num_local: int, num_groups: int) -> tuple[range, ...]:
     return tuple(range(*cut) for cut in pairwise([0, *map(round, inner), num_local]))
 
 
-@cache
 def most_groups(rank_rows: int, hidden_size: int, ffn_size: int) -> int:
     """The most groups whose products, of ``GROUP_FLOPS`` and more, hide how long the host queues.
 

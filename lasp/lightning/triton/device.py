@@ -16,7 +16,7 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":  # interpreted
         return 1, tuning.HOPPER_SHARED_BYTES
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return properties["multiprocessor_count"], properties["max_shared_mem"] - 7 * 1024
+    return properties["multiprocessor_count"], properties["max_shared_mem"] - tuning.KEPT_BY_TRITON
 
 
 @cache

@@ -1,8 +1,9 @@
-"""What a chunk of ``lasp.lightning.triton.hopper_scan_kernel`` is weighted with, and where it goes.
+"""Weights, loads and stores of a chunk, for ``lasp.lightning.triton.hopper_scan_kernel``.
 
-Registers hold tiles ``[64, 64]`` of one group of four warps: scores are ``[keys, queries]``, the
-output is ``[columns, queries]``, the state is ``[columns, key rows]``. What is common to all chunks
-of a program lies in shared memory. Where documents begin, or tokens end, weights are made anew.
+A group of four warps holds tiles ``[64, 64]`` in registers: scores are ``[keys, queries]``, the
+output is ``[columns, queries]``, the state is ``[columns, key rows]``. Weights that all chunks of a
+program share lie in shared memory. A chunk in which a document begins, or which has fewer than 64
+tokens, computes its own.
 """
 
 from typing import Any, NamedTuple
@@ -39,15 +40,15 @@ class SegmentOfHead(NamedTuple):
     """What a program walks: a segment of a head, and 128 columns of the output.
 
     Attributes:
-        head: of all.
-        first: token.
-        length: tokens.
-        block: of columns.
-        rate: log2 of what a token keeps, negative.
-        scale: of what comes out.
-        num_heads: of all.
-        table: the row of the segment.
-        reach: see ``lasp.lightning.triton.segments.Plan``.
+        head: its number.
+        first: the first token, in the order of the flow.
+        length: number of tokens.
+        block: which 128 columns.
+        rate: decay rate to base 2: a state shrinks by 2^-rate a token.
+        scale: factor of the output; in reverse it is part of the state.
+        num_heads: H.
+        table: pointer to the row of the segment.
+        reach: pointer to ``[T]``, see ``lasp.lightning.triton.segments.Plan``.
     """
 
     head: Any
@@ -65,13 +66,13 @@ class Edges(NamedTuple):
     """States outside the program; see ``lasp.lightning.triton.chunk_scan.EdgeStates``.
 
     Attributes:
-        entering: from segments before.
-        initial: of documents, or None.
-        incoming: of runs, or None.
-        final: of documents, or None.
-        stride_d: of key rows.
-        stride_e: of columns.
-        leaves: whether the final state is stored.
+        entering: pointer to the states that enter segments from those before.
+        initial: pointer to the states at the start of documents, or None.
+        incoming: pointer to the states that runs receive, or None.
+        final: where to leave the states at the end of documents, or None.
+        stride_d: elements from key row to key row of a state.
+        stride_e: elements from column to column of a state.
+        leaves: whether this program stores the final state.
     """
 
     entering: Any
@@ -95,21 +96,21 @@ def flow_rows(layout: gl.constexpr, STEP: gl.constexpr):
 
 @gluon.jit
 def powers_of(rate, scale, STEP: gl.constexpr):
-    """What is left of keys at queries ``[keys, queries]``, by the scale."""
+    """Weights of scores ``[keys, queries]``: the decay from key to query, times the scale."""
     back = flow_rows(QUERIES, STEP)[None, :] - flow_rows(KEYS, STEP)[:, None]
     return gl.exp2(gl.where(back >= 0, -rate * back.to(gl.float32), float("-inf"))) * scale
 
 
 @gluon.jit
 def entering_of(rate, scale, STEP: gl.constexpr):
-    """What is left of the state on entry at queries."""
+    """Weights of the state on entry, one for each query."""
     rows = flow_rows(QUERIES, STEP).to(gl.float32)
     return gl.exp2(-rate * (rows + 1)) * scale if STEP > 0 else gl.exp2(-rate * rows)
 
 
 @gluon.jit
 def leaving_of(n, rows, rate, scale, STEP: gl.constexpr):
-    """What is left of keys after a chunk of n tokens."""
+    """Weights of keys in the state after a chunk of n tokens, one for each key."""
     after = gl.maximum(n - 1 - rows, 0).to(gl.float32)
     return gl.exp2(-rate * after) if STEP > 0 else gl.exp2(-rate * (after + 1)) * scale
 
@@ -123,9 +124,10 @@ def _load_reach(reach, token, n, layout: gl.constexpr, STEP: gl.constexpr):
 
 @gluon.jit
 def weigh_scores(scores, powers_tile, segment, token, n, border, STEP: gl.constexpr):
-    """Scores as the right factor of the product with values."""
+    """Weighted scores in bfloat16, for the product with values."""
     powers = powers_tile.load(PRODUCT)
-    # Zero, which the compiler does not know: what is made of it takes no registers elsewhere.
+    # Always zero, which the compiler cannot know: so it computes what follows here, and holds it in
+    # no registers elsewhere.
     hidden = gl.minimum(n, 0)
     keys = flow_rows(KEYS, STEP) + hidden
     if border:

@@ -1,8 +1,9 @@
 """The jobs of the warps of ``lasp.lightning.triton.hopper_scan_kernel``.
 
-Each walks the chunks of a segment. It waits for what it needs alone, by barriers in shared memory:
-``full`` and ``empty`` for the stages, ``ready`` and ``free`` for the scores. A barrier counts its
-phases; whoever waits passes when the phase of the parity it names is over, and before the first.
+Each job walks the chunks of a segment and waits only for what it needs, by barriers in shared
+memory: ``full`` and ``empty`` for the stages, ``ready`` and ``free`` for the scores. A barrier
+counts its phases. A wait names the parity of a phase and passes when that phase is over; the phase
+before the first one counts as over.
 """
 
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from lasp.lightning.triton.hopper_chunk_kernel import (
     weigh_scores,
 )
 
-COLUMN_BYTES = gl.constexpr(2 * 64)  # of a column of a chunk
+COLUMN_BYTES = gl.constexpr(2 * 64)  # one column of a chunk: 64 tokens in bfloat16
 
 
 class DescribedTensors(NamedTuple):
@@ -81,7 +82,7 @@ class Sizes(NamedTuple):
         D: key rows.
         E: columns of the output.
         STEP: 1 forward, -1 in reverse.
-        STAGES: chunks in shared memory.
+        STAGES: number of chunks in shared memory.
         WIDTH: columns of a piece of query and key.
         SHARED: documents start inside segments.
         PIECES: of query and key.
@@ -149,7 +150,7 @@ def compute_scores(shared, tensors, edges, segment, sizes: gl.constexpr):
     for begin in range(0, segment.length, CHUNK):
         n = gl.minimum(segment.length - begin, CHUNK)
         token = segment.first + STEP * begin
-        border = n < 0
+        border = n < 0  # never: no document begins inside a chunk
         if sizes.SHARED:
             border = gl.load(segment.reach + token + STEP * (n - 1)) < n
         mbarrier.wait(shared.full.index(stage), phase)
@@ -203,7 +204,7 @@ def _walk(group: gl.constexpr, column, shared, tensors, edges, segment, sizes: g
     for begin in range(0, segment.length, CHUNK):
         n = gl.minimum(segment.length - begin, CHUNK)
         token = segment.first + STEP * begin
-        border = n < 0
+        border = n < 0  # never: no document begins inside a chunk
         if sizes.SHARED:
             border = reach_last < n
         mbarrier.wait(shared.full.index(stage), phase)

@@ -1,15 +1,15 @@
 """Chunk scan for Hopper GPUs: warps of a program have jobs of their own.
 
-The same output as that of ``lasp.lightning.triton.chunk_scan_kernel``, whose kernels also repair
-what is not finite after this one. There all warps of a program do the same at the same time: while
-they round and weigh, the tensor cores idle, and the other way round. Here
+The output is that of ``lasp.lightning.triton.chunk_scan_kernel``, whose kernels run after this one
+to repair what is not finite. In those kernels all warps of a program do the same at the same time:
+while they round and weigh, the tensor cores idle, and while these multiply, the warps idle. Here
 
 - one warp loads chunks by the copy engine, as far ahead as there are stages;
-- one group of four warps computes the weighted scores of a chunk, one chunk ahead of
-- two groups of four warps, each of which computes 64 columns of the output, and keeps their state.
+- one group of four warps computes the weighted scores, one chunk ahead of the output;
+- two groups of four warps compute 64 columns of the output each, and keep the state of these.
 
-With more than 192 key rows the state takes the registers of the group of scores: then each of the
-two groups computes the scores for itself.
+With more than 192 key rows the state takes the registers of the group of scores. There each group
+of columns computes the scores for itself.
 """
 
 from triton.experimental import gluon
@@ -101,6 +101,7 @@ def _scan(tensors, edges, segment, sizes: gl.constexpr):
 
 @gluon.jit
 def _segment(row, block, rates, table, reach, num_heads, scale):
+    """What the programs of a row, a segment and head, walk."""
     head = row % num_heads
     table += row // num_heads * COLUMNS
     first, length = gl.load(table + FIRST), gl.load(table + LENGTH)
@@ -115,7 +116,10 @@ def hopper_scan_kernel(
     D: gl.constexpr, E: gl.constexpr, STEP: gl.constexpr, TRANSPOSED: gl.constexpr,
     STAGES: gl.constexpr, WIDTH: gl.constexpr, APART: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
-    """The arguments of ``chunk_scan_kernel``; query, key, value are descriptors."""
+    """One program a segment, head and 128 columns.
+
+    Arguments are those of ``chunk_scan_kernel``; query, key, value, output_tiles are descriptors.
+    """
     blocks: gl.constexpr = (E + 127) // 128
     program = gl.program_id(0)
     segment = _segment(program // blocks, program % blocks, rates, table, reach, num_heads, scale)
@@ -123,9 +127,8 @@ def hopper_scan_kernel(
     stride_e: gl.constexpr = D if TRANSPOSED else 1
     edges = Edges(states, initial_state, incoming, final_state, stride_d, stride_e, True)
     tensors = DescribedTensors(query, key, value, output, output_tiles)
-    sizes: gl.constexpr = Sizes(
-        D, E, STEP, STAGES, WIDTH, SHARED, (D + WIDTH - 1) // WIDTH, D <= 192
-    )
+    pieces: gl.constexpr = (D + WIDTH - 1) // WIDTH
+    sizes: gl.constexpr = Sizes(D, E, STEP, STAGES, WIDTH, SHARED, pieces, APART)
     _scan(tensors, edges, segment, sizes)
 
 
@@ -136,7 +139,11 @@ def hopper_gradients_kernel(
     D: gl.constexpr,
     STAGES: gl.constexpr, WIDTH: gl.constexpr, APART: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
-    """The arguments of ``key_value_gradients_kernel``; all tensors but dk, dv are descriptors."""
+    """Half of the programs give dk, the others dv; as ``hopper_scan_kernel``.
+
+    Arguments are those of ``key_value_gradients_kernel``; tensors from q to do_columns, dk_tiles
+    and dv_tiles are descriptors.
+    """
     blocks: gl.constexpr = (D + 127) // 128
     program = gl.program_id(0)
     row, block = program // (blocks * 2), program % (blocks * 2)

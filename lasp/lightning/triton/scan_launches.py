@@ -1,4 +1,8 @@
-"""Which kernels scan tensors of which forms, and how they are cut; whatever the pack."""
+"""Which kernels scan tensors of given shapes, strides and dtypes, and their block sizes.
+
+Nothing here depends on the pack but the number of tokens. On Hopper the kernels for Hopper run
+first where they serve; what is not finite is then repaired by the kernels for all GPUs.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from lasp.lightning.triton.hopper_scan_kernel import (
 
 
 class Form(NamedTuple):
-    """A tensor but for its memory."""
+    """All of a tensor but its memory: what decides which kernel takes it."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -31,8 +35,8 @@ class Launch(NamedTuple):
 
     Attributes:
         launcher: of the kernel.
-        programs: of a segment, of all its heads.
-        tiles: of operands and results, see :func:`_tiles`.
+        programs: how many walk one segment, over all heads.
+        tiles: how the copy engine sees operands and results, see :func:`_tiles`.
     """
 
     launcher: Launcher
@@ -51,7 +55,18 @@ def scan_launches(
     reverse: bool,
     transposed: bool,
 ) -> tuple[Launch, ...]:
-    """One launch, and one more where documents start inside segments."""
+    """The launches of one output: one, and one more where documents start inside segments.
+
+    Args:
+        query: ``[T, H, D]``.
+        key: ``[T, H, D]``.
+        value: ``[T, H, E]``.
+        blocks: of the kernel for all GPUs.
+        states: which there are: initial, incoming, final.
+        shared: whether documents start inside segments.
+        reverse: against the order of the tokens.
+        transposed: states are ``[..., E, D]`` in memory.
+    """
     num_tokens, num_heads, dim_in = query.shape
     dim_out = value.shape[2]
     tensors = (query, key, value, _contiguous((num_tokens, num_heads, dim_out), query))
@@ -70,7 +85,7 @@ def scan_launches(
     strides = strides_of("th", query=query.strides, key=key.strides, value=value.strides)
     named = strides | sizes | _meta(blocks, query.dtype, bool(tiles))
     programs = num_heads * -(-dim_out // blocks.columns)
-    for repair in (False, True)[hopper is not None : 1 + shared]:
+    for repair in _repairs(hopper is not None, shared):
         launcher = launcher_of(chunk_scan_kernel, *case, **named, REPAIR=repair)
         launches.append(Launch(launcher, programs, tiles))
     return tuple(launches)
@@ -86,7 +101,7 @@ def gradient_launches(
     states: tuple[bool, bool, bool],
     shared: bool,
 ) -> tuple[Launch, ...]:
-    """As above."""
+    """The launches of dk and dv, both in one: arguments as of :func:`scan_launches`."""
     _, num_heads, dim = q.shape
     tensors = (q, k, v, do, q, do, *(_contiguous(q.shape, q),) * 2)
     case = q.device, (q.dtype, *states)
@@ -102,20 +117,29 @@ def gradient_launches(
     strides = strides_of("th", q=q.strides, k=k.strides, v=v.strides, do=do.strides)
     named = strides | {"D": dim} | _meta(blocks, q.dtype, bool(tiles))
     programs = num_heads * 2 * -(-dim // blocks.columns)
-    for repair in (False, True)[hopper is not None : 1 + shared]:
+    for repair in _repairs(hopper is not None, shared):
         launcher = launcher_of(key_value_gradients_kernel, *case, **named, REPAIR=repair)
         launches.append(Launch(launcher, programs, tiles))
     return tuple(launches)
 
 
+def _repairs(on_hopper: bool, shared: bool) -> list[bool]:
+    """Values of REPAIR with which the kernel for all GPUs runs, one after the other.
+
+    False computes everything, where no kernel for Hopper has; True computes what is not finite
+    again, where documents share segments.
+    """
+    return [False] * (not on_hopper) + [True] * shared
+
+
 def _hopper(
     tensors: tuple[Form, ...], operands: tuple[bool, ...]
 ) -> tuple[tuning.HopperBlocks | None, list[Tile]]:
-    """How the kernels for Hopper are cut, and tiles for them; None, none where others serve.
+    """Block sizes and tiles of the kernels for Hopper; None and no tiles where they do not run.
 
     Args:
         tensors: the first is the query, the last a result.
-        operands: which tensors products take as query or key, others as values or results.
+        operands: for each tensor whether it is a query or key; else it is a value or result.
     """
     query, result = tensors[0], tensors[-1]
     blocks = tuning.hopper_blocks(query.shape[2], result.shape[2], query.dtype)

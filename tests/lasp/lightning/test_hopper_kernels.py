@@ -76,7 +76,7 @@ def test_a_kernel_fits_and_its_products_follow_each_other(
     kernel: object, dim: int, named: dict[str, object], tmp_path: Path
 ) -> None:
     result = compiled(kernel, dim, **named)
-    assert result.metadata.shared <= tuning.HOPPER_SHARED_BYTES + 7 * 1024
+    assert result.metadata.shared <= tuning.HOPPER_SHARED_BYTES + tuning.KEPT_BY_TRITON
     (tmp_path / "kernel.ptx").write_text(result.asm["ptx"])
     command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
     report = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -228,3 +228,16 @@ def test_a_model_built_on_meta_is_whole_after_reset() -> None:
     built.reset_parameters(0)
     for (name, a), b in zip(model.named_parameters(), built.parameters()):
         assert torch.equal(a, b), name
+
+
+def test_initial_values_are_drawn_alike_whatever_the_defaults_of_torch() -> None:
+    model, other = (HybridModel(config(), dtype=torch.float32) for _ in range(2))
+    model.reset_parameters(0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            other.reset_parameters(0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (name, a), b in zip(model.named_parameters(), other.parameters()):
+        assert torch.equal(a, b), name

@@ -86,7 +86,7 @@ class HybridLayer(nn.Module):
         """See :meth:`lasp.hybrid.HybridModel.reset_parameters`."""
         _reset_attention(self.attention, generator, init_gain)
         # The expert layer draws from seeds of its own, so that its values do not depend on ep, etp.
-        seed = int(torch.randint(2**63 - 1, (1,), generator=generator))
+        seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device="cpu"))
         if self.moe is not None:
             self.moe.reset_parameters(seed, gain=init_gain)
         elif self.mlp is not None:
@@ -179,7 +179,7 @@ def _reset_attention(
 
 
 def draw_xavier(weight: Tensor, gain: float, generator: torch.Generator) -> None:
-    """Fill ``weight`` with numbers drawn on the host, whatever its device and dtype."""
-    drawn = torch.empty(weight.shape)
+    """Fill ``weight`` with numbers drawn on the host in float32, whatever its device and dtype."""
+    drawn = torch.empty(weight.shape, device="cpu", dtype=torch.float32)
     nn.init.xavier_uniform_(drawn, gain, generator)
     weight.copy_(drawn)

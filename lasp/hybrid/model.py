@@ -217,7 +217,8 @@ class HybridModel(nn.Module):
         arXiv:2203.00555). Drawn on the host in float32, so that device and dtype do not change it.
         """
         generator = torch.Generator().manual_seed(seed)
-        embedding = torch.empty(self.embedding.weight.shape)
+        shape = self.embedding.weight.shape
+        embedding = torch.empty(shape, device="cpu", dtype=torch.float32)
         self.embedding.weight.copy_(embedding.normal_(generator=generator))
         if self.head is not None:
             draw_xavier(self.head.weight, 1.0, generator)

@@ -126,6 +126,6 @@ def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _chunk_sizes(chunk_rows: RowCounts, device: torch.device) -> Tensor:
-    """The same from the host: padded calls always have these counts, which are remembered."""
+    """The sizes of chunks, from the host; remembered, for padded calls repeat them."""
     flat = _numbers(tuple(rows for source in chunk_rows for rows in source), device)
     return flat.view(len(chunk_rows), -1)

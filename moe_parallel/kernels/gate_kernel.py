@@ -131,7 +131,7 @@ def top_k_kernel(
     product,  # [T, PARTS E] float32: logits as a sum of parts, the smallest last
     logits,  # [T, E] float32, or None: the product is the logits
     experts,  # [T, K] int64, best first
-    weights,  # [T, K] float32: softmax over the chosen
+    weights,  # [T, K] float32: by default softmax over the chosen
     counts,  # [programs, E] int32: assignments of the program's tokens
     bias,  # [E] float32, added to the scores for the choice alone, or None
     scaling,  # of the weights

@@ -118,7 +118,7 @@ class RingSchedule:
 
     @property
     def received_tokens(self) -> int:
-        """Tokens received: those needed, once. In bytes, times 2 (k, v) x Hkv x D x item size."""
+        """Tokens received: those needed, once. :mod:`ring.exchange` has the elements of each."""
         return sum(stage.tokens for stage in self.stages)
 
     @property

@@ -31,8 +31,8 @@ over the whole pack: MiniMax-01, arXiv:2501.08313, section 3.2.1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,7 @@ from lasp._core.autocast import autocast_inputs
 from lasp._core.checks import checked_scale
 from lasp._core.joint_backward import join_backward
 from lasp.sequence.layout import SequenceLayout
-from ring.torch_ops import attend, check_kinds
+from ring.torch_ops import ATTENTION, check_kinds, lengths_and_group
 
 
 class RingOutput(NamedTuple):
@@ -56,6 +56,18 @@ class RingOutput(NamedTuple):
 
     output: Tensor
     lse: Tensor
+
+
+class AttentionOptions(NamedTuple):
+    """What :func:`ring_attention` takes besides its tensors; its docstring explains each."""
+
+    layout: SequenceLayout | None
+    cp_group: dist.ProcessGroup | None
+    causal: bool
+    window: tuple[int, int] | None
+    sinks: Tensor | None
+    scale: float | None
+    block: str
 
 
 def ring_attention(
@@ -112,29 +124,51 @@ def ring_attention(
     """
     q, k, v = autocast_inputs(q, k, v)
     _check_tensors(q, k, v)
+    options = AttentionOptions(layout, cp_group, causal, window, sinks, scale, block)
+    if q.ndim == 4:
+        k, v = _rows_as_heads(k), _rows_as_heads(v)
+    return attend(ATTENTION, q, k, v, options)
+
+
+def attend(
+    operator: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
+) -> RingOutput:
+    """Check the options and call an operator on one pack, to which rows of a batch are heads.
+
+    Args:
+        operator: of :mod:`ring.torch_ops`.
+        q: ``[T, Hq, D]`` or ``[B, T, Hq, D]``, checked.
+        k: keys of all rows, ``[T, B Hkv, D]``, or their latents, ``[T, B, R + P]``.
+        v: values of all rows, ``[T, B Hkv, V]``, or the weight.
+        options: as the user gave them.
+
+    Raises:
+        ValueError: for an option, before any communication.
+    """
+    layout, cp_group, causal, window, sinks, scale, block = options
     check_kinds(layout, cp_group)
     window = checked_window(window, causal)
     if sinks is not None:
-        sinks = checked_sinks(sinks, q)
+        sinks = _checked_sinks(sinks, q)
     q = join_backward(cp_group, q, k, v, sinks)
     scale = checked_scale(q.shape[-1] ** -0.5 if scale is None else scale)
     if scale <= 0:  # kernels scale the mask's -inf with the scores
         q, scale = q * scale, 1.0
-    packed = _rows_as_heads(q, k, v, layout) if q.ndim == 4 else (q, k, v)
-    output, lse = attend(
-        *packed,
-        sinks=sinks,
-        layout=layout,
-        cp_group=cp_group,
-        causal=bool(causal),
-        window=window,
-        scale=scale,
-        block=block,
-    )
+    packed = q
+    if q.ndim == 4:
+        _check_rows(layout)
+        packed = _rows_as_heads(q)
+    where = lengths_and_group(packed.shape[0], layout, cp_group)
+    output, lse = operator(packed, k, v, sinks, *where, bool(causal), window, scale, block)
     if q.ndim == 4:
         heads = (q.shape[0], q.shape[2])
         output, lse = (x.unflatten(1, heads).transpose(0, 1) for x in (output, lse))
     return RingOutput(output, lse)
+
+
+def _rows_as_heads(x: Tensor) -> Tensor:
+    """``[B, T, H, D]`` as ``[T, B H, D]``: head b H + h is head h of row b."""
+    return x.transpose(0, 1).flatten(1, 2)
 
 
 def checked_window(window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
@@ -157,20 +191,24 @@ def checked_window(window: tuple[int, int] | None, causal: bool) -> tuple[int, i
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless the shapes, dtypes and devices are those of one attention."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    tensors = {"q": q, "k": k, "v": v}
     if q.ndim not in (3, 4) or k.shape[:-1] != v.shape[:-1] or k.ndim != q.ndim:
         raise ValueError(
             "q must be [T, Hq, D] or [B, T, Hq, D], k [T, Hkv, D] or [B, T, Hkv, D], v like k but"
-            f" for the last dim, got {shapes}"
+            f" for the last dim, got {shapes_of(tensors)}"
         )
     if 0 in (*q.shape, *k.shape, v.shape[-1]):
-        raise ValueError(f"q, k and v must not be empty, got {shapes}: drop empty batches")
+        raise ValueError(
+            f"q, k and v must not be empty, got {shapes_of(tensors)}: drop empty batches"
+        )
     if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q and k must have the same rows, tokens and head dim, got {shapes}")
+        raise ValueError(
+            f"q and k must have the same rows, tokens and head dim, got {shapes_of(tensors)}"
+        )
     if q.shape[-2] % k.shape[-2]:
         raise ValueError(
-            f"the heads of k must divide those of q, got {shapes}: under tensor parallelism"
-            " repeat key heads or use fewer ranks"
+            f"the heads of k must divide those of q, got {shapes_of(tensors)}: under tensor"
+            " parallelism repeat key heads or use fewer ranks"
         )
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
@@ -182,7 +220,12 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def checked_sinks(sinks: Tensor, q: Tensor) -> Tensor:
+def shapes_of(tensors: dict[str, Tensor]) -> str:
+    """Names and shapes, as errors give them."""
+    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+
+
+def _checked_sinks(sinks: Tensor, q: Tensor) -> Tensor:
     """One sink for each query head, of every row of a batch."""
     if sinks.shape != q.shape[-2:-1] or not sinks.is_floating_point() or sinks.device != q.device:
         raise ValueError(
@@ -192,15 +235,7 @@ def checked_sinks(sinks: Tensor, q: Tensor) -> Tensor:
     return sinks.repeat(len(q)) if q.ndim == 4 else sinks
 
 
-def _rows_as_heads(
-    q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout | None
-) -> tuple[Tensor, ...]:
-    """``[B, T, H, D]`` as ``[T, B H, D]``: query head b Hq + h reads its key head of row b."""
-    check_rows(layout)
-    return tuple(x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))
-
-
-def check_rows(layout: SequenceLayout | None) -> None:
+def _check_rows(layout: SequenceLayout | None) -> None:
     """Raise ValueError unless rows of a batch can share the layout."""
     if layout is not None and layout.num_documents != 1:
         raise ValueError(

@@ -27,11 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.autocast import autocast_inputs
-from lasp._core.checks import checked_scale
-from lasp._core.joint_backward import join_backward
 from lasp.sequence.layout import SequenceLayout
-from ring.attention import RingOutput, check_rows, checked_sinks, checked_window
-from ring.torch_ops import attend, check_kinds
+from ring.attention import AttentionOptions, RingOutput, attend, shapes_of
+from ring.torch_ops import LATENT_ATTENTION
 
 
 def ring_latent_attention(
@@ -81,57 +79,32 @@ def ring_latent_attention(
     """
     q, latent, weight = autocast_inputs(q, latent, weight)
     _check_tensors(q, latent, weight)
-    check_kinds(layout, cp_group)
-    window = checked_window(window, causal)
-    if sinks is not None:
-        sinks = checked_sinks(sinks, q)
-    q = join_backward(cp_group, q, latent, weight, sinks)
-    scale = checked_scale(q.shape[-1] ** -0.5 if scale is None else scale)
-    if scale <= 0:  # kernels scale the mask's -inf with the scores
-        q, scale = q * scale, 1.0
-    packed, moving = q, latent.unsqueeze(1)  # [T, B, R + P]
-    if q.ndim == 4:
-        check_rows(layout)
-        packed, moving = q.transpose(0, 1).flatten(1, 2), latent.transpose(0, 1)
-    output, lse = attend(
-        packed,
-        moving,
-        weight,
-        latent=True,
-        sinks=sinks,
-        layout=layout,
-        cp_group=cp_group,
-        causal=bool(causal),
-        window=window,
-        scale=scale,
-        block=block,
-    )
-    if q.ndim == 4:
-        heads = (q.shape[0], q.shape[2])
-        output, lse = (x.unflatten(1, heads).transpose(0, 1) for x in (output, lse))
-    return RingOutput(output, lse)
+    moving = latent.unsqueeze(1) if q.ndim == 3 else latent.transpose(0, 1)  # [T, B, R + P]
+    options = AttentionOptions(layout, cp_group, causal, window, sinks, scale, block)
+    return attend(LATENT_ATTENTION, q, moving, weight, options)
 
 
 def _check_tensors(q: Tensor, latent: Tensor, weight: Tensor) -> None:
     """Raise ValueError unless the shapes, dtypes and devices are those of one attention."""
-    shapes = f"q {tuple(q.shape)}, latent {tuple(latent.shape)}, weight {tuple(weight.shape)}"
+    tensors = {"q": q, "latent": latent, "weight": weight}
     if q.ndim not in (3, 4) or latent.ndim != q.ndim - 1 or weight.ndim != 3:
         raise ValueError(
             "q must be [T, H, K + P] or [B, T, H, K + P], latent [T, R + P] or [B, T, R + P] and"
-            f" weight [H, K + V, R], got {shapes}"
+            f" weight [H, K + V, R], got {shapes_of(tensors)}"
         )
     if 0 in (*q.shape, *latent.shape, *weight.shape):
-        raise ValueError(f"q, latent and weight must not be empty, got {shapes}")
+        raise ValueError(f"q, latent and weight must not be empty, got {shapes_of(tensors)}")
     if q.shape[:-2] != latent.shape[:-1] or q.shape[-2] != weight.shape[0]:
         raise ValueError(
-            f"q must have the rows and tokens of latent and the heads of weight, got {shapes}"
+            "q must have the rows and tokens of latent and the heads of weight, got"
+            f" {shapes_of(tensors)}"
         )
     shared = latent.shape[-1] - weight.shape[2]
     own = q.shape[-1] - shared
     if shared < 0 or not 0 <= own < weight.shape[1]:
         raise ValueError(
             "the last dims must be K + P of q, R + P of latent, and K + V and R of weight, with P"
-            f" and K not negative and V positive, got {shapes}: P {shared}, K {own}, V"
+            f" and K not negative and V positive, got {shapes_of(tensors)}: P {shared}, K {own}, V"
             f" {weight.shape[1] - own}"
         )
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

@@ -35,31 +35,6 @@ _RESULTS = "(Tensor output, Tensor lse)"
 _REFERENCE = Reference("ring_attention", "ring.reference.dense_attention")
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    latent: bool = False,
-    sinks: Tensor | None,
-    layout: SequenceLayout | None,
-    cp_group: dist.ProcessGroup | None,
-    causal: bool,
-    window: tuple[int, int],
-    scale: float,
-    block: str,
-) -> tuple[Tensor, Tensor]:
-    """Output and lse of packed tokens ``[T, H, D]``; arguments as those of ``ring_attention``.
-
-    With ``latent`` k is the latent and v the weight that expands it, see
-    :class:`ring.expansion.LatentExpansion`.
-    """
-    where = _where(q.shape[0], layout, cp_group)
-    call = _LATENT_ATTENTION if latent else _ATTENTION
-    output, lse = call(q, k, v, sinks, *where, causal, window, scale, block)
-    return output, lse
-
-
 def positions(
     hidden: Tensor, layout: SequenceLayout | None, cp_group: dist.ProcessGroup | None
 ) -> Tensor:
@@ -68,7 +43,7 @@ def positions(
     Raises:
         ValueError: if the layout is of another length or of another number of ranks.
     """
-    where = _where(hidden.shape[-2], layout, cp_group)
+    where = lengths_and_group(hidden.shape[-2], layout, cp_group)
     found: Tensor = torch.ops.ring.positions(hidden, *where)
     return found
 
@@ -84,7 +59,7 @@ def check_kinds(layout: SequenceLayout | None, cp_group: dist.ProcessGroup | Non
         )
 
 
-def _where(
+def lengths_and_group(
     num_tokens: int, layout: SequenceLayout | None, cp_group: dist.ProcessGroup | None
 ) -> tuple[Tensor, int, str, str]:
     """Layout and group as a schema takes them."""
@@ -235,7 +210,7 @@ _OPERATORS.define(
     _positions,
     lambda hidden, *_: hidden.new_empty(hidden.shape[-2], dtype=torch.int64),
 )
-_ATTENTION = _AttentionOperators("attention", "ring_attention", ("k", "v"), _keys_and_values).call
-_LATENT_ATTENTION = _AttentionOperators(
+ATTENTION = _AttentionOperators("attention", "ring_attention", ("k", "v"), _keys_and_values).call
+LATENT_ATTENTION = _AttentionOperators(
     "latent_attention", "ring_latent_attention", ("latent", "weight"), _latent
 ).call

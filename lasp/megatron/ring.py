@@ -136,12 +136,7 @@ class RingSelfAttention(SelfAttention):
         query, key, value = self.get_query_key_value_tensors(hidden_states, None)
         if self.rotary_dim:
             positions = layout.position_ids(cp_group.rank(), query.device)
-            query, key = (  # apply_rotary takes [..., T, H, D]
-                apply_rotary(
-                    x.transpose(0, 1), positions, rotary_dim=self.rotary_dim, base=self.rope_base
-                ).transpose(0, 1)
-                for x in (query, key)
-            )
+            query, key = (self._rotated(x, positions) for x in (query, key))
         packed = packed_seq_params is not None
         if packed:
             query, key, value = (x.squeeze(1) for x in (query, key, value))
@@ -155,6 +150,12 @@ class RingSelfAttention(SelfAttention):
         projected: tuple[Tensor, Tensor | None]
         projected = self.linear_proj(output.unsqueeze(1) if packed else output)
         return projected
+
+    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Heads ``[T, B, H, D]`` rotated at ``positions``, ``[T]``."""
+        x = x.transpose(0, 1)  # as apply_rotary takes them, [..., T, H, D]
+        rotated = apply_rotary(x, positions, rotary_dim=self.rotary_dim, base=self.rope_base)
+        return rotated.transpose(0, 1)
 
 
 def ring_attention_spec(

@@ -18,7 +18,7 @@ from ring.planner.schedule import RingSchedule, plan_ring
 from ring.planner.tiles import KVTile
 from ring.planner.window import EVERYTHING
 from tests.closeness import assert_equal_to_rounding
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, subgroup
 from tests.ring.cases import (
     HEADS,
     NAMES,
@@ -70,6 +70,21 @@ def test_grouped_heads(heads: tuple[int, int], causal: bool) -> None:
     tensors = random_tensors(23, *heads, 5, torch.float64)
     actual = on_ranks(tensors, SequenceLayout(lengths, 3, "zigzag"), causal=causal, scale=0.37)
     assert_all_equal(actual, oracle(tensors, lengths, causal, scale=0.37))
+
+
+def on_even_ranks(tensors, layout: SequenceLayout) -> list[Tensor] | None:
+    group, odd = subgroup(0, 2), subgroup(1, 3)
+    cp_group = odd if dist.get_rank() % 2 else group
+    return forward_backward(tensors, layout=layout, cp_group=cp_group, rank=dist.get_rank(cp_group))
+
+
+def test_strided_subgroups() -> None:
+    tensors = random_tensors(13, 4, 2, 5, torch.float64)
+    layout = SequenceLayout((4, 9), 2, "zigzag")
+    results = run_on_ranks(on_even_ranks, 4, tensors, layout)
+    expected = oracle(tensors, (4, 9), causal=True)
+    assert_all_equal(unshard_all(layout, results[::2]), expected)
+    assert_all_equal(unshard_all(layout, results[1::2]), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -25,18 +25,16 @@ from ring.passes import RingContext, forward
 from ring.planner.ranges import RowRange
 from ring.planner.schedule import KVSlice, plan_ring
 from ring.planner.stages import StageRule
-from tests.ranks import run_on_ranks, subgroup
+from tests.ranks import run_on_ranks
 from tests.ring.cases import (
     NOTHING_HIDES,
     ORDERS,
     RULES,
     assert_all_equal,
-    forward_backward,
     on_world,
     oracle,
     planned_by,
     random_tensors,
-    unshard_all,
 )
 
 
@@ -286,18 +284,3 @@ def test_a_link_of_a_chain_starts_when_the_one_before_is_there() -> None:
     transfers = [event for event in expected if event != "tile"]
     for events in results[:3]:
         assert [event for event in events if event != "tile"][: len(transfers)] == transfers
-
-
-def on_even_ranks(tensors, layout: SequenceLayout) -> list[Tensor] | None:
-    group, odd = subgroup(0, 2), subgroup(1, 3)
-    cp_group = odd if dist.get_rank() % 2 else group
-    return forward_backward(tensors, layout=layout, cp_group=cp_group, rank=dist.get_rank(cp_group))
-
-
-def test_strided_subgroups() -> None:
-    tensors = random_tensors(13, 4, 2, 5, torch.float64)
-    layout = SequenceLayout((4, 9), 2, "zigzag")
-    results = run_on_ranks(on_even_ranks, 4, tensors, layout)
-    expected = oracle(tensors, (4, 9), causal=True)
-    assert_all_equal(unshard_all(layout, results[::2]), expected)
-    assert_all_equal(unshard_all(layout, results[1::2]), expected)

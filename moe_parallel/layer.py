@@ -169,8 +169,7 @@ class ExpertParallelMoE(nn.Module):
         """Route, dispatch, compute, combine.
 
         Args:
-            hidden: ``[T, hidden]`` or ``[B, T, hidden]``, this rank's tokens in the layer's dtype;
-                under autocast in any.
+            hidden: ``[T, hidden]`` or ``[B, T, hidden]``, in the layer's dtype; any under autocast.
             token_order: where the tokens of every rank stand, one segment list for each rank of
                 the token group, equal on all of them; tokens it leaves out are padding. None, on
                 all ranks or on none: every rank holds as many tokens as this one, in rank order;
@@ -182,13 +181,13 @@ class ExpertParallelMoE(nn.Module):
 
         Raises:
             ValueError: naming the argument, if it does not fit the layer; on every rank alike, if
-                they differ in dtype, config or whether an order is given in the first call, if
+                the first call differs in dtype, config, sequences or whether there is an order, if
                 ranks hold different orders or numbers of tokens, and if with a capacity some do not
                 train (:func:`moe_parallel.router.checks.check_order`).
         """
         refuse_transforms(_REFERENCE, hidden)
         (hidden,) = autocast_inputs(hidden)
-        self.check_first_call(hidden, token_order)
+        self.check_first_call(hidden, token_order, sequences)
         check_hidden(hidden, self.experts.w13)
         if self._is_split:
             check_replicas(self.experts)
@@ -202,13 +201,15 @@ class ExpertParallelMoE(nn.Module):
         output = token_order.put(output_TM, self.mesh.token_rank).view_as(hidden)
         return MoEOutput(output, routing.aux_loss, routing.stats)
 
-    def check_first_call(self, hidden: Tensor, token_order: TokenOrder | None) -> None:
+    def check_first_call(
+        self, hidden: Tensor, token_order: TokenOrder | None, sequences: TokenSequences | None
+    ) -> None:
         """Raise ValueError on every rank alike, in the first call, unless all ranks call alike.
 
         Communication: :func:`lasp._core.consistency.check_same_calls`, once.
         """
         if not self._calls_compared:
-            how = shared_settings(self.config, hidden, token_order)
+            how = shared_settings(self.config, hidden, token_order, sequences)
             who = ("ExpertParallelMoE", self.groups.token)
             self._calls_compared = check_same_calls(*who, hidden, how)
 

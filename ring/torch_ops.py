@@ -125,7 +125,7 @@ class _AttentionOperators:
     def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *settings: Any
     ) -> tuple[Tensor, Tensor]:
-        moving, context = self._context(q, k, v, *settings)
+        moving, context = self._context(q, k, v, sinks, *settings)
         with torch.autocast(q.device.type, enabled=False):
             output, lse = passes.forward(q.contiguous(), moving, context, sinks)
         return output.contiguous(), lse.contiguous()
@@ -141,7 +141,7 @@ class _AttentionOperators:
         lse: Tensor,
         *settings: Any,
     ) -> tuple[Tensor, ...]:
-        moving, context = self._context(q, k, v, *settings)
+        moving, context = self._context(q, k, v, None, *settings)
         merged = Partial(output, lse)
         with torch.autocast(q.device.type, enabled=False):
             gradients = passes.backward(doutput, dlse, merged, q.contiguous(), moving, context)
@@ -167,7 +167,7 @@ class _AttentionOperators:
         return *gradients, dsinks, *(None,) * (1 + len(ctx.settings))
 
     def _context(
-        self, q: Tensor, k: Tensor, v: Tensor, *settings: Any
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *settings: Any
     ) -> tuple[KV, passes.RingContext]:
         """What moves, and the rest: checks what a graph does not know, before communication."""
         lengths, num_ranks, order, group, causal, window, scale, block = settings
@@ -177,6 +177,7 @@ class _AttentionOperators:
             tensors = zip(("q", *self._names), (q, k, v))
             how: dict[str, object] = {"dtype": q.dtype, **{n: list(x.shape) for n, x in tensors}}
             how |= {"causal": causal, "window": list(window), "scale": scale}
+            how["sinks"] = None if sinks is None else sinks.dtype
             how["layout"] = layout.summary
             compare_first_call(self._user_name, cp_group, q, how)
         rank = checked_rank("q", q, -3, layout, cp_group)

@@ -14,7 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lasp import LightningAttention, SequenceLayout, decay_rates, lightning_attention
 from lasp._core.consistency import check_same_calls
-from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig, TokenOrder
+from moe_parallel import (
+    ExpertGroups,
+    ExpertParallelMoE,
+    MoEConfig,
+    RouterConfig,
+    TokenOrder,
+    TokenSequences,
+)
 from ring import RingAttention, ring_attention, ring_latent_attention
 from tests.ranks import run_on_ranks
 from tests.test_consistency import on_rank
@@ -60,12 +67,21 @@ def lightning_module(group: dist.ProcessGroup) -> None:
 
 def experts(group: dist.ProcessGroup, **changed: Any) -> None:
     given, dtype = changed.pop("given", False), changed.pop("dtype", torch.float32)
+    sequences = changed.pop("sequences", None)
     autocast = autocast_on_rank_1() if changed.pop("autocast", False) else nullcontext()
     config = MoEConfig(16, 8, 4, changed.pop("top_k", 2), **changed)
     layer = ExpertParallelMoE(config, groups=ExpertGroups(token=group, ep=group))
     order = TokenOrder.contiguous([ROWS, ROWS]) if given else None
     with autocast:
-        layer(torch.ones(ROWS, 16, dtype=dtype), token_order=order)
+        layer(torch.ones(ROWS, 16, dtype=dtype), token_order=order, sequences=sequences)
+
+
+def sequence_loss(group: dist.ProcessGroup, *nums: int | None) -> None:
+    """An expert layer whose ranks say that there are so many sequences, or nothing."""
+    num, router = on_rank(*nums), RouterConfig("softmax", sequence_loss_coefficient=0.1)
+    numbers = torch.zeros(ROWS, dtype=torch.int64)
+    sequences = None if num is None else TokenSequences(numbers, num)
+    experts(group, sequences=sequences, router=router)
 
 
 BOTH_DTYPES = (torch.float32, torch.bfloat16)
@@ -76,6 +92,10 @@ CALLS: dict[str, tuple[Callable[[dist.ProcessGroup], None], str]] = {
     "ring: heads": (lambda g: ring(g, heads=on_rank(2, 1)), "[8, 2, 8] on ranks [0]"),
     "ring: mask": (lambda g: ring(g, causal=on_rank(True, False)), "causal True on ranks [0]"),
     "ring: window": (lambda g: ring(g, window=(on_rank(2, 3), 0)), "window [2, 0] on ranks [0]"),
+    "ring: sinks": (
+        lambda g: ring(g, sinks=on_rank(None, torch.zeros(2))),
+        "sinks None on ranks [0], torch.float32 on ranks [1]",
+    ),
     "ring: latent": (
         lambda g: ring_latent_attention(
             torch.ones(ROWS, 2, 6),
@@ -120,6 +140,14 @@ CALLS: dict[str, tuple[Callable[[dist.ProcessGroup], None], str]] = {
     "experts: order": (
         lambda g: experts(g, given=on_rank(True, False)),
         "token_order given on ranks [0], None on ranks [1]",
+    ),
+    "experts: number of sequences": (
+        lambda g: sequence_loss(g, 2, 3),
+        "sequences 2 on ranks [0], 3 on ranks [1]",
+    ),
+    "experts: sequences": (
+        lambda g: sequence_loss(g, 2, None),
+        "sequences 2 on ranks [0], None on ranks [1]",
     ),
 }
 

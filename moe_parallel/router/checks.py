@@ -124,13 +124,17 @@ def agreed_order(
 
 
 def shared_settings(
-    config: MoEConfig, hidden: Tensor, token_order: TokenOrder | None
+    config: MoEConfig,
+    hidden: Tensor,
+    token_order: TokenOrder | None,
+    sequences: TokenSequences | None,
 ) -> dict[str, object]:
     """What the calls of all ranks must have in common, by name; not who computes."""
     how = {
         "dtype": hidden.dtype,
         "width of hidden": list(hidden.shape[-1:]),
         "token_order": "None" if token_order is None else "given",
+        "sequences": None if sequences is None else sequences.num,
     }
     return how | {k: v for k, v in vars(config).items() if k not in ("impl", "gemm")}
 

@@ -161,7 +161,7 @@ class ExpertParallelMoELayer(MoELayer):
 
         def compute(hidden: Tensor) -> Tensor:
             rows = hidden.flatten(0, 1)
-            self.moe.check_first_call(rows, token_order)
+            self.moe.check_first_call(rows, token_order, None)
             order, rank = self.moe.agreed_order(rows, token_order), self.moe.mesh.token_rank
             tokens = order.take(rows, rank)
             sequences = None

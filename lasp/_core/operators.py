@@ -38,7 +38,7 @@ class Operators:
         """Add an operator.
 
         Args:
-            schema: name, arguments without defaults, and results.
+            schema: name, arguments without defaults, and results; a tuple holds numbers alone.
             function: computes it; a compiler never looks into it, nor when a graph broke before.
             fake: results of the right shapes, whatever is in them.
 
@@ -47,6 +47,7 @@ class Operators:
             dispatcher takes 20 us to turn a dozen arguments to its kinds and back.
         """
         name = schema.partition("(")[0]
+        assert "Tensor[]" not in schema  # _is_plain_call does not look into tuples
         function = outside_graphs(function)
         self._library.define(schema)
         self._library.impl(name, function, "CompositeExplicitAutograd")
@@ -130,7 +131,7 @@ class Operators:
 
 _TENSORS = frozenset((Tensor, Parameter))
 _is_meta = attrgetter("is_meta")
-_PLAIN_TYPES = _TENSORS | {int, float, bool, str, type(None)}
+_PLAIN_TYPES = _TENSORS | {int, float, bool, str, tuple, type(None)}
 
 
 def _is_plain_call(arguments: tuple[Any, ...]) -> bool:

@@ -30,6 +30,17 @@ direct = _OPERATORS.define(
 call = _OPERATORS.differentiate(
     "multiply", lambda ctx, grad: (grad, None), lambda *_: None, Reference("multiply", "mul")
 )
+PAIRS: list[Any] = []
+
+
+def keep(x: Tensor, pair: Any) -> Tensor:
+    PAIRS.append(pair)
+    return x.clone()
+
+
+pair = _OPERATORS.define(
+    "keep(Tensor x, int[2] pair) -> Tensor", keep, lambda x, pair: torch.empty_like(x)
+)
 CALLERS = pytest.mark.parametrize("caller", [direct, call])
 
 
@@ -60,6 +71,13 @@ def test_a_plain_call_does_without_the_dispatcher(caller: Any, x: Tensor) -> Non
         result = caller(x, 2)
     assert type(TIMES[-1]) is int
     assert result.tolist() == [2, 2, 2]
+
+
+def test_a_tuple_of_numbers_is_plain() -> None:
+    """As the window of ring attention; the dispatcher would make it a list."""
+    PAIRS.clear()
+    pair(torch.ones(3), (2, 3))
+    assert PAIRS == [(2, 3)]
 
 
 def test_gradients_are_those_of_the_operator() -> None:

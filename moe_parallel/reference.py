@@ -67,47 +67,78 @@ def reference_moe(
         shared: ``w13`` ``[2, F, M]`` and ``w2`` ``[M, F]`` of the shared expert, and its gate
             ``[1, M]`` if it has one.
     """
-    tokens, num_experts = x_NM.shape[0], gate_EM.shape[0]
-    dtype = wide_dtype(x_NM.dtype)
+    num_experts, dtype = gate_EM.shape[0], wide_dtype(x_NM.dtype)
     logits_NE = x_NM.to(dtype) @ gate_EM.to(dtype).T
-    sigmoid = router.score_function == "sigmoid"
-    scores_NE = logits_NE.sigmoid() if sigmoid else logits_NE.softmax(1)
-    probabilities_NE = scores_NE / scores_NE.sum(1, keepdim=True) if sigmoid else scores_NE
+    scores_NE = logits_NE.sigmoid() if router.score_function == "sigmoid" else logits_NE.softmax(1)
     by_logits = router.score_function == "softmax_of_top_k"
     compared_NE = (logits_NE if by_logits else scores_NE).tolist()
-
-    chosen: list[list[int]] = []
-    preferred: list[list[int]] = []
-    queues: list[list[int]] = [[] for _ in range(num_experts)]
-    for token in range(tokens):
-        preferred.append(_largest(compared_NE[token], range(num_experts), top_k))
-        experts = _chosen(compared_NE[token], top_k, router, expert_bias or [0.0] * num_experts)
-        chosen.append(experts if replayed is None else list(replayed[token]))
-        for expert in chosen[token]:
-            queues[expert].append(token)
+    preferred = [_largest(row_E, range(num_experts), top_k) for row_E in compared_NE]
+    bias = expert_bias or [0.0] * num_experts
+    chosen = replayed or [_chosen(row_E, top_k, router, bias) for row_E in compared_NE]
     counted = chosen if expert_bias is None and router.num_groups is None else preferred
+    kept = _kept(chosen, scores_NE, top_k, capacity_factor, drop_policy)
+    rows = [_ffn(x_M, *shared) if shared else torch.zeros_like(x_M) for x_M in x_NM]
+    for token, experts in enumerate(chosen):
+        weights = _weights(logits_NE[token, experts], scores_NE[token, experts], router)
+        for weight, expert in zip(weights.to(x_NM.dtype), experts):
+            if (token, expert) in kept:
+                y_M = _ffn(x_NM[token], w13_E2FM[expert], w2_EMF[expert])
+                rows[token] = rows[token] + weight * y_M
+    output_NM = torch.stack(rows) if rows else x_NM * 1
+    aux_loss = _losses(logits_NE, scores_NE, counted, router, aux_loss_coefficient, sequences)
+    return ReferenceOutput(output_NM, aux_loss, kept)
+
+
+def _ffn(x_M: Tensor, w13: Tensor, w2: Tensor, gate: Tensor | None = None) -> Tensor:
+    """What an expert makes of a token; the shared expert may have a gate."""
+    first, up = w13 @ x_M
+    y_M: Tensor = w2 @ (F.silu(first) * up)
+    return y_M if gate is None else y_M * (gate @ x_M).sigmoid()
+
+
+def _weights(logits_k: Tensor, scores_k: Tensor, router: RouterConfig) -> Tensor:
+    """The weights of a token's experts."""
+    if router.score_function == "softmax_of_top_k":
+        scores_k = logits_k.softmax(0)
+    elif router.normalize:
+        scores_k = scores_k / scores_k.sum()
+    return scores_k * router.scaling
+
+
+def _kept(
+    chosen: Sequence[Sequence[int]],
+    scores_NE: Tensor,
+    top_k: int,
+    capacity_factor: float | None,
+    drop_policy: DropPolicy,
+) -> frozenset[tuple[int, int]]:
+    """The assignments that no full expert drops, as (token, expert)."""
+    (tokens, num_experts), capacity = scores_NE.shape, None
     if capacity_factor is not None:
         capacity = expert_capacity(capacity_factor, tokens, top_k, num_experts)
-        for expert, queue in enumerate(queues):
-            if drop_policy == "probability":
-                column = scores_NE[:, expert].tolist()
-                queue.sort(key=lambda token: -column[token])
-            del queue[capacity:]
-    kept = frozenset((token, expert) for expert in range(num_experts) for token in queues[expert])
-
-    rows = []
+    queues: list[list[int]] = [[] for _ in range(num_experts)]
     for token, experts in enumerate(chosen):
-        weights = logits_NE[token, experts].softmax(0) if by_logits else scores_NE[token, experts]
-        if router.normalize and not by_logits:
-            weights = weights / weights.sum()
-        row = _shared(x_NM[token], *shared) if shared else torch.zeros_like(x_NM[token])
-        for weight, expert in zip((weights * router.scaling).to(x_NM.dtype), experts):
-            if (token, expert) in kept:
-                gate, up = w13_E2FM[expert] @ x_NM[token]
-                row = row + weight * (w2_EMF[expert] @ (F.silu(gate) * up))
-        rows.append(row)
-    output_NM = torch.stack(rows) if rows else x_NM * 1
+        for expert in experts:
+            queues[expert].append(token)
+    if drop_policy == "probability":
+        for queue, column in zip(queues, scores_NE.T.tolist()):
+            queue.sort(key=lambda token: -column[token])
+    return frozenset(
+        (token, expert) for expert, queue in enumerate(queues) for token in queue[:capacity]
+    )
 
+
+def _losses(
+    logits_NE: Tensor,
+    scores_NE: Tensor,
+    counted: Sequence[Sequence[int]],
+    router: RouterConfig,
+    aux_loss_coefficient: float,
+    sequences: Sequence[int] | None,
+) -> Tensor:
+    """All losses of the router: over all tokens, of each sequence, and of the logits' size."""
+    tokens, sigmoid = len(logits_NE), router.score_function == "sigmoid"
+    probabilities_NE = scores_NE / scores_NE.sum(1, keepdim=True) if sigmoid else scores_NE
     aux_loss = aux_loss_coefficient * _balance(counted, probabilities_NE, range(tokens))
     if router.sequence_loss_coefficient:
         numbers = [0] * tokens if sequences is None else sequences
@@ -116,15 +147,7 @@ def reference_moe(
             loss = _balance(counted, probabilities_NE, members) / len(set(numbers))
             aux_loss = aux_loss + router.sequence_loss_coefficient * loss
     z_loss = logits_NE.exp().sum(1).log().square().sum() / max(tokens, 1)
-    aux_loss = aux_loss + router.z_loss_coefficient * z_loss
-    return ReferenceOutput(output_NM, aux_loss, kept)
-
-
-def _shared(x_M: Tensor, w13: Tensor, w2: Tensor, gate: Tensor | None = None) -> Tensor:
-    """The shared expert of a token."""
-    first, up = w13 @ x_M
-    y_M: Tensor = w2 @ (F.silu(first) * up)
-    return y_M if gate is None else y_M * (gate @ x_M).sigmoid()
+    return aux_loss + router.z_loss_coefficient * z_loss
 
 
 def _largest(values: Sequence[float], among: Iterable[int], count: int) -> list[int]:

@@ -114,12 +114,16 @@ def route(
         if drop_policy == "position":
             kept_Tk, counts = keep_by_position(experts_Tk, *how)
         else:
-            logits = logits_TE.detach()
-            scores_TE = logits.sigmoid() if score_function == "sigmoid" else logits.softmax(1)
-            chosen_Tk = scores_TE.gather(1, experts_Tk)
-            kept_Tk, counts = keep_by_probability(experts_Tk, chosen_Tk, *how)
+            scores_Tk = _compared(logits_TE.detach(), experts_Tk, score_function)
+            kept_Tk, counts = keep_by_probability(experts_Tk, scores_Tk, *how)
     decision = (experts_Tk, weights_Tk, kept_Tk, counts, logits_TE)
     return Routing(*decision, order.num_tokens, aux_loss_coefficient, histogram, score_function)
+
+
+def _compared(logits_TE: Tensor, experts_Tk: Tensor, score_function: ScoreFunction) -> Tensor:
+    """``[T, k]``: by what the assignments to a full expert are compared."""
+    scores_TE = logits_TE.sigmoid() if score_function == "sigmoid" else logits_TE.softmax(1)
+    return scores_TE.gather(1, experts_Tk)
 
 
 class Router(nn.Module):

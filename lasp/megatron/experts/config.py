@@ -90,6 +90,28 @@ def moe_config(config: TransformerConfig, options: ExpertOptions = DEFAULT_OPTIO
             f"config.num_moe_experts must be a number for {PART}, got None: set it, or take a spec"
             " with a dense MLP"
         )
+    _check_options(config)
+    return MoEConfig(
+        hidden_size=config.hidden_size,
+        ffn_size=config.moe_ffn_hidden_size or config.ffn_hidden_size,
+        num_experts=config.num_moe_experts,
+        top_k=config.moe_router_topk,
+        capacity_factor=config.moe_expert_capacity_factor,
+        drop_policy=_POLICIES[config.moe_token_drop_policy],
+        aux_loss_coefficient=aux_losses(config).get("global_aux_loss", 0.0),
+        gemm=options.gemm,
+        overlap_groups=options.overlap_groups,
+        max_rows=options.max_rows,
+        pad_to_capacity=config.moe_pad_expert_input_to_capacity,
+        impl=options.impl,
+        router=router_config(config),
+        shared_ffn_size=config.moe_shared_expert_intermediate_size,
+        shared_gate=config.moe_shared_expert_gate,
+    )
+
+
+def _check_options(config: TransformerConfig) -> None:
+    """Raise ValueError for options that our layer does not have."""
     require(config, PART, **_WANTED)
     if config.moe_token_dispatcher_type not in ("alltoall", "allgather"):
         raise ValueError(
@@ -125,23 +147,6 @@ def moe_config(config: TransformerConfig, options: ExpertOptions = DEFAULT_OPTIO
             "config.moe_expert_capacity_factor must be a number with"
             " moe_pad_expert_input_to_capacity, got None: padding needs a size"
         )
-    return MoEConfig(
-        hidden_size=config.hidden_size,
-        ffn_size=config.moe_ffn_hidden_size or config.ffn_hidden_size,
-        num_experts=config.num_moe_experts,
-        top_k=config.moe_router_topk,
-        capacity_factor=config.moe_expert_capacity_factor,
-        drop_policy=_POLICIES[config.moe_token_drop_policy],
-        aux_loss_coefficient=aux_losses(config).get("global_aux_loss", 0.0),
-        gemm=options.gemm,
-        overlap_groups=options.overlap_groups,
-        max_rows=options.max_rows,
-        pad_to_capacity=padded,
-        impl=options.impl,
-        router=router_config(config),
-        shared_ffn_size=config.moe_shared_expert_intermediate_size,
-        shared_gate=config.moe_shared_expert_gate,
-    )
 
 
 def check_groups(moe: MoEConfig, groups: ProcessGroupCollection) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Histogram(NamedTuple):
-    """Assignments counted where they are made (:mod:`moe_parallel.kernels.gate_kernel`).
+    """Assignments counted where they are made (:mod:`moe_parallel.kernels.top_k_kernel`).
 
     Attributes:
         before: ``[programs, E]`` int32, of each program's span of tokens, the assignments of the

@@ -7,15 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_parallel.kernels.gate_kernel import split_kernel, top_k_backward_kernel, top_k_kernel
+from moe_parallel.kernels.gate_kernel import split_kernel, top_k_backward_kernel
 from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.kernels.rows_kernel import before_kernel, row_kernel
+from moe_parallel.kernels.top_k_kernel import top_k_kernel
 
 # Block sizes: all of these kernels are bound by memory.
 SPLIT_BLOCK = 1024  # numbers of a program
 ROUTER_TILE = 2048  # (token, expert) pairs that a program takes at a time
 NUM_WARPS = 4
-MAX_PROGRAMS = 256  # two a multiprocessor: the scan over their counts is one tile
+MAX_PROGRAMS = 256  # two a multiprocessor; a power of 2: the scan of their counts is one tile
 SCAN_COLUMNS = 4  # experts of a program of that scan
 POSITIONS_TILE = 2048  # pairs of experts that are compared at a time
 
@@ -111,12 +112,7 @@ def top_k(
                 num_warps=NUM_WARPS,
             )
         before_kernel[(-(-num_experts // SCAN_COLUMNS),)](
-            before,
-            totals,
-            programs,
-            E=num_experts,
-            PROGRAMS=_power_of_2(MAX_PROGRAMS),
-            COLUMNS=SCAN_COLUMNS,
+            before, totals, programs, E=num_experts, PROGRAMS=MAX_PROGRAMS, COLUMNS=SCAN_COLUMNS
         )
     return logits, experts, weights, Histogram(before, totals)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -152,6 +153,9 @@ def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
             (lambda pattern=pattern: replace(config(), pattern=pattern), "pattern must be")
             for pattern in ("7", "0:0", "a:b", "-1:2", None)
         ),
+        (lambda: replace(config(), norm_eps=-1.0), "norm_eps must be a finite number > 0, got -1"),
+        (lambda: replace(config(), vocabulary=VocabularyConfig(logit_scale=math.nan)), "logit_sc"),
+        (lambda: DenseConfig(8, 0), "ffn_size must be a finite number > 0, got 0"),
         (lambda: Residuals("middle"), "norm must be 'pre' or 'post', got 'middle'"),
         *(
             (lambda name=name: replace(config(), **{name: "fast"}), f"{name} must be one of .*fast")

@@ -16,6 +16,14 @@ def checked_scale(scale: float) -> float:
     return float(scale)
 
 
+def check_positive(**values: float | None) -> None:
+    """Raise ValueError unless these, but those that are None, are finite numbers above 0."""
+    for name, value in values.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
 class Shards(Protocol):
     """How a layout cuts a pack: over how many ranks, and into how many tokens a rank."""
 

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from lasp._core.checks import check_positive
 from lasp._core.impl import Impl, check_impl
 from lasp.layers.options import MINIMAX_OPTIONS, LightningOptions
 from lasp.lightning.decay import Variant, check_variant
@@ -70,6 +71,7 @@ class AttentionConfig:
     latent: LatentConfig | None = None
 
     def __post_init__(self) -> None:
+        check_positive(rope_base=self.rope_base)
         if self.latent is None:
             return
         wanted = {
@@ -80,9 +82,8 @@ class AttentionConfig:
         for name, value in wanted.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"{name} must be {value} with latent attention, got {getattr(self, name)}: each"
-                    " head has keys of its own, of a latent that has its norm, and"
-                    " latent.qk_rope_head_dim dims are rotated"
+                    f"{name} must be {value} with latent attention, got {getattr(self, name)}: heads"
+                    " have keys and a norm of their own, and rotate latent.qk_rope_head_dim dims"
                 )
 
 
@@ -124,9 +125,7 @@ class Residuals:
 
     def __post_init__(self) -> None:
         if self.norm not in ("pre", "post"):
-            raise ValueError(
-                f"norm must be 'pre' or 'post', got {self.norm!r}: 'post' is MiniMax-01's"
-            )
+            raise ValueError(f"norm must be 'pre' or 'post', got {self.norm!r}: MiniMax has 'post'")
 
     @classmethod
     def deepnorm(cls, num_layers: int) -> Residuals:
@@ -150,6 +149,9 @@ class DenseConfig:
     ffn_size: int
     num_layers: int | None = None
 
+    def __post_init__(self) -> None:
+        check_positive(hidden_size=self.hidden_size, ffn_size=self.ffn_size)
+
 
 @dataclass(frozen=True)
 class VocabularyConfig:
@@ -168,6 +170,9 @@ class VocabularyConfig:
     float32_head: bool = False
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(embedding_scale=self.embedding_scale, logit_scale=self.logit_scale)
 
 
 _USUAL = VocabularyConfig()
@@ -224,6 +229,7 @@ class HybridConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        check_positive(norm_eps=self.norm_eps)
         check_impl(self.lightning_impl, "lightning_impl")
         check_exchange(self.exchange)
         check_variant(self.decay, "decay")
@@ -275,8 +281,7 @@ class HybridConfig:
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        part = self.moe or self.dense
-        if part is None:
+        if (part := self.moe or self.dense) is None:
             raise ValueError(
                 "moe or dense must be given, got None for both: without them only Megatron's specs"
                 " know the size of the MLPs"

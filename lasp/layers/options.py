@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lasp._core.checks import check_positive, checked_scale
 from lasp._core.rotary import check_rotary_dim
 
 Activation = Literal["silu", "none"]
@@ -56,6 +57,9 @@ class LightningOptions:
                 raise ValueError(
                     f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}"
                 )
+        check_positive(rope_base=self.rope_base, norm_eps=self.norm_eps)
+        if self.scale is not None:
+            checked_scale(self.scale)
         if self.norm_groups < 1:
             raise ValueError(
                 f"norm_groups must be >= 1, got {self.norm_groups}: 1 is a norm over all heads"

@@ -82,8 +82,8 @@ class AttentionConfig:
         for name, value in wanted.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"{name} must be {value} with latent attention, got {getattr(self, name)}: heads"
-                    " have keys and a norm of their own, and rotate latent.qk_rope_head_dim dims"
+                    f"{name} must be {value} with latent attention, got {getattr(self, name)}:"
+                    " heads have keys and a norm of their own, and rotate qk_rope_head_dim dims"
                 )
 
 

@@ -19,7 +19,7 @@ def random(*shape: int) -> Tensor:
 
 def one_fragment(length: int, *, receives: bool, sends: bool, reverse: bool) -> StateFlow:
     fragment = DirectedFragment(0, length, 0, 0, receives, sends)
-    return StateFlow(0, reverse, (), (fragment,), 1, int(sends), None, 1, ())
+    return StateFlow(0, reverse, (), (fragment,), 1, int(sends), 1, ())
 
 
 def by_tokens(q: Tensor, k: Tensor, v: Tensor, state: Tensor, reverse: bool) -> tuple:

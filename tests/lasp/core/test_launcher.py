@@ -159,7 +159,7 @@ def test_a_tensor_at_a_known_address_is_not_encoded_again(encoded: list[Any]) ->
 def test_maps_differ_where_what_they_follow_from_does(
     encoded: list[Any], other: dict[str, Any]
 ) -> None:
-    """Of an address, a shape, strides, a block and a form each one alone makes a new map."""
+    """A new map is made where one alone differs: address, shape, strides, block or form."""
     x, z = torch.zeros(2, 8, 16), torch.zeros(1)
     tile = TILE._replace(**other)
     calls = (((x[0], TILE), z, 5), ((x[0 if other else 1], tile), z, 5), ((x[0], TILE), z, 5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -56,6 +57,9 @@ class AttentionConfig:
             False with ``latent``.
         gated: whether softmax layers have a sigmoid gate on their output.
         latent: makes softmax layers latent attention.
+        dense_len: from this length of a document on the softmax layers of the model are
+            block-sparse, which is not here (MiniCPM-SALA: 8192): such documents are refused. None:
+            they are dense at any length.
 
     Raises:
         ValueError: for a field that ``latent`` does not have.
@@ -69,9 +73,10 @@ class AttentionConfig:
     qk_norm: bool = False
     gated: bool = False
     latent: LatentConfig | None = None
+    dense_len: int | None = None
 
     def __post_init__(self) -> None:
-        check_positive(rope_base=self.rope_base)
+        check_positive(rope_base=self.rope_base, dense_len=self.dense_len)
         if self.latent is None:
             return
         wanted = {
@@ -85,6 +90,16 @@ class AttentionConfig:
                     f"{name} must be {value} with latent attention, got {getattr(self, name)}:"
                     " heads have keys and a norm of their own, and rotate qk_rope_head_dim dims"
                 )
+
+    def check_documents(self, lengths: Sequence[int]) -> None:
+        """Raise ValueError unless softmax layers are dense for documents of these lengths."""
+        if self.dense_len is not None and max(lengths, default=0) >= self.dense_len:
+            raise ValueError(
+                f"attention.dense_len must be None or above {max(lengths)} tokens, the longest"
+                f" document, got {self.dense_len}: from there on softmax layers of this model"
+                " choose blocks of keys, which is not here; shorten the documents, or set None for"
+                " another model that is dense at any length"
+            )
 
 
 class ResidualScale(NamedTuple):

@@ -117,8 +117,10 @@ class HybridModel(nn.Module):
 
         Raises:
             ValueError: unless one of ``tokens`` and ``inputs_embeds`` is given, of the layout's T
-                tokens, and ``next_tokens`` where they must be and can be.
+                tokens, and ``next_tokens`` where they must be and can be; and for documents of
+                ``attention.dense_len`` tokens.
         """
+        self.config.attention.check_documents(batch.layout.document_lengths)
         self._check_next(next_tokens, batch)
         hidden = self._embedded(tokens, batch, inputs_embeds)
         outputs = []

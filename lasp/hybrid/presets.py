@@ -7,9 +7,9 @@ Ling-2.5-1T and Ring-2.5-1T, which have one shape: their sizes are those of Ling
 and Ling-2.6-flash and give the published numbers of parameters. Compare ``rope_base``,
 ``norm_groups``, ``latent`` and the dense layers with the config of the weights that you load.
 
-Warning: MiniCPM-SALA's softmax layers choose blocks of keys (InfLLM-V2) in contexts above 8192
-tokens. Here they are dense attention, which is the same model up to 8192 tokens, ``dense_len`` of
-its config, and another one beyond.
+Warning: MiniCPM-SALA's softmax layers choose blocks of keys (InfLLM-V2) in contexts of 8192 tokens,
+``dense_len`` of its config, and more. Here they are dense attention, the same model below; longer
+documents are refused unless ``attention.dense_len`` is set to None.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ _SALA_RESIDUAL = ResidualScale(beta=1.4 / 32**0.5)
 MINICPM_SALA = HybridConfig(
     num_layers=32,
     vocab_size=73_448,
-    attention=AttentionConfig(num_heads=32, num_kv_heads=2, head_dim=128, rotary_dim=0, gated=True),
+    attention=AttentionConfig(
+        num_heads=32, num_kv_heads=2, head_dim=128, rotary_dim=0, gated=True, dense_len=8192
+    ),
     moe=None,
     dense=DenseConfig(hidden_size=4096, ffn_size=16_384),
     pattern="*GGGGGGGG*GGGGGG**GGGG*GGGGGG***",

@@ -1,5 +1,6 @@
 """Lightning attention over a sequence cut across ranks."""
 
+from lasp._core.rotary import RopeScaling
 from lasp.layers.lightning_attention import LightningAttention
 from lasp.layers.options import LightningOptions
 from lasp.lightning.attention import LightningOutput, lightning_attention
@@ -11,6 +12,7 @@ __all__ = [
     "LightningAttention",
     "LightningOptions",
     "LightningOutput",
+    "RopeScaling",
     "SequenceLayout",
     "decay_rates",
     "lightning_attention",

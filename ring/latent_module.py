@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp._core.checks import check_positive
-from lasp._core.rotary import apply_rotary
+from lasp._core.rotary import RopeScaling, apply_rotary
 from lasp.sequence.layout import SequenceLayout
 from ring.attention import checked_window
 from ring.blocks.registry import check_block
@@ -39,6 +39,7 @@ class MultiLatentAttention(nn.Module):
         v_head_dim: dims of a value.
         q_lora_rank: width to which queries are compressed; None: they are not.
         rope_base: of the shared part's rotary positions; None: nothing is rotated (NoPE).
+        rope_scaling: of that rotation and of the scores, for longer contexts; None: neither.
         rope_interleaved: whether pairs of the rotation are neighbours, as in DeepSeek's weights,
             and not half the dims apart.
         gate: whether the output is gated by a sigmoid of the input, a weight more (``g_proj``).
@@ -65,6 +66,7 @@ class MultiLatentAttention(nn.Module):
         v_head_dim: int,
         q_lora_rank: int | None = None,
         rope_base: float | None = 10_000.0,
+        rope_scaling: RopeScaling | None = None,
         rope_interleaved: bool = False,
         gate: bool = False,
         norm_eps: float = 1e-6,
@@ -88,6 +90,10 @@ class MultiLatentAttention(nn.Module):
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.rope_base, self.rope_interleaved = rope_base, rope_interleaved
+        self.rope_scaling = rope_scaling
+        self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5
+        if rope_scaling is not None:
+            self.scale *= rope_scaling.latent_factor
         self.causal, self.window = causal, checked_window(window, causal)
         self.block = block
 
@@ -157,6 +163,7 @@ class MultiLatentAttention(nn.Module):
             cp_group=cp_group,
             causal=self.causal,
             window=self.window,
+            scale=self.scale,
             block=self.block,
         )
         attended = output.flatten(-2)
@@ -178,4 +185,10 @@ class MultiLatentAttention(nn.Module):
         assert self.rope_base is not None
         if self.rope_interleaved:
             x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        return apply_rotary(x, position_ids, rotary_dim=x.shape[-1], base=self.rope_base)
+        return apply_rotary(
+            x,
+            position_ids,
+            rotary_dim=x.shape[-1],
+            base=self.rope_base,
+            scaling=self.rope_scaling,
+        )

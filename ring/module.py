@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp._core.checks import check_positive
-from lasp._core.rotary import apply_rotary, check_rotary_dim
+from lasp._core.rotary import RopeScaling, apply_rotary, check_rotary_dim
 from lasp.sequence.layout import SequenceLayout
 from ring.attention import checked_window, ring_attention
 from ring.blocks.registry import check_block
@@ -32,6 +32,7 @@ class RingAttention(nn.Module):
         head_dim: D.
         rotary_dim: dims of each head that are rotated, even; MiniMax-01: D / 2; 0: none (NoPE).
         rope_base: 10,000 in MiniMax-01's pre-training, 10,000,000 at 1M context.
+        rope_scaling: of the rotation, see :class:`lasp.RopeScaling`; None: it is not scaled.
         qk_norm: whether an RMSNorm over the dims of each head, with one weight for all query heads
             and one for all key heads, comes before the rotation (Qwen3).
         norm_eps: of these norms.
@@ -58,6 +59,7 @@ class RingAttention(nn.Module):
         *,
         rotary_dim: int,
         rope_base: float = 10_000.0,
+        rope_scaling: RopeScaling | None = None,
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
         gated: bool = False,
@@ -82,7 +84,7 @@ class RingAttention(nn.Module):
         self.hidden_size = hidden_size
         self.head_dim = head_dim
         self.rotary_dim = rotary_dim
-        self.rope_base = rope_base
+        self.rope_base, self.rope_scaling = rope_base, rope_scaling
         self.causal = causal
         self.window = checked_window(window, causal)
         self.block = block
@@ -142,7 +144,13 @@ class RingAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary_dim:
             q, k = (
-                apply_rotary(x, position_ids, rotary_dim=self.rotary_dim, base=self.rope_base)
+                apply_rotary(
+                    x,
+                    position_ids,
+                    rotary_dim=self.rotary_dim,
+                    base=self.rope_base,
+                    scaling=self.rope_scaling,
+                )
                 for x in (q, k)
             )
         output, _ = ring_attention(

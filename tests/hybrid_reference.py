@@ -6,6 +6,7 @@ norms, residuals, gates, rotary embedding and the order of the sub-layers are wr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.hybrid import HybridConfig, Residuals, ResidualScale
+from lasp.hybrid import HybridConfig, Residuals, ResidualScale, RopeScaling
 from lasp.layers.options import LightningOptions
 from lasp.lightning.decay import decay_rates
 from lasp.lightning.reference import recurrent_lightning_attention
@@ -26,12 +27,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
-def rotate(x: Tensor, positions: Tensor, dim: int, base: float) -> Tensor:
+def rotate(
+    x: Tensor, positions: Tensor, dim: int, base: float, scaling: RopeScaling | None = None
+) -> Tensor:
     """Rotate pairs (i, i + dim / 2) as complex numbers; the rest of the head passes."""
     pairs = torch.complex(x[..., : dim // 2], x[..., dim // 2 : dim])
-    angles = positions[:, None] * base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    speeds = [base ** (-2 * i / dim) for i in range(dim // 2)]
+    size = 1.0
+    if scaling is not None:
+        speeds = [speed * slowed(scaling, i, dim, base) for i, speed in enumerate(speeds)]
+        size = magnitude(scaling, scaling.mscale or 1) if scaling.rope_type == "yarn" else 1.0
+        size /= magnitude(scaling, scaling.mscale_all_dim or 0)
+    angles = positions[:, None] * torch.tensor(speeds, dtype=torch.float64)
+    turned = size * pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
     return torch.cat([turned.real, turned.imag, x[..., dim:]], -1)
+
+
+def slowed(scaling: RopeScaling, i: int, dim: int, base: float) -> float:
+    """YaRN's factor of pair i: between 1, from ``beta_fast`` turns on, and 1 / factor."""
+    if scaling.rope_type == "linear":
+        return 1 / scaling.factor
+    length = scaling.original_max_position_embeddings
+
+    def pair_of(turns: float) -> float:
+        return dim / 2 * math.log(length / (2 * math.pi * turns), base)
+
+    first = max(math.floor(pair_of(scaling.beta_fast)), 0)
+    last = min(math.ceil(pair_of(scaling.beta_slow)), dim - 1)
+    share = min(max((i - first) / (last - first or 0.001), 0), 1)
+    return share / scaling.factor + 1 - share
+
+
+def magnitude(scaling: RopeScaling, mscale: float) -> float:
+    return 0.1 * mscale * math.log(scaling.factor) + 1
 
 
 def reference_lightning(
@@ -50,7 +78,8 @@ def reference_lightning(
             rms_norm(y, p[f"{n}_norm.weight"], options.norm_eps) for n, y in (("q", q), ("k", k))
         )
     positions = torch.cat([torch.arange(length) for length in lengths])
-    q, k = (rotate(y, positions, options.rotary_dim, options.rope_base) for y in (q, k))
+    rope = (options.rotary_dim, options.rope_base, options.rope_scaling)
+    q, k = (rotate(y, positions, *rope) for y in (q, k))
     borders = list(accumulate(lengths, initial=0))
     y, _ = recurrent_lightning_attention(q, k, v, rates, cu_seqlens=borders)
     y = (q.shape[-1] ** -0.5 if options.scale is None else options.scale) * y.flatten(1)
@@ -170,7 +199,8 @@ def reference_softmax(
     if heads.qk_norm:
         q = rms_norm(q, p["q_norm.weight"], config.norm_eps)
         k = rms_norm(k, p["k_norm.weight"], config.norm_eps)
-    q, k = (rotate(y, positions, heads.rotary_dim, heads.rope_base) for y in (q, k))
+    rope = (heads.rotary_dim, heads.rope_base, heads.rope_scaling)
+    q, k = (rotate(y, positions, *rope) for y in (q, k))
     borders = list(accumulate(lengths, initial=0))
     scale = heads.head_dim**-0.5
     y, _ = dense_attention(q, k, v, cu_seqlens=borders, causal=True, scale=scale)
@@ -183,12 +213,13 @@ def reference_latent(
 ) -> Tensor:
     """A multi-head latent attention layer over whole documents ``[S, hidden]``, in float64."""
     sizes, heads = config.attention.latent, config.attention.num_heads
+    scaling = config.attention.rope_scaling
     positions = torch.cat([torch.arange(length) for length in lengths])
 
     def rotated(y: Tensor) -> Tensor:
         if sizes.rope_interleaved:
             y = torch.cat((y[..., 0::2], y[..., 1::2]), -1)
-        return rotate(y, positions, sizes.qk_rope_head_dim, config.attention.rope_base)
+        return rotate(y, positions, sizes.qk_rope_head_dim, config.attention.rope_base, scaling)
 
     compressed = rms_norm(x @ p["q_a_proj.weight"].T, p["q_a_layernorm.weight"], config.norm_eps)
     q = (compressed @ p["q_b_proj.weight"].T).unflatten(1, (heads, -1))
@@ -201,5 +232,7 @@ def reference_latent(
     own, v = kv.split((sizes.qk_nope_head_dim, sizes.v_head_dim), -1)
     k = torch.cat((own, rotated(shared[:, None]).expand(-1, heads, -1)), -1)
     borders, scale = list(accumulate(lengths, initial=0)), q.shape[-1] ** -0.5
+    if scaling is not None:
+        scale *= magnitude(scaling, scaling.mscale_all_dim or 0) ** 2
     y, _ = dense_attention(q, k, v, cu_seqlens=borders, causal=True, scale=scale)
     return y.flatten(1) @ p["o_proj.weight"].T

@@ -17,6 +17,7 @@ from lasp.hybrid import (
     LatentConfig,
     Residuals,
     ResidualScale,
+    RopeScaling,
     VocabularyConfig,
     pack_batch,
 )
@@ -40,11 +41,18 @@ from tests.test_hybrid import (
 from tests.test_training import assert_same, trained_on_rank
 
 # In small: Ling-2.5 and Ring-linear-2.0 (the first layer is dense), and MiniCPM-SALA (all are).
+_YARN = RopeScaling("yarn", 4.0, 40, beta_fast=8.0, mscale=1.0, mscale_all_dim=0.7)
 LING = {
     "pattern": "1:1",
     "num_layers": 4,
     "attention": AttentionConfig(
-        4, 4, 6, 4, 600.0, latent=LatentConfig(5, 3, 4, 7, q_lora_rank=8, rope_interleaved=True)
+        4,
+        4,
+        6,
+        4,
+        600.0,
+        latent=LatentConfig(5, 3, 4, 7, q_lora_rank=8, rope_interleaved=True),
+        rope_scaling=_YARN,
     ),
     "dense": DenseConfig(10, 12, 1),
     "moe": MoEConfig(
@@ -57,7 +65,7 @@ LING = {
         router=RouterConfig("sigmoid", scaling=2.5, expert_bias=True, num_groups=4, top_groups=2),
         shared_ffn_size=6,
     ),
-    "lightning": LightningOptions("none", True, 4, 600.0, None, 2),
+    "lightning": LightningOptions("none", True, 4, 600.0, None, 2, rope_scaling=_YARN),
     "residuals": Residuals(),
     "decay": "bailing",
     "num_decay_layers": 9,
@@ -74,7 +82,9 @@ SALA = {
     "moe": None,
     "dense": DenseConfig(10, 12),
     "attention": AttentionConfig(4, 2, 6, rotary_dim=0, gated=True),
-    "lightning": LightningOptions("none", True, 6, scale=None),
+    "lightning": LightningOptions(
+        "none", True, 6, scale=None, rope_scaling=RopeScaling("linear", 8.0)
+    ),
     "vocabulary": VocabularyConfig(True, True, embedding_scale=12.0, logit_scale=0.25),
     "residuals": Residuals("pre", _DEPTH, _DEPTH, _DEPTH),
     "decay": "sala",

@@ -5,7 +5,7 @@ They compute in float32 on the CPU, one document at a time.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from lasp.hybrid import (
     HybridModel,
     LatentConfig,
     Residuals,
+    RopeScaling,
     pack_batch,
 )
 from lasp.layers.options import LightningOptions
@@ -51,6 +52,12 @@ LING = HybridConfig(
     residuals=Residuals(),
     norm_eps=1e-6,
     decay="alibi",  # mlx-lm 0.32 subtracts nothing from the layer
+)
+SCALING = RopeScaling("yarn", 4.0, 32, mscale=1.0, mscale_all_dim=0.7)
+LONGER = replace(
+    LING,
+    attention=replace(LING.attention, rope_scaling=SCALING),
+    lightning=replace(LING.lightning, rope_scaling=SCALING),
 )
 RING = replace(
     LING,
@@ -89,7 +96,8 @@ def theirs(config: HybridConfig) -> Any:
         "score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
     }
-    latent = config.attention.latent
+    latent, scaling = config.attention.latent, config.attention.rope_scaling
+    sizes["rope_scaling"] = asdict(scaling) if scaling else None
     if latent is None:
         return ring.Model(ring.ModelArgs(model_type="bailing_moe_linear", **sizes))
     for name in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
@@ -139,7 +147,9 @@ def released_names(model: HybridModel) -> dict[str, Tensor]:
     return {name: value for name, value in named.items() if "tokens_per_expert" not in name}
 
 
-@pytest.mark.parametrize("config", [LING, RING], ids=["Ling-2.5", "Ring-linear-2.0"])
+@pytest.mark.parametrize(
+    "config", [LING, LONGER, RING], ids=["Ling-2.5", "Ling-2.5 by YaRN", "Ring-linear-2.0"]
+)
 def test_logits_are_those_of_mlx(config: HybridConfig) -> None:
     model = HybridModel(config, dtype=torch.float64)
     model.reset_parameters(0)

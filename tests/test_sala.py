@@ -1,10 +1,10 @@
 """The hybrid decoder is MiniCPM-SALA, transcribed token by token in float64 from published files.
 
-Sources: openbmb/MiniCPM-SALA, ``config.json`` and ``modeling_minicpm_sala.py`` (9180fe1), whose
-equations the ports to vLLM, SGLang and OminiX-MLX repeat; arXiv:2602.11761. Nothing of this project
-is called by the transcription: weights have the names of the released files, a state is carried from
-token to token, a query meets the keys before it one head at a time. Softmax layers are those of
-contexts below ``dense_len``.
+Sources: arXiv:2602.11761; ``config.json`` and ``modeling_minicpm_sala.py`` of openbmb/MiniCPM-SALA,
+read through the ports to vLLM and SGLang, which agree. The transcription calls nothing of this
+project: weights have the names of the released files, a state is carried from token to token, a
+query meets the keys before it one head at a time. Softmax layers are those of contexts below
+``dense_len``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lasp.hybrid import MINICPM_SALA, HybridConfig, HybridModel, Residuals, ResidualScale, pack_batch
+from lasp.hybrid import (
+    MINICPM_SALA,
+    HybridConfig,
+    HybridModel,
+    Residuals,
+    ResidualScale,
+    pack_batch,
+)
 from tests.closeness import assert_equal_to_rounding
 
 # config.json in small; what has no size is as released.
@@ -79,7 +86,7 @@ def rope(x: Tensor, position: int) -> Tensor:
 
 
 def lightning(w: dict[str, Tensor], tokens: list[Tensor]) -> list[Tensor]:
-    """Simple gated linear attention: the state of head h shrinks by ``exp(-2^(-8 (h + 1) / H))``."""
+    """The state of head h shrinks by ``exp(-2^(-8 (h + 1) / H))`` a token."""
     heads, dim = RELEASED["lightning_nh"], RELEASED["lightning_head_dim"]
     states, outputs = [torch.zeros(dim, dim, dtype=torch.float64)] * heads, []
     for position, x in enumerate(tokens):

@@ -2,10 +2,116 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from lasp._core.checks import check_positive
 from lasp._core.dtypes import wide_dtype
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotations, for contexts longer than those a model was trained on.
+
+    Fields are named as in the ``rope_scaling`` of Hugging Face's configs.
+
+    Attributes:
+        rope_type: ``linear``: all angles are divided by ``factor``; ``yarn``: those of long
+            wavelengths are, those of short ones are not, with a ramp between.
+        factor: by how much longer contexts are, >= 1.
+        original_max_position_embeddings: tokens of the contexts of training; ``yarn`` needs it.
+        beta_fast: rotations over them from which on angles stay as they are.
+        beta_slow: rotations over them up to which angles are divided.
+        attention_factor: of the rotated dims of queries and of keys; None: 1 for ``linear``; for
+            ``yarn`` by ``mscale`` and ``mscale_all_dim`` if both are given, else
+            ``0.1 ln(factor) + 1``.
+        mscale: see ``attention_factor``.
+        mscale_all_dim: likewise; and latent attention has ``(0.1 mscale_all_dim ln(factor) + 1)^2``
+            more in the scale of its scores (DeepSeek-V3).
+        truncate: whether the ends of the ramp are whole dims.
+
+    Raises:
+        ValueError: naming the field.
+
+    Source: Peng et al., "YaRN", arXiv:2309.00071; transformers 5.24 ``modeling_rope_utils.py``.
+    """
+
+    rope_type: Literal["linear", "yarn"]
+    factor: float
+    original_max_position_embeddings: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "yarn"):
+            raise ValueError(
+                f"rope_type must be 'linear' or 'yarn', got {self.rope_type!r}: rotations that"
+                " depend on the length of the batch, or have a factor for each dim, are not here"
+            )
+        check_positive(
+            factor=self.factor,
+            original_max_position_embeddings=self.original_max_position_embeddings,
+            beta_fast=self.beta_fast,
+            beta_slow=self.beta_slow,
+            attention_factor=self.attention_factor,
+        )
+        if self.factor < 1:
+            raise ValueError(f"factor must be >= 1, got {self.factor}: contexts grow by it")
+        if self.rope_type == "yarn" and self.original_max_position_embeddings is None:
+            raise ValueError(
+                "original_max_position_embeddings must be given for rope_type 'yarn', got None: it"
+                " decides which wavelengths are long"
+            )
+
+    @property
+    def rotated_factor(self) -> float:
+        """Factor of the rotated dims."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.rope_type == "linear":
+            return 1.0
+        if self.mscale and self.mscale_all_dim:
+            return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
+        return self._magnitude(1.0)
+
+    @property
+    def latent_factor(self) -> float:
+        """Factor of the scores of latent attention."""
+        return self._magnitude(self.mscale_all_dim or 0.0) ** 2
+
+    def _magnitude(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0
+
+    def scaled(self, frequencies: Tensor, base: float) -> Tensor:
+        """The frequencies ``base^(-2 i / rotary_dim)`` of all pairs i, scaled."""
+        if self.rope_type == "linear":
+            return frequencies / self.factor
+        low, high = self._ramp(2 * len(frequencies), base)
+        pairs = torch.arange(len(frequencies), dtype=torch.float64, device=frequencies.device)
+        slowed = ((pairs - low) / (high - low)).clamp(0, 1)
+        return frequencies * (slowed / self.factor + (1 - slowed))
+
+    def _ramp(self, rotary_dim: int, base: float) -> tuple[float, float]:
+        """Pairs up to the first are not scaled, from the second on they are wholly."""
+        assert self.original_max_position_embeddings is not None
+        length = self.original_max_position_embeddings
+
+        def pair_with(rotations: float) -> float:
+            return rotary_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = pair_with(self.beta_fast), pair_with(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rotary_dim - 1)
+        return low, high if high != low else high + 0.001  # no division by 0
 
 
 def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
@@ -17,7 +123,14 @@ def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
         )
 
 
-def apply_rotary(x: Tensor, position_ids: Tensor, *, rotary_dim: int, base: float) -> Tensor:
+def apply_rotary(
+    x: Tensor,
+    position_ids: Tensor,
+    *,
+    rotary_dim: int,
+    base: float,
+    scaling: RopeScaling | None = None,
+) -> Tensor:
     """Rotate pairs (i, i + rotary_dim / 2) of the first ``rotary_dim`` dims of each head.
 
     Equation, at position p, with the angle a_i = p base^(-2 i / rotary_dim)::
@@ -34,6 +147,7 @@ def apply_rotary(x: Tensor, position_ids: Tensor, *, rotary_dim: int, base: floa
         position_ids: int64 ``[T]``, as ``SequenceLayout.position_ids`` gives them.
         rotary_dim: even, at most D; 0 rotates nothing.
         base: of the geometric sequence of wavelengths.
+        scaling: of the angles, and of what is rotated; None: neither.
 
     Returns:
         Like ``x``.
@@ -54,9 +168,12 @@ def apply_rotary(x: Tensor, position_ids: Tensor, *, rotary_dim: int, base: floa
         )
     half = rotary_dim // 2
     exponents = torch.arange(half, dtype=torch.float64, device=x.device) / max(half, 1)
-    angles_T1F = (position_ids.double().unsqueeze(-1) * base**-exponents).unsqueeze(-2)
+    frequencies = base**-exponents if scaling is None else scaling.scaled(base**-exponents, base)
+    angles_T1F = (position_ids.double().unsqueeze(-1) * frequencies).unsqueeze(-2)
     wide = wide_dtype(x.dtype)
     cos, sin = angles_T1F.cos().to(wide), angles_T1F.sin().to(wide)
+    if scaling is not None:
+        cos, sin = cos * scaling.rotated_factor, sin * scaling.rotated_factor
     first, second, rest = x.split((half, half, x.shape[-1] - rotary_dim), dim=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat((*(part.to(x.dtype) for part in rotated), rest), dim=-1)

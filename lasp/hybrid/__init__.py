@@ -3,11 +3,11 @@
 ``python -m lasp.hybrid`` prints the parameters of the named configurations.
 """
 
+from lasp._core.rotary import RopeScaling
+from lasp.hybrid.attention import AttentionConfig, LatentConfig
 from lasp.hybrid.config import (
-    AttentionConfig,
     DenseConfig,
     HybridConfig,
-    LatentConfig,
     Residuals,
     ResidualScale,
     VocabularyConfig,
@@ -42,6 +42,7 @@ __all__ = [
     "ParameterCount",
     "ResidualScale",
     "Residuals",
+    "RopeScaling",
     "VocabularyConfig",
     "count_parameters",
     "next_in_document",

@@ -14,11 +14,10 @@ documents are refused unless ``attention.dense_len`` is set to None.
 
 from __future__ import annotations
 
+from lasp.hybrid.attention import AttentionConfig, LatentConfig
 from lasp.hybrid.config import (
-    AttentionConfig,
     DenseConfig,
     HybridConfig,
-    LatentConfig,
     Residuals,
     ResidualScale,
     VocabularyConfig,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lasp._core.checks import check_positive, checked_scale
-from lasp._core.rotary import check_rotary_dim
+from lasp._core.rotary import RopeScaling, check_rotary_dim
 
 Activation = Literal["silu", "none"]
 Gate = Literal["sigmoid", "silu", "none"]
@@ -33,6 +33,7 @@ class LightningOptions:
         qkv_bias: whether ``W_qkv`` has a bias.
         gate_bias: likewise.
         out_bias: likewise.
+        rope_scaling: of the rotation, see :class:`lasp.RopeScaling`; None: it is not scaled.
 
     Raises:
         ValueError: naming the field.
@@ -50,6 +51,7 @@ class LightningOptions:
     qkv_bias: bool = False
     gate_bias: bool = False
     out_bias: bool = False
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("activation", Activation), ("gate", Gate)):

@@ -111,7 +111,11 @@ def heads_of(
 def _rotate(x: Tensor, position_ids: Tensor, options: LightningOptions) -> Tensor:
     rows = x.flatten(0, 1) if position_ids.dim() == 2 else x
     turned = apply_rotary(
-        rows, position_ids.flatten(), rotary_dim=options.rotary_dim, base=options.rope_base
+        rows,
+        position_ids.flatten(),
+        rotary_dim=options.rotary_dim,
+        base=options.rope_base,
+        scaling=options.rope_scaling,
     )
     return turned.view(x.shape)
 

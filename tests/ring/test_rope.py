@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lasp._core.rotary import apply_rotary
+from lasp._core.rotary import RopeScaling, apply_rotary
 from lasp.sequence.layout import SequenceLayout
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 
@@ -81,3 +81,72 @@ def test_gradcheck() -> None:
     x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
     positions = torch.tensor([0, 1, 70_000])
     torch.autograd.gradcheck(lambda x: apply_rotary(x, positions, rotary_dim=4, base=10.0), x)
+
+
+SCALINGS = [
+    {"rope_type": "linear", "factor": 8.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
+    {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 8.0,
+        "beta_slow": 2.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.8,
+    },
+    {
+        "rope_type": "yarn",
+        "factor": 2.5,
+        "original_max_position_embeddings": 256,
+        "attention_factor": 1.3,
+        "truncate": False,
+    },
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_scaled_as_in_transformers(scaling: dict[str, object]) -> None:
+    """Its frequencies are float32."""
+    utils = pytest.importorskip(
+        "transformers.modeling_rope_utils", reason="needs transformers: pip install --group oracles"
+    )
+    from transformers import MiniMaxConfig
+
+    config = MiniMaxConfig(
+        head_dim=64, rope_parameters={"rope_theta": 600_000.0, **scaling}, hidden_size=128
+    )
+    expected, factor = utils.ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config)
+    ours = RopeScaling(**scaling)
+    frequencies = 600_000.0 ** -(torch.arange(32, dtype=torch.float64) / 32)
+    assert torch.allclose(ours.scaled(frequencies, 600_000.0).float(), expected, rtol=2e-6, atol=0)
+    assert ours.rotated_factor == pytest.approx(factor, rel=1e-12)
+
+
+def test_yarn_written_out() -> None:
+    """Pairs that turn 8 times in 1000 tokens stay, those that turn twice are 4 times slower."""
+    scaling = RopeScaling("yarn", 4.0, 1000, beta_fast=8.0, beta_slow=2.0)
+    x, base = torch.randn(1, 1, 32, dtype=torch.float64), 1000.0
+    actual = apply_rotary(x, torch.tensor([7]), rotary_dim=32, base=base, scaling=scaling)
+    first = math.floor(16 * math.log(1000 / (8 * 2 * math.pi), base))
+    last = math.ceil(16 * math.log(1000 / (2 * 2 * math.pi), base))
+    assert 0 < first < last < 16
+    for i in range(16):
+        share = min(max((i - first) / (last - first), 0), 1)
+        angle = 7 * base ** (-i / 16) * (share / 4 + 1 - share)
+        turned = x[..., i] * math.cos(angle) - x[..., i + 16] * math.sin(angle)
+        assert_equal_to_rounding(actual[..., i], turned * (0.1 * math.log(4) + 1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "rope_type must be 'linear' or 'yarn'"),
+        ({"rope_type": "linear", "factor": 0.5}, "factor must be >= 1, got 0.5"),
+        ({"rope_type": "linear", "factor": math.nan}, "factor must be a finite number > 0"),
+        ({"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings must be given"),
+    ],
+)
+def test_other_scalings_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RopeScaling(**fields)

@@ -79,15 +79,16 @@ class RopeScaling:
         if self.rope_type == "linear":
             return 1.0
         if self.mscale and self.mscale_all_dim:
-            return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
-        return self._magnitude(1.0)
+            return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
+        return self.magnitude(1.0)
 
     @property
     def latent_factor(self) -> float:
         """Factor of the scores of latent attention."""
-        return self._magnitude(self.mscale_all_dim or 0.0) ** 2
+        return self.magnitude(self.mscale_all_dim or 0.0) ** 2
 
-    def _magnitude(self, mscale: float) -> float:
+    def magnitude(self, mscale: float) -> float:
+        """YaRN's factor for ``mscale``."""
         return 0.1 * mscale * math.log(self.factor) + 1.0
 
     def scaled(self, frequencies: Tensor, base: float) -> Tensor:

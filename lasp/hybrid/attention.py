@@ -83,11 +83,16 @@ class AttentionConfig:
                 )
 
     def check_documents(self, lengths: Sequence[int]) -> None:
-        """Raise ValueError unless softmax layers are dense for documents of these lengths."""
-        if self.dense_len is not None and max(lengths, default=0) >= self.dense_len:
-            raise ValueError(
-                f"attention.dense_len must be None or above {max(lengths)} tokens, the longest"
-                f" document, got {self.dense_len}: from there on softmax layers of this model"
-                " choose blocks of keys, which is not here; shorten the documents, or set None for"
-                " another model that is dense at any length"
-            )
+        """See :func:`check_dense`."""
+        check_dense(self.dense_len, lengths)
+
+
+def check_dense(dense_len: int | None, lengths: Sequence[int]) -> None:
+    """Raise ValueError unless softmax layers are dense for documents of these lengths."""
+    if dense_len is not None and max(lengths, default=0) >= dense_len:
+        raise ValueError(
+            f"attention.dense_len must be None or above {max(lengths)} tokens, the longest"
+            f" document, got {dense_len}: from there on softmax layers of this model choose blocks"
+            " of keys, which is not here; shorten the documents, or set None for another model that"
+            " is dense at any length"
+        )

@@ -42,10 +42,21 @@ _OF_LAYER = {
     "moe.experts.w13": "mlp.moe.experts.w13",
     "moe.experts.w2": "mlp.moe.experts.w2",
 }
+# One to one in layers of latent attention, whose norm of queries has the name of other layers'.
+_OF_LATENT = {
+    "attention.kv_a_proj_with_mqa.weight": "self_attention.linear_kv_down_proj.weight",
+    "attention.kv_a_layernorm.weight": "self_attention.kv_layernorm.weight",
+    "attention.kv_b_proj.weight": "self_attention.linear_kv_up_proj.weight",
+    "attention.q_a_proj.weight": "self_attention.linear_q_down_proj.weight",
+    "attention.q_a_layernorm.weight": "self_attention.q_layernorm.weight",
+    "attention.q_b_proj.weight": "self_attention.linear_q_up_proj.weight",
+    "attention.q_proj.weight": "self_attention.linear_q_proj.weight",
+}
 # Several to one, by head and by key head.
 _LIGHTNING = ("attention.qkv_proj.weight", "attention.output_gate.weight")
 _LIGHTNING_MERGED = "self_attention.in_proj.weight"
 _SOFTMAX = tuple(f"attention.{name}_proj.weight" for name in "qkv")
+_SOFTMAX_GATE = "attention.output_gate.weight"
 _SOFTMAX_MERGED = "self_attention.linear_qkv.weight"
 # Norms of queries and keys have one name in the plain model, and Megatron's own in softmax layers.
 _NORMS = ("attention.q_norm.weight", "attention.k_norm.weight")
@@ -61,8 +72,8 @@ def to_megatron(
     """Whole weights, or their gradients, under the names and in the layouts of GPTModel.
 
     Args:
-        weights: by the names of :class:`lasp.hybrid.HybridModel`, all of them or some; norms of
-            queries and keys of softmax layers with the projections beside them.
+        weights: by the names of :class:`lasp.hybrid.HybridModel`, all of them or some; those of the
+            attention of a layer together.
         num_heads: of all attention layers.
         num_kv_heads: of the softmax layers.
 
@@ -78,6 +89,10 @@ def to_megatron(
             named[theirs] = left.pop(ours)
     for index in _layers(left, "layers."):
         prefix, merged = f"layers.{index}.", f"decoder.layers.{index}."
+        if prefix + next(iter(_OF_LATENT)) in left:
+            for ours, theirs in _OF_LATENT.items():
+                if prefix + ours in left:
+                    named[merged + theirs] = left.pop(prefix + ours)
         norms = _SOFTMAX_NORMS if prefix + _SOFTMAX[0] in left else _LIGHTNING_NORMS
         for ours, theirs in zip(_NORMS, norms):
             if prefix + ours in left:
@@ -86,7 +101,10 @@ def to_megatron(
             qkv, gate = (left.pop(prefix + name) for name in _LIGHTNING)
             named[merged + _LIGHTNING_MERGED] = merge_projections(qkv, gate, num_heads)
         if prefix + _SOFTMAX[0] in left:
-            parts = [left.pop(prefix + name).unflatten(0, (num_kv_heads, -1)) for name in _SOFTMAX]
+            names = [*_SOFTMAX]
+            if prefix + _SOFTMAX_GATE in left:
+                names.insert(1, _SOFTMAX_GATE)
+            parts = [left.pop(prefix + name).unflatten(0, (num_kv_heads, -1)) for name in names]
             named[merged + _SOFTMAX_MERGED] = torch.cat(parts, dim=1).flatten(0, 1)
         if prefix + _DENSE in left:
             named[merged + _DENSE_MERGED] = left.pop(prefix + _DENSE).flatten(0, 1)
@@ -95,9 +113,9 @@ def to_megatron(
 
 
 def to_plain(
-    weights: Mapping[str, Tensor], *, num_heads: int, num_kv_heads: int
+    weights: Mapping[str, Tensor], *, num_heads: int, num_kv_heads: int, gated: bool = False
 ) -> dict[str, Tensor]:
-    """Inverse of :func:`to_megatron`.
+    """Inverse of :func:`to_megatron`; ``gated`` is whether softmax layers have an output gate.
 
     Raises:
         ValueError: for a name that a GPTModel of hybrid layers does not have.
@@ -108,6 +126,10 @@ def to_plain(
             named[ours] = left.pop(theirs)
     for index in _layers(left, "decoder.layers."):
         prefix, merged = f"layers.{index}.", f"decoder.layers.{index}."
+        if merged + next(iter(_OF_LATENT.values())) in left:
+            for ours, theirs in _OF_LATENT.items():
+                if merged + theirs in left:
+                    named[prefix + ours] = left.pop(merged + theirs)
         for ours, theirs in zip(_NORMS * 2, _LIGHTNING_NORMS + _SOFTMAX_NORMS):
             if merged + theirs in left:
                 named[prefix + ours] = left.pop(merged + theirs)
@@ -117,9 +139,11 @@ def to_plain(
         if merged + _SOFTMAX_MERGED in left:
             by_group = left.pop(merged + _SOFTMAX_MERGED).unflatten(0, (num_kv_heads, -1))
             queries = num_heads // num_kv_heads
-            size = by_group.shape[1] // (queries + 2)
-            parts = by_group.split((queries * size, size, size), dim=1)
-            named |= {prefix + name: part.flatten(0, 1) for name, part in zip(_SOFTMAX, parts)}
+            names = {_SOFTMAX[0]: queries, **({_SOFTMAX_GATE: queries} if gated else {})}
+            names |= dict.fromkeys(_SOFTMAX[1:], 1)
+            size = by_group.shape[1] // sum(names.values())
+            parts = by_group.split([heads * size for heads in names.values()], dim=1)
+            named |= {prefix + name: part.flatten(0, 1) for name, part in zip(names, parts)}
         if merged + _DENSE_MERGED in left:
             named[prefix + _DENSE] = left.pop(merged + _DENSE_MERGED).unflatten(0, (2, -1))
     _check_nothing_left(left, "a GPTModel of hybrid layers")
@@ -191,7 +215,8 @@ def plain_weights(
     stages: list[Any] = [None] * groups["pp"].size()
     dist.all_gather_object(stages, of_stage, group=groups["pp"])
     weights = {name: weight for stage in stages for name, weight in stage.items()}
-    return to_plain(weights, **_heads(models[0]))
+    gated = models[0].config.attention_output_gate
+    return to_plain(weights, **_heads(models[0]), gated=gated)
 
 
 def _heads(model: GPTModel) -> dict[str, int]:

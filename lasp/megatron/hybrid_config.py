@@ -6,12 +6,18 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+)
 
+from lasp._core.rotary import RopeScaling
+from lasp.hybrid.attention import AttentionConfig, LatentConfig
 from lasp.hybrid.config import DenseConfig, HybridConfig, VocabularyConfig
 from lasp.hybrid.presets import MINIMAX_TEXT_01
 from lasp.megatron.checks import require
 from lasp.megatron.experts.config import ExpertOptions, moe_config
+from lasp.megatron.ring_latent import scaling_of
 
 PART = "hybrid layers"
 # What Megatron's config decides; by attention layers num_layers and pattern besides.
@@ -20,7 +26,16 @@ _OPTIONS = {
     "attention.num_kv_heads": "num_query_groups",
     "attention.head_dim": "kv_channels",
     "attention.qk_norm": "qk_layernorm",
+    "attention.gated": "attention_output_gate",
     "norm_eps": "layernorm_epsilon",
+}
+_LATENT_OPTIONS = {
+    "attention.latent.kv_lora_rank": "kv_lora_rank",
+    "attention.latent.qk_nope_head_dim": "qk_head_dim",
+    "attention.latent.qk_rope_head_dim": "qk_pos_emb_head_dim",
+    "attention.latent.v_head_dim": "v_head_dim",
+    "attention.latent.q_lora_rank": "q_lora_rank",
+    "attention.rope_base": "rotary_base",
 }
 _EXPERT_OPTIONS = {
     "moe.hidden_size": "hidden_size",
@@ -70,17 +85,48 @@ def hybrid_of(
     return replace(
         like,
         num_layers=num_layers,
-        attention=replace(
-            like.attention,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_query_groups,
-            head_dim=config.kv_channels,
-            qk_norm=config.qk_layernorm,
-        ),
+        attention=_attention(config, like.attention),
         moe=moe_config(config, options) if has_experts else None,
         dense=dense,
         pattern=kinds or like.pattern,
         norm_eps=config.layernorm_epsilon,
+    )
+
+
+def _attention(config: TransformerConfig, like: AttentionConfig) -> AttentionConfig:
+    """The attention layers of Megatron's config."""
+    heads = replace(
+        like,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_query_groups,
+        head_dim=config.kv_channels,
+        qk_norm=config.qk_layernorm,
+        gated=config.attention_output_gate,
+        latent=None,
+    )
+    if not isinstance(config, MLATransformerConfig) or not config.multi_latent_attention:
+        return heads
+    if not config.qk_layernorm:
+        raise ValueError(
+            f"config.qk_layernorm must be True for {PART} with multi_latent_attention, got False:"
+            " latents are normed"
+        )
+    if config.rope_type == "rope":
+        require(config, PART, mscale_all_dim=0.0)  # Megatron reads it whatever rope_type is
+    return replace(
+        heads,
+        rotary_dim=config.qk_pos_emb_head_dim,
+        rope_base=config.rotary_base,
+        rope_scaling=scaling_of(config),
+        qk_norm=False,
+        latent=LatentConfig(
+            config.kv_lora_rank,
+            config.qk_head_dim,
+            config.qk_pos_emb_head_dim,
+            config.v_head_dim,
+            config.q_lora_rank,
+            rope_interleaved=True,
+        ),
     )
 
 
@@ -140,12 +186,21 @@ def check_same_model(
             " (G lightning, * softmax): change one, or set None, the pattern says it all"
         )
     megatrons = hybrid_of(config, replace(hybrid, pattern=hybrid.kinds), symbols)
+    latent = hybrid.attention.latent
+    if (latent is None) != (megatrons.attention.latent is None):
+        _refuse("attention.latent", latent, "multi_latent_attention", config.multi_latent_attention)
     if (hybrid.moe is None) != (megatrons.moe is None):
         _refuse("moe", hybrid.moe, "num_moe_experts", config.num_moe_experts)
     if hybrid.dense != megatrons.dense:
         options = "ffn_hidden_size and moe_layer_freq"
         _refuse("dense", hybrid.dense, options, megatrons.dense)
-    for field, option in (_OPTIONS | (_EXPERT_OPTIONS if hybrid.moe else {})).items():
+    options = _OPTIONS | (_EXPERT_OPTIONS if hybrid.moe else {})
+    options |= _LATENT_OPTIONS if latent else {}
+    scalings = [model.attention.rope_scaling for model in (hybrid, megatrons)]
+    if latent and _numbers(scalings[0]) != _numbers(scalings[1]):
+        named = "rope_type, with rotary_scaling_factor, beta_fast and mscale,"
+        _refuse("attention.rope_scaling", scalings[0], named, scalings[1])
+    for field, option in options.items():
         wanted, value = (attrgetter(field)(model) for model in (hybrid, megatrons))
         if wanted != value:
             _refuse(field, wanted, option, value)
@@ -153,22 +208,30 @@ def check_same_model(
 
 def _check_fields(hybrid: HybridConfig) -> None:
     """Raise ValueError for what of a hybrid model these layers do not have."""
-    for name, value in (("gated", False), ("latent", None)):
-        if getattr(hybrid.attention, name) != value:
+    latent = hybrid.attention.latent
+    if latent is not None and not latent.rope_interleaved:
+        raise ValueError(
+            f"attention.latent.rope_interleaved must be True for {PART}, got False: Megatron's"
+            " latent attention rotates pairs of neighbours; reorder the rows of the weights"
+        )
+    for name, value in (("gated", False), ("dense_len", None)):
+        if latent is not None and getattr(hybrid.attention, name) != value:
             raise ValueError(
-                f"attention.{name} must be {value} for {PART}, got"
-                f" {getattr(hybrid.attention, name)}: softmax layers in Megatron do not have it;"
-                " those of lasp.hybrid.HybridModel do"
+                f"attention.{name} must be {value} for {PART} with latent attention, got"
+                f" {getattr(hybrid.attention, name)}: Megatron's does not have it;"
+                " lasp.hybrid.HybridModel has"
             )
     if hybrid.mtp_loss_weight is not None:
         raise ValueError(
             f"mtp_loss_weight must be None for {PART}, got {hybrid.mtp_loss_weight}: multi-token"
-            " prediction is not in Megatron; lasp.hybrid.HybridModel has it"
+            " prediction there rolls tokens by Megatron's own cut of packs, not by the layout;"
+            " lasp.hybrid.HybridModel has it"
         )
     if hybrid.vocabulary != VocabularyConfig():
         raise ValueError(
             f"vocabulary must be VocabularyConfig() for {PART}, got {hybrid.vocabulary}: embedding"
-            " and head are Megatron's, which no layer sees"
+            " and head are Megatron's, which no layer sees; tie them by"
+            " share_embeddings_and_output_weights, and multiply their weights by the scales"
         )
 
 
@@ -177,6 +240,15 @@ def _refuse(field: str, wanted: Any, option: str, value: Any) -> None:
         f"config.{option} must be that of the HybridConfig, {field}={wanted!r}, got {value!r}:"
         " change one, or take lasp.megatron.hybrid_of(config, like=...)"
     )
+
+
+def _numbers(scaling: RopeScaling | None) -> tuple[object, ...] | None:
+    """What a scaling computes by; its fields may say it in several ways."""
+    if scaling is None:
+        return None
+    ramp = (scaling.original_max_position_embeddings, scaling.beta_fast, scaling.beta_slow)
+    factors = (scaling.factor, scaling.rotated_factor, scaling.latent_factor)
+    return scaling.rope_type, *ramp, scaling.truncate, *factors
 
 
 def _configured_kinds(config: TransformerConfig, num_layers: int) -> str | None:

@@ -31,6 +31,7 @@ from lasp.megatron.norm import ResidualNorm
 from lasp.megatron.packs import PackedCut, cut_of_training_loop
 from lasp.megatron.residual import ScaledLayer
 from lasp.megatron.ring import ring_attention_spec
+from lasp.megatron.ring_latent import ring_latent_attention_spec
 from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 
 
@@ -117,8 +118,14 @@ def attention_specs(
         packed_cut=packed_cut,
     )
     heads = hybrid.attention
+    if heads.latent is not None:
+        return lightning, ring_latent_attention_spec(packed_cut=packed_cut)
     softmax = ring_attention_spec(
-        rotary_dim=heads.rotary_dim, rope_base=heads.rope_base, packed_cut=packed_cut
+        rotary_dim=heads.rotary_dim,
+        rope_base=heads.rope_base,
+        rope_scaling=heads.rope_scaling,
+        dense_len=heads.dense_len,
+        packed_cut=packed_cut,
     )
     return lightning, softmax
 

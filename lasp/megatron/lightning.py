@@ -62,6 +62,7 @@ class LightningSelfAttention(MegatronModule):
 
     Args:
         config: Megatron's; ``num_attention_heads``, ``kv_channels`` and ``num_layers`` count.
+            ``multi_latent_attention`` and ``attention_output_gate`` are of softmax layers.
         submodules: the projections.
         layer_number: from 1, over all pipeline stages, as TransformerLayer passes it.
         attn_mask_type: not read, lightning attention is causal.
@@ -241,8 +242,8 @@ class LightningSelfAttention(MegatronModule):
 
 def _check(config: TransformerConfig, part: str, options: LightningOptions, tp_size: int) -> None:
     """Raise ValueError, naming it, for what of Megatron's config or the options is not here."""
-    require(config, part, attention_dropout=0.0, multi_latent_attention=False, qk_clip=False)
-    require(config, part, attention_output_gate=False, fine_grained_activation_offloading=False)
+    require(config, part, attention_dropout=0.0, qk_clip=False)
+    require(config, part, fine_grained_activation_offloading=False)
     require(config, part, add_bias_linear=False, add_qkv_bias=False, **_OTHER_MIXERS)
     heads = config.num_attention_heads
     if heads % tp_size:

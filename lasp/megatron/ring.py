@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -14,7 +15,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lasp._core.rotary import apply_rotary, check_rotary_dim
+from lasp._core.rotary import RopeScaling, apply_rotary, check_rotary_dim
+from lasp.hybrid.attention import check_dense
 from lasp.megatron.checks import groups_of, refuse_arguments, require, training_argument
 from lasp.megatron.norm import ResidualNorm
 from lasp.megatron.packs import PackedCut, check_packed_cut
@@ -27,8 +29,8 @@ class RingSelfAttention(SelfAttention):
     Megatron's RoPE takes packs for cut per document. Here angles are computed in float64 at
     ``layout.position_ids``; layers that ``config.no_rope_freq`` names rotate nothing. With
     ``config.qk_layernorm`` the heads of queries and keys are normed before, by an RMSNorm if the
-    submodules name no other. The projections, their initialisation and checkpoint keys are
-    SelfAttention's.
+    submodules name no other; ``config.attention_output_gate`` gates the output. The projections,
+    their initialisation and checkpoint keys are SelfAttention's.
 
     Args:
         config: Megatron's.
@@ -38,6 +40,8 @@ class RingSelfAttention(SelfAttention):
         pg_collection: its tp and cp groups; of the parallel state if None.
         rotary_dim: dims of each head that are rotated; 0: none. MiniMax-01: half.
         rope_base: of the wavelengths.
+        rope_scaling: of the rotation, see :class:`lasp.RopeScaling`.
+        dense_len: see :class:`lasp.hybrid.AttentionConfig`.
         packed_cut: how Megatron's own packs are cut, see :data:`lasp.megatron.PackedCut`.
         optional: what a Megatron version passes besides.
 
@@ -56,13 +60,15 @@ class RingSelfAttention(SelfAttention):
         *,
         rotary_dim: int = 0,
         rope_base: float = 10_000.0,
+        rope_scaling: RopeScaling | None = None,
+        dense_len: int | None = None,
         packed_cut: PackedCut | None = None,
         **optional: Any,
     ) -> None:
         part = "ring self-attention"
         require(config, part, apply_rope_fusion=False, rotary_interleaved=False)
-        require(config, part, attention_output_gate=False, fused_single_qkv_rope=False)
-        require(config, part, qk_l2_norm=False, fine_grained_activation_offloading=False)
+        require(config, part, fused_single_qkv_rope=False, qk_l2_norm=False)
+        require(config, part, fine_grained_activation_offloading=False)
         require(config, part, multi_latent_attention=False)
         if config.qk_layernorm:
             submodules = replace(
@@ -91,6 +97,7 @@ class RingSelfAttention(SelfAttention):
         )
         rotates = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
         self.rotary_dim, self.rope_base = rotary_dim if rotates else 0, rope_base
+        self.rope_scaling, self.dense_len = rope_scaling, dense_len
         self.core_attention.positions_of_layout = True
         self.core_attention.packed_cut = packed_cut
 
@@ -133,7 +140,11 @@ class RingSelfAttention(SelfAttention):
         gathered = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         num_tokens = hidden_states.shape[0] * gathered
         layout = core.layout_of(packed_seq_params, num_tokens)
-        query, key, value = self.get_query_key_value_tensors(hidden_states, None)
+        check_dense(self.dense_len, layout.document_lengths)
+        gated = self.config.attention_output_gate
+        query, key, value, *gate = self.get_query_key_value_tensors(
+            hidden_states, None, output_gate=gated
+        )
         if self.rotary_dim:
             positions = layout.position_ids(cp_group.rank(), query.device)
             query, key = (self._rotated(x, positions) for x in (query, key))
@@ -147,19 +158,32 @@ class RingSelfAttention(SelfAttention):
             attention_bias=attention_bias,
             packed_seq_params=packed_seq_params,
         )
-        projected: tuple[Tensor, Tensor | None]
-        projected = self.linear_proj(output.unsqueeze(1) if packed else output)
+        output = output.unsqueeze(1) if packed else output
+        if gated:
+            output = output * torch.sigmoid(gate[0].reshape(output.shape))
+        projected: tuple[Tensor, Tensor | None] = self.linear_proj(output)
         return projected
 
     def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
         """Heads ``[T, B, H, D]`` rotated at ``positions``, ``[T]``."""
         x = x.transpose(0, 1)  # as apply_rotary takes them, [..., T, H, D]
-        rotated = apply_rotary(x, positions, rotary_dim=self.rotary_dim, base=self.rope_base)
+        rotated = apply_rotary(
+            x,
+            positions,
+            rotary_dim=self.rotary_dim,
+            base=self.rope_base,
+            scaling=self.rope_scaling,
+        )
         return rotated.transpose(0, 1)
 
 
 def ring_attention_spec(
-    *, rotary_dim: int, rope_base: float = 10_000.0, packed_cut: PackedCut | None = None
+    *,
+    rotary_dim: int,
+    rope_base: float = 10_000.0,
+    rope_scaling: RopeScaling | None = None,
+    dense_len: int | None = None,
+    packed_cut: PackedCut | None = None,
 ) -> ModuleSpec:
     """Spec of a ``self_attention`` for ``TransformerLayerSubmodules``."""
     return ModuleSpec(
@@ -173,6 +197,8 @@ def ring_attention_spec(
             "attn_mask_type": AttnMaskType.causal,
             "rotary_dim": rotary_dim,
             "rope_base": rope_base,
+            "rope_scaling": rope_scaling,
+            "dense_len": dense_len,
             "packed_cut": packed_cut,
         },
     )

@@ -25,7 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
-from lasp._core.rotary import apply_rotary
+from lasp._core.rotary import RopeScaling, apply_rotary
 from lasp.megatron.checks import groups_of, refuse_arguments, require
 from lasp.megatron.norm import ResidualNorm
 from lasp.megatron.packs import PackedCut, check_packed_cut
@@ -74,7 +74,7 @@ class KVUpProjection(ColumnParallelLinear):
 class RingLatentSelfAttention(MLASelfAttention):
     """Megatron's MLA with :func:`ring.ring_latent_attention` and positions of the layout.
 
-    Plain RoPE (``rope_type="rope"``), angles in float64; Megatron's pairs of neighbours.
+    RoPE, or YaRN by ``rope_type="yarn"``, angles in float64; Megatron's pairs of neighbours.
     Projections, their initialisation and checkpoint keys are MLASelfAttention's, and so are norms,
     which ``config.qk_layernorm`` asks for. Windows and sinks are those of
     :class:`RingCoreAttention`.
@@ -110,11 +110,12 @@ class RingLatentSelfAttention(MLASelfAttention):
                 f"config.multi_latent_attention must be True for {part}, got False: build a"
                 " MLATransformerConfig, or take ring_attention_spec"
             )
-        require(config, part, rope_type="rope", rotary_percent=1.0, apply_rope_fusion=False)
+        require(config, part, rotary_percent=1.0, apply_rope_fusion=False)
         require(config, part, cache_mla_latents=False, no_rope_freq=None, qk_l2_norm=False)
         require(config, part, fine_grained_activation_offloading=False, add_bias_linear=False)
         require(config, part, experimental_attention_variant=None, rotary_interleaved=False)
         check_packed_cut(packed_cut)
+        rope_scaling = scaling_of(config)
         tp_group, _ = groups_of(pg_collection, part, "tp", "cp")
         if config.num_attention_heads % tp_group.size():
             raise ValueError(
@@ -145,6 +146,7 @@ class RingLatentSelfAttention(MLASelfAttention):
             pg_collection=pg_collection,
             **optional,
         )
+        self.rope_scaling = rope_scaling
         self.core_attention.positions_of_layout = True
         self.core_attention.packed_cut = packed_cut
 
@@ -241,7 +243,31 @@ class RingLatentSelfAttention(MLASelfAttention):
         """``[..., T, H, P]`` rotated; neighbours become halves, in queries and keys alike."""
         x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         base = self.config.rotary_base
-        return apply_rotary(x, positions, rotary_dim=x.shape[-1], base=base)
+        return apply_rotary(
+            x, positions, rotary_dim=x.shape[-1], base=base, scaling=self.rope_scaling
+        )
+
+
+def scaling_of(config: MLATransformerConfig) -> RopeScaling | None:
+    """Scaling of the rotation by Megatron's options of latent attention.
+
+    What scores have besides is in Megatron's ``softmax_scale``.
+    """
+    if config.rope_type == "rope":
+        return None
+    if config.rope_type != "yarn":
+        raise ValueError(
+            f"config.rope_type must be 'rope' or 'yarn' for ring latent attention, got"
+            f" {config.rope_type!r}: choose one"
+        )
+    options = (config.rotary_scaling_factor, config.original_max_position_embeddings)
+    scaling = RopeScaling("yarn", *options, config.beta_fast, config.beta_slow)
+    magnitudes = [scaling.magnitude(m) for m in (config.mscale, config.mscale_all_dim)]
+    return replace(
+        scaling,
+        attention_factor=magnitudes[0] / magnitudes[1],
+        mscale_all_dim=config.mscale_all_dim,
+    )
 
 
 def ring_latent_attention_spec(*, packed_cut: PackedCut | None = None) -> ModuleSpec:

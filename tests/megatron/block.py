@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,17 @@ import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from lasp.hybrid import AttentionConfig, DenseConfig, HybridConfig, HybridModel, Residuals
+from lasp.hybrid import (
+    AttentionConfig,
+    DenseConfig,
+    HybridConfig,
+    HybridModel,
+    LatentConfig,
+    Residuals,
+    ResidualScale,
+    RopeScaling,
+)
+from lasp.layers.options import LightningOptions
 from lasp.megatron import PackedCut, hybrid_block_spec, to_megatron
 from moe_parallel import MoEConfig, RouterConfig
 from tests.megatron.attention import (
@@ -74,6 +85,67 @@ RING_OPTIONS = {
     "moe_shared_expert_intermediate_size": 4,
 }
 
+# Ling-2.5 in small: Ring-linear with latent attention, rotated by YaRN.
+_YARN = RopeScaling("yarn", 4.0, 32, beta_fast=4.0, mscale=1.0, mscale_all_dim=0.7)
+LING = replace(
+    RING,
+    attention=AttentionConfig(
+        HEADS,
+        HEADS,
+        HEAD_DIM,
+        rotary_dim=4,
+        rope_base=100.0,
+        rope_scaling=_YARN,
+        latent=LatentConfig(8, 4, 4, 6, q_lora_rank=6, rope_interleaved=True),
+    ),
+    lightning=replace(RING.lightning, rope_scaling=_YARN),
+)
+LING_OPTIONS_OF_CONFIG = RING_OPTIONS | {
+    "num_query_groups": HEADS,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 6,
+    "qk_head_dim": 4,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 6,
+    "rotary_base": 100.0,
+    "rope_type": "yarn",
+    "rotary_scaling_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+}
+
+# MiniCPM-SALA in small, without the scales of embedding and head, which are Megatron's.
+_DEPTH = ResidualScale(beta=1.4 / 4**0.5)
+SALA = HybridConfig(
+    num_layers=LAYERS,
+    vocab_size=7,
+    attention=AttentionConfig(
+        HEADS, KV_HEADS, HEAD_DIM, rotary_dim=0, gated=True, dense_len=TOKENS + 1
+    ),
+    moe=None,
+    dense=DenseConfig(HIDDEN, 8),
+    pattern="*GG*",
+    lightning=LightningOptions("none", True, 6, scale=None),
+    residuals=Residuals("pre", _DEPTH, _DEPTH, _DEPTH),
+    decay="sala",
+)
+SALA_OPTIONS = {
+    "attention_output_gate": True,
+    "linear_attention_freq": [0, 1, 1, 0],
+    "num_moe_experts": None,
+    "moe_ffn_hidden_size": None,
+    "moe_expert_capacity_factor": None,
+}
+
+# What build_block takes for models other than MiniMax-01.
+MODELS: dict[str, dict[str, Any]] = {
+    "ring": RING_OPTIONS | {"hybrid": RING},
+    "ling": LING_OPTIONS_OF_CONFIG | {"hybrid": LING},
+    "sala": SALA_OPTIONS | {"hybrid": SALA},
+}
+
 
 def plain_model(hybrid: HybridConfig = HYBRID) -> HybridModel:
     model = HybridModel(hybrid, dtype=torch.float64)
@@ -113,15 +185,22 @@ def build_block(
         post_process=stage == stages - 1,
         pg_collection=groups,
     )
+    for name, parameter, part in own_parts(block, groups, hybrid):
+        assert part.shape == parameter.shape, name
+        parameter.data.copy_(part)
+    return block
+
+
+def own_parts(
+    block: TransformerBlock, groups: Any, hybrid: HybridConfig
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Each parameter of a block with its part of the plain model's."""
     weights = megatron_names(dict(plain_model(hybrid).named_parameters()))
     for name, parameter in block.named_parameters():
         part = by_halves(name, weights[global_name(name, block)])
         for group, dim in cuts(name, groups):
             part = part.chunk(group.size(), dim)[group.rank()]
-        part = part.reshape(-1, part.shape[-1]) if ".linear_fc1." in name else part
-        assert part.shape == parameter.shape, name
-        parameter.data.copy_(part)
-    return block
+        yield name, parameter, part.reshape(-1, part.shape[-1]) if ".linear_fc1." in name else part
 
 
 def by_halves(name: str, weight: Tensor) -> Tensor:

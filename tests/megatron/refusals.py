@@ -11,12 +11,13 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 
-from lasp.hybrid import DenseConfig, LatentConfig, VocabularyConfig
+from lasp.hybrid import DenseConfig, VocabularyConfig
 from lasp.megatron import PackedSequence
 from lasp.sequence.layout import SequenceLayout
 from moe_parallel import RouterConfig
 from tests.megatron.attention import HIDDEN
 from tests.megatron.block import HYBRID as LIKE
+from tests.megatron.block import LING
 from tests.megatron.refused_parts import (
     RANKS,
     Row,
@@ -27,6 +28,7 @@ from tests.megatron.refused_parts import (
     experts,
     hybrid,
     lightning,
+    ling,
     norm,
     options,
     ring,
@@ -62,12 +64,12 @@ SOFTMAX = {
 }
 OWN_POSITIONS = {
     "apply_rope_fusion": True,
-    "attention_output_gate": True,
     "fused_single_qkv_rope": True,
     "multi_latent_attention": True,
     "qk_l2_norm": True,
     "rotary_interleaved": True,
 }
+LATENT = LING.attention
 ANY = torch.zeros(1)
 TP = {"tp": RANKS}
 OTHER_RANKS = PackedSequence(layout=SequenceLayout((4,), 2 * RANKS))
@@ -88,8 +90,8 @@ ROWS = [
         for row in options(part, **EVERYWHERE)
     ),
     # lightning
-    *options(lightning, attention_dropout=0.1, multi_latent_attention=True, qk_clip=True),
-    *options(lightning, add_bias_linear=True, add_qkv_bias=True, attention_output_gate=True),
+    *options(lightning, attention_dropout=0.1, qk_clip=True),
+    *options(lightning, add_bias_linear=True, add_qkv_bias=True),
     *options(lightning, fine_grained_activation_offloading=True, linear_conv_kernel_dim=2),
     *options(lightning, linear_key_head_dim=64, linear_num_key_heads=8, linear_num_value_heads=8),
     *options(lightning, linear_value_head_dim=64),
@@ -179,6 +181,7 @@ ROWS = [
     *options(block, kv_channels=8, layernorm_epsilon=1e-6, moe_ffn_hidden_size=16),
     *options(block, moe_expert_capacity_factor=2.0, moe_router_topk=3, num_query_groups=4),
     *options(block, num_attention_heads=2, num_layers=6, num_moe_experts=None),
+    *options(block, attention_output_gate=True),
     *options(derived, moe_router_fusion=True),
     *(
         Row(part, {"linear_attention_freq": frequency}, {"pattern": "2:1"}, names=names)
@@ -194,15 +197,18 @@ ROWS = [
         for name, value, names in (
             ("mtp_loss_weight", 0.1, "mtp_loss_weight must be None"),
             ("vocabulary", VocabularyConfig(True), r"vocabulary must be VocabularyConfig\(\)"),
-            ("attention", replace(LIKE.attention, gated=True), "attention.gated must be False"),
             (
                 "attention",
-                replace(
-                    LIKE.attention,
-                    num_kv_heads=LIKE.attention.num_heads,
-                    latent=LatentConfig(4, 4, LIKE.attention.rotary_dim, 4),
-                ),
-                "attention.latent must be None",
+                replace(LIKE.attention, gated=True),
+                "config.attention_output_gate must be that of the HybridConfig",
+            ),
+            ("attention", LATENT, "config.multi_latent_attention must be that of the HybridConfig"),
+            ("attention", replace(LATENT, gated=True), "attention.gated must be False .* latent"),
+            ("attention", replace(LATENT, dense_len=9), "attention.dense_len must be None"),
+            (
+                "attention",
+                replace(LATENT, latent=replace(LATENT.latent, rope_interleaved=False)),
+                "attention.latent.rope_interleaved must be True",
             ),
             ("dense", DenseConfig(HIDDEN, 8, 1), "ffn_hidden_size and moe_layer_freq must be that"),
             (
@@ -218,6 +224,13 @@ ROWS = [
         )
     ),
     *options(block, hidden_dropout=0.1, linear_attention_freq=1),
+    *options(ling, kv_lora_rank=4, q_lora_rank=4, qk_head_dim=6, v_head_dim=8, rotary_base=1e3),
+    *options(ling, qk_layernorm=False),
+    *(
+        Row(ling, given, names="config.rope_type, with .* must be that of the HybridConfig")
+        for given in ({"rotary_scaling_factor": 2.0}, {"rope_type": "rope", "mscale_all_dim": 0.0})
+    ),
+    Row(ling, {"rope_type": "rope"}, names="config.mscale_all_dim must be 0.0"),
     *calls(hybrid, attention_bias=ANY, context=ANY, inference_context=ANY, inference_params=ANY),
     *calls(hybrid, padding_mask=ANY, rotary_pos_emb=ANY),
     # norm

@@ -22,6 +22,7 @@ from moe_parallel.megatron import expert_parallel_moe_spec
 from ring.megatron import RingCoreAttention, ring_attention_spec
 from tests.megatron.attention import HIDDEN
 from tests.megatron.block import HYBRID as LIKE
+from tests.megatron.block import LING, LING_OPTIONS_OF_CONFIG
 from tests.megatron.block import OPTIONS as HYBRID
 from tests.megatron.test_moe_parallel import OPTIONS as EXPERTS
 
@@ -56,6 +57,10 @@ def block(config: TransformerConfig, groups: Any, **fields: Any) -> Any:
     return hybrid_block_spec(config, replace(LIKE, **fields))
 
 
+def ling(config: TransformerConfig, groups: Any) -> Any:
+    return hybrid_block_spec(config, LING)
+
+
 def derived(config: TransformerConfig, groups: Any) -> Any:
     return hybrid_of(config, LIKE)
 
@@ -65,6 +70,7 @@ def norm(config: TransformerConfig, groups: Any) -> torch.nn.Module:
 
 
 BASE = {experts: EXPERTS, hybrid: HYBRID, block: HYBRID, derived: HYBRID}
+BASE[ling] = HYBRID | LING_OPTIONS_OF_CONFIG
 
 
 @dataclass

@@ -19,7 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from moe_parallel.megatron import expert_parallel_moe_spec
 from tests.megatron.attention import parallel_config
-from tests.megatron.block import build_block, cuts, global_name, megatron_names, plain_model
+from tests.megatron.block import HYBRID, MODELS, build_block, own_parts
 from tests.megatron.cpu import checkpoints_from_ranks, initialize
 from tests.megatron.test_moe_parallel import OPTIONS, load_plain, plain
 from tests.ranks import run_on_ranks
@@ -35,15 +35,15 @@ def save(sharded: dict[str, Any], directory: Path) -> None:
         dist_checkpointing.save(sharded, str(directory), **options)
 
 
-def save_block(sizes: dict[str, int], directory: Path) -> None:
-    block = build_block(sizes, initialize(**sizes))
+def save_block(sizes: dict[str, int], directory: Path, options: dict[str, Any]) -> None:
+    block = build_block(sizes, initialize(**sizes), **options)
     save(block.sharded_state_dict("decoder."), directory)
 
 
-def load_block(sizes: dict[str, int], directory: Path) -> None:
+def load_block(sizes: dict[str, int], directory: Path, options: dict[str, Any]) -> None:
     """Every parameter is its part of the plain model's, bit for bit."""
     groups = initialize(**sizes)
-    block = build_block(sizes, groups)
+    block = build_block(sizes, groups, **options)
     for parameter in block.parameters():
         parameter.data.fill_(torch.nan)
     sharded = block.sharded_state_dict("decoder.")
@@ -52,11 +52,7 @@ def load_block(sizes: dict[str, int], directory: Path) -> None:
     missing, unexpected = block.load_state_dict(loaded, strict=False)
     assert not unexpected
     assert all(name.endswith("_extra_state") for name in missing), missing
-    weights = megatron_names(dict(plain_model().named_parameters()))
-    for name, parameter in block.named_parameters():
-        part = weights[global_name(name, block)]
-        for group, dim in cuts(name, groups):
-            part = part.chunk(group.size(), dim)[group.rank()]
+    for name, parameter, part in own_parts(block, groups, options.get("hybrid", HYBRID)):
         assert torch.equal(parameter, part), name
 
 
@@ -71,9 +67,18 @@ def test_loads_under_every_other_layout(tmp_path: Path) -> None:
     for number, (num_ranks, sizes) in enumerate(LAYOUTS):
         directory = tmp_path / str(number)
         directory.mkdir()
-        run_on_ranks(save_block, num_ranks, sizes, directory)
+        run_on_ranks(save_block, num_ranks, sizes, directory, {})
         others, other_sizes = LAYOUTS[number - 1]
-        run_on_ranks(load_block, others, other_sizes, directory)
+        run_on_ranks(load_block, others, other_sizes, directory, {})
+
+
+@pytest.mark.parametrize("model", [pytest.param("ring", marks=pytest.mark.slow), "ling", "sala"])
+def test_other_models_load_under_another_layout(tmp_path: Path, model: str) -> None:
+    saved, loaded = {"tp": 2, "cp": 2, "ep": 2, "etp": 2}, {"pp": 2, "ep": 2}
+    if model == "sala":
+        saved, loaded = {"tp": 2, "cp": 2}, {"pp": 2}
+    run_on_ranks(save_block, 4, saved, tmp_path, MODELS[model])
+    run_on_ranks(load_block, 4 if "ep" in loaded else 2, loaded, tmp_path, MODELS[model])
 
 
 SHARED = {

@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from lasp.hybrid import HybridModel, next_token_loss, pack_batch
+from lasp.hybrid import HybridConfig, HybridModel, next_token_loss, pack_batch
 from lasp.megatron import (
     hybrid_block_spec,
     load_plain_weights,
@@ -171,19 +171,19 @@ def test_names_go_there_and_back() -> None:
         to_plain({"decoder.layers.0.mlp.linear_fc3.weight": torch.ones(2)}, **HEADS)
 
 
-def ring_there_and_back() -> dict[str, Tensor]:
+def there_and_back(hybrid: HybridConfig, options: dict[str, Any]) -> dict[str, Tensor]:
     groups = initialize(tp=2)
-    config = parallel_config({"tp": 2}, **block.OPTIONS, **block.RING_OPTIONS)
+    config = parallel_config({"tp": 2}, **(block.OPTIONS | options))
     model = GPTModel(
         config,
-        hybrid_block_spec(config, block.RING),
+        hybrid_block_spec(config, hybrid),
         vocab_size=8,
         max_sequence_length=0,
         position_embedding_type="none",
         share_embeddings_and_output_weights=False,
         pg_collection=groups,
     )
-    plain = HybridModel(replace(block.RING, vocab_size=8), dtype=torch.float64)
+    plain = HybridModel(replace(hybrid, vocab_size=8), dtype=torch.float64)
     weights = {k: v for k, v in plain.state_dict().items() if "tokens_per_expert" not in k}
     load_plain_weights(model, weights, pg_collection=groups)
     halves = weights["layers.0.mlp.w13"].chunk(2, 1)[groups.tp.rank()]
@@ -196,10 +196,21 @@ def ring_there_and_back() -> dict[str, Tensor]:
     return back
 
 
-def test_ring_linear_goes_there_and_back_over_tensor_parallel_ranks() -> None:
-    """Norms of heads are whole on every rank, a dense MLP has halves of two matrices."""
-    first, second = run_on_ranks(ring_there_and_back, 2)
-    assert {"layers.0.attention.q_norm.weight", "layers.1.attention.q_norm.weight"} <= first.keys()
+@pytest.mark.parametrize(
+    ("hybrid", "options", "names"),
+    [
+        (block.RING, block.RING_OPTIONS, ["0.attention.q_norm", "1.attention.q_norm"]),
+        (block.LING, block.LING_OPTIONS_OF_CONFIG, ["1.attention.q_a_layernorm"]),
+        (block.SALA, block.SALA_OPTIONS, ["0.attention.output_gate", "1.attention.output_gate"]),
+    ],
+    ids=["ring", "ling", "sala"],
+)
+def test_other_models_go_there_and_back_over_tensor_parallel_ranks(
+    hybrid: HybridConfig, options: dict[str, Any], names: list[str]
+) -> None:
+    """Norms are whole on every rank; a dense MLP has halves of two matrices."""
+    first, second = run_on_ranks(there_and_back, 2, hybrid, options)
+    assert {f"layers.{name}.weight" for name in names} <= first.keys()
     assert first.keys() == second.keys()
 
 

@@ -24,9 +24,8 @@ from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import HIDDEN, megatrons_pack, parallel_config
 from tests.megatron.block import (
     HYBRID,
+    MODELS,
     PACKS,
-    RING,
-    RING_OPTIONS,
     TOKENS,
     build_block,
     global_name,
@@ -44,7 +43,7 @@ def plain_results(hybrid: HybridConfig = HYBRID) -> dict[str, Tensor]:
     model = plain_model(hybrid)
     batch = pack_batch([PACKS[0] + PACKS[1]], dp_rank=0, num_ranks=1, order="contiguous")
     hidden = random_input().requires_grad_()
-    x, aux = hidden, 0.0
+    x, aux = hidden, hidden.new_zeros(()).requires_grad_()
     for layer in model.decoder_layers():
         x, aux_loss, _ = layer(x, batch)
         aux = aux + (0.0 if aux_loss is None else aux_loss)
@@ -152,15 +151,22 @@ def test_equals_the_plain_hybrid(num_ranks, sizes, order) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "sizes", "order"),
+    ("model", "num_ranks", "sizes", "order"),
     [
-        (4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2}, "fold"),
-        pytest.param(2, {"pp": 2}, "contiguous", marks=pytest.mark.slow),
-        pytest.param(4, {"tp": 2, "pp": 2, "ep": 2}, "zigzag", marks=pytest.mark.slow),
+        ("ring", 4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2}, "fold"),
+        ("ling", 4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2}, "zigzag"),
+        ("sala", 4, {"tp": 2, "cp": 2}, "fold"),
+        *(
+            pytest.param(model, *getattr(split, "values", split), marks=pytest.mark.slow)
+            for model in MODELS
+            for split in SPLITS
+        ),
     ],
 )
-def test_ring_linear_equals_the_plain_hybrid(num_ranks, sizes, order) -> None:
-    check(num_ranks, sizes, order, hybrid=RING, **RING_OPTIONS)
+def test_other_models_equal_the_plain_hybrid(model, num_ranks, sizes, order) -> None:
+    if model == "sala":
+        sizes = {name: size for name, size in sizes.items() if not name.startswith("e")}
+    check(num_ranks, sizes, order, **MODELS[model])
 
 
 @pytest.mark.parametrize(

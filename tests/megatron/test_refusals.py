@@ -13,7 +13,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from tests.megatron.attention import HEAD_DIM, HEADS, HIDDEN, parallel_config
 from tests.megatron.cpu import initialize
@@ -62,7 +62,7 @@ def message_of(index: int) -> str:
 def test_refused(index: int) -> None:
     row = ROWS[index]
     for name in row.options:
-        if name not in TransformerConfig.__dataclass_fields__:
+        if name not in MLATransformerConfig.__dataclass_fields__:
             pytest.skip(f"needs a megatron-core with the option {name}, to refuse it")
     for message in run_on_ranks(message_of, RANKS, index):
         assert re.search(row.names, message), message

@@ -82,6 +82,17 @@ def on_one_rank(spec: ModuleSpec, **options: Any) -> list[Tensor]:
         ({}, (WrappedTorchNorm, WrappedTorchNorm)),
         (
             {
+                "rope_type": "yarn",
+                "rotary_scaling_factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 4.0,
+                "mscale": 0.9,
+                "mscale_all_dim": 0.7,
+            },
+            (WrappedTorchNorm, WrappedTorchNorm),
+        ),
+        (
+            {
                 "q_lora_rank": None,
                 "qk_layernorm": False,
                 "window_size": (4, 0),
@@ -155,7 +166,7 @@ def build(tp: int = 1, **options: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"rope_type": "yarn"},
+        {"rope_type": "longrope"},
         {"rotary_percent": 0.5},
         {"cache_mla_latents": True},
         {"no_rope_freq": [1, 0, 0, 0, 0]},

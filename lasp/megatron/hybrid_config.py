@@ -192,10 +192,10 @@ def check_same_model(
     if (hybrid.moe is None) != (megatrons.moe is None):
         _refuse("moe", hybrid.moe, "num_moe_experts", config.num_moe_experts)
     if hybrid.dense != megatrons.dense:
-        options = "ffn_hidden_size and moe_layer_freq"
-        _refuse("dense", hybrid.dense, options, megatrons.dense)
-    options = _OPTIONS | (_EXPERT_OPTIONS if hybrid.moe else {})
-    options |= _LATENT_OPTIONS if latent else {}
+        _refuse("dense", hybrid.dense, "ffn_hidden_size and moe_layer_freq", megatrons.dense)
+    options = dict(_OPTIONS)
+    options.update(_EXPERT_OPTIONS if hybrid.moe else {})
+    options.update(_LATENT_OPTIONS if latent else {})
     scalings = [model.attention.rope_scaling for model in (hybrid, megatrons)]
     if latent and _numbers(scalings[0]) != _numbers(scalings[1]):
         named = "rope_type, with rotary_scaling_factor, beta_fast and mscale,"

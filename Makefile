@@ -11,7 +11,7 @@ ARGS ?=
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade "pip>=25.1"
-	$(BIN)/pip install -q -c constraints.txt -e ".[examples]" --group dev
+	$(BIN)/pip install -q -c constraints.txt -e ".[examples,checkpoints]" --group dev
 	touch $@
 
 train: $(VENV)/.installed

@@ -1,0 +1,63 @@
+"""Fields of a config.json, and refusals of those that models here do not have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Json = Mapping[str, Any]
+
+
+def needed(fields: Json, *names: str) -> list[Any]:
+    """The values of fields.
+
+    Raises:
+        ValueError: naming those that are missing.
+    """
+    missing = [name for name in names if name not in fields]
+    if missing:
+        raise ValueError(
+            f"config.json must have {', '.join(missing)}, got none in one of"
+            f" {fields.get('architectures') or fields.get('model_type')}: take the config.json that"
+            " the weights came with"
+        )
+    return [fields[name] for name in names]
+
+
+def refuse_others(fields: Json, **only: Any) -> None:
+    """Raise ValueError for a field whose value is not the only one that the model can have.
+
+    Args:
+        fields: of config.json.
+        only: the value of each; a field that is missing or null has it.
+    """
+    for name, value in only.items():
+        got = fields.get(name)
+        if got is not None and got != value:
+            raise ValueError(
+                f"{name} of config.json must be {value!r}, got {got!r}: lasp.hybrid has no other"
+            )
+
+
+def kinds(names: Any, symbols: Mapping[Any, str], field: str) -> str:
+    """The pattern of a list of layer kinds."""
+    unknown = [name for name in names if name not in symbols]
+    if unknown:
+        raise ValueError(f"{field} must be among {list(symbols)}, got {unknown[0]!r}")
+    return "".join(symbols[name] for name in names)
+
+
+def check_no_scaling(fields: Json) -> None:
+    """Raise ValueError for positions that are scaled, or weights that are quantised."""
+    scaling = fields.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default":
+        raise ValueError(
+            f"rope_scaling of config.json must be null, got {kind!r}: lasp.hybrid rotates by the"
+            " position alone"
+        )
+    if fields.get("quantization_config"):
+        raise ValueError(
+            "quantization_config of config.json must be missing, got quantised weights: convert"
+            " weights of 16 or 32 bits"
+        )

@@ -1,0 +1,80 @@
+"""Every parameter of a model has one tensor in a format, and every tensor of it one parameter."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from lasp.checkpoints.atoms import atoms_of
+from lasp.checkpoints.configs import FORMATS, config_fields
+from lasp.checkpoints.families import BAILING, MEGATRON_GPT, MEGATRON_HYBRID, MINIMAX, PLAIN, SALA
+from lasp.checkpoints.family import Family
+from lasp.checkpoints.mapping import mapped
+from lasp.hybrid import NAMED_CONFIGS, HybridConfig, HybridModel
+from tests.checkpoints.files import LING, MODELS
+from tests.checkpoints.files import SALA as SMALL_SALA
+
+SHAPES = ("minimax-text-01", "ring-flash-linear-2.0", "ling-2.5-1t", "minicpm-sala")
+CONFIGS = {name: NAMED_CONFIGS[name] for name in SHAPES}
+CONFIGS |= {name: config for name, (config, _) in MODELS.items()}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_every_parameter_has_one_source(config: HybridConfig) -> None:
+    """On the meta device: shapes of the model are those of the table, atom by atom."""
+    model = HybridModel(config, device="meta")
+    names = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    names |= {n: tuple(b.shape) for n, b in model.named_buffers() if n.endswith("expert_bias")}
+    assert {tensor.name: tensor.shape for tensor in mapped(PLAIN, config)} == names
+    atoms = atoms_of(config)
+    assert sum(torch.Size(shape).numel() for shape in atoms.values()) == sum(
+        torch.Size(shape).numel() for shape in names.values()
+    )
+    families = [PLAIN, config_fields(config)[0].family]
+    if config.attention.latent is None and config.moe is not None:
+        families += [MEGATRON_GPT, MEGATRON_HYBRID]
+    for family in families:
+        tensors = mapped(family, config)
+        assert Counter(atom for tensor in tensors for atom in tensor.atoms) == Counter(list(atoms))
+        places = Counter((tensor.name, tensor.expert) for tensor in tensors)
+        assert set(places.values()) == {1}
+        assert not any(family.skips(tensor.name) for tensor in tensors)
+
+
+def test_counts_of_released_files() -> None:
+    """MiniMax-VL-01's index has 8,637 names, of which 394 are of its vision tower and projector."""
+    assert len(mapped(MINIMAX, NAMED_CONFIGS["minimax-text-01"])) == 8_637 - 394
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "atom"),
+    [
+        (MINIMAX, LING, "lightning.q_norm of layer 0"),
+        (BAILING, SMALL_SALA, "softmax.gate of layer 0"),
+        (SALA, LING, "router of layer 1"),
+        (MEGATRON_GPT, SMALL_SALA, "softmax.gate of layer 0"),
+    ],
+)
+def test_models_that_a_format_has_no_names_for(
+    family: Family, config: HybridConfig, atom: str
+) -> None:
+    with pytest.raises(ValueError, match=f"format {family.name} has names for, got .* {atom}"):
+        mapped(family, config)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_configs_say_the_same_there_and_back(config: HybridConfig) -> None:
+    file_format, fields = config_fields(config)
+    read = file_format.read(fields)
+    assert config_fields(read, file_format.name)[1] == fields
+    assert read.kinds == config.kinds
+    assert read.attention == config.attention
+    for name in FORMATS.keys() - {file_format.name}:
+        try:
+            other, fields = config_fields(config, name)
+        except ValueError:
+            continue
+        assert {name, file_format.name} == {"minimax", "minimax-native"}
+        assert other.read(fields).attention == config.attention

@@ -24,6 +24,7 @@ from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.layer import HybridLayer, draw_xavier
 from lasp.hybrid.multi_token import MultiTokenLayer
 from lasp.hybrid.packing import PackedBatch
+from lasp.hybrid.pretrained import PretrainedModel
 from moe_parallel import ParallelGroups, RoutingStats
 
 
@@ -45,7 +46,7 @@ class HybridOutput(NamedTuple):
     mtp_logits: Tensor | None = None
 
 
-class HybridModel(nn.Module):
+class HybridModel(PretrainedModel):
     """The hybrid decoder on one rank.
 
     Args:

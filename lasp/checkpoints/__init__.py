@@ -1,0 +1,22 @@
+"""Weights in and out: released files, checkpoints of torch and of Megatron.
+
+``python -m lasp.checkpoints convert IN OUT --to plain|megatron|hf`` converts any into any;
+:meth:`lasp.hybrid.HybridModel.from_pretrained` and ``save_pretrained`` are the same for a model in
+memory. It needs ``pip install 'lasp-plus[checkpoints]'``.
+"""
+
+from lasp.checkpoints.configs import FORMATS, FormatName
+from lasp.checkpoints.convert import Conversion, Options, convert, plan
+from lasp.checkpoints.source import Source, open_source, read_config
+
+__all__ = [
+    "FORMATS",
+    "Conversion",
+    "FormatName",
+    "Options",
+    "Source",
+    "convert",
+    "open_source",
+    "plan",
+    "read_config",
+]

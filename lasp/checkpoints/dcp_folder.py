@@ -1,0 +1,221 @@
+"""Folders of ``torch.distributed.checkpoint``, which Megatron's dist checkpoints are too.
+
+torch's own reader and writer do the work; its planners here ask for, and hand out, one expert or
+one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from lasp.checkpoints.mapping import MappedTensor
+from lasp.checkpoints.safetensors_folder import StoredTensor
+
+METADATA = ".metadata"
+# Parts of expert stacks that are kept after reading: writers save several experts in one part.
+_KEPT_PARTS = 2
+
+
+class DcpFolder:
+    """Reads tensors of a checkpoint, whatever ranks saved it.
+
+    Args:
+        folder: has ``.metadata`` and the files it names.
+        prefix: of names, which is left out (``model.``); names without it are kept.
+
+    Raises:
+        ValueError: for a file that is missing or cut short.
+    """
+
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        self.folder, self.prefix = folder, prefix
+        self._parts: OrderedDict[tuple[str, int, int], Tensor] = OrderedDict()
+
+    @cached_property
+    def _opened(self) -> tuple[FileSystemReader, Metadata]:
+        reader = FileSystemReader(self.folder)
+        try:
+            metadata = reader.read_metadata()
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{self.folder / METADATA} must be that of a finished checkpoint, got one that ends"
+                f" early ({error}): take another step of the run"
+            ) from None
+        sizes: dict[str, int] = {}
+        for stored in metadata.storage_data.values():
+            end = stored.offset + stored.length
+            sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+        for file, size in sizes.items():
+            path = self.folder / file
+            held = path.stat().st_size if path.exists() else 0
+            if held < size:
+                raise ValueError(
+                    f"{file} must have {size} bytes as {METADATA} says, got {held}: the checkpoint"
+                    " was not finished or not copied whole"
+                )
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+        return reader, metadata
+
+    @cached_property
+    def _stored(self) -> dict[str, tuple[str, TensorStorageMetadata]]:
+        """Name in the checkpoint and what it says of each tensor, by name without the prefix."""
+        _, metadata = self._opened
+        return {
+            name.removeprefix(self.prefix): (name, stored)
+            for name, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
+        }
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """What the checkpoint says, by name without the prefix."""
+        return {
+            name: StoredTensor(tuple(stored.size), stored.properties.dtype, METADATA)
+            for name, (_, stored) in self._stored.items()
+        }
+
+    @property
+    def largest_chunk_bytes(self) -> int:
+        """Bytes of the largest piece that a rank saved, which is read as one."""
+        return max(
+            torch.Size(chunk.sizes).numel() * stored.properties.dtype.itemsize
+            for _, stored in self._stored.values()
+            for chunk in stored.chunks
+        )
+
+    def read(self, name: str, expert: int | None, cut: tuple[slice, ...] | None = None) -> Tensor:
+        """A tensor, or an expert of one; or a slice of that."""
+        _, stored = self._stored[name]
+        if expert is None:
+            tensor = self._box(name, 0, stored.size[0])
+        else:
+            ranges = [(c.offsets[0], c.offsets[0] + c.sizes[0]) for c in stored.chunks]
+            mine = [(low, high) for low, high in ranges if low <= expert < high]
+            low, high = max(low for low, _ in mine), min(high for _, high in mine)
+            if (part := self._parts.pop((name, low, high), None)) is None:
+                part = self._box(name, low, high)
+            self._parts[name, low, high] = part
+            while len(self._parts) > _KEPT_PARTS:
+                self._parts.popitem(last=False)
+            tensor = part[expert - low]
+        return tensor if cut is None else tensor[cut]
+
+    def _box(self, name: str, low: int, high: int) -> Tensor:
+        """Rows ``low`` to ``high`` of the first dim."""
+        (reader, _), (whole, stored) = self._opened, self._stored[name]
+        sizes = torch.Size((high - low, *stored.size[1:]))
+        offsets = torch.Size((low, *[0] * (len(sizes) - 1)))
+        box = ChunkStorageMetadata(offsets, sizes)
+        items = create_read_items_for_chunk_list(whole, stored, [box])
+        tensor = torch.empty(sizes, dtype=stored.properties.dtype)
+        reader.read_data(LoadPlan(items), _IntoBox(tensor)).wait()
+        return tensor
+
+
+class _IntoBox(DefaultLoadPlanner):
+    """Puts what is read into one tensor."""
+
+    def __init__(self, box: Tensor) -> None:
+        super().__init__()
+        self.box = box
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        place = zip(read_item.dest_offsets, read_item.lengths)
+        return self.box[tuple(slice(start, start + length) for start, length in place)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+class _OneByOne(DefaultSavePlanner):
+    """Makes each tensor when it is written."""
+
+    def __init__(
+        self,
+        tensors: Mapping[MetadataIndex, tuple[MappedTensor, torch.dtype]],
+        make: Callable[[MappedTensor], Tensor],
+        extra: Mapping[str, bytes],
+    ) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.tensors, self.make, self.extra = tensors, make, extra
+
+    def create_local_plan(self) -> SavePlan:
+        items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self.extra]
+        for index, (tensor, dtype) in self.tensors.items():
+            assert index.offset is not None
+            sizes = tensor.part if tensor.expert is None else (1, *tensor.part)
+            data = TensorWriteData(
+                chunk=ChunkStorageMetadata(index.offset, torch.Size(sizes)),
+                properties=TensorProperties(dtype=dtype),
+                size=torch.Size(tensor.shape),
+            )
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if write_item.type == WriteItemType.BYTE_IO:
+            return io.BytesIO(self.extra[write_item.index.fqn])
+        index = write_item.index
+        tensor, _ = self.tensors[MetadataIndex(index.fqn, index.offset)]
+        made = self.make(tensor).contiguous()  # torch's writer copies what is a view of more
+        return made if tensor.expert is None else made.unsqueeze(0)
+
+
+def write_dcp(
+    folder: Path,
+    tensors: Iterable[tuple[MappedTensor, torch.dtype]],
+    make: Callable[[MappedTensor], Tensor],
+    *,
+    prefix: str = "",
+    extra: Mapping[str, bytes],
+) -> None:
+    """Write a checkpoint, one tensor or expert in memory at a time.
+
+    Args:
+        folder: where.
+        tensors: what to write, and its dtype.
+        make: makes one of them.
+        prefix: of names.
+        extra: objects besides, pickled, by name.
+    """
+    indexed = {
+        MetadataIndex(prefix + tensor.name, [tensor.expert or 0, *[0] * (len(tensor.shape) - 1)]): (
+            tensor,
+            dtype,
+        )
+        for tensor, dtype in tensors
+    }
+    planner = _OneByOne(indexed, make, extra)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save({}, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)

@@ -162,6 +162,7 @@ class LightningAttention(nn.Module):
         *,
         position_ids: Tensor | None = None,
         in_place: bool = False,
+        slots: Tensor | None = None,
     ) -> LightningOutput:
         """Mix the next tokens of each sequence, without gradients.
 
@@ -171,6 +172,7 @@ class LightningAttention(nn.Module):
             position_ids: int64 ``[B, T]``, or ``[T]`` for all sequences; they must be given where
                 ``options.rotary_dim`` is not 0.
             in_place: see :func:`lasp.lightning_decode`.
+            slots: likewise.
 
         Returns:
             Output as ``hidden``, and the states after these tokens.
@@ -182,7 +184,11 @@ class LightningAttention(nn.Module):
             )
         q, k, v = self._project(hidden, None, None, state, position_ids)
         mixed, new_state = lightning_decode(
-            q, k, v, self.rates, state, scale=self.scale, in_place=in_place, impl=self.impl
+            *(q, k, v, self.rates, state),
+            scale=self.scale,
+            in_place=in_place,
+            slots=slots,
+            impl=self.impl,
         )
         return LightningOutput(self._gate(hidden, mixed), new_state)
 

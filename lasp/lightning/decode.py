@@ -34,6 +34,7 @@ def lightning_decode(
     *,
     scale: float = 1.0,
     in_place: bool = False,
+    slots: Tensor | None = None,
     impl: Impl = "auto",
 ) -> LightningOutput:
     """Lightning attention of the next tokens of each sequence, given the states before them.
@@ -56,6 +57,9 @@ def lightning_decode(
         state: states before these tokens ``[B, H, K, V]``, float32, or float64 with fp64 inputs.
         scale: factor of the output.
         in_place: leave the new states in ``state``, which must then be contiguous.
+        slots: int64 ``[B]`` on the device of ``q``, with ``in_place``: which of the S states
+            ``[S, H, K, V]`` each sequence has, each at most once; -1 is padding, whose output means
+            nothing and which changes no state. None: B states, in order.
         impl: ``eager``, plain torch; ``triton``, one kernel for GPUs that reads and writes each
             state once: bf16, fp16 or fp32, K and V up to 256; ``auto``, ``triton`` where it can,
             see ``lasp._core.impl``.
@@ -74,14 +78,20 @@ def lightning_decode(
     q, k, v = autocast_inputs(q, k, v)
     check_qkv(q, k, v)
     _check_step(q, k, v, rates, state, in_place)
+    _check_slots(q, v, state, slots, in_place)
     if chosen_impl(impl, q.device, q.dtype, unserved(q, v)) == "triton":
         refuse_forward_mode(_TRITON, q, k, v, rates, state)
         from lasp.lightning.triton import decode as fused
 
         if in_place:
-            return LightningOutput(fused.call_(q, k, v, rates, state, scale), state)
+            return LightningOutput(fused.call_(q, k, v, rates, state, slots, scale), state)
         return LightningOutput(*fused.call(q, k, v, rates, state, scale))
-    return _decode(q, k, v, rates, state if in_place else state.clone(), scale)
+    if slots is None:
+        return _decode(q, k, v, rates, state if in_place else state.clone(), scale)
+    output, new_state = _decode(q, k, v, rates, state[slots.clamp(min=0)], scale)
+    used = slots >= 0
+    state[slots[used]] = new_state[used]
+    return LightningOutput(output, state)
 
 
 def _decode(
@@ -117,14 +127,6 @@ def _check_step(
             f"rates must be on the CPU or the device of q, {q.device}, got {rates.device}: move"
             " them with rates.to(q.device), or leave them on the CPU"
         )
-    batch, _, num_heads, key_dim = q.shape
-    shape = batch, num_heads, key_dim, v.shape[3]
-    if state.shape != shape or state.dtype != wide_dtype(q.dtype) or state.device != q.device:
-        raise ValueError(
-            f"state must be {shape} in {wide_dtype(q.dtype)} on {q.device}, got"
-            f" {tuple(state.shape)} in {state.dtype} on {state.device}: start from zeros of that"
-            " shape, or from the final_state of lightning_attention, [documents, H, K, V]"
-        )
     if in_place and not state.is_contiguous():
         raise ValueError(
             f"state must be contiguous to be changed in place, got strides {state.stride()}: keep"
@@ -134,4 +136,25 @@ def _check_step(
         raise ValueError(
             "q, k, v and state must not require grad, decoding has no backward: call it under"
             " torch.no_grad(), or train with lightning_attention"
+        )
+
+
+def _check_slots(q: Tensor, v: Tensor, state: Tensor, slots: Tensor | None, in_place: bool) -> None:
+    """Raise ValueError unless there is a state for each sequence."""
+    batch, _, num_heads, key_dim = q.shape
+    if slots is not None:
+        if not in_place:
+            raise ValueError("slots need in_place=True, got False: they say what changes where")
+        if slots.shape != (batch,) or slots.dtype != torch.int64 or slots.device != q.device:
+            raise ValueError(
+                f"slots must be int64 [{batch}] on {q.device}, one a sequence, got {slots.dtype} of"
+                f" {list(slots.shape)} on {slots.device}"
+            )
+        batch = len(state)
+    shape = batch, num_heads, key_dim, v.shape[3]
+    if state.shape != shape or state.dtype != wide_dtype(q.dtype) or state.device != q.device:
+        raise ValueError(
+            f"state must be {shape} in {wide_dtype(q.dtype)} on {q.device}, got"
+            f" {tuple(state.shape)} in {state.dtype} on {state.device}: start from zeros of that"
+            " shape, or from the final_state of lightning_attention, [documents, H, K, V]"
         )

@@ -34,6 +34,7 @@ def decode_kernel(
     rates,  # [H] float32
     state,  # [B, H, K, V] float32, contiguous
     new_state,  # likewise; may be the same
+    slots,  # [B] int64: the state of each sequence, negative for padding; not read without SLOTS
     output,  # [B, T, H, V], contiguous
     num_heads,
     num_tokens,  # T
@@ -51,6 +52,7 @@ def decode_kernel(
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """One program a sequence, head and block of value columns."""
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -61,7 +63,13 @@ def decode_kernel(
     v_cols = block * BLOCK_V + tl.arange(0, BLOCK_V)
     k_inside, v_inside = k_cols < K, v_cols < V
     inside = k_inside[:, None] & v_inside[None, :]
-    offsets = row.to(tl.int64) * (K * V) + k_cols[:, None] * V + v_cols[None, :]
+    state_row = row.to(tl.int64)
+    if SLOTS:
+        slot = tl.load(slots + sequence)
+        inside = k_cols[:, None] < tl.where(slot < 0, 0, K)
+        inside = inside & v_inside[None, :]
+        state_row = slot * num_heads + head
+    offsets = state_row * (K * V) + k_cols[:, None] * V + v_cols[None, :]
     s = tl.load(state + offsets, mask=inside, other=0.0)
     decay = tl.exp2(-tl.load(rates + head) * LOG2E)
 
@@ -86,26 +94,40 @@ def decode(
     """Output and new state; shapes as in :func:`lasp.lightning_decode`."""
     state = aligned(state.contiguous())
     new_state = torch.empty_like(state)
-    return _launch(q, k, v, rates, state, new_state, scale), new_state
+    return _launch(q, k, v, rates, (state, new_state), None, scale), new_state
 
 
-def decode_(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor, scale: float) -> Tensor:
+def decode_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    state: Tensor,
+    slots: Tensor | None,
+    scale: float,
+) -> Tensor:
     """Output; the state is changed."""
-    return _launch(q, k, v, rates, state, state, scale)
+    return _launch(q, k, v, rates, (state, state), slots, scale)
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor, new_state: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    states: tuple[Tensor, Tensor],
+    slots: Tensor | None,
+    scale: float,
 ) -> Tensor:
     q, k, v = (aligned(x if x.stride(3) == 1 else x.contiguous()) for x in (q, k, v))
     launch, programs, shape = _plan(
         q.shape, q.stride(), k.stride(), v.shape, v.stride(), q.dtype, q.device,
-        state.data_ptr() % ALIGNMENT == 0,  # it may be changed where it lies
-        float(scale),
+        states[0].data_ptr() % ALIGNMENT == 0,  # it may be changed where it lies
+        float(scale), slots is not None,
     )  # fmt: skip
     output = q.new_empty(*shape)
     on_device = aligned(rates_on(rates, q.device, torch.float32))
-    launch(programs, q, k, v, on_device, state, new_state, output)
+    launch(programs, q, k, v, on_device, *states, q if slots is None else aligned(slots), output)
     return output
 
 
@@ -120,6 +142,7 @@ def _plan(
     device: torch.device,
     aligned_state: bool,
     scale: float,
+    by_slot: bool,
 ) -> tuple[Launcher, int, tuple[int, ...]]:
     """The launch for shapes and strides, how many programs, and the shape of the output."""
     batch, num_tokens, num_heads, key_dim = shape
@@ -137,6 +160,7 @@ def _plan(
         V=value_dim,
         BLOCK_K=tuning.power_of_2(key_dim),
         BLOCK_V=columns,
+        SLOTS=by_slot,
         num_warps=tuning.DECODE_WARPS,
     )
     programs = batch * num_heads * -(-value_dim // columns)
@@ -155,7 +179,8 @@ call = _OPERATORS.define(
     lambda q, k, v, rates, state, scale: (_fake_output(q, v), state.new_empty(state.shape)),
 )
 call_ = _OPERATORS.define(
-    "decode_(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor(a!) state, float scale) -> Tensor",
+    "decode_(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor(a!) state, Tensor? slots,"
+    " float scale) -> Tensor",
     decode_,
-    lambda q, k, v, rates, state, scale: _fake_output(q, v),
+    lambda q, k, v, rates, state, slots, scale: _fake_output(q, v),
 )

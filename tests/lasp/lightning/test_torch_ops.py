@@ -91,8 +91,8 @@ print("torch._dynamo" in sys.modules)
 def test_decode_is_well_registered() -> None:
     q, k, v, state = make_inputs(2, 1, 4, 6, torch.float32)
     lightning_decode(q, k, v, RATES, state, impl="triton")  # registers them
-    for operator in (torch.ops.lasp.decode, torch.ops.lasp.decode_):
-        torch.library.opcheck(operator.default, (q, k, v, RATES, state.clone(), 0.5))
+    for operator, slots in ((torch.ops.lasp.decode, ()), (torch.ops.lasp.decode_, (None,))):
+        torch.library.opcheck(operator.default, (q, k, v, RATES, state.clone(), *slots, 0.5))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

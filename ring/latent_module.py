@@ -147,18 +147,9 @@ class MultiLatentAttention(nn.Module):
                 f" {tuple(hidden.shape)}: drop empty batches"
             )
         check_kinds(layout, cp_group)
-        position_ids = positions(hidden, layout, cp_group)
-        q = self._queries(hidden).unflatten(-1, (self.num_heads, -1))
-        widths = (self.kv_lora_rank, self.qk_rope_head_dim)
-        c, shared = self.kv_a_proj_with_mqa(hidden).split(widths, dim=-1)
-        if self.rope_base is not None and self.qk_rope_head_dim:
-            own, rotated = q.split((q.shape[-1] - widths[1], widths[1]), dim=-1)
-            q = torch.cat((own, self._rotated(rotated, position_ids)), dim=-1)
-            shared = self._rotated(shared.unsqueeze(-2), position_ids).squeeze(-2)
         output, _ = ring_latent_attention(
-            q,
-            torch.cat((self.kv_a_layernorm(c), shared), dim=-1),
-            self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)),
+            *self.project(hidden, positions(hidden, layout, cp_group)),
+            self.expansion_weight,
             layout=layout,
             cp_group=cp_group,
             causal=self.causal,
@@ -166,7 +157,28 @@ class MultiLatentAttention(nn.Module):
             scale=self.scale,
             block=self.block,
         )
-        attended = output.flatten(-2)
+        return self.finish(hidden, output)
+
+    @property
+    def expansion_weight(self) -> Tensor:
+        """``[H, qk_nope_head_dim + v_head_dim, R]``: what makes keys and values of a latent."""
+        by_head: Tensor = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        return by_head
+
+    def project(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries ``[..., T, H, qk_nope_head_dim + P]`` and latents ``[..., T, R + P]``."""
+        q = self._queries(hidden).unflatten(-1, (self.num_heads, -1))
+        widths = (self.kv_lora_rank, self.qk_rope_head_dim)
+        c, shared = self.kv_a_proj_with_mqa(hidden).split(widths, dim=-1)
+        if self.rope_base is not None and self.qk_rope_head_dim:
+            own, rotated = q.split((q.shape[-1] - widths[1], widths[1]), dim=-1)
+            q = torch.cat((own, self._rotated(rotated, position_ids)), dim=-1)
+            shared = self._rotated(shared.unsqueeze(-2), position_ids).squeeze(-2)
+        return q, torch.cat((self.kv_a_layernorm(c), shared), dim=-1)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The output of the layer, from that of the attention ``[..., T, H, v_head_dim]``."""
+        attended = attended.flatten(-2)
         if self.g_proj is not None:
             attended = attended * self.g_proj(hidden).sigmoid()
         projected: Tensor = self.o_proj(attended)

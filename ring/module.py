@@ -135,7 +135,19 @@ class RingAttention(nn.Module):
                 f" token, got {tuple(hidden.shape)}: drop empty batches"
             )
         check_kinds(layout, cp_group)
-        position_ids = positions(hidden, layout, cp_group)
+        output, _ = ring_attention(
+            *self.project(hidden, positions(hidden, layout, cp_group)),
+            layout=layout,
+            cp_group=cp_group,
+            causal=self.causal,
+            window=self.window,
+            sinks=self.sinks,
+            block=self.block,
+        )
+        return self.finish(hidden, output)
+
+    def project(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[..., T, heads, head_dim]`` of tokens at these positions."""
         q, k, v = (
             projection(hidden).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -153,19 +165,12 @@ class RingAttention(nn.Module):
                 )
                 for x in (q, k)
             )
-        output, _ = ring_attention(
-            q,
-            k,
-            v,
-            layout=layout,
-            cp_group=cp_group,
-            causal=self.causal,
-            window=self.window,
-            sinks=self.sinks,
-            block=self.block,
-        )
-        output = output.flatten(-2)
+        return q, k, v
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The output of the layer, from that of the attention ``[..., T, Hq, head_dim]``."""
+        attended = attended.flatten(-2)
         if self.output_gate is not None:
-            output = output * torch.sigmoid(self.output_gate(hidden))
-        projected: Tensor = self.o_proj(output)
+            attended = attended * torch.sigmoid(self.output_gate(hidden))
+        projected: Tensor = self.o_proj(attended)
         return projected

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lasp.generation.attention import CachedLayer
 from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.packing import PackedBatch
 from lasp.layers.lightning_attention import LightningAttention
@@ -67,10 +68,18 @@ class HybridLayer(nn.Module):
             self.mlp = DenseFFN(hidden, config.dense.ffn_size, device=device, dtype=dtype)
             self.mlp.reset_parameters(torch.Generator().manual_seed(layer_index))
 
-    def forward(self, hidden: Tensor, batch: PackedBatch) -> LayerOutput:
-        """``hidden`` [T, hidden] of this rank's tokens, through both sub-layers."""
+    def forward(
+        self, hidden: Tensor, batch: PackedBatch, cached: CachedLayer | None = None
+    ) -> LayerOutput:
+        """``hidden`` [T, hidden] of this rank's tokens, through both sub-layers.
+
+        With ``cached`` the documents continue what a cache holds.
+        """
         normed = self.attention_norm(hidden)
-        attended = self.attention(normed, layout=batch.layout, cp_group=self.groups.cp)
+        if cached is None:
+            attended = self.attention(normed, layout=batch.layout, cp_group=self.groups.cp)
+        else:
+            attended = cached.attend(self.attention, normed)
         hidden = self.attention_residual.add(normed if self.post_norm else hidden, attended)
         normed = self.moe_norm(hidden)
         residual = normed if self.post_norm else hidden
@@ -78,7 +87,8 @@ class HybridLayer(nn.Module):
             return LayerOutput(self.mlp_residual.add(residual, self.mlp(normed)), None, None)
         assert self.moe is not None
         experts: MoEOutput = self.moe(normed, token_order=batch.token_order)
-        output = self.mlp_residual.add(residual, experts.output)
+        mixed = experts.output if cached is None else cached.combined(experts.output)
+        output = self.mlp_residual.add(residual, mixed)
         return LayerOutput(output, experts.aux_loss, experts.stats)
 
     @torch.no_grad()

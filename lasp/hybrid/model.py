@@ -12,14 +12,17 @@ ep x etp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, cast
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lasp._core.dtypes import wide_dtype
+from lasp.generation import CacheStep, GenerationCache
+from lasp.hybrid import generation
 from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.layer import HybridLayer, draw_xavier
 from lasp.hybrid.multi_token import MultiTokenLayer
@@ -98,6 +101,7 @@ class HybridModel(PretrainedModel):
         *,
         inputs_embeds: Tensor | None = None,
         next_tokens: Tensor | None = None,
+        cached: CacheStep | None = None,
     ) -> HybridOutput:
         """Logits of this rank's tokens.
 
@@ -110,6 +114,7 @@ class HybridModel(PretrainedModel):
             next_tokens: int64 ``[T]``, what follows each token in its document, for multi-token
                 prediction: :func:`lasp.hybrid.next_in_document` of ``tokens``. It must be given in
                 training mode where the model has ``mtp_loss_weight``, on all ranks.
+            cached: the documents continue what a cache holds, see :meth:`step`.
 
         Returns:
             :class:`HybridOutput`.
@@ -125,9 +130,14 @@ class HybridModel(PretrainedModel):
         self._check_next(next_tokens, batch)
         hidden = self._embedded(tokens, batch, inputs_embeds)
         outputs = []
-        for layer in self.layers:
-            hidden, *of_layer = layer(hidden, batch)
+        memories: Iterable[Any] = repeat(None)
+        if cached is not None:
+            memories = generation.memories(cached, self.groups.token)
+        for layer, memory in zip(self.layers, memories):
+            hidden, *of_layer = layer(hidden, batch, memory)
             outputs.append(of_layer)
+        if cached is not None:
+            hidden = cached.wanted_rows(hidden)
         hidden, mtp_logits = self.final_norm(hidden), None
         logits = self._logits(hidden)
         if self.mtp is not None and next_tokens is not None:
@@ -194,6 +204,20 @@ class HybridModel(PretrainedModel):
             return F.linear(normed, self.embedding.weight.to(normed.dtype))
         logits: Tensor = self.head(normed)
         return logits
+
+    def new_cache(self, *, num_slots: int, max_tokens: int) -> GenerationCache:
+        """Memory for ``num_slots`` sequences of up to ``max_tokens`` tokens, over the cp group."""
+        return generation.new_cache(self, num_slots=num_slots, max_tokens=max_tokens)
+
+    def step(
+        self,
+        cache: GenerationCache,
+        slots: Sequence[int],
+        tokens: Sequence[generation.Tokens] | Tensor,
+        **options: Any,
+    ) -> Tensor:
+        """Logits after the next tokens of some sequences: :func:`lasp.hybrid.generation.step`."""
+        return generation.step(self, cache, slots, tokens, **options)
 
     def decoder_layers(self) -> Iterator[HybridLayer]:
         """The layers, typed; wrapped ones as they are, with the attributes of what they wrap."""

@@ -162,7 +162,6 @@ class LightningAttention(nn.Module):
         *,
         position_ids: Tensor | None = None,
         in_place: bool = False,
-        slots: Tensor | None = None,
     ) -> LightningOutput:
         """Mix the next tokens of each sequence, without gradients.
 
@@ -172,7 +171,6 @@ class LightningAttention(nn.Module):
             position_ids: int64 ``[B, T]``, or ``[T]`` for all sequences; they must be given where
                 ``options.rotary_dim`` is not 0.
             in_place: see :func:`lasp.lightning_decode`.
-            slots: likewise.
 
         Returns:
             Output as ``hidden``, and the states after these tokens.
@@ -182,15 +180,11 @@ class LightningAttention(nn.Module):
                 f"hidden must be [B, T, {self.hidden_size}], T new tokens a sequence, got"
                 f" {tuple(hidden.shape)}"
             )
-        q, k, v = self._project(hidden, None, None, state, position_ids)
+        q, k, v = self.project(hidden, None, None, state, position_ids)
         mixed, new_state = lightning_decode(
-            *(q, k, v, self.rates, state),
-            scale=self.scale,
-            in_place=in_place,
-            slots=slots,
-            impl=self.impl,
+            q, k, v, self.rates, state, scale=self.scale, in_place=in_place, impl=self.impl
         )
-        return LightningOutput(self._gate(hidden, mixed), new_state)
+        return LightningOutput(self.finish(hidden, mixed), new_state)
 
     def _mix(
         self,
@@ -202,7 +196,7 @@ class LightningAttention(nn.Module):
         *,
         output_final_state: bool,
     ) -> LightningOutput:
-        q, k, v = self._project(hidden, layout, cp_group, initial_state, position_ids)
+        q, k, v = self.project(hidden, layout, cp_group, initial_state, position_ids)
         mixed, final_state = lightning_attention(
             q,
             k,
@@ -216,9 +210,9 @@ class LightningAttention(nn.Module):
             impl=self.impl,
             output_final_state=output_final_state,
         )
-        return LightningOutput(self._gate(hidden, mixed), final_state)
+        return LightningOutput(self.finish(hidden, mixed), final_state)
 
-    def _project(
+    def project(
         self,
         hidden: Tensor,
         layout: SequenceLayout | None,
@@ -226,7 +220,7 @@ class LightningAttention(nn.Module):
         state: Tensor | None,
         position_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values ``[..., H, head_dim]``."""
+        """Queries, keys and values ``[..., H, head_dim]``, see :meth:`forward`."""
         if hidden.dim() not in (2, 3) or hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden must be [T, {self.hidden_size}] or [B, T, {self.hidden_size}], got"
@@ -251,8 +245,8 @@ class LightningAttention(nn.Module):
             impl=self.impl,
         )
 
-    def _gate(self, hidden: Tensor, mixed: Tensor) -> Tensor:
-        """The output of the layer, from that of the attention."""
+    def finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """The output of the layer, from that of the attention ``[..., H, head_dim]``."""
         gate = None if self.output_gate is None else self.output_gate(hidden)
         projected: Tensor = self.out_proj(self.norm(mixed.flatten(-2), gate, impl=self.impl))
         return projected

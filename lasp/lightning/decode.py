@@ -88,9 +88,9 @@ def lightning_decode(
         return LightningOutput(*fused.call(q, k, v, rates, state, scale))
     if slots is None:
         return _decode(q, k, v, rates, state if in_place else state.clone(), scale)
-    output, new_state = _decode(q, k, v, rates, state[slots.clamp(min=0)], scale)
-    used = slots >= 0
-    state[slots[used]] = new_state[used]
+    rows, used = state[slots.clamp(min=0)], slots >= 0
+    output, _ = _decode(q, k, v, rates, rows, scale)
+    state[slots[used]] = rows[used]
     return LightningOutput(output, state)
 
 

@@ -1,0 +1,7 @@
+"""Generation with carried state: a cache of states and keys, and steps over new tokens."""
+
+from lasp.generation.cache import GenerationCache
+from lasp.generation.slots import PADDING
+from lasp.generation.step import CacheStep
+
+__all__ = ["PADDING", "CacheStep", "GenerationCache"]

@@ -1,0 +1,170 @@
+"""Steps of a hybrid model over a cache: methods of :class:`lasp.hybrid.HybridModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.generation.attention import CachedLayer, shape_of
+from lasp.generation.cache import GenerationCache
+from lasp.generation.files import CacheShape
+from lasp.generation.step import CacheStep, plan_step
+from lasp.hybrid.packing import PackedBatch, router_order
+from lasp.sequence.layout import SequenceLayout
+from moe_parallel import TokenOrder, TokenSegment
+
+if TYPE_CHECKING:
+    from lasp.hybrid.model import HybridModel
+
+Tokens = Sequence[int] | Tensor
+
+
+def new_cache(model: HybridModel, *, num_slots: int, max_tokens: int) -> GenerationCache:
+    """See :meth:`lasp.hybrid.HybridModel.new_cache`."""
+    cp_group, weight = model.groups.cp, model.embedding.weight
+    layers = tuple(shape_of(layer.attention) for layer in model.decoder_layers())
+    shape = CacheShape(layers, weight.dtype, 1 if cp_group is None else cp_group.size())
+    return GenerationCache(
+        shape,
+        model,
+        num_slots=num_slots,
+        max_tokens=max_tokens,
+        cp_group=cp_group,
+        device=weight.device,
+    )
+
+
+@torch.no_grad()
+def step(
+    model: HybridModel,
+    cache: GenerationCache,
+    slots: Sequence[int],
+    tokens: Sequence[Tokens] | Tensor,
+    *,
+    draft: bool = False,
+    every_token: bool = False,
+) -> Tensor:
+    """Logits after the next tokens of some sequences, which ``cache`` then holds.
+
+    Prompts, parts of prompts and single tokens are one thing: each slot gets any number of tokens.
+
+    Args:
+        model: in eval mode.
+        cache: by :meth:`lasp.hybrid.HybridModel.new_cache` of the model.
+        slots: of ``cache.add()``, each once; ``lasp.generation.PADDING`` for tokens that fill up a
+            batch: they leave no trace, and their logits mean nothing.
+        tokens: for each slot its next ids, or int64 ``[slots, n]``. The same on every rank.
+        draft: the tokens are a proposal, at most ``lasp.generation.step.FEW`` a slot:
+            ``cache.accept`` then says how many of each slot stay.
+        every_token: logits of every new token, ``[sum of n, vocab]``; else of the last one of each
+            slot, ``[slots, vocab]``.
+
+    Returns:
+        Logits, the same on every rank.
+
+    Communication: that of the layers. Data-parallel replicas take part, with the same tokens.
+
+    Raises:
+        ValueError: naming the argument, on every rank and before any communication; the cache is
+            as it was. Ids on a GPU are not looked at.
+    """
+    check_model(model, cache)
+    pack, counts = packed(tokens, model.config.vocab_size, cache.device)
+    plan = plan_step(cache, slots, counts, draft=draft, every_token=every_token)
+    model.config.attention.check_documents([a + b for a, b in zip(plan.starts, counts)])
+    batch = PackedBatch(plan.layout, _token_order(model, plan))
+    if plan.group is not None:
+        pack = plan.layout.shard(pack, plan.rank, pad_value=0)
+    logits: Tensor = model(pack, batch, cached=plan).logits
+    plan.commit()
+    return logits
+
+
+def memories(plan: CacheStep, token_group: dist.ProcessGroup | None) -> Iterator[CachedLayer]:
+    """What each layer of the model continues."""
+    return (CachedLayer(plan, memory, token_group) for memory in plan.cache.layers)
+
+
+def check_model(model: HybridModel, cache: GenerationCache) -> None:
+    """Raise ValueError unless the cache is of this model as it is now, ready to generate."""
+    weight = model.embedding.weight
+    if cache.model() is not model:
+        raise ValueError(
+            "cache must be one of this model, got one of another: make it by model.new_cache()"
+        )
+    if (weight.dtype, weight.device) != (cache.shape.dtype, cache.device):
+        raise ValueError(
+            f"cache must have dtype and device of the model, {weight.dtype} on {weight.device}, got"
+            f" {cache.shape.dtype} on {cache.device}: make a new one after the model is moved"
+        )
+    if cache.cp_group is not model.groups.cp:
+        raise ValueError(
+            "cache must be over the cp group of the model, got one over another group: make it by"
+            " model.new_cache() after the groups are set"
+        )
+    if model.training:
+        raise ValueError(
+            "the model must be in eval mode to generate, got training mode: capacities would drop"
+            " tokens; call model.eval()"
+        )
+
+
+def packed(
+    tokens: Sequence[Tokens] | Tensor, vocab_size: int, device: torch.device
+) -> tuple[Tensor, list[int]]:
+    """All new tokens end to end on the device, and how many there are of each document.
+
+    Raises:
+        ValueError: unless they are whole numbers, those on the host below ``vocab_size``.
+    """
+    if isinstance(tokens, Tensor) and tokens.dim() == 2:
+        counts, pack = [tokens.shape[1]] * len(tokens), tokens.flatten()
+    else:
+        parts = [torch.as_tensor(part) for part in tokens]
+        counts = [part.numel() for part in parts]
+        if not parts or 0 in counts or any(part.dim() != 1 for part in parts):
+            raise ValueError(
+                "tokens must be given for every slot, a list of at least one id each, got shapes"
+                f" {[tuple(part.shape) for part in parts]}: an empty prompt has nothing to continue"
+            )
+        pack = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if pack.is_floating_point() or pack.dtype == torch.bool:
+        raise ValueError(f"tokens must be whole numbers, got {pack.dtype}")
+    if pack.device.type == "cpu":  # a look at others would wait for the device
+        low, high = (int(x) for x in pack.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"tokens must be ids in [0, {vocab_size}), got {low if low < 0 else high}: is this"
+                " the tokenizer of the model?"
+            )
+    return pack.to(device, torch.int64), counts
+
+
+def _token_order(model: HybridModel, plan: CacheStep) -> TokenOrder:
+    token_group = model.groups.token
+    num_ranks = 1 if token_group is None else token_group.size()
+    if plan.few:
+        return _order_of_few(plan.layout.num_tokens, num_ranks)
+    return _order_of_cut(plan.layout, num_ranks // plan.layout.num_ranks)
+
+
+@lru_cache(maxsize=256)  # the ranks compare each order once
+def _order_of_few(num_tokens: int, num_ranks: int) -> TokenOrder:
+    """Every rank has all rows, and its share of them goes to experts."""
+    borders = [num_tokens * rank // num_ranks for rank in range(num_ranks + 1)]
+    segments = tuple(
+        (TokenSegment(start, start, stop - start),) for start, stop in pairwise(borders)
+    )
+    return TokenOrder(segments, (num_tokens,) * num_ranks)
+
+
+@lru_cache(maxsize=256)
+def _order_of_cut(layout: SequenceLayout, num_replicas: int) -> TokenOrder:
+    """Every replica has the same pack, cut over its ranks."""
+    return router_order([layout] * num_replicas)

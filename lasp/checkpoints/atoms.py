@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lasp.hybrid.config import AttentionConfig, HybridConfig
+from lasp.hybrid.attention import AttentionConfig
+from lasp.hybrid.config import HybridConfig
 from lasp.layers.options import LightningOptions
 
 Shape = tuple[int, ...]

@@ -237,7 +237,11 @@ def _megatron(name: str, final_norm: str, *, mlps_apart: bool) -> Family:
         R("{layer}input_layernorm.weight", "attention_norm"),
         R("{mlp}pre_mlp_layernorm.weight", "mlp_norm"),
         R(f"{attention}in_proj.weight", f"{_LIGHTNING_QKV} lightning.gate", "heads"),
-        R(f"{attention}linear_qkv.weight", _SOFTMAX_QKV, "kv_heads"),
+        R(
+            f"{attention}linear_qkv.weight",
+            "softmax.q softmax.gate softmax.k softmax.v",
+            "kv_heads",
+        ),
         *_named(
             attention,
             ".weight",
@@ -249,6 +253,20 @@ def _megatron(name: str, final_norm: str, *, mlps_apart: bool) -> Family:
                 "q_layernorm": "softmax.q_norm",
                 "k_layernorm": "softmax.k_norm",
                 "linear_proj": "softmax.out",
+            },
+        ),
+        *_named(
+            attention,
+            ".weight",
+            {
+                "linear_q_proj": "latent.q",
+                "linear_q_down_proj": "latent.q_a",
+                "q_layernorm": "latent.q_a_norm",
+                "linear_q_up_proj": "latent.q_b",
+                "linear_kv_down_proj": "latent.kv_a",
+                "kv_layernorm": "latent.kv_a_norm",
+                "linear_kv_up_proj": "latent.kv_b",
+                "linear_proj": "latent.out",
             },
         ),
         R(f"{mlp}linear_fc1.weight", "mlp.gate mlp.up"),

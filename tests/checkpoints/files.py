@@ -58,16 +58,14 @@ LING = HybridConfig(
     residuals=Residuals(),
     norm_eps=1e-6,
     decay="bailing",
-    mtp_loss_weight=0.3,
 )
-RING = replace(
-    LING, attention=AttentionConfig(4, 2, 8, 4, 600.0, qk_norm=True), mtp_loss_weight=None
-)
+LING_MTP = replace(LING, mtp_loss_weight=0.3)
+RING = replace(LING, attention=AttentionConfig(4, 2, 8, 4, 600.0, qk_norm=True))
 _SCALED = ResidualScale(beta=1.4 / 4**0.5)
 SALA = HybridConfig(
     num_layers=4,
     vocab_size=40,
-    attention=AttentionConfig(4, 2, 8, 0, gated=True),
+    attention=AttentionConfig(4, 2, 8, 0, gated=True, dense_len=64),
     moe=None,
     dense=DenseConfig(32, 20),
     pattern="*GG*",
@@ -84,6 +82,7 @@ MODELS: dict[str, tuple[HybridConfig, FormatName]] = {
         "minimax-native",
     ),
     "ling": (LING, "bailing"),
+    "ling-mtp": (LING_MTP, "bailing"),
     "ring": (RING, "bailing"),
     "sala": (SALA, "sala"),
 }

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lasp import RopeScaling
 from lasp.checkpoints.atoms import atoms_of
 from lasp.checkpoints.configs import FORMATS, config_fields
 from lasp.checkpoints.families import BAILING, MEGATRON_GPT, MEGATRON_HYBRID, MINIMAX, PLAIN, SALA
 from lasp.checkpoints.family import Family
 from lasp.checkpoints.mapping import mapped
 from lasp.hybrid import NAMED_CONFIGS, HybridConfig, HybridModel
-from tests.checkpoints.files import LING, MODELS
+from tests.checkpoints.files import LING, LING_MTP, MODELS
 from tests.checkpoints.files import SALA as SMALL_SALA
 
+YARN = RopeScaling("yarn", 4.0, 32_768, mscale_all_dim=0.7)
 SHAPES = ("minimax-text-01", "ring-flash-linear-2.0", "ling-2.5-1t", "minicpm-sala")
 CONFIGS = {name: NAMED_CONFIGS[name] for name in SHAPES}
 CONFIGS |= {name: config for name, (config, _) in MODELS.items()}
+CONFIGS["ling-yarn"] = replace(
+    LING,
+    attention=replace(LING.attention, rope_scaling=YARN),
+    lightning=replace(LING.lightning, rope_scaling=YARN),
+)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -33,7 +41,7 @@ def test_every_parameter_has_one_source(config: HybridConfig) -> None:
         torch.Size(shape).numel() for shape in names.values()
     )
     families = [PLAIN, config_fields(config)[0].family]
-    if config.attention.latent is None and config.moe is not None:
+    if config.mtp_loss_weight is None:
         families += [MEGATRON_GPT, MEGATRON_HYBRID]
     for family in families:
         tensors = mapped(family, config)
@@ -54,7 +62,7 @@ def test_counts_of_released_files() -> None:
         (MINIMAX, LING, "lightning.q_norm of layer 0"),
         (BAILING, SMALL_SALA, "softmax.gate of layer 0"),
         (SALA, LING, "router of layer 1"),
-        (MEGATRON_GPT, SMALL_SALA, "softmax.gate of layer 0"),
+        (MEGATRON_GPT, LING_MTP, "mtp.token_norm of layer 7"),
     ],
 )
 def test_models_that_a_format_has_no_names_for(

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from lasp.checkpoints.configs.fields import Json, check_no_scaling, needed, refuse_others
+from lasp.checkpoints.configs.fields import (
+    Json,
+    check_not_quantised,
+    needed,
+    refuse_others,
+    rope_scaling,
+    scaling_fields,
+)
+from lasp.hybrid.attention import AttentionConfig, LatentConfig
 from lasp.hybrid.config import (
-    AttentionConfig,
     DenseConfig,
     HybridConfig,
-    LatentConfig,
     Residuals,
     VocabularyConfig,
 )
@@ -30,7 +36,7 @@ def read(fields: Json) -> HybridConfig:
     """The model of a config."""
     refuse_others(fields, hidden_act="silu", use_bias=False, use_qkv_bias=False)
     refuse_others(fields, linear_silu=False, use_qk_norm=True, use_rmsnorm=True)
-    check_no_scaling(fields)
+    check_not_quantised(fields)
     layers, vocab, hidden, heads = needed(
         fields, "num_hidden_layers", "vocab_size", "hidden_size", "num_attention_heads"
     )
@@ -60,6 +66,7 @@ def read(fields: Json) -> HybridConfig:
             scale=None,
             norm_groups=norm_groups,
             norm_eps=float(eps),
+            rope_scaling=rope_scaling(fields),
         ),
         vocabulary=VocabularyConfig(tied=bool(fields.get("tie_word_embeddings", False))),
         residuals=Residuals(),
@@ -80,15 +87,18 @@ def pattern_of(num_layers: int, group_size: int) -> str:
 def _attention(
     fields: Json, heads: int, head_dim: int, rotary_dim: int, base: float
 ) -> AttentionConfig:
+    scaling = rope_scaling(fields)
     if "kv_lora_rank" not in fields:
         (kv_heads,) = needed(fields, "num_key_value_heads")
-        return AttentionConfig(heads, kv_heads, head_dim, rotary_dim, base, qk_norm=True)
+        return AttentionConfig(
+            heads, kv_heads, head_dim, rotary_dim, base, qk_norm=True, rope_scaling=scaling
+        )
     rank, nope, rope, values = needed(
         fields, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
     )
     interleaved = bool(fields.get("rope_interleave", True))
     latent = LatentConfig(rank, nope, rope, values, fields.get("q_lora_rank"), interleaved)
-    return AttentionConfig(heads, heads, head_dim, rope, base, latent=latent)
+    return AttentionConfig(heads, heads, head_dim, rope, base, latent=latent, rope_scaling=scaling)
 
 
 def _experts(fields: Json, hidden: int) -> MoEConfig:
@@ -134,6 +144,7 @@ def write(config: HybridConfig) -> dict[str, Any]:
         "head_dim": heads.head_dim,
         "partial_rotary_factor": config.lightning.rotary_dim / heads.head_dim,
         "rope_theta": heads.rope_base,
+        "rope_scaling": scaling_fields(heads.rope_scaling),
         "rms_norm_eps": config.norm_eps,
         "layer_group_size": _group_size(config),
         "group_norm_size": config.lightning.norm_groups,

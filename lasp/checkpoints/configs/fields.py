@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from typing import Any
+
+from lasp import RopeScaling
 
 Json = Mapping[str, Any]
 
@@ -47,15 +51,40 @@ def kinds(names: Any, symbols: Mapping[Any, str], field: str) -> str:
     return "".join(symbols[name] for name in names)
 
 
-def check_no_scaling(fields: Json) -> None:
-    """Raise ValueError for positions that are scaled, or weights that are quantised."""
-    scaling = fields.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
+def rope_scaling(fields: Json) -> RopeScaling | None:
+    """How positions are scaled.
+
+    Raises:
+        ValueError: for a way that models here do not have.
+    """
+    given = dict(fields.get("rope_scaling") or {})
+    kind = given.pop("type", None)
+    given.setdefault("rope_type", kind or "default")
+    given.pop("rope_theta", None)
+    if given["rope_type"] == "default":
+        return None
+    known = {field.name for field in dataclass_fields(RopeScaling)}
+    if unknown := sorted(set(given) - known):
         raise ValueError(
-            f"rope_scaling of config.json must be null, got {kind!r}: lasp.hybrid rotates by the"
-            " position alone"
+            f"rope_scaling of config.json must be of {sorted(known)}, got {unknown} besides"
         )
+    return RopeScaling(**given)
+
+
+def scaling_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """The field of a config.json; what has its default is left out."""
+    if scaling is None:
+        return None
+    default = RopeScaling("linear", 1.0)
+    return {
+        name: value
+        for name, value in asdict(scaling).items()
+        if name in ("rope_type", "factor") or value != getattr(default, name)
+    }
+
+
+def check_not_quantised(fields: Json) -> None:
+    """Raise ValueError for weights that are quantised."""
     if fields.get("quantization_config"):
         raise ValueError(
             "quantization_config of config.json must be missing, got quantised weights: convert"

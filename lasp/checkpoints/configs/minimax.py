@@ -11,13 +11,15 @@ from typing import Any
 
 from lasp.checkpoints.configs.fields import (
     Json,
-    check_no_scaling,
+    check_not_quantised,
     kinds,
     needed,
     refuse_others,
+    rope_scaling,
+    scaling_fields,
 )
+from lasp.hybrid.attention import AttentionConfig
 from lasp.hybrid.config import (
-    AttentionConfig,
     HybridConfig,
     Residuals,
     ResidualScale,
@@ -106,13 +108,20 @@ def _model(
     fields: Json, pattern: str, factors: dict[str, ResidualScale], head_dim: int, rotary_dim: int
 ) -> HybridConfig:
     refuse_others(fields, hidden_act="silu", sliding_window=0)
-    check_no_scaling(fields)
+    check_not_quantised(fields)
     layers, vocab, hidden, ffn, heads, kv_heads, experts, top_k = needed(fields, *_SIZES)
     base, eps = needed(fields, "rope_theta", "rms_norm_eps")
     return HybridConfig(
         num_layers=layers,
         vocab_size=vocab,
-        attention=AttentionConfig(heads, kv_heads, head_dim, rotary_dim, float(base)),
+        attention=AttentionConfig(
+            heads,
+            kv_heads,
+            head_dim,
+            rotary_dim,
+            float(base),
+            rope_scaling=rope_scaling(fields),
+        ),
         moe=MoEConfig(
             hidden,
             ffn,
@@ -136,6 +145,7 @@ def write_released(config: HybridConfig) -> dict[str, Any]:
         "attn_type_list": ["G*".index(kind) for kind in config.kinds],
         "rope_theta": config.attention.rope_base,
         "rotary_dim": config.attention.rotary_dim,
+        "rope_scaling": scaling_fields(config.attention.rope_scaling),
         "postnorm": True,
         "shared_intermediate_size": 0,
         "shared_moe_mode": "sigmoid",

@@ -11,13 +11,15 @@ from typing import Any
 
 from lasp.checkpoints.configs.fields import (
     Json,
-    check_no_scaling,
+    check_not_quantised,
     kinds,
     needed,
     refuse_others,
+    rope_scaling,
+    scaling_fields,
 )
+from lasp.hybrid.attention import AttentionConfig
 from lasp.hybrid.config import (
-    AttentionConfig,
     DenseConfig,
     HybridConfig,
     Residuals,
@@ -34,7 +36,7 @@ def read(fields: Json) -> HybridConfig:
     """The model of a config."""
     refuse_others(fields, hidden_act="silu", attention_bias=False, use_output_norm=True)
     refuse_others(fields, lightning_scale="1/sqrt(d)")
-    check_no_scaling(fields)
+    check_not_quantised(fields)
     layers, vocab, hidden, ffn, heads, kv_heads, mixers = needed(
         fields,
         "num_hidden_layers",
@@ -60,6 +62,8 @@ def read(fields: Json) -> HybridConfig:
             rotary_dim=head_dim if fields.get("attn_use_rope", False) else 0,
             rope_base=float(base),
             gated=bool(fields.get("attn_use_output_gate", True)),
+            dense_len=(fields.get("sparse_config") or {}).get("dense_len"),
+            rope_scaling=rope_scaling(fields),
         ),
         moe=None,
         dense=DenseConfig(hidden, ffn),
@@ -72,6 +76,7 @@ def read(fields: Json) -> HybridConfig:
             scale=None,
             norm_eps=float(eps),
             gate="sigmoid" if fields.get("use_output_gate", True) else "none",
+            rope_scaling=rope_scaling(fields),
         ),
         vocabulary=VocabularyConfig(
             tied=bool(fields.get("tie_word_embeddings", False)),
@@ -114,10 +119,12 @@ def write(config: HybridConfig) -> dict[str, Any]:
         "use_output_gate": lightning.gate != "none",
         "use_output_norm": True,
         "rope_theta": heads.rope_base,
+        "rope_scaling": scaling_fields(heads.rope_scaling),
         "rms_norm_eps": config.norm_eps,
         "scale_depth": float(f"{depth:.12g}"),  # 1.4 and not 1.4 with the rounding of the root
         "scale_emb": config.vocabulary.embedding_scale,
         "dim_model_base": round(config.vocabulary.logit_scale * dense.hidden_size),
+        "sparse_config": {"dense_len": heads.dense_len} if heads.dense_len else None,
         "hidden_act": "silu",
         "tie_word_embeddings": config.vocabulary.tied,
     }

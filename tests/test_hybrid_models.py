@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +39,14 @@ from tests.test_hybrid import (
     one_rank,
     packs_of_replicas,
 )
-from tests.test_training import assert_same, trained_on_rank
+from tests.test_training import (
+    ETP,
+    ONE,
+    Run,
+    assert_same,
+    check_checkpoint,
+    trained_on_rank,
+)
 
 # In small: Ling-2.5 and Ring-linear-2.0 (the first layer is dense), and MiniCPM-SALA (all are).
 _YARN = RopeScaling("yarn", 4.0, 40, beta_fast=8.0, mscale=1.0, mscale_all_dim=0.7)
@@ -102,6 +110,7 @@ def test_one_rank_is_the_oracle(model: dict[str, Any]) -> None:
     [
         (LING, 4, {"cp": 2, "ep": 2, "etp": 2}, "zigzag"),
         (SALA, 2, {"cp": 2}, "fold"),
+        (RING, 2, {"ep": 2}, "contiguous"),
         *(
             pytest.param(model, num_ranks, sizes, order, marks=pytest.mark.slow)
             for model in (LING, RING, SALA)
@@ -120,12 +129,33 @@ def test_other_models_are_one_function_too(model, num_ranks, sizes, order) -> No
 @pytest.mark.parametrize("model", [RING, SALA], ids=["ring", "sala"])
 def test_wrapped_models_train_as_one_rank_does(model: dict[str, Any]) -> None:
     """Shared experts and dense layers are replicated; a tied head has one weight."""
-    chosen = replace(config(), **(model | {"mtp_loss_weight": None}))
+    chosen = replace(config(), **model)
     (expected,) = run_on_ranks(trained_on_rank, 1, {}, ["plain"], "cpu", chosen)[0]
     hows = ["ddp+recompute", "fsdp"]
     for of_rank in run_on_ranks(trained_on_rank, 2, {"ep": 2}, hows, "cpu", chosen):
         for how, actual in zip(hows, of_rank, strict=True):
             assert_same(actual, expected, how)
+
+
+@pytest.mark.parametrize(
+    ("model", "save", "loads"),
+    [
+        (LING, (4, {"ep": 2, "etp": 2}, "plain+dtensors"), [ONE, (2, {"ep": 2}, "fsdp")]),
+        (SALA, (2, {}, "fsdp"), [ONE]),
+        pytest.param(
+            RING,
+            (4, {"ep": 4}, "fsdp"),
+            [ONE, ETP, (2, {"ep": 2}, "ddp+dtensors")],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["ling", "sala", "ring"],
+)
+def test_a_checkpoint_is_read_under_other_sizes(
+    model: dict[str, Any], save: Run, loads: list[Run], tmp_path: Path
+) -> None:
+    """Biases of experts, a layer more for the token after the next, and a tied head too."""
+    check_checkpoint(tmp_path / "saved", save, loads, replace(config(), **model))
 
 
 def embeds_on_rank(order: str) -> tuple[Tensor, ...]:

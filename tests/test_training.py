@@ -30,6 +30,7 @@ from lasp.hybrid import (
     HybridConfig,
     HybridModel,
     VocabularyConfig,
+    next_in_document,
     next_token_loss,
     pack_batch,
     reduce_gradients,
@@ -42,6 +43,7 @@ from moe_parallel import (
     clip_grad_norm_,
     distribute_experts,
     parameter_groups,
+    update_expert_bias,
 )
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
@@ -74,6 +76,7 @@ class Job:
         config: HybridConfig = CONFIG,
     ) -> None:
         self.how, self.topology, self.groups = how, topology, groups_of(topology)
+        self.config = config
         self.device = f"cuda:{dist.get_rank()}" if device == "cuda" else device
         model = HybridModel(config, groups=self.groups, device=self.device, dtype=torch.float64)
         model.reset_parameters(seed)
@@ -99,14 +102,21 @@ class Job:
         for micro_batch in range(micro_batches):
             pack = (torch.arange(sum(DOCUMENTS)) * 7 + number + micro_batch) % VOCAB
             mine = pack.split([sum(part) for part in lengths])[at.dp].to(self.device)
-            output = self.call(mine, batch)
+            more = {}
+            if self.config.mtp_loss_weight is not None:
+                more["next_tokens"] = next_in_document(mine, batch.layout, pad_value=0)
+            output = self.call(mine, batch, **more)
             loss = next_token_loss(output.logits, (mine + 3) % VOCAB, len(pack)) + output.aux_loss
+            if output.mtp_logits is not None:
+                loss = loss + next_token_loss(output.mtp_logits, (mine + 5) % VOCAB, len(pack))
             loss.backward()
         if "plain" in self.how:
             reduce_gradients(self.model)
         norm = clip_grad_norm_(self.model, 1.0, self.groups)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.config.moe is not None and self.config.moe.router.expert_bias:
+            update_expert_bias(self.model)
         return norm
 
     def state(self) -> dict[str, Any]:
@@ -170,9 +180,11 @@ def test_wrapped_models_train_on_two_gpus_as_on_one(sizes: dict[str, int]) -> No
     check_wrappers(2, sizes, backend="nccl")
 
 
-def saved_on_rank(sizes: dict[str, int], how: str, path: Path, device: str) -> dict[str, Tensor]:
+def saved_on_rank(
+    sizes: dict[str, int], how: str, path: Path, device: str, config: HybridConfig
+) -> dict[str, Tensor]:
     """Saves after two steps; the parameters after two more."""
-    job = Job(ExpertTopology(dist.get_world_size(), **sizes), how, 0, device)
+    job = Job(ExpertTopology(dist.get_world_size(), **sizes), how, 0, device, config)
     for number in range(4):
         if number == 2:
             dcp.save(job.state(), checkpoint_id=path)
@@ -180,8 +192,10 @@ def saved_on_rank(sizes: dict[str, int], how: str, path: Path, device: str) -> d
     return job.whole()
 
 
-def resumed_on_rank(sizes: dict[str, int], how: str, path: Path, device: str) -> dict[str, Tensor]:
-    job = Job(ExpertTopology(dist.get_world_size(), **sizes), how, 1, device)
+def resumed_on_rank(
+    sizes: dict[str, int], how: str, path: Path, device: str, config: HybridConfig
+) -> dict[str, Tensor]:
+    job = Job(ExpertTopology(dist.get_world_size(), **sizes), how, 1, device, config)
     state = job.state()
     dcp.load(state, checkpoint_id=path)
     set_model_state_dict(job.model, state["model"])
@@ -194,12 +208,15 @@ def resumed_on_rank(sizes: dict[str, int], how: str, path: Path, device: str) ->
 Run = tuple[int, dict[str, int], str]
 
 
-def check_checkpoint(path: Path, save: Run, loads: list[Run], **where: str) -> None:
+def check_checkpoint(
+    path: Path, save: Run, loads: list[Run], config: HybridConfig = CONFIG, **where: str
+) -> None:
     device = "cuda" if where.get("backend") == "nccl" else "cpu"
     num_ranks, *how = save
-    expected = run_on_ranks(saved_on_rank, num_ranks, *how, path, device, **where)[0]
+    to = (path, device, config)
+    expected = run_on_ranks(saved_on_rank, num_ranks, *how, *to, **where)[0]
     for num_ranks, *how in loads:
-        for actual in run_on_ranks(resumed_on_rank, num_ranks, *how, path, device, **where):
+        for actual in run_on_ranks(resumed_on_rank, num_ranks, *how, *to, **where):
             assert_same(actual, expected, f"read on {num_ranks} ranks, {how}")
 
 

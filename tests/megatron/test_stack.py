@@ -22,7 +22,7 @@ from lasp.lightning.decay import decay_rates
 from lasp.megatron import PackedSequence, hybrid_block_spec, hybrid_of
 from tests.closeness import assert_equal_to_rounding
 from tests.megatron.attention import HEADS, parallel_config
-from tests.megatron.block import HYBRID, OPTIONS
+from tests.megatron.block import HYBRID, MODELS, OPTIONS
 from tests.megatron.cpu import initialize, summed
 from tests.ranks import refusal, run_on_ranks
 
@@ -37,9 +37,13 @@ LENGTHS = (13, 1, 0, 20, 6)
 DENSE = {name: value for name, value in OPTIONS.items() if "moe" not in name}
 
 
-def build(symbols: str, sizes: dict[str, int], groups: Any) -> tuple[torch.nn.Module, ...]:
+def build(
+    symbols: str, sizes: dict[str, int], groups: Any, model: str
+) -> tuple[torch.nn.Module, ...]:
     """GPTModel of ``LAYERS`` decoder layers, HybridModel of twice as many, the same weights."""
-    options = OPTIONS if "E" in symbols else DENSE
+    chosen = MODELS.get(model, {"hybrid": HYBRID})
+    options = (OPTIONS if "E" in symbols else DENSE) | chosen
+    like = options.pop("hybrid")
     shared = {
         "vocab_size": VOCAB,
         "max_sequence_length": sum(LENGTHS),
@@ -49,10 +53,11 @@ def build(symbols: str, sizes: dict[str, int], groups: Any) -> tuple[torch.nn.Mo
     }
     config = parallel_config(sizes, **options)
     torch.manual_seed(9)
-    described = hybrid_of(config, HYBRID)
+    described = hybrid_of(config, like)
     block = hybrid_block_spec(config, described)
     gpt = GPTModel(config, block, **shared).double()
-    config = parallel_config(sizes, **(options | {"num_layers": 2 * LAYERS}))
+    in_stack = {"num_layers": 2 * LAYERS, "moe_layer_freq": 1}  # the pattern says it
+    config = parallel_config(sizes, **(options | in_stack))
     spec = stack.hybrid_stack_spec(symbols, described)
     hybrid = hybrid_model.HybridModel(config, spec, hybrid_layer_pattern=symbols, **shared).double()
     weights = dict(gpt.named_parameters())
@@ -69,7 +74,9 @@ def name_in_gpt(name: str) -> str:
     return f"{decoder}.{layers}.{int(index) // 2}.{rest}"
 
 
-def losses_of_a_step(symbols: str, sizes: dict[str, int]) -> list[tuple[Tensor, Tensor]]:
+def losses_of_a_step(
+    symbols: str, sizes: dict[str, int], model: str
+) -> list[tuple[Tensor, Tensor]]:
     """The losses of both models before and after a step of gradient descent."""
     groups = initialize(**sizes)
     tp, cp = groups.tp.size(), groups.cp.size()
@@ -82,29 +89,34 @@ def losses_of_a_step(symbols: str, sizes: dict[str, int]) -> list[tuple[Tensor, 
     positions = layout.position_ids(groups.cp.rank()).expand_as(tokens)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     results = []
-    for model in build(symbols, sizes, groups):
+    for form in build(symbols, sizes, groups, model):
         moe_logging.destroy_moe_metrics_tracker()  # it is for models of one depth
         losses = []
         for _ in range(2):
-            loss = model(tokens, positions, None, labels=labels, packed_seq_params=packed).mean()
+            loss = form(tokens, positions, None, labels=labels, packed_seq_params=packed).mean()
             losses.append(summed(loss.detach(), groups.cp))
-            model.zero_grad()
+            form.zero_grad()
             loss.backward()
             with torch.no_grad():
-                for parameter in model.parameters():
+                for parameter in form.parameters():
                     parameter -= 0.02 * parameter.grad
         results.append(tuple(losses))
     return results
 
 
-@pytest.mark.parametrize("symbols", ["GE*E" * 2, "G-*-" * 2])
+@pytest.mark.parametrize(
+    ("symbols", "model"),
+    [("GE*E" * 2, ""), ("G-*-" * 2, ""), ("G-*EGE*E", "ling"), ("*-G-G-*-", "sala")],
+)
 @pytest.mark.parametrize(
     ("num_ranks", "sizes"), [(1, {}), (4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2})]
 )
-def test_trains_as_gpt_model(symbols: str, num_ranks: int, sizes: dict[str, int]) -> None:
+def test_trains_as_gpt_model(
+    symbols: str, model: str, num_ranks: int, sizes: dict[str, int]
+) -> None:
     if "E" not in symbols:
         sizes = {name: size for name, size in sizes.items() if not name.startswith("e")}
-    for gpt, hybrid in run_on_ranks(losses_of_a_step, num_ranks, symbols, sizes):
+    for gpt, hybrid in run_on_ranks(losses_of_a_step, num_ranks, symbols, sizes, model):
         for actual, expected in zip(hybrid, gpt, strict=True):
             assert_equal_to_rounding(actual, expected)
         assert hybrid[1] < hybrid[0]

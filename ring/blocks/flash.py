@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lasp._core.dtypes import wide_dtype
 from ring.blocks.interface import QKV, Block, Operands, Segments
 from ring.blocks.merge import Partial
 from ring.planner.window import CAUSAL, EVERYTHING, Window
@@ -39,7 +41,11 @@ class FlashBlock(Block):
         return None
 
     def forward(self, qkv: QKV, *, window: Window, scale: float) -> Partial:
-        """Run one kernel call, whatever the shape."""
+        """Run one kernel call; two for rows of which some see all keys, see :func:`_whole_rows`."""
+        if whole := _whole_rows(qkv, window):
+            top = self.forward(qkv._replace(q=qkv.q[:whole]), window=EVERYTHING, scale=scale)
+            rest = self.forward(qkv._replace(q=qkv.q[whole:]), window=window, scale=scale)
+            return Partial(*(torch.cat(pair) for pair in zip(top, rest)))
         lengths = (None, None, len(qkv.q), len(qkv.k))
         output, lse, *_ = aten._flash_attention_forward(
             *(x[None] for x in one_width(*qkv)),
@@ -51,7 +57,19 @@ class FlashBlock(Block):
     def backward(
         self, doutput: Tensor, merged: Partial, qkv: QKV, *, window: Window, scale: float
     ) -> QKV:
-        """Run one kernel call, whatever the shape."""
+        """Run one kernel call; two where :meth:`forward` does, whose dk and dv are added."""
+        if whole := _whole_rows(qkv, window):
+            (dq, *top), (rest_dq, *rest) = (
+                self.backward(
+                    doutput[rows], Partial(*(x[rows] for x in merged)),
+                    qkv._replace(q=qkv.q[rows]), window=seen, scale=scale,
+                )
+                for rows, seen in ((slice(whole), EVERYTHING), (slice(whole, None), window))
+            )  # fmt: skip
+            return QKV(
+                torch.cat((dq, rest_dq)),
+                *(a.to(wide_dtype(a.dtype)) + b for a, b in zip(top, rest)),
+            )
         tensors = (*one_width(doutput, *qkv, merged.output), merged.lse.T.contiguous())
         lengths = (None, None, len(qkv.q), len(qkv.k))
         gradients = aten._flash_attention_backward(
@@ -81,6 +99,18 @@ class FlashBlock(Block):
         return QKV(*(as_wide_as(x, dx) for x, dx in zip(qkv, gradients)))
 
 
+def _whole_rows(qkv: QKV, window: Window) -> int:
+    """How many of the first rows must be a call of their own, because they see all keys.
+
+    Where only the left side is limited, the kernels limit the right side to as many keys as there
+    are. With more rows than keys the first rows stand further before the last key than that.
+    """
+    rows, keys = len(qkv.q), len(qkv.k)
+    if window.left < 0 or window.right >= 0 or rows <= keys:
+        return 0
+    return rows - keys + window.left + 1
+
+
 def _options(window: Window, scale: float) -> dict[str, Any]:
     """Keywords of a call; no mask and a causal one are told by ``is_causal`` alone."""
     if window in (EVERYTHING, CAUSAL):
@@ -88,9 +118,13 @@ def _options(window: Window, scale: float) -> dict[str, Any]:
     return {"scale": scale, "window_size_left": window.left, "window_size_right": window.right}
 
 
-def one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with zeros behind, up to the widest last dim: copies, where they differ."""
+def one_width(*tensors: Tensor, widths: Sequence[int] = ()) -> tuple[Tensor, ...]:
+    """The tensors with zeros behind, up to the widest last dim: copies, where they differ.
+
+    With ``widths``, in ascending order, up to the first of them that has room for the widest.
+    """
     width = max(x.shape[-1] for x in tensors)
+    width = next((wide for wide in widths if wide >= width), width)
     return tuple(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors)
 
 

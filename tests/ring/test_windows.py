@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 import torch
+from torch import Tensor
 
 from lasp.sequence.layout import SequenceLayout
 from ring import ring_attention
+from ring.blocks import flash
 from ring.blocks.interface import QKV
 from ring.blocks.merge import Partial
 from ring.blocks.registry import BLOCKS
@@ -173,3 +178,36 @@ def test_over_gpus(order) -> None:
     actual = on_ranks(tensors, SequenceLayout(lengths, 2, order), backend="nccl", window=window)
     expected = oracle(tensors, lengths, True, window=window)
     assert_all_within_budget(actual, expected, honest, torch.bfloat16)
+
+
+class TwoSides:
+    """Torch's flash kernels as they are: without a right limit, as many keys as there are."""
+
+    @staticmethod
+    def window(keys: Tensor, options: dict[str, Any]) -> Window:
+        left = options.get("window_size_left", -1)
+        return Window(left, keys.shape[1] if left >= 0 else -1)
+
+    def _flash_attention_forward(self, q, k, v, *_, scale: float, **options: Any):
+        qkv = QKV(q[0], k[0], v[0])
+        part = BLOCKS["eager"].forward(qkv, window=self.window(k, options), scale=scale)
+        return part.output[None], part.lse.T[None]
+
+    def _flash_attention_backward(self, do, q, k, v, output, lse, *_, scale: float, **options: Any):
+        gradients = BLOCKS["eager"].backward(
+            do[0], Partial(output[0], lse[0].T), QKV(q[0], k[0], v[0]),
+            window=self.window(k, options), scale=scale,
+        )  # fmt: skip
+        return [x[None] for x in gradients]
+
+
+@pytest.mark.parametrize(("rows", "keys", "left"), [(11, 4, 2), (11, 4, 0), (5, 4, 1), (4, 4, 1)])
+def test_flash_takes_more_rows_than_keys(rows: int, keys: int, left: int) -> None:
+    q, k, v = (torch.randn(n, 2, 8, dtype=torch.float64) for n in (rows, keys, keys))
+    do, how, qkv = torch.randn_like(q), {"window": Window(left), "scale": 0.3}, QKV(q, k, v)
+    expected = BLOCKS["eager"].forward(qkv, **how)
+    gradients = BLOCKS["eager"].backward(do, expected, qkv, **how)
+    with patch.object(flash, "aten", TwoSides()):
+        actual = BLOCKS["flash"].forward(qkv, **how)
+        results = (*actual, *BLOCKS["flash"].backward(do, actual, qkv, **how))
+    assert_all_equal(results, (*expected, *gradients))

@@ -49,7 +49,13 @@ def _walk(
     length = tl.load(table + LENGTH)
     rate = tl.load(rates + head) * LOG2E
     column = block * BLOCK_E
-    tensors = _of_head(tensors, strides, head.to(tl.int64), E, TMA)
+    query, key, value, output, output_tiles, reach = tensors
+    if not TMA:  # descriptors find a head themselves
+        query += head.to(tl.int64) * strides.query_h
+        key += head.to(tl.int64) * strides.key_h
+        value += head.to(tl.int64) * strides.value_h
+    output += head.to(tl.int64) * E
+    tensors = Tensors(query, key, value, output, output_tiles, reach)
     if SELECT:
         for begin in tl.range(0, length, CHUNK, num_stages=1):
             n = tl.minimum(length - begin, CHUNK)
@@ -75,17 +81,6 @@ def _walk(
             D, E, BLOCK_D, BLOCK_E, CHUNK, STEP, True, TMA, OPERAND, PRECISION, False,
         )  # fmt: skip
     return state
-
-
-@triton.jit
-def _of_head(tensors, strides, head, E: tl.constexpr, TMA: tl.constexpr):
-    """The tensors with pointers moved to a head; descriptors find it themselves."""
-    query, key, value, output, output_tiles, reach = tensors
-    if not TMA:
-        query += head * strides.query_h
-        key += head * strides.key_h
-        value += head * strides.value_h
-    return Tensors(query, key, value, output + head * E, output_tiles, reach)
 
 
 @triton.jit

@@ -45,6 +45,7 @@ class StandIns:
 
     def _parts(self, q: Tensor, borders: Tensor | None, side: str) -> Iterator[tuple[slice, ...]]:
         self.calls.append((side, 1 if borders is None else len(borders) - 1))
+        assert q.shape[-1] in fa4.HEAD_DIMS
         if borders is None:
             assert q.dim() == 4
             assert len(q) == 1

@@ -248,3 +248,20 @@ def test_float32_errs_no_more_than_it_does_as_shipped() -> None:
     for name in oracle:
         assert_within_budget(actual[name], oracle[name], honest[name], what=name)
     assert relative_error(actual["logits"], honest["logits"]) < 1e-6
+
+
+def test_greedy_tokens_are_those_of_its_generate() -> None:
+    config = CASES["the first 8 of 80 layers"]
+    theirs_64 = theirs(config, torch.float64)
+    take_float32_out(theirs_64)
+    theirs_64.generation_config.eos_token_id = theirs_64.generation_config.pad_token_id = None
+    model = HybridModel(config, dtype=torch.float64)
+    model.load_state_dict(to_ours({name: p.detach() for name, p in theirs_64.named_parameters()}))
+    prompts = data()[0].split(LENGTHS)
+    expected = [
+        theirs_64.generate(x[None], max_new_tokens=12, do_sample=False, use_cache=True)[0, len(x) :]
+        for x in prompts
+    ]
+    found = model.generate(prompts, max_new_tokens=12, chunk_tokens=50)
+    assert found.tokens == [tokens.tolist() for tokens in expected]
+    assert len({token for text in found.tokens for token in text}) > 10

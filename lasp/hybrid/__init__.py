@@ -4,6 +4,7 @@
 """
 
 from lasp._core.rotary import RopeScaling
+from lasp.generation import GenerationCache, Sampling
 from lasp.hybrid.attention import AttentionConfig, LatentConfig
 from lasp.hybrid.config import (
     DenseConfig,
@@ -12,6 +13,7 @@ from lasp.hybrid.config import (
     ResidualScale,
     VocabularyConfig,
 )
+from lasp.hybrid.generate import Generation
 from lasp.hybrid.model import HybridModel, HybridOutput, ParameterCount, count_parameters
 from lasp.hybrid.multi_token import next_in_document
 from lasp.hybrid.packing import PackedBatch, pack_batch
@@ -34,6 +36,8 @@ __all__ = [
     "RING_MINI_LINEAR_2_0",
     "AttentionConfig",
     "DenseConfig",
+    "Generation",
+    "GenerationCache",
     "HybridConfig",
     "HybridModel",
     "HybridOutput",
@@ -43,6 +47,7 @@ __all__ = [
     "ResidualScale",
     "Residuals",
     "RopeScaling",
+    "Sampling",
     "VocabularyConfig",
     "count_parameters",
     "next_in_document",

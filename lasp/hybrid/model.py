@@ -12,7 +12,7 @@ ep x etp.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from typing import Any, NamedTuple, cast
 
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lasp._core.dtypes import wide_dtype
-from lasp.generation import CacheStep, GenerationCache
-from lasp.hybrid import generation
+from lasp.generation import CacheStep
 from lasp.hybrid.config import HybridConfig
+from lasp.hybrid.generative import GenerativeModel
 from lasp.hybrid.layer import HybridLayer, draw_xavier
 from lasp.hybrid.multi_token import MultiTokenLayer
 from lasp.hybrid.packing import PackedBatch
 from lasp.hybrid.pretrained import PretrainedModel
+from lasp.hybrid.steps import memories_of
 from moe_parallel import ParallelGroups, RoutingStats
 
 
@@ -49,7 +50,7 @@ class HybridOutput(NamedTuple):
     mtp_logits: Tensor | None = None
 
 
-class HybridModel(PretrainedModel):
+class HybridModel(PretrainedModel, GenerativeModel):
     """The hybrid decoder on one rank.
 
     Args:
@@ -132,7 +133,7 @@ class HybridModel(PretrainedModel):
         outputs = []
         memories: Iterable[Any] = repeat(None)
         if cached is not None:
-            memories = generation.memories(cached, self.groups.token)
+            memories = memories_of(cached, self.groups.token)
         for layer, memory in zip(self.layers, memories):
             hidden, *of_layer = layer(hidden, batch, memory)
             outputs.append(of_layer)
@@ -204,20 +205,6 @@ class HybridModel(PretrainedModel):
             return F.linear(normed, self.embedding.weight.to(normed.dtype))
         logits: Tensor = self.head(normed)
         return logits
-
-    def new_cache(self, *, num_slots: int, max_tokens: int) -> GenerationCache:
-        """Memory for ``num_slots`` sequences of up to ``max_tokens`` tokens, over the cp group."""
-        return generation.new_cache(self, num_slots=num_slots, max_tokens=max_tokens)
-
-    def step(
-        self,
-        cache: GenerationCache,
-        slots: Sequence[int],
-        tokens: Sequence[generation.Tokens] | Tensor,
-        **options: Any,
-    ) -> Tensor:
-        """Logits after the next tokens of some sequences: :func:`lasp.hybrid.generation.step`."""
-        return generation.step(self, cache, slots, tokens, **options)
 
     def decoder_layers(self) -> Iterator[HybridLayer]:
         """The layers, typed; wrapped ones as they are, with the attributes of what they wrap."""

@@ -50,31 +50,13 @@ def step(
     draft: bool = False,
     every_token: bool = False,
 ) -> Tensor:
-    """Logits after the next tokens of some sequences, which ``cache`` then holds.
-
-    Prompts, parts of prompts and single tokens are one thing: each slot gets any number of tokens.
-
-    Args:
-        model: in eval mode.
-        cache: by :meth:`lasp.hybrid.HybridModel.new_cache` of the model.
-        slots: of ``cache.add()``, each once; ``lasp.generation.PADDING`` for tokens that fill up a
-            batch: they leave no trace, and their logits mean nothing.
-        tokens: for each slot its next ids, or int64 ``[slots, n]``. The same on every rank.
-        draft: the tokens are a proposal, at most ``lasp.generation.step.FEW`` a slot:
-            ``cache.accept`` then says how many of each slot stay.
-        every_token: logits of every new token, ``[sum of n, vocab]``; else of the last one of each
-            slot, ``[slots, vocab]``.
-
-    Returns:
-        Logits, the same on every rank.
-
-    Communication: that of the layers. Data-parallel replicas take part, with the same tokens.
-
-    Raises:
-        ValueError: naming the argument, on every rank and before any communication; the cache is
-            as it was. Ids on a GPU are not looked at.
-    """
+    """See :meth:`lasp.hybrid.HybridModel.step`."""
     check_model(model, cache)
+    if model.training:
+        raise ValueError(
+            "the model must be in eval mode to generate, got training mode: capacities would drop"
+            " tokens; call model.eval()"
+        )
     pack, counts = packed(tokens, model.config.vocab_size, cache.device)
     plan = plan_step(cache, slots, counts, draft=draft, every_token=every_token)
     model.config.attention.check_documents([a + b for a, b in zip(plan.starts, counts)])
@@ -86,7 +68,7 @@ def step(
     return logits
 
 
-def memories(plan: CacheStep, token_group: dist.ProcessGroup | None) -> Iterator[CachedLayer]:
+def memories_of(plan: CacheStep, token_group: dist.ProcessGroup | None) -> Iterator[CachedLayer]:
     """What each layer of the model continues."""
     return (CachedLayer(plan, memory, token_group) for memory in plan.cache.layers)
 
@@ -107,11 +89,6 @@ def check_model(model: HybridModel, cache: GenerationCache) -> None:
         raise ValueError(
             "cache must be over the cp group of the model, got one over another group: make it by"
             " model.new_cache() after the groups are set"
-        )
-    if model.training:
-        raise ValueError(
-            "the model must be in eval mode to generate, got training mode: capacities would drop"
-            " tokens; call model.eval()"
         )
 
 

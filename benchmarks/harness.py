@@ -41,10 +41,16 @@ class Options:
 
 
 @dataclass(kw_only=True)
-class RankOptions(Options):
-    """Options of benchmarks over ranks; ``seconds`` is the most for one metric of a case."""
+class DeviceOptions(Options):
+    """Options of benchmarks that CPUs run too, in small."""
 
     device: Literal["cuda", "cpu"] = "cuda"
+
+
+@dataclass(kw_only=True)
+class RankOptions(DeviceOptions):
+    """Options of benchmarks over ranks; ``seconds`` is the most for one metric of a case."""
+
     samples: int = 20
     seconds: float = math.inf
 
@@ -70,7 +76,7 @@ class Question(NamedTuple):
         name: of its module, and ``benchmark`` in its rows.
         options: of its command line.
         rows: checks every implementation, then yields each row when it is measured.
-        cpu_dtype: of tensors where ranks run without GPUs.
+        cpu_dtype: of tensors where there are no GPUs.
         high_priority: NCCL's transfers may overtake kernels that are queued.
     """
 
@@ -92,10 +98,11 @@ def answer(question: Question, doc: str | None) -> None:
     """Run a benchmark from the command line; every row is written when it is there."""
     options = parse(question.options, doc)
     machine = Machine()
-    if isinstance(options, RankOptions):
+    if isinstance(options, DeviceOptions):
         on_gpu = options.device == "cuda"
-        dtype = torch.bfloat16 if on_gpu else question.cpu_dtype
-        machine = Machine(options.device, dtype, options.samples, options.seconds)
+        machine = Machine(options.device, torch.bfloat16 if on_gpu else question.cpu_dtype)
+    if isinstance(options, RankOptions):
+        machine = machine._replace(samples=options.samples, seconds=options.seconds)
         high = None
         if question.high_priority and on_gpu:
             high = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)

@@ -36,14 +36,15 @@ def graph_ms(fn: Callable[[], Any]) -> tuple[float, float, float]:
 
 def host_us(fn: Callable[[], Any], *, wait: bool = False, count: int = 20) -> list[float]:
     """Times until a call returns, sorted; with ``wait`` until the device is done with it too."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     calls = []
     for _ in range(20):
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         for _ in range(count):
             fn()
         if wait:
-            torch.cuda.synchronize()
+            synchronize()
         calls.append((time.perf_counter() - start) / count * 1e6)
     return sorted(calls)
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import report, ring_cases, ring_kinds, ring_length, ring_packed, ring_peers
+from benchmarks import (
+    report,
+    ring_cases,
+    ring_host,
+    ring_kinds,
+    ring_length,
+    ring_packed,
+    ring_peers,
+)
 from benchmarks.harness import Machine
 from lasp import SequenceLayout
 from ring.reference import dense_attention
@@ -95,6 +103,19 @@ def test_ring_kinds() -> None:
         received = case["ring", "forward_bytes"]["p50"]
         # A window's keys, or of 256 latents all; 8 and 8 elements, or 10, of 4 bytes.
         assert received == {"window": 20 * 16 * 4, "latent": 256 * 10 * 4}.get(kind, received)
+
+
+def test_ring_host() -> None:
+    options = ring_host.Options(commit="c", device="cpu", tokens=8, heads=2, head_dim=8)
+    rows = list(ring_host.rows(options, Machine("cpu", torch.float32)))
+    metrics, ours = ("forward_host_us", "backward_host_us"), "ring cpu_flash"
+    assert [(row["case"]["documents"], row["impl"], row["metric"]) for row in rows] == [
+        (documents, impl, metric)
+        for documents, impl in ((1, ring_host.SDPA), (1, ours), (4, ours))
+        for metric in metrics
+    ]
+    bounds = [row["bound"] for row in rows]
+    assert bounds == [None, None, rows[0]["p50"], rows[1]["p50"], None, None]
 
 
 def test_tile_fill_counts_scores() -> None:

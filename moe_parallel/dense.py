@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lasp._core.autocast import autocast_inputs
 from moe_parallel.config import MoEConfig
 from moe_parallel.experts.dense import DenseFFN
-from moe_parallel.experts.experts import generator_of
+from moe_parallel.experts.shard import generator_of
 from moe_parallel.layer import MoEOutput
 from moe_parallel.router.checks import check_hidden
 from moe_parallel.router.counts import RoutingStats

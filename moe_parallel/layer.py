@@ -20,7 +20,8 @@ from moe_parallel.dispatch.padding import padded_rows
 from moe_parallel.dispatch.permute import SentRows, permute, row_order, unpermute
 from moe_parallel.dispatch.plan import checked_rows
 from moe_parallel.experts.dense import DenseFFN
-from moe_parallel.experts.experts import Experts, generator_of
+from moe_parallel.experts.experts import Experts
+from moe_parallel.experts.shard import generator_of
 from moe_parallel.mesh import expert_mesh
 from moe_parallel.pipeline.groups import expert_groups, most_groups, positions_on
 from moe_parallel.pipeline.pipeline import Pipeline
@@ -65,8 +66,7 @@ class ExpertParallelMoE(nn.Module):
     Parameters: ``gate.weight`` ``[E, hidden]``, the same on every rank, float32 (float64 in a
     float64 layer) whatever ``dtype`` is, as MiniMax keeps it; choose the dtype here rather than by
     ``.to(dtype)``, which would round the gate too. ``experts.w13`` and ``experts.w2`` hold this
-    rank's part (:meth:`moe_parallel.experts.experts.Experts.sharding`), ``shared.*`` the whole
-    shared expert (:class:`moe_parallel.experts.dense.DenseFFN`).
+    rank's part (:meth:`moe_parallel.experts.experts.Experts.sharding`), ``shared.*`` one whole.
 
     Args:
         config: sizes and policies.

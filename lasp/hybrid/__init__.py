@@ -5,6 +5,7 @@
 
 from lasp._core.rotary import RopeScaling
 from lasp.generation import GenerationCache, Sampling
+from lasp.hybrid.activations import keep_activations
 from lasp.hybrid.attention import AttentionConfig, LatentConfig
 from lasp.hybrid.config import (
     DenseConfig,
@@ -14,9 +15,11 @@ from lasp.hybrid.config import (
     VocabularyConfig,
 )
 from lasp.hybrid.generate import Generation
+from lasp.hybrid.head import linear_cross_entropy
 from lasp.hybrid.model import HybridModel, HybridOutput, ParameterCount, count_parameters
 from lasp.hybrid.multi_token import next_in_document
 from lasp.hybrid.packing import PackedBatch, pack_batch
+from lasp.hybrid.parallel import parallelize
 from lasp.hybrid.presets import (
     LING_2_5_1T,
     MINICPM_SALA,
@@ -50,8 +53,11 @@ __all__ = [
     "Sampling",
     "VocabularyConfig",
     "count_parameters",
+    "keep_activations",
+    "linear_cross_entropy",
     "next_in_document",
     "next_token_loss",
     "pack_batch",
+    "parallelize",
     "reduce_gradients",
 ]

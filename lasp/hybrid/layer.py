@@ -75,12 +75,23 @@ class HybridLayer(nn.Module):
 
         With ``cached`` the documents continue what a cache holds.
         """
+        return self.through_mlp(self.through_attention(hidden, batch, cached), batch, cached)
+
+    def through_attention(
+        self, hidden: Tensor, batch: PackedBatch, cached: CachedLayer | None
+    ) -> Tensor:
+        """The first half of :meth:`forward`; ``lasp.hybrid.activations`` keeps less of each."""
         normed = self.attention_norm(hidden)
         if cached is None:
             attended = self.attention(normed, layout=batch.layout, cp_group=self.groups.cp)
         else:
             attended = cached.attend(self.attention, normed)
-        hidden = self.attention_residual.add(normed if self.post_norm else hidden, attended)
+        return self.attention_residual.add(normed if self.post_norm else hidden, attended)
+
+    def through_mlp(
+        self, hidden: Tensor, batch: PackedBatch, cached: CachedLayer | None
+    ) -> LayerOutput:
+        """The second half: experts or the dense MLP."""
         normed = self.moe_norm(hidden)
         residual = normed if self.post_norm else hidden
         if self.mlp is not None:

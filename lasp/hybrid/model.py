@@ -18,12 +18,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lasp._core.dtypes import wide_dtype
 from lasp.generation import CacheStep
 from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.generative import GenerativeModel
+from lasp.hybrid.head import Head, check_next_labels, scored_by
 from lasp.hybrid.layer import HybridLayer, draw_xavier
 from lasp.hybrid.multi_token import MultiTokenLayer
 from lasp.hybrid.packing import PackedBatch
@@ -36,18 +36,22 @@ class HybridOutput(NamedTuple):
     """What the decoder returns on one rank.
 
     Attributes:
-        logits: ``[T, vocab]`` of this rank's tokens.
+        logits: ``[T, vocab]`` of this rank's tokens; with ``labels`` none of them, ``[0, vocab]``.
         aux_loss: this rank's share of the auxiliary losses of all layers, a scalar; its sum over
             the token group is the loss.
         stats: expert balance of each layer with experts over all ranks.
         mtp_logits: ``[T, vocab]`` for the token after the next, see ``lasp.hybrid.multi_token``;
             None where no ``next_tokens`` were given.
+        loss: with ``labels`` their cross entropy, summed over this rank's tokens, in nats.
+        mtp_loss: that of ``next_labels``.
     """
 
     logits: Tensor
     aux_loss: Tensor
     stats: tuple[RoutingStats, ...]
     mtp_logits: Tensor | None = None
+    loss: Tensor | None = None
+    mtp_loss: Tensor | None = None
 
 
 class HybridModel(PretrainedModel, GenerativeModel):
@@ -88,11 +92,11 @@ class HybridModel(PretrainedModel, GenerativeModel):
         self.mtp: MultiTokenLayer | None = None
         if config.mtp_loss_weight is not None:
             self.mtp = MultiTokenLayer(config, groups=groups, device=device, dtype=dtype)
-        self.head: nn.Linear | None = None
+        self.head: Head | None = None
         if not vocabulary.tied:
             if vocabulary.float32_head:
                 dtype = wide_dtype(dtype or torch.get_default_dtype())
-            self.head = nn.Linear(hidden, config.vocab_size, bias=False, device=device, dtype=dtype)
+            self.head = Head(hidden, config.vocab_size, bias=False, device=device, dtype=dtype)
             self.head.keeps_dtype = vocabulary.float32_head  # type: ignore[assignment]
 
     def forward(
@@ -103,8 +107,10 @@ class HybridModel(PretrainedModel, GenerativeModel):
         inputs_embeds: Tensor | None = None,
         next_tokens: Tensor | None = None,
         cached: CacheStep | None = None,
+        labels: Tensor | None = None,
+        next_labels: Tensor | None = None,
     ) -> HybridOutput:
-        """Logits of this rank's tokens.
+        """Logits of this rank's tokens, or the loss without them.
 
         Args:
             tokens: int64 ``[T]``, ``batch.layout.shard(pack, cp_rank)``; None with
@@ -116,6 +122,9 @@ class HybridModel(PretrainedModel, GenerativeModel):
                 prediction: :func:`lasp.hybrid.next_in_document` of ``tokens``. It must be given in
                 training mode where the model has ``mtp_loss_weight``, on all ranks.
             cached: the documents continue what a cache holds, see :meth:`step`.
+            labels: int64 ``[T]``, -100 where there is no target: for a loss without all logits, see
+                :func:`lasp.hybrid.linear_cross_entropy`. Divide it by the targets of all ranks.
+            next_labels: likewise, for ``next_tokens``.
 
         Returns:
             :class:`HybridOutput`.
@@ -124,11 +133,12 @@ class HybridModel(PretrainedModel, GenerativeModel):
 
         Raises:
             ValueError: unless one of ``tokens`` and ``inputs_embeds`` is given, of the layout's T
-                tokens, and ``next_tokens`` where they must be and can be; and for documents of
-                ``attention.dense_len`` tokens.
+                tokens, ``next_tokens`` where they must be and can be, ``next_labels`` where there
+                are both others; and for documents of ``attention.dense_len`` tokens.
         """
         self.config.attention.check_documents(batch.layout.document_lengths)
         self._check_next(next_tokens, batch)
+        check_next_labels(labels, next_tokens, next_labels)
         hidden = self._embedded(tokens, batch, inputs_embeds)
         outputs = []
         memories: Iterable[Any] = repeat(None)
@@ -139,17 +149,17 @@ class HybridModel(PretrainedModel, GenerativeModel):
             outputs.append(of_layer)
         if cached is not None:
             hidden = cached.wanted_rows(hidden)
-        hidden, mtp_logits = self.final_norm(hidden), None
-        logits = self._logits(hidden)
+        hidden, mtp_logits, mtp_loss = self.final_norm(hidden), None, None
+        logits, loss = self._scored(hidden, labels)
         if self.mtp is not None and next_tokens is not None:
             embedded = self._embedded(next_tokens, batch, None)
             predicted, *of_layer = self.mtp(hidden, embedded, batch)
             outputs.append(of_layer)
-            mtp_logits = self._logits(predicted)
+            mtp_logits, mtp_loss = self._scored(predicted, next_labels)
         aux_losses = [aux_loss for aux_loss, _ in outputs if aux_loss is not None]
         aux_loss = torch.stack(aux_losses).sum() if aux_losses else logits.new_zeros(())
         stats = tuple(of_layer for _, of_layer in outputs if of_layer is not None)
-        return HybridOutput(logits, aux_loss, stats, mtp_logits)
+        return HybridOutput(logits, aux_loss, stats, mtp_logits, loss, mtp_loss)
 
     def _check_next(self, next_tokens: Tensor | None, batch: PackedBatch) -> None:
         if next_tokens is None and self.mtp is not None and self.training:
@@ -190,21 +200,17 @@ class HybridModel(PretrainedModel, GenerativeModel):
         scale = self.config.vocabulary.embedding_scale
         return embedded if scale == 1.0 else embedded * scale
 
-    def _logits(self, normed: Tensor) -> Tensor:
-        """The head, of the final norm's output."""
-        vocabulary = self.config.vocabulary
+    def _scored(self, normed: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits of the final norm's output; with labels their loss, and no logits."""
+        vocabulary, weight = self.config.vocabulary, self.embedding.weight
         if vocabulary.logit_scale != 1.0:
             normed = normed * vocabulary.logit_scale
         if not vocabulary.float32_head:
-            return self._head(normed)
-        with torch.autocast(normed.device.type, enabled=False):
-            return self._head(normed.to(wide_dtype(normed.dtype)))
-
-    def _head(self, normed: Tensor) -> Tensor:
-        if self.head is None:
-            return F.linear(normed, self.embedding.weight.to(normed.dtype))
-        logits: Tensor = self.head(normed)
-        return logits
+            scored = scored_by(self.head, weight, normed, labels)
+        else:
+            with torch.autocast(normed.device.type, enabled=False):
+                scored = scored_by(self.head, weight, normed.to(wide_dtype(normed.dtype)), labels)
+        return (scored, None) if labels is None else (normed.new_empty(0, len(weight)), scored)
 
     def decoder_layers(self) -> Iterator[HybridLayer]:
         """The layers, typed; wrapped ones as they are, with the attributes of what they wrap."""

@@ -34,7 +34,7 @@ from moe_parallel.experts.gemm import (
     weight_product,
     weights_at_once,
 )
-from moe_parallel.experts.shard import ExpertShard, ShardedDims
+from moe_parallel.experts.shard import ExpertShard, ShardedDims, generator_of
 from moe_parallel.experts.swiglu import swiglu, swiglu_backward
 from moe_parallel.pipeline.pipeline import Pipeline
 
@@ -69,7 +69,8 @@ class Experts(ExpertShard):
         device: of the parameters.
         dtype: of the parameters.
 
-    The parameters are uninitialised until :meth:`reset_parameters` or a checkpoint fills them.
+    Parameters have no values before :meth:`reset_parameters` or a checkpoint. Set ``recomputes`` to
+    keep less for the backward, see :meth:`forward`.
 
     Raises:
         ValueError: naming the argument, if the sizes do not divide or ``gemm`` cannot run.
@@ -106,17 +107,17 @@ class Experts(ExpertShard):
         self.num_local, self.ffn_local = num_experts // ep_size, ffn_size // etp_size
         self.gemm: Gemm = gemm
         self.impl: Impl = impl
+        self.recomputes = False
         shape_w13 = (self.num_local, 2, self.ffn_local, hidden_size)
         shape_w2 = (self.num_local, hidden_size, self.ffn_local)
         self.w13 = nn.Parameter(torch.empty(shape_w13, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(shape_w2, device=device, dtype=dtype))
-        # These raise here, not between two collectives.
-        self.chosen_gemm(0)
+        self.chosen_gemm(0)  # raises here, not between two collectives; and so does the other
         chosen_impl(impl, self.w13.device, self.w13.dtype)
 
     @staticmethod
     def sharding() -> dict[str, ShardedDims]:
-        """For each parameter the dimensions cut over EP and ETP, in equal blocks in rank order."""
+        """For each parameter the dims cut over EP and ETP, in equal blocks in rank order."""
         return {"w13": ShardedDims(ep_dim=0, etp_dim=2), "w2": ShardedDims(ep_dim=0, etp_dim=2)}
 
     def reset_parameters(self, seed: int, *, gain: float = 1.0) -> None:
@@ -133,9 +134,8 @@ class Experts(ExpertShard):
     def fill(self, seed: int, draw: Callable[[str, Tensor, torch.Generator], object]) -> None:
         """Fill with values that depend on (seed, expert) alone, not on the mesh.
 
-        Each local expert is drawn whole, in float32 on the CPU, from a generator of its own, and
-        the ETP part is cut out of it: 3 x F x hidden samples an expert and rank, ``etp_size``
-        times what is kept. Parameters on the meta device are left alone.
+        Each local expert is drawn whole, in float32 on the CPU, from a generator of its own; its
+        ETP part is cut out. Parameters on the meta device are left alone.
 
         Args:
             seed: the same on every rank; give every layer another.
@@ -194,15 +194,15 @@ class Experts(ExpertShard):
                 :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`.
             pipeline: moves the rows, in groups of experts; for rows that are with their experts
                 already :func:`moe_parallel.pipeline.pipeline.local_pipeline`.
-            num_rows: rows that the experts of a rank take, averaged over the ranks: all choose the
-                same product, however tokens are split over them.
+            num_rows: rows that a rank's experts take, averaged over ranks: all choose one product.
 
         Returns:
             ``[A, hidden]``, in the same order.
 
         Gradients: to rows, ``w13`` and ``w2``; exact zeros for an expert without rows. Kept of each
         row that an expert takes: it and both halves of its first product, hidden + 2 F_local
-        elements. Under autocast rows and weights are cast to its dtype.
+        elements; with ``recomputes`` the row alone, and the backward makes this product again.
+        Under autocast rows and weights are cast to its dtype.
 
         Communication: of :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`, in the backward
         again, which every rank must run, one that needs no gradient itself too: over several ranks
@@ -219,7 +219,7 @@ class Experts(ExpertShard):
             rows_AM = join_backward(group, rows_AM, w13, w2)
         how = (self.chosen_gemm(num_rows, dtype), chosen_impl(self.impl, rows_AM.device, dtype))
         results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
-            rows_AM, w13, w2, anchor(rows_AM), pipeline, *how
+            rows_AM, w13, w2, anchor(rows_AM), pipeline, *how, self.recomputes
         )
         return results
 
@@ -235,6 +235,7 @@ class _OverRanks(torch.autograd.Function):
         pipeline: Pipeline,
         gemm: ChosenGemm,
         impl: ChosenImpl,
+        recomputes: bool,
     ) -> Tensor:
         kept: list[Tensor] = []
         dispatch, w13_ENM = pipeline.dispatch, w13.flatten(1, 2)
@@ -243,7 +244,7 @@ class _OverRanks(torch.autograd.Function):
         def compute(g: int, rows: Tensor) -> Tensor:
             counts = dispatch.expert_rows(g) if gemm == "loop" else _ends_or_counts(dispatch, g)
             hidden = forward_product(rows, w13_ENM[own_of[g]], counts, gemm)
-            kept.extend((rows, hidden))
+            kept.extend((rows,) if recomputes else (rows, hidden))
             return forward_product(swiglu(hidden, impl), w2[own_of[g]], counts, gemm)
 
         with torch.autocast(rows_AM.device.type, enabled=False):
@@ -259,20 +260,24 @@ class _OverRanks(torch.autograd.Function):
         pipeline, gemm, impl = ctx.arguments
         dispatch, w13_ENM = pipeline.dispatch, w13.flatten(1, 2)
         own_of = [slice(experts.start, experts.stop) for experts in dispatch.experts]
+        each = len(kept) // len(own_of)  # tensors of a group: its rows; also their first product
         dws: dict[int, Tensor] = {}
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what weight gradients are made of
 
         def compute(g: int, dy: Tensor) -> Tensor:
             counts = dispatch.expert_rows(g) if gemm == "loop" else _ends_or_counts(dispatch, g)
+            hidden = kept[each * (g + 1) - 1]
+            if each == 1:
+                hidden = forward_product(hidden, w13_ENM[own_of[g]], counts, gemm)
             dact = backward_product(dy, w2[own_of[g]], counts, gemm)
-            dhidden, act = swiglu_backward(dact, kept[2 * g + 1], impl)
+            dhidden, act = swiglu_backward(dact, hidden, impl)
             made[g] = (dy, dhidden, act)
             return backward_product(dhidden, w13_ENM[own_of[g]], counts, gemm)
 
         def weights(g: int) -> None:
             dy, dhidden, act = made.pop(g)
             with pipeline.computing("weights", g, dy.device):
-                for i, (a, b) in enumerate(((dhidden, kept[2 * g]), (dy, act))):
+                for i, (a, b) in enumerate(((dhidden, kept[each * g]), (dy, act))):
                     if gemm != "loop" and len(own_of) == 1 and weights_at_once(a, b):
                         ends = ends_of(_ends_or_counts(dispatch, g), dy.device)
                         dws[i] = grouped_weight_product(a, b, ends)
@@ -286,15 +291,10 @@ class _OverRanks(torch.autograd.Function):
             wanted = any(ctx.needs_input_grad[1:3])
             drows = pipeline.run(grad_AM.contiguous(), compute, weights if wanted else None)
         dw13, dw2 = (dws[0].view_as(w13), dws[1]) if wanted else (None, None)
-        return drows, dw13, dw2, None, None, None, None
+        return drows, dw13, dw2, *(None,) * 5
 
 
 def _ends_or_counts(dispatch: Dispatch, g: int) -> Counts:
     """Rows of the group's experts: their ends, where the device knows them, else the counts."""
     ends = dispatch.expert_ends(g)
     return dispatch.expert_rows(g) if ends is None else ends
-
-
-def generator_of(seed: int) -> torch.Generator:
-    """A CPU generator at the start of a seed's sequence."""
-    return torch.Generator("cpu").manual_seed(seed)

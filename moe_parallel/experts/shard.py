@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 
@@ -76,3 +77,8 @@ class ExpertShard(nn.Module):
                 f" {self.split_axes}, that have the same names on every rank: call"
                 " moe_parallel.distribute_experts(model, topology) first"
             )
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """A CPU generator at the start of a seed's sequence."""
+    return torch.Generator("cpu").manual_seed(seed)

@@ -24,7 +24,7 @@ from lasp.megatron.experts.config import (
 )
 from lasp.megatron.experts.loss import LayerLosses, StepBalance, attach_losses
 from lasp.megatron.experts.router import order_of_mask, sequences_of
-from moe_parallel.experts.experts import generator_of
+from moe_parallel.experts.shard import generator_of
 from moe_parallel.layer import ExpertParallelMoE
 from moe_parallel.router.counts import Routing
 from moe_parallel.router.token_order import TokenOrder

@@ -1,0 +1,32 @@
+"""The layer group of the benchmarks of whole models: MiniMax-01's eight layers at a third width."""
+
+from __future__ import annotations
+
+from lasp.hybrid import AttentionConfig, HybridConfig
+from moe_parallel import MoEConfig
+
+
+def layer_group(
+    pattern: str = "7:1",
+    *,
+    num_layers: int = 8,
+    hidden_size: int = 2048,
+    num_experts: int = 32,
+    vocab_size: int = 1024,
+) -> HybridConfig:
+    """Heads of 128 and experts one and a half times as wide as the model, two for each token."""
+    head_dim = min(128, hidden_size // 2)
+    heads = hidden_size // head_dim
+    return HybridConfig(
+        num_layers=num_layers,
+        vocab_size=vocab_size,
+        attention=AttentionConfig(
+            num_heads=heads,
+            num_kv_heads=max(1, heads // 8),
+            head_dim=head_dim,
+            rotary_dim=head_dim // 2,
+            rope_base=10_000_000.0,
+        ),
+        moe=MoEConfig(hidden_size, hidden_size * 3 // 2, num_experts=num_experts, top_k=2),
+        pattern=pattern,
+    )

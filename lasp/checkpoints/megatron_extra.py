@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,14 +16,7 @@ import torch
 
 from lasp.checkpoints.mapping import MappedTensor
 
-_LINEARS = (
-    "in_proj",
-    "out_proj",
-    "linear_qkv",
-    "linear_proj",
-    "linear_fc1",
-    "linear_fc2",
-)
+_LINEAR = r"output_layer|.*\.(in_proj|out_proj|linear_\w+)"
 
 
 def extra_states(tensors: Iterable[MappedTensor]) -> dict[str, bytes]:
@@ -32,7 +26,7 @@ def extra_states(tensors: Iterable[MappedTensor]) -> dict[str, bytes]:
     found = {}
     for tensor in tensors:
         linear = tensor.name.removesuffix(".weight")
-        if linear.rpartition(".")[2] in _LINEARS:
+        if re.fullmatch(_LINEAR, linear):
             place = "0_1" if tensor.expert is None else f"{tensor.expert}_{tensor.shape[0]}"
             found[f"{linear}._extra_state/shard_{place}"] = buffer.getvalue()
     return found

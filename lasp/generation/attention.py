@@ -117,7 +117,7 @@ def _softmax(
     scale = attention.head_dim**-0.5
     if step.few:
         memory.store(step.rows[1], k, v)
-        partial = over_ranks(over_few(q, memory, step, scale), step.cache.cp_group)
+        partial = over_ranks(over_few(q, memory, step, scale, attention.block), step.cache.cp_group)
         return attention.finish(hidden, partial.output.to(q.dtype))
     own = ring_attention(q, k, v, layout=step.layout, cp_group=step.group, block=attention.block)
     before = over_cached(q, memory, step, scale, attention.block, as_they_are)
@@ -136,7 +136,9 @@ def _latent(
         memory.store(step.rows[1], latent.unsqueeze(1), None)
         own, rotated = q.split((own_dim, shared), dim=-1)
         taken_in = torch.einsum("thk,hkr->thr", own, weight[:, :own_dim])
-        found = over_few(torch.cat((taken_in, rotated), dim=-1), memory, step, scale)
+        found = over_few(
+            torch.cat((taken_in, rotated), dim=-1), memory, step, scale, attention.block
+        )
         mixed = torch.einsum("thr,hvr->thv", found.output, weight[:, own_dim:].to(found.lse.dtype))
         partial = over_ranks(Partial(mixed, found.lse), step.cache.cp_group)
         return attention.finish(hidden, partial.output.to(q.dtype))

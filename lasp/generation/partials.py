@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lasp._core.collectives import all_gather
 from lasp._core.dtypes import wide_dtype
+from lasp._core.impl import Impl, chosen_impl
 from lasp.generation.cache import KeyMemory
 from lasp.generation.step import CachedRows, CacheStep
 from ring.blocks.interface import QKV, Block
@@ -24,12 +25,13 @@ from ring.planner.window import CAUSAL, EVERYTHING
 
 KEYS_AT_ONCE = 65_536  # of a tile of a long step
 EAGER_KEYS_AT_ONCE = 2_048  # whose scores are all in memory
+MAX_HEAD_DIM = 256  # that the kernel for few rows serves; latents are wider
 
 # Keys and values as kernels take them, of those in memory.
 Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def over_few(q: Tensor, memory: KeyMemory, step: CacheStep, scale: float) -> Partial:
+def over_few(q: Tensor, memory: KeyMemory, step: CacheStep, scale: float, block: str) -> Partial:
     """Each of a few rows over the keys that it sees on this rank, its own among them.
 
     Args:
@@ -37,10 +39,13 @@ def over_few(q: Tensor, memory: KeyMemory, step: CacheStep, scale: float) -> Par
         memory: keys ``[..., Hkv, D]`` and values ``[..., Hkv, V]``.
         step: with ``few``.
         scale: of the scores.
+        block: ``eager`` for plain torch; else a kernel where it can run, see ``lasp._core.impl``.
 
     Returns:
         ``[T, Hq, V]`` and ``[T, Hq]``, float32 or float64; a row without a key has lse -inf.
     """
+    if has_kernel(memory, block):
+        return by_kernel(q, memory, step, scale)
     partial = _nothing(q, memory.values.shape[-1])
     for some in step.cached:
         if some.keys > 0:
@@ -50,6 +55,33 @@ def over_few(q: Tensor, memory: KeyMemory, step: CacheStep, scale: float) -> Par
             found = BLOCKS["eager"].forward(qkv, window=window, scale=scale)
             partial.output[rows], partial.lse[rows] = found
     return partial
+
+
+def by_kernel(q: Tensor, memory: KeyMemory, step: CacheStep, scale: float) -> Partial:
+    """:func:`over_few` by ``few_rows_kernel``."""
+    from lasp.generation.few_rows_kernel import few_rows, splits_for
+
+    tokens = step.tokens_a_slot or 1
+    programs = len(q) // tokens * memory.keys.shape[1]
+    found: Partial = few_rows(
+        q,
+        memory.keys,
+        memory.values,
+        (step.rows[2], step.rows[3]),
+        tokens=tokens,
+        rank_tokens=memory.rank_tokens,
+        scale=scale,
+        num_splits=splits_for(q.device, programs, memory.rank_tokens),
+    )
+    return found
+
+
+def has_kernel(memory: KeyMemory, block: str) -> bool:
+    """Whether :func:`over_few` takes the kernel for these keys."""
+    keys, dim = memory.keys, max(memory.keys.shape[-1], memory.values.shape[-1])
+    unserved = "" if dim <= MAX_HEAD_DIM else f"a head dim of {dim}, above {MAX_HEAD_DIM}"
+    impl: Impl = "eager" if block == "eager" else "auto"
+    return chosen_impl(impl, keys.device, keys.dtype, unserved) == "triton"
 
 
 def over_cached(

@@ -260,8 +260,9 @@ def _cut_rows(cache: GenerationCache, slots: Sequence[int], layout: SequenceLayo
 
 def _on_device(rows: Sequence[Sequence[int]] | Sequence[Tensor], device: torch.device) -> Tensor:
     """``rows`` as one tensor, in one copy."""
-    is_list = isinstance(rows[0], list)
-    host = torch.tensor(rows) if is_list else torch.stack(list(rows))  # type: ignore[arg-type]
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+    if isinstance(rows[0], Tensor):
+        host = torch.stack(list(rows))  # type: ignore[arg-type]
+    else:
+        host = torch.tensor([[*row, *[0] * (len(row) % 2)] for row in rows])  # rows of 16 bytes
+    host = host.pin_memory() if device.type == "cuda" else host
+    return host.to(device, non_blocking=True)[:, : len(rows[0])]

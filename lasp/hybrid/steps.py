@@ -51,19 +51,13 @@ def step(
     every_token: bool = False,
 ) -> Tensor:
     """See :meth:`lasp.hybrid.HybridModel.step`."""
-    check_model(model, cache)
-    if model.training:
-        raise ValueError(
-            "the model must be in eval mode to generate, got training mode: capacities would drop"
-            " tokens; call model.eval()"
-        )
+    check_ready(model, cache)
     pack, counts = packed(tokens, model.config.vocab_size, cache.device)
     plan = plan_step(cache, slots, counts, draft=draft, every_token=every_token)
     model.config.attention.check_documents([a + b for a, b in zip(plan.starts, counts)])
-    batch = PackedBatch(plan.layout, _token_order(model, plan))
     if plan.group is not None:
         pack = plan.layout.shard(pack, plan.rank, pad_value=0)
-    logits: Tensor = model(pack, batch, cached=plan).logits
+    logits: Tensor = model(pack, batch_of(model, plan), cached=plan).logits
     plan.commit()
     return logits
 
@@ -71,6 +65,16 @@ def step(
 def memories_of(plan: CacheStep, token_group: dist.ProcessGroup | None) -> Iterator[CachedLayer]:
     """What each layer of the model continues."""
     return (CachedLayer(plan, memory, token_group) for memory in plan.cache.layers)
+
+
+def check_ready(model: HybridModel, cache: GenerationCache) -> None:
+    """:func:`check_model`, and raise ValueError in training mode."""
+    check_model(model, cache)
+    if model.training:
+        raise ValueError(
+            "the model must be in eval mode to generate, got training mode: capacities would drop"
+            " tokens; call model.eval()"
+        )
 
 
 def check_model(model: HybridModel, cache: GenerationCache) -> None:
@@ -123,12 +127,14 @@ def packed(
     return pack.to(device, torch.int64), counts
 
 
-def _token_order(model: HybridModel, plan: CacheStep) -> TokenOrder:
+def batch_of(model: HybridModel, plan: CacheStep) -> PackedBatch:
+    """The batch of a step, as the model takes it."""
     token_group = model.groups.token
     num_ranks = 1 if token_group is None else token_group.size()
     if plan.few:
-        return _order_of_few(plan.layout.num_tokens, num_ranks)
-    return _order_of_cut(plan.layout, num_ranks // plan.layout.num_ranks)
+        return PackedBatch(plan.layout, _order_of_few(plan.layout.num_tokens, num_ranks))
+    num_replicas = num_ranks // plan.layout.num_ranks
+    return PackedBatch(plan.layout, _order_of_cut(plan.layout, num_replicas))
 
 
 @lru_cache(maxsize=256)  # the ranks compare each order once

@@ -14,9 +14,9 @@ from torch import Tensor
 from lasp.generation import GenerationCache
 from lasp.hybrid import HybridModel, pack_batch
 from moe_parallel import ExpertTopology
-from tests.closeness import assert_equal_to_rounding
+from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.ranks import run_on_ranks
-from tests.test_hybrid import VOCAB, config, groups_of
+from tests.test_hybrid import MEDIUM, VOCAB, config, groups_of
 from tests.test_hybrid_models import LING, RING, SALA
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ def texts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
 def forward(model: HybridModel, text: list[int]) -> Tensor:
     """Logits of every token of one text, alone."""
     batch = pack_batch([[len(text)]], dp_rank=0, num_ranks=1, order="contiguous")
-    return model(torch.tensor(text), batch).logits
+    return model(torch.tensor(text, device=model.embedding.weight.device), batch).logits
 
 
 def splits(seed: int, lengths: tuple[int, ...]) -> list[list[int]]:
@@ -83,6 +83,22 @@ def test_any_split_into_steps_gives_the_logits_of_one_forward(name: str, seed: i
     found = by_steps(model, cache, some, splits(seed, LENGTHS))
     for text, logits in zip(some, found):
         assert_equal_to_rounding(logits, forward(model, text), what=f"{len(text)} tokens")
+
+
+@pytest.mark.gpu
+def test_steps_on_a_gpu_err_no_more_than_a_forward_there() -> None:
+    exact = HybridModel(MEDIUM, dtype=torch.float64)
+    exact.reset_parameters(0)
+    model = HybridModel(MEDIUM, dtype=torch.bfloat16)
+    model.load_state_dict(exact.state_dict())
+    exact.load_state_dict(model.state_dict())  # rounded alike
+    model, some = model.cuda().eval(), texts((300, 1, 40))
+    cache = model.new_cache(num_slots=3, max_tokens=300)
+    found = by_steps(model, cache, some, splits(0, (300, 1, 40)))
+    for text, logits in zip(some, found):
+        oracle = forward(exact.eval(), text)
+        honest = forward(model, text).cpu()
+        assert_within_budget(logits.cpu(), oracle, honest, what=f"{len(text)} tokens")
 
 
 def split_on_rank(name: str, sizes: dict[str, int], seeds: list[int]) -> list[list[Tensor]]:

@@ -1,0 +1,228 @@
+"""A few new rows of each sequence over all its cached keys: many programs, each key is read once.
+
+The keys of a sequence and key head are cut into splits, a program each, which leaves the partial of
+its keys; a second kernel merges them. How many keys there are is read on the device, so that a CUDA
+graph of the launch is good for every length.
+
+Example, one row and head of 4 keys, 2 splits, scores (0, 0 | log 3, -inf) and values (2, 4 | 8, 0):
+the first program leaves output 3 and lse log 2, the second output 8 and lse log 3. Merged with the
+weights 2/5 and 3/5 the output is 6 and the lse log 5.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lasp._core.launcher import aligned, launcher_of
+from ring.blocks.merge import Partial
+
+LOG2E = 1.4426950408889634
+ROWS, KEYS = 64, 64  # of a tile; rows are new tokens times query heads of a key head
+PROGRAMS = 12  # for each multiprocessor, which runs three at a time, so that all end together
+SHORTEST = 512  # keys of a split, where the sequence has as many
+
+
+@triton.jit(do_not_specialize=["rank_tokens", "num_splits"])
+def few_rows_kernel(
+    query,  # [B * n, Hq, D], contiguous
+    keys,  # [num_slots * rank_tokens + 1, Hkv, D], contiguous
+    values,  # [num_slots * rank_tokens + 1, Hkv, V], contiguous
+    slots,  # [B * n] int64, negative for padding, whose rows see no key
+    limits,  # [B * n] int64: how many keys of its slot a row sees, not falling within a sequence
+    output,  # [B * n, Hq, num_splits, V] float32, contiguous
+    lse,  # [B * n, Hq, num_splits] float32, contiguous; to the base 2
+    rank_tokens,
+    num_splits,
+    scale,  # of the scores, times log2 e
+    KEY_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of a key head
+    TOKENS: tl.constexpr,  # n
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program a sequence, block of its rows, key head and split."""
+    blocks: tl.constexpr = (TOKENS * GROUP + BLOCK_M - 1) // BLOCK_M
+    program = tl.program_id(0)
+    split, program = program % num_splits, program // num_splits
+    head, program = program % KEY_HEADS, program // KEY_HEADS
+    block, sequence = program % blocks, (program // blocks).to(tl.int64)
+
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = m < TOKENS * GROUP
+    rows = sequence * TOKENS + m // GROUP
+    heads = head * GROUP + m % GROUP
+    d, v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    q = tl.load(
+        query + (rows * (KEY_HEADS * GROUP) + heads)[:, None] * D + d[None, :],
+        mask=inside[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    seen = tl.load(limits + rows, mask=inside, other=0).to(tl.int32)
+    longest = tl.load(limits + sequence * TOKENS + TOKENS - 1).to(tl.int32)
+    first = tl.maximum(tl.load(slots + sequence * TOKENS), 0) * rank_tokens
+
+    length = tl.cdiv(tl.cdiv(longest, num_splits), BLOCK_N) * BLOCK_N
+    start = split * length
+    stop = tl.minimum(start + length, longest)
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for begin in range(start, stop, BLOCK_N):
+        n = begin + tl.arange(0, BLOCK_N)
+        at = (first + n) * KEY_HEADS + head  # int64
+        there = n < stop
+        k = tl.load(
+            keys + at[None, :] * D + d[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0
+        )
+        scores = tl.dot(q, k, input_precision=PRECISION) * scale
+        scores = tl.where((n[None, :] < seen[:, None]) & there[None, :], scores, float("-inf"))
+        higher = tl.maximum(largest, tl.max(scores, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2(scores - shift[:, None])
+        kept = tl.exp2(largest - shift)
+        total = total * kept + tl.sum(p, 1)
+        w = tl.load(
+            values + at[:, None] * V + v[None, :], mask=there[:, None] & (v < V)[None, :], other=0.0
+        )
+        acc = acc * kept[:, None] + tl.dot(p.to(w.dtype), w, input_precision=PRECISION)
+        largest = higher
+    none = total == 0.0
+    acc = acc / tl.where(none, 1.0, total)[:, None]
+    place = (rows * (KEY_HEADS * GROUP) + heads) * num_splits + split
+    tl.store(output + place[:, None] * V + v[None, :], acc, mask=inside[:, None] & (v < V)[None, :])
+    found = tl.where(none, float("-inf"), largest + tl.log2(tl.where(none, 1.0, total)))
+    tl.store(lse + place, found, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def merge_splits_kernel(
+    parts,  # [pairs, num_splits, V] float32, contiguous
+    lse_of_parts,  # [pairs, num_splits] float32; to the base 2
+    output,  # [pairs, V] float32
+    lse,  # [pairs] float32; to the base e
+    num_splits,
+    V: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program a row and head: its partials, in order."""
+    pair = tl.program_id(0).to(tl.int64)
+    v, s = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S)
+    largest = float("-inf")
+    for begin in range(0, num_splits, BLOCK_S):
+        at = begin + s
+        some = tl.load(
+            lse_of_parts + pair * num_splits + at, mask=at < num_splits, other=float("-inf")
+        )
+        largest = tl.maximum(largest, tl.max(some, 0))
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    acc, total = tl.zeros([BLOCK_V], tl.float32), 0.0
+    for begin in range(0, num_splits, BLOCK_S):
+        at = begin + s
+        some = tl.load(
+            lse_of_parts + pair * num_splits + at, mask=at < num_splits, other=float("-inf")
+        )
+        weights = tl.exp2(some - shift)
+        part = tl.load(
+            parts + (pair * num_splits + at)[:, None] * V + v[None, :],
+            mask=(at < num_splits)[:, None] & (v < V)[None, :],
+            other=0.0,
+        )
+        acc += tl.sum(weights[:, None] * part, 0)
+        total += tl.sum(weights, 0)
+    divisor = tl.where(total == 0.0, 1.0, total)
+    tl.store(output + pair * V + v, acc / divisor, mask=v < V)
+    found = tl.where(total == 0.0, float("-inf"), shift + tl.log2(divisor))
+    tl.store(lse + pair, found * 0.6931471805599453)  # ln 2
+
+
+def few_rows(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: tuple[Tensor, Tensor],
+    *,
+    tokens: int,
+    rank_tokens: int,
+    scale: float,
+    num_splits: int,
+) -> Partial:
+    """Softmax attention of rows over the first keys of their slots.
+
+    Args:
+        q: ``[B * tokens, Hq, D]``, ``tokens`` rows a sequence one after the other.
+        keys: ``[num_slots * rank_tokens + 1, Hkv, D]``.
+        values: ``[num_slots * rank_tokens + 1, Hkv, V]``.
+        rows: for each row its slot, negative for padding, and how many of the slot's keys it sees.
+        tokens: rows of a sequence.
+        rank_tokens: rows of a slot.
+        scale: of the scores.
+        num_splits: programs that share the keys of a sequence and head.
+
+    Returns:
+        ``[B * tokens, Hq, V]`` and ``[B * tokens, Hq]``, float32.
+    """
+    (num_rows, heads, dim), (_, key_heads, value_dim) = q.shape, values.shape
+    group = heads // key_heads
+    block = max(16, min(ROWS, triton.next_power_of_2(tokens * group)))
+    parts = q.new_empty(num_rows, heads, num_splits, value_dim, dtype=torch.float32)
+    lse_of_parts = q.new_empty(num_rows, heads, num_splits, dtype=torch.float32)
+    output = q.new_empty(num_rows, heads, value_dim, dtype=torch.float32)
+    lse = q.new_empty(num_rows, heads, dtype=torch.float32)
+    attend = launcher_of(
+        few_rows_kernel,
+        q.device,
+        q.dtype,
+        rank_tokens=rank_tokens,
+        num_splits=num_splits,
+        scale=float(scale) * LOG2E,
+        KEY_HEADS=key_heads,
+        GROUP=group,
+        TOKENS=tokens,
+        D=dim,
+        V=value_dim,
+        BLOCK_M=block,
+        BLOCK_N=KEYS,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=4,
+        num_stages=3,
+    )
+    merge = launcher_of(
+        merge_splits_kernel,
+        q.device,
+        None,
+        num_splits=num_splits,
+        V=value_dim,
+        BLOCK_S=16,
+        BLOCK_V=triton.next_power_of_2(value_dim),
+        num_warps=4,
+    )
+    sequences = num_rows // tokens
+    programs = sequences * triton.cdiv(tokens * group, block) * key_heads * num_splits
+    given = (aligned(x.contiguous()) for x in (q, keys, values, *rows))
+    attend(programs, *given, parts, lse_of_parts)
+    merge(num_rows * heads, parts, lse_of_parts, output, lse)
+    return Partial(output, lse)
+
+
+def splits_for(device: torch.device, programs: int, keys: int) -> int:
+    """How many programs share the keys of a sequence, so that all multiprocessors are busy.
+
+    Args:
+        device: to launch on.
+        programs: without splits.
+        keys: of the longest sequence that there may be.
+    """
+    most = -(-keys // SHORTEST)
+    if device.type != "cuda":
+        return min(most, 3)
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(most, PROGRAMS * count // programs))

@@ -126,6 +126,15 @@ def test_other_models_are_one_function_too(model, num_ranks, sizes, order) -> No
         assert_equal_to_rounding(actual[name], tensor, what=name)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", [LING, RING, SALA], ids=["ling", "ring", "sala"])
+def test_a_gpu_agrees_with_a_cpu(model: dict[str, Any]) -> None:
+    expected, where = one_rank(**model), {"device": "cuda", "backend": "nccl"}
+    actual = assemble(run_on_ranks(loss_and_gradients, 1, {}, "contiguous", **where, **model))
+    for name, tensor in expected.items():
+        assert_equal_to_rounding(actual[name], tensor, what=name)
+
+
 @pytest.mark.parametrize("model", [RING, SALA], ids=["ring", "sala"])
 def test_wrapped_models_train_as_one_rank_does(model: dict[str, Any]) -> None:
     """Shared experts and dense layers are replicated; a tied head has one weight."""

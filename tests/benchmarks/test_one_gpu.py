@@ -21,7 +21,7 @@ from benchmarks import (
     lightning_length,
 )
 from benchmarks.harness import Machine, Options
-from lasp.hybrid import NAMED_CONFIGS, AttentionConfig, DenseConfig
+from lasp.hybrid import NAMED_CONFIGS, DenseConfig, HybridConfig, LatentConfig
 
 # Triton's interpreter has no product of bf16.
 MACHINE = Machine("cpu", torch.float16)
@@ -131,24 +131,30 @@ def test_layer(rows_of) -> None:
     assert {row["bound_name"] for row in found.values()} == {"bytes at copy bandwidth"}
 
 
+def small(config: HybridConfig) -> HybridConfig:
+    """The options of a named model at sizes that say nothing."""
+    heads = replace(
+        config.attention, num_heads=2, num_kv_heads=1, head_dim=16, rotary_dim=8, latent=None
+    )
+    if config.attention.latent is not None:
+        latent = LatentConfig(8, 8, 8, 16, q_lora_rank=8, rope_interleaved=True)
+        heads = replace(heads, num_kv_heads=2, latent=latent)
+    lightning = replace(
+        config.lightning, rotary_dim=min(config.lightning.rotary_dim, 8), norm_groups=1
+    )
+    return replace(
+        config, attention=heads, moe=None, dense=DenseConfig(8, 4), lightning=lightning
+    )
+
+
 def test_hybrid_layers(rows_of) -> None:
-    small = {
-        name: replace(
-            config,
-            attention=AttentionConfig(2, 1, 16, 8),
-            moe=None,
-            dense=DenseConfig(8, 4),
-            lightning=replace(config.lightning, rotary_dim=8, norm_groups=1),
-        )
-        for name, config in NAMED_CONFIGS.items()
-        if name in hybrid_layers.MODELS[-2:]
-    }
-    cases = {"NAMED_CONFIGS": small, "MODELS": tuple(small), "CHECKED_TOKENS": 16}
+    models = {name: small(NAMED_CONFIGS[name]) for name in hybrid_layers.MODELS}
+    cases = {"NAMED_CONFIGS": models, "CHECKED_TOKENS": 16}
     options = hybrid_layers.Sizes(commit="c", tokens=32)
     found = rows_of("hybrid_layers", options, **cases)
     assert [key[1:3] + key[-1:] for key in found] == [
         (name, layer, metric)
-        for name in small
+        for name in models
         for layer in ("lightning", "softmax")
         for metric in ("forward_ms", "backward_ms")
     ]

@@ -142,9 +142,7 @@ def small(config: HybridConfig) -> HybridConfig:
     lightning = replace(
         config.lightning, rotary_dim=min(config.lightning.rotary_dim, 8), norm_groups=1
     )
-    return replace(
-        config, attention=heads, moe=None, dense=DenseConfig(8, 4), lightning=lightning
-    )
+    return replace(config, attention=heads, moe=None, dense=DenseConfig(8, 4), lightning=lightning)
 
 
 def test_hybrid_layers(rows_of) -> None:

@@ -165,10 +165,17 @@ def edge_weights(
 
 
 @gluon.jit
-def clear_rows(tile, n, STEP: gl.constexpr):
-    """Zero the rows from n on: they are of other documents, and may hold NaN."""
-    rows = flow_rows(gl.SliceLayout(1, ROWS), STEP)
-    tile.store(gl.where((rows < n)[:, None], tile.load(ROWS), 0.0))
+def clear_tiles(
+    tiles, first, COUNT: gl.constexpr, n, WIDTH: gl.constexpr, STEP: gl.constexpr
+):  # fmt: skip
+    """Zero the rows from n on of so many tiles: they are of other documents, and may hold NaN."""
+    if n < CHUNK:
+        rows = flow_rows(gl.SliceLayout(1, ROWS), STEP)
+        for i in gl.static_range(COUNT):
+            tile = tiles.index(first + i).reshape([64, WIDTH])
+            tile.store(gl.where((rows < n)[:, None], tile.load(ROWS), 0.0))
+        fence_async_shared()
+        barrier()  # other warps of the group read these rows
 
 
 @gluon.jit

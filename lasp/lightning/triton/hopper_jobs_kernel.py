@@ -24,7 +24,7 @@ from lasp.lightning.triton.hopper_chunk_kernel import (
     PRODUCT,
     async_load,
     barrier,
-    clear_rows,
+    clear_tiles,
     edge_weights,
     entering_state,
     leave_state,
@@ -58,7 +58,7 @@ class Shared(NamedTuple):
         leaving: of keys on leaving ``[64]``.
         full: the tiles of a stage are there.
         empty: the tiles of a stage were read.
-        ready: scores are there.
+        ready: scores are there; where each group has its own, the last keys are cleared.
         free: scores were read.
     """
 
@@ -154,6 +154,7 @@ def compute_scores(shared, tensors, edges, segment, sizes: gl.constexpr):
         if sizes.SHARED:
             border = gl.load(segment.reach + token + STEP * (n - 1)) < n
         mbarrier.wait(shared.full.index(stage), phase)
+        _clear_keys(shared, stage, n, sizes)
         scores = _scores(shared.operands, stage, sizes)
         scores = weigh_scores(scores, shared.powers, segment, token, n, border, STEP)
         mbarrier.wait(shared.free.index(turn), seen ^ 1)
@@ -209,9 +210,15 @@ def _walk(group: gl.constexpr, column, shared, tensors, edges, segment, sizes: g
             border = reach_last < n
         mbarrier.wait(shared.full.index(stage), phase)
         value_tile = shared.columns.index(stage * 2 + group).reshape([64, 64])
-        _clear_chunk(shared.operands, value_tile, stage, n, sizes)
+        clear_tiles(shared.columns, stage * 2 + group, 1, n, 64, STEP)
         scores_tile = shared.scores.index(turn if sizes.APART else group)
         if not sizes.APART:
+            if n < CHUNK:  # the last chunk: told and waited for once
+                if group == 0:
+                    _clear_keys(shared, stage, n, sizes)
+                    mbarrier.arrive(shared.ready.index(0))
+                else:
+                    mbarrier.wait(shared.ready.index(0), 0)
             scores = _scores(shared.operands, stage, sizes)
             scores = weigh_scores(scores, shared.powers, segment, token, n, border, STEP)
             scores_tile.store(scores)
@@ -219,8 +226,7 @@ def _walk(group: gl.constexpr, column, shared, tensors, edges, segment, sizes: g
         result = _of_state(state, shared.operands, stage, sizes)
         reach_next = reach_last
         if sizes.SHARED:
-            ahead = gl.minimum(begin + 2 * CHUNK, segment.length) - 1
-            reach_next = gl.load(reach + STEP * ahead)
+            reach_next = gl.load(reach + STEP * (gl.minimum(begin + 2 * CHUNK, segment.length) - 1))
         leaving, entering, across = edge_weights(
             shared.leaving, shared.entering, segment, token, n, reach_last, border, STEP
         )
@@ -251,16 +257,10 @@ def _walk(group: gl.constexpr, column, shared, tensors, edges, segment, sizes: g
 
 
 @gluon.jit
-def _clear_chunk(operands, value_tile, stage, n, sizes: gl.constexpr):
-    """Zero what a last chunk of fewer tokens has of others."""
+def _clear_keys(shared, stage, n, sizes: gl.constexpr):
+    """Zero what the keys of a last chunk have of others: one group does, the others wait for it."""
     PIECES: gl.constexpr = sizes.PIECES
-    WIDTH: gl.constexpr = sizes.WIDTH
-    if n < CHUNK:
-        for piece in gl.static_range(PIECES):
-            tile = operands.index((2 * stage + 1) * PIECES + piece)
-            clear_rows(tile.reshape([64, WIDTH]), n, sizes.STEP)
-        clear_rows(value_tile, n, sizes.STEP)
-        fence_async_shared()
+    clear_tiles(shared.operands, (2 * stage + 1) * PIECES, PIECES, n, sizes.WIDTH, sizes.STEP)
 
 
 @gluon.jit

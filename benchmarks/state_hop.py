@@ -2,12 +2,11 @@
 
 A chain of programs, each on a multiprocessor of its own: every one waits for the flag of the one
 before, reads the state it left, decays it and adds its own, writes that and sets its flag. This is
-what one pass over a sequence would do once for every segment ("look-back"), and its time is what
-such a pass cannot be faster than: segments of a head, times a hop. ``two passes`` is the alternative,
-which reads keys and values twice, at the bandwidth of a device copy.
+what one pass over a sequence would do once for every segment ("look-back"). Such a pass cannot be
+faster than a hop times the segments of a head. Two passes read keys and values twice instead.
 
 ``hop_us`` is the time of a chain over its length. ``tokens`` is how long segments would have to be
-for the chain to be as fast as the second reading of keys and values by all heads.
+for the chain to be as fast as a second reading of keys and values by all heads.
 
 Run: python -m benchmarks.state_hop --commit $(git rev-parse HEAD)
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -49,6 +49,12 @@ class Options:
     megatron_model: Literal["gpt", "hybrid"] = "gpt"
     shard_bytes: int = SHARD_BYTES
     float32_routers: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.to not in get_args(Target):
+            raise ValueError(f"to must be one of {get_args(Target)}, got {self.to!r}")
+        if self.shard_bytes < 1:
+            raise ValueError(f"shard_bytes must be >= 1, got {self.shard_bytes}")
 
 
 class Conversion(NamedTuple):

@@ -30,6 +30,8 @@ GQA_CLASSES = ("BailingMoeLinearV2ForCausalLM", "BailingMoeLinearForCausalLM")
 LATENT_CLASSES = ("BailingMoeV2_5ForCausalLM",)
 # Weight of the loss of multi-token prediction where the config has none: it is no weight of a file.
 _MTP_LOSS_WEIGHT = 0.1
+# Tokens of a context in the released configs, which servers ask for and no weight depends on.
+_CONTEXT = 131_072
 
 
 def read(fields: Json) -> HybridConfig:
@@ -159,6 +161,7 @@ def write(config: HybridConfig) -> dict[str, Any]:
         "moe_router_enable_expert_bias": router.expert_bias,
         "n_group": router.num_groups,
         "topk_group": router.top_groups,
+        "max_position_embeddings": _CONTEXT,
         "hidden_act": "silu",
         "linear_silu": False,
         "use_bias": False,

@@ -50,6 +50,8 @@ _NATIVE = {
 }
 _RELEASED_KINDS = {0: "G", 1: "*"}
 _NATIVE_KINDS = {"linear_attention": "G", "full_attention": "*"}
+# Tokens of a context in the released configs, which servers ask for and no weight depends on.
+_CONTEXT = 10_240_000
 
 
 def read_released(fields: Json) -> HybridConfig:
@@ -184,6 +186,7 @@ def _fields(config: HybridConfig, names: dict[str, str]) -> dict[str, Any]:
         scale: ResidualScale = getattr(residuals, ours)
         fields |= {pattern.format(name): getattr(scale, name) for name in ("alpha", "beta")}
     return fields | {
+        "max_position_embeddings": _CONTEXT,
         "head_dim": heads.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,

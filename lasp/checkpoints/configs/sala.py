@@ -30,6 +30,8 @@ from lasp.layers.options import LightningOptions
 
 CLASSES = ("MiniCPMSALAForCausalLM",)
 _KINDS = {"lightning-attn": "G", "lightning_attn": "G", "lightning": "G", "minicpm4": "*"}
+# Tokens of a context in the released configs, which servers ask for and no weight depends on.
+_CONTEXT = 524_288
 
 
 def read(fields: Json) -> HybridConfig:
@@ -125,6 +127,7 @@ def write(config: HybridConfig) -> dict[str, Any]:
         "scale_emb": config.vocabulary.embedding_scale,
         "dim_model_base": round(config.vocabulary.logit_scale * dense.hidden_size),
         "sparse_config": {"dense_len": heads.dense_len} if heads.dense_len else None,
+        "max_position_embeddings": _CONTEXT,
         "hidden_act": "silu",
         "tie_word_embeddings": config.vocabulary.tied,
     }

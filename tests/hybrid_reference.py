@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +123,9 @@ def reference_logits(
     x, aux_loss = embed(tokens) if inputs_embeds is None else inputs_embeds, torch.zeros(())
     for layer, kind in enumerate(config.kinds):
         counted = config.num_decay_layers or config.num_layers
-        rates = decay_rates(config.attention.num_heads, layer, counted, config.decay)
+        rates = decay_rates(
+            config.attention.num_heads, layer, counted, of_layer(config.decay, layer)
+        )
         x, more = reference_layer(config, part_of(p, f"layers.{layer}."), x, lengths, kind, rates)
         aux_loss = aux_loss + more
     x = rms_norm(x, p["final_norm.weight"], config.norm_eps)
@@ -138,6 +140,11 @@ def reference_logits(
     y, more = reference_layer(config, part_of(p, "mtp.layer."), y, lengths, "*", rates)
     y = rms_norm(y, p["mtp.final_norm.weight"], config.norm_eps)
     return ReferenceLogits(logits_of(x), aux_loss + more, logits_of(y))
+
+
+def of_layer(decay: Any, layer: int) -> Any:
+    """The formula, or the rates of a layer."""
+    return decay if isinstance(decay, str) else torch.tensor(decay[layer], dtype=torch.float64)
 
 
 def part_of(p: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -156,7 +156,7 @@ def one_rank(**kwargs: Any) -> dict[str, Tensor]:
 
 OTHER = {
     "pattern": "*GG",
-    "decay": "retnet",
+    "decay": torch.tensor([[0.0, 0.1, 0.2, 3.0]] * 2 + [[0.5, 0.0, 0.25, 1.0]]),
     "residuals": Residuals(
         "pre", ResidualScale(0.5, 2.0), ResidualScale(0.7, 1.5), ResidualScale(0.9, 3.0), 0.25
     ),

@@ -25,6 +25,7 @@ from lasp.hybrid import (
     next_in_document,
     pack_batch,
 )
+from lasp.lightning.decay import decay_rates
 from lasp.sequence.layout import SequenceLayout
 from tests.closeness import relative_error
 from tests.test_hybrid import MEDIUM, config
@@ -146,6 +147,12 @@ def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
                 (DenseConfig(10, 8), {}, r"dense.num_layers must be in \(0, 3\)"),
             )
         ),
+        (lambda: replace(config(), decay=torch.ones(2, 4)), r"decay must .* \(3, 4\), got torch.f"),
+        (lambda: replace(config(), decay=torch.ones(3, 4) * -1), "rates must be finite and >= 0"),
+        (
+            lambda: replace(config(), decay=torch.ones(3, 4), num_decay_layers=9),
+            "num_decay_layers must be None with rates given, got 9",
+        ),
         (lambda: replace(config(), num_layers=0), "num_layers must be a whole number >= 1"),
         (lambda: replace(config(), num_layers=2.5), "num_layers must be a whole number .* 2.5"),
         (lambda: replace(config(), num_layers=2, pattern="GG*"), "pattern must be .* or 2 of G"),
@@ -192,6 +199,17 @@ def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
 def test_bad_input(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_rates_in_place_of_a_formula() -> None:
+    rates = torch.stack([decay_rates(4, layer, 7, "sala") for layer in range(3)]) * 0.7
+    given, same = (replace(config(), decay=rates) for _ in range(2))
+    assert given == same != config()
+    assert hash(given) == hash(same)
+    found = [layer.attention.rates for layer in HybridModel(given).layers[:2]]
+    for actual, expected in zip(found, rates):
+        assert torch.equal(actual, expected)
+    assert HybridModel(replace(given, mtp_loss_weight=0.1)).mtp is not None
 
 
 def test_initial_values_are_deepnorms_and_independent() -> None:

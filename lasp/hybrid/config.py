@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lasp._core.checks import check_positive
 from lasp._core.impl import Impl, check_impl
 from lasp.hybrid.attention import AttentionConfig
 from lasp.layers.options import MINIMAX_OPTIONS, LightningOptions
-from lasp.lightning.decay import Variant, check_variant
+from lasp.lightning.decay import Variant, check_rates, check_variant
 from lasp.lightning.validation import check_exchange
 from lasp.state_exchange import Exchange
 from moe_parallel import MoEConfig
@@ -129,9 +130,11 @@ class HybridConfig:
         vocabulary: what is special about embedding and head.
         residuals: norms and residual weights; None: :meth:`Residuals.deepnorm` of ``num_layers``.
         norm_eps: of the residual norms.
-        decay: formula of the rates in lightning layers, see ``lasp.lightning.decay``.
+        decay: formula of the rates in lightning layers, see ``lasp.lightning.decay``; or the rates
+            themselves, float ``[num_layers, num_heads]``, finite and >= 0, of which rows of softmax
+            layers are not read. A tensor is kept as tuples.
         num_decay_layers: layers that the formula counts, where the model is the first part of a
-            deeper one; None: ``num_layers``.
+            deeper one; None: ``num_layers``, or ``decay`` has the rates.
         mtp_loss_weight: of the loss of a layer that predicts the token after the next, which the
             model then has (``lasp.hybrid.multi_token``); None: it has none.
         lightning_impl: who computes lightning attention, see :func:`lasp.lightning_attention`.
@@ -151,7 +154,7 @@ class HybridConfig:
     vocabulary: VocabularyConfig = _USUAL
     residuals: Residuals | None = None
     norm_eps: float = 1e-5
-    decay: Variant = "minimax"
+    decay: Variant | Tensor | tuple[tuple[float, ...], ...] = "minimax"
     num_decay_layers: int | None = None
     mtp_loss_weight: float | None = None
     lightning_impl: Impl = "auto"
@@ -165,7 +168,10 @@ class HybridConfig:
         check_positive(norm_eps=self.norm_eps)
         check_impl(self.lightning_impl, "lightning_impl")
         check_exchange(self.exchange)
-        check_variant(self.decay, "decay")
+        if isinstance(self.decay, str):
+            check_variant(self.decay, "decay")
+        else:
+            self._keep_rates(torch.as_tensor(self.decay))
         if len(self.kinds) != self.num_layers:
             raise ValueError(
                 f"pattern must be 'lightning layers:softmax layers' or {self.num_layers} of G"
@@ -179,6 +185,22 @@ class HybridConfig:
         if self.mtp_loss_weight is not None and not 0 < self.mtp_loss_weight < math.inf:
             raise ValueError(f"mtp_loss_weight must be > 0 or None, got {self.mtp_loss_weight}")
         self._check_dense()
+
+    def _keep_rates(self, rates: Tensor) -> None:
+        """Tuples in place of a tensor, so that configs can be compared."""
+        shape = (self.num_layers, self.attention.num_heads)
+        if rates.shape != shape or not rates.is_floating_point():
+            raise ValueError(
+                f"decay must be a formula or the float rates of all layers and heads {shape}, got"
+                f" {rates.dtype} of {tuple(rates.shape)}: see lasp.lightning.decay"
+            )
+        if self.num_decay_layers is not None:
+            raise ValueError(
+                f"num_decay_layers must be None with rates given, got {self.num_decay_layers}: no"
+                " formula counts layers"
+            )
+        rows = tuple(check_rates(tuple(row)) for row in rates.detach().double().tolist())
+        object.__setattr__(self, "decay", rows)
 
     def _check_dense(self) -> None:
         if self.dense is None:
@@ -220,6 +242,13 @@ class HybridConfig:
                 " know the size of the MLPs"
             )
         return part.hidden_size
+
+    @property
+    def decay_or_rates(self) -> Variant | Tensor:
+        """``decay``, rates as a float64 tensor on the host, ``[num_layers, num_heads]``."""
+        if isinstance(self.decay, str):
+            return self.decay
+        return torch.as_tensor(self.decay, dtype=torch.float64, device="cpu")
 
     def has_experts(self, layer_index: int) -> bool:
         """Whether a layer has experts; without them it has a dense MLP."""

@@ -152,14 +152,14 @@ def _lightning_attention(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> LightningAttention:
-    heads = config.attention
+    heads, decay = config.attention, config.decay_or_rates
     return LightningAttention(
         config.hidden_size,
         heads.num_heads,
         heads.head_dim,
         layer_index,
         config.num_decay_layers or config.num_layers,
-        decay=config.decay,
+        decay=decay[layer_index] if isinstance(decay, Tensor) else decay,
         options=config.lightning,
         exchange=config.exchange,
         impl=config.lightning_impl,

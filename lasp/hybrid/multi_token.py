@@ -40,6 +40,7 @@ class MultiTokenLayer(nn.Module):
             config,
             num_layers=1,
             pattern="*",
+            decay="minimax",  # not read: there may be rates of other layers
             dense=None if config.moe else config.dense,
             residuals=config.residuals_or_deepnorm,
         )

@@ -109,7 +109,7 @@ def attention_specs(
 ) -> tuple[ModuleSpec, ModuleSpec]:
     """Lightning and softmax attention of a hybrid model."""
     lightning = lightning_attention_spec(
-        decay=hybrid.decay,
+        decay=hybrid.decay_or_rates,
         options=hybrid.lightning,
         decay_layers=decay_layers,
         num_decay_layers=hybrid.num_decay_layers,

@@ -67,7 +67,8 @@ class LightningSelfAttention(MegatronModule):
         layer_number: from 1, over all pipeline stages, as TransformerLayer passes it.
         attn_mask_type: not read, lightning attention is causal.
         pg_collection: its tp and cp groups; of the parallel state if None.
-        decay: formula of the decay rates, see ``lasp.lightning.decay``, or those of all heads.
+        decay: formula of the decay rates, see ``lasp.lightning.decay``, or those of all heads,
+            ``[num_attention_heads]``, or of all layers that ``decay_layers`` counts besides.
         options: what is computed around the attention. They need a gate and no bias; groups of the
             output norm are whole on a tensor-parallel rank.
         decay_layers: numbers of the layers that the decay formula counts; None: all. A HybridModel
@@ -153,9 +154,12 @@ class LightningSelfAttention(MegatronModule):
                 f"layer_number must be one of decay_layers {list(counted)}, got {layer_number}:"
                 " list every attention layer of the model"
             )
+        index = counted.index(layer_number)
+        if isinstance(decay, Tensor) and decay.dim() == 2 and len(decay) == len(counted):
+            decay = decay[index]
         return decay_rates(
             self.config.num_attention_heads,
-            counted.index(layer_number),
+            index,
             num_layers,
             decay,
             tp_rank=self.tp_group.rank(),

@@ -116,7 +116,7 @@ LING_OPTIONS_OF_CONFIG = RING_OPTIONS | {
     "mscale_all_dim": 0.7,
 }
 
-# MiniCPM-SALA in small, without the scales of embedding and head, which are Megatron's.
+# MiniCPM-SALA in small, its rates given. Embedding and head, and so their scales, are Megatron's.
 _DEPTH = ResidualScale(beta=1.4 / 4**0.5)
 SALA = HybridConfig(
     num_layers=LAYERS,
@@ -129,7 +129,7 @@ SALA = HybridConfig(
     pattern="*GG*",
     lightning=LightningOptions("none", True, 6, scale=None),
     residuals=Residuals("pre", _DEPTH, _DEPTH, _DEPTH),
-    decay="sala",
+    decay=torch.arange(4 * HEADS).view(4, HEADS) / 7,
 )
 SALA_OPTIONS = {
     "attention_output_gate": True,

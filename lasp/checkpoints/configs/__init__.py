@@ -121,6 +121,7 @@ def check_same(config: HybridConfig, back: HybridConfig, name: str) -> None:
 
 def _model_of(config: HybridConfig) -> HybridConfig:
     """The model without what concerns training or who computes."""
+    formula = isinstance(config.decay, str)
     moe = config.moe and MoEConfig(
         config.moe.hidden_size,
         config.moe.ffn_size,
@@ -136,7 +137,7 @@ def _model_of(config: HybridConfig) -> HybridConfig:
         pattern=config.kinds,
         residuals=replace(config.residuals_or_deepnorm, init_gain=1.0),
         vocabulary=replace(config.vocabulary, float32_head=False),
-        num_decay_layers=config.num_decay_layers or config.num_layers,
+        num_decay_layers=(config.num_decay_layers or config.num_layers) if formula else None,
         mtp_loss_weight=None if config.mtp_loss_weight is None else 1.0,
         lightning_impl="auto",
         exchange="auto",

@@ -182,8 +182,7 @@ def plan_shards(sizes: Iterable[Iterable[tuple[str, int]]], shard_bytes: int) ->
         named = []
         for names in shards:
             number += 1
-            file = SINGLE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-            named.append(Shard(file, tuple(names)))
+            named.append(Shard(f"model-{number:05}-of-{count:05}.safetensors", tuple(names)))
         planned.append(named)
     return planned
 
@@ -197,8 +196,7 @@ def write_shards(folder: Path, shards: Iterable[Shard], tensors: Iterator[Tensor
 
 
 def write_index(folder: Path, shards: Iterable[Shard], num_bytes: int) -> None:
-    """Write the index of these shards, if they are more than one."""
+    """Write the index of shards; of one shard too, which llama.cpp's converter needs."""
     weight_map = {name: shard.file for shard in shards for name in shard.names}
-    if set(weight_map.values()) != {SINGLE}:
-        index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -332,3 +332,15 @@ def test_models_in_pieces_are_not_saved(tmp_path: Path) -> None:
     model.layers[0].moe_norm.weight = torch.nn.Parameter(torch.ones(16))
     with pytest.raises(ValueError, match=r"layers\.0\.moe_norm\.weight must be whole, or cut over"):
         model.save_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("model", "name"), [("ling", "bailing"), ("sala", "sala")])
+@pytest.mark.parametrize("field", [{"hidden_act": "gelu"}, {"use_sliding_window": True}])
+def test_other_models_refuse_by_the_field_too(
+    model: str, name: str, field: dict[str, object]
+) -> None:
+    file_format = FORMATS[name]
+    fields = file_format.write(MODELS[model][0])
+    file_format.read(fields)
+    with pytest.raises(ValueError, match=rf"{next(iter(field))} of config.json must be"):
+        file_format.read({**fields, **field})

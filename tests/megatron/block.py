@@ -62,7 +62,7 @@ OPTIONS = {
 # Ring-linear in small: its layers of both kinds, pre-norm, a dense first layer, its experts.
 RING = replace(
     HYBRID,
-    attention=replace(HYBRID.attention, qk_norm=True),
+    attention=replace(HYBRID.attention, qk_norm=True, rope_scaling=RopeScaling("linear", 4.0)),
     moe=replace(
         HYBRID.moe,
         router=RouterConfig("sigmoid", scaling=2.5, expert_bias=True, num_groups=2, top_groups=1),

@@ -38,6 +38,7 @@ def read(fields: Json) -> HybridConfig:
     """The model of a config."""
     refuse_others(fields, hidden_act="silu", use_bias=False, use_qkv_bias=False)
     refuse_others(fields, linear_silu=False, use_qk_norm=True, use_rmsnorm=True)
+    refuse_others(fields, use_sliding_window=False)
     check_not_quantised(fields)
     layers, vocab, hidden, heads = needed(
         fields, "num_hidden_layers", "vocab_size", "hidden_size", "num_attention_heads"

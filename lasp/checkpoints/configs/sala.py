@@ -38,6 +38,7 @@ def read(fields: Json) -> HybridConfig:
     """The model of a config."""
     refuse_others(fields, hidden_act="silu", attention_bias=False, use_output_norm=True)
     refuse_others(fields, lightning_scale="1/sqrt(d)")
+    refuse_others(fields, use_sliding_window=False)
     check_not_quantised(fields)
     layers, vocab, hidden, ffn, heads, kv_heads, mixers = needed(
         fields,

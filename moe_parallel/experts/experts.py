@@ -69,8 +69,7 @@ class Experts(ExpertShard):
         device: of the parameters.
         dtype: of the parameters.
 
-    Parameters have no values before :meth:`reset_parameters` or a checkpoint. Set ``recomputes`` to
-    keep less for the backward, see :meth:`forward`.
+    Parameters begin without values. ``recomputes`` keeps less for the backward: :meth:`forward`.
 
     Raises:
         ValueError: naming the argument, if the sizes do not divide or ``gemm`` cannot run.
@@ -261,7 +260,9 @@ class _OverRanks(torch.autograd.Function):
         dispatch, w13_ENM = pipeline.dispatch, w13.flatten(1, 2)
         own_of = [slice(experts.start, experts.stop) for experts in dispatch.experts]
         each = len(kept) // len(own_of)  # tensors of a group: its rows; also their first product
-        dws: dict[int, Tensor] = {}
+        wanted, dws = any(ctx.needs_input_grad[1:3]), dict[int, Tensor]()
+        if wanted and len(own_of) > 1:  # written in the turns of all groups: memory of none of them
+            dws |= enumerate(map(torch.empty_like, (w13_ENM, w2)))
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what weight gradients are made of
 
         def compute(g: int, dy: Tensor) -> Tensor:
@@ -288,7 +289,6 @@ class _OverRanks(torch.autograd.Function):
 
         with torch.autocast(grad_AM.device.type, enabled=False):
             # An expanded gradient has strides that products reject.
-            wanted = any(ctx.needs_input_grad[1:3])
             drows = pipeline.run(grad_AM.contiguous(), compute, weights if wanted else None)
         dw13, dw2 = (dws[0].view_as(w13), dws[1]) if wanted else (None, None)
         return drows, dw13, dw2, *(None,) * 5

@@ -211,8 +211,6 @@ def main(options: Options, device: torch.device) -> None:
         job.model,
         PROMPT,
         num_tokens=options.sample_tokens,
-        dp_rank=job.dp_rank,
-        dp=job.topology.dp,
         temperature=0.7,
         seed=options.seed,
     )

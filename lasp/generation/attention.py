@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lasp.generation.cache import DraftedLayer, KeyMemory
 from lasp.generation.partials import as_they_are, over_cached, over_few, over_ranks
-from lasp.generation.slots import PADDING
 from lasp.generation.step import CacheStep
 from lasp.layers.lightning_attention import LightningAttention
 from lasp.lightning.attention import lightning_attention
@@ -90,12 +89,11 @@ def _lightning(
         how["slots"] = step.rows[2, ::each].contiguous()
         mixed, _ = lightning_decode(q, k, v, attention.rates, states, in_place=True, **how)
         return attention.finish(hidden, mixed.flatten(0, 1))
-    index = [max(slot, 0) for slot in step.slots]
     mixed, final = lightning_attention(
         *(q, k, v, attention.rates),
         layout=step.layout,
         cp_group=step.group,
-        initial_state=states[index] if any(step.starts) else None,
+        initial_state=states[step.slots_or_first] if any(step.starts) else None,
         exchange=attention.exchange,
         output_final_state=not step.draft,
         **how,
@@ -105,8 +103,8 @@ def _lightning(
         return attention.finish(hidden, mixed)
     if step.group is not None:
         dist.all_reduce(final, group=step.group)  # zero but on the rank of the last token
-    real = [row for row, slot in enumerate(step.slots) if slot != PADDING]
-    states[[step.slots[row] for row in real]] = final if len(real) == len(final) else final[real]
+    real = step.real_documents
+    states[step.slots_or_first[real]] = final[real]
     return attention.finish(hidden, mixed)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -88,6 +88,19 @@ class CacheStep:
     def tokens_a_slot(self) -> int:
         """New tokens of each slot, if few and as many for all; else 0."""
         return self.counts[0] if self.few and min(self.counts) == max(self.counts) else 0
+
+    @cached_property
+    def slots_or_first(self) -> Tensor:
+        """Slot of each document, the first one for padding: int64 ``[N]`` on the device."""
+        return _on_device([[max(slot, 0) for slot in self.slots]], self.cache.device)[0]
+
+    @cached_property
+    def real_documents(self) -> Tensor | slice:
+        """Which documents are no padding."""
+        real = [row for row, slot in enumerate(self.slots) if slot != PADDING]
+        if len(real) == len(self.slots):
+            return slice(None)
+        return _on_device([real], self.cache.device)[0]
 
     def commit(self) -> None:
         """Count the new tokens; after the layers have stored them."""

@@ -7,10 +7,12 @@ tokens each, and questions at its end: a key, after which the model must name it
 
     f f k3 v3 f f f k1 v1 f k2 v2 f f ... k1 v1 k3 v3        the labels: the last v1 and v3
 
-``recall`` documents hold ``--pairs`` pairs and sixteen questions, ``needle`` documents one pair
-anywhere and one question; every step trains on both, as many. All models of a seed see the same
-documents, and are asked documents that they did not see. Rows: for each seed the accuracy by task
-and the loss of the last tenth of the steps; for all seeds together their accuracies.
+Filler is of tokens of its own and of values, never of keys. ``recall`` documents hold ``--pairs``
+pairs and up to sixteen questions, ``needle`` documents one pair anywhere and one question; every
+step trains on both, as many, with pairs that grow in number over the first half of the steps. All
+models of a seed see the same documents, and are asked documents that they did not see. Rows: for
+each seed the accuracy by task and the loss of the last tenth of the steps; for all seeds together
+their accuracies.
 
 Run: python -m benchmarks.needle --commit $(git rev-parse HEAD)
 """
@@ -87,7 +89,8 @@ def documents(
 
     keys = chosen(KINDS, pairs)
     values = torch.randint(KINDS, (count, pairs), generator=generator) + KINDS
-    tokens = torch.randint(KINDS, (count, length), generator=generator) + 2 * KINDS
+    # Values stand everywhere: only what follows a key is its own.
+    tokens = torch.randint(2 * KINDS, (count, length), generator=generator) + KINDS
     at = 2 * chosen(slots, pairs)
     tokens.scatter_(1, at, keys).scatter_(1, at + 1, values)
     asked = chosen(pairs, questions)
@@ -130,10 +133,10 @@ class Run:
             self.model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
         )
 
-    def task(self, name: str, count: int) -> Documents:
-        """New documents of a task."""
-        pairs, questions = (self.options.pairs, QUESTIONS) if name == "recall" else (1, 1)
-        return documents(self.generator, count, self.options.length, pairs, min(questions, pairs))
+    def task(self, name: str, count: int, grown: float = 1.0) -> Documents:
+        """New documents of a task; ``grown`` is the share of the pairs."""
+        pairs = max(1, round(grown * self.options.pairs)) if name == "recall" else 1
+        return documents(self.generator, count, self.options.length, pairs, min(QUESTIONS, pairs))
 
     def forward(self, some: Documents) -> tuple[Tensor, Tensor]:
         """Logits and labels of the tokens that have one."""
@@ -149,7 +152,8 @@ class Run:
         options, losses = self.options, []
         for step in range(options.steps):
             half = options.documents // 2
-            parts = (self.task("recall", half), self.task("needle", half))
+            grown = min(1.0, 2 * (step + 1) / options.steps)
+            parts = (self.task("recall", half, grown), self.task("needle", half))
             logits, labels = self.forward(Documents(*map(torch.cat, zip(*parts))))
             loss = next_token_loss(logits, labels, len(labels))
             loss.backward()

@@ -6,6 +6,10 @@
 ling`` and ``--model sala`` train those of Ling-2.5 and of MiniCPM-SALA. NCCL when there is a GPU a
 rank, else gloo. Writes metrics.jsonl, loss.png and checkpoints to ``--out``; ``--resume`` goes on
 from the newest checkpoint there, also with other parallel sizes or another number of ranks.
+
+MiniMax-01's recipe for long contexts in small, from 32 to 4096 tokens (docs/long-context.md)::
+
+    torchrun ... examples/05_train_hybrid.py --base-context 32 --packs 2 --pack-tokens 4096 ...
 """
 
 from __future__ import annotations
@@ -19,16 +23,18 @@ import torch
 import torch.distributed as dist
 import tyro
 from hybrid_training.checkpoint import Checkpointer
-from hybrid_training.corpus import NO_LABEL, Corpus
+from hybrid_training.corpus import NO_LABEL, Corpus, Pack, deal
 from hybrid_training.model import Name, small_hybrid
 from hybrid_training.optimizer import Trainer
 from hybrid_training.report import Report
 from hybrid_training.sample import sample
+from hybrid_training.stages import Recipe, set_rope_base
 from launch import init_distributed
 
 from lasp.hybrid import (
     HybridModel,
     HybridOutput,
+    PackedBatch,
     next_token_loss,
     pack_batch,
     reduce_gradients,
@@ -67,6 +73,9 @@ class Options:
         order: how a pack's tokens are laid over the cp ranks.
         packs: packs a step, split over dp.
         pack_tokens: tokens of a pack.
+        base_context: if not 0, extend contexts in stages, by ``hybrid_training.stages``: packs have
+            so many tokens in the first stage, 16, 64 and 128 times as many in the others;
+            ``packs x pack_tokens`` are those of a step.
         capacity_factor: of the experts; negative for dropless.
         drop_policy: which tokens a full expert drops.
         learning_rate: peak of the schedule.
@@ -88,6 +97,7 @@ class Options:
     order: Order = "zigzag"
     packs: int = 2
     pack_tokens: int = 2048
+    base_context: int = 0
     capacity_factor: float = 1.5
     drop_policy: Literal["position", "probability"] = "position"
     learning_rate: float = 6e-3
@@ -112,6 +122,15 @@ class Job:
         at = self.topology.dense_coordinates(dist.get_rank())
         self.dp_rank, self.cp_rank = at.dp, at.cp
         self.corpus = Corpus.from_standard_library(options.seed)
+        self.recipe: Recipe | None = None
+        if options.base_context and options.model != "minimax":
+            raise ValueError(
+                f"model must be 'minimax' with base_context, got {options.model!r}: the recipe sets"
+                " the base of softmax layers, and lightning layers of others rotate too"
+            )
+        if options.base_context:
+            tokens = options.packs * options.pack_tokens
+            self.recipe = Recipe(options.base_context, options.steps, tokens, options.seed)
         self.model = HybridModel(
             small_hybrid(
                 options.capacity_factor,
@@ -129,20 +148,9 @@ class Job:
     def forward_backward(self, step: int) -> dict[str, Any]:
         """Gradients of one step's batch, reduced; returns its metrics, equal on every rank."""
         options = self.options
-        packs = self.corpus.replicas(
-            step,
-            num_replicas=self.topology.dp,
-            per_step=options.packs,
-            num_tokens=options.pack_tokens,
-        )
-        batch = pack_batch(
-            [pack.document_lengths for pack in packs],
-            dp_rank=self.dp_rank,
-            num_ranks=options.cp,
-            order=options.order,
-            group=self.model.groups.token,
-        )
-        mine, layout = packs[self.dp_rank], batch.layout
+        packs = self.packs(step)
+        mine, batch = packs[self.dp_rank], self.batch(packs)
+        layout = batch.layout
         tokens = layout.shard(mine.tokens, self.cp_rank).to(self.device)
         labels = layout.shard(mine.labels, self.cp_rank, pad_value=NO_LABEL).to(self.device)
         num_targets = sum(int((pack.labels != NO_LABEL).sum()) for pack in packs)
@@ -161,6 +169,43 @@ class Job:
             "tokens": options.packs * options.pack_tokens,
             **self.balance(output),
         }
+
+    def packs(self, step: int) -> list[Pack]:
+        """What the replicas train on in a step, the same whatever the ranks."""
+        options, dp = self.options, self.topology.dp
+        if self.recipe is not None:
+            set_rope_base(self.model, self.recipe.stage_at(step)[0].rope_base)
+            return deal(self.recipe.packs(self.corpus, step), dp)
+        return self.corpus.replicas(
+            step, num_replicas=dp, per_step=options.packs, num_tokens=options.pack_tokens
+        )
+
+    def batch(self, packs: list[Pack]) -> PackedBatch:
+        """Layout of this replica's pack among those of all."""
+        return pack_batch(
+            [pack.document_lengths for pack in packs],
+            dp_rank=self.dp_rank,
+            num_ranks=self.options.cp,
+            order=self.options.order,
+            group=self.model.groups.token,
+        )
+
+    @torch.no_grad()
+    def long_loss(self) -> float:
+        """The loss on a pack of the longest context that no step has, without drops."""
+        assert self.recipe is not None
+        packs = [self.recipe.long_pack(self.corpus)] * self.topology.dp
+        batch, pack = self.batch(packs), packs[0]
+        tokens, labels = (
+            batch.layout.shard(x, self.cp_rank, pad_value=pad).to(self.device)
+            for x, pad in ((pack.tokens, 0), (pack.labels, NO_LABEL))
+        )
+        self.model.eval()
+        num_targets = self.topology.dp * int((pack.labels != NO_LABEL).sum())
+        loss = next_token_loss(self.model(tokens, batch).logits, labels, num_targets).double()
+        self.model.train()
+        dist.all_reduce(loss)
+        return loss.item()
 
     def balance(self, output: HybridOutput) -> dict[str, float]:
         """How evenly experts were met, over all layers that have some."""
@@ -203,6 +248,8 @@ def main(options: Options, device: torch.device) -> None:
         if options.model == "ling":
             update_expert_bias(job.model)
         row["tokens_per_s"] = row["tokens"] / (time.perf_counter() - start)
+        if job.recipe is not None and step + 1 in job.recipe.ends:
+            row["long_loss"] = job.long_loss()
         if report is not None:
             report.step(row)
         if (step + 1) % options.save_every == 0 or step + 1 == last_step:

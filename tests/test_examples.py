@@ -93,6 +93,39 @@ def test_other_models_train_and_resume_on_other_ranks(model, sizes, tmp_path) ->
     assert_same_curve(rows, expected)
 
 
+def test_contexts_grow_in_stages_with_another_cp(tmp_path) -> None:
+    """From 4 to 512 tokens: the first stage over replicas, the others over cp."""
+    flags = ("--base-context", "4", "--packs", "1", "--pack-tokens", "512", "--steps", "8")
+    flags += ("--sample-tokens", "0", "--ep", "1", "--etp", "1", "--out", str(tmp_path))
+    run("05_train_hybrid.py", *flags, "--cp", "1", "--stop-after", "4", num_ranks=2)
+    run("05_train_hybrid.py", *flags, "--cp", "2", "--resume", num_ranks=2)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(8))
+    long_losses = {row["step"]: row["long_loss"] for row in rows if "long_loss" in row}
+    assert list(long_losses) == [3, 5, 6, 7]  # the last steps of the stages
+    assert long_losses[7] < long_losses[3]  # that of the short model
+
+
+def test_mixtures_move_and_pieces_have_their_lengths() -> None:
+    sys.path.insert(0, str(EXAMPLES))
+    from hybrid_training.corpus import Corpus
+    from hybrid_training.stages import MINIMAX, Recipe
+
+    recipe, corpus = Recipe(4, 200, 1024, 0), Corpus.from_standard_library(0)
+    begun, end = recipe.ends[:2]
+    assert recipe.stage_at(begun - 1)[0] is MINIMAX[0]
+    assert recipe.stage_at(begun) == (MINIMAX[1], MINIMAX[0].mixture)
+    middle = recipe.stage_at(begun + round(0.1 * (end - begun)))[1]
+    assert middle == pytest.approx((0.65, 0.35, 0.0), abs=0.02)
+    assert recipe.stage_at(end - 1) == (MINIMAX[1], MINIMAX[1].mixture)
+    (pack, again), (other, _) = (recipe.packs(corpus, step) for step in (199, 198))
+    assert pack.document_lengths != again.document_lengths != other.document_lengths
+    lengths = pack.document_lengths
+    assert sum(lengths) == len(pack.tokens) == len(pack.labels) == 512
+    assert sum(n for n in lengths if n >= 64) >= 0.3 * 512  # long documents, but for a rest of one
+    assert (pack.labels == -100).sum() == len(lengths)
+
+
 def test_lightning_example() -> None:
     printed = run("01_lightning.py")
     assert "same as alone: True" in printed

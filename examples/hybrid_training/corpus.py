@@ -100,17 +100,22 @@ class Corpus:
         self, step: int, *, num_replicas: int, per_step: int, num_tokens: int
     ) -> list[Pack]:
         """The ``per_step`` packs of a step dealt out: for each replica its own, end to end."""
-        if per_step % num_replicas:
-            raise ValueError(
-                f"packs of a step must divide by dp {num_replicas}, got {per_step}: give more packs"
-                " or a larger cp"
-            )
-        share, replicas = per_step // num_replicas, []
-        for first in range(step * per_step, (step + 1) * per_step, share):
-            packs = [self.pack(index, num_tokens) for index in range(first, first + share)]
-            tokens, labels = (
-                torch.cat(parts) for parts in zip(*((pack.tokens, pack.labels) for pack in packs))
-            )
-            lengths = tuple(length for pack in packs for length in pack.document_lengths)
-            replicas.append(Pack(tokens, labels, lengths))
-        return replicas
+        first = step * per_step
+        packs = [self.pack(index, num_tokens) for index in range(first, first + per_step)]
+        return deal(packs, num_replicas)
+
+
+def deal(packs: list[Pack], num_replicas: int) -> list[Pack]:
+    """The packs of a step dealt out: for each replica its own, end to end."""
+    if len(packs) % num_replicas:
+        raise ValueError(
+            f"packs of a step must divide by dp {num_replicas}, got {len(packs)}: give more packs"
+            " or a larger cp"
+        )
+    share, replicas = len(packs) // num_replicas, []
+    for first in range(0, len(packs), share):
+        mine = packs[first : first + share]
+        tokens, labels = (torch.cat(parts) for parts in zip(*((p.tokens, p.labels) for p in mine)))
+        lengths = tuple(length for pack in mine for length in pack.document_lengths)
+        replicas.append(Pack(tokens, labels, lengths))
+    return replicas

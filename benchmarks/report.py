@@ -21,12 +21,14 @@ from typing import NamedTuple
 
 from benchmarks.bars import draw_bars
 from benchmarks.harness import RESULTS, Row, markdown, parse, read_rows
+from benchmarks.lines import draw_lines
 
 PAGE, FIGURES = Path("docs/performance.md"), "figures"
-PAGES = (PAGE, Path("docs/ring.md"), Path("docs/moe.md"))
+PAGES = (PAGE, *(Path(f"docs/{name}.md") for name in ("ring", "moe", "generation")))
 PLACE = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 OURS, SOFTMAX = "lasp triton", "softmax"
 SWEEPS = ("lightning_length",)  # over lengths: they have figures
+LINES = ("generation",)
 BARS = ("ring_length", "ring_packed", "moe_overlap")
 TIMES = ("forward_ms", "backward_ms")
 
@@ -247,6 +249,8 @@ def rewrite(page: str, runs: dict[Run, list[Row]]) -> str:
                 parts.append(crossovers(sweep.rows))
             if run.benchmark in BARS:
                 parts.append(f"![times of their bounds]({FIGURES}/{stem(run)}.png)\n")
+            if run.benchmark in LINES:
+                parts.append(f"![by context and prompt]({FIGURES}/{stem(run)}.png)\n")
             parts.append(table(rows))
         return place[1] + "\n" + ("\n".join(parts) or "No rows yet.\n") + "\n" + place[3]
 
@@ -274,6 +278,8 @@ def main() -> None:
                 draw(run, sweep.rows, page.parent / FIGURES / sweep.figure)
             if run.benchmark in places.intersection(BARS):
                 draw_bars(str(run), rows, page.parent / FIGURES / f"{stem(run)}.png")
+            if run.benchmark in places.intersection(LINES):
+                draw_lines(str(run), rows, page.parent / FIGURES / f"{stem(run)}.png")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,11 @@ def shape_of(attention: nn.Module) -> tuple[Any, ...]:
         dim = attention.head_dim
         return ("state", attention.num_heads, dim, dim)
     assert isinstance(attention, RingAttention | MultiLatentAttention)
-    if attention.window != (-1, -1) or not attention.causal or getattr(attention, "sinks", None):
+    if (
+        attention.window != (-1, -1)
+        or not attention.causal
+        or getattr(attention, "sinks", None) is not None
+    ):
         raise ValueError(
             "softmax layers must be causal, without window and sinks, to generate, got window"
             f" {attention.window}, causal {attention.causal}"

@@ -115,7 +115,8 @@ def over_cached(
             _over_slot(rows[some.start : some.stop], of_rows, memory, some, kernel, scale, expand)
     if group is None:
         return partial
-    sent = torch.stack([layout.shard(_joined(partial), rank) for rank in range(group.size())])
+    joined = _joined(partial)
+    sent = torch.stack([layout.shard(joined, rank) for rank in range(group.size())])
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     return merged(received)

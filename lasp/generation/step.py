@@ -125,7 +125,7 @@ class CacheStep:
             if len(hidden) == len(self.slots):
                 return hidden
             ends = [end - 1 for end in accumulate(self.counts)]
-            return hidden[ends]
+            return hidden[_on_device([ends], self.cache.device)[0]]
         found = hidden.new_zeros(len(self.slots), hidden.shape[-1])
         here = {
             f.document: f.offset + f.stop - f.start - 1

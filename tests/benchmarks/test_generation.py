@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from benchmarks import generation
 from benchmarks.harness import Machine
+from benchmarks.lines import draw_lines
 from lasp.hybrid import AttentionConfig
 from moe_parallel import MoEConfig
 from tests.ranks import run_on_ranks
@@ -45,3 +47,10 @@ def test_generation(num_ranks: int) -> None:
     assert sum(shares) == pytest.approx(1)
     key_bytes = [row["bound"] for row in found["keys of a softmax layer"]]
     assert key_bytes == pytest.approx([2 * 2 * 16 * 4 * n / num_ranks / 1e6 for n in (64, 128)])
+
+
+def test_rows_make_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra examples")
+    path = tmp_path / "lines.png"
+    draw_lines("a run", run_on_ranks(rows_on_rank, 1)[0], path)
+    assert path.stat().st_size > 10_000

@@ -6,7 +6,7 @@ memory. It needs ``pip install 'lasp-plus[checkpoints]'``.
 """
 
 from lasp.checkpoints.configs import FORMATS, FormatName
-from lasp.checkpoints.convert import Conversion, Options, convert, plan
+from lasp.checkpoints.convert import Conversion, Options, Target, convert, plan
 from lasp.checkpoints.source import Source, open_source, read_config
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "FormatName",
     "Options",
     "Source",
+    "Target",
     "convert",
     "open_source",
     "plan",

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lasp.checkpoints import memory
 from lasp.checkpoints.atoms import WIDE_ROLES, Atom
 from lasp.checkpoints.configs import FormatName, config_fields, format_of
 from lasp.checkpoints.dcp_folder import write_dcp
@@ -66,8 +67,8 @@ class Conversion(NamedTuple):
         tensors: written, and their dtypes.
         fields: of the config.json that is written.
         num_bytes: of the tensors.
-        largest_bytes: of memory beside what Python and torch take: one tensor or expert of the
-            source and of the target, and one shard of safetensors files.
+        largest_bytes: of memory beside what Python and torch take, see
+            ``lasp.checkpoints.memory``.
     """
 
     source: Source
@@ -89,17 +90,12 @@ def plan(source: Source, options: Options) -> Conversion:
     if options.to != "hf" and not source.is_trained:
         fields[_WIDE_FIELD] = dtypes.are_wide
     tensors = [(tensor, dtypes.of(tensor)) for tensor in mapped(family, source.config)]
-    sizes = [_num_bytes(tensor, dtype) for tensor, dtype in tensors]
-    largest = source.largest_bytes * (3 if source.is_trained else 1) + max(sizes)
+    num_bytes = sum(tensor.num_bytes(dtype) for tensor, dtype in tensors)
     if options.to == "hf":
-        largest += max(min(options.shard_bytes, sum(sizes)), max(sizes))
+        largest = memory.into_files(source, tensors, options.shard_bytes)
     else:
-        largest += max(sizes)
-    return Conversion(source, family, tensors, fields, sum(sizes), largest)
-
-
-def _num_bytes(tensor: MappedTensor, dtype: torch.dtype) -> int:
-    return torch.Size(tensor.part).numel() * dtype.itemsize
+        largest = memory.into_checkpoint(source, tensors)
+    return Conversion(source, family, tensors, fields, num_bytes, largest)
 
 
 def _target(source: Source, options: Options) -> tuple[Family, dict[str, Any]]:
@@ -165,14 +161,17 @@ def convert(conversion: Conversion, out: Path, options: Options) -> None:
     source, dtypes = conversion.source, dict(conversion.tensors)
     with whole_folder(out) as folder, progress(conversion.num_bytes) as advance:
 
-        def make(tensor: MappedTensor) -> Tensor:
-            made = tensor.joined(source.atom(atom) for atom in tensor.atoms)
+        def make(tensor: MappedTensor, rows: slice | None = None) -> Tensor:
+            cut = None if rows is None else (rows, *[slice(None)] * (len(tensor.part) - 1))
+            made = tensor.joined(source.atom(atom, cut) for atom in tensor.atoms)
             made = made.to(dtypes[tensor])
             advance(made.nbytes)
             return made
 
         if options.to == "hf":
-            _write_files(folder, conversion, map(_owned, map(make, dtypes)), options.shard_bytes)
+            made = map(make, dtypes)
+            made = map(_owned, made) if source.is_trained else made
+            _write_files(folder, conversion, made, options.shard_bytes)
         elif options.to == "plain":
             write_dcp(folder, conversion.tensors, make, prefix="model.", extra={})
         else:
@@ -185,7 +184,7 @@ def convert(conversion: Conversion, out: Path, options: Options) -> None:
 def _write_files(
     folder: Path, conversion: Conversion, made: Iterator[Tensor], shard_bytes: int
 ) -> None:
-    sizes = [(tensor.name, _num_bytes(tensor, dtype)) for tensor, dtype in conversion.tensors]
+    sizes = [(tensor.name, tensor.num_bytes(dtype)) for tensor, dtype in conversion.tensors]
     (shards,) = plan_shards([sizes], shard_bytes)
     write_shards(folder, shards, made)
     write_index(folder, shards, conversion.num_bytes)

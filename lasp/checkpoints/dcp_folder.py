@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +41,11 @@ from lasp.checkpoints.mapping import MappedTensor
 from lasp.checkpoints.safetensors_folder import StoredTensor
 
 METADATA = ".metadata"
+# Makes a tensor, or rows of one; and objects beside the tensors, pickled, by name.
+Make = Callable[[MappedTensor, slice | None], Tensor]
+Extra = Mapping[str, bytes]
 # Parts of expert stacks that are kept after reading: writers save several experts in one part.
-_KEPT_PARTS = 2
+KEPT_PARTS = 2
 
 
 class DcpFolder:
@@ -115,6 +118,9 @@ class DcpFolder:
     def read(self, name: str, expert: int | None, cut: tuple[slice, ...] | None = None) -> Tensor:
         """A tensor, or an expert of one; or a slice of that."""
         _, stored = self._stored[name]
+        if expert is None and cut is not None:
+            low, high, _ = cut[0].indices(stored.size[0])
+            return self._box(name, low, high)[:, *cut[1:]]
         if expert is None:
             tensor = self._box(name, 0, stored.size[0])
         else:
@@ -124,7 +130,7 @@ class DcpFolder:
             if (part := self._parts.pop((name, low, high), None)) is None:
                 part = self._box(name, low, high)
             self._parts[name, low, high] = part
-            while len(self._parts) > _KEPT_PARTS:
+            while len(self._parts) > KEPT_PARTS:
                 self._parts.popitem(last=False)
             tensor = part[expert - low]
         return tensor if cut is None else tensor[cut]
@@ -156,27 +162,39 @@ class _IntoBox(DefaultLoadPlanner):
         pass
 
 
-class _OneByOne(DefaultSavePlanner):
-    """Makes each tensor when it is written."""
+class _Piece(NamedTuple):
+    """Rows of a tensor that are made and written at once; None: all."""
 
-    def __init__(
-        self,
-        tensors: Mapping[MetadataIndex, tuple[MappedTensor, torch.dtype]],
-        make: Callable[[MappedTensor], Tensor],
-        extra: Mapping[str, bytes],
-    ) -> None:
+    tensor: MappedTensor
+    dtype: torch.dtype
+    rows: slice | None
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """Its place in the whole tensor."""
+        sizes = list(self.tensor.part)
+        first = self.tensor.expert or 0
+        if self.tensor.expert is not None:
+            sizes.insert(0, 1)
+        if self.rows is not None:
+            first, sizes[0] = self.rows.start, self.rows.stop - self.rows.start
+        return ChunkStorageMetadata(torch.Size([first, *[0] * (len(sizes) - 1)]), torch.Size(sizes))
+
+
+class _OneByOne(DefaultSavePlanner):
+    """Makes each piece when it is written."""
+
+    def __init__(self, pieces: Mapping[MetadataIndex, _Piece], make: Make, extra: Extra) -> None:
         super().__init__(flatten_state_dict=False)
-        self.tensors, self.make, self.extra = tensors, make, extra
+        self.pieces, self.make, self.extra = pieces, make, extra
 
     def create_local_plan(self) -> SavePlan:
         items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self.extra]
-        for index, (tensor, dtype) in self.tensors.items():
-            assert index.offset is not None
-            sizes = tensor.part if tensor.expert is None else (1, *tensor.part)
+        for index, piece in self.pieces.items():
             data = TensorWriteData(
-                chunk=ChunkStorageMetadata(index.offset, torch.Size(sizes)),
-                properties=TensorProperties(dtype=dtype),
-                size=torch.Size(tensor.shape),
+                chunk=piece.chunk,
+                properties=TensorProperties(dtype=piece.dtype),
+                size=torch.Size(piece.tensor.shape),
             )
             items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
         self.plan = SavePlan(items)
@@ -186,36 +204,35 @@ class _OneByOne(DefaultSavePlanner):
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(self.extra[write_item.index.fqn])
         index = write_item.index
-        tensor, _ = self.tensors[MetadataIndex(index.fqn, index.offset)]
-        made = self.make(tensor).contiguous()  # torch's writer copies what is a view of more
-        return made if tensor.expert is None else made.unsqueeze(0)
+        piece = self.pieces[MetadataIndex(index.fqn, index.offset)]
+        # torch's writer copies what is a view of more.
+        made = self.make(piece.tensor, piece.rows).contiguous()
+        return made if piece.tensor.expert is None else made.unsqueeze(0)
 
 
 def write_dcp(
     folder: Path,
     tensors: Iterable[tuple[MappedTensor, torch.dtype]],
-    make: Callable[[MappedTensor], Tensor],
+    make: Make,
     *,
     prefix: str = "",
-    extra: Mapping[str, bytes],
+    extra: Extra,
 ) -> None:
-    """Write a checkpoint, one tensor or expert in memory at a time.
+    """Write a checkpoint, a tensor, an expert or rows of a large tensor in memory at a time.
 
     Args:
         folder: where.
         tensors: what to write, and its dtype.
-        make: makes one of them.
+        make: makes rows of one of them.
         prefix: of names.
         extra: objects besides, pickled, by name.
     """
-    indexed = {
-        MetadataIndex(prefix + tensor.name, [tensor.expert or 0, *[0] * (len(tensor.shape) - 1)]): (
-            tensor,
-            dtype,
-        )
-        for tensor, dtype in tensors
-    }
-    planner = _OneByOne(indexed, make, extra)
+    pieces = {}
+    for tensor, dtype in tensors:
+        for rows in tensor.row_pieces(dtype):
+            piece = _Piece(tensor, dtype, rows)
+            pieces[MetadataIndex(prefix + tensor.name, piece.chunk.offsets)] = piece
+    planner = _OneByOne(pieces, make, extra)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save({}, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)

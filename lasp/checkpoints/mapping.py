@@ -12,6 +12,9 @@ from lasp.checkpoints.atoms import Atom, Shape, atoms_of
 from lasp.checkpoints.family import Family, Join
 from lasp.hybrid.config import HybridConfig
 
+# Larger tensors, such as an embedding, are written into a checkpoint of torch in pieces.
+PIECE_BYTES = 2**28
+
 
 class MappedTensor(NamedTuple):
     """A tensor of a format, or the part of it that one expert has.
@@ -33,6 +36,18 @@ class MappedTensor(NamedTuple):
     groups: int
     part: Shape
     shape: Shape
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of this part."""
+        return torch.Size(self.part).numel() * dtype.itemsize
+
+    def row_pieces(self, dtype: torch.dtype) -> list[slice | None]:
+        """Rows to write at once: pieces of a large tensor of one atom; None: all at once."""
+        count = -(-self.num_bytes(dtype) // PIECE_BYTES)
+        if count == 1 or len(self.atoms) > 1 or self.expert is not None:
+            return [None]
+        rows = -(-self.part[0] // count)
+        return [slice(at, min(at + rows, self.part[0])) for at in range(0, self.part[0], rows)]
 
     def joined(self, atoms: Iterable[Tensor]) -> Tensor:
         """This part, of its atoms."""

@@ -127,7 +127,7 @@ def save_model(
     sizes: list[list[tuple[str, int]]] = [[] for _ in range(parts.place.ep_size)]
     for tensor, owner in zip(tensors, owners):
         dtype = parts.dtype(tensor, narrow)
-        sizes[owner].append((tensor.name, torch.Size(tensor.part).numel() * dtype.itemsize))
+        sizes[owner].append((tensor.name, tensor.num_bytes(dtype)))
     shards = plan_shards(sizes, shard_bytes)
     group, temporary = model.groups.token, unfinished(folder)
     is_first = _rank_and_size(group)[0] == 0

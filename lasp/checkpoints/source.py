@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,15 +104,9 @@ class Source:
         """In which an atom is stored."""
         return self.storage.tensors[self._holder[atom].name].dtype
 
-    @cached_property
-    def largest_bytes(self) -> int:
-        """Bytes of the largest thing that is read at once."""
-        if isinstance(self.storage, DcpFolder):
-            return self.storage.largest_chunk_bytes
-        sizes = (
-            torch.Size(t.part).numel() * self.dtype(t.atoms[0]).itemsize for t in self._tensors
-        )
-        return max(sizes)
+    def holders(self, tensor: MappedTensor) -> list[MappedTensor]:
+        """The tensors of the source that hold the atoms of one of another format."""
+        return list(dict.fromkeys(self._holder[atom] for atom in tensor.atoms))
 
     def atom(self, atom: Atom, cut: tuple[slice, ...] | None = None) -> Tensor:
         """An atom, or a slice of it.

@@ -65,6 +65,15 @@ def test_there_and_back(model: str, options: dict[str, Any], tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "in", "there"]
 
 
+def test_large_tensors_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lasp.checkpoints.mapping.PIECE_BYTES", 700)
+    tensors = write_model(tmp_path / "in", "ring")
+    there = converted(tmp_path / "in", tmp_path / "there", to="megatron")
+    assert_same(read_files(converted(there, tmp_path / "back", to="hf")), tensors)
+    again = converted(there, tmp_path / "again", to="plain")
+    assert_same(read_files(converted(again, tmp_path / "files", to="hf")), tensors)
+
+
 def test_from_one_format_of_files_to_another(tmp_path: Path) -> None:
     """transformers' names are MiniMax's; its decay buffers go, the config is another."""
     tensors = write_model(tmp_path / "in", "minimax-native")

@@ -5,6 +5,14 @@
 memory. It needs ``pip install 'lasp-plus[checkpoints]'``.
 """
 
+from importlib.util import find_spec
+
+if missing := [name for name in ("safetensors", "rich", "tyro") if find_spec(name) is None]:
+    raise ImportError(
+        f"lasp.checkpoints needs {', '.join(missing)}, not installed: pip install"
+        " 'lasp-plus[checkpoints]'"
+    )
+
 from lasp.checkpoints.configs import FORMATS, FormatName
 from lasp.checkpoints.convert import Conversion, Options, Target, convert, plan
 from lasp.checkpoints.source import Source, open_source, read_config

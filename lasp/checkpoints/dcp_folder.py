@@ -10,8 +10,10 @@ import io
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,14 +32,17 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
     SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-from lasp.checkpoints.mapping import MappedTensor
+from lasp.checkpoints.mapping import PIECE_BYTES, MappedTensor
 from lasp.checkpoints.safetensors_folder import StoredTensor
 
 METADATA = ".metadata"
@@ -162,6 +167,36 @@ class _IntoBox(DefaultLoadPlanner):
         pass
 
 
+class _InFiles(FileSystemWriter):
+    """Writes several files: torch's writer keeps the last piece of every tensor of one."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        written: list[WriteResult] = []
+        for number, items in enumerate(_by_file(plan.items)):
+            prefix = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            part = replace(plan, items=items, storage_data=prefix)
+            written += super().write_data(part, planner).wait()
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(written)
+        return future
+
+
+def _by_file(items: Iterable[WriteItem]) -> Iterator[list[WriteItem]]:
+    """Whole tensors, of which one piece each takes at most ``PIECE_BYTES`` together."""
+    file: list[WriteItem] = []
+    kept = 0
+    for _, group in groupby(items, key=lambda item: item.index.fqn):
+        tensor = list(group)
+        data = tensor[0].tensor_data
+        size = 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
+        if file and kept + size > PIECE_BYTES:
+            yield file
+            file, kept = [], 0
+        file += tensor
+        kept += size
+    yield file
+
+
 class _Piece(NamedTuple):
     """Rows of a tensor that are made and written at once; None: all."""
 
@@ -235,4 +270,4 @@ def write_dcp(
     planner = _OneByOne(pieces, make, extra)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save({}, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)
+        save({}, storage_writer=_InFiles(folder), planner=planner, no_dist=True)

@@ -7,15 +7,20 @@ from collections.abc import Sequence
 import torch
 
 from lasp.checkpoints.dcp_folder import KEPT_PARTS, DcpFolder
-from lasp.checkpoints.mapping import MappedTensor
+from lasp.checkpoints.mapping import PIECE_BYTES, MappedTensor
 from lasp.checkpoints.source import Source
 
 _Typed = tuple[MappedTensor, torch.dtype]
 
 
 def into_checkpoint(source: Source, tensors: Sequence[_Typed]) -> int:
-    """What is read for a piece, the piece, and the copy that torch's writer makes of a view."""
-    return max(_read(source, *typed, _piece(*typed)) + 2 * _piece(*typed) for typed in tensors)
+    """A piece, what is read for it, the copy of a view, and pieces of other tensors of the file.
+
+    The last two are torch's writer's.
+    """
+    pieces = [_piece(*typed) for typed in tensors]
+    largest = max(_read(source, *typed, piece) + 2 * piece for typed, piece in zip(tensors, pieces))
+    return largest + max(min(PIECE_BYTES, sum(pieces)), max(pieces))
 
 
 def into_files(source: Source, tensors: Sequence[_Typed], shard_bytes: int) -> int:

@@ -9,16 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-
-try:
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-except ModuleNotFoundError as error:
-    raise ImportError(
-        "checkpoints need the package safetensors, which is not installed: pip install"
-        " 'lasp-plus[checkpoints]'"
-    ) from error
 
 from lasp.checkpoints.atoms import Shape
 

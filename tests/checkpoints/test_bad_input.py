@@ -211,12 +211,12 @@ BROKEN: dict[str, tuple[Break, str]] = {
     ),
     "two checkpoints": (text(".metadata", ""), "must hold one checkpoint, got model"),
     "a checkpoint of torch cut short": (
-        as_checkpoint(cut_short("__0_0.distcp", -1)),
-        r"__0_0\.distcp must have \d+ bytes as \.metadata says, got \d+: the checkpoint was not",
+        as_checkpoint(cut_short("__0_0_0.distcp", -1)),
+        r"__0_0_0\.distcp must have \d+ bytes as \.metadata says, got \d+: the checkpoint was not",
     ),
     "a checkpoint of torch without its file": (
-        as_checkpoint(without("__0_0.distcp")),
-        r"__0_0\.distcp must have \d+ bytes .* got 0",
+        as_checkpoint(without("__0_0_0.distcp")),
+        r"__0_0_0\.distcp must have \d+ bytes .* got 0",
     ),
     "a checkpoint of torch that is not finished": (
         as_checkpoint(cut_short(".metadata", 100)),

@@ -138,6 +138,8 @@ def test_plain_is_a_checkpoint_of_torch(tmp_path: Path) -> None:
     dcp.load({"model": weights}, checkpoint_id=plain, no_dist=True)
     loaded = HybridModel.from_pretrained(tmp_path / "in")
     assert_same({n: v for n, v in loaded.state_dict().items() if n in weights}, weights)
+    loaded = HybridModel.from_pretrained(plain)
+    assert_same({n: v for n, v in loaded.state_dict().items() if n in weights}, weights)
     saved = {"model": state, "optimizer": {"state": torch.ones(3)}}
     dcp.save(saved, checkpoint_id=tmp_path / "saved", no_dist=True)
     (tmp_path / "saved" / "config.json").write_text((plain / "config.json").read_text())

@@ -14,8 +14,10 @@ from lasp.checkpoints.configs import FORMATS, config_fields
 from lasp.checkpoints.families import BAILING, MEGATRON_GPT, MEGATRON_HYBRID, MINIMAX, PLAIN, SALA
 from lasp.checkpoints.family import Family
 from lasp.checkpoints.mapping import mapped
-from lasp.hybrid import NAMED_CONFIGS, HybridConfig, HybridModel
+from lasp.hybrid import NAMED_CONFIGS, HybridConfig, HybridModel, VocabularyConfig
+from lasp.layers.options import LightningOptions
 from tests.checkpoints.files import LING, LING_MTP, MODELS
+from tests.checkpoints.files import MINIMAX as MINIMAX_SMALL
 from tests.checkpoints.files import SALA as SMALL_SALA
 
 YARN = RopeScaling("yarn", 4.0, 32_768, mscale_all_dim=0.7)
@@ -49,6 +51,18 @@ def test_every_parameter_has_one_source(config: HybridConfig) -> None:
         places = Counter((tensor.name, tensor.expert) for tensor in tensors)
         assert set(places.values()) == {1}
         assert not any(family.skips(tensor.name) for tensor in tensors)
+
+
+def test_parameters_of_options_that_no_format_has() -> None:
+    options = LightningOptions(qkv_bias=True, gate_bias=True, out_bias=True)
+    moe = replace(MINIMAX_SMALL.moe, shared_ffn_size=6, shared_gate=True)
+    config = replace(
+        MINIMAX_SMALL, lightning=options, moe=moe, vocabulary=VocabularyConfig(tied=True)
+    )
+    names = {n: tuple(p.shape) for n, p in HybridModel(config, device="meta").named_parameters()}
+    assert {tensor.name: tensor.shape for tensor in mapped(PLAIN, config)} == names
+    with pytest.raises(ValueError, match="must be of a model that a format has: minimax: "):
+        config_fields(config)
 
 
 def test_counts_of_released_files() -> None:

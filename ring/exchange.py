@@ -73,6 +73,8 @@ class KVPrefetcher:
 
     def __init__(self, own: KV, schedule: RingSchedule, cp_group: dist.ProcessGroup | None) -> None:
         self._own, self._stages, self._group = own, schedule.stages, cp_group
+        if not self._stages:
+            return
         self._memory = receive_memory(own, schedule)
         self._started, self._transfers = 0, deque[KVTransfer]()
         self._chain = schedule.route == "chain"  # on every rank, whether it forwards or not

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring.blocks.gradients import RowGradients
-from ring.blocks.interface import QKV, Block, Segments, cu_seqlens
+from ring.blocks.interface import QKV, Block, segments_of
 from ring.blocks.merge import Accumulator, Partial
 from ring.blocks.sinks import add_sinks
 from ring.exchange import (
@@ -83,7 +83,8 @@ def forward(q: Tensor, moving: KV, context: RingContext, sinks: Tensor | None = 
     schedule, block, scale = context.schedule, context.block, context.scale
     stages = KVPrefetcher(moving, schedule, context.cp_group)
     own = context.keys_and_values(moving)
-    local = block.forward_varlen(QKV(q, *own), _segments(schedule, q.device), scale=scale)
+    segments = segments_of(schedule.fragment_borders, q.device, schedule.window)
+    local = block.forward_varlen(QKV(q, *own), segments, scale=scale)
     accumulators = _accumulators(local, schedule, block)
 
     def attend(tiles: Sequence[KVTile], kv: KV, release: Callable[[], None]) -> None:
@@ -99,13 +100,14 @@ def forward(q: Tensor, moving: KV, context: RingContext, sinks: Tensor | None = 
                     release()
                 accumulators[tile.rectangle].add(partial)
 
-    attend(schedule.own_tiles, own, lambda: None)
+    if schedule.own_tiles:
+        attend(schedule.own_tiles, own, lambda: None)
     for stage, received in stages:
         attend(stage.tiles, context.keys_and_values(received), stages.release)
         del received  # the next kv buffer may have to be put together
     if sinks is not None:
         local = add_sinks(local, sinks)
-    return Partial(local.output.to(q.dtype), local.lse)
+    return Partial(local.output.to(q.dtype), local.lse) if local.output.dtype != q.dtype else local
 
 
 def backward(
@@ -158,7 +160,8 @@ def backward(
             accumulate_kv_grads(returning, returned, sent)
         returning = send_kv_grads(stage, memory, sent, cp_group)
     sums.add(schedule.own_tiles, own, sums.dkv)
-    local = rows.within(_segments(schedule, q.device), QKV(q, *own))
+    segments = segments_of(schedule.fragment_borders, q.device, schedule.window)
+    local = rows.within(segments, QKV(q, *own))
     if returning is not None:
         accumulate_kv_grads(returning, returned, returned)  # after the last is no next stage
     sums.add_to(local)
@@ -166,7 +169,7 @@ def backward(
     if expansion is not None:
         dmoving = expansion.gradients(moving[0], local.k.to(dtype), local.v.to(dtype))
         gradients = (local.q, dmoving.add_(returned[0]) if schedule.stages else dmoving)
-    return tuple(x.to(y.dtype) for x, y in zip(gradients, (q, *moving)))
+    return tuple([x if x.dtype == q.dtype else x.to(q.dtype) for x in gradients])
 
 
 class _TileGradients:
@@ -210,11 +213,6 @@ class _TileGradients:
         if self._any:
             local.k.add_(self.dkv[0])
             local.v.add_(self.dkv[1])
-
-
-def _segments(schedule: RingSchedule, device: torch.device) -> Segments:
-    borders = schedule.fragment_borders
-    return Segments(borders, cu_seqlens(borders, device), schedule.window)
 
 
 def _accumulators(local: Partial, schedule: RingSchedule, block: Block) -> list[Accumulator]:

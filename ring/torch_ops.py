@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
+from lasp._core.autocast import without_autocast
 from lasp._core.checks import checked_rank
 from lasp._core.consistency import compare_first_call, is_compared
 from lasp._core.derivatives import Reference
@@ -126,9 +127,9 @@ class _AttentionOperators:
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *settings: Any
     ) -> tuple[Tensor, Tensor]:
         moving, context = self._context(q, k, v, sinks, *settings)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             output, lse = passes.forward(q.contiguous(), moving, context, sinks)
-        return output.contiguous(), lse.contiguous()
+        return output.contiguous(), lse.T.contiguous().T
 
     def _backward(
         self,
@@ -143,15 +144,15 @@ class _AttentionOperators:
     ) -> tuple[Tensor, ...]:
         moving, context = self._context(q, k, v, None, *settings)
         merged = Partial(output, lse)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             gradients = passes.backward(doutput, dlse, merged, q.contiguous(), moving, context)
         if context.expansion is not None:
             gradients += (context.expansion.dweight.view(v.shape).to(v.dtype),)
-        return tuple(x.contiguous() for x in gradients)
+        return tuple([x.contiguous() for x in gradients])
 
     def _fake(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         value_dim = self._source(q, k, v)[2]
-        lse = q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide_dtype(q.dtype)).T
         return q.new_empty(*q.shape[:2], value_dim), lse
 
     def _gradients(

@@ -19,7 +19,8 @@ from moe_parallel import TokenOrder
 from moe_parallel.experts import gemm
 from moe_parallel.pipeline.groups import positions_on
 from ring import ring_attention
-from ring.blocks import interface
+from ring.blocks import cudnn, flash, interface
+from ring.planner.window import CAUSAL
 
 CPU = torch.device("cpu")
 LAYOUT = SequenceLayout((5, 2), 1)
@@ -34,7 +35,9 @@ CONSTANTS: dict[str, Callable[[], Tensor]] = {
         _LAYOUTS.get("five and seven", lambda: SequenceLayout((5, 7), 1, "fold")).lengths_tensor
     ),
     "positions of a layout": lambda: LAYOUT.position_ids(0),
-    "cu_seqlens of a stretch": lambda: interface.cu_seqlens((0, 5), CPU),
+    "states without dropout": lambda: flash._no_dropout(CPU)[0],
+    "a seed without dropout": lambda: cudnn._no_dropout(CPU),
+    "segments of a stretch": lambda: interface.segments_of((0, 5), CPU, CAUSAL).cu_seqlens,
     "segments of a rank's tokens": lambda: ORDER._segment_bounds(0, CPU),
     "positions of experts": lambda: positions_on(CPU, 4, 2, (range(1), range(1, 2))),
     "ends of a grouped product": lambda: gemm._ends((1, 3), CPU, False),

@@ -8,11 +8,13 @@ every call: that took longer than all the rest of a call on the host.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from lasp._core.derivatives import (
@@ -30,6 +32,7 @@ class Operators:
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
         self._calls: dict[str, Callable[..., Any]] = {}
+        self._numbers_of_tensors: dict[str, int] = {}  # that come first
         self._library = torch.library.Library(namespace, "FRAGMENT")
 
     def define(
@@ -39,6 +42,7 @@ class Operators:
 
         Args:
             schema: name, arguments without defaults, and results; a tuple holds numbers alone.
+                Tensors that may want gradients come first.
             function: computes it; a compiler never looks into it, nor when a graph broke before.
             fake: results of the right shapes, whatever is in them.
 
@@ -54,12 +58,15 @@ class Operators:
         torch.library.register_fake(f"{self._namespace}::{name}", fake, lib=self._library)
         operator = self._operator(name)
 
-        def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or not _is_plain_call(arguments):
-                return operator(*arguments)
-            return function(*arguments)
+        def call_uncompiled(*arguments: Any) -> Any:
+            return (function if _is_plain_call(arguments) else operator)(*arguments)
 
-        self._calls[name] = call
+        def call(*arguments: Any) -> Any:
+            return (operator if torch.compiler.is_compiling() else call_uncompiled)(*arguments)
+
+        self._calls[name] = call_uncompiled
+        kinds = schema.partition("(")[2].split(", ")
+        self._numbers_of_tensors[name] = len([*takewhile(lambda x: x.startswith("Tensor"), kinds)])
         return call
 
     def differentiate(
@@ -80,27 +87,34 @@ class Operators:
         Returns:
             What calls the operator, outside graphs without torch's dispatcher where it can.
         """
-        operator = self._operator(name)
-        without_gradients = self._calls[name]
+        operator, without_gradients = self._operator(name), self._calls[name]
+        number = self._numbers_of_tensors[name]
 
         def below_autograd(*arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return without_gradients(*arguments)
 
         def forward(ctx: Any, *arguments: Any) -> Any:
+            arguments = (*arguments[:-1], *arguments[-1])
             results = below_autograd(*arguments)
             save(ctx, arguments, results)
             return results
 
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return *gradients(ctx, *grads)[:number], None
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         function = type(f"{self._namespace}_{name}", (torch.autograd.Function,), methods)
 
         def with_autograd(*arguments: Any) -> Any:
-            tensors = [x for x in arguments if type(x) in _TENSORS or isinstance(x, Tensor)]
+            if not torch.is_grad_enabled() and forward_ad._current_level < 0:  # most backwards
+                return below_autograd(*arguments)
+            tensors = [x for x in arguments[:number] if x is not None]
             refuse_forward_mode(reference, *tensors)
             if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
                 refuse_transforms(reference)
-                return function.apply(*arguments)  # type: ignore[attr-defined]
+                # One tuple: autograd looks at each argument, which takes it 2 us for a dozen.
+                return function.apply(*arguments[:number], arguments[number:])  # type: ignore[attr-defined]
             return below_autograd(*arguments)
 
         self._library.impl(name, with_autograd, "Autograd")

@@ -5,12 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lasp._core.cache import tensor_cache
+from lasp._core.host_constants import to_device
 from ring.blocks.flash import FlashBlock
 from ring.blocks.interface import QKV, Operands, bhtd, thd
 from ring.blocks.merge import Partial
 from ring.planner.window import CAUSAL, Window
 
 aten = torch.ops.aten
+
+
+@tensor_cache(maxsize=64)  # devices
+def _no_dropout(device: torch.device) -> Tensor:
+    """A random seed and offset of a backward, which only dropout reads; kept."""
+    with torch.inference_mode(False):  # kept, and used in training too
+        return to_device(torch.zeros((), dtype=torch.int64, device="cpu"), device)
 
 
 class CudnnBlock(FlashBlock):
@@ -49,7 +58,7 @@ class CudnnBlock(FlashBlock):
     ) -> QKV:
         """Run one kernel call, whatever the shape."""
         lse_BHT1 = merged.lse.T.contiguous()[None, :, :, None]
-        seed = torch.zeros((), dtype=torch.int64, device=doutput.device)  # only dropout reads it
+        seed = _no_dropout(doutput.device)
         bias, lengths = None, (None, None, len(qkv.q), len(qkv.k))
         gradients = aten._scaled_dot_product_cudnn_attention_backward(
             *(bhtd(x.contiguous()) for x in (doutput, *qkv, merged.output)),

@@ -29,7 +29,7 @@ class EagerBlock(Block):
         lse_HGT = scores_HGTS.logsumexp(-1)
         p_HGTS = (scores_HGTS - lse_HGT.unsqueeze(-1)).exp()
         output_THGV = torch.einsum("hgts,shv->thgv", p_HGTS, _wide(qkv.v))
-        return Partial(output_THGV.flatten(1, 2), lse_HGT.flatten(0, 1).T.contiguous())
+        return Partial(output_THGV.flatten(1, 2), lse_HGT.flatten(0, 1).T)
 
     def backward(
         self, doutput: Tensor, merged: Partial, qkv: QKV, *, window: Window, scale: float

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lasp._core.cache import tensor_cache
 from lasp._core.dtypes import wide_dtype
+from lasp._core.host_constants import to_device
 from ring.blocks.interface import QKV, Block, Operands, Segments
 from ring.blocks.merge import Partial
 from ring.planner.window import CAUSAL, EVERYTHING, Window
@@ -74,7 +76,7 @@ class FlashBlock(Block):
         lengths = (None, None, len(qkv.q), len(qkv.k))
         gradients = aten._flash_attention_backward(
             *(x[None] for x in tensors),
-            *(*lengths, 0.0, window == CAUSAL, *_no_dropout(qkv.q)),
+            *(*lengths, 0.0, window == CAUSAL, *_no_dropout(qkv.q.device)),
             **_options(window, scale),
         )
         return QKV(*(as_wide_as(x, dx[0]) for x, dx in zip(qkv, gradients)))
@@ -93,7 +95,7 @@ class FlashBlock(Block):
     ) -> QKV:
         """Run one varlen call for all segments."""
         tensors = (*one_width(doutput, *qkv, merged.output), merged.lse.T.contiguous())
-        rest = (*segments.lengths, 0.0, segments.window == CAUSAL, *_no_dropout(qkv.q))
+        rest = (*segments.lengths, 0.0, segments.window == CAUSAL, *_no_dropout(qkv.q.device))
         options = _options(segments.window, scale)
         gradients = aten._flash_attention_backward(*tensors, *rest, **options)
         return QKV(*(as_wide_as(x, dx) for x, dx in zip(qkv, gradients)))
@@ -133,6 +135,9 @@ def as_wide_as(like: Tensor, x: Tensor) -> Tensor:
     return x if x.shape[-1] == like.shape[-1] else x[..., : like.shape[-1]]
 
 
-def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
-    """The two random-state arguments of a flash backward, which only dropout reads."""
-    return torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
+@tensor_cache(maxsize=64)  # devices
+def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The two random-state arguments of a flash backward, which only dropout reads; kept."""
+    with torch.inference_mode(False):  # kept, and used in training too
+        state = to_device(torch.zeros(2, dtype=torch.uint64, device="cpu"), device)
+        return state, torch.empty(0, device=device)

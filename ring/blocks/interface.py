@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -59,18 +58,19 @@ class Segments(NamedTuple):
     Attributes:
         borders: cumulative lengths on the host, 0 first.
         cu_seqlens: the same on the device of the queries, int32.
+        longest: tokens of the longest segment.
         window: which tokens of its segment a row sees.
     """
 
     borders: tuple[int, ...]
     cu_seqlens: Tensor
+    longest: int
     window: Window
 
     @property
     def lengths(self) -> tuple[Tensor, Tensor, int, int]:
         """Arguments of varlen kernels: cu_seqlens and longest segment, for rows and for keys."""
-        longest = _longest(self.borders)
-        return self.cu_seqlens, self.cu_seqlens, longest, longest
+        return self.cu_seqlens, self.cu_seqlens, self.longest, self.longest
 
 
 class Block(ABC):
@@ -130,11 +130,6 @@ class Block(ABC):
         return QKV(*(torch.cat(tensors) for tensors in zip(*parts)))
 
 
-@lru_cache(maxsize=256)
-def _longest(borders: tuple[int, ...]) -> int:
-    return max(stop - start for start, stop in pairwise(borders))
-
-
 def bhtd(x_THD: Tensor) -> Tensor:
     """The view ``[1, H, T, D]`` that dense kernels take."""
     return x_THD.transpose(0, 1)[None]
@@ -151,7 +146,9 @@ def wide_like(x: Tensor) -> Tensor:
 
 
 @tensor_cache(maxsize=256)  # a few batches in flight
-def cu_seqlens(borders: tuple[int, ...], device: torch.device) -> Tensor:
-    """Borders of segments on a device, int32; the last ones are kept."""
+def segments_of(borders: tuple[int, ...], device: torch.device, window: Window) -> Segments:
+    """Segments with these borders, for queries on a device; the last ones are kept."""
     with torch.inference_mode(False):  # kept, and used in training too
-        return to_device(torch.tensor(borders, dtype=torch.int32, device="cpu"), device)
+        cu_seqlens = to_device(torch.tensor(borders, dtype=torch.int32, device="cpu"), device)
+    longest = max(stop - start for start, stop in pairwise(borders))
+    return Segments(borders, cu_seqlens, longest, window)

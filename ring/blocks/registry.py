@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -28,6 +27,7 @@ def check_block(name: str) -> None:
         raise ValueError(f"block must be one of {('auto', *BLOCKS)}, got {name!r}: use 'auto'")
 
 
+@lru_cache(maxsize=64)
 def resolve_block(
     name: str,
     device: torch.device,
@@ -65,10 +65,10 @@ def resolve_block(
         ValueError: if the name is unknown or the block cannot run there.
     """
     value_dim = head_dim if value_dim is None else value_dim
-    if name == "auto":
-        return _first_without_obstacle(device, dtype, head_dim, value_dim, slides)
-    check_block(name)
     operands = Operands(device, dtype, head_dim, value_dim, slides)
+    if name == "auto":
+        return next(block for block in BLOCKS.values() if block.obstacle(operands) is None)
+    check_block(name)
     if (obstacle := BLOCKS[name].obstacle(operands)) is not None:
         raise ValueError(
             f"block {name!r} {obstacle}, got {dtype} on {device.type}, head dim {head_dim} of keys"
@@ -76,9 +76,3 @@ def resolve_block(
             ' "auto", or "eager" for any tensors'
         )
     return BLOCKS[name]
-
-
-@lru_cache(maxsize=64)
-def _first_without_obstacle(*operands: Any) -> Block:
-    case = Operands(*operands)
-    return next(block for block in BLOCKS.values() if block.obstacle(case) is None)

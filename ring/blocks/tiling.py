@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ring.blocks.interface import QKV, Block, Operands, Segments, cu_seqlens, wide_like
+from ring.blocks.interface import QKV, Block, Operands, Segments, segments_of, wide_like
 from ring.blocks.merge import Accumulator, Partial
 from ring.planner.stages import bucket
 from ring.planner.window import CAUSAL, EVERYTHING, Window
@@ -242,5 +242,5 @@ def _at(sums: QKV, rows: slice, keys: slice) -> QKV:
 def _stretches(local: LocalTiling, segments: Segments) -> Iterator[tuple[slice, Segments]]:
     for start, *ends in local.stretches:
         borders = (0, *(end - start for end in ends))
-        lengths = cu_seqlens(borders, segments.cu_seqlens.device)
-        yield slice(start, ends[-1]), Segments(borders, lengths, segments.window)
+        device = segments.cu_seqlens.device
+        yield slice(start, ends[-1]), segments_of(borders, device, segments.window)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lasp.sequence.layout import SequenceLayout
 from ring import passes, ring_attention
-from ring.blocks.interface import QKV
+from ring.blocks.interface import QKV, segments_of
 from ring.blocks.merge import Partial, merge
 from ring.blocks.registry import BLOCKS
 from ring.planner.ranges import RowRange
 from ring.planner.schedule import RingSchedule, plan_ring
 from ring.planner.tiles import KVTile
-from ring.planner.window import EVERYTHING
+from ring.planner.window import CAUSAL, EVERYTHING
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks, subgroup
 from tests.ring.cases import (
@@ -192,7 +192,9 @@ def test_rows_are_merged_over_tiles_in_float32() -> None:
     q, k, v = qkv = QKV(*qkv)
     schedule, block = tile_a_key(), BLOCKS["cpu_flash"]
     output, lse = passes.forward(q, (k, v), passes.RingContext(schedule, None, block, 1.0))
-    local = block.forward_varlen(qkv, passes._segments(schedule, q.device), scale=1.0)
+    local = block.forward_varlen(
+        qkv, segments_of(schedule.fragment_borders, q.device, CAUSAL), scale=1.0
+    )
     assert local.output.dtype == torch.bfloat16
     merged = Partial(local.output[16:].float(), local.lse[16:])
     for s in range(16):

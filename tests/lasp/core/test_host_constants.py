@@ -20,7 +20,8 @@ from lasp.state_exchange.start import _index
 from moe_parallel import TokenOrder
 from moe_parallel.experts import gemm
 from moe_parallel.pipeline.groups import positions_on
-from ring.blocks import interface
+from ring.blocks import cudnn, flash, interface
+from ring.planner.window import CAUSAL
 
 GPU = torch.device("cuda", 0)
 ORDER = TokenOrder(segments=(((0, 2, 3), (5, 0, 1)),), rows_per_rank=(5,))
@@ -40,7 +41,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "rates": lambda: rates_by_value((0.0625,), GPU, torch.float32),
     "cu_seqlens of a layout": lambda: SequenceLayout((3,), 1).cu_seqlens(0, GPU),
     "positions of a layout": lambda: SequenceLayout((3,), 1).position_ids(0, GPU),
-    "cu_seqlens of a stretch": lambda: interface.cu_seqlens((0, 4), GPU),
+    "states without dropout": lambda: flash._no_dropout(GPU)[0],
+    "a seed without dropout": lambda: cudnn._no_dropout(GPU),
+    "segments of a stretch": lambda: interface.segments_of((0, 4), GPU, CAUSAL).cu_seqlens,
     "segments of a rank's tokens": lambda: ORDER._segment_bounds(0, GPU),
     "segments by position": lambda: ORDER._segments_by_position(GPU),
     "tokens by position": lambda: ORDER._tokens_by_position(GPU),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ring.blocks.interface import QKV, Block, Operands, Segments
+from ring.blocks.interface import QKV, Block, Operands, Segments, segments_of
 from ring.blocks.merge import Partial, merge
 from ring.blocks.registry import BLOCKS, resolve_block
 from ring.planner.window import EVERYTHING
@@ -52,8 +52,7 @@ def run_varlen(
     qkv, doutput = split(tensors, device)
     scale = qkv.q.shape[-1] ** -0.5
     borders = tuple(accumulate(lengths, initial=0))
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
-    segments = Segments(borders, cu_seqlens, mask(causal))
+    segments = segments_of(borders, torch.device(device), mask(causal))
     output, lse = block.forward_varlen(qkv, segments, scale=scale)
     merged = Partial(output.to(qkv.q.dtype), lse)
     gradients = block.backward_varlen(doutput, merged, qkv, segments, scale=scale)
@@ -189,7 +188,7 @@ def test_cuda_kernels_take_these_arguments(name: str, dims, rows: int, keys: int
     if rows == keys:
         cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta")
         for causal in (True, False):
-            segments = Segments((0, 5, rows), cu_seqlens, mask(causal))
+            segments = Segments((0, 5, rows), cu_seqlens, max(5, rows - 5), mask(causal))
             partial = block.forward_varlen(qkv, segments, scale=0.1)
             gradients = block.backward_varlen(doutput, partial, qkv, segments, scale=0.1)
             results.append((partial, gradients))

@@ -17,7 +17,7 @@ from ring.blocks import fa4
 from ring.blocks.eager import EagerBlock
 from ring.blocks.interface import QKV, Operands
 from ring.blocks.merge import Partial
-from ring.blocks.registry import BLOCKS
+from ring.blocks.registry import BLOCKS, resolve_block
 from ring.planner.window import Window
 from tests.ring.blocks.test_blocks import (
     rectangle,
@@ -126,6 +126,7 @@ def stand_ins() -> Iterator[StandIns]:
     kernels = StandIns()
     with patch.object(fa4, "_kernels", lambda: (kernels.forward, kernels.backward)):
         yield kernels
+    resolve_block.cache_clear()  # tests make it take what it refuses
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3)])

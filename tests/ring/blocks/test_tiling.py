@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ring.blocks import tiling
-from ring.blocks.interface import QKV, Block, Segments
+from ring.blocks.interface import QKV, Block, segments_of
 from ring.blocks.merge import Partial
 from ring.blocks.registry import BLOCKS
 from ring.blocks.tiling import TiledBlock, tile_rectangle, tile_segments, tile_side
@@ -146,7 +146,7 @@ def test_one_square_is_not_copied() -> None:
     q, k, v, doutput = random_tensors(16, 2, 1, 4, torch.bfloat16)
     qkv, segments = (
         QKV(q, k, v),
-        Segments((0, 16), torch.tensor([0, 16], dtype=torch.int32), CAUSAL),
+        segments_of((0, 16), torch.device("cpu"), CAUSAL),
     )
     block, dense, _ = make_block()
     partial = BLOCKS["cpu_flash"].forward(qkv, window=CAUSAL, scale=1.0)
@@ -162,7 +162,7 @@ def test_short_segments_are_one_varlen_call() -> None:
     calls = []
     block, _, other = make_block()
     with patch.object(other, "forward_varlen", lambda *args, **kwargs: calls.append(args)):
-        segments = Segments((0, 3, 10), torch.tensor([0, 3, 10], dtype=torch.int32), CAUSAL)
+        segments = segments_of((0, 3, 10), torch.device("cpu"), CAUSAL)
         block.forward_varlen(
             QKV(*random_tensors(10, 2, 1, 4, torch.float32)[:3]), segments, scale=1
         )

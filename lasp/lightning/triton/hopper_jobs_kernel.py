@@ -154,7 +154,7 @@ def compute_scores(shared, tensors, edges, segment, sizes: gl.constexpr):
         if sizes.SHARED:
             border = gl.load(segment.reach + token + STEP * (n - 1)) < n
         mbarrier.wait(shared.full.index(stage), phase)
-        _clear_keys(shared, stage, n, sizes)
+        _clear_keys(0, shared, stage, n, sizes)
         scores = _scores(shared.operands, stage, sizes)
         scores = weigh_scores(scores, shared.powers, segment, token, n, border, STEP)
         mbarrier.wait(shared.free.index(turn), seen ^ 1)
@@ -213,12 +213,7 @@ def _walk(group: gl.constexpr, column, shared, tensors, edges, segment, sizes: g
         clear_tiles(shared.columns, stage * 2 + group, 1, n, 64, STEP)
         scores_tile = shared.scores.index(turn if sizes.APART else group)
         if not sizes.APART:
-            if n < CHUNK:  # the last chunk: told and waited for once
-                if group == 0:
-                    _clear_keys(shared, stage, n, sizes)
-                    mbarrier.arrive(shared.ready.index(0))
-                else:
-                    mbarrier.wait(shared.ready.index(0), 0)
+            _clear_keys(group, shared, stage, n, sizes)
             scores = _scores(shared.operands, stage, sizes)
             scores = weigh_scores(scores, shared.powers, segment, token, n, border, STEP)
             scores_tile.store(scores)
@@ -257,10 +252,17 @@ def _walk(group: gl.constexpr, column, shared, tensors, edges, segment, sizes: g
 
 
 @gluon.jit
-def _clear_keys(shared, stage, n, sizes: gl.constexpr):
-    """Zero what the keys of a last chunk have of others: one group does, the others wait for it."""
+def _clear_keys(group: gl.constexpr, shared, stage, n, sizes: gl.constexpr):
+    """Zero what the keys of a last chunk have of others: once for both groups of columns."""
     PIECES: gl.constexpr = sizes.PIECES
-    clear_tiles(shared.operands, (2 * stage + 1) * PIECES, PIECES, n, sizes.WIDTH, sizes.STEP)
+    if n < CHUNK:
+        if group == 0:
+            first = (2 * stage + 1) * PIECES
+            clear_tiles(shared.operands, first, PIECES, n, sizes.WIDTH, sizes.STEP)
+            if not sizes.APART:
+                mbarrier.arrive(shared.ready.index(0))
+        else:
+            mbarrier.wait(shared.ready.index(0), 0)
 
 
 @gluon.jit

@@ -13,7 +13,7 @@ from lasp._core.cache import tensor_cache
 from lasp._core.host_constants import to_device
 
 # Forward: 1.8 ms at 600 TFLOP/s. Two smaller groups were slower than one on an H200, in both
-# directions: 64 experts a rank of 2048 x 768 and 128 of 4096 x 1024, 8192 tokens with 8 experts each.
+# directions: 64 experts a rank of 2048 x 768 and 128 of 4096 x 1024, 8192 tokens, 8 experts each.
 GROUP_FLOPS = 2**40
 
 

@@ -1,9 +1,8 @@
 """The jobs of the warps of ``lasp.lightning.triton.hopper_scan_kernel``.
 
 Each job walks the chunks of a segment and waits only for what it needs, by barriers in shared
-memory: ``full`` and ``empty`` for the stages, ``ready`` and ``free`` for the scores. A barrier
-counts its phases. A wait names the parity of a phase and passes when that phase is over; the phase
-before the first one counts as over.
+memory: ``full`` and ``empty`` for the stages, ``ready`` and ``free`` for the scores. A wait names the
+parity of a phase of a barrier and passes when that phase is over; the one before the first is.
 """
 
 from typing import Any, NamedTuple
@@ -256,13 +255,12 @@ def _clear_keys(group: gl.constexpr, shared, stage, n, sizes: gl.constexpr):
     """Zero what the keys of a last chunk have of others: once for both groups of columns."""
     PIECES: gl.constexpr = sizes.PIECES
     if n < CHUNK:
-        if group == 0:
-            first = (2 * stage + 1) * PIECES
-            clear_tiles(shared.operands, first, PIECES, n, sizes.WIDTH, sizes.STEP)
-            if not sizes.APART:
-                mbarrier.arrive(shared.ready.index(0))
-        else:
+        if group > 0:
             mbarrier.wait(shared.ready.index(0), 0)
+            return
+        clear_tiles(shared.operands, (2 * stage + 1) * PIECES, PIECES, n, sizes.WIDTH, sizes.STEP)
+        if not sizes.APART:
+            mbarrier.arrive(shared.ready.index(0))
 
 
 @gluon.jit

@@ -1,8 +1,8 @@
 """The jobs of the warps of ``lasp.lightning.triton.hopper_scan_kernel``.
 
 Each job walks the chunks of a segment and waits only for what it needs, by barriers in shared
-memory: ``full`` and ``empty`` for the stages, ``ready`` and ``free`` for the scores. A wait names the
-parity of a phase of a barrier and passes when that phase is over; the one before the first is.
+memory: ``full`` and ``empty`` for the stages, ``ready`` and ``free`` for the scores. A wait names
+the parity of a phase of a barrier and passes when that phase is over; the one before the first is.
 """
 
 from typing import Any, NamedTuple

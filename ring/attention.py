@@ -3,10 +3,10 @@
 Gradients: every rank must run the backward, also one whose own inputs need no gradient: over
 several ranks the results require gradients wherever gradients are enabled (``torch.no_grad()`` is
 for layers that no rank trains). A loss that depends on the lse (a z-loss) makes the kernels of that
-rank's backward run twice; else the lse costs nothing, and sinks never do. Contributions are summed
-in float32 (float64 for float64) in a fixed order. Two runs are bit-identical with ``eager`` and
-``cpu_flash``, and with ``flash`` under ``torch.use_deterministic_algorithms(True)``. Saved for the
-backward: q, k, v, output and lse.
+rank's backward run twice, but for ``fa4``; else the lse costs nothing, and sinks never do.
+Contributions are summed in float32 (float64 for float64) in a fixed order. Two runs are
+bit-identical with ``eager`` and ``cpu_flash``, and with ``fa4`` and ``flash`` under
+``torch.use_deterministic_algorithms(True)``. Saved for the backward: q, k, v, output and lse.
 
 Communication: 1 to 4 stages, each one all-to-all under the attention to what came before; none at
 all, on any rank, if no document needs it. The first call on a group also compares how ranks call

@@ -128,8 +128,8 @@ def backward(
 
     Args:
         doutput: ``[T, Hq, V]``.
-        dlse: ``[T, Hq]``; None if nothing depends on the lse. Else every tile is two calls of the
-            block.
+        dlse: ``[T, Hq]``; None if nothing depends on the lse. Else every tile is two calls of a
+            block that takes no dlse.
         merged: output and lse from :func:`forward`.
         q: of the forward.
         moving: likewise.

@@ -28,9 +28,19 @@ class Fa4Block(FlashBlock):
     compute capability 9.0. Keys of 192 and values of 128, with as many key heads as query heads,
     run as they are; other widths are padded with zeros to one of ``HEAD_DIMS``. dq, dk and dv are
     bit-reproducible under ``torch.use_deterministic_algorithms(True)`` only.
+
+    Args:
+        dlse: gradient of the lse of the rows, for a backward; None: none.
     """
 
     name = "fa4"
+
+    def __init__(self, dlse: Tensor | None = None) -> None:
+        self._dlse = dlse
+
+    def with_dlse(self, dlse: Tensor) -> Fa4Block:
+        """The kernel takes it: no second call."""
+        return Fa4Block(dlse)
 
     def obstacle(self, operands: Operands) -> str | None:
         """Return the obstacle of :class:`FlashBlock`, or name the GPU or the package it needs."""
@@ -50,7 +60,9 @@ class Fa4Block(FlashBlock):
     ) -> QKV:
         """Run one kernel call, whatever the shape."""
         tensors = (*_widths(qkv, merged.output, doutput), merged.lse.T.contiguous())
-        gradients = _backward(*(x[None] for x in tensors), **_options(window, scale))
+        dlse = None if self._dlse is None else self._dlse.T[None]
+        options = _options(window, scale)
+        gradients = _backward(*(x[None] for x in tensors), dlse=dlse, **options)
         return QKV(*(as_wide_as(x, dx[0]) for x, dx in zip(qkv, gradients)))
 
     def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
@@ -69,7 +81,8 @@ class Fa4Block(FlashBlock):
             return self.backward(doutput, merged, qkv, window=segments.window, scale=scale)
         tensors = (*_widths(qkv, merged.output, doutput), merged.lse.T.contiguous())
         options = _options(segments.window, scale) | _lengths(segments)
-        gradients = _backward(*tensors, **options)
+        dlse = None if self._dlse is None else self._dlse.T
+        gradients = _backward(*tensors, dlse=dlse, **options)
         return QKV(*(as_wide_as(x, dx) for x, dx in zip(qkv, gradients)))
 
 
@@ -110,8 +123,12 @@ def _backward(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
 
 
 def _options(window: Window, scale: float) -> dict[str, Any]:
-    left, right = (side if side >= 0 else None for side in window)
-    return {"softmax_scale": scale, "window_size_left": left, "window_size_right": right}
+    left, right = window
+    return {
+        "softmax_scale": scale,
+        "window_size_left": left if left >= 0 else None,
+        "window_size_right": right if right >= 0 else None,
+    }
 
 
 def _lengths(segments: Segments) -> dict[str, Any]:

@@ -4,9 +4,9 @@ With p the probabilities of the keys s of a row, the gradient of its scores is::
 
     p_s (do . v_s - do . o + dlse)
 
-Library kernels compute ``do . o`` themselves and take no dlse. Its term is a second call of the
-same backward: with values of ones, an output of zeros, and a gradient of the output whose columns
-sum up to dlse. Then ``do . v_s - do . o`` is dlse for every key.
+Most library kernels compute ``do . o`` themselves and take no dlse. Its term is a second call of
+the same backward: with values of ones, an output of zeros, and a gradient of the output whose
+columns sum up to dlse. Then ``do . v_s - do . o`` is dlse for every key.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RowGradients:
         block: the kernel.
         doutput: ``[T, Hq, D]``, contiguous.
         dlse: ``[T, Hq]``, dtype of the lse; None if nothing depends on the lse: then each method
-            is one call of the kernel, else two.
+            is one call of the kernel, else two, or one of a kernel that takes dlse.
         merged: output and lse of the rows over all their keys.
         scale: factor of the scores.
     """
@@ -38,18 +38,19 @@ class RowGradients:
         self._block, self._scale = block, scale
         self._through_output = (doutput, merged)
         self._through_lse: tuple[Tensor, Partial] | None = None
-        if dlse is not None:
+        self._dlse = dlse
+        if dlse is not None and block.with_dlse(dlse) is None:
+            self._dlse = None
             nothing = Partial(torch.zeros_like(merged.output), merged.lse)
             self._through_lse = (_columns(dlse, doutput), nothing)
 
     def over(self, rows: slice, part: QKV, window: Window) -> QKV:
         """Gradients of some rows over keys outside their fragments."""
+        block = self._block_of(rows)
 
         def backward(doutput: Tensor, merged: Partial, part: QKV) -> QKV:
             of_rows = Partial(*(x[rows] for x in merged))
-            return self._block.backward(
-                doutput[rows], of_rows, part, window=window, scale=self._scale
-            )
+            return block.backward(doutput[rows], of_rows, part, window=window, scale=self._scale)
 
         grads = backward(*self._through_output, part)
         if self._through_lse is not None:
@@ -58,11 +59,16 @@ class RowGradients:
 
     def within(self, segments: Segments, qkv: QKV) -> QKV:
         """Gradients of all rows, each segment over itself."""
-        backward, scale = self._block.backward_varlen, self._scale
+        backward, scale = self._block_of(slice(None)).backward_varlen, self._scale
         grads = backward(*self._through_output, qkv, segments, scale=scale)
         if self._through_lse is not None:
             grads = _sum(grads, backward(*self._through_lse, _of_ones(qkv), segments, scale=scale))
         return grads
+
+    def _block_of(self, rows: slice) -> Block:
+        """The kernel, with the dlse of these rows where it takes one."""
+        block = None if self._dlse is None else self._block.with_dlse(self._dlse[rows])
+        return block or self._block
 
 
 def _columns(dlse_TH: Tensor, like_THD: Tensor) -> Tensor:

@@ -97,6 +97,10 @@ class Block(ABC):
     ) -> QKV:
         """Contributions of these keys to dq, and of these rows to dk and dv."""
 
+    def with_dlse(self, dlse: Tensor) -> Block | None:
+        """This kernel, whose backward goes through ``dlse [Tq, Hq]`` too; None if it cannot."""
+        return None
+
     def row_tiles(self, rows: int, keys: int) -> tuple[slice, ...]:
         """Rows of each partial that :meth:`forward_parts` yields."""
         return (slice(0, rows),)

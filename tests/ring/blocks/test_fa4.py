@@ -12,13 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from lasp.sequence.layout import SequenceLayout
 from ring import ring_attention
 from ring.blocks import fa4
 from ring.blocks.eager import EagerBlock
+from ring.blocks.gradients import RowGradients
 from ring.blocks.interface import QKV, Operands
 from ring.blocks.merge import Partial
 from ring.blocks.registry import BLOCKS, resolve_block
 from ring.planner.window import Window
+from ring.reference import dense_attention
+from tests.closeness import assert_equal_to_rounding
 from tests.ring.blocks.test_blocks import (
     rectangle,
     rectangle_oracle,
@@ -97,6 +101,7 @@ class StandIns:
         lse: Tensor,
         *,
         deterministic: bool,
+        dlse: Tensor | None,
         softmax_scale: float,
         window_size_left: int | None,
         window_size_right: int | None,
@@ -114,11 +119,11 @@ class StandIns:
         ):
             merged = Partial(out[rows], lse.T[rows])
             part = QKV(q[rows], k[keys], v[keys])
-            results.append(
-                EAGER.backward(dout[rows], merged, part, window=window, scale=softmax_scale)
-            )
-        gradients = (torch.cat(x).to(q.dtype) for x in zip(*results))
-        return tuple(x[None] if dense else x for x in gradients)
+            of_rows = None if dlse is None else (dlse[0] if dense else dlse).T[rows]
+            gradients = RowGradients(EAGER, dout[rows], of_rows, merged, softmax_scale)
+            results.append(gradients.over(slice(None), part, window))
+        sums = (torch.cat(x).to(q.dtype) for x in zip(*results))
+        return tuple(x[None] if dense else x for x in sums)
 
 
 @pytest.fixture
@@ -143,6 +148,23 @@ class TestWithStandIns:
         actual = run_varlen(BLOCKS["fa4"], tensors, lengths, True)
         assert_all_equal(actual, oracle(tensors, lengths, True))
         assert stand_ins.calls == [("forward", len(lengths)), ("backward", len(lengths))]
+
+
+@pytest.mark.parametrize("lengths", [(20,), (5, 15)])
+def test_a_gradient_of_the_lse_is_the_same_call(stand_ins: StandIns, lengths) -> None:
+    tensors, layout = random_tensors(20, 4, 2, 8, torch.float64), SequenceLayout(lengths, 1)
+    leaves = [x.requires_grad_() for x in tensors[:3]]
+
+    def loss(output: Tensor, lse: Tensor) -> Tensor:
+        return (output * tensors[3]).sum() + lse.square().sum()
+
+    with patch.object(fa4.Fa4Block, "obstacle", lambda *_: None):
+        results = ring_attention(*leaves, layout=layout, block="fa4")
+        actual = torch.autograd.grad(loss(*results), leaves)
+    assert stand_ins.calls == [("forward", len(lengths)), ("backward", len(lengths))]
+    exact = dense_attention(*leaves, cu_seqlens=layout.borders, causal=True, scale=8**-0.5)
+    for dx, expected in zip(actual, torch.autograd.grad(loss(*exact), leaves), strict=True):
+        assert_equal_to_rounding(dx, expected)
 
 
 def test_windows_and_both_results(stand_ins: StandIns) -> None:

@@ -3,6 +3,7 @@
 Each case is one pack, whose tokens are those of all ranks. In one run there are
 
 - ``ring``: the operator over the ranks, in the order of the case;
+- ``ring, deterministic``: the same under ``torch.use_deterministic_algorithms``, both directions;
 - ``whole pack on one GPU``: the operator on one rank; over P it is the bound of ``ring``;
 - ``bare FA4``: one call of flash-attn-4 for all documents, where it is installed; the bound of the
   whole pack on one GPU. Latents have none: there the operator makes keys and values too.
@@ -38,6 +39,7 @@ from ring.blocks.interface import Operands
 from ring.blocks.registry import BLOCKS
 
 NAME, OURS, WHOLE, BARE = "ring_kinds", "ring", "whole pack on one GPU", "bare FA4"
+REPEATABLE = "ring, deterministic"
 KINDS = ("one", "pareto", "equal", "short", "window", "latent")
 
 
@@ -136,6 +138,16 @@ class Case(NamedTuple):
         return harness.row(NAME, facts, impl, metric, values, unit, **more)
 
 
+class Deterministic:
+    """In its block every backward gives the same bits again."""
+
+    def __enter__(self) -> None:
+        torch.use_deterministic_algorithms(True)
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(False)
+
+
 def _scaled(weights: Tensor, total: int) -> tuple[int, ...]:
     """Lengths in these proportions, none 0, that sum to ``total``."""
     cuts = (weights.double().cumsum(0) / weights.sum() * total).long().tolist()
@@ -179,6 +191,8 @@ def measure(case: Case, machine: Machine) -> Iterator[Row]:
         calls[BARE] = timed(bare, *whole)
     for metric in ("forward_ms", "both_ms"):
         chosen = {impl: call[metric] for impl, call in calls.items()}
+        if metric == "both_ms":
+            chosen[REPEATABLE] = chosen[OURS]._replace(in_force=Deterministic())
         of_whole = (WHOLE, 1 / ranks, f"{WHOLE} / P")
         found = list(bounded(case.row, metric, chosen, machine, of_whole, without=(BARE,)))
         kernel = next((row["p50"] for row in found if row["impl"] == BARE), None)

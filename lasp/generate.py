@@ -28,7 +28,7 @@ from moe_parallel import ExpertTopology
 
 
 @dataclass(frozen=True)
-class Options:
+class CommandOptions:
     """Continue a prompt with a model from disk.
 
     Attributes:
@@ -42,6 +42,7 @@ class Options:
         stop: ids that end the text.
         seed: of the draws.
         device: of the model; by default a GPU if there is one for each rank.
+        graph: on one GPU, a step is one CUDA graph, for models without latent attention.
         ep: ranks over which the experts are dealt out; by default all.
     """
 
@@ -55,6 +56,7 @@ class Options:
     stop: tuple[int, ...] = ()
     seed: int = 0
     device: str | None = None
+    graph: bool = False
     ep: int | None = None
 
     @property
@@ -103,7 +105,7 @@ def codec_of(folder: Path, prompt: str) -> Codec:
     )
 
 
-def run(options: Options, console: Console) -> Generation:
+def run(options: CommandOptions, console: Console) -> Generation:
     """Load, continue, and print as tokens come."""
     device, ranks = _start(options.device)
     groups = None
@@ -131,6 +133,7 @@ def run(options: Options, console: Console) -> Generation:
         max_new_tokens=options.max_new_tokens,
         sampling=options.sampling,
         stop_tokens=options.stop,
+        graph=options.graph,
         on_step=show,
     )
     console.print(
@@ -157,7 +160,7 @@ def _start(name: str | None) -> tuple[torch.device, int]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a bad argument or file ends with one line and status 1."""
-    options = tyro.cli(Options, description=__doc__, args=arguments)
+    options = tyro.cli(CommandOptions, description=__doc__, args=arguments)
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     try:
         run(options, console)

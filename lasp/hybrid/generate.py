@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lasp._core.consistency import check_same_on_ranks
 from lasp.generation import GenerationCache, Sampling
+from lasp.hybrid.graphs import DecodeGraph
 from lasp.hybrid.steps import Tokens, check_model, packed
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Request:
         stop_tokens: a text ends after one of these.
         slots: of the cache, to go on from; None: new ones.
         chunk_tokens: see :meth:`lasp.hybrid.HybridModel.generate`.
+        graph: likewise.
     """
 
     prompts: list[Tensor]
@@ -87,6 +89,7 @@ class Request:
     stop_tokens: tuple[int, ...]
     slots: tuple[int, ...] | None
     chunk_tokens: int
+    graph: bool
 
     @classmethod
     def of(cls, model: HybridModel, prompts: Sequence[Tokens], **options: object) -> Request:
@@ -184,11 +187,14 @@ def stream(
         _Text(index, slot, prompt, request.max_new_tokens, request.sampling.draws(index))
         for index, (slot, prompt) in enumerate(zip(slots, request.prompts))
     ]
+    graph: DecodeGraph | None = None
     try:
         while texts := [text for text in texts if text.left]:
             reading = any(len(text.pending) > 1 for text in texts)
             with _eval_mode(model):
-                found = _step(model, cache, request, texts)
+                if request.graph and graph is None and not reading:
+                    graph = DecodeGraph(model, cache, len(slots))
+                found = _step(model, cache, request, texts, None if reading else graph)
             for text in texts:
                 if (token := found.get(text.index)) is not None:
                     text.pending = torch.tensor([token])
@@ -200,7 +206,11 @@ def stream(
 
 
 def _step(
-    model: HybridModel, cache: GenerationCache, request: Request, texts: Sequence[_Text]
+    model: HybridModel,
+    cache: GenerationCache,
+    request: Request,
+    texts: Sequence[_Text],
+    graph: DecodeGraph | None,
 ) -> dict[int, int]:
     """One step over what is pending, up to a chunk; the tokens of those who have seen all."""
     budget = request.chunk_tokens * cache.shape.num_ranks
@@ -213,7 +223,11 @@ def _step(
             text.pending = text.pending[budget:]
             budget -= len(tokens[-1])
     done = [row for row, text in enumerate(turn) if not len(text.pending)]
-    logits = model.step(cache, [text.slot for text in turn], tokens)
+    slots = [text.slot for text in turn]
+    if graph is None:
+        logits = model.step(cache, slots, tokens)
+    else:
+        logits = graph.step(slots, torch.cat(tokens))
     if not done:
         return {}
     if len(done) < len(turn):

@@ -70,6 +70,7 @@ class GenerativeModel(nn.Module):
         cache: GenerationCache | None = None,
         slots: Sequence[int] | None = None,
         chunk_tokens: int = CHUNK_TOKENS,
+        graph: bool = False,
         on_step: Callable[[dict[int, int]], object] | None = None,
     ) -> Generation:
         """Continue prompts of any lengths, without padding; in eval mode, whatever mode it is in.
@@ -82,6 +83,8 @@ class GenerativeModel(nn.Module):
             cache: whose free slots are used, and given back. None: one that is made for the call.
             slots: of ``cache``, sequences that the prompts continue; they stay in use.
             chunk_tokens: that a step reads at most, for each rank of the cp group.
+            graph: once all prompts are read, steps are one CUDA graph, on one rank; see
+                :class:`lasp.hybrid.graphs.DecodeGraph`.
             on_step: called with the new id of each prompt that has one, as soon as they are there.
 
         Returns:
@@ -102,6 +105,7 @@ class GenerativeModel(nn.Module):
             stop_tokens=tuple(stop_tokens),
             slots=None if slots is None else tuple(slots),
             chunk_tokens=chunk_tokens,
+            graph=graph,
         )
         result = Generation([[] for _ in prompts], sum(map(len, request.prompts)))
         start = time.perf_counter()

@@ -53,9 +53,10 @@ def test_greedy_and_drawn_texts(name: str, num_ranks: int, sizes: dict[str, int]
         {"max_new_tokens": 8, "sampling": HOT},
         {"max_new_tokens": 8, "sampling": HOT, "chunk_tokens": 20},
         {"max_new_tokens": 0},
+        {"max_new_tokens": 6, "graph": not sizes},
     ]
     drawn = model.generate(PROMPTS[:2], max_new_tokens=8, sampling=HOT).tokens
-    for whole, stopped, hot, again, nothing in run_on_ranks(
+    for whole, stopped, hot, again, nothing, static in run_on_ranks(
         generated, num_ranks, name, sizes, calls
     ):
         assert whole.tokens == expected
@@ -64,6 +65,7 @@ def test_greedy_and_drawn_texts(name: str, num_ranks: int, sizes: dict[str, int]
         assert hot.tokens[:2] == drawn  # whatever else is in the batch
         assert not any(2 in text for text in hot.tokens)
         assert nothing.tokens == [[], [], []]
+        assert static.tokens == expected
         assert whole.prompt_tokens == 53
         assert whole.tokens_per_s > 0
 

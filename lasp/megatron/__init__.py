@@ -12,14 +12,7 @@ from __future__ import annotations
 
 import lasp.megatron.version  # noqa: F401 (it refuses other versions)  # isort: skip
 from lasp.megatron.batch import PackedSequence, layout_of, order_of_rows, shard_batch
-from lasp.megatron.convert import (
-    load_plain_weights,
-    merge_projections,
-    plain_weights,
-    split_projections,
-    to_megatron,
-    to_plain,
-)
+from lasp.megatron.convert import load_plain_weights, plain_weights
 from lasp.megatron.experts import (
     ExpertOptions,
     ExpertParallelMoELayer,
@@ -38,6 +31,13 @@ from lasp.megatron.lightning import (
     LightningSelfAttention,
     LightningSelfAttentionSubmodules,
     lightning_attention_spec,
+)
+from lasp.megatron.multi_token import hybrid_mtp_spec
+from lasp.megatron.names import (
+    merge_projections,
+    split_projections,
+    to_megatron,
+    to_plain,
 )
 from lasp.megatron.norm import ResidualNorm
 from lasp.megatron.packing import share_packs
@@ -63,6 +63,7 @@ __all__ = [
     "expert_parallel_moe_spec",
     "hybrid_block_spec",
     "hybrid_layer_spec",
+    "hybrid_mtp_spec",
     "hybrid_of",
     "layout_of",
     "lightning_attention_spec",

@@ -22,7 +22,6 @@ _NOWHERE: dict[str, object] = {
     "hierarchical_context_parallel_sizes": None,
     "hybrid_context_parallel": False,  # every pack would bring a group of its own
     "init_model_with_meta_device": False,
-    "mtp_num_layers": None,
     "quant_recipe": None,
     "tp_comm_overlap": False,
     "use_kitchen": False,

@@ -17,9 +17,9 @@ from lasp.hybrid.config import DenseConfig, HybridConfig, VocabularyConfig
 from lasp.hybrid.presets import MINIMAX_TEXT_01
 from lasp.megatron.checks import require
 from lasp.megatron.experts.config import ExpertOptions, moe_config
+from lasp.megatron.hybrid_options import PART
 from lasp.megatron.ring_latent import scaling_of
 
-PART = "hybrid layers"
 # What Megatron's config decides; by attention layers num_layers and pattern besides.
 _OPTIONS = {
     "attention.num_heads": "num_attention_heads",
@@ -28,6 +28,7 @@ _OPTIONS = {
     "attention.qk_norm": "qk_layernorm",
     "attention.gated": "attention_output_gate",
     "norm_eps": "layernorm_epsilon",
+    "mtp_loss_weight": "mtp_loss_scaling_factor, with mtp_num_layers=1,",
 }
 _LATENT_OPTIONS = {
     "attention.latent.kv_lora_rank": "kv_lora_rank",
@@ -90,7 +91,17 @@ def hybrid_of(
         dense=dense,
         pattern=kinds or like.pattern,
         norm_eps=config.layernorm_epsilon,
+        mtp_loss_weight=_mtp_loss_weight(config),
     )
+
+
+def _mtp_loss_weight(config: TransformerConfig) -> float | None:
+    """Weight of the loss of the one layer that multi-token prediction has."""
+    if not config.mtp_num_layers:
+        return None
+    require(config, PART, mtp_num_layers=1)
+    weight: float = config.mtp_loss_scaling_factor
+    return weight
 
 
 def _attention(config: TransformerConfig, like: AttentionConfig) -> AttentionConfig:
@@ -175,6 +186,11 @@ def check_same_model(
     Args: see :func:`hybrid_of`.
     """
     _check_fields(hybrid)
+    if symbols is not None and hybrid.mtp_loss_weight is not None:
+        raise ValueError(
+            f"mtp_loss_weight must be None for HybridModel, got {hybrid.mtp_loss_weight}: GPTModel"
+            " has multi-token prediction, by hybrid_mtp_spec"
+        )
     num_layers = config.num_layers if symbols is None else len(attention_of(symbols))
     if hybrid.num_layers != num_layers:
         _refuse("num_layers", hybrid.num_layers, "num_layers", num_layers)
@@ -221,12 +237,6 @@ def _check_fields(hybrid: HybridConfig) -> None:
                 f" {getattr(hybrid.attention, name)}: Megatron's does not have it;"
                 " lasp.hybrid.HybridModel has"
             )
-    if hybrid.mtp_loss_weight is not None:
-        raise ValueError(
-            f"mtp_loss_weight must be None for {PART}, got {hybrid.mtp_loss_weight}: multi-token"
-            " prediction there rolls tokens by Megatron's own cut of packs, not by the layout;"
-            " lasp.hybrid.HybridModel has it"
-        )
     if hybrid.vocabulary != VocabularyConfig():
         raise ValueError(
             f"vocabulary must be VocabularyConfig() for {PART}, got {hybrid.vocabulary}: embedding"
@@ -265,35 +275,3 @@ def _configured_kinds(config: TransformerConfig, num_layers: int) -> str | None:
         )
     linear = frequency if listed else [(index + 1) % frequency for index in range(num_layers)]
     return "".join("G" if of_layer else "*" for of_layer in linear)
-
-
-def check_layers(config: TransformerConfig) -> None:
-    """Raise ValueError, naming the option, for what hybrid layers do not support."""
-    require(config, PART, hidden_dropout=0.0, attention_dropout=0.0)
-    require(config, PART, apply_residual_connection_post_layernorm=False)
-    require(config, PART, fp32_residual_connection=False, overlap_moe_expert_parallel_comm=False)
-    require(config, PART, fine_grained_activation_offloading=False, heterogeneous_block_specs=False)
-    require(config, PART, experimental_attention_variant=None)
-    # Ring attention reads these, but a HybridConfig has none of them.
-    require(config, PART, window_size=None, softmax_type="vanilla")
-    require(config, PART, no_rope_freq=None)
-    require(config, PART, enable_mhc_connections=False, mlp_chunks_for_training=1)
-    modules = set(config.recompute_modules or ()) if config.recompute_granularity else set()
-    if config.recompute_granularity == "selective" and not modules <= {"core_attn", "moe"}:
-        raise ValueError(
-            "config.recompute_modules must be among ['core_attn', 'moe'] for hybrid layers, got"
-            f" {sorted(modules)}: name these alone, or set recompute_granularity 'full'"
-        )
-
-
-def check_block(config: TransformerConfig) -> None:
-    """The same for layers of a TransformerBlock, whose checkpoint keys an option decides."""
-    check_layers(config)
-    freq = config.linear_attention_freq
-    if (isinstance(freq, list) or (freq or 0) > 1) or config.hetereogenous_dist_checkpoint:
-        return
-    raise ValueError(
-        f"config.linear_attention_freq must be above 1 or a list for hybrid layers, got {freq}: it"
-        " gives the layers of a checkpoint keys of their own; set 8 for the pattern '7:1', a list"
-        " for any other"
-    )

@@ -25,7 +25,8 @@ from lasp.hybrid.config import HybridConfig
 from lasp.megatron.checks import groups_of
 from lasp.megatron.experts.config import ExpertOptions
 from lasp.megatron.experts.layer import expert_parallel_moe_spec
-from lasp.megatron.hybrid_config import check_block, check_same_model, hybrid_of
+from lasp.megatron.hybrid_config import check_same_model, hybrid_of
+from lasp.megatron.hybrid_options import check_block
 from lasp.megatron.lightning import lightning_attention_spec
 from lasp.megatron.norm import ResidualNorm
 from lasp.megatron.packs import PackedCut, cut_of_training_loop
@@ -111,7 +112,7 @@ def attention_specs(
     lightning = lightning_attention_spec(
         decay=hybrid.decay_or_rates,
         options=hybrid.lightning,
-        decay_layers=decay_layers,
+        decay_layers=decay_layers or tuple(range(1, hybrid.num_layers + 1)),
         num_decay_layers=hybrid.num_decay_layers,
         impl=hybrid.lightning_impl,
         exchange=hybrid.exchange,

@@ -113,6 +113,8 @@ class LightningSelfAttention(MegatronModule):
         self.tp_group, self.cp_group = groups_of(pg_collection, part, "tp", "cp")
         self.head_dim, self.impl, self.exchange = config.kv_channels, impl, exchange
         _check(config, part, options, self.tp_group.size())
+        if decay_layers is None:  # else the layer of multi-token prediction is another one
+            require(config, part, mtp_num_layers=None)
         self.options, self.fused = options, options.is_fused[0]
         self.scale = options.scale_of(self.head_dim)
         inner = config.num_attention_heads * self.head_dim

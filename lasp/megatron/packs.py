@@ -100,3 +100,20 @@ def names_padding(packed_seq_params: Any) -> bool:
     """
     padded = packed_seq_params.cu_seqlens_q_padded
     return padded is not None and padded is not packed_seq_params.cu_seqlens_q
+
+
+def check_rolled(layout: SequenceLayout, packed: bool) -> None:
+    """Raise ValueError unless Megatron's multi-token prediction rolls tokens and labels right.
+
+    It rolls by a cut that it takes for granted: rows as zigzag, packs as zigzag in every document,
+    without padding.
+    """
+    padded = layout.padded_lengths not in (None, layout.document_lengths)
+    wanted = "document_zigzag" if packed else "zigzag"
+    if padded or (layout.num_ranks > 1 and layout.order != wanted):
+        raise ValueError(
+            f"layout must be {wanted} over context-parallel ranks, of documents without padding,"
+            f" with config.mtp_num_layers, got {layout.order} over {layout.num_ranks}"
+            f" {'with' if padded else 'without'} padding: Megatron's multi-token prediction rolls"
+            " tokens and labels so; lengths must divide by twice the ranks"
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 from lasp.hybrid.config import Residuals, ResidualScale
 from lasp.megatron.checks import groups_of, refuse_arguments
 from lasp.megatron.experts.layer import ExpertParallelMoELayer
-from lasp.megatron.hybrid_config import PART, check_layers
+from lasp.megatron.hybrid_options import PART, check_layers
 from lasp.megatron.packing import token_order_of
 from lasp.megatron.packs import PackedCut
 
@@ -70,7 +70,9 @@ class ScaledLayer(TransformerLayer):
         super().__init__(config, parts, layer_number, pg_collection=pg_collection, **optional)
         if with_experts:
             self.mlp = build_module(submodules.mlp, config=config, pg_collection=pg_collection)
-            self.mlp.set_layer_number(self.layer_number)
+            # From 0.18 on Megatron counts layers of multi-token prediction apart; its log does not.
+            before = config.num_layers if optional.get("is_mtp_layer") else 0
+            self.mlp.set_layer_number(before + self.layer_number)
             self.is_moe_layer = True
         self.post_norm = residuals.norm == "post"
         self.attention_scale = residuals.softmax if is_softmax else residuals.lightning

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lasp.megatron.batch import layout_of, order_of_rows
 from lasp.megatron.checks import groups_of, parameter_device, refuse_arguments, require
-from lasp.megatron.packs import PackedCut, check_packed_cut
+from lasp.megatron.packs import PackedCut, check_packed_cut, check_rolled
 from lasp.sequence.layout import SequenceLayout
 from ring.attention import ring_attention
 
@@ -98,6 +98,7 @@ class RingCoreAttention(MegatronModule):
         self.positions_of_layout = False
         check_packed_cut(packed_cut)
         self.order, self.packed_cut = order_of_rows(config, part), packed_cut
+        self.rolled = bool(config.mtp_num_layers)
 
     def _add_sinks(self, config: TransformerConfig) -> None:
         """Megatron's ``softmax_offset``: zeros, or a parameter, one a head of this rank."""
@@ -140,7 +141,10 @@ class RingCoreAttention(MegatronModule):
     ) -> SequenceLayout:
         """Layout of a batch: :func:`lasp.megatron.layout_of` of ``num_tokens`` on this rank."""
         cp_size = self.cp_group.size()
-        return layout_of(packed_seq_params, num_tokens, cp_size, self.order, self.packed_cut)
+        layout = layout_of(packed_seq_params, num_tokens, cp_size, self.order, self.packed_cut)
+        if self.rolled:
+            check_rolled(layout, packed_seq_params is not None)
+        return layout
 
     @staticmethod
     def _check_mask_type(mask_type: AttnMaskType) -> None:

@@ -45,7 +45,6 @@ EVERYWHERE = {
     "hierarchical_context_parallel_sizes": [2, 2],
     "hybrid_context_parallel": True,
     "init_model_with_meta_device": True,
-    "mtp_num_layers": 1,
     "quant_recipe": "recipe",
     "tp_comm_overlap": True,
     "use_kitchen": True,
@@ -91,7 +90,7 @@ ROWS = [
     ),
     # lightning
     *options(lightning, attention_dropout=0.1, qk_clip=True),
-    *options(lightning, add_bias_linear=True, add_qkv_bias=True),
+    *options(lightning, add_bias_linear=True, add_qkv_bias=True, mtp_num_layers=1),
     *options(lightning, fine_grained_activation_offloading=True, linear_conv_kernel_dim=2),
     *options(lightning, linear_key_head_dim=64, linear_num_key_heads=8, linear_num_value_heads=8),
     *options(lightning, linear_value_head_dim=64),
@@ -181,7 +180,8 @@ ROWS = [
     *options(block, kv_channels=8, layernorm_epsilon=1e-6, moe_ffn_hidden_size=16),
     *options(block, moe_expert_capacity_factor=2.0, moe_router_topk=3, num_query_groups=4),
     *options(block, num_attention_heads=2, num_layers=6, num_moe_experts=None),
-    *options(block, attention_output_gate=True),
+    *options(block, attention_output_gate=True, mtp_num_layers=2),
+    Row(block, {"mtp_num_layers": 1}, names="mtp_num_layers=1, must be .* mtp_loss_weight=None"),
     *options(derived, moe_router_fusion=True),
     *(
         Row(part, {"linear_attention_freq": frequency}, {"pattern": "2:1"}, names=names)
@@ -195,7 +195,11 @@ ROWS = [
     *(
         Row(block, arguments={name: value}, names=names)
         for name, value, names in (
-            ("mtp_loss_weight", 0.1, "mtp_loss_weight must be None"),
+            (
+                "mtp_loss_weight",
+                0.1,
+                "mtp_loss_scaling_factor, with mtp_num_layers=1, must be that",
+            ),
             ("vocabulary", VocabularyConfig(True), r"vocabulary must be VocabularyConfig\(\)"),
             (
                 "attention",

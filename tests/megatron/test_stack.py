@@ -232,6 +232,13 @@ def test_another_pattern_than_the_models_is_refused(symbols: str, options: Any, 
     assert re.search(names, said)
 
 
+def test_multi_token_prediction_is_refused() -> None:
+    like = replace(of_stack("GEGE*E"), mtp_loss_weight=0.1)
+    spec = stack.hybrid_stack_spec("GEGE*E", like)
+    (said,) = run_on_ranks(refusal, 1, stack_on_rank, spec, "GEGE*E")
+    assert "mtp_loss_weight must be None for HybridModel, got 0.1" in said
+
+
 @pytest.mark.parametrize("symbols", ["*E*EGE", "G-G-*-"], ids=["kinds", "experts"])
 def test_another_pattern_than_the_configs_is_refused(symbols: str) -> None:
     with pytest.raises(ValueError, match=r"pattern must have the attention layers .* GG\*, and E"):

@@ -93,7 +93,7 @@ def attach_losses(routing: Routing, balance: Tensor | None, layer: LayerLosses) 
                 _LOGGED[kind],
                 share.detach() / coefficients[kind],
                 layer.layer_number,
-                config.num_layers,
+                config.num_layers + (config.mtp_num_layers or 0),
                 layer.groups.tp_dp_cp,
             )
     scale = _scale(config, layer.groups, routing.num_tokens)

@@ -18,7 +18,7 @@ from lasp.checkpoints.families import MEGATRON_GPT, MEGATRON_HYBRID, PLAIN
 from lasp.checkpoints.family import Family
 from lasp.checkpoints.folder import copy_small_files, whole_folder, write_fields
 from lasp.checkpoints.mapping import MappedTensor, mapped
-from lasp.checkpoints.megatron_extra import extra_states, write_common
+from lasp.checkpoints.megatron_extra import extra_states, release_folder, write_common
 from lasp.checkpoints.progress import progress
 from lasp.checkpoints.safetensors_folder import plan_shards, write_index, write_shards
 from lasp.checkpoints.source import Source
@@ -175,9 +175,10 @@ def convert(conversion: Conversion, out: Path, options: Options) -> None:
         elif options.to == "plain":
             write_dcp(folder, conversion.tensors, make, prefix="model.", extra={})
         else:
-            write_dcp(folder, conversion.tensors, make, extra=extra_states(dtypes))
-            write_common(folder)
-        copy_small_files(source.storage.folder, folder)
+            release = release_folder(folder)
+            write_dcp(release, conversion.tensors, make, extra=extra_states(dtypes))
+            write_common(release)
+        copy_small_files(source.folder, folder)
         write_fields(folder, conversion.fields)
 
 

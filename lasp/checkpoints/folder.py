@@ -11,7 +11,13 @@ from typing import Any
 
 # Files of the weights themselves, which are written anew.
 _WEIGHTS = (".safetensors", ".distcp", ".bin", ".pt", ".pth", ".gguf")
-_OF_WEIGHTS = ("config.json", "metadata.json", "model.safetensors.index.json", ".metadata")
+_OF_WEIGHTS = (
+    "config.json",
+    "metadata.json",
+    "model.safetensors.index.json",
+    ".metadata",
+    "latest_checkpointed_iteration.txt",
+)
 _LARGEST_FILE_BYTES = 64 * 2**20
 
 

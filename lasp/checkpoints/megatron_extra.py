@@ -16,6 +16,8 @@ import torch
 
 from lasp.checkpoints.mapping import MappedTensor
 
+TRACKER = "latest_checkpointed_iteration.txt"
+_RELEASE = "release"
 _LINEAR = r"output_layer|.*\.(in_proj|out_proj|linear_\w+)"
 
 
@@ -32,9 +34,32 @@ def extra_states(tensors: Iterable[MappedTensor]) -> dict[str, bytes]:
     return found
 
 
+def release_folder(folder: Path) -> Path:
+    """Make the folder in which Megatron's ``--load`` finds weights without a state of training."""
+    (folder / TRACKER).write_text(_RELEASE)
+    (folder / _RELEASE).mkdir()
+    return folder / _RELEASE
+
+
+def newest(folder: Path) -> Path:
+    """The checkpoint that Megatron's ``--load`` takes of a folder; else the folder itself.
+
+    Raises:
+        ValueError: if the folder names one that is not there.
+    """
+    if not (folder / TRACKER).exists():
+        return folder
+    step = (folder / TRACKER).read_text().strip()
+    found = folder / (f"iter_{int(step):07}" if step.isdecimal() else step)
+    if not found.is_dir():
+        raise ValueError(f"{folder / TRACKER} must name a folder there, got {found.name}")
+    return found
+
+
 def write_common(folder: Path) -> None:
-    """The state that all ranks share, empty, and the format of the folder."""
-    torch.save({}, folder / "common.pt")
+    """The state that all ranks share, and the format of the folder."""
+    # Megatron permutes the rows of queries, keys and values of older checkpoints.
+    torch.save({"checkpoint_version": 3.0}, folder / "common.pt")
     described = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,

@@ -15,6 +15,7 @@ from lasp.checkpoints.dcp_folder import METADATA, DcpFolder
 from lasp.checkpoints.families import MEGATRON_GPT, MEGATRON_HYBRID, PLAIN
 from lasp.checkpoints.family import Family
 from lasp.checkpoints.mapping import MappedTensor, mapped
+from lasp.checkpoints.megatron_extra import newest
 from lasp.checkpoints.safetensors_folder import (
     INDEX,
     SINGLE,
@@ -48,7 +49,8 @@ class Source:
     """A checkpoint and the model that it is of.
 
     Args:
-        storage: its files.
+        folder: that was opened, which has the small files.
+        storage: its tensors.
         family: their names.
         config: the model.
         fields: of its config.json.
@@ -59,9 +61,14 @@ class Source:
     """
 
     def __init__(
-        self, storage: Storage, family: Family, config: HybridConfig, fields: dict[str, Any]
+        self,
+        folder: Path,
+        storage: Storage,
+        family: Family,
+        config: HybridConfig,
+        fields: dict[str, Any],
     ) -> None:
-        self.storage, self.family = storage, family
+        self.folder, self.storage, self.family = folder, storage, family
         self.config, self.fields = config, fields
         self.shapes = atoms_of(config)
         self._tensors = mapped(family, config)
@@ -131,7 +138,7 @@ def open_source(folder: Path, config_path: Path | None = None) -> Source:
 
     Args:
         folder: released files (safetensors and config.json), or a checkpoint of
-            ``torch.distributed.checkpoint`` or of Megatron.
+            ``torch.distributed.checkpoint`` or of Megatron, also the folder of all steps of a run.
         config_path: the config.json; None: that of the folder.
 
     Raises:
@@ -139,8 +146,9 @@ def open_source(folder: Path, config_path: Path | None = None) -> Source:
     """
     if not folder.is_dir():
         raise ValueError(f"the folder to read must be there, got {folder}")
+    inside = newest(folder)
     files = [name for name in (INDEX, SINGLE) if (folder / name).exists()]
-    is_dcp = (folder / METADATA).exists()
+    is_dcp = (inside / METADATA).exists()
     if files and is_dcp:
         raise ValueError(f"{folder} must hold one checkpoint, got {files[0]} and {METADATA}")
     fields = read_json(config_path or folder / CONFIG)
@@ -149,13 +157,13 @@ def open_source(folder: Path, config_path: Path | None = None) -> Source:
     if not is_dcp:
         prefix = _TEXT_PREFIX if "text_config" in fields else ""
         storage = SafetensorsFolder(folder, prefix)
-        return Source(storage, file_format.family, config, fields)
-    dcp = DcpFolder(folder, "model.")
+        return Source(folder, storage, file_format.family, config, fields)
+    dcp = DcpFolder(inside, "model.")
     family = PLAIN
     if any(name.startswith("decoder.layers.") for name in dcp.tensors):
         final = "decoder.final_norm.weight"
         family = MEGATRON_HYBRID if final in dcp.tensors else MEGATRON_GPT
-    return Source(dcp, family, config, fields)
+    return Source(folder, dcp, family, config, fields)
 
 
 def read_config(folder: str | Path) -> HybridConfig:

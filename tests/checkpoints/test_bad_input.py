@@ -210,6 +210,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
         r"rope_scaling of config\.json must be of .*, got \['long_factor'\] besides",
     ),
     "two checkpoints": (text(".metadata", ""), "must hold one checkpoint, got model"),
+    "a run of Megatron without its newest step": (
+        text("latest_checkpointed_iteration.txt", "20\n"),
+        "latest_checkpointed_iteration.txt must name a folder there, got iter_0000020",
+    ),
     "a checkpoint of torch cut short": (
         as_checkpoint(cut_short("__0_0_0.distcp", -1)),
         r"__0_0_0\.distcp must have \d+ bytes as \.metadata says, got \d+: the checkpoint was not",

@@ -33,6 +33,7 @@ except ImportError:
 pytestmark = pytest.mark.megatron
 
 VOCAB, EPSILON = 8, 1e-6
+STEP = "iter_0000020"
 SPLIT = {"tp": 2, "ep": 2, "pp": 2}
 MODELS = {"minimax": {"hybrid": block.HYBRID}, **block.MODELS}
 SHARED = {
@@ -83,13 +84,14 @@ def through_megatron(
     model = build(name, sizes, groups, symbols)
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
-    loaded = dist_checkpointing.load(model.sharded_state_dict(), str(folder))
+    sharded = {"model": model.sharded_state_dict()}
+    loaded = dist_checkpointing.load(sharded, str(folder))["model"]
     missing, unexpected = model.load_state_dict(loaded, strict=False)
     assert not unexpected
     assert all("_extra_state" in key for key in missing)
     assert not any(parameter.isnan().any() for parameter in model.parameters())
     if symbols is None:  # by names and layouts that a person wrote, not by the tables
-        plain = HybridModel.from_pretrained(folder.parent / "in").state_dict()
+        plain = HybridModel.from_pretrained(folder.parents[1] / "in").state_dict()
         for key, weight in plain_weights([model], pg_collection=groups).items():
             assert torch.equal(weight, plain[key].to(weight.dtype)), key
     save(model.sharded_state_dict(), out)
@@ -102,8 +104,9 @@ def write_checkpoint(name: str, folder: Path, **options: Any) -> tuple[Path, dic
     write_files(folder / "in", tensors, fields)
     chosen = Options("megatron", **options)
     convert(plan(open_source(folder / "in"), chosen), folder / "start", chosen)
-    (folder / "saved").mkdir()
-    return folder / "start", tensors
+    (folder / "saved" / STEP).mkdir(parents=True)
+    (folder / "saved" / "latest_checkpointed_iteration.txt").write_text("20")
+    return folder / "start" / "release", tensors
 
 
 @pytest.mark.parametrize(
@@ -113,8 +116,12 @@ def write_checkpoint(name: str, folder: Path, **options: Any) -> tuple[Path, dic
 def test_over_tensor_expert_and_pipeline_ranks(name: str, tmp_path: Path) -> None:
     start, tensors = write_checkpoint(name, tmp_path)
     saved = tmp_path / "saved"
+    whole, parts = (
+        HybridModel.from_pretrained(tmp_path / at).state_dict() for at in ("in", "start")
+    )
+    assert_same(parts, whole)
     sizes = {axis: size for axis, size in SPLIT.items() if axis != "ep" or name != "sala"}
-    run_on_ranks(through_megatron, 4, name, sizes, start, saved)
+    run_on_ranks(through_megatron, 4, name, sizes, start, saved / STEP)
     back = Options("hf")
     config = tmp_path / "in" / "config.json"
     convert(plan(open_source(saved, config), back), tmp_path / "out", back)
@@ -128,7 +135,7 @@ def test_over_tensor_expert_and_pipeline_ranks(name: str, tmp_path: Path) -> Non
 def test_hybrid_model_of_megatron(tmp_path: Path) -> None:
     start, tensors = write_checkpoint("minimax", tmp_path, megatron_model="hybrid")
     pattern = "GE*E|GE*E"  # a pipeline stage each
-    run_on_ranks(through_megatron, 4, "minimax", SPLIT, start, tmp_path / "saved", pattern)
+    run_on_ranks(through_megatron, 4, "minimax", SPLIT, start, tmp_path / "saved" / STEP, pattern)
     back = Options("hf")
     source = open_source(tmp_path / "saved", tmp_path / "in" / "config.json")
     convert(plan(source, back), tmp_path / "out", back)
@@ -143,15 +150,14 @@ def padded(folder: Path, out: Path) -> None:
     shared = SHARED | {"vocab_size": VOCAB + 5}
     model = GPTModel(config, hybrid_block_spec(config, hybrid), **shared, pg_collection=groups)
     model = model.to(torch.bfloat16)
-    model.load_state_dict(
-        dist_checkpointing.load(model.sharded_state_dict(), str(folder)), strict=False
-    )
+    sharded = {"model": model.sharded_state_dict()}
+    model.load_state_dict(dist_checkpointing.load(sharded, str(folder))["model"], strict=False)
     save(model.sharded_state_dict(), out)
 
 
 def test_a_padded_vocabulary_is_cut(tmp_path: Path) -> None:
     start, tensors = write_checkpoint("minimax", tmp_path)
-    run_on_ranks(padded, 1, start, tmp_path / "saved")
+    run_on_ranks(padded, 1, start, tmp_path / "saved" / STEP)
     back = Options("hf")
     source = open_source(tmp_path / "saved", tmp_path / "in" / "config.json")
     convert(plan(source, back), tmp_path / "out", back)

@@ -113,6 +113,12 @@ ROWS = [
     Row(ring, {"num_query_groups": 1}, names="num_query_groups must divide", sizes=TP),
     *calls(ring, attention_bias=ANY, inference_context=ANY, inference_params=ANY),
     *calls(ring, key_value_states=ANY, rotary_pos_emb=ANY),
+    Row(
+        ring,
+        arguments={"dense_len": 5},
+        passed={"packed_seq_params": PACK},
+        names="attention.dense_len must be None or above 5 tokens, the longest document, got 5",
+    ),
     # experts
     *options(experts, activation_func=torch.nn.functional.gelu, activation_func_clamp_value=7.0),
     *options(experts, add_bias_linear=True, fine_grained_activation_offloading=True),

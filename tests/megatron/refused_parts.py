@@ -39,8 +39,8 @@ def core(config: TransformerConfig, groups: Any, **arguments: Any) -> torch.nn.M
     return RingCoreAttention(config, 1, **chosen, pg_collection=groups)
 
 
-def ring(config: TransformerConfig, groups: Any, rotary_dim: int = 4) -> torch.nn.Module:
-    spec = ring_attention_spec(rotary_dim=rotary_dim)
+def ring(config: TransformerConfig, groups: Any, **arguments: Any) -> torch.nn.Module:
+    spec = ring_attention_spec(**({"rotary_dim": 4} | arguments))
     return build_module(spec, config=config, layer_number=1, pg_collection=groups)
 
 

@@ -20,7 +20,7 @@ from lasp._core.consistency import compare_first_call, is_compared
 from lasp._core.derivatives import Reference
 from lasp._core.dtypes import wide_dtype
 from lasp._core.operators import Operators
-from lasp.sequence.layout import Order, SequenceLayout
+from lasp.sequence.layout import Order, SequenceLayout, one_document
 from ring import passes
 from ring.blocks.merge import Partial
 from ring.blocks.registry import resolve_block
@@ -65,9 +65,11 @@ def lengths_and_group(
 ) -> tuple[Tensor, int, str, str]:
     """Layout and group as a schema takes them."""
     group = "" if cp_group is None else cp_group.group_name
-    if layout is None:
-        lengths = torch.full((1,), num_tokens, dtype=torch.int64, device="cpu")
+    if layout is None and (torch.compiler.is_compiling() or type(num_tokens) is not int):
+        lengths = torch.full((1,), num_tokens, dtype=torch.int64, device="cpu")  # it is data
         return lengths, 1, "contiguous", group
+    if layout is None:
+        layout = one_document(num_tokens)
     return layout._lengths, layout.num_ranks, layout.order, group
 
 

@@ -71,7 +71,7 @@ class Experts:
     [
         (lightning, "eager", 8),
         (lightning, "triton", 8),
-        (ring, "auto", 10),
+        (ring, "auto", 9),
         (Experts(), "eager", 12),
         (Experts(), "triton", 13),
     ],

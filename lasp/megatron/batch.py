@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from lasp.hybrid.packing import PackedBatch
 from lasp.megatron.checks import training_argument
 from lasp.megatron.packs import PackedCut, layout_of_megatrons_pack
-from lasp.sequence.layout import Order, SequenceLayout
+from lasp.sequence.layout import Order, SequenceLayout, one_document
 
 
 @dataclass
@@ -171,11 +170,6 @@ def order_of_rows(config: TransformerConfig, part: str) -> Order:
     )
 
 
-@lru_cache(maxsize=64)
-def _one_document(num_tokens: int, num_ranks: int, order: Order) -> SequenceLayout:
-    return SequenceLayout((num_tokens,), num_ranks, order)
-
-
 def layout_of(
     packed_seq_params: PackedSeqParams | None,
     num_tokens: int,
@@ -201,7 +195,7 @@ def layout_of(
             own.
     """
     if packed_seq_params is None:
-        return _one_document(num_tokens * cp_size, cp_size, order)
+        return one_document(num_tokens * cp_size, cp_size, order)
     if packed_seq_params.local_cp_size is not None:
         raise ValueError(
             "packed_seq_params.local_cp_size must be None, got"

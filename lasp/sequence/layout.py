@@ -31,8 +31,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import get_args
+from functools import cached_property, lru_cache
 
 import torch
 import torch.distributed as dist
@@ -133,13 +132,6 @@ class SequenceLayout(PackDefinition):
     def summary(self) -> str:
         """What ranks compare of a layout: its sizes, and a digest that tells it from others."""
         return f"{self._description()} (digest {digest_of(array('q', self.numbers)).hex()})"
-
-    @property
-    def numbers(self) -> list[int]:
-        """The definition as numbers, which tell it from every other layout."""
-        lengths, num_ranks, order, padded = self.definition
-        numbers = [num_ranks, get_args(Order).index(order), len(lengths), *lengths]
-        return numbers if padded is None else [*numbers, *padded]
 
     def _description(self) -> str:
         return (
@@ -286,14 +278,20 @@ class SequenceLayout(PackDefinition):
 
         return _POSITIONS.get((self.definition, rank, device), build).clone()
 
-    # ---- plumbing ----------------------------------------------------------------------------
-
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.num_ranks:
             raise ValueError(
                 f"rank must be in [0, {self.num_ranks}), got {rank}: pass the rank within the"
                 " context-parallel group, not the global rank"
             )
+
+
+@lru_cache(maxsize=64)
+def one_document(
+    num_tokens: int, num_ranks: int = 1, order: Order = "contiguous"
+) -> SequenceLayout:
+    """The layout of a pack that is one document; the last ones are kept."""
+    return SequenceLayout((num_tokens,), num_ranks, order)
 
 
 _LAYOUTS: ByteCache[SequenceLayout] = ByteCache(64 * 2**20, lambda layout: layout.host_bytes)

@@ -102,6 +102,13 @@ class PackDefinition:
         """The arguments that make this layout, none of its tensors: a key for caches."""
         return self.document_lengths, self.num_ranks, self.order, self.padded_lengths
 
+    @property
+    def numbers(self) -> list[int]:
+        """The definition as numbers, which tell it from every other layout."""
+        lengths, num_ranks, order, padded = self.definition
+        numbers = [num_ranks, get_args(Order).index(order), len(lengths), *lengths]
+        return numbers if padded is None else [*numbers, *padded]
+
     # ---- sizes -------------------------------------------------------------------------------
 
     @property

@@ -6,7 +6,6 @@ to it, and a graph is good for every pack.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from lasp._core.operators import Operators
 from lasp.lightning.op_context import REFERENCE
 from lasp.lightning.triton import schedule as fused
 from lasp.lightning.validation import check_first_call, check_kinds
-from lasp.sequence.layout import Order, SequenceLayout
+from lasp.sequence.layout import Order, SequenceLayout, one_document
 from lasp.state_exchange import Exchange
 
 # cp_group is the name of the process group; empty: none.
@@ -63,18 +62,13 @@ def attend(
         lengths = torch.full((1,), q.shape[-3], dtype=torch.int64, device="cpu")
         num_ranks, order = 1, "contiguous"
     else:
-        lengths, num_ranks, order = _one_document(q.shape[-3])._lengths, 1, "contiguous"
+        lengths, num_ranks, order = one_document(q.shape[-3])._lengths, 1, "contiguous"
     group_name = "" if cp_group is None else cp_group.group_name
     output, final_state, _, _ = _call(
         q, k, v, rates, initial_state, lengths, num_ranks, order, group_name,
         scale, exchange, output_final_state, state_eps,
     )  # fmt: skip
     return output, final_state if output_final_state else None
-
-
-@lru_cache(maxsize=64)
-def _one_document(length: int) -> SequenceLayout:
-    return SequenceLayout((length,), 1)
 
 
 def _attention(

@@ -100,6 +100,7 @@ def test_ring_kinds() -> None:
         whole = case[ring_kinds.WHOLE, "both_ms"]
         assert whole["bound"] is None  # no kernel here
         assert case["ring", "both_ms"]["bound"] == whole["p50"] / 2
+        assert ((ring_kinds.REPEATABLE, "both_ms") in case) == (kind != "latent")
         received = case["ring", "forward_bytes"]["p50"]
         # A window's keys, or of 256 latents all; 8 and 8 elements, or 10, of 4 bytes.
         assert received == {"window": 20 * 16 * 4, "latent": 256 * 10 * 4}.get(kind, received)

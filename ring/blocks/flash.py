@@ -43,10 +43,12 @@ class FlashBlock(Block):
         return None
 
     def forward(self, qkv: QKV, *, window: Window, scale: float) -> Partial:
-        """Run one kernel call; two for rows of which some see all keys, see :func:`_whole_rows`."""
-        if whole := _whole_rows(qkv, window):
-            top = self.forward(qkv._replace(q=qkv.q[:whole]), window=EVERYTHING, scale=scale)
-            rest = self.forward(qkv._replace(q=qkv.q[whole:]), window=window, scale=scale)
+        """Run one kernel call; two for windows that the kernels do not know, see :func:`_split`."""
+        if halves := _split(qkv, window):
+            top, rest = (
+                self.forward(qkv._replace(q=qkv.q[rows]), window=seen, scale=scale)
+                for rows, seen in halves
+            )
             return Partial(*(torch.cat(pair) for pair in zip(top, rest)))
         lengths = (None, None, len(qkv.q), len(qkv.k))
         output, lse, *_ = aten._flash_attention_forward(
@@ -60,13 +62,13 @@ class FlashBlock(Block):
         self, doutput: Tensor, merged: Partial, qkv: QKV, *, window: Window, scale: float
     ) -> QKV:
         """Run one kernel call; two where :meth:`forward` does, whose dk and dv are added."""
-        if whole := _whole_rows(qkv, window):
+        if halves := _split(qkv, window):
             (dq, *top), (rest_dq, *rest) = (
                 self.backward(
                     doutput[rows], Partial(*(x[rows] for x in merged)),
                     qkv._replace(q=qkv.q[rows]), window=seen, scale=scale,
                 )
-                for rows, seen in ((slice(whole), EVERYTHING), (slice(whole, None), window))
+                for rows, seen in halves
             )  # fmt: skip
             return QKV(
                 torch.cat((dq, rest_dq)),
@@ -101,16 +103,21 @@ class FlashBlock(Block):
         return QKV(*(as_wide_as(x, dx) for x, dx in zip(qkv, gradients)))
 
 
-def _whole_rows(qkv: QKV, window: Window) -> int:
-    """How many of the first rows must be a call of their own, because they see all keys.
+def _split(qkv: QKV, window: Window) -> tuple[tuple[slice, Window], ...]:
+    """First and last rows with windows of their own; nothing where one call will do.
 
-    Where only the left side is limited, the kernels limit the right side to as many keys as there
-    are. With more rows than keys the first rows stand further before the last key than that.
+    The kernels take a limit of as many keys as there are, or more, for none, and make one of no
+    limit where the other side has one. With more rows than keys the first rows stand further before
+    the last key than that: those that see all keys, or not all, are a call of their own.
     """
     rows, keys = len(qkv.q), len(qkv.k)
-    if window.left < 0 or window.right >= 0 or rows <= keys:
-        return 0
-    return rows - keys + window.left + 1
+    if rows > keys and window.left >= 0 and window.right < 0:
+        whole = rows - keys + window.left + 1
+        return (slice(whole), EVERYTHING), (slice(whole, None), window)
+    if window.left < 0 and window.right >= keys:
+        ragged = rows - window.right  # the last of them sees all keys, and no other does
+        return (slice(ragged), CAUSAL), (slice(ragged, None), EVERYTHING)
+    return ()
 
 
 def _options(window: Window, scale: float) -> dict[str, Any]:

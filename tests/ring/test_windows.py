@@ -16,7 +16,7 @@ from ring.blocks.interface import QKV
 from ring.blocks.merge import Partial
 from ring.blocks.registry import BLOCKS
 from ring.planner.schedule import plan_ring
-from ring.planner.window import EVERYTHING, Window
+from ring.planner.window import CAUSAL, EVERYTHING, Window
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
 from tests.ring.blocks.test_blocks import skip_unless_it_serves
@@ -181,30 +181,47 @@ def test_over_gpus(order) -> None:
 
 
 class TwoSides:
-    """Torch's flash kernels as they are: without a right limit, as many keys as there are."""
+    """Torch's flash kernels as they are: a limit beside none, or none, is as many keys as are."""
 
     @staticmethod
-    def window(keys: Tensor, options: dict[str, Any]) -> Window:
-        left = options.get("window_size_left", -1)
-        return Window(left, keys.shape[1] if left >= 0 else -1)
+    def window(keys: Tensor, is_causal: bool, options: dict[str, Any]) -> Window:
+        sides = [options.get(f"window_size_{side}", -1) for side in ("left", "right")]
+        left, right = (-1 if side >= keys.shape[1] else side for side in sides)
+        if is_causal:
+            return CAUSAL
+        if left < 0 and right < 0:
+            return EVERYTHING
+        return Window(*(side if side >= 0 else keys.shape[1] for side in (left, right)))
 
-    def _flash_attention_forward(self, q, k, v, *_, scale: float, **options: Any):
-        qkv = QKV(q[0], k[0], v[0])
-        part = BLOCKS["eager"].forward(qkv, window=self.window(k, options), scale=scale)
+    def _flash_attention_forward(self, q, k, v, *args, scale: float, **options: Any):
+        qkv, window = QKV(q[0], k[0], v[0]), self.window(k, args[5], options)
+        part = BLOCKS["eager"].forward(qkv, window=window, scale=scale)
         return part.output[None], part.lse.T[None]
 
-    def _flash_attention_backward(self, do, q, k, v, output, lse, *_, scale: float, **options: Any):
+    def _flash_attention_backward(self, do, q, k, v, output, lse, *args, scale, **options: Any):
         gradients = BLOCKS["eager"].backward(
             do[0], Partial(output[0], lse[0].T), QKV(q[0], k[0], v[0]),
-            window=self.window(k, options), scale=scale,
+            window=self.window(k, args[5], options), scale=scale,
         )  # fmt: skip
         return [x[None] for x in gradients]
 
 
-@pytest.mark.parametrize(("rows", "keys", "left"), [(11, 4, 2), (11, 4, 0), (5, 4, 1), (4, 4, 1)])
-def test_flash_takes_more_rows_than_keys(rows: int, keys: int, left: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "keys", "window"),
+    [
+        (11, 4, Window(2)),
+        (11, 4, Window(0)),
+        (5, 4, Window(1)),
+        (4, 4, Window(1)),
+        (11, 4, Window(right=7)),
+        (11, 4, Window(right=9)),
+        (5, 4, Window(right=2)),
+        (5, 4, Window(right=4)),
+    ],
+)
+def test_flash_takes_more_rows_than_keys(rows: int, keys: int, window: Window) -> None:
     q, k, v = (torch.randn(n, 2, 8, dtype=torch.float64) for n in (rows, keys, keys))
-    do, how, qkv = torch.randn_like(q), {"window": Window(left), "scale": 0.3}, QKV(q, k, v)
+    do, how, qkv = torch.randn_like(q), {"window": window, "scale": 0.3}, QKV(q, k, v)
     expected = BLOCKS["eager"].forward(qkv, **how)
     gradients = BLOCKS["eager"].backward(do, expected, qkv, **how)
     with patch.object(flash, "aten", TwoSides()):

@@ -3,7 +3,7 @@
 The bound is what the forward asks for (``benchmarks.model_flops``), shared by the ranks, at the
 rate of a product of 8192 x 8192 matrices in the same process. Shares are those of the first rank's
 time between events around the parts of each layer. Sums over 16 layers, by the ratio of lightning
-to softmax layers, are made of these times. The prompt is read once, after a chunk that warms up.
+to softmax layers, are made of these times. The prompt is read once, after two chunks that warm up.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def prefill(setting: Setting) -> Iterator[Row]:
     model, chunk = group_model(setting), setting.options.chunk_tokens
     on_gpu = setting.machine.device == "cuda"
     rate, clock = flops_per_s() if on_gpu else 1e9, Clock(model, on_gpu=on_gpu)
-    read(setting, model, clock, min(chunk, setting.options.prompts[0]))
+    read(setting, model, clock, min(2 * chunk, setting.options.prompts[-1]))  # warms up
     for length in setting.options.prompts:
         spent = read(setting, model, clock, length)
         total, flops = sum(spent.values()), step_flops(setting.config, (length,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,19 @@ def test_bad_steps_are_refused_and_change_nothing(num_ranks: int, sizes: dict[st
             assert same, what
             with pytest.raises(ValueError, match=told):
                 raise ValueError(error)
+
+
+def test_texts_are_refused_from_where_softmax_layers_would_be_sparse() -> None:
+    model = build("sala")
+    attention = replace(model.config.attention, dense_len=9)
+    model.config = replace(model.config, attention=attention)
+    cache = model.new_cache(num_slots=1, max_tokens=40)
+    slots = cache.add()
+    model.step(cache, slots, [TEXT[:7]])
+    model.step(cache, slots, [TEXT[7:8]])
+    with pytest.raises(ValueError, match="dense_len must be None or above 9 tokens"):
+        model.step(cache, slots, [TEXT[8:9]])
+    assert cache.length(slots[0]) == 8
 
 
 def refused_cache_calls(folder: Path) -> list[str]:

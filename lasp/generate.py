@@ -42,7 +42,7 @@ class CommandOptions:
         stop: ids that end the text.
         seed: of the draws.
         device: of the model; by default a GPU if there is one for each rank.
-        graph: on one GPU, a step is one CUDA graph, for models without latent attention.
+        graph: on one GPU, a step is one CUDA graph.
         ep: ranks over which the experts are dealt out; by default all.
     """
 

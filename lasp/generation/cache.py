@@ -41,6 +41,11 @@ class KeyMemory(NamedTuple):
     values: Tensor
     rank_tokens: int
 
+    @property
+    def is_latent(self) -> bool:
+        """Whether values are a part of the keys."""
+        return self.values.data_ptr() == self.keys.data_ptr()
+
     def store(self, rows: Tensor, keys: Tensor, values: Tensor | None) -> None:
         """Write tokens ``[T, Hkv, D]`` to ``rows``, int64 ``[T]``."""
         self.keys.index_copy_(0, rows, keys)
@@ -266,6 +271,5 @@ class GenerationCache:
                 tensors.append([memory[slot].clone()])
                 continue
             keys, values = memory.read(slot, 0, of.held[self.rank])
-            latent = memory.values.data_ptr() == memory.keys.data_ptr()
-            tensors.append([keys.clone()] if latent else [keys.clone(), values.clone()])
+            tensors.append([keys.clone()] if memory.is_latent else [keys.clone(), values.clone()])
         return of.held, of.stops, of.ranks, tensors

@@ -18,7 +18,8 @@ from lasp._core.launcher import aligned, launcher_of
 from ring.blocks.merge import Partial
 
 LOG2E = 1.4426950408889634
-ROWS, KEYS = 64, 64  # of a tile; rows are new tokens times query heads of a key head
+# Rows (new tokens times query heads of a key head) and keys of a tile, warps, stages.
+TILES, LATENT_TILES = (64, 64, 4, 3), (32, 32, 8, 2)
 PROGRAMS = 12  # for each multiprocessor, which runs three at a time, so that all end together
 SHORTEST = 512  # keys of a split, where the sequence has as many
 
@@ -27,7 +28,7 @@ SHORTEST = 512  # keys of a split, where the sequence has as many
 def few_rows_kernel(
     query,  # [B * n, Hq, D], contiguous
     keys,  # [num_slots * rank_tokens + 1, Hkv, D], contiguous
-    values,  # [num_slots * rank_tokens + 1, Hkv, V], contiguous
+    values,  # [num_slots * rank_tokens + 1, Hkv, V], contiguous; with LATENT not read
     slots,  # [B * n] int64, negative for padding, whose rows see no key
     limits,  # [B * n] int64: how many keys of its slot a row sees, not falling within a sequence
     output,  # [B * n, Hq, num_splits, V] float32, contiguous
@@ -44,25 +45,30 @@ def few_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    LATENT: tl.constexpr,  # values are the first V elements of keys; the others are D - V
     PRECISION: tl.constexpr,
 ):
-    """One program a sequence, block of its rows, key head and split."""
+    """One program a sequence, key head, split and block of rows."""
     blocks: tl.constexpr = (TOKENS * GROUP + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
+    # Blocks that read the same keys stand side by side.
+    block, program = program % blocks, program // blocks
     split, program = program % num_splits, program // num_splits
-    head, program = program % KEY_HEADS, program // KEY_HEADS
-    block, sequence = program % blocks, (program // blocks).to(tl.int64)
+    head, sequence = program % KEY_HEADS, (program // KEY_HEADS).to(tl.int64)
 
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = m < TOKENS * GROUP
     rows = sequence * TOKENS + m // GROUP
     heads = head * GROUP + m % GROUP
     d, v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    q = tl.load(
-        query + (rows * (KEY_HEADS * GROUP) + heads)[:, None] * D + d[None, :],
-        mask=inside[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
+    own: tl.constexpr = V if LATENT else D
+    query += (rows * (KEY_HEADS * GROUP) + heads)[:, None] * D
+    q = tl.load(query + d[None, :], mask=inside[:, None] & (d < own)[None, :], other=0.0)
+    if LATENT:
+        e = tl.arange(0, BLOCK_P)
+        shared = (e < D - V)[None, :]
+        q_shared = tl.load(query + V + e[None, :], mask=inside[:, None] & shared, other=0.0)
     seen = tl.load(limits + rows, mask=inside, other=0).to(tl.int32)
     longest = tl.load(limits + sequence * TOKENS + TOKENS - 1).to(tl.int32)
     first = tl.maximum(tl.load(slots + sequence * TOKENS), 0) * rank_tokens
@@ -77,19 +83,36 @@ def few_rows_kernel(
         n = begin + tl.arange(0, BLOCK_N)
         at = (first + n) * KEY_HEADS + head  # int64
         there = n < stop
-        k = tl.load(
-            keys + at[None, :] * D + d[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0
-        )
-        scores = tl.dot(q, k, input_precision=PRECISION) * scale
+        if LATENT:
+            w = tl.load(
+                keys + at[:, None] * D + v[None, :],
+                mask=there[:, None] & (v < V)[None, :],
+                other=0.0,
+            )
+            k_shared = tl.load(
+                keys + at[:, None] * D + V + e[None, :], mask=there[:, None] & shared, other=0.0
+            )
+            scores = tl.dot(q_shared, tl.trans(k_shared), input_precision=PRECISION)
+            scores = (scores + tl.dot(q, tl.trans(w), input_precision=PRECISION)) * scale
+        else:
+            k = tl.load(
+                keys + at[None, :] * D + d[:, None],
+                mask=there[None, :] & (d < D)[:, None],
+                other=0.0,
+            )
+            scores = tl.dot(q, k, input_precision=PRECISION) * scale
         scores = tl.where((n[None, :] < seen[:, None]) & there[None, :], scores, float("-inf"))
         higher = tl.maximum(largest, tl.max(scores, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(scores - shift[:, None])
         kept = tl.exp2(largest - shift)
         total = total * kept + tl.sum(p, 1)
-        w = tl.load(
-            values + at[:, None] * V + v[None, :], mask=there[:, None] & (v < V)[None, :], other=0.0
-        )
+        if not LATENT:
+            w = tl.load(
+                values + at[:, None] * V + v[None, :],
+                mask=there[:, None] & (v < V)[None, :],
+                other=0.0,
+            )
         acc = acc * kept[:, None] + tl.dot(p.to(w.dtype), w, input_precision=PRECISION)
         largest = higher
     none = total == 0.0
@@ -158,7 +181,7 @@ def few_rows(
     Args:
         q: ``[B * tokens, Hq, D]``, ``tokens`` rows a sequence one after the other.
         keys: ``[num_slots * rank_tokens + 1, Hkv, D]``.
-        values: ``[num_slots * rank_tokens + 1, Hkv, V]``.
+        values: ``[num_slots * rank_tokens + 1, Hkv, V]``; the first elements of latents.
         rows: for each row its slot, negative for padding, and how many of the slot's keys it sees.
         tokens: rows of a sequence.
         rank_tokens: rows of a slot.
@@ -170,7 +193,9 @@ def few_rows(
     """
     (num_rows, heads, dim), (_, key_heads, value_dim) = q.shape, values.shape
     group = heads // key_heads
-    block = max(16, min(ROWS, triton.next_power_of_2(tokens * group)))
+    latent = values.data_ptr() == keys.data_ptr()
+    most, tile, warps, stages = LATENT_TILES if latent else TILES
+    block = max(16, min(most, triton.next_power_of_2(tokens * group)))
     parts = q.new_empty(num_rows, heads, num_splits, value_dim, dtype=torch.float32)
     lse_of_parts = q.new_empty(num_rows, heads, num_splits, dtype=torch.float32)
     output = q.new_empty(num_rows, heads, value_dim, dtype=torch.float32)
@@ -188,12 +213,14 @@ def few_rows(
         D=dim,
         V=value_dim,
         BLOCK_M=block,
-        BLOCK_N=KEYS,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_N=tile,
+        BLOCK_D=max(16, triton.next_power_of_2(value_dim if latent else dim)),
         BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_P=max(16, triton.next_power_of_2(dim - value_dim)) if latent else 16,
+        LATENT=latent,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=3,
+        num_warps=warps,
+        num_stages=stages,
     )
     merge = launcher_of(
         merge_splits_kernel,
@@ -207,7 +234,7 @@ def few_rows(
     )
     sequences = num_rows // tokens
     programs = sequences * triton.cdiv(tokens * group, block) * key_heads * num_splits
-    given = (aligned(x.contiguous()) for x in (q, keys, values, *rows))
+    given = (aligned(x.contiguous()) for x in (q, keys, keys if latent else values, *rows))
     attend(programs, *given, parts, lse_of_parts)
     merge(num_rows * heads, parts, lse_of_parts, output, lse)
     return Partial(output, lse)

@@ -25,7 +25,7 @@ from ring.planner.window import CAUSAL, EVERYTHING
 
 KEYS_AT_ONCE = 65_536  # of a tile of a long step
 EAGER_KEYS_AT_ONCE = 2_048  # whose scores are all in memory
-MAX_HEAD_DIM = 256  # that the kernel for few rows serves; latents are wider
+MAX_HEAD_DIM, MAX_LATENT = 256, 512  # that the kernel for few rows serves
 
 # Keys and values as kernels take them, of those in memory.
 Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -78,8 +78,13 @@ def by_kernel(q: Tensor, memory: KeyMemory, step: CacheStep, scale: float) -> Pa
 
 def has_kernel(memory: KeyMemory, block: str) -> bool:
     """Whether :func:`over_few` takes the kernel for these keys."""
-    keys, dim = memory.keys, max(memory.keys.shape[-1], memory.values.shape[-1])
-    unserved = "" if dim <= MAX_HEAD_DIM else f"a head dim of {dim}, above {MAX_HEAD_DIM}"
+    keys, (dim, value_dim) = memory.keys, (memory.keys.shape[-1], memory.values.shape[-1])
+    most = max(dim, value_dim)
+    if memory.is_latent:  # of which the shared part is an operand of its own
+        served = value_dim <= MAX_LATENT and dim - value_dim <= MAX_HEAD_DIM
+    else:
+        served = most <= MAX_HEAD_DIM
+    unserved = "" if served else f"keys of {most} elements"
     impl: Impl = "eager" if block == "eager" else "auto"
     return chosen_impl(impl, keys.device, keys.dtype, unserved) == "triton"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lasp.generation import PADDING, GenerationCache
 from lasp.generation.cache import KeyMemory
-from lasp.generation.partials import MAX_HEAD_DIM, has_kernel
+from lasp.generation.partials import MAX_HEAD_DIM, MAX_LATENT, has_kernel
 from lasp.generation.step import CacheStep, plan_step
 from lasp.hybrid.steps import batch_of, check_ready, packed
 from lasp.layers.lightning_attention import LightningAttention
@@ -35,7 +35,7 @@ class DecodeGraph:
 
     Raises:
         ValueError: for a model over several ranks, or one whose softmax layers no kernel runs
-            (latent attention, float64), or a cache that is not the model's.
+            (wide heads, float64), or a cache that is not the model's.
     """
 
     def __init__(self, model: HybridModel, cache: GenerationCache, batch_size: int) -> None:
@@ -102,9 +102,9 @@ def _check_kernels(model: HybridModel, cache: GenerationCache) -> None:
         assert isinstance(memory, KeyMemory)
         if not has_kernel(memory, layer.attention.block):
             raise ValueError(
-                "a DecodeGraph must be of softmax layers that a kernel runs, in 16 or 32 bits, with"
-                f" heads up to {MAX_HEAD_DIM}, got keys of {memory.keys.shape[-1]} in"
-                f" {memory.keys.dtype}: use model.step"
+                "a DecodeGraph must be of softmax layers that a kernel runs, 16 or 32 bits, heads"
+                f" up to {MAX_HEAD_DIM} or latents up to {MAX_LATENT}, got {memory.keys.shape[-1]}"
+                f" in {memory.keys.dtype}: use model.step"
             )
 
 

@@ -29,10 +29,14 @@ MODEL = Model()
 
 
 def case(
-    heads: tuple[int, int], dims: tuple[int, int], lengths: dict[int, int], counts: list[int]
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    lengths: dict[int, int],
+    counts: list[int],
+    kind: str = "keys",
 ) -> tuple[Tensor, KeyMemory, CacheStep]:
     """Queries of new tokens, keys of slots of these lengths, and the step; padding is in it."""
-    shape = CacheShape((("keys", heads[1], *dims),), DTYPE, 1)
+    shape = CacheShape(((kind, heads[1], *dims),), DTYPE, 1)
     device = torch.device(DEVICE)
     longest = max(lengths.values()) + 16
     cache = GenerationCache(
@@ -44,8 +48,9 @@ def case(
             cache.slots[slot].add(0, length)
     memory = cache.layers[0]
     assert isinstance(memory, KeyMemory)
-    for part in memory[:2]:
-        part.normal_()
+    memory.keys.normal_()
+    if kind == "keys":
+        memory.values.normal_()
     step = plan_step(cache, [*lengths, PADDING], [*counts, counts[0]])
     q = torch.randn(sum(step.counts), heads[0], dims[0], device=device).to(DTYPE)
     return q, memory, step
@@ -56,6 +61,8 @@ CASES: dict[str, Callable[[], tuple[Tensor, KeyMemory, CacheStep]]] = {
     "drafts of five": lambda: case((6, 2), (24, 16), {2: 3, 4: 130}, [5, 5]),
     "unequal counts": lambda: case((4, 4), (16, 40), {1: 65, 0: 9}, [3, 1]),
     "more rows than a tile": lambda: case((16, 2), (16, 16), {1: 100}, [16]),
+    "latents": lambda: case((40, 1), (24, 16), {1: 65, 3: 9}, [1, 1], "latent"),
+    "latents without a shared part": lambda: case((4, 1), (20, 20), {1: 65}, [3], "latent"),
     "many splits": lambda: case((4, 1), (16, 16), {0: 1700}, [1]),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -68,6 +69,23 @@ def test_greedy_and_drawn_texts(name: str, num_ranks: int, sizes: dict[str, int]
         assert static.tokens == expected
         assert whole.prompt_tokens == 53
         assert whole.tokens_per_s > 0
+
+
+def disagreeing() -> list[list[int]]:
+    """Rank function: the second rank chooses other tokens."""
+    model = build("minimax", groups=groups_of(ExpertTopology(2, cp=2, ep=2)))
+    choose = Sampling.choose
+
+    def other(rule: Sampling, *given: Any) -> torch.Tensor:
+        return (choose(rule, *given) + 1) % VOCAB
+
+    with patch.object(Sampling, "choose", other if dist.get_rank() else choose):
+        return model.generate(PROMPTS, max_new_tokens=3).tokens
+
+
+def test_ranks_write_one_text_whatever_they_compute() -> None:
+    expected = [whole_again(build("minimax"), prompt, 3) for prompt in PROMPTS]
+    assert run_on_ranks(disagreeing, 2) == [expected] * 2
 
 
 def test_a_prefix_is_read_once_and_goes_on_in_forks() -> None:

@@ -26,9 +26,7 @@ def compare(model: HybridModel, batch_size: int) -> None:
     for slots in ([0, 1, 2], [2, 0], [1], [2, 1, 0], [0]):
         ids = torch.tensor([3 + slot for slot in slots], device=caches[0].device)
         found, missing = graph.step(slots, ids).clone(), batch_size - len(slots)
-        padded = torch.cat((ids, ids.new_zeros(missing))).unsqueeze(
-            1
-        )  # products of the same shapes
+        padded = torch.cat((ids, ids.new_zeros(missing))).unsqueeze(1)  # the same shapes
         expected = model.step(caches[1], [*slots, *[PADDING] * missing], padded)[: len(slots)]
         exact = 1e-12 if expected.dtype == torch.float64 else 1e-2
         assert (found - expected).abs().max() <= exact * expected.abs().max()

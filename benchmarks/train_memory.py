@@ -56,8 +56,10 @@ def kept_bytes(config: HybridConfig, kind: str, policy: str) -> int:
     queries, keys, values and the result; rows of experts, their first product and their results.
     """
     heads, moe, hidden = config.attention, config.moe, config.hidden_size
-    assert moe is not None
-    assert heads.latent is None
+    if moe is None or heads.latent is not None:
+        raise ValueError(
+            "config must have experts and no latent attention: others keep other things"
+        )
     inner, kv = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
     if policy == "none":
         attention = 9 * inner if kind == "G" else 2 * inner + 2 * kv

@@ -65,7 +65,7 @@ def check_within_budget(dtype: torch.dtype, device: str, impl: str) -> None:
         assert_within_budget(*three, what=what)
 
 
-@pytest.mark.parametrize("chunk", [64, 300, 2048])
+@pytest.mark.parametrize("chunk", [4, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_loss_and_gradients_are_within_the_budget(chunk: int, dtype: torch.dtype) -> None:
     with patch.object(head_module, "CHUNK_TOKENS", chunk):

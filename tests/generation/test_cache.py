@@ -64,8 +64,10 @@ def histories(name: str, sizes: dict[str, int], folder: Path) -> list[tuple[list
     return found
 
 
-@pytest.mark.parametrize(("num_ranks", "sizes"), RANKS)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "sizes"),
+    [*((name, 1, {}) for name in SMALL), ("ring", *RANKS[1]), ("ling", *RANKS[1])],
+)
 def test_forks_drafts_files_and_padding_are_exact(
     name: str, num_ranks: int, sizes: dict[str, int], tmp_path: Path
 ) -> None:

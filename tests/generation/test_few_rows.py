@@ -60,7 +60,7 @@ CASES: dict[str, Callable[[], tuple[Tensor, KeyMemory, CacheStep]]] = {
     "one token each": lambda: case((8, 2), (32, 32), {3: 70, 0: 0, 1: 200}, [1, 1, 1]),
     "drafts of five": lambda: case((6, 2), (24, 16), {2: 3, 4: 130}, [5, 5]),
     "unequal counts": lambda: case((4, 4), (16, 40), {1: 65, 0: 9}, [3, 1]),
-    "more rows than a tile": lambda: case((16, 2), (16, 16), {1: 100}, [16]),
+    "more rows than a tile": lambda: case((10, 2), (16, 16), {1: 30}, [16]),
     "latents": lambda: case((40, 1), (24, 16), {1: 65, 3: 9}, [1, 1], "latent"),
     "latents without a shared part": lambda: case((4, 1), (20, 20), {1: 65}, [3], "latent"),
     "many splits": lambda: case((4, 1), (16, 16), {0: 1700}, [1]),

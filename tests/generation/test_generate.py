@@ -45,16 +45,16 @@ def generated(name: str, sizes: dict[str, int], calls: list[dict[str, Any]]) -> 
 def test_greedy_and_drawn_texts(name: str, num_ranks: int, sizes: dict[str, int]) -> None:
     """Greedy texts are those of whole forwards; drawn ones are the same by every chunk and rank."""
     model = build(name)
-    expected = [whole_again(model, prompt, 6) for prompt in PROMPTS]
-    stop = expected[0][3]
-    ends = [text.index(stop) + 1 if stop in text else 6 for text in expected]
+    expected = [whole_again(model, prompt, 4) for prompt in PROMPTS]
+    stop = expected[0][2]
+    ends = [text.index(stop) + 1 if stop in text else 4 for text in expected]
     calls: list[dict[str, Any]] = [
-        {"max_new_tokens": 6},
-        {"max_new_tokens": 6, "chunk_tokens": 11, "stop_tokens": [stop]},
+        {"max_new_tokens": 4},
+        {"max_new_tokens": 4, "chunk_tokens": 11, "stop_tokens": [stop]},
         {"max_new_tokens": 8, "sampling": HOT},
         {"max_new_tokens": 8, "sampling": HOT, "chunk_tokens": 20},
         {"max_new_tokens": 0},
-        {"max_new_tokens": 6, "graph": not sizes},
+        {"max_new_tokens": 4, "graph": not sizes},
     ]
     drawn = model.generate(PROMPTS[:2], max_new_tokens=8, sampling=HOT).tokens
     for whole, stopped, hot, again, nothing, static in run_on_ranks(

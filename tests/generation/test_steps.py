@@ -85,20 +85,47 @@ def test_any_split_into_steps_gives_the_logits_of_one_forward(name: str, seed: i
         assert_equal_to_rounding(logits, forward(model, text), what=f"{len(text)} tokens")
 
 
+GPU_LENGTHS = (300, 1, 40)
+
+
+def gpu_logits(model: HybridModel) -> list[Tensor]:
+    """Logits of every token of some texts, by steps."""
+    cache = model.new_cache(num_slots=3, max_tokens=300)
+    found = by_steps(model, cache, texts(GPU_LENGTHS), splits(0, GPU_LENGTHS))
+    return [logits.cpu() for logits in found]
+
+
+def compare_on_gpu(of_ranks: list[list[Tensor]]) -> None:
+    """Steps in bfloat16 err no more than a forward on one GPU."""
+    model = HybridModel(MEDIUM, dtype=torch.bfloat16)
+    model.reset_parameters(0)
+    exact = HybridModel(MEDIUM, dtype=torch.float64)
+    exact.load_state_dict(model.state_dict())
+    for text, *found in zip(texts(GPU_LENGTHS), *of_ranks):
+        oracle, honest = forward(exact.eval(), text), forward(model.cuda().eval(), text).cpu()
+        for logits in found:
+            assert_within_budget(logits, oracle, honest, what=f"{len(text)} tokens")
+
+
 @pytest.mark.gpu
 def test_steps_on_a_gpu_err_no_more_than_a_forward_there() -> None:
-    exact = HybridModel(MEDIUM, dtype=torch.float64)
-    exact.reset_parameters(0)
-    model = HybridModel(MEDIUM, dtype=torch.bfloat16)
-    model.load_state_dict(exact.state_dict())
-    exact.load_state_dict(model.state_dict())  # rounded alike
-    model, some = model.cuda().eval(), texts((300, 1, 40))
-    cache = model.new_cache(num_slots=3, max_tokens=300)
-    found = by_steps(model, cache, some, splits(0, (300, 1, 40)))
-    for text, logits in zip(some, found):
-        oracle = forward(exact.eval(), text)
-        honest = forward(model, text).cpu()
-        assert_within_budget(logits.cpu(), oracle, honest, what=f"{len(text)} tokens")
+    model = HybridModel(MEDIUM, device="cuda", dtype=torch.bfloat16)
+    model.reset_parameters(0)
+    compare_on_gpu([gpu_logits(model.eval())])
+
+
+def gpu_split_on_rank() -> list[Tensor]:
+    """Rank function: the same over two GPUs."""
+    groups = groups_of(ExpertTopology(2, cp=2, ep=2))
+    device = f"cuda:{dist.get_rank()}"
+    model = HybridModel(MEDIUM, groups=groups, device=device, dtype=torch.bfloat16)
+    model.reset_parameters(0)
+    return gpu_logits(model.eval())
+
+
+@pytest.mark.multi_gpu
+def test_steps_on_two_gpus_err_no_more_than_a_forward_on_one() -> None:
+    compare_on_gpu(run_on_ranks(gpu_split_on_rank, 2, backend="nccl"))
 
 
 def split_on_rank(name: str, sizes: dict[str, int], seeds: list[int]) -> list[list[Tensor]]:

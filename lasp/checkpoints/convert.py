@@ -177,7 +177,8 @@ def convert(conversion: Conversion, out: Path, options: Options) -> None:
         else:
             release = release_folder(folder)
             write_dcp(release, conversion.tensors, make, extra=extra_states(dtypes))
-            write_common(release)
+            is_hybrid = options.megatron_model == "hybrid"
+            write_common(release, source.config, is_hybrid=is_hybrid)
         copy_small_files(source.folder, folder)
         write_fields(folder, conversion.fields)
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 import io
 import json
 import re
+from argparse import Namespace
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lasp.checkpoints.mapping import MappedTensor
+from lasp.hybrid.config import HybridConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
@@ -56,10 +60,21 @@ def newest(folder: Path) -> Path:
     return found
 
 
-def write_common(folder: Path) -> None:
-    """The state that all ranks share, and the format of the folder."""
+def write_common(folder: Path, config: HybridConfig, *, is_hybrid: bool) -> None:
+    """The state that all ranks share, and the format of the folder.
+
+    Args:
+        folder: of the checkpoint.
+        config: of the model.
+        is_hybrid: whether it has the names of Megatron's HybridModel.
+    """
     # Megatron permutes the rows of queries, keys and values of older checkpoints.
-    torch.save({"checkpoint_version": 3.0}, folder / "common.pt")
+    common: dict[str, Any] = {"checkpoint_version": 3.0}
+    if is_hybrid:  # it takes a checkpoint without a pattern for one of a GPTModel
+        mlps = ("E" if config.has_experts(layer) else "-" for layer in range(config.num_layers))
+        pattern = "".join(chain.from_iterable(zip(config.kinds, mlps)))
+        common["args"] = Namespace(hybrid_layer_pattern=pattern)
+    torch.save(common, folder / "common.pt")
     described = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,

@@ -194,7 +194,7 @@ def test_logits_and_every_gradient() -> None:
     gradients = released_names({n: p.grad for n, p in model.named_parameters()})
     assert gradients.keys() == weights.keys()
     for name, weight in weights.items():
-        assert_equal_to_rounding(gradients[name], weight.grad, tolerance=1e-13, what=name)
+        assert_equal_to_rounding(gradients[name], weight.grad, tolerance=1e-14, what=name)
 
 
 def test_contexts_that_are_block_sparse_there_are_refused() -> None:

@@ -8,11 +8,12 @@ tokens each, and questions at its end: a key, after which the model must name it
     f f k3 v3 f f f k1 v1 f k2 v2 f f ... k1 v1 k3 v3        the labels: the last v1 and v3
 
 Filler is of tokens of its own and of values, never of keys. ``recall`` documents hold ``--pairs``
-pairs and up to sixteen questions, ``needle`` documents one pair anywhere and one question; every
-step trains on both, as many, with pairs that grow in number over the first half of the steps. All
-models of a seed see the same documents, and are asked documents that they did not see. Rows: for
-each seed the accuracy by task and the loss of the last tenth of the steps; for all seeds together
-their accuracies.
+pairs and a question for each, ``needle`` documents one pair anywhere and one question; every step
+trains on as many tokens of both. Over the first half of the steps documents grow from an eighth of
+their length and pairs, and so many more of them make a step: models learn to look up in short ones.
+All models of a seed see the same documents, and are asked documents that they did not see. Rows:
+for each seed the accuracy by task and the loss of the last tenth of the steps; for all seeds
+together their accuracies.
 
 Run: python -m benchmarks.needle --commit $(git rev-parse HEAD)
 """
@@ -40,7 +41,7 @@ from lasp.hybrid import (
 )
 
 KINDS = 64  # of keys, of values and of filler tokens
-QUESTIONS = 16
+HALVINGS = 3  # of the documents that training begins with
 PATTERNS = {"lightning": "1:0", "3:1": "3:1", "7:1": "7:1", "15:1": "15:1", "softmax": "0:1"}
 NO_LABEL = -100
 
@@ -55,7 +56,7 @@ class Sizes(Options):
     patterns: tuple[str, ...] = tuple(PATTERNS)
     seeds: tuple[int, ...] = (0, 1, 2)
     layers: int = 16
-    hidden_size: int = 128
+    hidden_size: int = 256
     steps: int = 1000
     learning_rate: float = 2e-3
     tests: int = 16
@@ -104,7 +105,7 @@ def documents(
 def model_of(pattern: str, options: Sizes, machine: Machine) -> HybridModel:
     """A model without experts; float32, which autocast rounds."""
     size = options.hidden_size
-    heads = max(1, size // 32)
+    heads = max(4, size // 32)  # lightning heads differ in their decay
     config = HybridConfig(
         num_layers=options.layers,
         vocab_size=3 * KINDS,
@@ -133,10 +134,11 @@ class Run:
             self.model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
         )
 
-    def task(self, name: str, count: int, grown: float = 1.0) -> Documents:
-        """New documents of a task; ``grown`` is the share of the pairs."""
-        pairs = max(1, round(grown * self.options.pairs)) if name == "recall" else 1
-        return documents(self.generator, count, self.options.length, pairs, min(QUESTIONS, pairs))
+    def task(self, name: str, count: int, halvings: int = 0) -> Documents:
+        """New documents of a task: ``count`` whole ones, or more that are shorter."""
+        pairs = max(1, self.options.pairs >> halvings) if name == "recall" else 1
+        length = self.options.length >> halvings
+        return documents(self.generator, count << halvings, length, pairs, pairs)
 
     def forward(self, some: Documents) -> tuple[Tensor, Tensor]:
         """Logits and labels of the tokens that have one."""
@@ -152,8 +154,8 @@ class Run:
         options, losses = self.options, []
         for step in range(options.steps):
             half = options.documents // 2
-            grown = min(1.0, 2 * (step + 1) / options.steps)
-            parts = (self.task("recall", half, grown), self.task("needle", half))
+            halvings = max(0, HALVINGS - 2 * HALVINGS * step // options.steps)
+            parts = (self.task("recall", half, halvings), self.task("needle", half, halvings))
             logits, labels = self.forward(Documents(*map(torch.cat, zip(*parts))))
             loss = next_token_loss(logits, labels, len(labels))
             loss.backward()

@@ -1,8 +1,8 @@
 """What does a call of ring attention on one rank cost the host, beside the bare kernel?
 
 ``forward_host_us`` and ``backward_host_us`` are the times until a call returns, where the device is
-not waited for: forward with gradients enabled, and backward alone. There are so few tokens that the
-device is done sooner; on a CPU the kernels' own time is in all of them.
+not waited for: forward with gradients enabled, and backward alone. Implementations take turns.
+There are so few tokens that the device is done sooner; on a CPU the kernels' own time is in all.
 
 - ``ring NAME``: the operator with that block, for each that serves the tensors here;
 - ``bare FA4``: flash-attn-4's own function, where it is installed; the bound of ``ring fa4``;
@@ -18,10 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks.harness import (
     DeviceOptions,
@@ -36,7 +35,7 @@ from benchmarks.harness import (
     row,
 )
 from benchmarks.host_time import sdpa
-from benchmarks.timing import host_us
+from benchmarks.timing import hosts_us
 from lasp import SequenceLayout
 from ring import ring_attention
 from ring.blocks.interface import Operands
@@ -104,19 +103,6 @@ class Case(NamedTuple):
 
         return {f"ring {block}": forward(block) for block in self.blocks(machine)}
 
-    def measure(self, impl: str, forward: Forward, leaves: list[Tensor], do: Tensor) -> list[Row]:
-        """Rows of both directions."""
-        output = forward(*leaves)
-
-        def backward() -> None:
-            torch.autograd.grad(output, leaves, do, retain_graph=True)
-
-        calls: dict[str, Any] = {"forward": lambda: forward(*leaves), "backward": backward}
-        return [
-            row(NAME, self._asdict(), impl, f"{metric}_host_us", host_us(call), "us")
-            for metric, call in calls.items()
-        ]
-
 
 def measure(case: Case, machine: Machine) -> Iterator[Row]:
     """Rows of a case, after all that it compares is checked."""
@@ -128,13 +114,19 @@ def measure(case: Case, machine: Machine) -> Iterator[Row]:
     exact = results(lambda *qkv: dense(*qkv)[0], [x.double() for x in inputs], do.double())
     for impl, forward in {**peers, **ours}.items():
         check(impl, results(forward, inputs, do), exact, 3e-2)
-    leaves, bounds = [x.requires_grad_() for x in inputs], {}
-    for impl, forward in {**peers, **ours}.items():
-        bound = BARE if impl == "ring fa4" else SDPA
-        for found in case.measure(impl, forward, leaves, do):
-            bounds[impl, found["metric"]] = found["p50"]
-            if impl in ours and (least := bounds.get((bound, found["metric"]))) is not None:
-                found |= {"bound": least, "bound_name": bound}
+    leaves = [x.requires_grad_() for x in inputs]
+    forwards = {impl: partial(forward, *leaves) for impl, forward in {**peers, **ours}.items()}
+    backwards = {
+        impl: partial(torch.autograd.grad, call(), leaves, do, retain_graph=True)
+        for impl, call in forwards.items()
+    }
+    for metric, calls in (("forward_host_us", forwards), ("backward_host_us", backwards)):
+        times = hosts_us(calls)
+        for impl, some in times.items():
+            found = row(NAME, case._asdict(), impl, metric, some, "us")
+            bound = BARE if impl == "ring fa4" else SDPA
+            if impl in ours and bound in times:
+                found |= {"bound": times[bound][len(some) // 2], "bound_name": bound}
             yield found
 
 

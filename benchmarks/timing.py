@@ -36,17 +36,25 @@ def graph_ms(fn: Callable[[], Any]) -> tuple[float, float, float]:
 
 def host_us(fn: Callable[[], Any], *, wait: bool = False, count: int = 20) -> list[float]:
     """Times until a call returns, sorted; with ``wait`` until the device is done with it too."""
+    return hosts_us({"": fn}, wait=wait, count=count)[""]
+
+
+def hosts_us(
+    calls: Mapping[str, Callable[[], Any]], *, wait: bool = False, count: int = 20
+) -> dict[str, list[float]]:
+    """:func:`host_us` of several calls that take turns: a core may be half as fast for a while."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    calls = []
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(20):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(count):
-            fn()
-        if wait:
+        for name, fn in calls.items():
             synchronize()
-        calls.append((time.perf_counter() - start) / count * 1e6)
-    return sorted(calls)
+            start = time.perf_counter()
+            for _ in range(count):
+                fn()
+            if wait:
+                synchronize()
+            times[name].append((time.perf_counter() - start) / count * 1e6)
+    return {name: sorted(some) for name, some in times.items()}
 
 
 def copy_bytes_per_s() -> float:

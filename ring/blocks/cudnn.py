@@ -23,7 +23,7 @@ def _no_dropout(device: torch.device) -> Tensor:
 
 
 class CudnnBlock(FlashBlock):
-    """cuDNN's dense attention: the fastest kernel, which builds a plan for each new shape.
+    """cuDNN's dense attention: torch's fastest kernel, which builds a plan for each new shape.
 
     It takes what :class:`FlashBlock` takes, but one head dim up to 128, or keys of 192 and values
     of 128 (multi-head latent attention) from compute capability 9.0 on. It needs two keys. cuDNN's

@@ -132,8 +132,11 @@ def one_width(*tensors: Tensor, widths: Sequence[int] = ()) -> tuple[Tensor, ...
 
     With ``widths``, in ascending order, up to the first of them that has room for the widest.
     """
-    width = max(x.shape[-1] for x in tensors)
+    found = [x.shape[-1] for x in tensors]
+    width = max(found)
     width = next((wide for wide in widths if wide >= width), width)
+    if min(found) == width:
+        return tensors
     return tuple(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors)
 
 

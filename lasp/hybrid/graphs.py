@@ -54,7 +54,8 @@ class DecodeGraph:
         self._replay: Callable[[], Tensor] | None = None
         if cache.device.type == "cuda":
             _check_kernels(model, cache)
-            self._replay = _captured(lambda: self._run(idle))
+            with torch.cuda.device(cache.device):
+                self._replay = _captured(lambda: self._run(idle))
 
     @torch.no_grad()
     def _run(self, plan: CacheStep) -> Tensor:

@@ -177,7 +177,7 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("to", ["hf", "plain"])
+@pytest.mark.parametrize("to", ["hf", pytest.param("plain", marks=pytest.mark.slow)])
 def test_killed_half_way_leaves_nothing_that_looks_whole(to: str, tmp_path: Path) -> None:
     tensors = write_model(tmp_path / "in")
     arguments = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", to]

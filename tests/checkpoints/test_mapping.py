@@ -37,16 +37,17 @@ def test_every_parameter_has_one_source(config: HybridConfig) -> None:
     model = HybridModel(config, device="meta")
     names = {n: tuple(p.shape) for n, p in model.named_parameters()}
     names |= {n: tuple(b.shape) for n, b in model.named_buffers() if n.endswith("expert_bias")}
-    assert {tensor.name: tensor.shape for tensor in mapped(PLAIN, config)} == names
-    atoms = atoms_of(config)
+    plain, atoms = mapped(PLAIN, config), atoms_of(config)
+    assert {tensor.name: tensor.shape for tensor in plain} == names
     assert sum(torch.Size(shape).numel() for shape in atoms.values()) == sum(
         torch.Size(shape).numel() for shape in names.values()
     )
-    families = [PLAIN, config_fields(config)[0].family]
+    families = {PLAIN: plain}
+    others = [config_fields(config)[0].family]
     if config.mtp_loss_weight is None:
-        families += [MEGATRON_GPT, MEGATRON_HYBRID]
-    for family in families:
-        tensors = mapped(family, config)
+        others += [MEGATRON_GPT, MEGATRON_HYBRID]
+    families |= {family: mapped(family, config) for family in others}
+    for family, tensors in families.items():
         assert Counter(atom for tensor in tensors for atom in tensor.atoms) == Counter(list(atoms))
         places = Counter((tensor.name, tensor.expert) for tensor in tensors)
         assert set(places.values()) == {1}

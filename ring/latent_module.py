@@ -91,9 +91,8 @@ class MultiLatentAttention(nn.Module):
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.rope_base, self.rope_interleaved = rope_base, rope_interleaved
         self.rope_scaling = rope_scaling
-        self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5
-        if rope_scaling is not None:
-            self.scale *= rope_scaling.latent_factor
+        latent_factor = 1.0 if rope_scaling is None else rope_scaling.latent_factor
+        self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 * latent_factor
         self.causal, self.window = causal, checked_window(window, causal)
         self.block = block
 

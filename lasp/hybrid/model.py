@@ -12,9 +12,9 @@ ep x etp.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import repeat
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,9 +141,7 @@ class HybridModel(PretrainedModel, GenerativeModel):
         check_next_labels(labels, next_tokens, next_labels)
         hidden = self._embedded(tokens, batch, inputs_embeds)
         outputs = []
-        memories: Iterable[Any] = repeat(None)
-        if cached is not None:
-            memories = memories_of(cached, self.groups.token)
+        memories = repeat(None) if cached is None else memories_of(cached, self.groups.token)
         for layer, memory in zip(self.layers, memories):
             hidden, *of_layer = layer(hidden, batch, memory)
             outputs.append(of_layer)

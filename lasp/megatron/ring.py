@@ -151,10 +151,8 @@ class RingSelfAttention(SelfAttention):
         packed = packed_seq_params is not None
         if packed:
             query, key, value = (x.squeeze(1) for x in (query, key, value))
-        output = self.core_attention(
-            query,
-            key,
-            value,
+        output = core(
+            *(query, key, value),
             attention_bias=attention_bias,
             packed_seq_params=packed_seq_params,
         )

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks import trace_parts
 from benchmarks.harness import Machine, Question, RankOptions, Row, answer, pack_lengths, row
-from benchmarks.layer_group import layer_group
+from benchmarks.layer_group import layer_group, quick_model
 from benchmarks.lightning_length import flops_per_s
 from benchmarks.model_flops import step_flops
 from benchmarks.timing import most
@@ -81,18 +81,10 @@ class Case(NamedTuple):
 
 
 def build(case: Case, config: HybridConfig, machine: Machine) -> HybridModel:
-    """The model, its values drawn where it lies, on each rank others: nothing is learned."""
+    """The model, as its part needs it."""
     topology = ExpertTopology(case.ranks, cp=case.ranks, ep=case.ranks)
-    groups = groups_of(topology)
     dtype = torch.float32 if case.part == "step" else machine.dtype
-    model = HybridModel(config, groups=groups, device="meta", dtype=dtype)
-    model.to_empty(device=machine.device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0, 0.02)
+    model = quick_model(config, machine.device, dtype, groups_of(topology))
     if case.part == "step":
         low = machine.dtype if machine.dtype != torch.float32 else None
         return parallelize(model, topology, activations=case.activations, param_dtype=low)

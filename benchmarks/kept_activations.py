@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import Machine, Options, Question, Row, answer, draw, row
-from benchmarks.layer_group import layer_group
+from benchmarks.layer_group import layer_group, quick_model
 from benchmarks.timing import measure_ms
-from lasp.hybrid import HybridModel, PackedBatch, keep_activations, pack_batch
+from lasp.hybrid import PackedBatch, keep_activations, pack_batch
 
 POLICIES = (
     "none",
@@ -91,7 +91,7 @@ def rows(options: Sizes, machine: Machine) -> Iterator[Row]:
                 config, num_layers=1, num_decay_layers=8, pattern=pattern,
                 residuals=config.residuals_or_deepnorm, lightning_impl=machine.impl,
             )  # fmt: skip
-            model = HybridModel(alone, device=machine.device, dtype=machine.dtype)
+            model = quick_model(alone, machine.device, machine.dtype)
             keep_activations(model, policy)
             (layer,) = model.decoder_layers()
             hidden, grad = draw(machine, *[(options.tokens, config.hidden_size)] * 2)

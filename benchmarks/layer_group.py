@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from lasp.hybrid import AttentionConfig, HybridConfig
-from moe_parallel import MoEConfig
+import torch
+
+from lasp.hybrid import AttentionConfig, HybridConfig, HybridModel
+from moe_parallel import MoEConfig, ParallelGroups
 
 
 def layer_group(
@@ -30,3 +32,18 @@ def layer_group(
         moe=MoEConfig(hidden_size, hidden_size * 3 // 2, num_experts=num_experts, top_k=2),
         pattern=pattern,
     )
+
+
+def quick_model(
+    config: HybridConfig, device: str, dtype: torch.dtype, groups: ParallelGroups | None = None
+) -> HybridModel:
+    """A model whose values are drawn where it lies, in seconds, other ones on each rank."""
+    model = HybridModel(config, groups=groups, device="meta", dtype=dtype)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0, 0.02)
+    return model

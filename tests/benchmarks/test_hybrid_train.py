@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import hybrid_train
+from benchmarks import hybrid_train, kept_activations
 from benchmarks.harness import Machine
 from benchmarks.layer_group import layer_group
 from benchmarks.model_flops import step_flops
@@ -114,3 +114,28 @@ def test_exposed_communication_is_what_nothing_hides() -> None:
     assert found["communication"] == pytest.approx(0.5)
     assert found["products"] == pytest.approx(0.7)
     assert found["idle"] == pytest.approx(0.1)
+
+
+def test_what_layers_keep_is_counted() -> None:
+    """A softmax layer of hidden size 32, in float32: two heads of 16, rows of two experts."""
+    size, sizes = 32 * 4, {"tokens": 64, "hidden_size": 32, "num_experts": 4}
+    options = kept_activations.Sizes(commit="c", **sizes)
+    policies = ("none", "expert_inputs", "softmax_outputs", "full")
+    with (
+        patch.object(kept_activations, "measure_ms", lambda call: (call(), (1.0, 1.0, 1.0))[1]),
+        patch.object(kept_activations, "POLICIES", policies),
+    ):
+        rows = list(kept_activations.rows(options, Machine("cpu", torch.float32)))
+    kept = {
+        (row["case"]["layer"], row["case"]["policy"]): row["p50"]
+        for row in rows
+        if row["metric"] == "kept"
+    }
+    once = 128  # bytes a token of what is kept once a call, at 64 tokens
+    assert size <= kept["softmax", "full"] <= size + once
+    assert size <= kept["lightning", "full"] <= size + once
+    # The input of each half, the output, the log-sum-exp of two heads.
+    assert 3 * size + 8 <= kept["softmax", "softmax_outputs"] <= 3 * size + 8 + once
+    for layer in ("lightning", "softmax"):
+        first_product = 2 * 2 * 48 * 4
+        assert kept[layer, "none"] - kept[layer, "expert_inputs"] >= first_product

@@ -50,6 +50,7 @@ class Options:
     megatron_model: Literal["gpt", "hybrid"] = "gpt"
     shard_bytes: int = SHARD_BYTES
     float32_routers: bool | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
     def __post_init__(self) -> None:
         if self.to not in get_args(Target):
@@ -115,6 +116,8 @@ def _target(source: Source, options: Options) -> tuple[Family, dict[str, Any]]:
         fields = dict(fields["text_config"])
         fields.setdefault("architectures", ["MiniMaxText01ForCausalLM"])
     fields.pop(_WIDE_FIELD, None)
+    if options.dtype is not None:
+        fields["dtype" if "dtype" in fields else "torch_dtype"] = options.dtype
     return file_format.family, fields
 
 
@@ -124,20 +127,28 @@ class _Dtypes:
     def __init__(self, source: Source, options: Options) -> None:
         self.source = source
         self.narrow = source.dtype(Atom("embedding"))
+        self.cast: torch.dtype | None = None
+        if options.dtype is not None:
+            self.narrow = self.cast = getattr(torch, options.dtype)
         wanted = options.float32_routers
         if wanted is None:
             wanted = source.fields.get(_WIDE_FIELD, False)
-        self.keeps = options.to != "hf" or not source.is_trained or wanted
+        casts = options.to == "hf" and (source.is_trained or options.dtype is not None)
+        self.keeps = wanted or not casts
 
     @property
     def are_wide(self) -> bool:
         """Whether the source has a router of another dtype than its embedding."""
         routers = [atom for atom in self.source.shapes if atom.role in WIDE_ROLES]
-        return any(self.source.dtype(atom) != self.narrow for atom in routers)
+        narrow = self.source.dtype(Atom("embedding"))
+        return any(self.source.dtype(atom) != narrow for atom in routers)
 
     def of(self, tensor: MappedTensor) -> torch.dtype:
-        if not self.keeps and tensor.atoms[0].role in WIDE_ROLES:
+        role = tensor.atoms[0].role
+        if not self.keeps and role in WIDE_ROLES:
             return self.narrow
+        if self.cast is not None and role not in (*WIDE_ROLES, "router_bias"):
+            return self.cast
         found = {self.source.dtype(atom) for atom in tensor.atoms}
         if len(found) > 1:
             raise ValueError(

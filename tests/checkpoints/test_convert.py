@@ -128,6 +128,18 @@ def test_routers_of_trainers_get_the_dtype_of_the_rest(kept: bool, tmp_path: Pat
     assert_same(read_files(forced), tensors | routers)
 
 
+def test_another_dtype(tmp_path: Path) -> None:
+    """What was trained in float32 becomes bfloat16, but for what chooses experts."""
+    tensors = write_model(tmp_path / "in", "ring")
+    fields = json.loads((tmp_path / "in" / "config.json").read_text())
+    write_files(tmp_path / "wide", {n: t.float() for n, t in tensors.items()}, fields)
+    plain = converted(tmp_path / "wide", tmp_path / "plain", to="plain")
+    for source in (plain, tmp_path / "wide"):
+        out = converted(source, tmp_path / f"{source.name}-out", to="hf", dtype="bfloat16")
+        assert_same(read_files(out), tensors)
+        assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
 def test_plain_is_a_checkpoint_of_torch(tmp_path: Path) -> None:
     """A model loads it by torch's own function, and what torch saves converts."""
     tensors = write_model(tmp_path / "in", "ring")

@@ -85,7 +85,7 @@ def forward(q: Tensor, moving: KV, context: RingContext, sinks: Tensor | None = 
     own = context.keys_and_values(moving)
     segments = segments_of(schedule.fragment_borders, q.device, schedule.window)
     local = block.forward_varlen(QKV(q, *own), segments, scale=scale)
-    accumulators = _accumulators(local, schedule, block)
+    accumulators = _accumulators(local, schedule, block) if schedule.rows else []
 
     def attend(tiles: Sequence[KVTile], kv: KV, release: Callable[[], None]) -> None:
         """Merge tiles; ``release`` when all that reads kv is queued, before the last merge."""

@@ -83,7 +83,7 @@ class Fa4Block(FlashBlock):
         options = _options(segments.window, scale) | _lengths(segments)
         dlse = None if self._dlse is None else self._dlse.T
         gradients = _backward(*tensors, dlse=dlse, **options)
-        return QKV(*(as_wide_as(x, dx) for x, dx in zip(qkv, gradients)))
+        return QKV(*map(as_wide_as, qkv, gradients))
 
 
 @cache
@@ -109,17 +109,21 @@ def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Output, and lse with the rows last."""
-    with torch.cuda.device_of(q):
-        output, lse, *_ = _kernels()[0](q, k, v, return_lse=True, **options)
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device_of(q):
+            return _forward(q, k, v, **options)
+    output, lse, *_ = _kernels()[0](q, k, v, return_lse=True, **options)
     return output, lse
 
 
 def _backward(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
     """Gradients to q, k and v; tensors are q, k, v, output, its gradient, and lse rows last."""
+    if tensors[0].is_cuda and tensors[0].device.index != torch.cuda.current_device():
+        with torch.cuda.device_of(tensors[0]):
+            return _backward(*tensors, **options)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    with torch.cuda.device_of(tensors[0]):
-        gradients = _kernels()[1](*tensors, deterministic=deterministic, **options)
-    return tuple(gradients[:3])
+    dq, dk, dv, *_ = _kernels()[1](*tensors, deterministic=deterministic, **options)
+    return dq, dk, dv
 
 
 def _options(window: Window, scale: float) -> dict[str, Any]:
@@ -132,8 +136,8 @@ def _options(window: Window, scale: float) -> dict[str, Any]:
 
 
 def _lengths(segments: Segments) -> dict[str, Any]:
-    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    return dict(zip(names, segments.lengths))
+    both = {"cu_seqlens_q": segments.cu_seqlens, "cu_seqlens_k": segments.cu_seqlens}
+    return both | {"max_seqlen_q": segments.longest, "max_seqlen_k": segments.longest}
 
 
 def _widths(qkv: QKV, *outputs: Tensor) -> tuple[Tensor, ...]:

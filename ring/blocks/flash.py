@@ -100,7 +100,7 @@ class FlashBlock(Block):
         rest = (*segments.lengths, 0.0, segments.window == CAUSAL, *_no_dropout(qkv.q.device))
         options = _options(segments.window, scale)
         gradients = aten._flash_attention_backward(*tensors, *rest, **options)
-        return QKV(*(as_wide_as(x, dx) for x, dx in zip(qkv, gradients)))
+        return QKV(*map(as_wide_as, qkv, gradients))
 
 
 def _split(qkv: QKV, window: Window) -> tuple[tuple[slice, Window], ...]:

@@ -73,17 +73,18 @@ def counted(patch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def trained(
-    policy: str, sizes: dict[str, int], impl: Impl
+    policy: str, sizes: dict[str, int], impl: Impl, device: str
 ) -> tuple[dict[str, Tensor], Counter[str]]:
     """Loss, logits and gradients of one step of this rank, and how often what was computed."""
     topology = ExpertTopology(dist.get_world_size(), **sizes)
     at = topology.dense_coordinates(dist.get_rank())
-    model = HybridModel(replace(SMALL, lightning_impl=impl), groups=groups_of(topology))
+    chosen, groups = replace(SMALL, lightning_impl=impl), groups_of(topology)
+    model = HybridModel(chosen, groups=groups, device=device)
     model.reset_parameters(0)
     keep_activations(model, policy)
     batch = pack_batch([LENGTHS], dp_rank=0, num_ranks=topology.cp, order="zigzag")
     pack = torch.arange(sum(LENGTHS)) * 5 % VOCAB
-    tokens = batch.layout.shard(pack, at.cp)
+    tokens = batch.layout.shard(pack, at.cp).to(device)
     with pytest.MonkeyPatch.context() as patch:
         calls = counted(patch)
         output = model(tokens, batch)
@@ -94,10 +95,12 @@ def trained(
     return {"loss": loss.detach(), "logits": output.logits.detach(), **found}, calls
 
 
-def by_policy_on_rank(sizes: dict[str, int], impl: Impl, expected: dict[str, Any]) -> None:
+def by_policy_on_rank(
+    sizes: dict[str, int], impl: Impl, expected: dict[str, Any], device: str = "cpu"
+) -> None:
     bits: dict[str, Tensor] = {}
     for policy, how_often in expected.items():
-        actual, calls = trained(policy, sizes, impl)
+        actual, calls = trained(policy, sizes, impl, device)
         assert calls == how_often, policy
         bits = bits or actual  # those of "none", which comes first
         assert actual.keys() == bits.keys()
@@ -117,6 +120,13 @@ def test_policies_give_the_same_bits_and_keep_what_they_say(
     num_ranks: int, sizes: dict[str, int], impl: Impl, expected: dict[str, Any]
 ) -> None:
     run_on_ranks(by_policy_on_rank, num_ranks, sizes, impl, expected)
+
+
+@pytest.mark.gpu
+def test_policies_give_the_same_bits_on_a_gpu() -> None:
+    """In float32, whose softmax attention has the same bits twice."""
+    expected = CALLS | CALLS_OF_KERNELS
+    run_on_ranks(by_policy_on_rank, 1, {}, "triton", expected, "cuda", backend="nccl")
 
 
 @pytest.mark.parametrize(

@@ -20,25 +20,28 @@ MODEL = replace(CONFIG, num_layers=3, pattern="G*G")
 DOCUMENTS = ((5, 11), (9, 7))  # of two replicas
 
 
-def trained_on_rank(sizes: dict[str, int], activations: str) -> dict[str, Tensor]:
+def trained_on_rank(
+    sizes: dict[str, int], activations: str, device: str = "cpu"
+) -> dict[str, Tensor]:
     """Loss and whole gradients of all documents."""
+    device = f"cuda:{dist.get_rank()}" if device == "cuda" else device
     topology = ExpertTopology(dist.get_world_size(), **sizes)
     at = topology.dense_coordinates(dist.get_rank())
-    model = HybridModel(MODEL, groups=groups_of(topology), dtype=torch.float64)
+    model = HybridModel(MODEL, groups=groups_of(topology), device=device, dtype=torch.float64)
     model.reset_parameters(0)
     parallelize(model, topology, activations=activations, param_dtype=None, reduce_dtype=None)
     lengths = DOCUMENTS if topology.dp == 2 else (sum(DOCUMENTS, ()),)
     batch = pack_batch(lengths, dp_rank=at.dp, num_ranks=topology.cp, order="zigzag")
     packs = (torch.arange(sum(map(sum, lengths))) * 7 % VOCAB).split([*map(sum, lengths)])
-    tokens = batch.layout.shard(packs[at.dp], at.cp)
+    tokens = batch.layout.shard(packs[at.dp], at.cp).to(device)
     output = model(tokens, batch)
     num_targets = sum(map(len, packs))
     loss = next_token_loss(output.logits, (tokens + 3) % VOCAB, num_targets) + output.aux_loss
     loss.backward()
     loss = loss.detach().clone()
     dist.all_reduce(loss)
-    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-    return {"loss": loss, **grads}
+    grads = {name: p.grad.full_tensor().cpu() for name, p in model.named_parameters()}
+    return {"loss": loss.cpu(), **grads}
 
 
 @pytest.mark.parametrize(
@@ -52,8 +55,19 @@ def trained_on_rank(sizes: dict[str, int], activations: str) -> dict[str, Tensor
 def test_loss_and_gradients_are_those_of_one_rank(
     num_ranks: int, sizes: dict[str, int], activations: str
 ) -> None:
-    (expected,) = run_on_ranks(trained_on_rank, 1, {}, "none")
-    for actual in run_on_ranks(trained_on_rank, num_ranks, sizes, activations):
+    check_against_one_rank(num_ranks, sizes, activations, "cpu")
+
+
+@pytest.mark.multi_gpu
+def test_loss_and_gradients_on_two_gpus_are_those_of_one() -> None:
+    check_against_one_rank(2, {"cp": 2, "ep": 2}, "softmax_outputs+offload", "cuda", backend="nccl")
+
+
+def check_against_one_rank(
+    num_ranks: int, sizes: dict[str, int], activations: str, device: str, **where: str
+) -> None:
+    (expected,) = run_on_ranks(trained_on_rank, 1, {}, "none", device, **where)
+    for actual in run_on_ranks(trained_on_rank, num_ranks, sizes, activations, device, **where):
         assert actual.keys() == expected.keys()
         for name, tensor in expected.items():
             assert_equal_to_rounding(actual[name], tensor, what=name)

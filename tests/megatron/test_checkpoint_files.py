@@ -53,7 +53,10 @@ def described(name: str) -> tuple[HybridConfig, dict[str, Any]]:
         vocab_size=VOCAB,
         num_decay_layers=None,
         norm_eps=EPSILON,
-        lightning=replace(hybrid.lightning, norm_eps=EPSILON),
+        decay=hybrid.decay if isinstance(hybrid.decay, str) else "sala",
+        lightning=replace(
+            hybrid.lightning, norm_eps=EPSILON, rope_scaling=hybrid.attention.rope_scaling
+        ),
     )
     return hybrid, block.OPTIONS | options | {"layernorm_epsilon": EPSILON}
 

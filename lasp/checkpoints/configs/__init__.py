@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from textwrap import shorten
 from typing import Any, Literal, get_args
 
 from lasp.checkpoints.configs import bailing, minimax, sala
@@ -116,7 +117,8 @@ def check_same(config: HybridConfig, back: HybridConfig, name: str) -> None:
     for (field, ours), (_, read) in zip(_leaves(_model_of(config)), _leaves(_model_of(back))):
         close = isinstance(ours, float) and isinstance(read, float)
         if ours != read and not (close and abs(ours - read) <= 1e-12 * abs(ours)):
-            raise ValueError(f"{field} must be {read!r} in {name}, got {ours!r}")
+            shown = shorten(repr(ours), 80)  # rates of all layers are long
+            raise ValueError(f"{field} must be {read!r} in {name}, got {shown}")
 
 
 def _model_of(config: HybridConfig) -> HybridConfig:

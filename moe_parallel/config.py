@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
+from lasp._core.checks import check_sizes
 from lasp._core.impl import Impl, check_impl
-from moe_parallel.topology import check_sizes
 
 DropPolicy = Literal["position", "probability"]
 Gemm = Literal["auto", "loop", "grouped"]

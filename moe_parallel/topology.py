@@ -20,11 +20,12 @@ Example: 8 ranks, tp 1, cp 4, dp 2 for dense layers; etp 2, ep 2, edp 2 for expe
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch.distributed as dist
+
+from lasp._core.checks import check_sizes
 
 Axis = Literal["tp", "cp", "dp", "pp", "dp_cp", "token", "ep", "etp", "edp", "ep_etp"]
 
@@ -107,18 +108,6 @@ class ParallelGroups(NamedTuple):
     def experts(self) -> ExpertGroups:
         """The four groups that :class:`moe_parallel.ExpertParallelMoE` takes."""
         return ExpertGroups(self.token, self.ep, self.etp, self.ep_etp)
-
-
-def check_sizes(config: object, *names: str) -> None:
-    """Raise ValueError unless these attributes are integers >= 1."""
-    for name in names:
-        size = getattr(config, name)
-        try:
-            valid = operator.index(size) >= 1
-        except TypeError:
-            valid = False
-        if not valid:
-            raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lasp._core.checks import check_positive
+from lasp._core.checks import check_part, check_positive, check_positive_or_none
 from lasp._core.rotary import RopeScaling, apply_rotary
 from lasp.sequence.layout import SequenceLayout
 from ring.attention import checked_window
@@ -85,7 +85,9 @@ class MultiLatentAttention(nn.Module):
             )
         if qk_rope_head_dim < 0 or qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even and >= 0, got {qk_rope_head_dim}")
-        check_positive(rope_base=rope_base, norm_eps=norm_eps)
+        check_positive(norm_eps=norm_eps)
+        check_positive_or_none(rope_base=rope_base)
+        check_part("rope_scaling", rope_scaling, RopeScaling, optional=True)
         check_block(block)
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim

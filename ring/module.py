@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lasp._core.checks import check_positive
+from lasp._core.checks import check_part, check_positive
 from lasp._core.rotary import RopeScaling, apply_rotary, check_rotary_dim
 from lasp.sequence.layout import SequenceLayout
 from ring.attention import checked_window, ring_attention
@@ -79,6 +79,7 @@ class RingAttention(nn.Module):
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide {num_heads} heads, got {num_kv_heads}")
         check_positive(rope_base=rope_base, norm_eps=norm_eps)
+        check_part("rope_scaling", rope_scaling, RopeScaling, optional=True)
         check_rotary_dim(rotary_dim, head_dim)
         check_block(block)
         self.hidden_size = hidden_size

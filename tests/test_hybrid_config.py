@@ -20,6 +20,7 @@ from lasp.hybrid import (
     HybridModel,
     LatentConfig,
     Residuals,
+    ResidualScale,
     VocabularyConfig,
     count_parameters,
     next_in_document,
@@ -112,7 +113,7 @@ def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
             lambda: model_call(None, inputs_embeds=torch.zeros(4, 9)),
             r"inputs_embeds must be floats of shape \(4, 10\)",
         ),
-        (lambda: replace(config(), mtp_loss_weight=0.0), "mtp_loss_weight must be > 0 or None"),
+        (lambda: replace(config(), mtp_loss_weight=0.0), "mtp_loss_weight must be a finite .* > 0"),
         (
             lambda: model_call(torch.arange(4), next_tokens=torch.arange(4)),
             "next_tokens must be None for a model without multi-token prediction",
@@ -153,8 +154,8 @@ def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
             lambda: replace(config(), decay=torch.ones(3, 4), num_decay_layers=9),
             "num_decay_layers must be None with rates given, got 9",
         ),
-        (lambda: replace(config(), num_layers=0), "num_layers must be a whole number >= 1"),
-        (lambda: replace(config(), num_layers=2.5), "num_layers must be a whole number .* 2.5"),
+        (lambda: replace(config(), num_layers=0), "num_layers must be an integer >= 1"),
+        (lambda: replace(config(), num_layers=2.5), "num_layers must be an integer .* 2.5"),
         (lambda: replace(config(), num_layers=2, pattern="GG*"), "pattern must be .* or 2 of G"),
         *(
             (lambda pattern=pattern: replace(config(), pattern=pattern), "pattern must be")
@@ -162,7 +163,49 @@ def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
         ),
         (lambda: replace(config(), norm_eps=-1.0), "norm_eps must be a finite number > 0, got -1"),
         (lambda: replace(config(), vocabulary=VocabularyConfig(logit_scale=math.nan)), "logit_sc"),
-        (lambda: DenseConfig(8, 0), "ffn_size must be a finite number > 0, got 0"),
+        *(
+            (lambda fields=fields: DenseConfig(**{"hidden_size": 8, "ffn_size": 8} | fields), said)
+            for fields, said in (
+                ({"ffn_size": 0}, "ffn_size must be an integer >= 1, got 0"),
+                ({"ffn_size": 8.5}, "ffn_size must be an integer >= 1, got 8.5"),
+                ({"num_layers": 1.5}, "num_layers must be an integer >= 1, got 1.5"),
+            )
+        ),
+        *(
+            (lambda name=name, given=given: replace(config(), **{name: given}), f"{name} must be")
+            for name, given in (
+                ("norm_eps", None),
+                ("num_decay_layers", 3.5),
+                ("num_decay_layers", "9"),
+                ("mtp_loss_weight", "0.1"),
+                ("attention", None),
+                ("moe", {}),
+                ("dense", {}),
+                ("lightning", "silu"),
+                ("vocabulary", None),
+                ("residuals", "post"),
+                ("decay", None),
+                ("decay", ((1.0, 2.0), (1.0,))),
+                ("decay", torch.ones(3, 4, device="meta")),
+                ("decay", torch.ones(3, 4, dtype=torch.int64)),
+            )
+        ),
+        *(
+            (lambda fields=fields: replace(config().attention, **fields), f"{min(fields)} must be")
+            for fields in (
+                {"num_heads": -4},
+                {"head_dim": 6.0},
+                {"num_kv_heads": None},
+                {"latent": {"kv_lora_rank": 8}},
+                {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            )
+        ),
+        (lambda: LatentConfig(5.0, 3, 4, 7), "kv_lora_rank must be an integer >= 1, got 5.0"),
+        (lambda: LatentConfig(5, 3, 4, 7, 0), "q_lora_rank must be an integer >= 1, got 0"),
+        (lambda: Residuals(mlp=(1.0, 1.0)), "mlp must be of type ResidualScale, got .* pass mlp="),
+        (lambda: Residuals(mlp=ResidualScale(math.nan)), "mlp.alpha must be a finite number, got"),
+        (lambda: Residuals(init_gain=-1.0), "init_gain must be a finite number > 0, got -1"),
+        (lambda: Residuals.deepnorm(0), "num_layers must be >= 1, got 0"),
         (lambda: Residuals("middle"), "norm must be 'pre' or 'post', got 'middle'"),
         *(
             (lambda name=name: replace(config(), **{name: "fast"}), f"{name} must be one of .*fast")
@@ -210,6 +253,21 @@ def test_rates_in_place_of_a_formula() -> None:
     for actual, expected in zip(found, rates):
         assert torch.equal(actual, expected)
     assert HybridModel(replace(given, mtp_loss_weight=0.1)).mtp is not None
+
+
+def test_rates_are_kept_to_the_last_bit_whatever_the_defaults_of_torch() -> None:
+    given = replace(config(), decay=torch.rand(3, 4, dtype=torch.float64))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert replace(given, norm_eps=1e-6).decay == given.decay
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_pattern_may_have_longer_groups_than_there_are_layers() -> None:
+    assert replace(config(), pattern="9999999999:1").kinds == "GGG"
+    assert replace(config(), pattern="1:9999999999").kinds == "G**"
 
 
 def test_initial_values_are_deepnorms_and_independent() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+import operator
+from typing import Protocol, TypeGuard
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,11 +18,47 @@ def checked_scale(scale: float) -> float:
 
 
 def check_positive(**values: float | None) -> None:
-    """Raise ValueError unless these, but those that are None, are finite numbers above 0."""
+    """Raise ValueError unless these are finite numbers above 0."""
     for name, value in values.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (is_number and 0 < value < math.inf):
+        if not (_is_number(value) and 0 < value < math.inf):
             raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+def check_positive_or_none(**values: float | None) -> None:
+    """The same, but for those that are None."""
+    check_positive(**{name: value for name, value in values.items() if value is not None})
+
+
+def check_finite(**values: float) -> None:
+    """Raise ValueError unless these are finite numbers."""
+    for name, value in values.items():
+        if not (_is_number(value) and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_sizes(config: object, *names: str) -> None:
+    """Raise ValueError unless these attributes are integers >= 1."""
+    for name in names:
+        size = getattr(config, name)
+        try:
+            valid = operator.index(size) >= 1
+        except TypeError:
+            valid = False
+        if not valid:
+            raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
+
+
+def check_part(name: str, value: object, kind: type, *, optional: bool = False) -> None:
+    """Raise ValueError unless ``value``, the argument ``name``, is of ``kind``, or None."""
+    if not (isinstance(value, kind) or (optional and value is None)):
+        wanted = f"of type {kind.__name__}{' or None' if optional else ''}"
+        raise ValueError(
+            f"{name} must be {wanted}, got {value!r}: pass {name}={kind.__name__}(...)"
+        )
 
 
 class Shards(Protocol):

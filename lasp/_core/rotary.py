@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lasp._core.checks import check_positive
+from lasp._core.checks import check_positive, check_positive_or_none
 from lasp._core.dtypes import wide_dtype
 
 
@@ -56,13 +56,19 @@ class RopeScaling:
                 f"rope_type must be 'linear' or 'yarn', got {self.rope_type!r}: rotations that"
                 " depend on the length of the batch, or have a factor for each dim, are not here"
             )
-        check_positive(
-            factor=self.factor,
+        check_positive(factor=self.factor, beta_fast=self.beta_fast, beta_slow=self.beta_slow)
+        check_positive_or_none(
             original_max_position_embeddings=self.original_max_position_embeddings,
-            beta_fast=self.beta_fast,
-            beta_slow=self.beta_slow,
             attention_factor=self.attention_factor,
         )
+        for name in ("mscale", "mscale_all_dim"):
+            if value := getattr(self, name):  # 0 says as much as None
+                check_positive(**{name: value})
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(
+                f"beta_fast must be at least beta_slow {self.beta_slow}, got {self.beta_fast}: fast"
+                " rotations stay as they are"
+            )
         if self.factor < 1:
             raise ValueError(f"factor must be >= 1, got {self.factor}: contexts grow by it")
         if self.rope_type == "yarn" and self.original_max_position_embeddings is None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lasp._core.checks import check_positive
+from lasp._core.checks import (
+    check_part,
+    check_positive,
+    check_positive_or_none,
+    check_sizes,
+)
 from lasp._core.rotary import RopeScaling
 
 
@@ -20,6 +25,9 @@ class LatentConfig:
         v_head_dim: dims of a value.
         q_lora_rank: width to which queries are compressed; None: they are not.
         rope_interleaved: whether pairs of the rotation are neighbours.
+
+    Raises:
+        ValueError: naming the field.
     """
 
     kv_lora_rank: int
@@ -28,6 +36,11 @@ class LatentConfig:
     v_head_dim: int
     q_lora_rank: int | None = None
     rope_interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+        if self.q_lora_rank is not None:
+            check_sizes(self, "q_lora_rank")
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class AttentionConfig:
         rope_scaling: of the rotation, for contexts longer than those of training; None: none.
 
     Raises:
-        ValueError: for a field that ``latent`` does not have.
+        ValueError: naming the field; for one that ``latent`` does not have, too.
     """
 
     num_heads: int
@@ -67,7 +80,11 @@ class AttentionConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        check_positive(rope_base=self.rope_base, dense_len=self.dense_len)
+        check_sizes(self, "num_heads", "num_kv_heads", "head_dim")
+        check_positive(rope_base=self.rope_base)
+        check_positive_or_none(dense_len=self.dense_len)
+        check_part("latent", self.latent, LatentConfig, optional=True)
+        check_part("rope_scaling", self.rope_scaling, RopeScaling, optional=True)
         if self.latent is None:
             return
         wanted = {

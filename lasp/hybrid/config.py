@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -11,7 +12,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lasp._core.checks import check_positive
+from lasp._core.checks import (
+    check_finite,
+    check_part,
+    check_positive,
+    check_positive_or_none,
+    check_sizes,
+)
 from lasp._core.impl import Impl, check_impl
 from lasp.hybrid.attention import AttentionConfig
 from lasp.layers.options import MINIMAX_OPTIONS, LightningOptions
@@ -48,7 +55,7 @@ class Residuals:
             all others, of the experts alone.
 
     Raises:
-        ValueError: for another ``norm``.
+        ValueError: naming the field.
     """
 
     norm: Literal["pre", "post"] = "pre"
@@ -60,10 +67,17 @@ class Residuals:
     def __post_init__(self) -> None:
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm must be 'pre' or 'post', got {self.norm!r}: MiniMax has 'post'")
+        for name in ("lightning", "softmax", "mlp"):
+            scale = getattr(self, name)
+            check_part(name, scale, ResidualScale)
+            check_finite(**{f"{name}.alpha": scale.alpha, f"{name}.beta": scale.beta})
+        check_positive(init_gain=self.init_gain)
 
     @classmethod
     def deepnorm(cls, num_layers: int) -> Residuals:
         """Post-norm with alpha (2 N)^(1/4), beta 1 and gain (8 N)^(-1/4), arXiv:2203.00555."""
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be >= 1, got {num_layers}: all layers of the model")
         scale = ResidualScale(alpha=math.pow(2 * num_layers, 0.25))
         return cls("post", scale, scale, scale, init_gain=math.pow(8 * num_layers, -0.25))
 
@@ -77,6 +91,9 @@ class DenseConfig:
         ffn_size: width of the MLP.
         num_layers: the first so many layers have it, the others experts (Ling, Ring: 1 or more);
             None: every layer, of a model without experts.
+
+    Raises:
+        ValueError: naming the field.
     """
 
     hidden_size: int
@@ -84,7 +101,9 @@ class DenseConfig:
     num_layers: int | None = None
 
     def __post_init__(self) -> None:
-        check_positive(hidden_size=self.hidden_size, ffn_size=self.ffn_size)
+        check_sizes(self, "hidden_size", "ffn_size")
+        if self.num_layers is not None:
+            check_sizes(self, "num_layers")
 
 
 @dataclass(frozen=True)
@@ -161,38 +180,53 @@ class HybridConfig:
     exchange: Exchange = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        check_sizes(self, "num_layers", "vocab_size")
+        self._check_parts()
         check_positive(norm_eps=self.norm_eps)
+        check_positive_or_none(mtp_loss_weight=self.mtp_loss_weight)
         check_impl(self.lightning_impl, "lightning_impl")
         check_exchange(self.exchange)
         if isinstance(self.decay, str):
             check_variant(self.decay, "decay")
         else:
-            self._keep_rates(torch.as_tensor(self.decay))
+            self._keep_rates(self.decay)
         if len(self.kinds) != self.num_layers:
             raise ValueError(
                 f"pattern must be 'lightning layers:softmax layers' or {self.num_layers} of G"
                 f" (lightning) and * (softmax), got {self.pattern!r}: MiniMax-01's is '7:1'"
             )
+        if self.num_decay_layers is not None:
+            check_sizes(self, "num_decay_layers")
         if self.num_decay_layers is not None and self.num_decay_layers < self.num_layers:
             raise ValueError(
                 f"num_decay_layers must be at least num_layers {self.num_layers}, got"
                 f" {self.num_decay_layers}: it counts all layers of the whole model"
             )
-        if self.mtp_loss_weight is not None and not 0 < self.mtp_loss_weight < math.inf:
-            raise ValueError(f"mtp_loss_weight must be > 0 or None, got {self.mtp_loss_weight}")
         self._check_dense()
 
-    def _keep_rates(self, rates: Tensor) -> None:
-        """Tuples in place of a tensor, so that configs can be compared."""
+    def _check_parts(self) -> None:
+        check_part("attention", self.attention, AttentionConfig)
+        check_part("moe", self.moe, MoEConfig, optional=True)
+        check_part("dense", self.dense, DenseConfig, optional=True)
+        check_part("lightning", self.lightning, LightningOptions)
+        check_part("vocabulary", self.vocabulary, VocabularyConfig)
+        check_part("residuals", self.residuals, Residuals, optional=True)
+
+    def _keep_rates(self, given: Tensor | tuple[tuple[float, ...], ...]) -> None:
+        """Tuples in place of a tensor, so that configs can be compared; float64 of tuples."""
         shape = (self.num_layers, self.attention.num_heads)
-        if rates.shape != shape or not rates.is_floating_point():
+        rates = given
+        if not isinstance(given, Tensor):
+            with suppress(TypeError, ValueError, RuntimeError):  # no numbers, or uneven rows
+                rates = torch.tensor(given, dtype=torch.float64, device="cpu")
+        is_table = isinstance(rates, Tensor) and rates.is_floating_point() and not rates.is_meta
+        if not isinstance(rates, Tensor) or not is_table or rates.shape != shape:
+            got = f"a {type(given).__name__}"
+            if isinstance(rates, Tensor):
+                got = f"{rates.dtype} of {tuple(rates.shape)} on {rates.device}"
             raise ValueError(
                 f"decay must be a formula or the float rates of all layers and heads {shape}, got"
-                f" {rates.dtype} of {tuple(rates.shape)}: see lasp.lightning.decay"
+                f" {got}: see lasp.lightning.decay"
             )
         if self.num_decay_layers is not None:
             raise ValueError(
@@ -231,7 +265,8 @@ class HybridConfig:
         if match is None:
             return pattern if set(pattern) <= set("G*") else ""
         lightning, softmax = map(int, match.groups())
-        return (("G" * lightning + "*" * softmax) * self.num_layers)[: self.num_layers]
+        count = self.num_layers
+        return (("G" * min(lightning, count) + "*" * min(softmax, count)) * count)[:count]
 
     @property
     def hidden_size(self) -> int:

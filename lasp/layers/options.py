@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lasp._core.checks import check_positive, checked_scale
+from lasp._core.checks import check_part, check_positive, check_sizes, checked_scale
 from lasp._core.rotary import RopeScaling, check_rotary_dim
 
 Activation = Literal["silu", "none"]
@@ -62,10 +62,8 @@ class LightningOptions:
         check_positive(rope_base=self.rope_base, norm_eps=self.norm_eps)
         if self.scale is not None:
             checked_scale(self.scale)
-        if self.norm_groups < 1:
-            raise ValueError(
-                f"norm_groups must be >= 1, got {self.norm_groups}: 1 is a norm over all heads"
-            )
+        check_sizes(self, "norm_groups")
+        check_part("rope_scaling", self.rope_scaling, RopeScaling, optional=True)
         if self.gate == "none" and (self.gate_first or self.gate_bias):
             raise ValueError(
                 "gate_first and gate_bias need a gate, got gate 'none': name one, or leave them out"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
+import runpy
 from dataclasses import replace
 
 import pytest
@@ -62,12 +61,10 @@ def test_parameters_are_the_published(
     assert tuple(f"{n / 1e9:.2f}" for n in counted) == (total, active, with_vocabulary)
 
 
-def test_command_prints_the_parameters() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "lasp.hybrid"], capture_output=True, text=True, check=True
-    )
+def test_command_prints_the_parameters(capsys) -> None:
+    runpy.run_module("lasp.hybrid", run_name="__main__")
     row = "minimax-text-01 80 70 6144 32 456.09 B 45.94 B 48.40 B"
-    assert row in re.sub(" +", " ", done.stdout)
+    assert row in re.sub(" +", " ", capsys.readouterr().out)
 
 
 def model_call(

@@ -52,7 +52,7 @@ from tests.test_training import (
 _YARN = RopeScaling("yarn", 4.0, 40, beta_fast=8.0, mscale=1.0, mscale_all_dim=0.7)
 LING = {
     "pattern": "1:1",
-    "num_layers": 4,
+    "num_layers": 3,
     "attention": AttentionConfig(
         4,
         4,

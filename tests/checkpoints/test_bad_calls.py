@@ -113,6 +113,26 @@ def test_models_in_pieces_are_not_saved(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("model", "name"), [("minimax", "minimax"), ("ling", "bailing"), ("sala", "sala")]
+)
+def test_rotations_are_read_as_transformers_5_writes_them(model: str, name: str) -> None:
+    """In ``rope_parameters``, with the base beside the scaling."""
+    file_format = FORMATS[name]
+    fields = file_format.write(MODELS[model][0])
+    fields["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
+    expected = file_format.read(fields)
+    scaled = fields.pop("rope_scaling") | {"rope_theta": fields["rope_theta"]}
+    assert file_format.read({**fields, "rope_parameters": scaled}) == expected
+    scaled["rope_theta"] *= 2
+    with pytest.raises(ValueError, match=r"rope_theta of rope_parameters must be that of config"):
+        file_format.read({**fields, "rope_parameters": scaled})
+    with pytest.raises(ValueError, match=r"config\.json must have rope_theta"):
+        file_format.read({**fields, "rope_theta": None})
+    with pytest.raises(ValueError, match=r"rope_scaling of config\.json must be a table"):
+        file_format.read({**fields, "rope_scaling": "yarn"})
+
+
 @pytest.mark.parametrize(("model", "name"), [("ling", "bailing"), ("sala", "sala")])
 @pytest.mark.parametrize("field", [{"hidden_act": "gelu"}, {"use_sliding_window": True}])
 def test_other_models_refuse_by_the_field_too(

@@ -16,9 +16,9 @@ def needed(fields: Json, *names: str) -> list[Any]:
     """The values of fields.
 
     Raises:
-        ValueError: naming those that are missing.
+        ValueError: naming those that are missing or null.
     """
-    missing = [name for name in names if name not in fields]
+    missing = [name for name in names if fields.get(name) is None]
     if missing:
         raise ValueError(
             f"config.json must have {', '.join(missing)}, got none in one of"
@@ -52,15 +52,25 @@ def kinds(names: Any, symbols: Mapping[Any, str], field: str) -> str:
 
 
 def rope_scaling(fields: Json) -> RopeScaling | None:
-    """How positions are scaled.
+    """How positions are scaled, by ``rope_scaling`` or transformers 5's ``rope_parameters``.
 
     Raises:
         ValueError: for a way that models here do not have.
     """
-    given = dict(fields.get("rope_scaling") or {})
-    kind = given.pop("type", None)
-    given.setdefault("rope_type", kind or "default")
-    given.pop("rope_theta", None)
+    parameters = fields.get("rope_parameters") or {}
+    given = fields.get("rope_scaling") or parameters
+    if not isinstance(given, dict):
+        raise ValueError(f"rope_scaling of config.json must be a table, got {given!r}")
+    for name, default in (("rope_theta", None), ("partial_rotary_factor", 1.0)):
+        value, outside = parameters.get(name), fields.get(name, default)
+        if value is not None and value != outside:
+            raise ValueError(
+                f"{name} of rope_parameters must be that of config.json, {outside}, got {value}:"
+                " write it there, where it is read"
+            )
+    unread = ("type", "rope_theta", "partial_rotary_factor")
+    kind = given.get("type") or "default"
+    given = {"rope_type": kind} | {k: v for k, v in given.items() if k not in unread}
     if given["rope_type"] == "default":
         return None
     known = {field.name for field in dataclass_fields(RopeScaling)}

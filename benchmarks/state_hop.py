@@ -85,5 +85,7 @@ def rows(sizes: Sizes, machine: Machine) -> Iterator[Row]:
         yield row(NAME, facts, OURS, "tokens", tokens, "tokens")
 
 
+QUESTION = Question(NAME, Sizes, rows)
+
 if __name__ == "__main__":
-    answer(Question(NAME, Sizes, rows), __doc__)
+    answer(QUESTION, __doc__)

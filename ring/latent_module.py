@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -92,18 +94,13 @@ class MultiLatentAttention(nn.Module):
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.rope_base, self.rope_interleaved = rope_base, rope_interleaved
-        self.rope_scaling = rope_scaling
+        self.rope_scaling, self.block = rope_scaling, block
         latent_factor = 1.0 if rope_scaling is None else rope_scaling.latent_factor
         self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 * latent_factor
         self.causal, self.window = causal, checked_window(window, causal)
-        self.block = block
 
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
-
-        def norm(width: int) -> nn.RMSNorm:
-            return nn.RMSNorm(width, eps=norm_eps, device=device, dtype=dtype)
-
+        linear = partial(nn.Linear, bias=False, device=device, dtype=dtype)
+        norm = partial(nn.RMSNorm, eps=norm_eps, device=device, dtype=dtype)
         q_width = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
         if q_lora_rank is None:
             self.q_proj = linear(hidden_size, q_width)

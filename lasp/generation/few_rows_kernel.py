@@ -24,6 +24,36 @@ PROGRAMS = 12  # for each multiprocessor, which runs three at a time, so that al
 SHORTEST = 512  # keys of a split, where the sequence has as many
 
 
+@triton.jit
+def _tile(source, at, there, columns, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    """The first WIDTH columns of rows ``at``; zeros for rows that are not there."""
+    mask = there[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(source + at[:, None] * STRIDE + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _add_keys(acc, total, largest, scores, w, PRECISION: tl.constexpr):
+    """Weighted values, sum of weights and largest score, with these keys too."""
+    higher = tl.maximum(largest, tl.max(scores, 1))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(scores - shift[:, None])
+    kept = tl.exp2(largest - shift)
+    acc = acc * kept[:, None] + tl.dot(p.to(w.dtype), w, input_precision=PRECISION)
+    return acc, total * kept + tl.sum(p, 1), higher
+
+
+@triton.jit
+def _store_partial(
+    output, lse, place, inside, acc, total, largest, v, V: tl.constexpr
+):  # fmt: skip
+    """Output and lse of a split; no key is seen where the sum of weights is zero."""
+    divisor = tl.where(total == 0.0, 1.0, total)
+    mask = inside[:, None] & (v < V)[None, :]
+    tl.store(output + place[:, None] * V + v[None, :], acc / divisor[:, None], mask=mask)
+    found = tl.where(total == 0.0, float("-inf"), largest + tl.log2(divisor))
+    tl.store(lse + place, found, mask=inside)
+
+
 @triton.jit(do_not_specialize=["rank_tokens", "num_splits"])
 def few_rows_kernel(
     query,  # [B * n, Hq, D], contiguous
@@ -39,16 +69,12 @@ def few_rows_kernel(
     KEY_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a key head
     TOKENS: tl.constexpr,  # n
-    D: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
     LATENT: tl.constexpr,  # values are the first V elements of keys; the others are D - V
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """One program a sequence, key head, split and block of rows."""
     blocks: tl.constexpr = (TOKENS * GROUP + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
@@ -58,69 +84,37 @@ def few_rows_kernel(
     head, sequence = program % KEY_HEADS, (program // KEY_HEADS).to(tl.int64)
 
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = m < TOKENS * GROUP
-    rows = sequence * TOKENS + m // GROUP
-    heads = head * GROUP + m % GROUP
-    d, v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    own: tl.constexpr = V if LATENT else D
-    query += (rows * (KEY_HEADS * GROUP) + heads)[:, None] * D
-    q = tl.load(query + d[None, :], mask=inside[:, None] & (d < own)[None, :], other=0.0)
-    if LATENT:
-        e = tl.arange(0, BLOCK_P)
-        shared = (e < D - V)[None, :]
-        q_shared = tl.load(query + V + e[None, :], mask=inside[:, None] & shared, other=0.0)
+    inside, rows = m < TOKENS * GROUP, sequence * TOKENS + m // GROUP
+    heads = rows * (KEY_HEADS * GROUP) + head * GROUP + m % GROUP  # of all rows
+    d, v, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_P)
+    q = _tile(query, heads, inside, d, D, V if LATENT else D)
+    q_shared = _tile(query + V, heads, inside, e, D, D - V) if LATENT else q
     seen = tl.load(limits + rows, mask=inside, other=0).to(tl.int32)
     longest = tl.load(limits + sequence * TOKENS + TOKENS - 1).to(tl.int32)
     first = tl.maximum(tl.load(slots + sequence * TOKENS), 0) * rank_tokens
-
     length = tl.cdiv(tl.cdiv(longest, num_splits), BLOCK_N) * BLOCK_N
-    start = split * length
-    stop = tl.minimum(start + length, longest)
+    stop = tl.minimum((split + 1) * length, longest)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    for begin in range(start, stop, BLOCK_N):
+    for begin in range(split * length, stop, BLOCK_N):
         n = begin + tl.arange(0, BLOCK_N)
-        at = (first + n) * KEY_HEADS + head  # int64
-        there = n < stop
+        at, there = (first + n) * KEY_HEADS + head, n < stop  # int64
         if LATENT:
-            w = tl.load(
-                keys + at[:, None] * D + v[None, :],
-                mask=there[:, None] & (v < V)[None, :],
-                other=0.0,
-            )
-            k_shared = tl.load(
-                keys + at[:, None] * D + V + e[None, :], mask=there[:, None] & shared, other=0.0
-            )
+            w = _tile(keys, at, there, v, D, V)
+            k_shared = _tile(keys + V, at, there, e, D, D - V)
             scores = tl.dot(q_shared, tl.trans(k_shared), input_precision=PRECISION)
-            scores = (scores + tl.dot(q, tl.trans(w), input_precision=PRECISION)) * scale
+            scores += tl.dot(q, tl.trans(w), input_precision=PRECISION)
         else:
-            k = tl.load(
-                keys + at[None, :] * D + d[:, None],
-                mask=there[None, :] & (d < D)[:, None],
-                other=0.0,
-            )
-            scores = tl.dot(q, k, input_precision=PRECISION) * scale
-        scores = tl.where((n[None, :] < seen[:, None]) & there[None, :], scores, float("-inf"))
-        higher = tl.maximum(largest, tl.max(scores, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(scores - shift[:, None])
-        kept = tl.exp2(largest - shift)
-        total = total * kept + tl.sum(p, 1)
-        if not LATENT:
-            w = tl.load(
-                values + at[:, None] * V + v[None, :],
-                mask=there[:, None] & (v < V)[None, :],
-                other=0.0,
-            )
-        acc = acc * kept[:, None] + tl.dot(p.to(w.dtype), w, input_precision=PRECISION)
-        largest = higher
-    none = total == 0.0
-    acc = acc / tl.where(none, 1.0, total)[:, None]
-    place = (rows * (KEY_HEADS * GROUP) + heads) * num_splits + split
-    tl.store(output + place[:, None] * V + v[None, :], acc, mask=inside[:, None] & (v < V)[None, :])
-    found = tl.where(none, float("-inf"), largest + tl.log2(tl.where(none, 1.0, total)))
-    tl.store(lse + place, found, mask=inside)
+            w = _tile(values, at, there, v, V, V)
+            mask = there[None, :] & (d < D)[:, None]
+            k = tl.load(keys + at[None, :] * D + d[:, None], mask=mask, other=0.0)
+            scores = tl.dot(q, k, input_precision=PRECISION)
+        visible = (n[None, :] < seen[:, None]) & there[None, :]
+        scores = tl.where(visible, scores * scale, float("-inf"))
+        acc, total, largest = _add_keys(acc, total, largest, scores, w, PRECISION)
+    place = heads * num_splits + split
+    _store_partial(output, lse, place, inside, acc, total, largest, v, V)
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -192,51 +186,38 @@ def few_rows(
         ``[B * tokens, Hq, V]`` and ``[B * tokens, Hq]``, float32.
     """
     (num_rows, heads, dim), (_, key_heads, value_dim) = q.shape, values.shape
-    group = heads // key_heads
-    latent = values.data_ptr() == keys.data_ptr()
+    group, latent = heads // key_heads, values.data_ptr() == keys.data_ptr()
     most, tile, warps, stages = LATENT_TILES if latent else TILES
     block = max(16, min(most, triton.next_power_of_2(tokens * group)))
-    parts = q.new_empty(num_rows, heads, num_splits, value_dim, dtype=torch.float32)
-    lse_of_parts = q.new_empty(num_rows, heads, num_splits, dtype=torch.float32)
-    output = q.new_empty(num_rows, heads, value_dim, dtype=torch.float32)
-    lse = q.new_empty(num_rows, heads, dtype=torch.float32)
+    shape, wide = (num_rows, heads, num_splits), torch.float32
+    parts, lse_of_parts = q.new_empty(*shape, value_dim, dtype=wide), q.new_empty(shape, dtype=wide)
     attend = launcher_of(
-        few_rows_kernel,
-        q.device,
-        q.dtype,
-        rank_tokens=rank_tokens,
-        num_splits=num_splits,
-        scale=float(scale) * LOG2E,
-        KEY_HEADS=key_heads,
-        GROUP=group,
-        TOKENS=tokens,
-        D=dim,
-        V=value_dim,
-        BLOCK_M=block,
-        BLOCK_N=tile,
+        few_rows_kernel, q.device, q.dtype,
+        rank_tokens=rank_tokens, num_splits=num_splits, scale=float(scale) * LOG2E,
+        KEY_HEADS=key_heads, GROUP=group, TOKENS=tokens, D=dim, V=value_dim,
+        BLOCK_M=block, BLOCK_N=tile,
         BLOCK_D=max(16, triton.next_power_of_2(value_dim if latent else dim)),
         BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
         BLOCK_P=max(16, triton.next_power_of_2(dim - value_dim)) if latent else 16,
-        LATENT=latent,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=warps,
-        num_stages=stages,
-    )
-    merge = launcher_of(
-        merge_splits_kernel,
-        q.device,
-        None,
-        num_splits=num_splits,
-        V=value_dim,
-        BLOCK_S=16,
-        BLOCK_V=triton.next_power_of_2(value_dim),
-        num_warps=4,
-    )
-    sequences = num_rows // tokens
-    programs = sequences * triton.cdiv(tokens * group, block) * key_heads * num_splits
+        LATENT=latent, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    programs = num_rows // tokens * triton.cdiv(tokens * group, block) * key_heads * num_splits
     given = (aligned(x.contiguous()) for x in (q, keys, keys if latent else values, *rows))
     attend(programs, *given, parts, lse_of_parts)
-    merge(num_rows * heads, parts, lse_of_parts, output, lse)
+    return _merged(parts, lse_of_parts)
+
+
+def _merged(parts: Tensor, lse_of_parts: Tensor) -> Partial:
+    """The partials ``[rows, Hq, num_splits, V]`` of all splits as one."""
+    *shape, num_splits, value_dim = parts.shape
+    output, lse = parts.new_empty(*shape, value_dim), parts.new_empty(shape)
+    merge = launcher_of(
+        merge_splits_kernel, parts.device, None,
+        num_splits=num_splits, V=value_dim, BLOCK_S=16,
+        BLOCK_V=triton.next_power_of_2(value_dim), num_warps=4,
+    )  # fmt: skip
+    merge(lse.numel(), parts, lse_of_parts, output, lse)
     return Partial(output, lse)
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.collectives import all_gather
+from lasp._core.host_constants import to_device
 from lasp.generation.cache import DraftedLayer, GenerationCache
 from lasp.generation.slots import PADDING
 from lasp.sequence.layout import Order, SequenceLayout
@@ -277,5 +278,4 @@ def _on_device(rows: Sequence[Sequence[int]] | Sequence[Tensor], device: torch.d
         host = torch.stack(list(rows))  # type: ignore[arg-type]
     else:
         host = torch.tensor([[*row, *[0] * (len(row) % 2)] for row in rows])  # rows of 16 bytes
-    host = host.pin_memory() if device.type == "cuda" else host
-    return host.to(device, non_blocking=True)[:, : len(rows[0])]
+    return to_device(host, device)[:, : len(rows[0])]

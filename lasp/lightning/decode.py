@@ -39,11 +39,8 @@ def lightning_decode(
 ) -> LightningOutput:
     """Lightning attention of the next tokens of each sequence, given the states before them.
 
-    ``S_t = exp(-rate) S_{t-1} + k_t^T v_t;  o_t = scale q_t S_t``, for each sequence and head.
-
-    For speculative decoding pass all drafted tokens out of place: the old states are still there
-    when only some are accepted, and those are passed again (with different counts, as documents
-    of a pack, to :func:`lasp.lightning_attention`).
+    ``S_t = exp(-rate) S_{t-1} + k_t^T v_t;  o_t = scale q_t S_t``, for each sequence and head. To
+    decode drafts pass all drafted tokens out of place, and those that are accepted again.
 
     Args:
         q: queries ``[B, T, H, K]`` of the T next tokens (one, or a few) of B sequences, oldest
@@ -65,8 +62,7 @@ def lightning_decode(
             see ``lasp._core.impl``.
 
     Returns:
-        The output ``[B, T, H, V]`` in the dtype of ``q``, and the states after the last token:
-        ``state`` itself if ``in_place``.
+        The output ``[B, T, H, V]``, like ``q``, and the states after: ``state`` if ``in_place``.
 
     Gradients: none.
 
@@ -83,11 +79,18 @@ def lightning_decode(
         refuse_forward_mode(_TRITON, q, k, v, rates, state)
         from lasp.lightning.triton import decode as fused
 
-        if in_place:
-            return LightningOutput(fused.call_(q, k, v, rates, state, slots, scale), state)
-        return LightningOutput(*fused.call(q, k, v, rates, state, scale))
-    if slots is None:
-        return _decode(q, k, v, rates, state if in_place else state.clone(), scale)
+        if not in_place:
+            return LightningOutput(*fused.call(q, k, v, rates, state, scale))
+        return LightningOutput(fused.call_(q, k, v, rates, state, slots, scale), state)
+    if slots is not None:
+        return _decode_slots(q, k, v, rates, state, slots, scale)
+    return _decode(q, k, v, rates, state if in_place else state.clone(), scale)
+
+
+def _decode_slots(
+    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor, slots: Tensor, scale: float
+) -> LightningOutput:
+    """In plain torch and in place, each sequence in its slot."""
     rows, used = state[slots.clamp(min=0)], slots >= 0
     output, _ = _decode(q, k, v, rates, rows, scale)
     state[slots[used]] = rows[used]

@@ -33,8 +33,9 @@ def test_the_commands_of_the_rows_still_work() -> None:
         assert options.commit == arguments[arguments.index("--commit") + 1]
         checked.add(name)
     assert checked == {
-        "host_time", "lasp_ranks", "lightning_decode", "lightning_kernels", "lightning_layer",
-        "lightning_length", "moe_overlap", "ring_length", "ring_packed",
+        "generation", "host_time", "hybrid_layers", "lasp_ranks", "lightning_decode",
+        "lightning_kernels", "lightning_layer", "lightning_length", "moe_overlap", "ring_host",
+        "ring_kinds", "ring_length", "ring_packed", "state_hop",
     }  # fmt: skip
 
 

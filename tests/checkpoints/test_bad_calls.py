@@ -124,6 +124,8 @@ def test_rotations_are_read_as_transformers_5_writes_them(model: str, name: str)
     expected = file_format.read(fields)
     scaled = fields.pop("rope_scaling") | {"rope_theta": fields["rope_theta"]}
     assert file_format.read({**fields, "rope_parameters": scaled}) == expected
+    outside = {name: value for name, value in fields.items() if name != "rope_theta"}
+    assert file_format.read({**outside, "rope_parameters": scaled}) == expected
     scaled["rope_theta"] *= 2
     with pytest.raises(ValueError, match=r"rope_theta of rope_parameters must be that of config"):
         file_format.read({**fields, "rope_parameters": scaled})

@@ -13,11 +13,14 @@ Json = Mapping[str, Any]
 
 
 def needed(fields: Json, *names: str) -> list[Any]:
-    """The values of fields.
+    """The values of fields; transformers 5 writes ``rope_theta`` into ``rope_parameters`` alone.
 
     Raises:
         ValueError: naming those that are missing or null.
     """
+    inside = fields.get("rope_parameters") or {}
+    if isinstance(inside, dict) and fields.get("rope_theta") is None:
+        fields = {**fields, "rope_theta": inside.get("rope_theta")}
     missing = [name for name in names if fields.get(name) is None]
     if missing:
         raise ValueError(
@@ -63,7 +66,7 @@ def rope_scaling(fields: Json) -> RopeScaling | None:
         raise ValueError(f"rope_scaling of config.json must be a table, got {given!r}")
     for name, default in (("rope_theta", None), ("partial_rotary_factor", 1.0)):
         value, outside = parameters.get(name), fields.get(name, default)
-        if value is not None and value != outside:
+        if value is not None and outside is not None and value != outside:
             raise ValueError(
                 f"{name} of rope_parameters must be that of config.json, {outside}, got {value}:"
                 " write it there, where it is read"

@@ -141,7 +141,7 @@ def test_operator_examples_agree_with_one_rank(script: str) -> None:
 
 
 def test_the_ring_on_one_screen_agrees_with_dense_attention() -> None:
-    lines = run("06_ring_in_sixty_lines.py").splitlines()
+    lines = run("07_ring_in_sixty_lines.py").splitlines()
     errors = [float(line.split()[-1]) for line in lines if "largest difference" in line]
     assert len(errors) == 1
     assert errors[0] < 1e-12

@@ -1,6 +1,6 @@
 """Ring attention on one screen: keys and values travel round, each rank merges what it sees.
 
-python examples/06_ring_in_sixty_lines.py   # 4 processes on the CPU; torch alone
+python examples/07_ring_in_sixty_lines.py   # 4 processes on the CPU; torch alone
 
 Rank r holds tokens [r T, (r + 1) T). Causal, so the keys of later ranks pass by unseen (-)::
 

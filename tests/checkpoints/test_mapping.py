@@ -31,7 +31,17 @@ CONFIGS["ling-yarn"] = replace(
 )
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+# 60,000 names; a smaller model of the same family is in every run.
+LARGE = ("ling-2.5-1t", "ring-2.5-1t")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=[pytest.mark.slow] if name in LARGE else [])
+        for name, config in CONFIGS.items()
+    ],
+)
 def test_every_parameter_has_one_source(config: HybridConfig) -> None:
     """On the meta device: shapes of the model are those of the table, atom by atom."""
     model = HybridModel(config, device="meta")

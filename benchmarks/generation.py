@@ -40,11 +40,11 @@ from benchmarks.generation_prefill import (
     RATIOS,
     Options,
     Setting,
-    drawn,
     group_model,
     prefill,
 )
 from benchmarks.harness import Machine, Question, Row, answer, row
+from benchmarks.layer_group import drawn
 from benchmarks.timing import copy_bytes_per_s
 from lasp.generation.attention import CachedLayer, shape_of
 from lasp.generation.cache import GenerationCache, KeyMemory
@@ -59,7 +59,7 @@ def attention_of(setting: Setting, kind: str) -> Any:
     """The attention layer of the model that is of this kind, alone."""
     config = replace(setting.config, pattern=kind, num_layers=1)
     model = HybridModel(config, device="meta", dtype=setting.machine.dtype)
-    return drawn(model.layers[0].attention, setting.device)
+    return drawn(model.layers[0].attention, setting.device).eval()
 
 
 def filled(setting: Setting, attention: nn.Module, length: int, batch: int = 1) -> GenerationCache:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.harness import Machine, RankOptions, Row, row
+from benchmarks.layer_group import quick_model
 from benchmarks.lightning_length import flops_per_s
 from benchmarks.model_flops import step_flops
 from benchmarks.timing import Timed, graph_ms, samples_ms
@@ -69,7 +70,7 @@ class Setting(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Of this rank."""
+        """The device of this rank."""
         if self.machine.device == "cuda":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
@@ -91,25 +92,11 @@ class Setting(NamedTuple):
         return count / self.bytes_per_s * 1e3
 
 
-def drawn(model: Any, device: torch.device) -> Any:
-    """Values for the parameters of a module that was made on the meta device."""
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0, 0.02)
-    return model.eval()
-
-
 def group_model(setting: Setting) -> HybridModel:
     """The layer group, its experts dealt out over the ranks."""
     ranks = dist.get_world_size()
     groups = ExpertTopology(ranks, cp=ranks, ep=ranks).build_groups()
-    model = HybridModel(setting.config, groups=groups, device="meta", dtype=setting.machine.dtype)
-    drawn(model, setting.device)
-    return model
+    return quick_model(setting.config, setting.machine.device, setting.machine.dtype, groups).eval()
 
 
 class Clock:

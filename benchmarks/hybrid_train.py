@@ -75,7 +75,7 @@ class Case(NamedTuple):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Of the documents."""
+        """Lengths of the documents of the pack."""
         count = 1 if self.documents == "one" else max(2, self.tokens // TAIL_TOKENS)
         return pack_lengths(self.tokens, count)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
+from torch import nn
 
 from lasp.hybrid import AttentionConfig, HybridConfig, HybridModel
 from moe_parallel import MoEConfig, ParallelGroups
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def layer_group(
@@ -34,16 +39,20 @@ def layer_group(
     )
 
 
-def quick_model(
-    config: HybridConfig, device: str, dtype: torch.dtype, groups: ParallelGroups | None = None
-) -> HybridModel:
-    """A model whose values are drawn where it lies, in seconds, other ones on each rank."""
-    model = HybridModel(config, groups=groups, device="meta", dtype=dtype)
-    model.to_empty(device=device)
+def drawn(module: M, device: torch.device | str) -> M:
+    """A module that was made on the meta device, with values drawn where it then lies."""
+    module.to_empty(device=device)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in module.parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0, 0.02)
-    return model
+    return module
+
+
+def quick_model(
+    config: HybridConfig, device: str, dtype: torch.dtype, groups: ParallelGroups | None = None
+) -> HybridModel:
+    """A model whose values are drawn where it lies, in seconds, other ones on each rank."""
+    return drawn(HybridModel(config, groups=groups, device="meta", dtype=dtype), device)

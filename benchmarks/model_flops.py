@@ -37,7 +37,7 @@ class StepFlops(NamedTuple):
 
 
 def step_flops(config: HybridConfig, document_lengths: Sequence[int]) -> StepFlops:
-    """Of one step; ``config`` without latent attention."""
+    """The operations of one step; ``config`` must be without latent attention."""
     heads = config.attention
     if heads.latent is not None:
         raise ValueError("config must have no latent attention, got some: its products differ")

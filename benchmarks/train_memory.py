@@ -44,16 +44,17 @@ class Plan(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of a rank."""
+        """Tokens that a rank holds."""
         return self.context // self.topology.cp
 
 
 def kept_bytes(config: HybridConfig, kind: str, policy: str) -> int:
     """Bytes a token that a layer with experts keeps in 16 bits, on a GPU with all kernels.
 
-    Of ``none``: inputs and outputs of norms and of residuals; of lightning attention its projection
-    before and after the activation, the result, the gate and their product; of softmax attention
-    queries, keys, values and the result; rows of experts, their first product and their results.
+    With ``none`` it keeps inputs and outputs of norms and of residuals; for lightning attention its
+    projection before and after the activation, the result, the gate and their product; for softmax
+    attention queries, keys, values and the result; rows of experts, their first product and their
+    results.
     """
     heads, moe, hidden = config.attention, config.moe, config.hidden_size
     if moe is None or heads.latent is not None:

@@ -122,7 +122,7 @@ def minicpm4(w: dict[str, Tensor], tokens: list[Tensor]) -> list[Tensor]:
 
 
 def their_logits(weights: dict[str, Tensor], tokens: list[int]) -> Tensor:
-    """Of one document."""
+    """Logits of one document, by the published formulas."""
     depth = RELEASED["scale_depth"] / math.sqrt(len(RELEASED["mixer_types"]))
     xs = [weights["model.embed_tokens.weight"][token] * RELEASED["scale_emb"] for token in tokens]
     for number, mixer in enumerate(RELEASED["mixer_types"]):

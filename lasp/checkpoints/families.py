@@ -32,11 +32,7 @@ PLAIN = Family(
         R("final_norm.weight", "final_norm"),
         R("head.weight", "head"),
         R("{layer}attention.qkv_proj.weight", _LIGHTNING_QKV, "heads"),
-        R(
-            "{layer}attention.qkv_proj.bias",
-            "lightning.q_bias lightning.k_bias lightning.v_bias",
-            "heads",
-        ),
+        R("{layer}attention.qkv_proj.bias", _LIGHTNING_BIASES, "heads"),
         R("{layer}attention.output_gate.bias", "lightning.gate_bias"),
         R("{layer}attention.out_proj.bias", "lightning.out_bias"),
         *_named(

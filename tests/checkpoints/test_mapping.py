@@ -31,8 +31,8 @@ CONFIGS["ling-yarn"] = replace(
 )
 
 
-# 60,000 names; a smaller model of the same family is in every run.
-LARGE = ("ling-2.5-1t", "ring-2.5-1t")
+# Up to 60,000 names; a smaller model of the same family is in every run.
+LARGE = ("ling-2.5-1t", "ring-2.5-1t", "ring-flash-linear-2.0", "minimax-m1")
 
 
 @pytest.mark.parametrize(

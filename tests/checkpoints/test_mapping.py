@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lasp import RopeScaling
-from lasp.checkpoints.atoms import atoms_of
+from lasp.checkpoints.atoms import Atom, atoms_of
 from lasp.checkpoints.configs import FORMATS, config_fields
 from lasp.checkpoints.families import BAILING, MEGATRON_GPT, MEGATRON_HYBRID, MINIMAX, PLAIN, SALA
 from lasp.checkpoints.family import Family
@@ -111,3 +111,18 @@ def test_configs_say_the_same_there_and_back(config: HybridConfig) -> None:
             continue
         assert {name, file_format.name} == {"minimax", "minimax-native"}
         assert other.read(fields).attention == config.attention
+
+
+@pytest.mark.parametrize(
+    ("model", "family", "experts"),
+    [
+        ("minimax", MINIMAX, "model.layers.1.block_sparse_moe.experts.2.{}.weight"),
+        ("ring", BAILING, "model.layers.1.mlp.experts.2.{}.weight"),
+    ],
+)
+def test_who_is_activated_among_the_experts(model: str, family: Family, experts: str) -> None:
+    """The gate is what SwiGLU activates: released code calls it w1, or gate_proj."""
+    found = {tensor.name: tensor.atoms for tensor in mapped(family, MODELS[model][0])}
+    names = ("w1", "w3", "w2") if model == "minimax" else ("gate_proj", "up_proj", "down_proj")
+    roles = [found[experts.format(name)] for name in names]
+    assert roles == [(Atom(f"experts.{role}", 1, 2),) for role in ("gate", "up", "down")]

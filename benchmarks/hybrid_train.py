@@ -3,7 +3,8 @@
 The layer group of ``benchmarks.layer_group``, seven lightning layers and a softmax layer, or eight
 softmax layers, over one document or a pack with a long tail; context parallel over all ranks, and
 experts dealt out to them. ``forward_backward`` is that of bfloat16 parameters; ``step`` one of
-training: ``lasp.hybrid.parallelize``, gradients reduced in the backward, clipped, and AdamW.
+training: ``lasp.hybrid.parallelize``, gradients reduced in the backward, clipped, and AdamW. With
+``--graph`` one GPU replays ``forward_backward`` as one CUDA graph: short batches wait for the host.
 
 Rows of a case: milliseconds of the slowest rank, bound by the operations of
 ``benchmarks.model_flops`` at the rate that a product of 8192 x 8192 matrices has in the same
@@ -36,7 +37,14 @@ from benchmarks.layer_group import layer_group, quick_model
 from benchmarks.lightning_length import flops_per_s
 from benchmarks.model_flops import step_flops
 from benchmarks.timing import most
-from lasp.hybrid import HybridConfig, HybridModel, PackedBatch, keep_activations, pack_batch
+from lasp.hybrid import (
+    HybridConfig,
+    HybridModel,
+    PackedBatch,
+    StepGraph,
+    keep_activations,
+    pack_batch,
+)
 from lasp.hybrid.parallel import parallelize
 from lasp.sequence.planner import plan_layout
 from moe_parallel import ExpertTopology, clip_grad_norm_, parameter_groups
@@ -60,6 +68,7 @@ class Options(RankOptions):
     samples: int = 5
     seconds: float = 60.0
     trace: bool = False
+    graph: bool = False
 
 
 class Case(NamedTuple):
@@ -83,8 +92,9 @@ class Case(NamedTuple):
 def build(case: Case, config: HybridConfig, machine: Machine) -> HybridModel:
     """The model, as its part needs it."""
     topology = ExpertTopology(case.ranks, cp=case.ranks, ep=case.ranks)
+    alone = case.ranks == 1 and case.part == "forward_backward"
     dtype = torch.float32 if case.part == "step" else machine.dtype
-    model = quick_model(config, machine.device, dtype, groups_of(topology))
+    model = quick_model(config, machine.device, dtype, None if alone else groups_of(topology))
     if case.part == "step":
         low = machine.dtype if machine.dtype != torch.float32 else None
         return parallelize(model, topology, activations=case.activations, param_dtype=low)
@@ -114,24 +124,32 @@ def batch_of(case: Case, machine: Machine) -> tuple[PackedBatch, Tensor, Tensor]
     return batch, tokens, labels
 
 
-def step_of(case: Case, model: HybridModel, machine: Machine) -> Callable[[], Tensor]:
+def step_of(
+    case: Case, model: HybridModel, machine: Machine, *, graph: bool
+) -> Callable[[], Tensor]:
     """A call of the part that is measured; returns the loss, this rank's share."""
     batch, tokens, labels = batch_of(case, machine)
     optimizer = None
     if case.part == "step":
         optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-5)
 
+    def loss_of(tokens: Tensor, labels: Tensor) -> Tensor:
+        output = model(tokens, batch, labels=labels)
+        loss: Tensor = output.loss / case.tokens + output.aux_loss
+        return loss
+
+    if graph:
+        return partial(StepGraph(model, loss_of, tokens, labels).step, tokens, labels)
+
     def call() -> Tensor:
         for parameter in model.parameters():
             parameter.grad = None
-        output = model(tokens, batch, labels=labels)
-        loss = output.loss / case.tokens + output.aux_loss
-        loss.backward()
+        loss = loss_of(tokens, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
         if optimizer is not None:
             clip_grad_norm_(model, 1.0, model.groups)
             optimizer.step()
-        detached: Tensor = loss.detach()
-        return detached
+        return loss.detach()
 
     return call
 
@@ -155,15 +173,16 @@ def step_ms(call: Callable[[], Any], machine: Machine) -> list[float]:
 
 
 def measure(
-    case: Case, config: HybridConfig, machine: Machine, rate: float, *, trace: bool
+    case: Case, config: HybridConfig, machine: Machine, rate: float, options: Options
 ) -> Iterator[Row]:
     """Rows of a case."""
-    make = partial(row, "hybrid_train", case._asdict(), "lasp")
+    who = "lasp, CUDA graph" if options.graph else "lasp"
+    make = partial(row, "hybrid_train", case._asdict(), who)
     model = build(case, config, machine)
-    call = step_of(case, model, machine)
     on_gpu = machine.device == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    call = step_of(case, model, machine, graph=options.graph)
     loss = call()
     if not math.isfinite(loss.item()):
         raise SystemExit(f"{case}: the loss is {loss.item()}")
@@ -178,7 +197,7 @@ def measure(
     if on_gpu:
         peak = most(torch.cuda.max_memory_allocated() / 1e9, machine)
         yield make("peak_memory", peak[0], "GB")
-    if on_gpu and trace:
+    if on_gpu and options.trace:
         for part, share in trace_parts.shares(trace_parts.kernels(call)).items():
             yield make(part, share, "share")
 
@@ -207,7 +226,7 @@ def rows(options: Options, machine: Machine) -> Iterator[Row]:
             num_experts=options.experts,
             vocab_size=case.vocab_size,
         )
-        yield from measure(case, config, machine, rate, trace=options.trace)
+        yield from measure(case, config, machine, rate, options)
         gc.collect()  # what wrappers hold in cycles
         if machine.device == "cuda":
             torch.cuda.empty_cache()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from threading import Lock
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -16,6 +17,30 @@ from lasp._core.graphs import makes_fake_tensors
 K = TypeVar("K", bound=Hashable)
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+_HOLDERS: list[list[Any]] = []
+
+
+@contextmanager
+def holding_results() -> Iterator[list[Any]]:
+    """Holds whatever the caches hand out meanwhile, in any thread, for as long as the list lives.
+
+    A CUDA graph reads the memory of these tensors in every replay, while a cache gives that of the
+    oldest ones to others.
+    """
+    held: list[Any] = []
+    _HOLDERS.append(held)
+    try:
+        yield held
+    finally:
+        del _HOLDERS[[id(other) for other in _HOLDERS].index(id(held))]
+
+
+def _held(result: R) -> R:
+    for holder in _HOLDERS:
+        holder.append(result)
+    return result
 
 
 def hash_once(x: Any) -> int:
@@ -39,7 +64,7 @@ def tensor_cache(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if makes_fake_tensors():
                 return make(*args, **kwargs)
-            return held(*args, **kwargs)  # type: ignore[arg-type]
+            return _held(held(*args, **kwargs))  # type: ignore[arg-type]
 
         return call
 
@@ -53,7 +78,7 @@ def remembered(tensors: dict[K, Tensor], key: K, build: Callable[[], Tensor]) ->
     if key not in tensors:
         with torch.inference_mode(False):  # remembered, and used in training too
             tensors[key] = build()
-    return tensors[key]
+    return _held(tensors[key])
 
 
 class ByteCache(Generic[R]):
@@ -86,16 +111,16 @@ class ByteCache(Generic[R]):
         with self._lock:
             if (held := self._held.get(key)) is not None:
                 self._held.move_to_end(key)
-                return held
+                return _held(held)
         result = build()
         with self._lock:
             if (held := self._held.get(key)) is not None:  # another thread was faster
-                return held
+                return _held(held)
             self._held[key] = result
             self._count(result, 1)
             while self.num_bytes > self.max_bytes and len(self._held) > 1:
                 self._count(self._held.popitem(last=False)[1], -1)
-        return result
+        return _held(result)
 
     def _count(self, result: R, number: int) -> None:
         """Add the bytes of a result, or for ``number`` -1 take them away."""

@@ -15,6 +15,7 @@ from lasp.hybrid.config import (
     VocabularyConfig,
 )
 from lasp.hybrid.generate import Generation
+from lasp.hybrid.graphs import StepGraph
 from lasp.hybrid.head import linear_cross_entropy
 from lasp.hybrid.model import HybridModel, HybridOutput, ParameterCount, count_parameters
 from lasp.hybrid.multi_token import next_in_document
@@ -51,6 +52,7 @@ __all__ = [
     "Residuals",
     "RopeScaling",
     "Sampling",
+    "StepGraph",
     "VocabularyConfig",
     "count_parameters",
     "keep_activations",

@@ -26,6 +26,7 @@ POLICIES = (
     "none", "full", "softmax_outputs", "attention_outputs", "expert_inputs", "offload",
 )  # fmt: skip
 Function = Callable[..., Any]
+_REPLACED = ("forward", "through_attention")  # methods of layers, one by any policy
 
 
 def keep_activations(model: HybridModel, policy: str, *, dtype: torch.dtype | None = None) -> None:
@@ -154,5 +155,11 @@ def _check_layers(names: set[str], layers: list[HybridLayer], dtype: torch.dtype
         import lasp.lightning.triton.torch_ops  # noqa: F401  (defines the operator)
 
 
+def offloads(model: HybridModel) -> bool:
+    """Whether a policy of ``model`` keeps inputs in the host's memory."""
+    changed = (vars(layer).get(name) for layer in _layers(model) for name in _REPLACED)
+    return any(getattr(function, "func", None) is _offloaded for function in changed)
+
+
 def _replaced(layer: HybridLayer) -> bool:
-    return not vars(layer).keys().isdisjoint(("forward", "through_attention"))
+    return not vars(layer).keys().isdisjoint(_REPLACED)

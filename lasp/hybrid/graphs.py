@@ -1,4 +1,4 @@
-"""One token for each of a few sequences as one CUDA graph: the host launches once a step."""
+"""A step as one CUDA graph, which the host launches at once: of decoding, and of training."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lasp._core.cache import holding_results
+from lasp._core.summed_gradients import any_summed
 from lasp.generation import PADDING, GenerationCache
 from lasp.generation.cache import KeyMemory
 from lasp.generation.partials import MAX_HEAD_DIM, MAX_LATENT, has_kernel
 from lasp.generation.step import CacheStep, plan_step
 from lasp.hybrid.steps import batch_of, check_ready, packed
 from lasp.layers.lightning_attention import LightningAttention
+from moe_parallel.router.route import Router
 
 if TYPE_CHECKING:
     from lasp.hybrid.model import HybridModel
@@ -95,6 +98,131 @@ class DecodeGraph:
         return logits[: len(slots)]
 
 
+class StepGraph:
+    """Forward and backward of batches of one layout, on one rank, as one CUDA graph.
+
+    Short batches wait for the host, which takes milliseconds a layer to launch a step kernel by
+    kernel. Here it copies the inputs and launches once::
+
+        def loss_of(tokens, labels):
+            output = model(tokens, batch, labels=labels)
+            return output.loss / batch.layout.num_tokens + output.aux_loss
+
+        graph = StepGraph(model, loss_of, tokens, labels)
+        for tokens, labels in batches:
+            loss = graph.step(tokens, labels)
+            optimizer.step()
+
+    ``loss_of`` runs four times when the graph is made, three of them to warm up, and never again:
+    what it reads beside its arguments, the layout, coefficients and flags, is that of then. On a
+    CPU it runs in every step. The graph holds the memory of activations and gradients.
+
+    Args:
+        model: in the mode and dtype of training, on one rank, not in a wrapper. On a GPU everything
+            must run without the host: experts in bfloat16 with few rows each, which then are one
+            grouped product, or with ``gemm="grouped"``; without capacity, but ``pad_to_capacity``.
+        loss_of: takes tensors, returns a scalar that depends on parameters of ``model`` alone.
+        inputs: tensors of the shapes, dtypes and devices of all steps; values are used to warm up.
+
+    Raises:
+        ValueError: for a model over ranks or in a wrapper, or one that offloads activations.
+        RuntimeError: where a layer needs the host.
+    """
+
+    def __init__(self, model: HybridModel, loss_of: Callable[..., Tensor], *inputs: Tensor) -> None:
+        _check_trainable(model)
+        self._loss_of = loss_of
+        self._inputs = [x.clone() for x in inputs]
+        self._parameters = [x for x in model.parameters() if x.requires_grad]
+        self._check_gradients([None] * len(self._parameters))
+        self._replay: Callable[[], Tensor] | None = None
+        self._gradients: list[Tensor | None] = [None] * len(self._parameters)
+        device = model.embedding.weight.device
+        if device.type == "cuda":
+            counted = {name: x.clone() for name, x in _counters(model)}
+            with torch.cuda.device(device):
+                self._replay = _captured(self._run)
+            for name, x in _counters(model):
+                x.copy_(counted[name])
+            self._clear_gradients()
+
+    def step(self, *inputs: Tensor) -> Tensor:
+        """Loss and gradients of a batch.
+
+        Args:
+            inputs: like those that the graph was made with. Copies from a host's pinned memory are
+                not waited for: change it only after the step has run.
+
+        Returns:
+            The loss, which the next step overwrites. So are gradients: they do not add up.
+
+        Raises:
+            ValueError: for other shapes or dtypes, or a gradient that is not of this graph.
+        """
+        self._check_inputs(inputs)
+        self._check_gradients(self._gradients)
+        for static, given in zip(self._inputs, inputs):
+            static.copy_(given, non_blocking=True)
+        if self._replay is None:
+            return self._run()
+        for parameter, gradient in zip(self._parameters, self._gradients):
+            parameter.grad = gradient
+        return self._replay()
+
+    def _run(self) -> Tensor:
+        for parameter in self._parameters:
+            parameter.grad = None
+        loss = self._loss_of(*self._inputs)
+        loss.backward()
+        self._gradients = [parameter.grad for parameter in self._parameters]
+        return loss.detach()
+
+    def _clear_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _check_inputs(self, inputs: Sequence[Tensor]) -> None:
+        wanted, got = ([(x.dtype, list(x.shape)) for x in of] for of in (self._inputs, inputs))
+        if wanted != got:
+            raise ValueError(
+                f"inputs must be {wanted} as those that the graph was made with, got {got}: make a"
+                " graph for each layout"
+            )
+
+    def _check_gradients(self, own: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self._parameters, own):
+            if parameter.grad is not None and parameter.grad is not gradient:
+                raise ValueError(
+                    "parameters must have no gradients but those of this graph, got one of"
+                    f" {list(parameter.shape)} that a step would lose: add it up elsewhere, and"
+                    " call optimizer.zero_grad() before"
+                )
+
+
+def _check_trainable(model: HybridModel) -> None:
+    from lasp.hybrid.activations import offloads
+
+    if model.groups.cp is not None or model.groups.token is not None or any_summed(model):
+        raise ValueError(
+            "a StepGraph must be of a plain model on one rank, got one over groups or in a wrapper:"
+            " call the model instead"
+        )
+    if offloads(model):
+        raise ValueError(
+            "a StepGraph must keep activations on the device, got a policy with 'offload', whose"
+            " memory of the host is given to others after a step: leave it out"
+        )
+
+
+def _counters(model: HybridModel) -> list[tuple[str, Tensor]]:
+    """What a backward counts beside gradients: warming up must leave no trace."""
+    return [
+        (name, module.local_tokens_per_expert)
+        for name, module in model.named_modules()
+        if isinstance(module, Router) and module.expert_bias is not None
+    ]
+
+
 def _check_kernels(model: HybridModel, cache: GenerationCache) -> None:
     """Raise ValueError if a softmax layer would read lengths on the host, which a graph cannot."""
     for layer, memory in zip(model.decoder_layers(), cache.layers):
@@ -110,7 +238,7 @@ def _check_kernels(model: HybridModel, cache: GenerationCache) -> None:
 
 
 def _captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A replay of ``run``, which has run before on padding and left no trace."""
+    """A replay of ``run``, whose result every replay overwrites; it runs four times."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -118,11 +246,14 @@ def _captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = run()
+    # Other threads may ask the device meanwhile, as NCCL's watchdog does.
+    captured = torch.cuda.graph(graph, capture_error_mode="thread_local")
+    with holding_results() as held, captured:
+        result = run()
 
     def replay() -> Tensor:
+        assert held is not None  # it lives as long as the graph that reads what it holds
         graph.replay()
-        return logits
+        return result
 
     return replay

@@ -35,8 +35,9 @@ def linear_cross_entropy(
         weight: ``[V, hidden]``.
         labels: int64 ``[T]``, -100 where there is no target.
         impl: ``eager``, plain torch; ``liger``, the kernels of liger-kernel for NVIDIA GPUs, in
-            16 bits or float32 (``pip install 'lasp-plus[liger]'``); ``auto``, ``liger`` where it is
-            installed and can run.
+            16 bits or float32 (``pip install 'lasp-plus[liger]'``), which wait for the number of
+            targets; ``auto``, ``liger`` where it is installed and can run: not while a CUDA graph
+            is captured.
 
     Returns:
         The sum over this rank's targets, in float32 (float64 of float64 inputs). Products are of
@@ -110,7 +111,8 @@ def _chosen(impl: LossImpl, hidden: Tensor) -> LossImpl:
         raise ValueError(f"impl must be one of {get_args(LossImpl)}, got {impl!r}: use 'auto'")
     runs = hidden.is_cuda and torch.version.hip is None and hidden.dtype != torch.float64
     if impl == "auto":
-        return "liger" if runs and _has_liger() else "eager"
+        liger = runs and _has_liger() and not torch.cuda.is_current_stream_capturing()
+        return "liger" if liger else "eager"
     if impl == "liger" and not (runs and _has_liger()):
         raise ValueError(
             f"impl must be 'eager' or 'auto' for {hidden.dtype} on {hidden.device}, got 'liger':"

@@ -249,9 +249,19 @@ class TokenOrder:
 
 
 def to_host(x: Tensor) -> Callable[[], Tensor]:
-    """Start to copy to the host; what is returned waits for the copy, and for nothing behind it."""
+    """Start to copy to the host; what is returned waits for the copy, and for nothing behind it.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, in which nobody waits.
+    """
     if x.device.type != "cuda":
         return lambda: x
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "experts must not need counts of rows on the host while a CUDA graph is captured: on"
+            " one rank use bfloat16 without capacity_factor, max_rows and overlap_groups and few"
+            " rows an expert, or gemm='grouped'; over ranks pad_to_capacity"
+        )
     host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
     host.copy_(x, non_blocking=True)
     copied = torch.cuda.Event()

@@ -52,6 +52,19 @@ def test_every_case_is_measured() -> None:
             assert row["p50"] / row["bound"] > 0
 
 
+def test_short_batches_are_measured_as_a_graph() -> None:
+    rows = run_on_ranks(graph_rows_on_rank, 1)[0]
+    assert [row["impl"] for row in rows] == ["lasp, CUDA graph"] * 4
+
+
+def graph_rows_on_rank() -> list[dict[str, Any]]:
+    options = hybrid_train.Options(
+        commit="c", tokens=(64,), models=("hybrid",), documents=("one",), vocab_size=24,
+        hidden_size=32, experts=4, graph=True, trace=True,
+    )  # fmt: skip
+    return list(hybrid_train.rows(options, Machine("cpu", torch.float32, 1, 9.0)))
+
+
 def test_operations_of_weights_are_those_that_torch_counts() -> None:
     """With attention left out, forward and backward."""
     config, tokens = layer_group(**SMALL), 40

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+import weakref
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 
 from lasp import SequenceLayout, lightning_attention
-from lasp._core.cache import ByteCache
+from lasp._core.cache import ByteCache, holding_results, remembered, tensor_cache
 from lasp.lightning.triton import segments
 from lasp.sequence import layout, state_flow
 
@@ -107,3 +109,28 @@ def test_batches_of_many_documents_hold_the_bytes_that_are_counted() -> None:
         after = counted(), tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
     assert 0 < after[1] - before[1] <= after[0] - before[0]
+
+
+def test_what_is_handed_out_lives_as_long_as_its_holder() -> None:
+    """Whichever cache remembers it: a CUDA graph reads its memory after the cache let it go."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def make(_: int = 0) -> Tensor:
+        x = torch.zeros(1)
+        made.append(weakref.ref(x))
+        return x
+
+    by_bytes, by_number = ByteCache[Tensor](0, lambda _: 1), tensor_cache(1)(make)
+    by_dict: dict[int, Tensor] = {}
+
+    def ask(key: int) -> None:
+        by_bytes.get(key, make), by_number(key), remembered(by_dict, key, make)
+
+    ask(0)
+    with holding_results() as held:
+        ask(0)
+    ask(1)
+    by_dict.clear()
+    assert [x() is not None for x in made[:3]] == [True] * 3
+    del held
+    assert [x() is not None for x in made[:3]] == [False] * 3

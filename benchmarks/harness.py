@@ -1,7 +1,8 @@
 """The harness of all benchmarks: options, checks, rows, and what is printed.
 
 A benchmark is a ``Question``: it says which options it has and yields rows, after it has checked
-every implementation. ``answer`` does the rest, on one GPU or on the ranks that torchrun started.
+every implementation. ``answer`` does the rest, on one GPU or on the ranks that torchrun,
+Slurm or MPI started.
 ``benchmarks.timing`` takes the times.
 """
 
@@ -24,6 +25,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lasp.launch import init_distributed
 
 Row = dict[str, Any]
 Forward = Callable[..., Any]
@@ -106,9 +109,7 @@ def answer(question: Question, doc: str | None) -> None:
         high = None
         if question.high_priority and on_gpu:
             high = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        dist.init_process_group("nccl" if on_gpu else "gloo", pg_options=high)
-        if on_gpu:
-            torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+        init_distributed(options.device, pg_options=high)
     common = environment(options.commit, machine.device)
     for row in question.rows(options, machine):
         if is_first():

@@ -5,9 +5,9 @@ torchrun --standalone --nproc-per-node 4 examples/02_lightning_ranks.py
 
 import torch
 import torch.distributed as dist
-from launch import init_distributed
 
 from lasp import SequenceLayout, decay_rates, lightning_attention
+from lasp.launch import init_distributed
 
 HEADS, DIM = 4, 32
 

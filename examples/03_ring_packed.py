@@ -5,9 +5,9 @@ torchrun --standalone --nproc-per-node 4 examples/03_ring_packed.py
 
 import torch
 import torch.distributed as dist
-from launch import init_distributed
 
 from lasp import SequenceLayout
+from lasp.launch import init_distributed
 from lasp.sequence.planner import layout_costs
 from ring import ring_attention
 

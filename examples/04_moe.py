@@ -5,8 +5,8 @@ torchrun --standalone --nproc-per-node 4 examples/04_moe.py
 
 import torch
 import torch.distributed as dist
-from launch import init_distributed
 
+from lasp.launch import init_distributed
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig
 
 

@@ -29,7 +29,6 @@ from hybrid_training.optimizer import Trainer
 from hybrid_training.report import Report
 from hybrid_training.sample import sample
 from hybrid_training.stages import Recipe, set_rope_base
-from launch import init_distributed
 
 from lasp.hybrid import (
     HybridModel,
@@ -39,6 +38,7 @@ from lasp.hybrid import (
     pack_batch,
     reduce_gradients,
 )
+from lasp.launch import init_distributed
 from lasp.sequence.layout import Order
 from moe_parallel import ExpertTopology, distribute_experts, update_expert_bias
 

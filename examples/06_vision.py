@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 import tyro
 from hybrid_training.digits import EVAL_PACKS, EVAL_SEED, IMAGE, PATCHES, VOCAB_SIZE, draw_pack
-from launch import init_distributed
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -36,6 +35,7 @@ from lasp.hybrid import (
     pack_batch,
     reduce_gradients,
 )
+from lasp.launch import init_distributed
 from lasp.sequence.layout import Order
 from moe_parallel import ExpertTopology, MoEConfig, ParallelGroups
 

@@ -2,13 +2,12 @@
 
 CHECKPOINT is a folder that ``HybridModel.from_pretrained`` reads. Its ``tokenizer.json`` makes ids
 of the prompt if the package ``tokenizers`` is installed; without it a prompt of whole numbers is
-ids, and any other its UTF-8 bytes. Over ranks it is the same command under ``torchrun``: keys and
-experts are spread over them all. It needs the extra ``checkpoints``.
+ids, and any other its UTF-8 bytes. Over ranks it is the same command under a launcher of
+``lasp.launch``: keys and experts are spread over them all. It needs the extra ``checkpoints``.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from tyro.conf import Positional
 
 from lasp.generation import Sampling
 from lasp.hybrid import Generation, HybridModel
+from lasp.launch import DeviceKind, choose_device, init_distributed, launched_rank
 from moe_parallel import ExpertTopology
 
 
@@ -41,7 +41,7 @@ class CommandOptions:
         suppress: ids that are never chosen.
         stop: ids that end the text.
         seed: of the draws.
-        device: of the model; by default a GPU if there is one for each rank.
+        device: of the model; auto is a GPU if there is one for each rank.
         graph: on one GPU, a step is one CUDA graph.
         ep: ranks over which the experts are dealt out; by default all.
     """
@@ -55,7 +55,7 @@ class CommandOptions:
     suppress: tuple[int, ...] = ()
     stop: tuple[int, ...] = ()
     seed: int = 0
-    device: str | None = None
+    device: DeviceKind = "auto"
     graph: bool = False
     ep: int | None = None
 
@@ -145,25 +145,22 @@ def run(options: CommandOptions, console: Console) -> Generation:
     return found
 
 
-def _start(name: str | None) -> tuple[torch.device, int]:
-    """This rank's device and how many ranks there are: those of torchrun, or one."""
-    local, ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    on_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    kind = name or ("cuda" if on_gpu else "cpu")
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+def _start(kind: DeviceKind) -> tuple[torch.device, int]:
+    """This rank's device and how many ranks there are; one rank needs no group."""
+    launch = launched_rank()
+    if launch.world_size > 1:
+        return init_distributed(kind), launch.world_size
+    device = choose_device(kind, launch, torch.cuda.device_count())
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, ranks
+    return device, 1
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a bad argument or file ends with one line and status 1."""
     options = tyro.cli(CommandOptions, description=__doc__, args=arguments)
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     try:
-        run(options, console)
+        run(options, Console(quiet=launched_rank().rank != 0))
     except ValueError as error:
         sys.exit(f"error: {error}")
     if dist.is_initialized():

@@ -4,38 +4,40 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.launchers import ENVIRONMENT, mpirun, torchrun
+
+Launcher = Callable[[int], list[str]]
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # A small batch in float64, so that 20 steps agree to far below what anyone could read off a plot.
 SMALL = ("--steps", "20", "--packs", "4", "--pack-tokens", "96", "--dtype", "float64")
 
 
-def run(script: str, *args: str, num_ranks: int = 1) -> str:
-    command = [sys.executable, str(EXAMPLES / script), *args]
-    if num_ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*launcher, "--nproc-per-node", str(num_ranks), *command[1:]]
+def run(script: str, *args: str, num_ranks: int = 1, launcher: Launcher = torchrun) -> str:
+    start = [sys.executable] if num_ranks == 1 else launcher(num_ranks)
     done = subprocess.run(
-        command,
+        [*start, str(EXAMPLES / script), *args],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
+        env=ENVIRONMENT,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def train(out: Path, *args: str, num_ranks: int, **sizes: int) -> list[dict[str, float]]:
+def train(
+    out: Path, *args: str, num_ranks: int, launcher: Launcher = torchrun, **sizes: int
+) -> list[dict[str, float]]:
     flags = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
     base = (*SMALL, "--sample-tokens", "3", "--out", str(out))
-    run("05_train_hybrid.py", *base, *flags, *args, num_ranks=num_ranks)
+    run("05_train_hybrid.py", *base, *flags, *args, num_ranks=num_ranks, launcher=launcher)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -69,6 +71,13 @@ def test_twenty_steps_agree_over_parallel_sizes(
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert any(row["dropped_share"] > 0 for row in rows)
     assert_same_curve(rows, curve_of_one_rank)
+
+
+@pytest.mark.slow
+def test_mpi_ranks_train_the_same_curve(tmp_path, curve_of_one_rank) -> None:
+    flags = ("--stop-after", "2")
+    rows = train(tmp_path, *flags, num_ranks=4, launcher=mpirun, cp=2, ep=2, etp=2)
+    assert_same_curve(rows, curve_of_one_rank[:2])
 
 
 def test_resume_on_other_ranks_continues_the_curve(tmp_path, curve_of_one_rank) -> None:

@@ -31,9 +31,9 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parent.parent))
 from hybrid_gpt import build_model, build_optimizer, load, newest_step, save
 from hybrid_training.corpus import NO_LABEL, Corpus
-from launch import init_distributed
 
 from lasp.hybrid import pack_batch
+from lasp.launch import init_distributed
 from lasp.megatron import PackedSequence, shard_batch
 from lasp.sequence.layout import Order
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ import torch.distributed as dist
 import tyro
 from hybrid_training.checkpoint import Checkpointer
 from hybrid_training.corpus import NO_LABEL, Corpus, Pack, deal
+from hybrid_training.endings import ASKED_TO_STOP, Ending
 from hybrid_training.model import Name, small_hybrid
 from hybrid_training.optimizer import Trainer
 from hybrid_training.report import Report
@@ -54,6 +56,8 @@ NOT_THE_CURVE = (
         "out",
         "save_every",
         "resume",
+        "resume_if_any",
+        "timeout_s",
         "stop_after",
         "sample_tokens",
     ),
@@ -85,6 +89,8 @@ class Options:
         out: folder of metrics, plot and checkpoints.
         save_every: steps between checkpoints.
         resume: go on from the newest checkpoint in ``out``.
+        resume_if_any: go on if there is one, else start: for ``torchrun --max-restarts``.
+        timeout_s: seconds after which a rank that does not answer ends the others.
         stop_after: end this invocation after that step of the schedule, as a crash would.
         sample_tokens: bytes to sample at the end.
     """
@@ -107,6 +113,8 @@ class Options:
     out: Path = Path("runs/hybrid")
     save_every: int = 100
     resume: bool = False
+    resume_if_any: bool = False
+    timeout_s: int = 600
     stop_after: int | None = None
     sample_tokens: int = 160
 
@@ -114,8 +122,8 @@ class Options:
 class Job:
     """The model and data of one run on one rank."""
 
-    def __init__(self, options: Options, device: torch.device) -> None:
-        self.options, self.device = options, device
+    def __init__(self, options: Options, device: torch.device, ending: Ending) -> None:
+        self.options, self.device, self.ending = options, device, ending
         self.topology = ExpertTopology(
             dist.get_world_size(), cp=options.cp, ep=options.ep, etp=options.etp
         )
@@ -138,7 +146,7 @@ class Job:
                 impl=options.impl,
                 name=options.model,
             ),
-            groups=self.topology.build_groups(),
+            groups=self.topology.build_groups(timedelta(seconds=options.timeout_s)),
             device=device,
             dtype=torch.float64 if options.dtype == "float64" else torch.float32,
         )
@@ -160,12 +168,11 @@ class Job:
             loss = next_token_loss(output.logits, labels, num_targets)
         (loss + output.aux_loss).backward()
         reduce_gradients(self.model)
-        losses = torch.stack([loss.detach().double(), output.aux_loss.detach().double()])
-        dist.all_reduce(losses)
+        whole_loss, whole_aux_loss = self.ending.gather(step, loss, output.aux_loss)
         return {
             "step": step,
-            "loss": losses[0].item(),
-            "aux_loss": losses[1].item(),
+            "loss": whole_loss,
+            "aux_loss": whole_aux_loss,
             "tokens": options.packs * options.pack_tokens,
             **self.balance(output),
         }
@@ -219,15 +226,16 @@ class Job:
         }
 
 
-def main(options: Options, device: torch.device) -> None:
+def main(options: Options, device: torch.device, ending: Ending) -> None:
     torch.set_num_threads(1)
-    job = Job(options, device)
+    job = Job(options, device, ending)
     trainer = Trainer(
         job.model, learning_rate=options.learning_rate, warmup=20, steps=options.steps
     )
     checkpointer = Checkpointer(options.out)
     curve = {name: value for name, value in asdict(options).items() if name not in NOT_THE_CURVE}
-    first_step = checkpointer.start(trainer, curve, resume=options.resume)
+    resume = None if options.resume_if_any else options.resume
+    first_step = checkpointer.start(trainer, curve, resume=resume)
     report = None
     if dist.get_rank() == 0:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -242,7 +250,7 @@ def main(options: Options, device: torch.device) -> None:
         )
     last_step = min(options.steps, options.stop_after or options.steps)
     for step in range(first_step, last_step):
-        start = time.perf_counter()
+        ending.doing, start = f"step {step}", time.perf_counter()
         row = job.forward_backward(step)
         row["grad_norm"] = trainer.step(step).item()
         if options.model == "ling":
@@ -252,8 +260,14 @@ def main(options: Options, device: torch.device) -> None:
             row["long_loss"] = job.long_loss()
         if report is not None:
             report.step(row)
-        if (step + 1) % options.save_every == 0 or step + 1 == last_step:
+        if (step + 1) % options.save_every == 0 or step + 1 == last_step or ending.stopping:
+            ending.doing = f"checkpoint of step {step + 1}"
             checkpointer.save(trainer, step + 1)
+        if ending.stopping:
+            if report is not None:
+                report.console.print(f"stopped by SIGTERM after step {step}: go on with --resume")
+            raise SystemExit(ASKED_TO_STOP)
+    ending.doing = "generation"
     text = sample(
         job.model,
         PROMPT,
@@ -266,5 +280,8 @@ def main(options: Options, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options), init_distributed())
+    flags = tyro.cli(Options)
+    here = init_distributed(timeout=timedelta(seconds=flags.timeout_s))
+    with Ending() as ending:
+        main(flags, here, ending)
     dist.destroy_process_group()  # after the model is gone: its groups would outlive this

@@ -21,6 +21,7 @@ Example: 8 ranks, tp 1, cp 4, dp 2 for dense layers; etp 2, ep 2, edp 2 for expe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, NamedTuple, get_args
 
 import torch.distributed as dist
@@ -193,11 +194,16 @@ class ExpertTopology:
             members.setdefault(outside, []).append(rank)
         return [tuple(ranks) for ranks in members.values()]
 
-    def build_groups(self) -> ParallelGroups:
+    def build_groups(self, timeout: timedelta | None = None) -> ParallelGroups:
         """Make every process group; a collective call of all ranks, in one fixed order.
 
         A set of ranks gets one communicator, whichever axes name it, and the whole world is
         ``dist.group.WORLD``. Call it once a process: groups are not freed.
+
+        Args:
+            timeout: of a collective of the groups that are made, best that of
+                ``init_process_group``. None: torch's default, whatever the default group has, 30
+                minutes for gloo and 10 for NCCL.
 
         Raises:
             ValueError: if the default process group has not ``world_size`` ranks.
@@ -213,7 +219,7 @@ class ExpertTopology:
         for axis in get_args(Axis):
             for ranks in self.groups(axis):
                 if len(ranks) > 1 and ranks not in made:
-                    made[ranks] = dist.new_group(list(ranks))
+                    made[ranks] = dist.new_group(list(ranks), timeout=timeout)
                 if dist.get_rank() in ranks:
                     mine[axis] = made[ranks] if len(ranks) > 1 else None
         return ParallelGroups(**mine)

@@ -43,8 +43,17 @@ class Trainer:
         return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
 
     def step(self, step: int, *, max_norm: float = 1.0) -> Tensor:
-        """Clip the reduced gradients by their global norm, step, clear; returns that norm."""
+        """Clip the reduced gradients by their global norm, step, clear; returns that norm.
+
+        Raises:
+            FloatingPointError: on every rank, if the norm is not finite; nothing was updated.
+        """
         norm = clip_grad_norm_(self.model, max_norm, self.model.groups)
+        if not norm.isfinite():
+            raise FloatingPointError(
+                f"the norm of gradients of step {step} must be finite, got {norm.item():g};"
+                " nothing was updated: docs/when-it-goes-wrong.md says what to look at"
+            )
         for group in self.adamw.param_groups:
             group["lr"] = self.rate(step)
         self.adamw.step()

@@ -10,6 +10,8 @@ import matplotlib
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hybrid_training.folder import write_whole
+
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
@@ -24,7 +26,7 @@ class Report:
         self.folder, self.log_every = folder, log_every
         self._path = folder / "metrics.jsonl"
         rows = [row for row in self._rows() if row["step"] < first_step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = self._path.open("a", buffering=1)  # a row is on disk when its step ends
         self.console = Console()
         self._progress: Progress | None = None
@@ -43,7 +45,10 @@ class Report:
     def _rows(self) -> list[dict[str, Any]]:
         if not self._path.exists():
             return []
-        return [json.loads(line) for line in self._path.read_text().splitlines()]
+        lines = self._path.read_text().splitlines(keepends=True)
+        return [
+            json.loads(line) for line in lines if line.endswith("\n")
+        ]  # a kill may cut the last
 
     def step(self, row: dict[str, Any]) -> None:
         """Record one step; ``row`` holds the metrics, ``step`` among them."""

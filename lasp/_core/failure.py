@@ -30,7 +30,7 @@ def naming(what: str, group: dist.ProcessGroup) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # what gloo raises
-        missing = _missing(group)
+        missing = missing_ranks(group)
         who = f"no word of ranks {missing}" if missing else "all ranks saw it fail"
         raise ExchangeError(
             f"{what} failed on rank {group.rank()} of {group.size()}: {who} (ranks of group"
@@ -39,8 +39,11 @@ def naming(what: str, group: dist.ProcessGroup) -> Iterator[None]:
         ) from error
 
 
-def _missing(group: dist.ProcessGroup) -> list[int]:
-    """Ranks that have not reported the failure of the group in time."""
+def missing_ranks(group: dist.ProcessGroup) -> list[int]:
+    """Ranks of a group that have not reported within a second that a collective of it failed.
+
+    Every rank on which one failed calls this; ranks that still wait for those are missing too.
+    """
     waiting = set(range(group.size()))
     deadline = time.monotonic() + ROLL_CALL_S
     try:

@@ -15,10 +15,13 @@ if missing := [name for name in ("safetensors", "rich", "tyro") if find_spec(nam
 
 from lasp.checkpoints.configs import FORMATS, FormatName
 from lasp.checkpoints.convert import Conversion, Options, Target, convert, plan
+from lasp.checkpoints.safe_reader import CheckpointPlanner, CheckpointReader
 from lasp.checkpoints.source import Source, open_source, read_config
 
 __all__ = [
     "FORMATS",
+    "CheckpointPlanner",
+    "CheckpointReader",
     "Conversion",
     "FormatName",
     "Options",

@@ -7,7 +7,6 @@ one tensor at a time.
 from __future__ import annotations
 
 import io
-import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -43,9 +42,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from lasp.checkpoints.mapping import PIECE_BYTES, MappedTensor
+from lasp.checkpoints.safe_reader import METADATA, CheckpointReader
 from lasp.checkpoints.safetensors_folder import StoredTensor
 
-METADATA = ".metadata"
 # Makes a tensor, or rows of one; and objects beside the tensors, pickled, by name.
 Make = Callable[[MappedTensor, slice | None], Tensor]
 Extra = Mapping[str, bytes]
@@ -69,15 +68,9 @@ class DcpFolder:
         self._parts: OrderedDict[tuple[str, int, int], Tensor] = OrderedDict()
 
     @cached_property
-    def _opened(self) -> tuple[FileSystemReader, Metadata]:
-        reader = FileSystemReader(self.folder)
-        try:
-            metadata = reader.read_metadata()
-        except (EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"{self.folder / METADATA} must be that of a finished checkpoint, got one that ends"
-                f" early ({error}): take another step of the run"
-            ) from None
+    def _opened(self) -> tuple[CheckpointReader, Metadata]:
+        reader = CheckpointReader(self.folder)
+        metadata = reader.read_metadata()
         sizes: dict[str, int] = {}
         for stored in metadata.storage_data.values():
             end = stored.offset + stored.length

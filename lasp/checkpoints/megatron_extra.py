@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lasp.checkpoints.mapping import MappedTensor
+from lasp.checkpoints.safe_reader import check_plain_name
 from lasp.hybrid.config import HybridConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -54,6 +55,7 @@ def newest(folder: Path) -> Path:
     if not (folder / TRACKER).exists():
         return folder
     step = (folder / TRACKER).read_text().strip()
+    check_plain_name(step, TRACKER)
     found = folder / (f"iter_{int(step):07}" if step.isdecimal() else step)
     if not found.is_dir():
         raise ValueError(f"{folder / TRACKER} must name a folder there, got {found.name}")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lasp.checkpoints.atoms import Shape
+from lasp.checkpoints.safe_reader import check_plain_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -101,6 +102,8 @@ class SafetensorsFolder:
         weight_map = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{INDEX} must have a weight_map of names, got {weight_map!r}")
+        for shard in weight_map.values():
+            check_plain_name(shard, INDEX)
         return weight_map
 
     def _header(self, shard: str) -> dict[str, StoredTensor]:

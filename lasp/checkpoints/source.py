@@ -11,11 +11,12 @@ from torch import Tensor
 
 from lasp.checkpoints.atoms import VOCABULARY_ROLES, Atom, Shape, atoms_of
 from lasp.checkpoints.configs import format_of
-from lasp.checkpoints.dcp_folder import METADATA, DcpFolder
+from lasp.checkpoints.dcp_folder import DcpFolder
 from lasp.checkpoints.families import MEGATRON_GPT, MEGATRON_HYBRID, PLAIN
 from lasp.checkpoints.family import Family
 from lasp.checkpoints.mapping import MappedTensor, mapped
 from lasp.checkpoints.megatron_extra import newest
+from lasp.checkpoints.safe_reader import METADATA
 from lasp.checkpoints.safetensors_folder import (
     INDEX,
     SINGLE,

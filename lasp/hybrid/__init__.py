@@ -3,6 +3,7 @@
 ``python -m lasp.hybrid`` prints the parameters of the named configurations.
 """
 
+from lasp._core.failure import missing_ranks
 from lasp._core.rotary import RopeScaling
 from lasp.generation import GenerationCache, Sampling
 from lasp.hybrid.activations import keep_activations
@@ -57,6 +58,7 @@ __all__ = [
     "count_parameters",
     "keep_activations",
     "linear_cross_entropy",
+    "missing_ranks",
     "next_in_document",
     "next_token_loss",
     "pack_batch",

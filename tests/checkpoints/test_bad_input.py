@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,13 @@ def cut_short(name: str, size: int) -> Break:
         (folder / name).write_bytes(held[: size if size >= 0 else len(held) + size])
 
     return cut
+
+
+def edit_bytes(name: str, old: bytes, new: bytes) -> Break:
+    def edit(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes().replace(old, new))
+
+    return edit
 
 
 def text(name: str, content: str) -> Break:
@@ -208,6 +217,18 @@ BROKEN: dict[str, tuple[Break, str]] = {
         add_field(rope_scaling={"rope_type": "yarn", "factor": 2.0, "long_factor": [1.0]}),
         r"rope_scaling of config\.json must be of .*, got \['long_factor'\] besides",
     ),
+    "a shard of another folder": (
+        edit_json(INDEX, weight_map={NORM: "../../model.safetensors"}),
+        rf"{INDEX} must name files of its own folder, got '../../model\.safetensors'",
+    ),
+    "a shard by its path": (
+        edit_json(INDEX, weight_map={NORM: "/tmp/model.safetensors"}),
+        "must name files of its own folder, got '/tmp/model",
+    ),
+    "a newest step in another folder": (
+        text("latest_checkpointed_iteration.txt", "../elsewhere"),
+        "latest_checkpointed_iteration.txt must name files of its own folder",
+    ),
     "two checkpoints": (text(".metadata", ""), "must hold one checkpoint, got model"),
     "a run of Megatron without its newest step": (
         text("latest_checkpointed_iteration.txt", "20\n"),
@@ -220,6 +241,14 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "a checkpoint of torch without its file": (
         as_checkpoint(without("__0_0_0.distcp")),
         r"__0_0_0\.distcp must have \d+ bytes .* got 0",
+    ),
+    "a checkpoint of torch with a file of another folder": (
+        as_checkpoint(edit_bytes(".metadata", b"__0_0_0.distcp", b"../_0_0.distcp")),
+        r"\.metadata must name files of its own folder, got '\.\./_0_0\.distcp'",
+    ),
+    "a checkpoint of torch that names a function": (
+        as_checkpoint(lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(os.system))),
+        r"must name torch's records of tensors alone, got \w+\.system, which could run code",
     ),
     "a checkpoint of torch that is not finished": (
         as_checkpoint(cut_short(".metadata", 100)),

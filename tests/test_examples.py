@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import io
 import json
+import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from tests.launchers import ENVIRONMENT, mpirun, torchrun
+from tests.ranks import close_pools, refusal, run_on_ranks
 
 Launcher = Callable[[int], list[str]]
 EXAMPLES = Path(__file__).parent.parent / "examples"
-# A small batch in float64, so that 20 steps agree to far below what anyone could read off a plot.
-SMALL = ("--steps", "20", "--packs", "4", "--pack-tokens", "96", "--dtype", "float64")
+# A small batch in float64, so that the steps agree to far below what anyone could read off a plot.
+SMALL = ("--steps", "6", "--packs", "4", "--pack-tokens", "96", "--dtype", "float64")
+
+
+def example(name: str) -> Any:
+    """A module of the examples."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.insert(0, str(EXAMPLES))
+    return importlib.import_module(name)
 
 
 def run(script: str, *args: str, num_ranks: int = 1, launcher: Launcher = torchrun) -> str:
@@ -32,13 +47,33 @@ def run(script: str, *args: str, num_ranks: int = 1, launcher: Launcher = torchr
     return done.stdout
 
 
-def train(
-    out: Path, *args: str, num_ranks: int, launcher: Launcher = torchrun, **sizes: int
-) -> list[dict[str, float]]:
+def train_on_rank(arguments: list[str]) -> None:
+    import tyro
+
+    job = example("05_train_hybrid")
+    job.main(tyro.cli(job.Options, args=arguments), torch.device("cpu"))
+
+
+def arguments_of(out: Path, *args: str, **sizes: int) -> list[str]:
     flags = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
-    base = (*SMALL, "--sample-tokens", "3", "--out", str(out))
-    run("05_train_hybrid.py", *base, *flags, *args, num_ranks=num_ranks, launcher=launcher)
+    return [*SMALL, "--sample-tokens", "3", "--out", str(out), *flags, *args]
+
+
+def curve_in(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(out: Path, *args: str, num_ranks: int, **sizes: int) -> list[dict[str, float]]:
+    """The script on ranks that have imported torch already."""
+    run_on_ranks(train_on_rank, num_ranks, arguments_of(out, *args, **sizes), timeout_s=300)
+    return curve_in(out)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks_end_with_this_file() -> Iterator[None]:
+    """Every run of the script makes groups, which would keep polling."""
+    yield
+    close_pools()
 
 
 def assert_same_curve(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
@@ -50,7 +85,10 @@ def assert_same_curve(actual: list[dict[str, float]], expected: list[dict[str, f
 
 @pytest.fixture(scope="module")
 def curve_of_one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    return train(tmp_path_factory.mktemp("one"), num_ranks=1, cp=1, ep=1, etp=1)
+    """By the command of a reader."""
+    out = tmp_path_factory.mktemp("one")
+    run("05_train_hybrid.py", *arguments_of(out, cp=1, ep=1, etp=1))
+    return curve_in(out)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +102,7 @@ def curve_of_one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
         pytest.param(8, "zigzag", {"cp": 4, "ep": 2, "etp": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_twenty_steps_agree_over_parallel_sizes(
+def test_steps_agree_over_parallel_sizes(
     num_ranks, order, sizes, tmp_path, curve_of_one_rank
 ) -> None:
     rows = train(tmp_path, "--order", order, num_ranks=num_ranks, **sizes)
@@ -75,14 +113,14 @@ def test_twenty_steps_agree_over_parallel_sizes(
 
 @pytest.mark.slow
 def test_mpi_ranks_train_the_same_curve(tmp_path, curve_of_one_rank) -> None:
-    flags = ("--stop-after", "2")
-    rows = train(tmp_path, *flags, num_ranks=4, launcher=mpirun, cp=2, ep=2, etp=2)
-    assert_same_curve(rows, curve_of_one_rank[:2])
+    arguments = arguments_of(tmp_path, "--stop-after", "2", cp=2, ep=2, etp=2)
+    run("05_train_hybrid.py", *arguments, num_ranks=4, launcher=mpirun)
+    assert_same_curve(curve_in(tmp_path), curve_of_one_rank[:2])
 
 
 def test_resume_on_other_ranks_continues_the_curve(tmp_path, curve_of_one_rank) -> None:
-    """4 ranks train 7 steps; 2 ranks with other parallel sizes go on to the end."""
-    train(tmp_path, "--stop-after", "7", num_ranks=4, cp=2, ep=2, etp=2)
+    """4 ranks train 3 steps; 2 ranks with other parallel sizes go on to the end."""
+    train(tmp_path, "--stop-after", "3", num_ranks=4, cp=2, ep=2, etp=2)
     rows = train(tmp_path, "--resume", num_ranks=2, cp=1, ep=1, etp=2)
     assert_same_curve(rows, curve_of_one_rank)
     assert (tmp_path / "loss.png").stat().st_size > 0
@@ -105,10 +143,9 @@ def test_other_models_train_and_resume_on_other_ranks(model, sizes, tmp_path) ->
 def test_contexts_grow_in_stages_with_another_cp(tmp_path) -> None:
     """From 4 to 512 tokens: the first stage over replicas, the others over cp."""
     flags = ("--base-context", "4", "--packs", "1", "--pack-tokens", "512", "--steps", "8")
-    flags += ("--sample-tokens", "0", "--ep", "1", "--etp", "1", "--out", str(tmp_path))
-    run("05_train_hybrid.py", *flags, "--cp", "1", "--stop-after", "4", num_ranks=2)
-    run("05_train_hybrid.py", *flags, "--cp", "2", "--resume", num_ranks=2)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    flags += ("--sample-tokens", "0", "--dtype", "float32")
+    train(tmp_path, *flags, "--stop-after", "4", num_ranks=2, cp=1, ep=1, etp=1)
+    rows = train(tmp_path, *flags, "--resume", num_ranks=2, cp=2, ep=1, etp=1)
     assert [row["step"] for row in rows] == list(range(8))
     long_losses = {row["step"]: row["long_loss"] for row in rows if "long_loss" in row}
     assert list(long_losses) == [3, 5, 6, 7]  # the last steps of the stages
@@ -116,11 +153,9 @@ def test_contexts_grow_in_stages_with_another_cp(tmp_path) -> None:
 
 
 def test_mixtures_move_and_pieces_have_their_lengths() -> None:
-    sys.path.insert(0, str(EXAMPLES))
-    from hybrid_training.corpus import Corpus
-    from hybrid_training.stages import MINIMAX, Recipe
-
-    recipe, corpus = Recipe(4, 200, 1024, 0), Corpus.from_standard_library(0)
+    stages = example("hybrid_training.stages")
+    recipe, MINIMAX = stages.Recipe(4, 200, 1024, 0), stages.MINIMAX
+    corpus = example("hybrid_training.corpus").Corpus.from_standard_library(0)
     begun, end = recipe.ends[:2]
     assert recipe.stage_at(begun - 1)[0] is MINIMAX[0]
     assert recipe.stage_at(begun) == (MINIMAX[1], MINIMAX[0].mixture)
@@ -141,9 +176,30 @@ def test_lightning_example() -> None:
     assert "same in two calls: True" in printed
 
 
-@pytest.mark.parametrize("script", ["02_lightning_ranks.py", "03_ring_packed.py"])
-def test_operator_examples_agree_with_one_rank(script: str) -> None:
-    lines = run(script, num_ranks=4).splitlines()
+def script_on_rank(script: str) -> str:
+    """What it prints, on ranks that have a group already."""
+    printed = io.StringIO()
+    with (
+        redirect_stdout(printed),
+        patch("lasp.launch.init_distributed", lambda: torch.device("cpu")),
+        patch("torch.distributed.destroy_process_group"),
+        torch.enable_grad(),  # some turn gradients off and leave them so
+    ):
+        runpy.run_path(str(EXAMPLES / script))
+    return printed.getvalue()
+
+
+def test_lightning_over_ranks_agrees_with_one_rank() -> None:
+    """By the command of a reader."""
+    assert_small_differences(run("02_lightning_ranks.py", num_ranks=2))
+
+
+def test_the_ring_agrees_with_one_rank() -> None:
+    assert_small_differences(run_on_ranks(script_on_rank, 4, "03_ring_packed.py")[0])
+
+
+def assert_small_differences(printed: str) -> None:
+    lines = printed.splitlines()
     errors = [float(line.split()[-1]) for line in lines if "largest difference" in line]
     assert len(errors) == 3
     assert max(errors) < 1e-5
@@ -157,7 +213,7 @@ def test_the_ring_on_one_screen_agrees_with_dense_attention() -> None:
 
 
 def test_moe_example() -> None:
-    printed = run("04_moe.py", num_ranks=4)
+    printed = run_on_ranks(script_on_rank, 4, "04_moe.py")[0]
     assigned = json.loads(printed.partition("ranks: ")[2].splitlines()[0])
     assert sum(assigned) == 4 * 512 * 2
 
@@ -195,11 +251,11 @@ def test_training_under_autocast_resumes(tmp_path) -> None:
 
 
 def test_resume_refuses_another_curve_or_nothing_to_resume(tmp_path) -> None:
-    one = {"num_ranks": 1, "cp": 1, "ep": 1, "etp": 1}
-    with pytest.raises(AssertionError, match="out must hold a checkpoint to resume"):
-        train(tmp_path, "--resume", **one)
-    train(tmp_path, "--stop-after", "1", "--sample-tokens", "0", **one)
-    with pytest.raises(AssertionError, match="out must hold no checkpoints"):
-        train(tmp_path, **one)
-    with pytest.raises(AssertionError, match="seed must be 0 as in the run to resume, got 1"):
-        train(tmp_path, "--resume", "--seed", "1", **one)
+    def refused(*args: str) -> str:
+        arguments = arguments_of(tmp_path, *args, cp=1, ep=1, etp=1)
+        return run_on_ranks(refusal, 1, train_on_rank, arguments)[0]
+
+    assert "out must hold a checkpoint to resume" in refused("--resume")
+    train(tmp_path, "--stop-after", "1", "--sample-tokens", "0", num_ranks=1, cp=1, ep=1, etp=1)
+    assert "out must hold no checkpoints" in refused()
+    assert "seed must be 0 as in the run to resume, got 1" in refused("--resume", "--seed", "1")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,17 +13,10 @@ import torch.distributed as dist
 from lasp import SequenceLayout
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.test_examples import EXAMPLES, example
 
 pytest.importorskip("transformers", reason="needs transformers: pip install --group oracles")
 pytest.importorskip("tyro", reason="needs tyro: pip install 'lasp-plus[examples]'")
-
-
-def example(name: str) -> Any:
-    if str(EXAMPLES) not in sys.path:
-        sys.path.insert(0, str(EXAMPLES))
-    return importlib.import_module(name)
 
 
 def step_on_rank(order: str, documents: int, step: int) -> tuple[float, dict[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Tables and figures of docs/performance.md, ring.md and moe.md, made of committed rows alone.
+"""Tables and figures of the pages of docs, made of committed rows alone.
 
 Where a page says ``<!-- rows: NAME -->``, what the rows of that benchmark say replaces everything
 up to ``<!-- end of rows -->``: a table for each run, newest day first. A run is all rows of a day,
@@ -24,7 +24,7 @@ from benchmarks.harness import RESULTS, Row, markdown, parse, read_rows
 from benchmarks.lines import draw_lines
 
 PAGE, FIGURES = Path("docs/performance.md"), "figures"
-PAGES = (PAGE, *(Path(f"docs/{name}.md") for name in ("ring", "moe", "generation")))
+PAGES = (PAGE, *(Path(f"docs/{name}.md") for name in ("ring", "moe", "generation", "long-context")))
 PLACE = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 OURS, SOFTMAX = "lasp triton", "softmax"
 SWEEPS = ("lightning_length",)  # over lengths: they have figures

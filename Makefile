@@ -6,12 +6,12 @@ RANKS ?= 4
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: train test test-slow lint wheel clean
+.PHONY: train test test-slow lint docs serve report dist clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade "pip>=25.1"
-	$(BIN)/pip install -q -c constraints.txt -e ".[examples,checkpoints]" --group dev
+	$(BIN)/pip install -q -c constraints.txt -e ".[examples]" --group dev
 	touch $@
 
 train: $(VENV)/.installed
@@ -30,8 +30,26 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-wheel: $(VENV)/.installed
-	$(BIN)/python -m build --no-isolation --wheel --outdir dist
+$(VENV)/.documents: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.documents
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+
+serve: $(VENV)/.documents
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
+
+report: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.report
+	$(BIN)/python docs/tools/diagrams.py
+
+dist: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt --group release
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 clean:
-	rm -rf $(VENV) dist build runs
+	rm -rf $(VENV) dist build runs site

@@ -3,7 +3,7 @@
 CHECKPOINT is a folder that ``HybridModel.from_pretrained`` reads. Its ``tokenizer.json`` makes ids
 of the prompt if the package ``tokenizers`` is installed; without it a prompt of whole numbers is
 ids, and any other its UTF-8 bytes. Over ranks it is the same command under a launcher of
-``lasp.launch``: keys and experts are spread over them all. It needs the extra ``checkpoints``.
+``lasp.launch``: keys and experts are spread over them all. It needs the extra ``hf``.
 """
 
 from __future__ import annotations

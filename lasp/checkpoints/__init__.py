@@ -2,15 +2,14 @@
 
 ``python -m lasp.checkpoints convert IN OUT --to plain|megatron|hf`` converts any into any;
 :meth:`lasp.hybrid.HybridModel.from_pretrained` and ``save_pretrained`` are the same for a model in
-memory. It needs ``pip install 'lasp-plus[checkpoints]'``.
+memory. It needs ``pip install 'lasp-plus[hf]'``.
 """
 
 from importlib.util import find_spec
 
 if missing := [name for name in ("safetensors", "rich", "tyro") if find_spec(name) is None]:
     raise ImportError(
-        f"lasp.checkpoints needs {', '.join(missing)}, not installed: pip install"
-        " 'lasp-plus[checkpoints]'"
+        f"lasp.checkpoints needs {', '.join(missing)}, not installed: pip install 'lasp-plus[hf]'"
     )
 
 from lasp.checkpoints.configs import FORMATS, FormatName

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PretrainedModel(nn.Module):
-    """What :class:`lasp.hybrid.HybridModel` does with files; needs the extra ``checkpoints``."""
+    """What :class:`lasp.hybrid.HybridModel` does with files; needs the extra ``hf``."""
 
     @staticmethod
     def from_pretrained(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("safetensors", reason="needs the extra checkpoints")
-pytest.importorskip("tyro", reason="needs the extra checkpoints")
+pytest.importorskip("safetensors", reason="needs the extra hf")
+pytest.importorskip("tyro", reason="needs the extra hf")
 
 from lasp.generate import codec_of, main
 from lasp.hybrid import HybridModel, Residuals

@@ -35,6 +35,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    torch.set_num_threads(1)  # products this small lose by threads
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.out.exists():
         raise SystemExit(f"--out must not be there yet: remove {options.out}, or name another")

@@ -5,6 +5,7 @@ softmax layers, over one document or a pack with a long tail; context parallel o
 experts dealt out to them. ``forward_backward`` is that of bfloat16 parameters; ``step`` one of
 training: ``lasp.hybrid.parallelize``, gradients reduced in the backward, clipped, and AdamW. With
 ``--graph`` one GPU replays ``forward_backward`` as one CUDA graph: short batches wait for the host.
+With ``--copies`` rows travel to experts by copy engines.
 
 Rows of a case: milliseconds of the slowest rank, bound by the operations of
 ``benchmarks.model_flops`` at the rate that a product of 8192 x 8192 matrices has in the same
@@ -23,7 +24,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ from lasp.hybrid import (
 )
 from lasp.hybrid.parallel import parallelize
 from lasp.sequence.planner import plan_layout
-from moe_parallel import ExpertTopology, clip_grad_norm_, parameter_groups
+from moe_parallel import ExpertTopology, SymmetricMemory, clip_grad_norm_, parameter_groups
 
 PATTERNS = {"hybrid": "7:1", "softmax": "0:1"}
 TAIL_TOKENS = 4096  # a document of the long-tail pack, in the mean
@@ -69,6 +70,7 @@ class Options(RankOptions):
     seconds: float = 60.0
     trace: bool = False
     graph: bool = False
+    copies: bool = False
 
 
 class Case(NamedTuple):
@@ -89,12 +91,16 @@ class Case(NamedTuple):
         return pack_lengths(self.tokens, count)
 
 
-def build(case: Case, config: HybridConfig, machine: Machine) -> HybridModel:
+def build(
+    case: Case, config: HybridConfig, machine: Machine, *, copies: bool = False
+) -> HybridModel:
     """The model, as its part needs it."""
     topology = ExpertTopology(case.ranks, cp=case.ranks, ep=case.ranks)
     alone = case.ranks == 1 and case.part == "forward_backward"
     dtype = torch.float32 if case.part == "step" else machine.dtype
-    model = quick_model(config, machine.device, dtype, None if alone else groups_of(topology))
+    groups = None if alone else groups_of(topology)
+    memory = memory_of(topology) if copies else None
+    model = quick_model(config, machine.device, dtype, groups, memory)
     if case.part == "step":
         low = machine.dtype if machine.dtype != torch.float32 else None
         return parallelize(model, topology, activations=case.activations, param_dtype=low)
@@ -102,14 +108,16 @@ def build(case: Case, config: HybridConfig, machine: Machine) -> HybridModel:
     return model
 
 
-_groups: dict[ExpertTopology, Any] = {}
-
-
+@cache
 def groups_of(topology: ExpertTopology) -> Any:
     """The process groups, made once."""
-    if topology not in _groups:
-        _groups[topology] = topology.build_groups()
-    return _groups[topology]
+    return topology.build_groups()
+
+
+@cache
+def memory_of(topology: ExpertTopology) -> SymmetricMemory:
+    """The memory through which rows are copied to experts, made once."""
+    return SymmetricMemory(groups_of(topology).experts.ep)
 
 
 def batch_of(case: Case, machine: Machine) -> tuple[PackedBatch, Tensor, Tensor]:
@@ -176,9 +184,10 @@ def measure(
     case: Case, config: HybridConfig, machine: Machine, rate: float, options: Options
 ) -> Iterator[Row]:
     """Rows of a case."""
-    who = "lasp, CUDA graph" if options.graph else "lasp"
+    options_told = {"CUDA graph": options.graph, "rows copied": options.copies}
+    who = ", ".join(["lasp", *(name for name, given in options_told.items() if given)])
     make = partial(row, "hybrid_train", case._asdict(), who)
-    model = build(case, config, machine)
+    model = build(case, config, machine, copies=options.copies)
     on_gpu = machine.device == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lasp.hybrid import AttentionConfig, HybridConfig, HybridModel
-from moe_parallel import MoEConfig, ParallelGroups
+from moe_parallel import MoEConfig, ParallelGroups, SymmetricMemory
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,7 +52,12 @@ def drawn(module: M, device: torch.device | str) -> M:
 
 
 def quick_model(
-    config: HybridConfig, device: str, dtype: torch.dtype, groups: ParallelGroups | None = None
+    config: HybridConfig,
+    device: str,
+    dtype: torch.dtype,
+    groups: ParallelGroups | None = None,
+    memory: SymmetricMemory | None = None,
 ) -> HybridModel:
     """A model whose values are drawn where it lies, in seconds, other ones on each rank."""
-    return drawn(HybridModel(config, groups=groups, device="meta", dtype=dtype), device)
+    how = {"groups": groups, "symmetric_memory": memory}
+    return drawn(HybridModel(config, **how, device="meta", dtype=dtype), device)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 from lasp.hybrid import (
     AttentionConfig,
+    DenseConfig,
     HybridConfig,
     HybridModel,
     Residuals,
@@ -24,7 +27,7 @@ from lasp.hybrid import (
     reduce_gradients,
 )
 from lasp.sequence.layout import SequenceLayout
-from moe_parallel import ExpertTopology, MoEConfig, ParallelGroups
+from moe_parallel import ExpertTopology, MoEConfig, ParallelGroups, SymmetricMemory
 from moe_parallel.experts.experts import Experts
 from tests.closeness import assert_equal_to_rounding, relative_error
 from tests.hybrid_reference import reference_logits
@@ -91,15 +94,23 @@ def loss_and_gradients(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
     packs: Packs = PACKED,
+    copies: bool = False,
     **fields: Any,
 ) -> dict[str, Any]:
-    """On one rank: this step's loss and the reduced gradients of the parameters it holds."""
+    """On one rank: this step's loss and the reduced gradients of the parameters it holds.
+
+    With ``copies`` rows travel to experts by copy engines.
+    """
     topology = ExpertTopology(dist.get_world_size(), **sizes)
     if device == "cuda":
         device = f"cuda:{dist.get_rank()}"
     at = topology.dense_coordinates(dist.get_rank())
     chosen = replace(config(), **fields)
-    model = HybridModel(chosen, groups=groups_of(topology), dtype=dtype, device=device)
+    groups = groups_of(topology)
+    block = groups.experts.ep_etp or groups.experts.ep or groups.experts.etp
+    memory = SymmetricMemory(block) if copies and block is not None else None
+    how: dict[str, Any] = {"symmetric_memory": memory, "dtype": dtype, "device": device}
+    model = HybridModel(chosen, groups=groups, **how)
     model.reset_parameters(0)
     batch = pack_batch(
         packs_of_replicas(packs, topology.dp), dp_rank=at.dp, num_ranks=topology.cp, order=order
@@ -288,11 +299,24 @@ def test_the_router_sees_documents_without_their_padding() -> None:
     )
 
 
+def test_all_layers_with_experts_share_the_symmetric_memory() -> None:
+    memory = cast("SymmetricMemory", SimpleNamespace(global_ranks=[0, 1]))
+    chosen = replace(config(), mtp_loss_weight=0.1)
+    with patch("moe_parallel.layer.make_dispatcher") as made:
+        HybridModel(chosen, symmetric_memory=memory, device="meta")
+    assert [call.args[2] for call in made.call_args_list] == [memory] * (chosen.num_layers + 1)
+    dense = replace(chosen, moe=None, dense=DenseConfig(10, 8))
+    with pytest.raises(ValueError, match="symmetric_memory must be None"):
+        HybridModel(dense, symmetric_memory=memory, device="meta")
+
+
 @pytest.mark.multi_gpu
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("sizes", [{"cp": 2, "ep": 2}, {"cp": 2, "etp": 2}, {"ep": 2}])
-def test_gpu_ranks_agree_with_one_cpu_rank(sizes: dict[str, int]) -> None:
+def test_gpu_ranks_agree_with_one_cpu_rank(sizes: dict[str, int], copies: bool) -> None:
     expected = one_rank()
-    results = run_on_ranks(loss_and_gradients, 2, sizes, "zigzag", device="cuda", backend="nccl")
+    how = {"device": "cuda", "copies": copies}
+    results = run_on_ranks(loss_and_gradients, 2, sizes, "zigzag", backend="nccl", **how)
     actual = assemble(results)
     for name, tensor in expected.items():
         assert_equal_to_rounding(actual[name], tensor, what=name)

@@ -12,7 +12,13 @@ from lasp.generation.attention import CachedLayer
 from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.packing import PackedBatch
 from lasp.layers.lightning_attention import LightningAttention
-from moe_parallel import ExpertParallelMoE, MoEOutput, ParallelGroups, RoutingStats
+from moe_parallel import (
+    ExpertParallelMoE,
+    MoEOutput,
+    ParallelGroups,
+    RoutingStats,
+    SymmetricMemory,
+)
 from moe_parallel.experts.dense import DenseFFN
 from ring.latent_module import MultiLatentAttention
 from ring.module import RingAttention
@@ -41,6 +47,7 @@ class HybridLayer(nn.Module):
         layer_index: int,
         *,
         groups: ParallelGroups,
+        symmetric_memory: SymmetricMemory | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -62,7 +69,11 @@ class HybridLayer(nn.Module):
         self.mlp: DenseFFN | None = None
         if config.moe is not None and config.has_experts(layer_index):
             self.moe = ExpertParallelMoE(
-                config.moe, groups=groups.experts, device=device, dtype=dtype
+                config.moe,
+                groups=groups.experts,
+                symmetric_memory=symmetric_memory,
+                device=device,
+                dtype=dtype,
             )
         elif config.dense is not None:
             self.mlp = DenseFFN(hidden, config.dense.ffn_size, device=device, dtype=dtype)

@@ -29,7 +29,7 @@ from lasp.hybrid.multi_token import MultiTokenLayer
 from lasp.hybrid.packing import PackedBatch
 from lasp.hybrid.pretrained import PretrainedModel
 from lasp.hybrid.steps import memories_of
-from moe_parallel import ParallelGroups, RoutingStats
+from moe_parallel import ParallelGroups, RoutingStats, SymmetricMemory
 
 
 class HybridOutput(NamedTuple):
@@ -61,6 +61,8 @@ class HybridModel(PretrainedModel, GenerativeModel):
         config: the shape, equal on every rank.
         groups: this rank's process groups, of which cp, token, ep and etp are used; the local
             model if not given.
+        symmetric_memory: of the EP x ETP block, for all layers: rows then travel to experts by copy
+            engines, see :class:`moe_parallel.ExpertParallelMoE`; None: by all-to-all.
         device: of the parameters; ``meta`` builds any size without memory.
         dtype: of the parameters but the routers' and the decay rates, which stay float32.
 
@@ -74,24 +76,28 @@ class HybridModel(PretrainedModel, GenerativeModel):
         config: HybridConfig,
         *,
         groups: ParallelGroups | None = None,
+        symmetric_memory: SymmetricMemory | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         hidden, vocabulary = config.hidden_size, config.vocabulary
+        if symmetric_memory is not None and config.moe is None:
+            raise ValueError("symmetric_memory must be None where config.moe is: it carries rows")
+        memory = {"symmetric_memory": symmetric_memory}
         if groups is None:
             groups = ParallelGroups(*[None] * len(ParallelGroups._fields))
         self.config = config
         self.groups = groups
         self.embedding = nn.Embedding(config.vocab_size, hidden, device=device, dtype=dtype)
         self.layers = nn.ModuleList(
-            HybridLayer(config, index, groups=groups, device=device, dtype=dtype)
+            HybridLayer(config, index, groups=groups, **memory, device=device, dtype=dtype)
             for index in range(config.num_layers)
         )
         self.final_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
         self.mtp: MultiTokenLayer | None = None
         if config.mtp_loss_weight is not None:
-            self.mtp = MultiTokenLayer(config, groups=groups, device=device, dtype=dtype)
+            self.mtp = MultiTokenLayer(config, groups=groups, **memory, device=device, dtype=dtype)
         self.head: Head | None = None
         if not vocabulary.tied:
             if vocabulary.float32_head:

@@ -17,7 +17,7 @@ from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.layer import HybridLayer, LayerOutput, draw_xavier
 from lasp.hybrid.packing import PackedBatch
 from lasp.sequence.layout import SequenceLayout
-from moe_parallel import ParallelGroups
+from moe_parallel import ParallelGroups, SymmetricMemory
 
 
 class MultiTokenLayer(nn.Module):
@@ -32,6 +32,7 @@ class MultiTokenLayer(nn.Module):
         config: HybridConfig,
         *,
         groups: ParallelGroups,
+        symmetric_memory: SymmetricMemory | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -49,7 +50,9 @@ class MultiTokenLayer(nn.Module):
             nn.RMSNorm(size, config.norm_eps, device=device, dtype=dtype) for _ in range(3)
         )
         self.projection = nn.Linear(2 * size, size, bias=False, device=device, dtype=dtype)
-        self.layer = HybridLayer(alone, 0, groups=groups, device=device, dtype=dtype)
+        self.layer = HybridLayer(
+            alone, 0, groups=groups, symmetric_memory=symmetric_memory, device=device, dtype=dtype
+        )
 
     def forward(self, hidden: Tensor, embedded: Tensor, batch: PackedBatch) -> LayerOutput:
         """``hidden`` and ``embedded`` ``[T, hidden_size]``: h and e of this rank's tokens."""

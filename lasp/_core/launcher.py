@@ -127,6 +127,23 @@ def launcher_of(kernel: Any, device: torch.device, case: Hashable, **named: Any)
     return Launcher(kernel, device, named)
 
 
+def launch(kernel: Any, device: torch.device, programs: int, *arguments: Any, **named: Any) -> None:
+    """Launch a kernel whose tensors may begin anywhere: their dtypes and places make the case.
+
+    Args:
+        kernel: see :func:`launcher_of`.
+        device: likewise.
+        programs: see :meth:`Launcher.__call__`.
+        arguments: likewise, without descriptors.
+        named: see :func:`launcher_of`.
+    """
+    case = [
+        (x.dtype, x.data_ptr() % ALIGNMENT == 0) if isinstance(x, Tensor) else type(x)
+        for x in arguments
+    ]
+    launcher_of(kernel, device, tuple(case), **named)(programs, *arguments)
+
+
 def strides_of(dims: str, **strides: tuple[int, ...]) -> dict[str, int]:
     """Strides of the first dims of tensors, by the names of kernels: ``query_stride_t``."""
     return {

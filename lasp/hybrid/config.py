@@ -36,7 +36,9 @@ class ResidualScale(NamedTuple):
 
     def add(self, residual: Tensor, output: Tensor) -> Tensor:
         """``alpha * residual + beta * output``."""
-        return self.alpha * residual + (output if self.beta == 1.0 else self.beta * output)
+        if self.beta == 1.0:  # one pass, rounded once
+            return torch.add(output, residual, alpha=self.alpha)
+        return self.alpha * residual + self.beta * output
 
 
 _UNSCALED = ResidualScale()

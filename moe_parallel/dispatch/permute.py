@@ -215,13 +215,14 @@ def _launch(
     kernel: Any, tensors: Sequence[Any], row_Tk: Tensor, width: int, *, whole_tokens: bool = False
 ) -> None:
     """One program for each token, or for each token and block of its columns."""
+    from lasp._core.launcher import launch
+
     (tokens, top_k), columns = row_Tk.shape, min(BLOCK_COLUMNS, 1 << (width - 1).bit_length())
     blocks = 1 if whole_tokens else -(-width // columns)
-    if tokens:
-        with torch.cuda.device_of(row_Tk):
-            kernel[(tokens * blocks,)](
-                *tensors, M=width, K=top_k, COLUMNS=columns, num_warps=NUM_WARPS
-            )
+    launch(
+        kernel, row_Tk.device, tokens * blocks, *tensors,
+        M=width, K=top_k, COLUMNS=columns, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 # ---- autograd ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasp._core.autocast import autocast_inputs
+from lasp._core.autocast import autocast_inputs, without_autocast
 from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_transforms
 from lasp._core.impl import ChosenImpl, Impl, chosen_impl
 from moe_parallel.experts.swiglu import swiglu, swiglu_backward
@@ -116,7 +116,7 @@ class DenseFFN(nn.Module):
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TM: Tensor, w13: Tensor, w2: Tensor, impl: ChosenImpl) -> Tensor:
-        with torch.autocast(x_TM.device.type, enabled=False):
+        with without_autocast(x_TM):
             hidden_T2F = x_TM @ w13.flatten(0, 1).T
             y_TM = swiglu(hidden_T2F, impl) @ w2.T
         ctx.save_for_backward(x_TM, w13, w2, hidden_T2F)
@@ -128,7 +128,7 @@ class _Dense(torch.autograd.Function):
     def backward(ctx: Any, dy_TM: Tensor) -> tuple[Tensor | None, ...]:
         x_TM, w13, w2, hidden_T2F = ctx.saved_tensors
         for_x, for_w13, for_w2, _ = ctx.needs_input_grad
-        with torch.autocast(dy_TM.device.type, enabled=False):
+        with without_autocast(dy_TM):
             dhidden_T2F, act_TF = swiglu_backward(dy_TM @ w2, hidden_T2F, ctx.impl)
             dx_TM = dhidden_T2F @ w13.flatten(0, 1) if for_x else None
             dw13 = (dhidden_T2F.T @ x_TM).view_as(w13) if for_w13 else None

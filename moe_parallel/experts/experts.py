@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lasp._core.autocast import autocast_inputs
+from lasp._core.autocast import autocast_inputs, without_autocast
 from lasp._core.derivatives import (
     Reference,
     anchor,
@@ -246,7 +246,7 @@ class _OverRanks(torch.autograd.Function):
             kept.extend((rows,) if recomputes else (rows, hidden))
             return forward_product(swiglu(hidden, impl), w2[own_of[g]], counts, gemm)
 
-        with torch.autocast(rows_AM.device.type, enabled=False):
+        with without_autocast(rows_AM):
             results = pipeline.run(rows_AM, compute)
         ctx.save_for_backward(anchor_0M, w13, w2, *kept)
         ctx.arguments = (pipeline, gemm, impl)
@@ -287,7 +287,7 @@ class _OverRanks(torch.autograd.Function):
                         dws[i] = torch.empty_like((w13_ENM, w2)[i])
                     weight_product(a, b, dispatch.expert_rows(g), gemm, dws[i][own_of[g]])
 
-        with torch.autocast(grad_AM.device.type, enabled=False):
+        with without_autocast(grad_AM):
             # An expanded gradient has strides that products reject.
             drows = pipeline.run(grad_AM.contiguous(), compute, weights if wanted else None)
         dw13, dw2 = (dws[0].view_as(w13), dws[1]) if wanted else (None, None)

@@ -55,11 +55,10 @@ def swiglu_backward(
 
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], act_AF: Tensor) -> None:
+    from lasp._core.launcher import launch
+
     num_rows, width = act_AF.shape
-    if num_rows == 0:
-        return
     columns = min(BLOCK_COLUMNS, 1 << (width - 1).bit_length())
-    grid = (-(-num_rows // BLOCK_ROWS) * -(-width // columns),)
+    programs = -(-num_rows // BLOCK_ROWS) * -(-width // columns)
     sizes = {"F": width, "ROWS": BLOCK_ROWS, "COLUMNS": columns}
-    with torch.cuda.device_of(act_AF):
-        kernel[grid](*tensors, num_rows, **sizes, num_warps=NUM_WARPS)
+    launch(kernel, act_AF.device, programs, *tensors, num_rows, **sizes, num_warps=NUM_WARPS)

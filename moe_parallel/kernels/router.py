@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp._core.launcher import launch
 from moe_parallel.kernels.gate_kernel import split_kernel, top_k_backward_kernel
 from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.kernels.rows_kernel import before_kernel, row_kernel
@@ -50,11 +51,10 @@ def split(x_NM: Tensor, *, pairs: bool = False) -> Tensor:
     """
     copies, size = 6 if pairs else 3, x_NM.numel()
     parts = x_NM.new_empty(copies * x_NM.shape[0], x_NM.shape[1], dtype=torch.bfloat16)
-    if size:
-        with torch.cuda.device_of(parts):
-            split_kernel[(-(-size // SPLIT_BLOCK),)](
-                x_NM.contiguous(), parts, SIZE=size, PAIRS=pairs, BLOCK=SPLIT_BLOCK
-            )
+    launch(
+        split_kernel, parts.device, -(-size // SPLIT_BLOCK),
+        x_NM.contiguous(), parts, SIZE=size, PAIRS=pairs, BLOCK=SPLIT_BLOCK,
+    )  # fmt: skip
     return parts
 
 
@@ -86,34 +86,36 @@ def top_k(
     programs = -(-num_tokens // span)
     before = product_TPE.new_empty(programs, num_experts, dtype=torch.int32)
     totals = product_TPE.new_empty(num_experts, dtype=torch.int64)
-    with torch.cuda.device_of(product_TPE):
-        if programs:
-            top_k_kernel[(programs,)](
-                product_TPE,
-                None if parts == 1 else logits,
-                experts,
-                weights,
-                before,
-                bias_E,
-                rule.scaling,
-                num_tokens,
-                span,
-                E=num_experts,
-                K=top_k,
-                PARTS=parts,
-                SCORE=rule.score,
-                NORMALIZE=rule.normalize,
-                PLAIN=rule.score == 0 and bias_E is None,
-                GROUPS=rule.num_groups,
-                TOP_GROUPS=rule.top_groups,
-                E_PAD=_power_of_2(num_experts),
-                K_PAD=_power_of_2(top_k),
-                TOKENS=tokens_at_a_time(num_experts),
-                num_warps=NUM_WARPS,
-            )
-        before_kernel[(-(-num_experts // SCAN_COLUMNS),)](
-            before, totals, programs, E=num_experts, PROGRAMS=MAX_PROGRAMS, COLUMNS=SCAN_COLUMNS
-        )
+    launch(
+        top_k_kernel,
+        product_TPE.device,
+        programs,
+        product_TPE,
+        None if parts == 1 else logits,
+        experts,
+        weights,
+        before,
+        bias_E,
+        rule.scaling,
+        num_tokens,
+        span,
+        E=num_experts,
+        K=top_k,
+        PARTS=parts,
+        SCORE=rule.score,
+        NORMALIZE=rule.normalize,
+        PLAIN=rule.score == 0 and bias_E is None,
+        GROUPS=rule.num_groups,
+        TOP_GROUPS=rule.top_groups,
+        E_PAD=_power_of_2(num_experts),
+        K_PAD=_power_of_2(top_k),
+        TOKENS=tokens_at_a_time(num_experts),
+        num_warps=NUM_WARPS,
+    )
+    launch(
+        before_kernel, before.device, -(-num_experts // SCAN_COLUMNS), before, totals, programs,
+        E=num_experts, PROGRAMS=MAX_PROGRAMS, COLUMNS=SCAN_COLUMNS,
+    )  # fmt: skip
     return logits, experts, weights, Histogram(before, totals)
 
 
@@ -145,26 +147,29 @@ def top_k_backward(
     copies, dtype = (6 if pairs else 3, torch.bfloat16) if parts else (1, torch.float32)
     grad = weights_Tk.new_empty(num_tokens, copies * num_experts, dtype=dtype)
     tokens = tokens_at_a_time(num_experts)
-    if num_tokens:
-        with torch.cuda.device_of(grad):
-            top_k_backward_kernel[(-(-num_tokens // tokens),)](
-                *(None if g is None else g.contiguous() for g in grads),
-                weights_Tk,
-                experts_Tk,
-                logits_TE,
-                grad,
-                rule.scaling,
-                num_tokens,
-                E=num_experts,
-                K=top_k,
-                PARTS=parts,
-                PAIRS=pairs,
-                SCORE=rule.score,
-                NORMALIZE=rule.normalize,
-                E_PAD=_power_of_2(num_experts),
-                TOKENS=tokens,
-                num_warps=NUM_WARPS,
-            )
+    dweights, dlogits = (None if g is None else g.contiguous() for g in grads)
+    launch(
+        top_k_backward_kernel,
+        grad.device,
+        -(-num_tokens // tokens),
+        dweights,
+        dlogits,
+        weights_Tk,
+        experts_Tk,
+        logits_TE,
+        grad,
+        rule.scaling,
+        num_tokens,
+        E=num_experts,
+        K=top_k,
+        PARTS=parts,
+        PAIRS=pairs,
+        SCORE=rule.score,
+        NORMALIZE=rule.normalize,
+        E_PAD=_power_of_2(num_experts),
+        TOKENS=tokens,
+        num_warps=NUM_WARPS,
+    )
     return grad
 
 
@@ -173,23 +178,24 @@ def rows(experts_Tk: Tensor, histogram: Histogram, positions_E: Tensor | None) -
     (num_tokens, top_k), num_experts = experts_Tk.shape, histogram.totals.shape[0]
     row = torch.empty_like(experts_Tk, memory_format=torch.contiguous_format)
     padded = _power_of_2(num_experts)
-    if num_tokens:
-        with torch.cuda.device_of(row):
-            row_kernel[(histogram.before.shape[0],)](
-                experts_Tk.contiguous(),
-                histogram.before,
-                histogram.totals,
-                positions_E,
-                row,
-                num_tokens,
-                tokens_of_program(num_tokens, num_experts),
-                E=num_experts,
-                K=top_k,
-                E_PAD=padded,
-                OTHERS=min(padded, max(1, POSITIONS_TILE // padded)),
-                TOKENS=tokens_at_a_time(num_experts),
-                num_warps=NUM_WARPS,
-            )
+    launch(
+        row_kernel,
+        row.device,
+        histogram.before.shape[0],
+        experts_Tk.contiguous(),
+        histogram.before,
+        histogram.totals,
+        positions_E,
+        row,
+        num_tokens,
+        tokens_of_program(num_tokens, num_experts),
+        E=num_experts,
+        K=top_k,
+        E_PAD=padded,
+        OTHERS=min(padded, max(1, POSITIONS_TILE // padded)),
+        TOKENS=tokens_at_a_time(num_experts),
+        num_warps=NUM_WARPS,
+    )
     return row
 
 

@@ -145,8 +145,10 @@ class Routing(NamedTuple):
     @property
     def stats(self) -> RoutingStats:
         """Balance over all ranks."""
-        assigned_E = self.counts.assigned.sum(0)
-        return RoutingStats(assigned_E, assigned_E - self.counts.kept.sum(0))
+        assigned_E = _over_ranks(self.counts.assigned)
+        if self.counts.kept is self.counts.assigned:
+            return RoutingStats(assigned_E, torch.zeros_like(assigned_E))
+        return RoutingStats(assigned_E, assigned_E - _over_ranks(self.counts.kept))
 
     @property
     def aux_loss(self) -> Tensor:
@@ -163,7 +165,7 @@ class Routing(NamedTuple):
     def load(self) -> Tensor:
         """``[E]`` int64: the assignments of all ranks that the auxiliary loss counts."""
         preferred_E = self.losses.preferred
-        return self.counts.assigned.sum(0) if preferred_E is None else preferred_E
+        return _over_ranks(self.counts.assigned) if preferred_E is None else preferred_E
 
     @property
     def probabilities(self) -> Tensor:
@@ -174,9 +176,16 @@ class Routing(NamedTuple):
     def balance_loss(self, assigned_E: Tensor, num_tokens: int) -> Tensor:
         """The global one, with f_i of the assignments of more tokens: of several micro-batches."""
         assignments = max(num_tokens, 1) * self.experts.shape[1]  # without tokens 0, not 0 / 0
-        fraction_E = assigned_E.to(self.logits.dtype) / assignments
-        share_E = self.probabilities.sum(0) / max(self.num_tokens, 1)
-        return self.aux_loss_coefficient * len(assigned_E) * (fraction_E * share_E).sum()
+        total = self.probabilities.sum(0).dot(assigned_E.to(self.logits.dtype))
+        scale = (
+            self.aux_loss_coefficient * len(assigned_E) / (assignments * max(self.num_tokens, 1))
+        )
+        return total * scale
+
+
+def _over_ranks(counts_RE: Tensor) -> Tensor:
+    """The sum over the ranks; nothing is launched for one."""
+    return counts_RE[0] if len(counts_RE) == 1 else counts_RE.sum(0)
 
 
 def counts_of_ranks(

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lasp._core.autocast import without_autocast
 from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_transforms
 from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import ChosenImpl
@@ -162,7 +163,7 @@ def kernel_rule(scoring: Scoring, num_experts: int) -> tuple[Any, ...] | None:
         return None
     score = ("softmax_of_top_k", "sigmoid", "softmax").index(router.score_function)
     # A softmax over all that is normalised is the softmax over the chosen, of the same choice.
-    return (score, router.normalize, router.scaling, groups, router.top_groups or 1)
+    return (score, router.normalize, float(router.scaling), groups, router.top_groups or 1)
 
 
 def takes_parts(x_TM: Tensor) -> bool:
@@ -174,13 +175,13 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """``a b`` in :func:`lasp._core.dtypes.wide_dtype` of ``a``, under autocast too."""
     dtype = wide_dtype(a.dtype)
     # Autocast would round tokens and gate to bfloat16 for the product.
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         return a.to(dtype) @ b.to(dtype)
 
 
 def parts_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a b`` of bfloat16 matrices, added up in float32 and rounded to ``dtype``."""
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         if a.numel() == 0 or b.numel() == 0:
             return a.new_zeros(a.shape[0], b.shape[1], dtype=dtype)
         if a.is_cuda:

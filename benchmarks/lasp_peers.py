@@ -104,6 +104,12 @@ def _to_tokens(x_ShD: Tensor) -> Tensor:
     return received.transpose(0, 1).flatten(1, 2)
 
 
+def move_tokens(qkv_THD: Tensor, output_THD: Tensor) -> None:
+    """What ``head_parallel`` moves in a forward, without the attention between."""
+    _to_heads(qkv_THD)
+    _to_tokens(output_THD.unflatten(1, (dist.get_world_size(), -1)).transpose(0, 1).flatten(0, 1))
+
+
 def head_parallel(rates: Tensor, lengths: Sequence[int], impl: str) -> Forward:
     """q, k and v in one all-to-all, the output in another; contiguous ranks, P divides H."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()

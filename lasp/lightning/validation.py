@@ -6,7 +6,7 @@ Every rank checks before the first collective, so that a wrong call raises inste
 from __future__ import annotations
 
 from array import array
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,9 @@ from lasp.lightning.op_context import OpContext
 from lasp.lightning.triton.tuning import MAX_HEAD_DIM
 from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange import Exchange, resolve_exchange
+from lasp.state_exchange.choice import NAMES, parse_exchange
 
-CPU, EXCHANGES = torch.device("cpu"), get_args(Exchange)
+CPU = torch.device("cpu")
 DTYPES = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
@@ -33,10 +34,8 @@ def unserved(q: Tensor, v: Tensor) -> str:
 
 def check_exchange(exchange: Exchange) -> None:
     """Raise ValueError for a name that is not offered."""
-    if exchange not in EXCHANGES:
-        raise ValueError(
-            f"exchange must be one of {EXCHANGES}, got {exchange!r}: see lasp.state_exchange"
-        )
+    if exchange not in NAMES:
+        parse_exchange(exchange)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

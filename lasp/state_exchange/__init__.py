@@ -21,7 +21,9 @@ the flow: same bits from each, run to run. Volumes are for one direction, with s
 - ``one_hop``: each U goes to the next run only: the scan where nothing passes through a run, or so
   little that it does not matter. One state received a run, one step.
 - ``auto``: the least time by the cost model of ``lasp.state_exchange.cost``. Heads that decay fast
-  may go one hop while slow ones take another way, see ``lasp.state_exchange.choice``.
+  may go one hop while slow ones take another way, see ``lasp.state_exchange.choice``. The model
+  takes the link to be NVLink, above 8 ranks InfiniBand; where it is another, ``exchange`` is
+  ``exchange_over(measure_link(cp_group))``, a text that layers and configs take like a name.
 
 On a GPU an exchange is queued on a stream of its own, whole, when it is started; ``one_hop`` needs
 none, it is one collective. On the CPU the first collective runs behind the caller's back and the
@@ -29,7 +31,15 @@ rest when it is waited for.
 """
 
 from lasp._core.failure import ExchangeError
-from lasp.state_exchange.choice import Exchange, ExchangeChoice, kept_over, resolve_exchange
+from lasp.state_exchange.choice import (
+    Exchange,
+    ExchangeChoice,
+    exchange_over,
+    kept_over,
+    resolve_exchange,
+)
+from lasp.state_exchange.cost import Link
+from lasp.state_exchange.link import measure_link
 from lasp.state_exchange.start import Wait, start_exchange
 from lasp.state_exchange.strategies import STRATEGIES
 from lasp.state_exchange.task import Transitions
@@ -39,9 +49,12 @@ __all__ = [
     "Exchange",
     "ExchangeChoice",
     "ExchangeError",
+    "Link",
     "Transitions",
     "Wait",
+    "exchange_over",
     "kept_over",
+    "measure_link",
     "resolve_exchange",
     "start_exchange",
 ]

@@ -16,14 +16,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache, partial
-from typing import Literal, NamedTuple, get_args
+from functools import lru_cache
+from typing import Literal, NamedTuple, NewType, get_args
 
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import RunStep, flow_of
-from lasp.state_exchange.cost import StateSize, exchange_us, link_of, scan_blocks, traffic_of
+from lasp.state_exchange.cost import (
+    ExchangeTraffic,
+    Link,
+    StateSize,
+    exchange_us,
+    link_of,
+    scan_blocks,
+    traffic_of,
+)
 
-Exchange = Literal["auto", "all_gather", "sliced", "scan", "one_hop"]
+ExchangeName = Literal["auto", "all_gather", "sliced", "scan", "one_hop"]
+LinkedExchange = NewType("LinkedExchange", str)
+Exchange = ExchangeName | LinkedExchange
+NAMES = get_args(ExchangeName)
 EXACT = ("all_gather", "sliced", "scan")  # in the order in which auto prefers equals
 
 
@@ -41,6 +52,25 @@ class ExchangeChoice(NamedTuple):
     num_blocks: int = 1
 
 
+def exchange_over(link: Link, name: ExchangeName = "auto") -> LinkedExchange:
+    """An exchange that is chosen, or cut into blocks, for this link instead of the assumed one.
+
+    Every rank must name the same link: :func:`lasp.state_exchange.measure_link` sees to it.
+    """
+    return LinkedExchange(f"{name} over {link}")
+
+
+def parse_exchange(exchange: str) -> tuple[str, Link | None]:
+    """The name of an exchange, and its link if it names one; ValueError for what is neither."""
+    name, _, link = exchange.partition(" over ") if isinstance(exchange, str) else (exchange,) * 3
+    if name not in NAMES:
+        raise ValueError(
+            f"exchange must be one of {NAMES}, or one over a link, got"
+            f" {exchange!r}: see lasp.state_exchange"
+        )
+    return name, Link.parse(link) if link else None
+
+
 def kept_over(rate: float, length: int, eps: float) -> float:
     """Share of a state that a head keeps over so many tokens, 0 where it is below ``eps``."""
     kept = math.exp(-rate * length)
@@ -48,7 +78,7 @@ def kept_over(rate: float, length: int, eps: float) -> float:
 
 
 def resolve_exchange(
-    name: str,
+    exchange: str,
     layout: SequenceLayout,
     rates: tuple[float, ...],
     eps: float,
@@ -58,7 +88,7 @@ def resolve_exchange(
     """The strategies of a call, each head in one at most.
 
     Args:
-        name: a strategy for all heads that matter, or ``auto``.
+        exchange: a strategy for all heads that matter, or ``auto``.
         layout: of the batch.
         rates: decay rates of the heads.
         eps: what has decayed below this need not be sent on.
@@ -69,20 +99,20 @@ def resolve_exchange(
         ValueError: for an unknown name, an eps that is no share of a state, and for ``one_hop``
             where more would have to pass.
     """
-    if name not in get_args(Exchange):
-        raise ValueError(f"exchange must be one of {get_args(Exchange)}, got {name!r}")
+    if exchange not in NAMES:
+        parse_exchange(exchange)
     if not 0 <= eps < 1:
         raise ValueError(f"state_eps must be in [0, 1), got {eps}: 0 keeps all")
     if layout.num_ranks == 1:
         return ()
     return _resolved(
-        name, layout.num_ranks, flow_of(layout, 0).steps, rates, eps, key_dim, value_dim
+        exchange, layout.num_ranks, flow_of(layout, 0).steps, rates, eps, key_dim, value_dim
     )
 
 
 @lru_cache(maxsize=1024)  # one entry a layer and batch; a layout would keep tensors alive
 def _resolved(
-    name: str,
+    exchange: str,
     num_ranks: int,
     steps: tuple[RunStep, ...],
     rates: tuple[float, ...],
@@ -90,6 +120,8 @@ def _resolved(
     key_dim: int,
     value_dim: int,
 ) -> tuple[ExchangeChoice, ...]:
+    name, link = parse_exchange(exchange)
+    link = link or link_of(num_ranks)
     heads = [head for head, rate in enumerate(rates) if kept_over(rate, 1, eps) > 0]
     if not heads or not any(step.sends for step in steps):
         return ()
@@ -105,9 +137,12 @@ def _resolved(
             f" {shortest} tokens keeps {kept:.1e} of a state, more than state_eps {eps:.1e}: use"
             " 'auto'"
         )
-    choose = partial(
-        _choose, num_ranks=num_ranks, steps=steps, rates=rates, eps=eps, state=(key_dim, value_dim)
-    )
+
+    def choose(names: Sequence[str], some: Sequence[int]) -> tuple[float, ExchangeChoice]:
+        slowest = min(rates[head] for head in some)
+        traffic = traffic_of(steps, num_ranks, lambda n: kept_over(slowest, n, eps) > 0)
+        return _cheapest(names, some, traffic, StateSize(len(some), key_dim, value_dim), link)
+
     if name != "auto":
         return (choose((name,), heads)[1],)
     if not slow:
@@ -120,24 +155,14 @@ def _resolved(
     return (together[1],) if together[0] <= apart[0] + hop[0] else (apart[1], hop[1])
 
 
-def _choose(
+def _cheapest(
     names: Sequence[str],
     heads: Sequence[int],
-    *,
-    num_ranks: int,
-    steps: tuple[RunStep, ...],
-    rates: tuple[float, ...],
-    eps: float,
-    state: tuple[int, int],
+    traffic: ExchangeTraffic,
+    size: StateSize,
+    link: Link,
 ) -> tuple[float, ExchangeChoice]:
     """The cost in us and the choice of the cheapest of these strategies for these heads."""
-    slowest = min(rates[head] for head in heads)
-    traffic = traffic_of(
-        steps,
-        num_ranks,
-        lambda length: kept_over(slowest, length, eps) > 0,
-    )
-    size, link = StateSize(len(heads), *state), link_of(num_ranks)
     options = []
     for name in names:
         blocks = scan_blocks(traffic, size, link) if name == "scan" else 1

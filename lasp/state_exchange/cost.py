@@ -14,7 +14,7 @@ those of the rank that receives most.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from lasp.sequence.state_flow import RunStep
@@ -37,6 +37,26 @@ class Link:
     gb_per_s: float
     launch_us: float
     rank_us: float
+
+    def __post_init__(self) -> None:
+        numbers = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not (self.gb_per_s > 0 and all(number >= 0 for number in numbers.values())):
+            raise ValueError(
+                f"a link must have times of 0 or more and a bandwidth above 0, got {numbers}"
+            )
+
+    def __str__(self) -> str:
+        return ",".join(f"{field.name}={getattr(self, field.name):g}" for field in fields(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Link:
+        """The link of a text like ``latency_us=5,gb_per_s=150,launch_us=17,rank_us=4``."""
+        try:
+            return cls(**{name: float(x) for name, x in (p.split("=") for p in text.split(","))})
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"a link must be a text like {NVLINK}, got {text!r}: {error}"
+            ) from None
 
 
 # NVLink is what python -m benchmarks.lasp_model fits to 2 GPUs, rounded; 2 ranks hardly show

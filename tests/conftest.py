@@ -12,6 +12,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+NUMBERS = {2: "two", 4: "four", 8: "eight"}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
     parser.addoption("--llama-cpp", help="a checkout of llama.cpp, whose converter tests run")
@@ -24,8 +27,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if "gpu" in item.keywords and gpus < 1:
             item.add_marker(pytest.mark.skip(reason="needs one CUDA device"))
-        if "multi_gpu" in item.keywords and gpus < 2:
-            item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
+        if (marker := item.get_closest_marker("multi_gpu")) is not None:
+            needed = marker.args[0] if marker.args else 2
+            if gpus < needed:
+                reason = f"needs {NUMBERS[needed]} CUDA devices"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

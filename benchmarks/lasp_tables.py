@@ -1,23 +1,18 @@
-"""The tables of docs/lasp.md, made of committed rows alone.
+"""The tables of ``lasp_ranks``, of which ``benchmarks.report`` makes docs/tables/lasp_ranks.md.
 
-Prints Markdown, or puts it between the two marks of a page: times of forward and backward as
-multiples of the same rank's local kernels, bytes that a rank receives, how far ``auto`` is from the
-best single strategy, and the exchange alone.
-
-Run: python -m benchmarks.lasp_tables --write docs/lasp.md
+Times of forward and backward as multiples of the same rank's local kernels, bytes that a rank
+receives, how far ``auto`` is from the best single strategy, and the exchange alone.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.harness import RESULTS, Row, markdown, parse, read_rows
+from benchmarks.harness import Row, markdown, read_rows
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 SINGLE = ("all_gather", "sliced", "scan", "one_hop")
 
 
@@ -151,27 +146,3 @@ def tables(cases: Cases) -> str:
         ):
             lines += [title, "", *made, ""]
     return "\n".join(lines).strip() or "No rows yet."
-
-
-@dataclass
-class Options:
-    """Where the rows are, and the page to write."""
-
-    results: Path = RESULTS
-    write: Path | None = None
-
-
-def main() -> None:
-    """Print or write."""
-    options = parse(Options, __doc__)
-    text = tables(read(options.results))
-    if options.write is None:
-        print(text)
-        return
-    page = options.write.read_text()
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    options.write.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-
-
-if __name__ == "__main__":
-    main()

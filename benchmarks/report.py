@@ -1,15 +1,17 @@
-"""Tables and figures of the pages of docs, made of committed rows alone.
+"""Tables and figures of the documents, made of committed rows alone.
 
-Where a page says ``<!-- rows: NAME -->``, what the rows of that benchmark say replaces everything
-up to ``<!-- end of rows -->``: a table for each run, newest day first. A run is all rows of a day,
-commit and machine; ratios are of one run. ``lightning_length`` has figures too, and the length from
-which on ours is faster than the fastest softmax; what runs on several ranks has bars.
+Every benchmark with rows has a page of tables, ``docs/tables/NAME.md``, one table a run, newest
+day first; a run is all rows of a day, commit and machine. Where a page says
+``<!-- rows: NAME -->``, this replaces everything up to ``<!-- end of rows -->`` by the benchmark's
+figure (``benchmarks.figures``) or, if it has none, by the table of its newest run, and by a link to
+all tables.
 
 Run: python -m benchmarks.report
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -19,17 +21,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.bars import draw_bars
+from benchmarks import figures, lasp_tables
+from benchmarks.drawing import Drawn, draw
 from benchmarks.harness import RESULTS, Row, markdown, parse, read_rows
-from benchmarks.lines import draw_lines
+from benchmarks.headlines import headlines
 
-PAGE, FIGURES = Path("docs/performance.md"), "figures"
-PAGES = (PAGE, *(Path(f"docs/{name}.md") for name in ("ring", "moe", "generation", "long-context")))
+DOCS = Path("docs")
 PLACE = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 OURS, SOFTMAX = "lasp triton", "softmax"
-SWEEPS = ("lightning_length",)  # over lengths: they have figures
-LINES = ("generation",)
-BARS = ("ring_length", "ring_packed", "moe_overlap")
 TIMES = ("forward_ms", "backward_ms")
 
 
@@ -56,12 +55,13 @@ class Run(NamedTuple):
 
 
 def read_runs(folder: Path) -> dict[Run, list[Row]]:
-    """Rows by run, newest day first; of two rows that measure the same in a run, the later."""
+    """Rows by run, newest day and then largest first; of two rows of the same, the later."""
     found: dict[Run, dict[str, Row]] = defaultdict(dict)
     for row in read_rows(folder):
         run = Run(*(row[field] for field in Run._fields))
         found[run][json.dumps([row["impl"], row["case"], row["metric"]])] = row
-    newest_first = sorted(found, key=lambda run: (run.date, run.commit, str(run)), reverse=True)
+    order = {run: (run.date, len(rows), str(run)) for run, rows in found.items()}
+    newest_first = sorted(found, key=order.__getitem__, reverse=True)
     return {run: list(found[run].values()) for run in newest_first}
 
 
@@ -116,27 +116,6 @@ def table(rows: list[Row]) -> str:
     return "\n".join(text) + (f"\n\nBounds: {'; '.join(notes)}." if notes else "") + "\n"
 
 
-class Sweep(NamedTuple):
-    """Rows of one run and shape over lengths, and the name of their figure."""
-
-    rows: list[Row]
-    figure: str
-
-
-def sweeps(run: Run, rows: list[Row]) -> list[Sweep]:
-    """By heads and head dim."""
-    found: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        found[f"h{row['case']['heads']}-d{row['case']['head_dim']}"].append(row)
-    return [Sweep(some, f"{stem(run)}-{shape}.png") for shape, some in found.items()]
-
-
-def stem(run: Run) -> str:
-    """What the names of its figures begin with."""
-    device = run.device.lower().replace(" ", "-")
-    return f"{run.benchmark}-{device}-{run.date}-{run.commit[:10]}"
-
-
 def curve(rows: list[Row], impl: str, metric: str) -> dict[int, float]:
     """Medians by length."""
     found = (row for row in rows if (row["impl"], row["metric"]) == (impl, metric))
@@ -189,97 +168,96 @@ def crossovers(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def short(tokens: float) -> str:
-    """4K, 5.3K, 1M."""
-    return f"{tokens / 2**20:.3g}M" if tokens >= 2**20 else f"{tokens / 2**10:.3g}K"
+def figure(name: str, runs: dict[Run, list[Row]]) -> tuple[list[Drawn], str]:
+    """Panels of a benchmark that have rows, each of its newest run, and the runs in words."""
+    mine = {run: rows for run, rows in runs.items() if run.benchmark == name}
+    panels: list[Drawn] = []
+    used: dict[str, None] = {}
+    for panel in figures.FIGURES[name]:
+        series, of = panel.chosen(
+            {run: rows for run, rows in runs.items() if run.benchmark == name}
+        )
+        if series:
+            panels.append(Drawn(panel.title, series, panel.bars, panel.log, panel.axis))
+            used |= dict.fromkeys(map(str, of))
+    note = figures.note(name, [row for rows in mine.values() for row in rows])
+    return panels, "\n".join(filter(None, [note, *used]))
 
 
-def draw(run: Run, rows: list[Row], path: Path) -> None:
-    """Time of forward and backward, and memory, against the length."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 5), layout="constrained")
-    lengths = sorted({row["case"]["tokens"] for row in rows})
-    panels = {
-        "forward_ms": "forward, ms",
-        "backward_ms": "backward, ms",
-        "extra_mib": "memory besides arguments and results, MiB",
-    }
-    for ax, (metric, title) in zip(figure.subplots(1, 3), panels.items()):
-        for impl in dict.fromkeys(row["impl"] for row in rows):
-            points = curve(rows, impl, metric)
-            ax.plot(points.keys(), points.values(), marker="o", markersize=3, label=impl)
-        ax.set_xscale("log", base=2)
-        if metric in TIMES:
-            ax.set_yscale("log")
-        else:  # nothing at all is a good result too
-            ax.set_yscale("symlog", linthresh=1)
-            ax.set_ylim(bottom=-0.2)
-        ax.set_xticks(lengths, [short(n) for n in lengths], fontsize=8)
-        tokens = None
-        if metric in TIMES:  # memory may be nothing at all
-            tokens = crossover(curve(rows, OURS, metric), fastest_softmax(rows, metric))
-        if tokens is not None:
-            ax.axvline(tokens, color="gray", linestyle=":")
-            ax.annotate(
-                f" faster than softmax\n from {short(tokens)} tokens on", (tokens, 0.98),
-                xycoords=("data", "axes fraction"), va="top", fontsize=8,
-            )  # fmt: skip
-        ax.set(title=title, xlabel="tokens")
-        ax.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    case = rows[0]["case"]
-    shape = f"{case['heads']} heads of {case['head_dim']}, {case['dtype']}"
-    figure.suptitle(f"{shape}, {run}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+def page_of_tables(name: str, runs: dict[Run, list[Row]]) -> str:
+    """All tables of a benchmark, and where they come from."""
+    source = (Path(__file__).parent / f"{name}.py").read_text()
+    question = (ast.get_docstring(ast.parse(source)) or name).partition("\n\n")[0]
+    parts = [
+        f"# {name}\n",
+        f"{question.replace('``', '`')}\n",
+        f"Rows of `benchmarks/{name}.py`, newest run first.",
+        "[How to read a table](../performance.md#how-to-read-a-table).\n",
+    ]
+    if name == "lasp_ranks":
+        return "\n".join([*parts, lasp_tables.tables(lasp_tables.read(RESULTS))]) + "\n"
+    for run, rows in runs.items():
+        if run.benchmark == name:
+            parts += [f"## {run}\n", table(rows)]
+    return "\n".join(parts)
 
 
-def rewrite(page: str, runs: dict[Run, list[Row]]) -> str:
-    """The page with every place filled from the rows."""
+def rewrite(page: str, runs: dict[Run, list[Row]], docs: str = "") -> str:
+    """The page with every place filled from the rows; ``docs`` leads from it to the documents."""
 
     def fill(place: re.Match[str]) -> str:
+        name = place[2]
+        if name == "headlines":
+            return place[1] + "\n" + headlines(runs, f"{docs}tables") + "\n" + place[3]
+        newest = next(((run, rows) for run, rows in runs.items() if run.benchmark == name), None)
+        if newest is None:
+            return place[1] + "\nNo rows yet.\n\n" + place[3]
         parts = []
-        for run, rows in runs.items():
-            if run.benchmark != place[2]:
-                continue
-            parts.append(f"**{run}**\n")
-            for sweep in sweeps(run, rows) if run.benchmark in SWEEPS else ():
-                parts.append(f"![time and memory against length]({FIGURES}/{sweep.figure})\n")
-                parts.append(crossovers(sweep.rows))
-            if run.benchmark in BARS:
-                parts.append(f"![times of their bounds]({FIGURES}/{stem(run)}.png)\n")
-            if run.benchmark in LINES:
-                parts.append(f"![by context and prompt]({FIGURES}/{stem(run)}.png)\n")
-            parts.append(table(rows))
-        return place[1] + "\n" + ("\n".join(parts) or "No rows yet.\n") + "\n" + place[3]
+        if name in figures.FIGURES:
+            panels, _ = figure(name, runs)
+            titles = "; ".join(panel.title for panel in panels)
+            parts.append(f"![{titles}]({docs}figures/{name}.svg)\n")
+        else:
+            parts += [f"**{newest[0]}**\n", table(newest[1])]
+        if name == "lightning_length":
+            parts.append(crossovers(newest[1]))
+        parts.append(f"[All rows of {name}]({docs}tables/{name}.md).\n")
+        return place[1] + "\n" + "\n".join(parts) + "\n" + place[3]
 
     return PLACE.sub(fill, page)
 
 
 @dataclass
 class Options:
-    """Where the rows are, and the pages, beside which figures go."""
+    """Where the rows are, and the documents."""
 
     results: Path = RESULTS
-    page: tuple[Path, ...] = PAGES
+    docs: Path = DOCS
+
+
+def pages(docs: Path) -> list[Path]:
+    """README and pages that have places for rows."""
+    found = [*docs.parent.glob("README.md"), *sorted(docs.glob("*.md"))]
+    return [path for path in found if PLACE.search(path.read_text())]
+
+
+def leading(page: Path, docs: Path) -> str:
+    """What leads from a page to the documents."""
+    return "" if page.parent == docs else f"{docs.name}/"
 
 
 def main() -> None:
-    """Rewrite the pages and draw their figures."""
+    """Rewrite the pages, the tables and the figures."""
     options = parse(Options, __doc__)
     runs = read_runs(options.results)
-    for page in options.page:
-        text = page.read_text()
-        page.write_text(rewrite(text, runs))
-        places = {place[1] for place in PLACE.findall(text)}
-        for run, rows in runs.items():
-            for sweep in sweeps(run, rows) if run.benchmark in places.intersection(SWEEPS) else ():
-                draw(run, sweep.rows, page.parent / FIGURES / sweep.figure)
-            if run.benchmark in places.intersection(BARS):
-                draw_bars(str(run), rows, page.parent / FIGURES / f"{stem(run)}.png")
-            if run.benchmark in places.intersection(LINES):
-                draw_lines(str(run), rows, page.parent / FIGURES / f"{stem(run)}.png")
+    for page in pages(options.docs):
+        page.write_text(rewrite(page.read_text(), runs, leading(page, options.docs)))
+    (options.docs / "tables").mkdir(exist_ok=True)
+    for name in dict.fromkeys(run.benchmark for run in runs):
+        (options.docs / f"tables/{name}.md").write_text(page_of_tables(name, runs))
+        if name in figures.FIGURES:
+            panels, caption = figure(name, runs)
+            draw(panels, caption, options.docs / f"figures/{name}.svg")
 
 
 if __name__ == "__main__":

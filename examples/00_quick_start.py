@@ -29,7 +29,7 @@ from moe_parallel import clip_grad_norm_, parameter_groups
 class Options:
     """Flags: optimizer steps, tokens of a step, and the folder to write, a new one."""
 
-    steps: int = 200
+    steps: int = 400
     tokens: int = 2048
     out: Path = Path("runs/quick-start/model")
 
@@ -65,7 +65,7 @@ def main(options: Options) -> None:
 
     model.save_pretrained(options.out)
     prompt = list(b"def main(")
-    text = model.generate([prompt], max_new_tokens=120, sampling=Sampling(temperature=0.7, seed=0))
+    text = model.generate([prompt], max_new_tokens=120, sampling=Sampling(temperature=0.5, seed=0))
     print(f"saved in {options.out}\n\n" + bytes(prompt + text.tokens[0]).decode(errors="replace"))
 
 

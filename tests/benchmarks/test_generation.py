@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import generation
+from benchmarks.figures import FIGURES
 from benchmarks.harness import Machine
-from benchmarks.lines import draw_lines
 from lasp.hybrid import AttentionConfig
 from moe_parallel import MoEConfig
 from tests.ranks import run_on_ranks
@@ -32,7 +31,7 @@ def rows_on_rank() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_generation(num_ranks: int, tmp_path: Path) -> None:
+def test_generation(num_ranks: int) -> None:
     rows = run_on_ranks(rows_on_rank, num_ranks)[0]
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -47,6 +46,5 @@ def test_generation(num_ranks: int, tmp_path: Path) -> None:
     assert sum(shares) == pytest.approx(1)
     key_bytes = [row["bound"] for row in found["keys of a softmax layer"]]
     assert key_bytes == pytest.approx([2 * 2 * 16 * 4 * n / num_ranks / 1e6 for n in (64, 128)])
-    pytest.importorskip("matplotlib", reason="needs the extra examples")
-    draw_lines("a run", rows, tmp_path / "lines.png")
-    assert (tmp_path / "lines.png").stat().st_size > 10_000
+    for panel in FIGURES["generation"][:2]:
+        assert panel.series(rows), panel.title

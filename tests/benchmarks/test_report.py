@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import drawing, report
+from benchmarks.headlines import HEADLINES
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / report.PAGE
 
 
 def make_row(impl="lasp triton", tokens=4096, metric="forward_ms", p50=1.0, **fields):
@@ -42,18 +42,62 @@ def write(folder: Path, *files) -> Path:
     return folder
 
 
-def test_the_page_is_what_the_committed_rows_say() -> None:
-    runs = report.read_runs(ROOT / report.RESULTS)
-    page = PAGE.read_text()
-    assert page == report.rewrite(page, runs), "run python -m benchmarks.report"
-    for figure in re.findall(r"!\[[^]]*\]\(([^)]*)\)", page):
-        assert (PAGE.parent / figure).exists(), f"run python -m benchmarks.report: {figure}"
+PAGES = report.pages(ROOT / report.DOCS)
+RUNS = report.read_runs(ROOT / report.RESULTS)
+STALE = "run python -m benchmarks.report"
 
 
-def test_every_place_of_the_page_is_closed_and_named_once() -> None:
-    page = PAGE.read_text()
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_pages_are_what_the_committed_rows_say(path) -> None:
+    page = path.read_text()
+    assert page == report.rewrite(page, RUNS, report.leading(path, ROOT / report.DOCS)), STALE
     names = [name for _, name, _ in report.PLACE.findall(page)]
     assert len(names) == len(set(names)) == page.count("<!-- rows: ") == page.count("<!-- end of")
+
+
+def test_tables_are_what_the_committed_rows_say() -> None:
+    tables = {path.stem: path.read_text() for path in (ROOT / "docs/tables").glob("*.md")}
+    assert tables.keys() == {run.benchmark for run in RUNS}, STALE
+    for name, text in tables.items():
+        assert text == report.page_of_tables(name, RUNS), STALE
+
+
+@pytest.mark.parametrize("name", report.figures.FIGURES)
+def test_figures_are_what_the_committed_rows_say(name, tmp_path) -> None:
+    matplotlib = pytest.importorskip("matplotlib", reason="needs the extra bench")
+    panels, caption = report.figure(name, RUNS)
+    report.draw(panels, caption, tmp_path / "figure.svg")
+    drawn, committed = tmp_path / "figure.svg", ROOT / f"docs/figures/{name}.svg"
+    assert len(panels) == len(report.figures.FIGURES[name])
+    if f"matplotlib=={matplotlib.__version__}" in (ROOT / "constraints.txt").read_text():
+        assert drawn.read_bytes() == committed.read_bytes(), STALE
+
+
+def test_headlines_have_rows_and_their_runs_are_not_mixed() -> None:
+    lines = report.headlines(RUNS, "tables").splitlines()[2:]
+    assert len(lines) == len(HEADLINES)
+    for line in lines:
+        (page,) = re.findall(r"\]\(tables/(\w+)\.md\)", line)
+        assert (ROOT / f"docs/tables/{page}.md").exists()
+
+
+def test_implementations_have_one_color_and_few_share_a_panel() -> None:
+    for name in report.figures.FIGURES:
+        for panel in report.figure(name, RUNS)[0]:
+            colors = [drawing.color(impl) for impl in panel.series]
+            assert len(colors) == len(set(colors)) <= drawing.MOST_SERIES, (name, panel.title)
+
+
+def test_too_many_series_are_refused(tmp_path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra bench")
+    series = {f"impl {i}": {1: 1.0} for i in range(drawing.MOST_SERIES + 1)}
+    panel = drawing.Drawn("ms", series, bars=False, log=True, axis="tokens")
+    with pytest.raises(ValueError, match="at most 6 series"):
+        drawing.draw([panel], "", tmp_path / "figure.svg")
+
+
+def test_labels_are_moved_apart_in_their_order() -> None:
+    assert drawing.spread([0.5, 0.5, 0.0], 0.1) == pytest.approx([0.45, 0.55, 0.0])
 
 
 def test_rewrite_fills_places_and_nothing_else(tmp_path) -> None:
@@ -62,6 +106,7 @@ def test_rewrite_fills_places_and_nothing_else(tmp_path) -> None:
     page = f"a\n{one}b\n{two}"
     filled = report.rewrite(page, runs)
     assert filled.startswith("a\n<!-- rows: one -->\n")
+    assert "[All rows of one](tables/one.md)" in filled
     assert "old" not in filled
     assert "| lasp triton | 1.250 (1.250 to 1.250) |" in filled
     assert "b\n<!-- rows: two -->\n\nNo rows yet.\n\n<!-- end of rows -->\n" in filled
@@ -75,9 +120,9 @@ def test_runs_are_not_mixed_and_a_later_row_replaces_an_earlier(tmp_path) -> Non
     ]
     runs = report.read_runs(write(tmp_path, *rows))
     assert [(run.date, run.commit[0]) for run in runs] == [
-        ("2026-01-03", "a"), ("2026-01-02", "b"), ("2026-01-02", "a"),
+        ("2026-01-03", "a"), ("2026-01-02", "a"), ("2026-01-02", "b"),
     ]  # fmt: skip
-    assert [[row["p50"] for row in rows] for rows in runs.values()] == [[5.0], [4.0], [2.0, 3.0]]
+    assert [[row["p50"] for row in rows] for rows in runs.values()] == [[5.0], [2.0, 3.0], [4.0]]
 
 
 def test_table() -> None:
@@ -124,36 +169,3 @@ def test_crossovers_are_against_the_fastest_softmax() -> None:
         "Backward: `lasp triton` is faster than the fastest softmax from 16384 tokens on"
         " (interpolated), 4.000 times at 65536.\n"
     )
-
-
-def test_figures_are_drawn_one_for_each_shape(tmp_path, monkeypatch) -> None:
-    pytest.importorskip("matplotlib")
-    rows = list(sweep_rows())
-    narrow = [row | {"case": row["case"] | {"head_dim": 64}} for row in rows]
-    results = tmp_path / "results"
-    results.mkdir()
-    write(results, rows, narrow)
-    page = tmp_path / "page.md"
-    page.write_text("<!-- rows: lightning_length -->\n<!-- end of rows -->\n")
-    monkeypatch.setattr("sys.argv", ["report", "--results", str(results), "--page", str(page)])
-    report.main()
-    figures = re.findall(r"\((figures/.*png)\)", page.read_text())
-    assert len(figures) == 2
-    for figure in figures:
-        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
-
-
-def test_bars_of_what_runs_on_several_ranks(tmp_path, monkeypatch) -> None:
-    pytest.importorskip("matplotlib")
-    rows = list(report.read_runs(report.RESULTS).items())
-    run, some = next((run, rows) for run, rows in rows if run.benchmark == "ring_length")
-    results = tmp_path / "results"
-    results.mkdir()
-    write(results, some)
-    page = tmp_path / "page.md"
-    page.write_text("<!-- rows: ring_length -->\n<!-- end of rows -->\n")
-    monkeypatch.setattr("sys.argv", ["report", "--results", str(results), "--page", str(page)])
-    report.main()
-    (figure,) = re.findall(r"\((figures/.*png)\)", page.read_text())
-    assert figure == f"figures/{report.stem(run)}.png"
-    assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,11 +156,3 @@ def test_what_stands_in_for_flash_attn_is_attention(causal: bool) -> None:
     )
     for actual, true in zip(grads, (expected[0][rows], *expected[1:])):
         assert_equal_to_rounding(actual, true)
-
-
-def test_the_page_says_what_the_rows_say() -> None:
-    root = Path(__file__).parents[2]
-    page = (root / "docs" / "ring.md").read_text()
-    assert report.rewrite(page, report.read_runs(root / report.RESULTS)) == page
-    names = ("length", "kinds", "host", "packed")
-    assert [place[1] for place in report.PLACE.findall(page)] == [f"ring_{name}" for name in names]

@@ -54,7 +54,7 @@ def benchmarks(gpus: int) -> dict[str, str]:
         "lightning": f"{lasp} all_gather sliced scan --tokens 32768 --documents 1 64",
         "lightning of 1M tokens": f"{lasp} --tokens {a_rank} --documents 1 --samples 10",
         "ring, one document": "ring_length --tokens 8192 32768",
-        "ring, packs": "ring_packed --documents A B C --seconds 2",
+        "ring, packs": "ring_packed --documents A B C --orders planned --seconds 2",
         "experts, MiniMax": f"moe_overlap {EXPERTS} --tokens 8192 32768 --meshes {meshes}",
         "experts, Qwen3": f"moe_overlap {EXPERTS} --tokens 8192 --meshes {gpus}x1 --hidden 2048"
         " --ffn 768 --experts 128 --top-k 8",

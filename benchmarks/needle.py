@@ -1,32 +1,37 @@
-"""What do hybrids recall: needles and key-value pairs, by the share of softmax layers?
+"""What do hybrids recall, by the share of softmax layers and the number of pairs?
 
 Models of one size, of 16 layers without experts: all lightning, three, seven and fifteen lightning
 layers to a softmax layer, all softmax. Softmax layers have as many keys as queries and a gate, so
 that every layer has as many weights. A document is filler in which key-value pairs stand, two
-tokens each, and questions at its end: a key, after which the model must name its value.
+tokens each, and at its end every key once more, in another order: a question, to which the model
+must name the value.
 
-    f f k3 v3 f f f k1 v1 f k2 v2 f f ... k1 v1 k3 v3        the labels: the last v1 and v3
+    f f k3 v3 f f f f k1 v1 f f k2 v2 f f ... k1 v1 k3 v3 k2 v2        the answers: v1 v3 v2
 
-Filler is of tokens of its own and of values, never of keys. ``recall`` documents hold ``--pairs``
-pairs and a question for each, ``needle`` documents one pair anywhere and one question; every step
-trains on as many tokens of both. Over the first half of the steps documents grow from an eighth of
-their length and pairs, and so many more of them make a step: models learn to look up in short ones.
-All models of a seed see the same documents, and are asked documents that they did not see. Rows:
-for each seed the accuracy by task and the loss of the last tenth of the steps; for all seeds
-together their accuracies.
+Filler is of tokens of its own and of values, never of keys. A document of one pair is a needle in a
+haystack; ``--pairs`` names the numbers of pairs, and what is asked is counted for each.
+
+Without lessons no model learned this in a thousand steps. So the first half of the steps has
+short documents of pairs alone, drawn again and again: every key that was seen before is a question.
+Every value has a label too, its key, for the circuit begins with a look at the token before. In the
+second half documents are those of the test; over its first half they grow to ``--length``. All
+models of a seed see the same documents, and are asked documents that they did not see. Rows: for
+each seed the loss of the last tenth of the steps and the accuracy by pairs; for all seeds together
+their accuracies.
 
 Run: python -m benchmarks.needle --commit $(git rev-parse HEAD)
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.harness import Machine, Options, Question, Row, answer, row
 from lasp.hybrid import (
@@ -36,30 +41,49 @@ from lasp.hybrid import (
     HybridModel,
     PackedBatch,
     Residuals,
-    next_token_loss,
     pack_batch,
 )
 
-KINDS = 64  # of keys, of values and of filler tokens
-HALVINGS = 3  # of the documents that training begins with
+KINDS = 128  # of keys, of values and of filler tokens
 PATTERNS = {"lightning": "1:0", "3:1": "3:1", "7:1": "7:1", "15:1": "15:1", "softmax": "0:1"}
+FILLER = -1
 NO_LABEL = -100
 
 
 @dataclass(kw_only=True)
 class Sizes(Options):
-    """Options: the task, the model and the training."""
+    """Options: the task, the lessons before it, the model and the training."""
 
     length: int = 1024
-    pairs: int = 32
-    documents: int = 32
+    pairs: tuple[int, ...] = (1, 8, 32, 128)
+    documents: int = 16
+    lesson_length: int = 32
+    lesson_pairs: int = 8
     patterns: tuple[str, ...] = tuple(PATTERNS)
     seeds: tuple[int, ...] = (0, 1, 2)
     layers: int = 16
     hidden_size: int = 256
-    steps: int = 1000
-    learning_rate: float = 2e-3
-    tests: int = 16
+    steps: int = 1500
+    learning_rate: float = 1e-3
+    tests: int = 32
+
+    def __post_init__(self) -> None:
+        most = min(self.length // 4, KINDS)
+        if not 1 <= min(self.pairs) <= max(self.pairs) <= most:
+            raise ValueError(
+                f"pairs must be from 1 to {most}, a quarter of the tokens of a document and the"
+                f" kinds of keys, got {self.pairs}: make documents longer, or pairs fewer"
+            )
+        if not 2 <= self.lesson_length <= self.length:
+            raise ValueError(
+                f"lesson_length must be from 2 to the {self.length} tokens of a document, got"
+                f" {self.lesson_length}: lessons are shorter than the test"
+            )
+        if self.documents % len(self.pairs):
+            raise ValueError(
+                f"documents must be a multiple of {len(self.pairs)}, the numbers of pairs, got"
+                f" {self.documents}: a step has as many documents of each"
+            )
 
 
 class Documents(NamedTuple):
@@ -67,42 +91,70 @@ class Documents(NamedTuple):
 
     Attributes:
         tokens: int64 ``[N, length]``.
-        labels: likewise: the value after a question, else NO_LABEL.
+        labels: likewise: at a key that was seen before its value, at the value of a key that key,
+            else NO_LABEL.
     """
 
     tokens: Tensor
     labels: Tensor
 
 
-def documents(
-    generator: torch.Generator, count: int, length: int, pairs: int, questions: int
-) -> Documents:
-    """Documents with pairs anywhere before the questions, which ask for different keys."""
-    slots = (length - 2 * questions) // 2
-    if pairs > min(slots, KINDS) or questions > pairs:
-        raise ValueError(
-            f"pairs must be at least {questions} questions and at most {min(slots, KINDS)}, keys"
-            f" and places of a document, got {pairs}: make documents longer, or pairs fewer"
-        )
+def lesson_slots(generator: torch.Generator, count: int, length: int, pairs: int) -> Tensor:
+    """The pair in every two tokens of documents, ``[count, length / 2]``: any one, everywhere."""
+    return numbers(generator, pairs, count, length // 2)
 
-    def chosen(of: int, many: int) -> Tensor:
-        return torch.rand(count, of, generator=generator).argsort(1)[:, :many]
 
-    keys = chosen(KINDS, pairs)
-    values = torch.randint(KINDS, (count, pairs), generator=generator) + KINDS
+def asked_slots(generator: torch.Generator, count: int, length: int, pairs: int) -> Tensor:
+    """Likewise: every pair once among FILLER, and once at the end."""
+    told = length // 2 - pairs
+    pair = torch.arange(pairs, device=generator.device).expand(count, -1)
+    slots = pair.new_full((count, told), FILLER)
+    slots.scatter_(1, shuffled(generator, count, told)[:, :pairs], pair)
+    return torch.cat((slots, shuffled(generator, count, pairs)), 1)
+
+
+def shuffled(generator: torch.Generator, count: int, many: int) -> Tensor:
+    """``count`` orders of the numbers below ``many``."""
+    return torch.rand(count, many, generator=generator, device=generator.device).argsort(1)
+
+
+def numbers(generator: torch.Generator, below: int, *shape: int) -> Tensor:
+    """Numbers below one, drawn where the generator is."""
+    return torch.randint(below, shape, generator=generator, device=generator.device)
+
+
+def written(generator: torch.Generator, slots: Tensor) -> Documents:
+    """Documents with these pairs; keys of a document differ, values need not."""
+    count, many = slots.shape
+    is_pair, pair = slots != FILLER, slots.clamp(min=0)
+    key = shuffled(generator, count, KINDS).gather(1, pair)
+    value = KINDS + numbers(generator, KINDS, count, KINDS).gather(1, pair)
     # Values stand everywhere: only what follows a key is its own.
-    tokens = torch.randint(2 * KINDS, (count, length), generator=generator) + KINDS
-    at = 2 * chosen(slots, pairs)
-    tokens.scatter_(1, at, keys).scatter_(1, at + 1, values)
-    asked = chosen(pairs, questions)
-    tokens[:, length - 2 * questions :: 2] = keys.gather(1, asked)
-    tokens[:, length - 2 * questions + 1 :: 2] = values.gather(1, asked)
-    labels = torch.full_like(tokens, NO_LABEL)
-    labels[:, length - 2 * questions :: 2] = values.gather(1, asked)
-    return Documents(tokens, labels)
+    filler = KINDS + numbers(generator, 2 * KINDS, count, many, 2)
+    tokens = torch.where(is_pair[..., None], torch.stack((key, value), 2), filler)
+    at = torch.arange(many, device=slots.device).expand(count, -1)
+    first = at.new_full((count, KINDS), many)
+    first.scatter_reduce_(1, pair, at.where(is_pair, many), "amin")
+    asked = is_pair & (at > first.gather(1, pair))
+    labels = torch.stack((value.where(asked, NO_LABEL), key.where(is_pair, NO_LABEL)), 2)
+    return Documents(tokens.flatten(1), labels.flatten(1))
 
 
-def model_of(pattern: str, options: Sizes, machine: Machine) -> HybridModel:
+def slots_of(step: int, generator: torch.Generator, options: Sizes) -> Tensor:
+    """The pairs in the documents of a step of training."""
+    length, pairs = options.lesson_length, options.lesson_pairs
+    if 2 * step < options.steps:
+        return lesson_slots(generator, options.documents * options.length // length, length, pairs)
+    doublings = (options.length // length).bit_length() - 1
+    doubled = 1 + doublings * (4 * step - 2 * options.steps) // options.steps
+    shorter = max(0, doublings - doubled)
+    length, count = options.length >> shorter, options.documents << shorter
+    count //= len(options.pairs)
+    of_pairs = [min(pairs, length // 4) for pairs in options.pairs]
+    return torch.cat([asked_slots(generator, count, length, pairs) for pairs in of_pairs])
+
+
+def model_of(pattern: str, seed: int, options: Sizes, machine: Machine) -> HybridModel:
     """A model without experts; float32, which autocast rounds."""
     size = options.hidden_size
     heads = max(4, size // 32)  # lightning heads differ in their decay
@@ -113,13 +165,11 @@ def model_of(pattern: str, options: Sizes, machine: Machine) -> HybridModel:
         moe=None,
         dense=DenseConfig(size, 2 * size),
         pattern=PATTERNS[pattern],
-        residuals=Residuals(),
+        residuals=Residuals(init_gain=0.5),
         lightning_impl=machine.impl,
     )
     model = HybridModel(config, device=machine.device)
-    model.reset_parameters(0)
-    with torch.no_grad():
-        model.embedding.weight.mul_(0.02 * math.sqrt(size))
+    model.reset_parameters(seed)
     return model
 
 
@@ -128,36 +178,25 @@ class Run:
 
     def __init__(self, pattern: str, seed: int, options: Sizes, machine: Machine) -> None:
         self.options, self.machine = options, machine
-        self.generator = torch.Generator().manual_seed(seed)
-        self.model = model_of(pattern, options, machine)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+        self.generator = torch.Generator(machine.device).manual_seed(seed)
+        self.model = model_of(pattern, seed, options, machine)
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), fused=True
         )
 
-    def task(self, name: str, count: int, halvings: int = 0) -> Documents:
-        """New documents of a task: ``count`` whole ones, or more that are shorter."""
-        pairs = max(1, self.options.pairs >> halvings) if name == "recall" else 1
-        length = self.options.length >> halvings
-        return documents(self.generator, count << halvings, length, pairs, pairs)
-
-    def forward(self, some: Documents) -> tuple[Tensor, Tensor]:
-        """Logits and labels of the tokens that have one."""
+    def forward(self, some: Documents) -> Tensor:
+        """Logits ``[T, vocabulary]``."""
         batch = batch_of(*some.tokens.shape)
-        tokens, labels = (x.flatten().to(self.machine.device) for x in some)
         with torch.autocast(self.machine.device, torch.bfloat16, self.machine.device == "cuda"):
-            logits = self.model(tokens, batch).logits
-        asked = labels != NO_LABEL
-        return logits[asked], labels[asked]
+            logits: Tensor = self.model(some.tokens.flatten(), batch).logits
+        return logits.float()
 
     def train(self) -> float:
-        """The loss of the last tenth of the steps, in nats a question."""
+        """The loss of the last tenth of the steps, in nats a label."""
         options, losses = self.options, []
         for step in range(options.steps):
-            half = options.documents // 2
-            halvings = max(0, HALVINGS - 2 * HALVINGS * step // options.steps)
-            parts = (self.task("recall", half, halvings), self.task("needle", half, halvings))
-            logits, labels = self.forward(Documents(*map(torch.cat, zip(*parts))))
-            loss = next_token_loss(logits, labels, len(labels))
+            some = written(self.generator, slots_of(step, self.generator, options))
+            loss = F.cross_entropy(self.forward(some), some.labels.flatten(), ignore_index=NO_LABEL)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             for group in self.optimizer.param_groups:
@@ -168,49 +207,49 @@ class Run:
         return torch.stack(losses[-max(1, options.steps // 10) :]).mean().item()
 
     @torch.no_grad()
-    def accuracy(self, name: str) -> float:
-        """The share of questions that the model answers, over ``tests`` batches of a task."""
-        right, asked = 0, 0
-        for _ in range(self.options.tests):
-            logits, labels = self.forward(self.task(name, self.options.documents))
-            right += int((logits.argmax(1) == labels).sum())
-            asked += len(labels)
-        return right / asked
+    def accuracy(self, pairs: int) -> float:
+        """The share of questions that the model answers, over ``tests`` batches."""
+        options, found = self.options, []
+        for _ in range(options.tests):
+            slots = asked_slots(self.generator, options.documents, options.length, pairs)
+            some = written(self.generator, slots)
+            said, labels = self.forward(some).argmax(1), some.labels.flatten()
+            asked = labels >= KINDS  # values; labels that are keys are lessons
+            found.append((said == labels)[asked])
+        return torch.cat(found).double().mean().item()
 
 
 def schedule(step: int, steps: int) -> float:
-    """Warm-up over the first tenth, then half a cosine."""
-    warm_up = max(1, steps // 10)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
+    """Warm-up over the first twentieth; from the middle on a straight line to 0."""
+    return min(20 * (step + 1) / steps, 1, 2 - 2 * step / steps)
 
 
+@cache
 def batch_of(count: int, length: int) -> PackedBatch:
     """Documents of one length."""
     return pack_batch([[length] * count], dp_rank=0, num_ranks=1, order="contiguous")
 
 
 def rows(options: Sizes, machine: Machine) -> Iterator[Row]:
-    """Rows by pattern and seed."""
-    facts: dict[str, Any] = {"length": options.length, "pairs": options.pairs}
-    facts |= {"layers": options.layers, "hidden_size": options.hidden_size}
+    """Rows by pattern, seed and pairs."""
+    facts: dict[str, Any] = {"length": options.length, "layers": options.layers}
+    facts |= {"hidden_size": options.hidden_size}
     facts |= {"tokens": options.steps * options.documents * options.length}
     for pattern in options.patterns:
-        found: dict[str, list[float]] = {"recall": [], "needle": []}
+        found: dict[int, list[float]] = {pairs: [] for pairs in options.pairs}
         for seed in options.seeds:
             run = Run(pattern, seed, options, machine)
             case = facts | {"pattern": pattern, "seed": seed}
             case["parameters"] = sum(p.numel() for p in run.model.parameters())
-            yield row("needle", case, "lasp", "loss", run.train(), "nats a question")
-            for task, accuracies in found.items():
-                accuracies.append(run.accuracy(task))
-                yield row("needle", case, "lasp", f"{task}_accuracy", accuracies[-1], "share")
+            yield row("needle", case, "lasp", "loss", run.train(), "nats a label")
+            for pairs, accuracies in found.items():
+                accuracies.append(run.accuracy(pairs))
+                case["pairs"] = pairs
+                yield row("needle", dict(case), "lasp", "accuracy", accuracies[-1], "share")
         if len(options.seeds) > 1:
-            case = facts | {"pattern": pattern, "seed": "all"}
-            for task, accuracies in found.items():
-                metric = f"{task}_accuracy"
-                yield row("needle", case, "lasp", metric, sorted(accuracies), "share")
+            for pairs, accuracies in found.items():
+                case = facts | {"pattern": pattern, "seed": "all", "pairs": pairs}
+                yield row("needle", case, "lasp", "accuracy", sorted(accuracies), "share")
 
 
 QUESTION = Question("needle", Sizes, rows)

@@ -63,7 +63,7 @@ def test_too_many_pairs_raise(pairs: tuple[int, ...]) -> None:
 
 def test_lessons_longer_than_the_test_raise() -> None:
     with pytest.raises(ValueError, match="lesson_length must be from 2 to the 32 tokens"):
-        needle.Sizes(commit="c", length=32, pairs=(1,))
+        needle.Sizes(commit="c", length=32, pairs=(1,), lesson_length=64)
 
 
 def test_every_number_of_pairs_has_as_many_documents() -> None:

@@ -20,6 +20,7 @@ from lasp.state_exchange.start import start_exchange
 # The model is linear in the reciprocal bandwidth and in its other numbers: a link for each alone.
 UNITS = (Link(0, 1, 0, 0), Link(0, inf, 1, 0), Link(1, inf, 0, 0), Link(0, inf, 0, 1))
 HEADS, DIM = (1, 4, 32), 64  # states of 16 KiB to half a MiB
+BLOCKS = 4
 
 
 class TimedExchange(NamedTuple):
@@ -28,7 +29,12 @@ class TimedExchange(NamedTuple):
     strategy: str
     traffic: ExchangeTraffic
     size: StateSize
+    num_blocks: int
     us: float
+
+    def model_us(self, over: Link) -> float:
+        """By the cost model."""
+        return exchange_us(self.strategy, self.traffic, self.size, over, self.num_blocks)
 
 
 def measure_link(cp_group: dist.ProcessGroup, *, samples: int = 15) -> Link:
@@ -39,7 +45,7 @@ def measure_link(cp_group: dist.ProcessGroup, *, samples: int = 15) -> Link:
 
     Args:
         cp_group: ranks that are otherwise idle.
-        samples: of each of nine exchanges; a fast one of them counts.
+        samples: of each of twelve exchanges; a fast one of them counts.
 
     Returns:
         The same link on every rank.
@@ -63,8 +69,8 @@ def measure_link(cp_group: dist.ProcessGroup, *, samples: int = 15) -> Link:
     for heads in HEADS:
         states = torch.zeros(flow.num_slots, heads, DIM, DIM, device=device)
         passed = [torch.ones(1, 1, 1, device=device) for _ in flow.steps]
-        for name in EXACT:
-            choice = ExchangeChoice(name, tuple(range(heads)))
+        for name, blocks in (*((name, 1) for name in EXACT), ("scan", BLOCKS)):
+            choice = ExchangeChoice(name, tuple(range(heads)), blocks)
             times = []
             for _ in range(samples + 1):  # the first one warms up
                 dist.all_reduce(torch.zeros(1, device=device), group=cp_group)
@@ -78,7 +84,7 @@ def measure_link(cp_group: dist.ProcessGroup, *, samples: int = 15) -> Link:
             slowest = torch.tensor(times[1:], dtype=torch.float64, device=device)
             dist.all_reduce(slowest, dist.ReduceOp.MAX, group=cp_group)
             us = sorted(slowest.tolist())[samples // 4]
-            found.append(TimedExchange(name, traffic, StateSize(heads, DIM, DIM), us))
+            found.append(TimedExchange(name, traffic, StateSize(heads, DIM, DIM), blocks, us))
     return fit_link(found)
 
 
@@ -87,13 +93,8 @@ def fit_link(timed: Sequence[TimedExchange]) -> Link:
 
     Where the exchanges do not tell two numbers apart, the first one of ``UNITS`` stands for both.
     """
-    shares = torch.tensor(
-        [
-            [exchange_us(t.strategy, t.traffic, t.size, unit) / t.us for unit in UNITS]
-            for t in timed
-        ],
-        dtype=torch.float64,
-    )
+    parts = [[t.model_us(unit) / t.us for unit in UNITS] for t in timed]
+    shares = torch.tensor(parts, dtype=torch.float64)
     target = torch.ones(len(timed), 1, dtype=torch.float64)
     least, best = inf, torch.zeros(len(UNITS), dtype=torch.float64)
     for count in range(1, len(UNITS) + 1):

@@ -12,7 +12,7 @@ from lasp import SequenceLayout, lightning_attention
 from lasp.sequence.state_flow import flow_of
 from lasp.state_exchange import Link, exchange_over, link, measure_link, resolve_exchange
 from lasp.state_exchange.choice import EXACT, NAMES, parse_exchange
-from lasp.state_exchange.cost import NVLINK, StateSize, exchange_us, traffic_of
+from lasp.state_exchange.cost import NVLINK, StateSize, traffic_of
 from tests.ranks import refusal, run_on_ranks
 from tests.test_hybrid import config
 
@@ -59,15 +59,13 @@ def test_the_fit_finds_the_link_behind_the_times() -> None:
         traffic = traffic_of(flow.steps, ranks, lambda length: True)
         for heads in (1, 8, 64):
             for name in EXACT:
-                size = StateSize(heads, 64, 64)
-                us = exchange_us(name, traffic, size, SLOW)
-                timed.append(link.TimedExchange(name, traffic, size, us))
+                one = link.TimedExchange(name, traffic, StateSize(heads, 64, 64), 2, 0.0)
+                timed.append(one._replace(us=one.model_us(SLOW)))
     assert asdict(link.fit_link(timed)) == pytest.approx(asdict(SLOW), rel=1e-6)
     # Two ranks do not tell launch, latency and rank apart: the sums are the same.
     found = link.fit_link(timed[:9])
     for one in timed[:9]:
-        us = exchange_us(one.strategy, one.traffic, one.size, found)
-        assert us == pytest.approx(one.us, rel=1e-3)
+        assert one.model_us(found) == pytest.approx(one.us, rel=1e-3)
 
 
 def measured_on_rank() -> tuple[Link, str, torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.harness import Machine, draw
 from benchmarks.token_groups import token_groups
 from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig, SymmetricMemory
+from moe_parallel.config import Send
 from moe_parallel.dispatch import all_to_all, make_dispatcher
 from moe_parallel.dispatch.dispatcher import Dispatcher, RowTransfer
 from moe_parallel.dispatch.plan import Splits
@@ -53,6 +54,7 @@ class Way(NamedTuple):
     forward: Callable[[Tensor], Tensor]
     parameters: Iterable[Tensor]
     in_force: AbstractContextManager[Any] = nullcontext()
+    sends_assignments: bool = True  # as those in which nothing is sent
 
 
 def build(
@@ -156,10 +158,16 @@ def bare_products(layer: ExpertParallelMoE, x: Tensor, *, backward: bool) -> Cal
 def ways(
     layer: ExpertParallelMoE, machine: Machine, memory: SymmetricMemory | None = None
 ) -> dict[str, Way]:
-    """Ours by name: in groups of experts, in two groups of tokens, and with nothing sent."""
+    """Ours by name: in groups of experts, in two groups of tokens, and with nothing sent.
 
-    def in_groups(num_groups: int | None, dispatcher: Dispatcher, x: Tensor) -> Tensor:
-        layer.config = replace(layer.config, overlap_groups=num_groups)
+    Tokens that cross to a rank once have a name of their own where there is no ETP; the rule takes
+    them or assignments.
+    """
+
+    def in_groups(
+        num_groups: int | None, dispatcher: Dispatcher, x: Tensor, send: Send = "assignments"
+    ) -> Tensor:
+        layer.config = replace(layer.config, overlap_groups=num_groups, send=send)
         layer.dispatcher = dispatcher
         return layer(x).output
 
@@ -170,8 +178,12 @@ def ways(
         dispatcher = make_dispatcher(layer.mesh, layer.groups, used)
         for g in sorted({1, 2, max(1, most // 2), most}):
             found[f"lasp {g} groups{how}"] = Way(partial(in_groups, g, dispatcher), parameters)
-        by_rule = Way(partial(in_groups, None, dispatcher), parameters)
-        found[f"lasp, groups by the rule{how}"] = by_rule
+        sends: dict[str, Send] = {"by the rule": "auto"}
+        if layer.mesh.ep_size > 1 and layer.mesh.etp_size == 1:
+            sends["tokens once"] = "tokens"
+        for name, send in sends.items():
+            chosen = partial(in_groups, None, dispatcher, send=send)
+            found[f"lasp, {name}{how}"] = Way(chosen, parameters, sends_assignments=False)
         silent = nothing_copied() if copied else nothing_sent(machine)
         found[SILENT[copied]] = Way(partial(in_groups, 1, dispatcher), parameters, silent)
     found["2 token groups"] = Way(partial(token_groups, layer), parameters)

@@ -8,6 +8,8 @@ Exposed communication of a layer in G groups of experts, by time medians of call
 buffer of the same shape. ``only sent`` is those all-to-alls back to back, without products. E of
 one group is what a layer without overlap shows, about 1. The router, its counts and the copy to
 the host are in all of them. Routing is planted: each expert gets as many tokens from every rank.
+``tokens once`` sends a token to a rank once, whatever number of its experts live there; its time is
+to be compared, but has no E, for it sends something else.
 ``copied`` is through ``moe_parallel.SymmetricMemory``, and compared with the layer whose ranks wait
 for each other and copy nothing, ``nothing copied``, and with copies alone, ``only copied``.
 
@@ -113,7 +115,7 @@ def measure(
             medians[found["impl"]] = found["p50"]
             yield found
         for name in ours:
-            if name not in SILENT and (groups.ep or groups.etp):
+            if name not in SILENT and ours[name].sends_assignments and (groups.ep or groups.etp):
                 copied = name.endswith("copied")
                 alone = medians[COPIED if copied else SENT]
                 share = (medians[name] - medians[SILENT[copied]]) / alone

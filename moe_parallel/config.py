@@ -12,6 +12,7 @@ from lasp._core.impl import Impl, check_impl
 
 DropPolicy = Literal["position", "probability"]
 Gemm = Literal["auto", "loop", "grouped"]
+Send = Literal["auto", "tokens", "assignments"]
 ScoreFunction = Literal["softmax_of_top_k", "softmax", "sigmoid"]
 
 
@@ -156,6 +157,10 @@ class MoEConfig:
         shared_ffn_size: FFN width of the shared expert, a dense SwiGLU that takes every token and
             whose output is added; several shared experts are one of their widths' sum. None: none.
         shared_gate: the shared expert's output is multiplied by a sigmoid gate of its own.
+        send: ``tokens`` cross to a rank once, whatever number of their experts live there, and one
+            sum comes back; EP without ETP alone, and one group. ``assignments`` travel one by one,
+            in ``overlap_groups``. ``auto`` chooses where ``overlap_groups`` is None
+            (:func:`moe_parallel.dispatch.sending.tokens_pay`), and is ``assignments`` otherwise.
 
     Raises:
         ValueError: naming the argument.
@@ -176,6 +181,7 @@ class MoEConfig:
     router: RouterConfig = RouterConfig()
     shared_ffn_size: int | None = None
     shared_gate: bool = False
+    send: Send = "auto"
 
     def __post_init__(self) -> None:
         check_sizes(self, "hidden_size", "ffn_size", "num_experts", "top_k")
@@ -194,6 +200,13 @@ class MoEConfig:
             )
         if self.gemm not in get_args(Gemm):
             raise ValueError(f"gemm must be one of {get_args(Gemm)}, got {self.gemm!r}")
+        if self.send not in get_args(Send):
+            raise ValueError(f"send must be one of {get_args(Send)}, got {self.send!r}")
+        if self.send == "tokens" and (self.overlap_groups or 1) > 1:
+            raise ValueError(
+                "overlap_groups must be None or 1 with send 'tokens', which go to all experts of a"
+                f" rank at once, got {self.overlap_groups}: use send 'assignments' for groups"
+            )
         check_impl(self.impl)
         check_drop(self.capacity_factor, self.drop_policy)
         by_position = self.capacity_factor is not None and self.drop_policy == "position"

@@ -17,17 +17,17 @@ from lasp._core.impl import chosen_impl
 from moe_parallel.config import MoEConfig
 from moe_parallel.dispatch import SymmetricMemory, make_dispatcher
 from moe_parallel.dispatch.padding import padded_rows
-from moe_parallel.dispatch.permute import SentRows, permute, row_order, unpermute
+from moe_parallel.dispatch.permute import permute, unpermute
 from moe_parallel.dispatch.plan import checked_rows
+from moe_parallel.dispatch.sending import may_send_tokens, start_tokens, tokens_pay
 from moe_parallel.experts.dense import DenseFFN
 from moe_parallel.experts.experts import Experts
 from moe_parallel.experts.shard import generator_of
 from moe_parallel.mesh import expert_mesh
-from moe_parallel.pipeline.groups import expert_groups, most_groups, positions_on
-from moe_parallel.pipeline.pipeline import Pipeline
+from moe_parallel.pipeline.pipeline import Pipeline, call_groups, kept_rows
 from moe_parallel.pipeline.timeline import Timeline
 from moe_parallel.router.checks import agreed_order, check_hidden, routed_inputs, shared_settings
-from moe_parallel.router.counts import HostTokenCounts, Routing, RoutingStats
+from moe_parallel.router.counts import Routing, RoutingStats
 from moe_parallel.router.losses import TokenSequences
 from moe_parallel.router.route import Router
 from moe_parallel.router.scores import RoutingReplay
@@ -113,7 +113,9 @@ class ExpertParallelMoE(nn.Module):
         self.dispatcher = make_dispatcher(self.mesh, groups, symmetric_memory)
         self._is_split = len(self.mesh.sources) > 1
         self._has_sequences = config.router.sequence_loss_coefficient > 0
-        self.gate = Router(config, token_group=self.groups.token, device=device, dtype=dtype)
+        num_ranks = self.mesh.ep_size if may_send_tokens(config, self.mesh) else 0
+        where = (groups.token, num_ranks)
+        self.gate = Router(config, *where, device=device, dtype=dtype)
         self.experts = Experts(
             config.hidden_size,
             config.ffn_size,
@@ -242,59 +244,57 @@ class ExpertParallelMoE(nn.Module):
         Raises:
             ValueError: if a rank of the block would take more than ``max_rows``.
         """
-        config, mesh = self.config, self.mesh
+        config, mesh, order, rows = self.config, self.mesh, None, x_TM
         impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
-        if config.pad_to_capacity and self.training:
-            groups = partial(self._groups, x_TM=x_TM)
-            routing, rows = padded_rows(routing, config, token_order, groups)
+        padded = config.pad_to_capacity and self.training
+        if self._sends_tokens(x_TM, routing, token_order, padded=padded):
+            how = (config, mesh, self.dispatcher, token_order)
+            routing, dispatch, wait, total = start_tokens(x_TM, routing, *how, impl, padded=padded)
         else:
-            rows = self._kept_rows(x_TM, routing, token_order)
-        wait, kept, start = rows.wait, rows.kept, self.dispatcher.start_call
-        if config.max_rows is not None:
-            wait, kept = partial(checked_rows, wait, config.max_rows, mesh), None
-        dispatch = start(wait, rows.groups, most_rows=rows.most, like=x_TM, kept=kept)
-        order = replace(rows.order, place=dispatch.place)
-        # The host may wait for the counts after this: meanwhile the device permutes, and on one
-        # rank computes the shared expert; over several that runs while rows travel.
-        rows_AM = permute(x_TM, order, impl)
+            groups_for = partial(self._groups, x_TM=x_TM)
+            if padded:
+                routing, sent = padded_rows(routing, config, token_order, groups_for)
+            else:
+                sent = kept_rows(
+                    routing, config, mesh, token_order, groups_for, late=self._late(x_TM, routing)
+                )
+            wait, kept, total = sent.wait, sent.kept, sent.total
+            if config.max_rows is not None:
+                wait, kept = partial(checked_rows, wait, config.max_rows, mesh), None
+            dispatch = self.dispatcher.start_call(
+                wait, sent.groups, most_rows=sent.most, like=x_TM, kept=kept
+            )
+            # The host may wait for the counts after this: meanwhile the device permutes, and on one
+            # rank computes the shared expert; over several that runs while rows travel.
+            order = replace(sent.order, place=dispatch.place)
+            rows = permute(x_TM, order, impl)
         shared = self.shared and self.shared.start(x_TM, aside=bool(dispatch.lanes))
-        mean_rows = rows.total // mesh.num_token_ranks * mesh.etp_size
-        results_AM: Tensor = self.experts(rows_AM, Pipeline(dispatch, timeline), num_rows=mean_rows)
-        output_TM = unpermute(results_AM, routing.weights, order, impl)
+        mean_rows = total // mesh.num_token_ranks * mesh.etp_size
+        output_TM: Tensor = self.experts(rows, Pipeline(dispatch, timeline), num_rows=mean_rows)
+        if order is not None:
+            output_TM = unpermute(output_TM, routing.weights, order, impl)
         if mesh.num_token_ranks > 1:
             wait()  # where nothing did yet: ranks that differ in the counts raise
         return output_TM if shared is None else output_TM + shared(), routing
 
-    def _kept_rows(self, x_TM: Tensor, routing: Routing, token_order: TokenOrder) -> SentRows:
-        """One row for each kept assignment; on one rank grouped products ask for no counts."""
-        config, late = self.config, False
+    def _sends_tokens(
+        self, x_TM: Tensor, routing: Routing, token_order: TokenOrder, *, padded: bool
+    ) -> bool:
+        """Whether tokens cross once, see :func:`moe_parallel.dispatch.sending.tokens_pay`."""
+        if routing.counts.tokens is None:
+            return False
+        num_rows = token_order.num_tokens * self.config.top_k
+        groups, _ = self._groups(num_rows, x_TM)
+        return tokens_pay(self.config, self.mesh, len(groups), padded=padded)
+
+    def _late(self, x_TM: Tensor, routing: Routing) -> bool:
+        """On one rank grouped products ask for no counts."""
+        config = self.config
         alone = self.mesh.num_token_ranks == 1 and routing.dropless and config.max_rows is None
-        if alone and config.overlap_groups in (None, 1):
-            late = self.experts.chosen_gemm(routing.experts.numel(), x_TM.dtype) == "grouped"
-        counts = HostTokenCounts(routing, token_order, start=not late)
-        total = counts.of_all()
-        groups, positions_E = self._groups(total, x_TM)
-        order = row_order(
-            routing.experts,
-            routing.mask,
-            counts.of_rank(self.mesh.token_rank),
-            config.num_experts,
-            histogram=routing.histogram,
-            positions_E=positions_E,
-        )
-        return SentRows(order, groups, counts.wait, total, counts.most, routing.counts.kept)
+        if not alone or config.overlap_groups not in (None, 1):
+            return False
+        return self.experts.chosen_gemm(routing.experts.numel(), x_TM.dtype) == "grouped"
 
     def _groups(self, num_rows: int, x_TM: Tensor) -> tuple[tuple[range, ...], Tensor | None]:
         """Groups of a rank's experts for so many rows, and the experts' positions."""
-        config, num_local = self.config, self.experts.num_local
-        num_groups, sizes = config.overlap_groups, (config.hidden_size, config.ffn_size)
-        if num_groups is None:
-            rank_rows = num_rows // self.mesh.num_token_ranks
-            rank_bytes = rank_rows * x_TM.element_size() * sizes[0]
-            num_groups = self.dispatcher.overlap_groups(num_local, rank_bytes)
-            if num_groups > 1:
-                num_groups = min(num_groups, most_groups(rank_rows, *sizes))
-        groups = expert_groups(num_local, num_groups)
-        if num_groups == 1:
-            return groups, None
-        return groups, positions_on(x_TM.device, config.num_experts, self.mesh.ep_size, groups)
+        return call_groups(self.config, self.mesh, self.dispatcher, num_rows, x_TM)

@@ -73,6 +73,10 @@ class Dispatch(Protocol):
         process_groups: ranks whose backwards wait for each other.
         place: makes ``[rows, hidden]``, like a given tensor, for the rows that this rank sends; it
             holds them until the next call. None: they may be anywhere.
+        weights: ``[T, k]``, by which results are multiplied where the experts are; None: by whoever
+            adds them up.
+        row_gradients: in the backward of a dispatch with weights the gradient of each row's weight,
+            set before :meth:`by_arrival`, which takes it.
     """
 
     experts: tuple[range, ...]
@@ -80,6 +84,8 @@ class Dispatch(Protocol):
     etp: EtpStages | None = None
     process_groups: tuple[dist.ProcessGroup, ...] = ()
     place: Place | None = None
+    weights: Tensor | None = None
+    row_gradients: Tensor | None = None
 
     def expert_rows(self, g: int) -> tuple[int, ...]:
         """Rows that each expert of group ``g`` takes; the first call waits for the counts."""
@@ -89,6 +95,23 @@ class Dispatch(Protocol):
 
         By default it does not: None.
         """
+        return None
+
+    def to_rows(self, x_TM: Tensor) -> Tensor:
+        """The rows that leave, of tokens or their gradients; by default these are rows."""
+        return x_TM
+
+    def to_tokens(self, rows_AM: Tensor) -> Tensor:
+        """The results of tokens, or their gradients, of the rows that came back."""
+        return rows_AM
+
+    def weight_gradients(self, rows_AM: Tensor) -> Tensor | None:
+        """The gradient of ``weights``, out of the rows that came back in the backward."""
+        return None
+
+    @property
+    def row_weights(self) -> Tensor | None:
+        """Those ``weights`` by which the rows of this rank's experts are multiplied, in order."""
         return None
 
     def own_rows(self, g: int, rows_AM: Tensor) -> Tensor:

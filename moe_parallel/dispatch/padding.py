@@ -18,14 +18,36 @@ Example: E = 2, C = 2, k = 1, experts (0, 1, 0, 0) of 4 tokens::
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
 from moe_parallel.config import MoEConfig
-from moe_parallel.dispatch.permute import RowOrder, SentRows
+from moe_parallel.dispatch.permute import RowOrder
+from moe_parallel.dispatch.plan import RowCounts
 from moe_parallel.router.counts import AssignmentCounts, Routing, at_assignments, rows_before
 from moe_parallel.router.route import expert_capacity
 from moe_parallel.router.token_order import TokenOrder
+
+
+class SentRows(NamedTuple):
+    """The rows of a call, and how they leave.
+
+    Attributes:
+        order: of the rows that this rank sends.
+        groups: experts of a rank, by group of the pipeline.
+        wait: rows each rank of the token group sends to each expert.
+        total: rows that all ranks send.
+        most: no rank sends more.
+        kept: what ``wait`` returns, on the device; None: it is not there.
+    """
+
+    order: RowOrder
+    groups: tuple[range, ...]
+    wait: Callable[[], RowCounts]
+    total: int
+    most: int
+    kept: Tensor | None = None
 
 
 def drop_by_rank(routing: Routing, capacity: int) -> tuple[Routing, Tensor]:

@@ -15,10 +15,10 @@ Example: 3 tokens, k = 2, the assignment of token 1 to expert 0 dropped::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_
 from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import ChosenImpl
 from moe_parallel.dispatch.dispatcher import Place
-from moe_parallel.dispatch.plan import RowCounts
 from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.router.counts import at_assignments, rows_before
 
@@ -69,26 +68,6 @@ class RowOrder:
         return assignment_A.scatter_(0, target_A, numbers_A)[: self.num_rows]
 
 
-class SentRows(NamedTuple):
-    """The rows of a call, and how they leave.
-
-    Attributes:
-        order: of the rows that this rank sends.
-        groups: experts of a rank, by group of the pipeline.
-        wait: rows each rank of the token group sends to each expert.
-        total: rows that all ranks send.
-        most: no rank sends more.
-        kept: what ``wait`` returns, on the device; None: it is not there.
-    """
-
-    order: RowOrder
-    groups: tuple[range, ...]
-    wait: Callable[[], RowCounts]
-    total: int
-    most: int
-    kept: Tensor | None = None
-
-
 def row_order(
     experts_Tk: Tensor,
     kept_Tk: Tensor | None,
@@ -114,7 +93,7 @@ def row_order(
             raise ValueError("kept_Tk must be None with a histogram, which counts all assignments")
         from moe_parallel.kernels import router
 
-        return RowOrder(router.rows(experts_Tk, histogram, positions_E), num_rows)
+        return RowOrder(router.rows(experts_Tk, histogram, positions_E)[0], num_rows)
     if positions_E is not None:
         experts_Tk = positions_E[experts_Tk]
     if kept_Tk is None:
@@ -152,6 +131,46 @@ def unpermute(
     return tokens
 
 
+def copy_to_rows(x_TM: Tensor, order: RowOrder, rows_AM: Tensor, impl: ChosenImpl) -> Tensor:
+    """Each token into its rows; rows without a token are zero if ``order.padded``.
+
+    Numbers of a row lie side by side, rows may have gaps between them.
+    """
+    if impl == "triton":
+        return _copy_slots(x_TM, order, rows_AM)
+    return _token_rows(x_TM, order, order.row.shape[1], rows_AM)
+
+
+def sum_of_rows(
+    rows_AM: Tensor,
+    weights_Tk: Tensor | None,
+    row_Tk: Tensor,
+    impl: ChosenImpl,
+    out_TM: Tensor | None = None,
+) -> Tensor:
+    """``[T, M]``: the sum of each token's rows in slot order, in float32 or wider, rounded once.
+
+    Args:
+        rows_AM: as in :func:`copy_to_rows`.
+        weights_Tk: of the rows; None for ones.
+        row_Tk: the row of each slot, -1 for none.
+        impl: ``triton`` takes float32 weights.
+        out_TM: to write into.
+    """
+    shape = (row_Tk.shape[0], rows_AM.shape[1])
+    if impl == "triton":
+        out_TM = rows_AM.new_empty(shape) if out_TM is None else out_TM
+        return _sum_slots(rows_AM, weights_Tk, row_Tk, out_TM)
+    dtype = wide_dtype(rows_AM.dtype)
+    if weights_Tk is not None:
+        dtype = torch.promote_types(dtype, weights_Tk.dtype)
+    total_TM = rows_AM.new_zeros(shape, dtype=dtype)
+    for slot, row_T in enumerate(row_Tk.unbind(1)):
+        rows_TM = _slot_rows(rows_AM, row_T)
+        total_TM += rows_TM if weights_Tk is None else weights_Tk[:, slot, None] * rows_TM
+    return total_TM.to(rows_AM.dtype) if out_TM is None else out_TM.copy_(total_TM)
+
+
 def _token_rows(x_TM: Tensor, order: RowOrder, top_k: int, out_AM: Tensor | None = None) -> Tensor:
     """``[A, hidden]``: the token of each row, zero for a row without one."""
     token_A = order.assignment.div(top_k, rounding_mode="floor")
@@ -175,24 +194,31 @@ def _slot_rows(rows_AM: Tensor, row_T: Tensor) -> Tensor:
 
 
 def _copy_slots(x_TM: Tensor, order: RowOrder, rows_AM: Tensor) -> Tensor:
-    """Each token into its rows of ``rows_AM``; rows of padding are zero."""
     from moe_parallel.kernels.slots_kernel import copy_slots_kernel
 
-    row_Tk = order.row.contiguous()
+    row_Tk, x_TM = order.row.contiguous(), _side_by_side(x_TM)
     if order.padded:
         rows_AM.zero_()
-    _launch(copy_slots_kernel, (x_TM.contiguous(), row_Tk, rows_AM), row_Tk, x_TM.shape[1])
+    strides = {"X_STRIDE": x_TM.stride(0), "ROWS_STRIDE": rows_AM.stride(0)}
+    _launch(copy_slots_kernel, (x_TM, row_Tk, rows_AM), row_Tk, x_TM.shape[1], strides)
     return rows_AM
 
 
-def _sum_slots(rows_AM: Tensor, weights_Tk: Tensor | None, row_Tk: Tensor) -> Tensor:
-    """``[T, M]``: the sum of each token's rows, weighted if there are weights (float32)."""
+def _sum_slots(
+    rows_AM: Tensor, weights_Tk: Tensor | None, row_Tk: Tensor, out_TM: Tensor
+) -> Tensor:
     from moe_parallel.kernels.slots_kernel import sum_slots_kernel
 
-    rows_AM, row_Tk, width = rows_AM.contiguous(), row_Tk.contiguous(), rows_AM.shape[1]
-    out_TM = rows_AM.new_empty(row_Tk.shape[0], width)
-    _launch(sum_slots_kernel, (rows_AM, weights_Tk, row_Tk, out_TM), row_Tk, width)
+    rows_AM, row_Tk = _side_by_side(rows_AM), row_Tk.contiguous()
+    strides = {"ROWS_STRIDE": rows_AM.stride(0), "OUT_STRIDE": out_TM.stride(0)}
+    tensors = (rows_AM, weights_Tk, row_Tk, out_TM)
+    _launch(sum_slots_kernel, tensors, row_Tk, rows_AM.shape[1], strides)
     return out_TM
+
+
+def _side_by_side(rows_AM: Tensor) -> Tensor:
+    """The rows, copied if the numbers of one do not follow each other."""
+    return rows_AM if rows_AM.stride(1) == 1 else rows_AM.contiguous()
 
 
 def _sum_slots_backward(
@@ -207,21 +233,21 @@ def _sum_slots_backward(
     dweights_Tk = torch.empty_like(weights_Tk)
     tensors = (grad_TM.contiguous(), rows_AM.contiguous(), weights_Tk, row_Tk)
     kernel, width = sum_slots_backward_kernel, rows_AM.shape[1]
-    _launch(kernel, (*tensors, drows_AM, dweights_Tk), row_Tk, width, whole_tokens=True)
+    _launch(kernel, (*tensors, drows_AM, dweights_Tk), row_Tk, width, None)
     return drows_AM, dweights_Tk
 
 
 def _launch(
-    kernel: Any, tensors: Sequence[Any], row_Tk: Tensor, width: int, *, whole_tokens: bool = False
+    kernel: Any, tensors: Sequence[Any], row_Tk: Tensor, width: int, strides: dict[str, int] | None
 ) -> None:
-    """One program for each token, or for each token and block of its columns."""
+    """A program for each token and block of its columns; without strides for each whole token."""
     from lasp._core.launcher import launch
 
     (tokens, top_k), columns = row_Tk.shape, min(BLOCK_COLUMNS, 1 << (width - 1).bit_length())
-    blocks = 1 if whole_tokens else -(-width // columns)
+    blocks = 1 if strides is None else -(-width // columns)
     launch(
         kernel, row_Tk.device, tokens * blocks, *tensors,
-        M=width, K=top_k, COLUMNS=columns, num_warps=NUM_WARPS,
+        M=width, K=top_k, COLUMNS=columns, **strides or {}, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
@@ -233,22 +259,13 @@ class _Permute(torch.autograd.Function):
     def forward(ctx: Any, x_TM: Tensor, order: RowOrder, impl: ChosenImpl) -> Tensor:
         ctx.save_for_backward(order.row)
         ctx.impl = impl
-        rows_AM = order.new_rows(x_TM)
-        if impl == "triton":
-            return _copy_slots(x_TM, order, rows_AM)
-        return _token_rows(x_TM, order, order.row.shape[1], rows_AM)
+        return copy_to_rows(x_TM, order, order.new_rows(x_TM), impl)
 
     @staticmethod
     @refuse_second_derivatives(_REFERENCE)
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
         (row_Tk,) = ctx.saved_tensors
-        if ctx.impl == "triton":
-            return _sum_slots(grad_AM, None, row_Tk), None, None
-        dtype = wide_dtype(grad_AM.dtype)
-        grad_TM = grad_AM.new_zeros(row_Tk.shape[0], grad_AM.shape[1], dtype=dtype)
-        for row_T in row_Tk.unbind(1):
-            grad_TM += _slot_rows(grad_AM, row_T)
-        return grad_TM.to(grad_AM.dtype), None, None
+        return sum_of_rows(grad_AM, None, row_Tk, ctx.impl), None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -256,16 +273,10 @@ class _Unpermute(torch.autograd.Function):
     def forward(
         ctx: Any, rows_AM: Tensor, weights_Tk: Tensor, order: RowOrder, impl: ChosenImpl
     ) -> Tensor:
-        weights_Tk, row_Tk = weights_Tk.contiguous(), order.row
+        weights_Tk = weights_Tk.contiguous()
         ctx.save_for_backward(rows_AM, weights_Tk)
         ctx.order, ctx.impl = order, impl
-        if impl == "triton":
-            return _sum_slots(rows_AM, weights_Tk, row_Tk)
-        dtype = torch.promote_types(wide_dtype(rows_AM.dtype), weights_Tk.dtype)
-        output_TM = rows_AM.new_zeros(row_Tk.shape[0], rows_AM.shape[1], dtype=dtype)
-        for weight_T, row_T in zip(weights_Tk.unbind(1), row_Tk.unbind(1)):
-            output_TM += weight_T.unsqueeze(1) * _slot_rows(rows_AM, row_T)
-        return output_TM.to(rows_AM.dtype)
+        return sum_of_rows(rows_AM, weights_Tk, order.row, impl)
 
     @staticmethod
     @refuse_second_derivatives(_REFERENCE)

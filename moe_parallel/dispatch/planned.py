@@ -32,7 +32,7 @@ def kept_of_sources(kept_RE: Tensor | None, mesh: ExpertMesh) -> Tensor | None:
     if kept_RE is None:
         return None
     num_local = kept_RE.shape[1] // mesh.ep_size
-    of_sources = kept_RE.index_select(0, _numbers(mesh.sources, kept_RE.device))
+    of_sources = kept_RE.index_select(0, device_numbers(mesh.sources, kept_RE.device))
     return of_sources.narrow(1, mesh.ep_rank * num_local, num_local)
 
 
@@ -120,12 +120,13 @@ class PlannedDispatch(Dispatch):
 
 
 @tensor_cache(maxsize=64)
-def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+def device_numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64, remembered."""
     with torch.inference_mode(False):  # remembered, and used in training too
         return to_device(torch.tensor(numbers, device="cpu"), device)
 
 
 def _chunk_sizes(chunk_rows: RowCounts, device: torch.device) -> Tensor:
     """The sizes of chunks, from the host; remembered, for padded calls repeat them."""
-    flat = _numbers(tuple(rows for source in chunk_rows for rows in source), device)
+    flat = device_numbers(tuple(rows for source in chunk_rows for rows in source), device)
     return flat.view(len(chunk_rows), -1)

@@ -22,12 +22,10 @@ from lasp._core.joint_backward import join_backward
 from moe_parallel.config import Gemm
 from moe_parallel.dispatch.dispatcher import Dispatch
 from moe_parallel.experts.gemm import (
-    GROUPED_ALIGNMENT_BYTES,
-    LOOP_FLOPS,
-    LOOP_ROWS,
     ChosenGemm,
     Counts,
     backward_product,
+    chosen_gemm,
     ends_of,
     forward_product,
     grouped_weight_product,
@@ -35,7 +33,7 @@ from moe_parallel.experts.gemm import (
     weights_at_once,
 )
 from moe_parallel.experts.shard import ExpertShard, ShardedDims, generator_of
-from moe_parallel.experts.swiglu import swiglu, swiglu_backward
+from moe_parallel.experts.swiglu import swiglu, swiglu_backward, weighted_swiglu_backward
 from moe_parallel.pipeline.pipeline import Pipeline
 
 _REFERENCE = Reference("ExpertParallelMoE's experts", "moe_parallel.reference.reference_moe")
@@ -169,39 +167,28 @@ class Experts(ExpertShard):
             ValueError: if ``grouped`` was asked for and cannot run.
         """
         dtype = dtype or self.w13.dtype
-        # Both sizes have the low bits that are zero in either.
-        row_bytes = (self.hidden_size | self.ffn_local) * dtype.itemsize
-        aligned = row_bytes % GROUPED_ALIGNMENT_BYTES == 0
-        if self.gemm == "grouped" and (dtype == torch.float64 or not aligned):
-            raise ValueError(
-                f"gemm='grouped' needs a dtype other than float64 and rows of multiples of"
-                f" {GROUPED_ALIGNMENT_BYTES} bytes, got {dtype} rows of {self.hidden_size} and"
-                f" {self.ffn_local}: use gemm='loop'"
-            )
-        if self.gemm == "auto":
-            fast = self.w13.is_cuda and dtype == torch.bfloat16 and aligned
-            flops = 4 * num_rows * self.hidden_size * self.ffn_local
-            large = num_rows >= LOOP_ROWS * self.num_local and flops >= LOOP_FLOPS * self.num_local
-            return "grouped" if fast and not large else "loop"
-        return self.gemm
+        rows_on_gpu = num_rows if self.w13.is_cuda else None
+        sizes = (self.num_local, self.hidden_size, self.ffn_local)
+        return chosen_gemm(self.gemm, dtype, sizes, rows_on_gpu)
 
     def forward(self, rows_AM: Tensor, pipeline: Pipeline, *, num_rows: int) -> Tensor:
         """Send rows to their experts on other ranks, apply these, and bring the results back.
 
         Args:
             rows_AM: ``[A, hidden]``, in the order of
-                :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`.
+                :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`; tokens ``[T, hidden]``, where
+                the dispatch makes rows of them.
             pipeline: moves the rows, in groups of experts; for rows that are with their experts
                 already :func:`moe_parallel.pipeline.pipeline.local_pipeline`.
             num_rows: rows that a rank's experts take, averaged over ranks: all choose one product.
 
         Returns:
-            ``[A, hidden]``, in the same order.
+            ``[A, hidden]``, or ``[T, hidden]``, in the same order.
 
-        Gradients: to rows, ``w13`` and ``w2``; exact zeros for an expert without rows. Kept of each
-        row that an expert takes: it and both halves of its first product, hidden + 2 F_local
-        elements; with ``recomputes`` the row alone, and the backward makes this product again.
-        Under autocast rows and weights are cast to its dtype.
+        Gradients: to rows, ``w13`` and ``w2``, and the weights of the dispatch; exact zeros for an
+        expert without rows. Kept of each row that an expert takes: it and both halves of its first
+        product, hidden + 2 F_local elements; with ``recomputes`` the row alone, and the backward
+        makes this product again. Under autocast rows and weights are cast to its dtype.
 
         Communication: of :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`, in the backward
         again, which every rank must run, one that needs no gradient itself too: over several ranks
@@ -217,9 +204,8 @@ class Experts(ExpertShard):
         for group in pipeline.dispatch.process_groups:
             rows_AM = join_backward(group, rows_AM, w13, w2)
         how = (self.chosen_gemm(num_rows, dtype), chosen_impl(self.impl, rows_AM.device, dtype))
-        results: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
-            rows_AM, w13, w2, anchor(rows_AM), pipeline, *how, self.recomputes
-        )
+        tensors = (rows_AM, w13, w2, pipeline.dispatch.weights, anchor(rows_AM))
+        results: Tensor = _OverRanks.apply(*tensors, pipeline, *how, self.recomputes)  # type: ignore[no-untyped-call]
         return results
 
 
@@ -230,6 +216,7 @@ class _OverRanks(torch.autograd.Function):
         rows_AM: Tensor,
         w13: Tensor,
         w2: Tensor,
+        weights_Tk: Tensor | None,
         anchor_0M: Tensor,
         pipeline: Pipeline,
         gemm: ChosenGemm,
@@ -247,15 +234,15 @@ class _OverRanks(torch.autograd.Function):
             return forward_product(swiglu(hidden, impl), w2[own_of[g]], counts, gemm)
 
         with without_autocast(rows_AM):
-            results = pipeline.run(rows_AM, compute)
-        ctx.save_for_backward(anchor_0M, w13, w2, *kept)
+            results = dispatch.to_tokens(pipeline.run(dispatch.to_rows(rows_AM), compute))
+        ctx.save_for_backward(anchor_0M, w13, w2, weights_Tk, *kept)
         ctx.arguments = (pipeline, gemm, impl)
         return results
 
     @staticmethod
     @refuse_second_derivatives(_REFERENCE)
     def backward(ctx: Any, grad_AM: Tensor) -> tuple[Tensor | None, ...]:
-        _, w13, w2, *kept = ctx.saved_tensors
+        _, w13, w2, _, *kept = ctx.saved_tensors
         pipeline, gemm, impl = ctx.arguments
         dispatch, w13_ENM = pipeline.dispatch, w13.flatten(1, 2)
         own_of = [slice(experts.start, experts.stop) for experts in dispatch.experts]
@@ -271,7 +258,12 @@ class _OverRanks(torch.autograd.Function):
             if each == 1:
                 hidden = forward_product(hidden, w13_ENM[own_of[g]], counts, gemm)
             dact = backward_product(dy, w2[own_of[g]], counts, gemm)
-            dhidden, act = swiglu_backward(dact, hidden, impl)
+            weights_A = dispatch.row_weights
+            if weights_A is None:
+                dhidden, act = swiglu_backward(dact, hidden, impl)
+            else:
+                found = weighted_swiglu_backward(dact, hidden, weights_A, impl)
+                dhidden, act, dispatch.row_gradients = found
             made[g] = (dy, dhidden, act)
             return backward_product(dhidden, w13_ENM[own_of[g]], counts, gemm)
 
@@ -289,9 +281,11 @@ class _OverRanks(torch.autograd.Function):
 
         with without_autocast(grad_AM):
             # An expanded gradient has strides that products reject.
-            drows = pipeline.run(grad_AM.contiguous(), compute, weights if wanted else None)
+            grad_AM = dispatch.to_rows(grad_AM.contiguous())
+            drows = pipeline.run(grad_AM, compute, weights if wanted else None)
+            dx, dweights = dispatch.to_tokens(drows), dispatch.weight_gradients(drows)
         dw13, dw2 = (dws[0].view_as(w13), dws[1]) if wanted else (None, None)
-        return drows, dw13, dw2, *(None,) * 5
+        return dx, dw13, dw2, dweights, *(None,) * 5
 
 
 def _ends_or_counts(dispatch: Dispatch, g: int) -> Counts:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lasp._core.cache import tensor_cache
 from lasp._core.host_constants import to_device
+from moe_parallel.config import Gemm
 from moe_parallel.pipeline.streams import at_other_stream
 
 ChosenGemm = Literal["loop", "grouped"]
@@ -34,6 +35,38 @@ LOOP_ROWS = 1024  # an expert; from here one product each is faster than few exp
 LOOP_FLOPS = 2**35  # of an expert's first product: 50 us on an H100, several launches
 Counts = Sequence[int] | Tensor
 IN_PLACE = 2**24  # elements: 512 tiles of 128 x 256, several for each multiprocessor
+
+
+def chosen_gemm(
+    gemm: Gemm, dtype: torch.dtype, sizes: tuple[int, int, int], num_rows: int | None
+) -> ChosenGemm:
+    """What ``gemm`` comes to.
+
+    Args:
+        gemm: as asked for.
+        dtype: of rows and weights.
+        sizes: of a rank: experts, hidden size, FFN size.
+        num_rows: that these experts take together, on average; None: not on a GPU.
+
+    Raises:
+        ValueError: if ``grouped`` was asked for and cannot run.
+    """
+    num_local, hidden_size, ffn_local = sizes
+    # Both sizes have the low bits that are zero in either.
+    aligned = (hidden_size | ffn_local) * dtype.itemsize % GROUPED_ALIGNMENT_BYTES == 0
+    if gemm == "grouped" and (dtype == torch.float64 or not aligned):
+        raise ValueError(
+            f"gemm='grouped' needs a dtype other than float64 and rows of multiples of"
+            f" {GROUPED_ALIGNMENT_BYTES} bytes, got {dtype} rows of {hidden_size} and"
+            f" {ffn_local}: use gemm='loop'"
+        )
+    if gemm != "auto":
+        return gemm
+    if num_rows is None or dtype != torch.bfloat16 or not aligned:
+        return "loop"
+    flops = 4 * num_rows * hidden_size * ffn_local
+    large = num_rows >= LOOP_ROWS * num_local and flops >= LOOP_FLOPS * num_local
+    return "loop" if large else "grouped"
 
 
 def forward_product(

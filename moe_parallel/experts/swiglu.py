@@ -45,7 +45,8 @@ def swiglu_backward(
 
         hidden_A2F, grad_AF = hidden_A2F.contiguous(), grad_AF.contiguous()
         dhidden_A2F, act_AF = torch.empty_like(hidden_A2F), torch.empty_like(grad_AF)
-        _launch(swiglu_backward_kernel, (grad_AF, hidden_A2F, dhidden_A2F, act_AF), act_AF)
+        tensors = (grad_AF, hidden_A2F, dhidden_A2F, act_AF, None, None)
+        _launch(swiglu_backward_kernel, tensors, act_AF)
         return dhidden_A2F, act_AF
     gate, up = hidden_A2F.to(wide_dtype(hidden_A2F.dtype)).chunk(2, dim=-1)
     grad, s = grad_AF.to(gate.dtype), torch.sigmoid(gate)
@@ -54,7 +55,39 @@ def swiglu_backward(
     return dhidden.to(hidden_A2F.dtype), (silu * up).to(hidden_A2F.dtype)
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], act_AF: Tensor) -> None:
+def weighted_swiglu_backward(
+    grad_AF: Tensor, hidden_A2F: Tensor, weights_A: Tensor, impl: ChosenImpl = "eager"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the backward needs where each row's activation is multiplied by a weight.
+
+    Args:
+        grad_AF: gradient of ``weight act``.
+        hidden_A2F: as in the forward.
+        weights_A: the weights, float32 or wider; ``triton`` takes float32.
+        impl: see :func:`lasp._core.impl.chosen_impl`.
+
+    Returns:
+        The gradient of ``hidden_A2F``, ``weight act`` ``[A, F]``, and the gradients of the weights,
+        ``grad act`` summed over each row.
+    """
+    if impl == "triton":
+        from moe_parallel.kernels.swiglu_kernel import swiglu_backward_kernel
+
+        hidden_A2F, grad_AF = hidden_A2F.contiguous(), grad_AF.contiguous()
+        dhidden_A2F, act_AF = torch.empty_like(hidden_A2F), torch.empty_like(grad_AF)
+        parts = weights_A.new_empty(-(-act_AF.shape[1] // BLOCK_COLUMNS), len(weights_A))
+        tensors = (grad_AF, hidden_A2F, dhidden_A2F, act_AF, weights_A, parts)
+        _launch(swiglu_backward_kernel, tensors, act_AF)
+        return dhidden_A2F, act_AF, parts[0] if len(parts) == 1 else parts.sum(0)
+    dtype = torch.promote_types(wide_dtype(hidden_A2F.dtype), weights_A.dtype)
+    weights, hidden = weights_A.unsqueeze(1), hidden_A2F.to(dtype)
+    dhidden, act = swiglu_backward(grad_AF.to(dtype), hidden)
+    dweights_A = (grad_AF * act).sum(1)
+    rounded = hidden_A2F.dtype
+    return (dhidden * weights).to(rounded), (act * weights).to(rounded), dweights_A
+
+
+def _launch(kernel: Any, tensors: tuple[Tensor | None, ...], act_AF: Tensor) -> None:
     from lasp._core.launcher import launch
 
     num_rows, width = act_AF.shape

@@ -10,7 +10,7 @@ from torch import Tensor
 from lasp._core.launcher import launch
 from moe_parallel.kernels.gate_kernel import split_kernel, top_k_backward_kernel
 from moe_parallel.kernels.histogram import Histogram
-from moe_parallel.kernels.rows_kernel import before_kernel, row_kernel
+from moe_parallel.kernels.rows_kernel import before_kernel, row_kernel, starts_kernel
 from moe_parallel.kernels.top_k_kernel import top_k_kernel
 
 # Block sizes: all of these kernels are bound by memory.
@@ -64,6 +64,7 @@ def top_k(
     top_k: int,
     rule: ChoiceRule = DEFAULT_RULE,
     bias_E: Tensor | None = None,
+    num_ranks: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Histogram]:
     """The best experts of every token.
 
@@ -73,6 +74,7 @@ def top_k(
         top_k: k.
         rule: how they are scored, chosen and weighted.
         bias_E: ``[E]`` float32, added to the scores for the choice alone.
+        num_ranks: P, ranks of as many experts each, whose tokens are counted; 0: none.
 
     Returns:
         Logits ``[T, E]``, experts ``[T, k]`` int64, weights ``[T, k]``, and the histogram.
@@ -84,8 +86,9 @@ def top_k(
     weights = product_TPE.new_empty(num_tokens, top_k)
     span = tokens_of_program(num_tokens, num_experts)
     programs = -(-num_tokens // span)
-    before = product_TPE.new_empty(programs, num_experts, dtype=torch.int32)
-    totals = product_TPE.new_empty(num_experts, dtype=torch.int64)
+    columns = num_experts + num_ranks
+    before = product_TPE.new_empty(programs, columns, dtype=torch.int32)
+    totals = product_TPE.new_empty(columns, dtype=torch.int64)
     launch(
         top_k_kernel,
         product_TPE.device,
@@ -107,16 +110,18 @@ def top_k(
         PLAIN=rule.score == 0 and bias_E is None,
         GROUPS=rule.num_groups,
         TOP_GROUPS=rule.top_groups,
+        RANKS=num_ranks,
         E_PAD=_power_of_2(num_experts),
         K_PAD=_power_of_2(top_k),
+        RANKS_PAD=_power_of_2(num_ranks),
         TOKENS=tokens_at_a_time(num_experts),
         num_warps=NUM_WARPS,
     )
     launch(
-        before_kernel, before.device, -(-num_experts // SCAN_COLUMNS), before, totals, programs,
-        E=num_experts, PROGRAMS=MAX_PROGRAMS, COLUMNS=SCAN_COLUMNS,
+        before_kernel, before.device, -(-columns // SCAN_COLUMNS), before, totals, programs,
+        E=columns, PROGRAMS=MAX_PROGRAMS, COLUMNS=SCAN_COLUMNS,
     )  # fmt: skip
-    return logits, experts, weights, Histogram(before, totals)
+    return logits, experts, weights, Histogram(before, totals, num_ranks)
 
 
 def top_k_backward(
@@ -173,10 +178,24 @@ def top_k_backward(
     return grad
 
 
-def rows(experts_Tk: Tensor, histogram: Histogram, positions_E: Tensor | None) -> Tensor:
-    """``[T, k]`` int64: the row of each assignment, see :mod:`moe_parallel.dispatch.permute`."""
-    (num_tokens, top_k), num_experts = experts_Tk.shape, histogram.totals.shape[0]
+def rows(
+    experts_Tk: Tensor,
+    histogram: Histogram,
+    positions_E: Tensor | None = None,
+    starts_E: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``[T, k]`` and ``[T, P]`` int64: the row of each assignment, and of each token and rank.
+
+    Args:
+        experts_Tk: chosen experts.
+        histogram: of the same assignments.
+        positions_E: the position of each expert in the order of the rows; None: its number.
+        starts_E: the first row of each expert, in the place of what precedes it in that order.
+    """
+    (num_tokens, top_k), num_ranks = experts_Tk.shape, histogram.num_ranks
+    num_experts = histogram.totals.shape[0] - num_ranks
     row = torch.empty_like(experts_Tk, memory_format=torch.contiguous_format)
+    token_row = row.new_empty(num_tokens, num_ranks)
     padded = _power_of_2(num_experts)
     launch(
         row_kernel,
@@ -186,17 +205,44 @@ def rows(experts_Tk: Tensor, histogram: Histogram, positions_E: Tensor | None) -
         histogram.before,
         histogram.totals,
         positions_E,
+        starts_E,
         row,
+        token_row,
         num_tokens,
         tokens_of_program(num_tokens, num_experts),
         E=num_experts,
         K=top_k,
+        RANKS=num_ranks,
         E_PAD=padded,
+        RANKS_PAD=_power_of_2(num_ranks),
         OTHERS=min(padded, max(1, POSITIONS_TILE // padded)),
         TOKENS=tokens_at_a_time(num_experts),
         num_warps=NUM_WARPS,
     )
-    return row
+    return row, token_row
+
+
+def starts(
+    kept_RE: Tensor, sources: Tensor, me: int, ep_rank: int, ep_size: int
+) -> tuple[Tensor, Tensor]:
+    """``[E]`` int64 and ``[E_local]`` int32: see ``rows_kernel.starts_kernel``.
+
+    Args:
+        kept_RE: int64, rows of each rank for each expert; neighbouring experts lie side by side.
+        sources: int64, the ranks whose rows this rank's experts take.
+        me: this rank among them.
+        ep_rank: this rank in the EP group.
+        ep_size: of the EP group.
+    """
+    num_local = kept_RE.shape[1] // ep_size
+    starts_E = kept_RE.new_empty(kept_RE.shape[1])
+    ends = kept_RE.new_empty(num_local, dtype=torch.int32)
+    launch(
+        starts_kernel, ends.device, ep_size,
+        kept_RE, kept_RE.stride(0), sources, starts_E, ends, me, ep_rank,
+        S=len(sources), E_LOCAL=num_local, E_PAD=_power_of_2(num_local),
+    )  # fmt: skip
+    return starts_E, ends
 
 
 def tokens_at_a_time(num_experts: int) -> int:

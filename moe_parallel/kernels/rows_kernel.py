@@ -1,6 +1,8 @@
 """The rows of assignments, counted: by expert, within it in the order of the tokens.
 
 ``top_k_kernel`` leaves how many assignments each of its programs has made, a span of tokens each.
+Where tokens cross to a rank once, an assignment's row is among all that its expert takes, from any
+rank, and a token has a row for each rank of its experts.
 
 Example, k = 1, E = 2, spans of 2 tokens, experts (0, 1, 0, 0)::
 
@@ -34,15 +36,19 @@ def before_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "span"])
 def row_kernel(
     experts,  # [T, K] int64
-    before,  # [programs, E] int32
-    totals,  # [E] int64
+    before,  # [programs, E + RANKS] int32
+    totals,  # [E + RANKS] int64
     positions,  # [E] int64: the position of each expert among the rows, or None: its number
+    starts,  # [E] int64: the first row of each expert, or None: they follow each other
     row,  # [T, K] int64
+    token_row,  # [T, RANKS] int64: a token's row for each rank, -1 where it does not go
     num_tokens,  # T
     span,  # tokens of a program, a multiple of TOKENS
     E: tl.constexpr,
     K: tl.constexpr,
+    RANKS: tl.constexpr,
     E_PAD: tl.constexpr,
+    RANKS_PAD: tl.constexpr,
     OTHERS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -53,26 +59,74 @@ def row_kernel(
     if positions is not None:
         position = tl.load(positions + expert, mask=mask, other=0)
     # The next row of each expert: those of experts that leave before it, those of tokens before.
-    following = tl.load(before + tl.program_id(0) * E + expert, mask=mask, other=0)
-    for first in range(0, E, OTHERS):
-        other = first + tl.arange(0, OTHERS)[:, None]
-        total = tl.load(totals + other, mask=other < E, other=0).to(tl.int32)
-        other_position = other.to(tl.int64)
-        if positions is not None:
-            other_position = tl.load(positions + other, mask=other < E, other=0)
-        following += tl.sum(tl.where(other_position < position, total, 0), axis=0, keep_dims=True)
+    before += tl.program_id(0) * (E + RANKS)
+    following = tl.load(before + expert, mask=mask, other=0)
+    if starts is not None:
+        following += tl.load(starts + expert, mask=mask, other=0).to(tl.int32)
+    else:
+        for first in range(0, E, OTHERS):
+            other = first + tl.arange(0, OTHERS)[:, None]
+            total = tl.load(totals + other, mask=other < E, other=0).to(tl.int32)
+            other_position = other.to(tl.int64)
+            if positions is not None:
+                other_position = tl.load(positions + other, mask=other < E, other=0)
+            leaves = other_position < position
+            following += tl.sum(tl.where(leaves, total, 0), axis=0, keep_dims=True)
+
+    rank = tl.arange(0, RANKS_PAD)[None, :]
+    following_token = tl.load(before + E + rank, mask=rank < RANKS, other=0)
+    total = tl.load(totals + E + rank, mask=rank < RANKS, other=0).to(tl.int32)
+    following_token += tl.cumsum(total, axis=1) - total
 
     begin = tl.program_id(0) * span
     for first in range(begin, tl.minimum(begin + span, num_tokens), TOKENS):
         token = (first + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
         exists = token < num_tokens
         count = tl.zeros([TOKENS, E_PAD], dtype=tl.int32)  # 0 or 1: a token takes an expert once
+        goes = tl.zeros([TOKENS, RANKS_PAD], dtype=tl.int32)
         for k in range(K):
             chosen = tl.load(experts + token * K + k, mask=exists, other=-1)
             count += (expert == chosen).to(tl.int32)
+            if RANKS:
+                goes |= (exists & (rank == chosen // (E // RANKS))).to(tl.int32)
+        if RANKS:
+            token_rows = following_token + tl.cumsum(goes, axis=0) - goes
+            token_rows = tl.where(goes != 0, token_rows, -1).to(tl.int64)
+            tl.store(token_row + token * RANKS + rank, token_rows, mask=exists & (rank < RANKS))
+            following_token += tl.sum(goes, axis=0, keep_dims=True)
         rows = following + tl.cumsum(count, axis=0) - count
         for k in range(K):
             chosen = tl.load(experts + token * K + k, mask=exists, other=-1)
             mine = tl.sum(tl.where(expert == chosen, rows, 0), axis=1, keep_dims=True)
             tl.store(row + token * K + k, mine.to(tl.int64), mask=exists)
         following += tl.sum(count, axis=0, keep_dims=True)
+
+
+@triton.jit(do_not_specialize=["count_stride", "me", "ep_rank"])
+def starts_kernel(
+    counts,  # [R, E] int64: rows of each rank for each expert
+    count_stride,  # between its rows
+    sources,  # [S] int64: the ranks whose rows this rank's experts take, in order
+    starts,  # [E] int64: this rank's first row for each expert, among the rows of its rank
+    ends,  # [E_LOCAL] int32: where the rows of this rank's experts end
+    me,  # this rank among the sources
+    ep_rank,  # this rank in the EP group
+    S: tl.constexpr,
+    E_LOCAL: tl.constexpr,
+    E_PAD: tl.constexpr,
+):
+    """One program an EP rank. Rows are in the order of its experts, within them of the sources."""
+    local = tl.arange(0, E_PAD)
+    mask = local < E_LOCAL
+    expert = tl.program_id(0) * E_LOCAL + local
+    total = tl.zeros([E_PAD], dtype=tl.int64)
+    before = tl.zeros([E_PAD], dtype=tl.int64)
+    for source in range(S):
+        place = counts + tl.load(sources + source) * count_stride + expert
+        count = tl.load(place, mask=mask, other=0)
+        before += tl.where(source < me, count, 0)
+        total += count
+    end = tl.cumsum(total, axis=0)
+    tl.store(starts + expert, end - total + before, mask=mask)
+    mine = local < tl.where(tl.program_id(0) == ep_rank, E_LOCAL, 0)
+    tl.store(ends + local, end.to(tl.int32), mask=mine)

@@ -12,32 +12,36 @@ import triton.language as tl
 
 @triton.jit
 def copy_slots_kernel(
-    x,  # [T, M], contiguous
+    x,  # [T, M]
     row,  # [T, K] int64, contiguous
-    rows,  # [A, M], contiguous
+    rows,  # [A, M]
     M: tl.constexpr,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
+    X_STRIDE: tl.constexpr,  # between rows, whose numbers lie side by side
+    ROWS_STRIDE: tl.constexpr,
 ):
     """One program a token and block of columns: read once, written to each of its rows."""
     blocks = tl.cdiv(M, COLUMNS)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     cols = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    value = tl.load(x + token * M + cols, mask=cols < M, other=0.0)
+    value = tl.load(x + token * X_STRIDE + cols, mask=cols < M, other=0.0)
     for slot in tl.static_range(K):
         place = tl.load(row + token * K + slot)
-        tl.store(rows + place * M + cols, value, mask=cols < tl.where(place >= 0, M, 0))
+        tl.store(rows + place * ROWS_STRIDE + cols, value, mask=cols < tl.where(place >= 0, M, 0))
 
 
 @triton.jit
 def sum_slots_kernel(
-    rows,  # [A, M], contiguous
+    rows,  # [A, M]
     weights,  # [T, K] float32, contiguous, or None for ones
     row,  # [T, K] int64, contiguous
-    out,  # [T, M], contiguous
+    out,  # [T, M]
     M: tl.constexpr,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ROWS_STRIDE: tl.constexpr,  # between rows, whose numbers lie side by side
+    OUT_STRIDE: tl.constexpr,
 ):
     """One program a token and block of columns."""
     blocks = tl.cdiv(M, COLUMNS)
@@ -47,11 +51,11 @@ def sum_slots_kernel(
     for slot in tl.static_range(K):
         source = tl.load(row + token * K + slot)
         mask = cols < tl.where(source >= 0, M, 0)
-        value = tl.load(rows + source * M + cols, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(rows + source * ROWS_STRIDE + cols, mask=mask, other=0.0).to(tl.float32)
         if weights is not None:
             value *= tl.load(weights + token * K + slot)
         total += value
-    tl.store(out + token * M + cols, total.to(out.dtype.element_ty), mask=cols < M)
+    tl.store(out + token * OUT_STRIDE + cols, total.to(out.dtype.element_ty), mask=cols < M)
 
 
 @triton.jit

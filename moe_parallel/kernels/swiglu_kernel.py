@@ -42,7 +42,9 @@ def swiglu_backward_kernel(
     grad,  # [A, F], contiguous
     hidden,  # [A, 2F], contiguous
     dhidden,  # [A, 2F], contiguous
-    act,  # [A, F], contiguous: the activation again
+    act,  # [A, F], contiguous: the activation again, times its row's weight
+    weights,  # [A] float32: of rows, or None for ones: grad is then of what they are multiplied by
+    dweights,  # [blocks of columns, A] float32: parts of the gradients of weights, or None
     num_rows,
     F: tl.constexpr,
     ROWS: tl.constexpr,
@@ -56,7 +58,16 @@ def swiglu_backward_kernel(
     g = tl.load(grad + rows * F + cols, mask=mask, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
     silu = gate * s
-    tl.store(act + rows * F + cols, (silu * up).to(act.dtype.element_ty), mask=mask)
+    product = silu * up
+    if weights is not None:
+        exists = rows < num_rows
+        block = (tl.program_id(0) % tl.cdiv(F, COLUMNS)).to(tl.int64)
+        dot = tl.sum(g * product, axis=1, keep_dims=True)
+        tl.store(dweights + block * num_rows + rows, dot, mask=exists)
+        weight = tl.load(weights + rows, mask=exists, other=0.0)
+        g *= weight
+        product *= weight
+    tl.store(act + rows * F + cols, product.to(act.dtype.element_ty), mask=mask)
     dgate, dup = g * up * (s + silu * (1.0 - s)), g * silu
     tl.store(dhidden + halves, dgate.to(dhidden.dtype.element_ty), mask=mask)
     tl.store(dhidden + halves + F, dup.to(dhidden.dtype.element_ty), mask=mask)

@@ -135,7 +135,7 @@ def top_k_kernel(
     logits,  # [T, E] float32, or None: the product is the logits
     experts,  # [T, K] int64, best first
     weights,  # [T, K] float32: by default softmax over the chosen
-    counts,  # [programs, E] int32: assignments of the program's tokens
+    counts,  # [programs, E + RANKS] int32: assignments of the program's tokens; tokens a rank
     bias,  # [E] float32, added to the scores for the choice alone, or None
     scaling,  # of the weights
     num_tokens,  # T
@@ -148,14 +148,18 @@ def top_k_kernel(
     PLAIN: tl.constexpr,  # the largest logits are chosen: SCORE is 0, and there is no bias
     GROUPS: tl.constexpr,  # 1: none; otherwise it and E are powers of 2
     TOP_GROUPS: tl.constexpr,
+    RANKS: tl.constexpr,  # whose tokens are counted; 0: none
     E_PAD: tl.constexpr,
     K_PAD: tl.constexpr,
+    RANKS_PAD: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """One program a span of tokens, ``TOKENS`` at a time. Equal logits: the lower expert first."""
     expert = tl.arange(0, E_PAD)[None, :]
     slot = tl.arange(0, K_PAD)[None, :]
     count = tl.zeros([E_PAD], dtype=tl.int32)
+    rank = tl.arange(0, RANKS_PAD)[None, :]
+    tokens = tl.zeros([RANKS_PAD], dtype=tl.int32)
     begin = tl.program_id(0) * span
     for first in range(begin, tl.minimum(begin + span, num_tokens), TOKENS):
         token = (first + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
@@ -172,6 +176,7 @@ def top_k_kernel(
         chosen = tl.zeros([TOKENS, K_PAD], dtype=tl.int32)
         chosen_key = tl.full([TOKENS, K_PAD], _TAKEN, dtype=tl.int32)
         logit = tl.zeros([TOKENS, K_PAD], dtype=tl.float32)
+        goes = tl.zeros([TOKENS, RANKS_PAD], dtype=tl.int32)
         for k in range(K):
             best, lowest = _largest(key, expert, E_PAD)
             chosen = tl.where(slot == k, lowest, chosen)
@@ -181,6 +186,8 @@ def top_k_kernel(
                 of_best = tl.sum(tl.where(expert == lowest, value, 0.0), axis=1, keep_dims=True)
                 logit = tl.where(slot == k, of_best, logit)
             key = tl.where(expert == lowest, _TAKEN, key)
+            if RANKS:
+                goes |= (rank == lowest // (E // RANKS)).to(tl.int32)
 
         weight = _weights(value, logit, chosen_key, expert < E, slot < K, SCORE, NORMALIZE, PLAIN)
         weight *= scaling
@@ -188,5 +195,8 @@ def top_k_kernel(
         tl.store(experts + slots, chosen.to(tl.int64), mask=mask)
         tl.store(weights + slots, weight, mask=mask)
         count += tl.sum((exists & (key == _TAKEN)).to(tl.int32), axis=0)
-    column = tl.arange(0, E_PAD)
-    tl.store(counts + tl.program_id(0) * E + column, count, mask=column < E)
+        tokens += tl.sum(tl.where(exists, goes, 0), axis=0)
+    column, of_rank = tl.arange(0, E_PAD), tl.arange(0, RANKS_PAD)
+    place = counts + tl.program_id(0) * (E + RANKS)
+    tl.store(place + column, count, mask=column < E)
+    tl.store(place + E + of_rank, tokens, mask=of_rank < RANKS)

@@ -35,13 +35,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_parallel.dispatch.dispatcher import Dispatch, Lane, LocalDispatch, RowTransfer
+from moe_parallel.config import MoEConfig
+from moe_parallel.dispatch.dispatcher import (
+    Dispatch,
+    Dispatcher,
+    Lane,
+    LocalDispatch,
+    RowTransfer,
+)
+from moe_parallel.dispatch.padding import SentRows
+from moe_parallel.dispatch.permute import row_order
+from moe_parallel.mesh import ExpertMesh
+from moe_parallel.pipeline.groups import expert_groups, most_groups, positions_on
 from moe_parallel.pipeline.schedule import steps
 from moe_parallel.pipeline.streams import TurnStreams
 from moe_parallel.pipeline.timeline import Timeline
+from moe_parallel.router.counts import HostTokenCounts, Routing
+from moe_parallel.router.token_order import TokenOrder
 
 Compute = Callable[[int, Tensor], Tensor]
 WeightGradients = Callable[[int], None]
+Groups = tuple[tuple[range, ...], Tensor | None]  # of a rank's experts, and positions of all
 
 
 class Pipeline(NamedTuple):
@@ -163,3 +177,62 @@ class Pipeline(NamedTuple):
 def local_pipeline(counts: Sequence[int], timeline: Timeline | None = None) -> Pipeline:
     """A pipeline for rows that are with their experts already, ``counts`` for each expert."""
     return Pipeline(LocalDispatch((range(len(counts)),), lambda: counts), timeline)
+
+
+def call_groups(
+    config: MoEConfig, mesh: ExpertMesh, dispatcher: Dispatcher, num_rows: int, like: Tensor
+) -> Groups:
+    """Groups of a rank's experts for a call, and the positions of all experts; None: their numbers.
+
+    Args:
+        config: of the layer.
+        mesh: the EP x ETP block of this rank.
+        dispatcher: of the layer, whose rule holds where the config has no number of groups.
+        num_rows: that all ranks send.
+        like: a tensor of the rows' dtype.
+    """
+    num_local, num_groups = config.num_experts // mesh.ep_size, config.overlap_groups
+    sizes = (config.hidden_size, config.ffn_size)
+    if num_groups is None:
+        rank_rows = num_rows // mesh.num_token_ranks
+        rank_bytes = rank_rows * like.element_size() * sizes[0]
+        num_groups = dispatcher.overlap_groups(num_local, rank_bytes)
+        if num_groups > 1:
+            num_groups = min(num_groups, most_groups(rank_rows, *sizes))
+    groups = expert_groups(num_local, num_groups)
+    if num_groups == 1:
+        return groups, None
+    return groups, positions_on(like.device, config.num_experts, mesh.ep_size, groups)
+
+
+def kept_rows(
+    routing: Routing,
+    config: MoEConfig,
+    mesh: ExpertMesh,
+    token_order: TokenOrder,
+    groups_for: Callable[[int], Groups],
+    *,
+    late: bool,
+) -> SentRows:
+    """One row for each kept assignment.
+
+    Args:
+        routing: the decision for this rank's tokens.
+        config: of the layer.
+        mesh: the EP x ETP block of this rank.
+        token_order: where the tokens of every rank stand.
+        groups_for: :func:`call_groups` for so many rows of all ranks.
+        late: counts go to the host where somebody asks for them, if at all.
+    """
+    counts = HostTokenCounts(routing, token_order, start=not late)
+    total = counts.of_all()
+    groups, positions_E = groups_for(total)
+    order = row_order(
+        routing.experts,
+        routing.mask,
+        counts.of_rank(mesh.token_rank),
+        config.num_experts,
+        histogram=routing.histogram,
+        positions_E=positions_E,
+    )
+    return SentRows(order, groups, counts.wait, total, counts.most, routing.counts.kept)

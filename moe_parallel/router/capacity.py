@@ -15,9 +15,20 @@ from moe_parallel.router.counts import (
     AssignmentCounts,
     at_assignments,
     rows_before,
-    with_training,
+    tokens_of_ranks,
 )
 from moe_parallel.router.token_order import TokenOrder
+
+
+def gathered_segments(
+    counts_JE: Tensor, tokens_P: Tensor, training: int, token_group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``[R, J, E]``, ``[R, P]`` and ``[R]`` of all ranks: their assignments, tokens and mode."""
+    mode = counts_JE.new_full((1,), training)
+    messages = all_gather(torch.cat([counts_JE.flatten(), tokens_P, mode]), token_group)
+    counts, tokens_RP, mode_R1 = messages.split([counts_JE.numel(), len(tokens_P), 1], 1)
+    counts_RJE = counts.unflatten(1, counts_JE.shape)
+    return counts_RJE, tokens_RP if len(tokens_P) else None, mode_R1.squeeze(1)
 
 
 def keep_by_position(
@@ -27,6 +38,7 @@ def keep_by_position(
     order: TokenOrder,
     rank: int,
     token_group: dist.ProcessGroup | None,
+    num_ranks: int = 0,
 ) -> tuple[Tensor, AssignmentCounts]:
     """First come, first served in the global order.
 
@@ -36,12 +48,13 @@ def keep_by_position(
     before_ET = rows_before(experts_Tk, num_experts)
     bounds_J = order._segment_bounds(rank, experts_Tk.device)
     at_bounds_JE = before_ET[:, bounds_J].T.long()
-    counts_JE, training_R = at_bounds_JE.diff(dim=0), None
+    counts_JE, tokens_RP, training_R = at_bounds_JE.diff(dim=0), None, None
     if token_group is None:
         counts_RJE = counts_JE.unsqueeze(0)
     else:
-        message = torch.cat([counts_JE.flatten(), counts_JE.new_ones(1)])
-        counts_RJE, training_R = with_training(all_gather(message, token_group), num_experts)
+        tokens_P = tokens_of_ranks(experts_Tk, num_experts, num_ranks).sum(0)
+        gathered = gathered_segments(counts_JE, tokens_P, 1, token_group)
+        counts_RJE, tokens_RP, training_R = gathered
     assigned_RE = counts_RJE.sum(1)
 
     by_position = order._segments_by_position(experts_Tk.device)
@@ -58,7 +71,8 @@ def keep_by_position(
         output_size=experts_Tk.shape[0],
     )
     place_Tk = first_TE.gather(1, experts_Tk) + at_assignments(before_ET, experts_Tk)
-    return place_Tk < capacity, AssignmentCounts(assigned_RE, kept_RE, training_R)
+    counts = AssignmentCounts(assigned_RE, kept_RE, training_R, tokens_RP)
+    return place_Tk < capacity, counts
 
 
 def keep_by_probability(
@@ -69,6 +83,7 @@ def keep_by_probability(
     order: TokenOrder,
     rank: int,
     token_group: dist.ProcessGroup | None,
+    num_ranks: int = 0,
 ) -> tuple[Tensor, AssignmentCounts]:
     """Highest gate probability first, equal ones in the global order.
 
@@ -84,9 +99,12 @@ def keep_by_probability(
     gathered_A2 = all_gather(mine, token_group).view(ranks * most, top_k, 2)[by_position]
     experts_A = gathered_A2[..., 0].long().flatten()
     probabilities_A = gathered_A2[..., 1].flatten()
+    rank_N, tokens_RP = by_position.div(max(most, 1), rounding_mode="floor"), None
+    if num_ranks:
+        goes_NP = tokens_of_ranks(experts_A.view(-1, top_k), num_experts, num_ranks).long()
+        tokens_RP = goes_NP.new_zeros(ranks, num_ranks).index_add_(0, rank_N, goes_NP)
     # (rank, expert) of every assignment as one number; sums of integers do not depend on order.
-    pair_A = by_position.div(max(most, 1), rounding_mode="floor").repeat_interleave(top_k)
-    pair_A = pair_A * num_experts + experts_A
+    pair_A = rank_N.repeat_interleave(top_k) * num_experts + experts_A
     zeros = experts_A.new_zeros(ranks * num_experts)
     assigned_RE = zeros.index_add(0, pair_A, torch.ones_like(pair_A)).view(ranks, num_experts)
 
@@ -103,4 +121,4 @@ def keep_by_probability(
     kept_RTk = kept_A.new_zeros(ranks * most, top_k)
     kept_RTk[by_position] = kept_A.view(-1, top_k)
     kept_Tk = kept_RTk.view(ranks, most, top_k)[rank, :tokens]
-    return kept_Tk, AssignmentCounts(assigned_RE, kept_RE)
+    return kept_Tk, AssignmentCounts(assigned_RE, kept_RE, None, tokens_RP)

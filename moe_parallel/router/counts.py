@@ -17,11 +17,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp._core.collectives import all_gather
 from moe_parallel.config import ScoreFunction
 from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.router.token_order import TokenOrder, to_host
@@ -60,6 +58,13 @@ def counted(experts_Tk: Tensor, num_experts: int) -> Tensor:
     return experts_A.new_zeros(num_experts).index_add_(0, experts_A, torch.ones_like(experts_A))
 
 
+def tokens_of_ranks(experts_Tk: Tensor, num_experts: int, num_ranks: int) -> Tensor:
+    """``[T, P]`` bool: whether some of a token's experts live on an EP rank, before drop."""
+    goes_TP = experts_Tk.new_zeros(experts_Tk.shape[0], num_ranks, dtype=torch.bool)
+    ranks_Tk = experts_Tk.div(max(1, num_experts // max(1, num_ranks)), rounding_mode="floor")
+    return goes_TP.scatter_(1, ranks_Tk, True) if num_ranks else goes_TP
+
+
 class AssignmentCounts(NamedTuple):
     """Assignments of every rank of the token group to every expert, ``[R, E]`` int64.
 
@@ -68,11 +73,16 @@ class AssignmentCounts(NamedTuple):
         kept: after drop; without drops the same tensor.
         training: ``[R]`` int64, 1 for ranks that drop and 0 for ranks that do not, where ranks must
             be asked; else None.
+        tokens: ``[R, P]`` int64, of every rank the tokens that have experts on each EP rank, before
+            drop; None: they were not counted.
+        message: ``[R, E + P]``, assigned and tokens side by side, if they were gathered so.
     """
 
     assigned: Tensor
     kept: Tensor
     training: Tensor | None = None
+    tokens: Tensor | None = None
+    message: Tensor | None = None
 
 
 class RouterLosses(NamedTuple):
@@ -188,27 +198,6 @@ def _over_ranks(counts_RE: Tensor) -> Tensor:
     return counts_RE[0] if len(counts_RE) == 1 else counts_RE.sum(0)
 
 
-def counts_of_ranks(
-    assigned_E: Tensor, num_segments: int, token_group: dist.ProcessGroup | None
-) -> AssignmentCounts:
-    """Counts without drops; with segments in the message of ranks that drop by position."""
-    num_experts = len(assigned_E)
-    if not num_segments or token_group is None:
-        alone = token_group is None
-        assigned_RE = assigned_E.unsqueeze(0) if alone else all_gather(assigned_E, token_group)
-        return AssignmentCounts(assigned_RE, assigned_RE)
-    message = assigned_E.new_zeros(num_segments * num_experts + 1)
-    message[:num_experts] = assigned_E
-    counts_RJE, training_R = with_training(all_gather(message, token_group), num_experts)
-    assigned_RE = counts_RJE.sum(1)
-    return AssignmentCounts(assigned_RE, assigned_RE, training_R)
-
-
-def with_training(messages: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Messages ``[R, J E + 1]`` as ``[R, J, E]`` and ``[R]``."""
-    return messages[:, :-1].unflatten(1, (-1, num_experts)), messages[:, -1]
-
-
 class HostTokenCounts:
     """How many assignments each rank keeps for each expert, on their way to the host.
 
@@ -227,15 +216,19 @@ class HostTokenCounts:
 
     def __init__(self, routing: Routing, order: TokenOrder, *, start: bool = True) -> None:
         self.dropless, self._order = routing.dropless, order
-        self._top_k = routing.experts.shape[1]
-        assigned_RE, kept_RE, training_R = routing.counts
-        self._num_experts, self._tells_training = assigned_RE.shape[1], training_R is not None
-        told = [assigned_RE] if self.dropless else [assigned_RE, kept_RE]
-        if training_R is not None:
-            told.append(training_R.unsqueeze(1))
-        self._told = assigned_RE if len(told) == 1 else torch.cat(told, dim=1)
+        self._top_k, counts = routing.experts.shape[1], routing.counts
+        kept_RE = None if self.dropless else counts.kept
+        training_R1 = None if counts.training is None else counts.training.unsqueeze(1)
+        told = {"assigned": counts.assigned, "tokens": counts.tokens}
+        told |= {"kept": kept_RE, "training": training_R1}
+        parts = {name: part for name, part in told.items() if part is not None}
+        self._widths = {name: part.shape[1] for name, part in parts.items()}
+        self._told = counts.assigned
+        if len(parts) > 1:
+            message = counts.message if self.dropless else None
+            self._told = torch.cat([*parts.values()], dim=1) if message is None else message
         self._copied = to_host(self._told) if start else None
-        self._kept_RE: list[list[int]] | None = None
+        self._parts: dict[str, list[list[int]]] = {}
 
     def of_rank(self, rank: int) -> int:
         """Assignments that a rank keeps; waits if some can be dropped."""
@@ -261,16 +254,21 @@ class HostTokenCounts:
             ValueError: if the ranks assigned other numbers of tokens than the order has, or some
                 train and others do not.
         """
-        if self._kept_RE is None:
-            copied, num_experts = self._copied or to_host(self._told), self._num_experts
-            rows = copied().tolist()
-            if self._tells_training:
-                check_training([row[-1] for row in rows])
-            assigned_RE = [row[:num_experts] for row in rows]
-            check_counts(assigned_RE, self._top_k, self._order)
-            kept_RE = [row[num_experts : 2 * num_experts] for row in rows]
-            self._kept_RE = assigned_RE if self.dropless else kept_RE
-        return self._kept_RE
+        if not self._parts:
+            rows, parts, first = (self._copied or to_host(self._told))().tolist(), {}, 0
+            for name, width in self._widths.items():
+                parts[name] = [row[first : first + width] for row in rows]
+                first += width
+            if "training" in parts:
+                check_training([mode for (mode,) in parts["training"]])
+            check_counts(parts["assigned"], self._top_k, self._order)
+            self._parts = parts
+        return self._parts["assigned" if self.dropless else "kept"]
+
+    def tokens(self) -> list[list[int]]:
+        """For each rank its tokens with experts on each EP rank; waits and raises likewise."""
+        self.wait()
+        return self._parts["tokens"]
 
 
 def check_training(training_R: Sequence[int]) -> None:

@@ -8,6 +8,9 @@ tell each other is gathered before any token travels, in one collective:
     drop by position       counts of every (segment, expert)       J x E x 8 + 8 bytes a rank
     drop by probability    (expert, probability) of assignments    T x k x 16 bytes a rank
 
+Where tokens may cross to a rank once, the first two tell its tokens for each EP rank too: EP x 8
+bytes more.
+
 Gate: logits = x gate^T; the k largest are chosen (equal logits: the lower expert first), the
 weights are the softmax over the chosen logits. In float32 or wider, under autocast too, by
 :func:`moe_parallel.router.top_k.choose`. Other scores, biases and groups:
@@ -41,11 +44,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lasp._core.collectives import all_gather
 from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import ChosenImpl, chosen_impl
 from moe_parallel.config import DropPolicy, MoEConfig, ScoreFunction
-from moe_parallel.router.capacity import keep_by_position, keep_by_probability
-from moe_parallel.router.counts import Routing, counted, counts_of_ranks
+from moe_parallel.router.capacity import (
+    gathered_segments,
+    keep_by_position,
+    keep_by_probability,
+)
+from moe_parallel.router.counts import AssignmentCounts, Routing, counted, tokens_of_ranks
 from moe_parallel.router.losses import TokenSequences, router_losses
 from moe_parallel.router.scores import RoutingReplay, Scoring
 from moe_parallel.router.token_order import TokenOrder
@@ -71,6 +79,7 @@ def route(
     impl: ChosenImpl = "eager",
     training: bool = True,
     scoring: Scoring | None = None,
+    num_ranks: int = 0,
 ) -> Routing:
     """Route this rank's tokens under a decision shared by all ranks; the rules are above.
 
@@ -87,6 +96,7 @@ def route(
         training: False drops nothing; must be equal on every rank. By position the message tells
             it, and :class:`moe_parallel.router.counts.HostTokenCounts` checks it.
         scoring: how experts are scored and chosen; None: by the largest logits.
+        num_ranks: EP ranks whose tokens are counted and gathered too; 0: none.
 
     Returns:
         :class:`Routing`, without ``losses``. ``aux_loss`` is a share: its sum over the token group
@@ -98,26 +108,60 @@ def route(
     Communication: one all-gather over ``token_group``, see the top of this file; no host copy.
     """
     rank = 0 if token_group is None else dist.get_rank(token_group)
-    num_experts, kept_Tk = gate_EM.shape[0], None
-    logits_TE, experts_Tk, weights_Tk, histogram = choose(x_TM, gate_EM, top_k, impl, scoring)
+    num_experts = gate_EM.shape[0]
+    kept_Tk: Tensor | None = None
+    how = (top_k, impl, scoring, num_ranks)
+    logits_TE, experts_Tk, weights_Tk, histogram = choose(x_TM, gate_EM, *how)
     score_function: ScoreFunction = "softmax_of_top_k"
     if scoring is not None:
         score_function = scoring.router.score_function
     if capacity_factor is None or not training:
-        assigned_E = counted(experts_Tk, num_experts) if histogram is None else histogram.totals
+        mine: Tensor | None = None if histogram is None else histogram.totals
+        if mine is None:
+            mine = counted(experts_Tk, num_experts)
+            if num_ranks:
+                tokens_P = tokens_of_ranks(experts_Tk, num_experts, num_ranks).sum(0)
+                mine = torch.cat([mine, tokens_P])
         asked = capacity_factor is not None and drop_policy == "position"
-        counts = counts_of_ranks(assigned_E, order.max_segments if asked else 0, token_group)
+        num_segments = order.max_segments if asked else 0
+        counts = counts_of_ranks(mine, num_experts, num_segments, token_group)
     else:
         histogram = None
         capacity = expert_capacity(capacity_factor, order.num_tokens, top_k, num_experts)
-        how = (num_experts, capacity, order, rank, token_group)
+        capped = (num_experts, capacity, order, rank, token_group, num_ranks)
         if drop_policy == "position":
-            kept_Tk, counts = keep_by_position(experts_Tk, *how)
+            kept_Tk, counts = keep_by_position(experts_Tk, *capped)
         else:
             scores_Tk = _compared(logits_TE.detach(), experts_Tk, score_function)
-            kept_Tk, counts = keep_by_probability(experts_Tk, scores_Tk, *how)
+            kept_Tk, counts = keep_by_probability(experts_Tk, scores_Tk, *capped)
     decision = (experts_Tk, weights_Tk, kept_Tk, counts, logits_TE)
     return Routing(*decision, order.num_tokens, aux_loss_coefficient, histogram, score_function)
+
+
+def counts_of_ranks(
+    counts: Tensor, num_experts: int, num_segments: int, token_group: dist.ProcessGroup | None
+) -> AssignmentCounts:
+    """Counts without drops; with segments in the message of ranks that drop by position.
+
+    Args:
+        counts: ``[E + P]`` int64, of this rank: assignments, and tokens of each EP rank.
+        num_experts: E.
+        num_segments: of a rank that drops by position; 0: none does.
+        token_group: whose counts are gathered.
+    """
+    if not num_segments or token_group is None:
+        gathered = counts.unsqueeze(0) if token_group is None else all_gather(counts, token_group)
+        if gathered.shape[1] == num_experts:
+            return AssignmentCounts(gathered, gathered)
+        assigned_RE = gathered[:, :num_experts]
+        tokens_RP = gathered[:, num_experts:]
+        return AssignmentCounts(assigned_RE, assigned_RE, None, tokens_RP, gathered)
+    counts_JE = counts.new_zeros(num_segments, num_experts)
+    counts_JE[0] = counts[:num_experts]
+    message = (counts_JE, counts[num_experts:], 0)
+    counts_RJE, of_ranks, training_R = gathered_segments(*message, token_group)
+    assigned_RE = counts_RJE.sum(1)
+    return AssignmentCounts(assigned_RE, assigned_RE, training_R, of_ranks)
 
 
 def _compared(logits_TE: Tensor, experts_Tk: Tensor, score_function: ScoreFunction) -> Tensor:
@@ -139,6 +183,7 @@ class Router(nn.Module):
     Args:
         config: of the layer.
         token_group: ranks that share the decision; None for this rank alone.
+        num_ranks: EP ranks whose tokens are counted; 0: none.
         device: of the weight.
         dtype: of the tokens.
 
@@ -154,13 +199,15 @@ class Router(nn.Module):
     def __init__(
         self,
         config: MoEConfig,
-        *,
         token_group: dist.ProcessGroup | None = None,
+        num_ranks: int = 0,
+        *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config, self.groups = config, ExpertGroups(token=token_group)
+        self._num_ranks = num_ranks
         dtype = wide_dtype(dtype or torch.get_default_dtype())
         shape = (config.num_experts, config.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -231,6 +278,7 @@ class Router(nn.Module):
             impl=chosen_impl(config.impl, x_TM.device, x_TM.dtype),
             training=self.training,
             scoring=scoring,
+            num_ranks=self._num_ranks,
         )
         if replay is not None:
             replay.experts = routing.experts

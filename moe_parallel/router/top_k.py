@@ -64,12 +64,14 @@ def choose(
     top_k: int,
     impl: ChosenImpl = "eager",
     scoring: Scoring | None = None,
+    num_ranks: int = 0,
 ) -> TopK:
     """The k largest logits ``x gate^T`` of every token, float32 or wider, under autocast too.
 
     With ``scoring`` the choice is that of :mod:`moe_parallel.router.scores`. Kernels make it too,
     but for given choices and for groups where E or their number is no power of 2: there plain torch
-    chooses, on logits that are computed alike.
+    chooses, on logits that are computed alike. With ``num_ranks`` kernels count the tokens of each
+    rank too (:class:`moe_parallel.kernels.histogram.Histogram`).
 
     Gradients: of logits and weights to x and gate. With ``impl="triton"`` differentiating them
     again raises RuntimeError, and the arguments are kept for the backward beside the results.
@@ -79,10 +81,11 @@ def choose(
         rule = () if scoring is None else kernel_rule(scoring, len(gate_EM))
         bias_E = scoring.expert_bias if scoring is not None and rule else None
         logits, experts, weights, *histogram = _Choose.apply(  # type: ignore[no-untyped-call]
-            x_TM, gate_EM, top_k, rule or (), bias_E
+            x_TM, gate_EM, top_k, rule or (), bias_E, num_ranks
         )
         if rule is not None:
-            return TopK(logits, experts, weights, Histogram(*histogram))
+            before, totals = histogram
+            return TopK(logits, experts, weights, Histogram(before, totals, num_ranks))
     else:
         logits = wide_product(x_TM, gate_EM.T)
     if scoring is not None:
@@ -101,6 +104,7 @@ class _Choose(torch.autograd.Function):
         top_k: int,
         rule: tuple[Any, ...],
         bias_E: Tensor | None,
+        num_ranks: int,
     ) -> tuple[Tensor, ...]:
         from moe_parallel.kernels import router
 
@@ -111,13 +115,15 @@ class _Choose(torch.autograd.Function):
             product = parts_product(x_TM, gate_EM.T, torch.float32)
         else:
             product = parts_product(x_TM, router.split(gate_EM).T, torch.float32)
-        sizes = (len(gate_EM), top_k)
-        logits, experts, weights, histogram = router.top_k(product, *sizes, ctx.rule, bias_E)
+        logits, experts, weights, histogram = router.top_k(
+            product, len(gate_EM), top_k, ctx.rule, bias_E, num_ranks
+        )
+        counts = histogram[:2]
         kept = logits if ctx.rule.score else None
         ctx.save_for_backward(x_TM, gate_EM, experts, weights, kept)
-        ctx.mark_non_differentiable(experts, *histogram)
+        ctx.mark_non_differentiable(experts, *counts)
         ctx.set_materialize_grads(False)
-        return logits, experts, weights, *histogram
+        return logits, experts, weights, *counts
 
     @staticmethod
     @refuse_second_derivatives(_REFERENCE)
@@ -128,7 +134,7 @@ class _Choose(torch.autograd.Function):
 
         x_TM, gate_EM, experts, weights, logits = ctx.saved_tensors
         if dlogits is None and dweights is None:
-            return (None,) * 5
+            return (None,) * 6
         pairs = ctx.split and gate_EM.dtype != torch.bfloat16
         grad = router.top_k_backward(
             (dweights, dlogits),
@@ -144,7 +150,7 @@ class _Choose(torch.autograd.Function):
         if not ctx.split:
             dx = wide_product(grad, gate_EM).to(x_TM.dtype) if for_x else None
             dgate = wide_product(grad.T, x_TM).to(gate_EM.dtype) if for_gate else None
-            return dx, dgate, None, None, None
+            return dx, dgate, *(None,) * 4
         dx = dgate = None
         if for_x:
             gates = router.split(gate_EM, pairs=True) if pairs else torch.cat([gate_EM] * 3)
@@ -152,7 +158,7 @@ class _Choose(torch.autograd.Function):
         if for_gate:
             high_to_low = parts_product(grad[:, : 3 * len(gate_EM)].T, x_TM, torch.float32).chunk(3)
             dgate = summed(high_to_low if pairs else high_to_low[::-1]).to(gate_EM.dtype)
-        return dx, dgate, None, None, None
+        return dx, dgate, *(None,) * 4
 
 
 def kernel_rule(scoring: Scoring, num_experts: int) -> tuple[Any, ...] | None:

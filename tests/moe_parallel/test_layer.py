@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder
+from moe_parallel.config import Send
 from tests.closeness import assert_equal_to_rounding
 from tests.moe_parallel.batch import ORDERS, Replicated, Summed, groups_of, positions, random_batch
 from tests.moe_parallel.layers import COLD, HOT, NUM_TOKENS, LayerResult, build, on_ranks, oracle
@@ -239,9 +241,10 @@ def test_meta_device_makes_no_values() -> None:
     assert numel == 32 * 3 * 6144 * 9216 + 32 * 6144
 
 
-def penalties_on_rank(topology: ExpertTopology) -> list[str]:
+def penalties_on_rank(topology: ExpertTopology, send: Send) -> list[str]:
     """Which second derivatives, of gradients to which of gradients to what, do not raise."""
-    layer = ExpertParallelMoE(CONFIG, groups=groups_of(topology).experts, dtype=torch.float64)
+    config, groups = replace(CONFIG, send=send), groups_of(topology).experts
+    layer = ExpertParallelMoE(config, groups=groups, dtype=torch.float64)
     x = random_batch(8, 10).x.requires_grad_()
     leaves = {"x": x, **dict(layer.named_parameters())}
     silent = []
@@ -258,9 +261,16 @@ def penalties_on_rank(topology: ExpertTopology) -> list[str]:
     return silent
 
 
-@pytest.mark.parametrize("topology", [ExpertTopology(1), ExpertTopology(2, ep=2)])
-def test_a_penalty_on_gradients_raises(topology: ExpertTopology) -> None:
+@pytest.mark.parametrize(
+    ("topology", "send"),
+    [
+        (ExpertTopology(1), "auto"),
+        (ExpertTopology(2, ep=2), "assignments"),
+        (ExpertTopology(2, ep=2), "tokens"),
+    ],
+)
+def test_a_penalty_on_gradients_raises(topology: ExpertTopology, send: Send) -> None:
     """It would be a part of itself if the graph just ended somewhere."""
-    assert run_on_ranks(penalties_on_rank, topology.world_size, topology) == (
+    assert run_on_ranks(penalties_on_rank, topology.world_size, topology, send) == (
         [[]] * topology.world_size
     )

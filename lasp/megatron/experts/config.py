@@ -12,7 +12,7 @@ from torch import nn
 from lasp._core.impl import Impl
 from lasp.megatron.checks import require
 from lasp.megatron.experts.router import aux_losses, router_config
-from moe_parallel.config import DropPolicy, Gemm, MoEConfig
+from moe_parallel.config import DropPolicy, Gemm, MoEConfig, Send
 from moe_parallel.dispatch.symmetric_memory import SymmetricMemory
 
 PART = "the expert-parallel MoE layer"
@@ -60,6 +60,7 @@ class ExpertOptions:
         overlap_groups: into how many groups a rank's experts are cut; None: by a rule.
         max_rows: most rows that the experts of one rank may take; None: as many as come.
         impl: of the router, the activation, and the rows of tokens and their sums.
+        send: whether tokens cross to a rank once or assignments one by one.
         symmetric_memory: memory of the ranks that share experts (Megatron's tp_ep), through which
             rows travel; one object for all layers, see :class:`moe_parallel.SymmetricMemory`.
     """
@@ -69,11 +70,13 @@ class ExpertOptions:
     max_rows: int | None = None
     impl: Impl = "auto"
     symmetric_memory: SymmetricMemory | None = None
+    send: Send = "auto"
 
     @classmethod
     def of(cls, moe: MoEConfig, symmetric_memory: SymmetricMemory | None = None) -> ExpertOptions:
         """Those of a layer's config."""
-        return cls(moe.gemm, moe.overlap_groups, moe.max_rows, moe.impl, symmetric_memory)
+        options = (moe.gemm, moe.overlap_groups, moe.max_rows, moe.impl)
+        return cls(*options, symmetric_memory, moe.send)
 
 
 DEFAULT_OPTIONS = ExpertOptions()
@@ -104,6 +107,7 @@ def moe_config(config: TransformerConfig, options: ExpertOptions = DEFAULT_OPTIO
         max_rows=options.max_rows,
         pad_to_capacity=config.moe_pad_expert_input_to_capacity,
         impl=options.impl,
+        send=options.send,
         router=router_config(config),
         shared_ffn_size=config.moe_shared_expert_intermediate_size,
         shared_gate=config.moe_shared_expert_gate,

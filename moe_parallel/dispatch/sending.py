@@ -1,0 +1,218 @@
+"""Whether tokens cross to a rank once or assignments one by one, and calls of the former.
+
+:func:`tokens_pay` chooses by the rows that travel where no product hides them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from math import comb
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp._core.impl import ChosenImpl
+from moe_parallel.config import MoEConfig
+from moe_parallel.dispatch.dispatcher import Dispatch, Dispatcher
+from moe_parallel.dispatch.padding import drop_by_rank
+from moe_parallel.dispatch.permute import RowOrder
+from moe_parallel.dispatch.plan import RowCounts, checked_rows
+from moe_parallel.dispatch.planned import device_numbers
+from moe_parallel.dispatch.token_rows import RowFormat, TokenSlots
+from moe_parallel.dispatch.tokens import TokenDispatch
+from moe_parallel.mesh import ExpertMesh
+from moe_parallel.router.counts import (
+    HostTokenCounts,
+    Routing,
+    at_assignments,
+    rows_before,
+    tokens_of_ranks,
+)
+from moe_parallel.router.route import expert_capacity
+from moe_parallel.router.token_order import TokenOrder
+
+# Tokens must leave so much less to be seen: where both would be equal, groups of experts also hide
+# what differs between ranks.
+MOST_OF_ASSIGNMENTS = 0.75
+
+
+@cache
+def mean_ranks(num_experts: int, top_k: int, ep_size: int) -> float:
+    """EP ranks that a token goes to, on average, if it chooses any experts alike."""
+    elsewhere = comb(num_experts - num_experts // ep_size, top_k) / comb(num_experts, top_k)
+    return ep_size * (1 - elsewhere)
+
+
+def may_send_tokens(config: MoEConfig, mesh: ExpertMesh) -> bool:
+    """Whether some call of a layer may, so that the router counts tokens.
+
+    Raises:
+        ValueError: if the config asks for it and the mesh does not allow it.
+    """
+    if config.send == "tokens" and mesh.etp_size > 1:
+        raise ValueError(
+            "send must be 'assignments' or 'auto' with ETP, got 'tokens': partial sums over ETP"
+            " would round the gradients of router weights; use EP alone"
+        )
+    asked = config.send == "tokens" or (config.send == "auto" and config.overlap_groups is None)
+    return asked and mesh.ep_size > 1 and mesh.etp_size == 1
+
+
+def tokens_pay(config: MoEConfig, mesh: ExpertMesh, num_groups: int, *, padded: bool) -> bool:
+    """Whether a call sends tokens: by the rows a token sends where no product hides them.
+
+    A token's k assignments go in groups, and only the first one there and the last one back is
+    seen: k / groups rows. It goes to D ranks once, in one group. Tokens are sent if D is at most
+    ``MOST_OF_ASSIGNMENTS`` of that. D is :func:`mean_ranks`; padded calls send every token to every
+    rank, and ``capacity_factor`` k assignments.
+
+    Args:
+        config: of the layer.
+        mesh: the EP x ETP block of this rank.
+        num_groups: in which assignments would go.
+        padded: as many rows go to every rank.
+    """
+    if config.send == "tokens" or not may_send_tokens(config, mesh):
+        return may_send_tokens(config, mesh)
+    tokens = mean_ranks(config.num_experts, config.top_k, mesh.ep_size)
+    assignments = float(config.top_k)
+    if padded:
+        tokens, assignments = mesh.ep_size, assignments * (config.capacity_factor or 1.0)
+    return tokens * num_groups <= MOST_OF_ASSIGNMENTS * assignments
+
+
+class TokenCall(NamedTuple):
+    """A call whose tokens cross once.
+
+    Attributes:
+        routing: with the drops of padded calls.
+        dispatch: moves the rows.
+        wait: rows each rank of the token group keeps for each expert.
+        total: rows that all experts take.
+    """
+
+    routing: Routing
+    dispatch: Dispatch
+    wait: Callable[[], RowCounts]
+    total: int
+
+
+def start_tokens(
+    x_TM: Tensor,
+    routing: Routing,
+    config: MoEConfig,
+    mesh: ExpertMesh,
+    dispatcher: Dispatcher,
+    token_order: TokenOrder,
+    impl: ChosenImpl,
+    *,
+    padded: bool,
+) -> TokenCall:
+    """Prepare a call that sends tokens; the device counts rows while the host waits for counts.
+
+    Args:
+        x_TM: this rank's routed tokens.
+        routing: the decision for them; with counts of tokens, unless the call is padded.
+        config: of the layer.
+        mesh: the EP x ETP block of this rank.
+        dispatcher: of the layer.
+        token_order: where the tokens of every rank stand.
+        impl: of packing, copies and sums.
+        padded: rows are padded to capacity: :mod:`moe_parallel.dispatch.padding`.
+    """
+    most_ranks = mesh.ep_size if padded else min(mesh.ep_size, config.top_k)
+    most = token_order.max_local_tokens * most_ranks
+    if padded:
+        routing, slots, kept_RE = _padded_slots(routing, config, mesh, token_order, most)
+        tokens_RP: RowCounts = [[token_order.max_local_tokens] * mesh.ep_size] * len(kept_RE)
+        ends, total = None, sum(map(sum, kept_RE))
+
+        def wait() -> RowCounts:
+            return kept_RE
+
+        def tokens() -> RowCounts:
+            return tokens_RP
+
+    else:
+        counts = HostTokenCounts(routing, token_order)
+        wait, total = counts.wait, counts.of_all()
+        if config.max_rows is not None:
+            wait = partial(checked_rows, wait, config.max_rows, mesh)
+        slots, ends = _slots(routing, mesh, config, impl)
+
+        def tokens() -> RowCounts:
+            wait()
+            return counts.tokens()
+
+    form = RowFormat(x_TM.shape[1], config.top_k, x_TM.dtype, routing.weights.dtype)
+    rows = dispatcher.start_call(
+        tokens, (range(1),), most_rows=most, like=x_TM.new_empty(0, form.width)
+    )
+    sending = (slots, form, ends, impl)
+    return TokenCall(
+        routing, TokenDispatch(rows, wait, mesh, routing.weights, *sending), wait, total
+    )
+
+
+def _slots(
+    routing: Routing, mesh: ExpertMesh, config: MoEConfig, impl: ChosenImpl
+) -> tuple[TokenSlots, Tensor]:
+    """Where every assignment and token goes, and ``[E_local]`` int32 ends of the experts' rows."""
+    experts_Tk, num_experts, histogram = routing.experts, config.num_experts, routing.histogram
+    sources, me = (
+        device_numbers(mesh.sources, experts_Tk.device),
+        mesh.sources.index(mesh.token_rank),
+    )
+    num_rows = experts_Tk.shape[0] * min(mesh.ep_size, config.top_k)
+    if histogram is not None and impl == "triton":
+        from moe_parallel.kernels import router
+
+        where = (sources, me, mesh.ep_rank, mesh.ep_size)
+        starts_E, ends = router.starts(routing.counts.kept, *where)
+        row_Tk, row_TP = router.rows(experts_Tk, histogram, starts_E=starts_E)
+        return TokenSlots(experts_Tk, row_Tk, RowOrder(row_TP, num_rows), num_experts), ends
+    kept_SE = routing.counts.kept.index_select(0, sources)
+    total_PE = kept_SE.sum(0).unflatten(0, (mesh.ep_size, -1))
+    end_PE = total_PE.cumsum(1)
+    starts_E = (end_PE - total_PE).flatten() + kept_SE[:me].sum(0)
+    number_Tk = _numbers_of_kept(experts_Tk, routing.mask, num_experts)
+    row_Tk = (starts_E[experts_Tk] + number_Tk).masked_fill(number_Tk < 0, -1)
+    goes_TP = tokens_of_ranks(experts_Tk, num_experts, mesh.ep_size)
+    tokens_P = goes_TP.sum(0)
+    row_TP = tokens_P.cumsum(0) - tokens_P + goes_TP.cumsum(0) - 1
+    # Rows beyond those that leave hold nothing: plain torch, which writes all, writes zeros.
+    sent = RowOrder(row_TP.masked_fill(~goes_TP, -1), num_rows, padded=impl == "eager")
+    ends = end_PE[mesh.ep_rank].to(torch.int32)
+    return TokenSlots(experts_Tk, row_Tk, sent, num_experts), ends
+
+
+def _numbers_of_kept(experts_Tk: Tensor, mask_Tk: Tensor | None, num_experts: int) -> Tensor:
+    """``[T, k]``: the number of each kept assignment among the rank's to its expert, else -1."""
+    if mask_Tk is None:
+        before_ET = rows_before(experts_Tk, num_experts)
+        return at_assignments(before_ET - before_ET[:, :1], experts_Tk)
+    experts_Tk = experts_Tk.masked_fill(~mask_Tk, num_experts)
+    before_ET = rows_before(experts_Tk, num_experts + 1)
+    number_Tk = at_assignments(before_ET - before_ET[:, :1], experts_Tk)
+    return number_Tk.masked_fill(~mask_Tk, -1)
+
+
+def _padded_slots(
+    routing: Routing, config: MoEConfig, mesh: ExpertMesh, order: TokenOrder, num_rows: int
+) -> tuple[Routing, TokenSlots, RowCounts]:
+    """The same of calls that are padded: every token goes to every rank."""
+    num_experts, most = config.num_experts, order.max_local_tokens
+    capacity = expert_capacity(config.capacity_factor or 0.0, most, config.top_k, num_experts)
+    routing, number_Tk = drop_by_rank(routing, capacity)
+    experts_Tk, num_sources = routing.experts, len(mesh.sources)
+    local_Tk = experts_Tk.remainder(num_experts // mesh.ep_size)
+    row_Tk = (local_Tk * num_sources + mesh.sources.index(mesh.token_rank)) * capacity + number_Tk
+    row_Tk = row_Tk.masked_fill(number_Tk >= capacity, -1)
+    row_T1 = torch.arange(len(experts_Tk), device=experts_Tk.device).unsqueeze(1)
+    first_P = tuple(most * rank for rank in range(mesh.ep_size))
+    row_TP = row_T1 + device_numbers(first_P, experts_Tk.device)
+    sent = RowOrder(row_TP, num_rows, padded=True)
+    kept_RE = [[capacity] * num_experts] * mesh.num_token_ranks
+    return routing, TokenSlots(experts_Tk, row_Tk, sent, num_experts), kept_RE

@@ -1,0 +1,73 @@
+"""How much a whole call over two ranks queues, whatever the number of experts."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from moe_parallel import ExpertTopology, MoEConfig
+from moe_parallel.router import top_k
+from tests.moe_parallel.batch import groups_of
+from tests.moe_parallel.layers import build
+from tests.ranks import run_on_ranks
+
+pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
+
+from moe_parallel.kernels import router, slots_kernel, swiglu_kernel, tokens
+from tests.moe_parallel.kernels.test_row_kernels import Queued
+
+KERNELS = {
+    router: ("split", "top_k", "before", "row", "starts", "top_k_backward"),
+    slots_kernel: ("copy_slots", "sum_slots", "sum_slots_backward"),
+    swiglu_kernel: ("swiglu", "swiglu_backward"),
+    tokens: ("pack", "unpack", "pack_gradients", "unpack_gradients"),
+}
+
+
+def queued_on_rank(num_experts: int, send: str) -> tuple[list[str], list[str]]:
+    """Rank function: what a forward and a backward queue, without losses and their sums."""
+    how = {"aux_loss_coefficient": 0.0, "impl": "triton", "gemm": "grouped", "overlap_groups": None}
+    config = MoEConfig(16, 16, num_experts, 4, send=send, **how)
+    groups = groups_of(ExpertTopology(2, ep=2)).experts
+    layer = build(config, torch.bfloat16, False, groups=groups).eval()
+    x = torch.randn(40, 16).bfloat16().requires_grad_()
+    order = layer.agreed_order(x, None)
+    queued = Queued()
+    with ExitStack() as patches:
+        for module, names in KERNELS.items():
+            for name in names:
+                patches.enter_context(queued.kernel(module, f"{name}_kernel"))
+        product = queued.one("mm", top_k.parts_product)
+        patches.enter_context(patch.object(top_k, "takes_parts", lambda _: True))
+        patches.enter_context(patch.object(top_k, "parts_product", product))
+
+        def forward() -> torch.Tensor:
+            routing = layer.gate(x, order)
+            return layer.through_experts(x, routing, order)[0]
+
+        forward()  # tensors that are made once
+        queued.names.clear()
+        with queued:
+            output = forward()
+        names, grad = queued.names, torch.randn_like(output)
+        queued.names = []
+        with queued:
+            torch.autograd.grad(output, [x, *layer.parameters()], grad)
+    return names, queued.names
+
+
+def test_a_call_queues_few_things_for_any_number_of_experts() -> None:
+    (few, *_), (many, *_) = (run_on_ranks(queued_on_rank, 2, n, "tokens") for n in (8, 64))
+    assert few == many
+    forward, backward = many
+    assert len(forward) <= 21, forward
+    assert len(backward) <= 20, backward
+
+
+def test_assignments_in_one_group_queue_more_but_not_more_for_more_experts() -> None:
+    ((forward, backward), *_) = run_on_ranks(queued_on_rank, 2, 64, "assignments")
+    assert len(forward) <= 32, forward
+    assert len(backward) <= 18, backward

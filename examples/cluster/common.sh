@@ -9,12 +9,13 @@ if [ "${1:-}" = --dry-run ]; then
   shift
 fi
 
-# sizes NODES: sets flags, and prints the sizes of a dry run.
+# sizes NODES: sets flags, the last line of the report, which a dry run prints.
 sizes() {
-  local words=(--nodes "$1" --gpus "$gpus" --context "$context")
-  flags=$(PYTHONPATH=$root python "$root/examples/cluster/sizes.py" "${words[@]}" --flags)
+  local report
+  report=$(python "$root/examples/cluster/sizes.py" --nodes "$1" --gpus "$gpus" --context "$context")
+  flags=${report##*$'\n'}
   if $dry_run; then
-    PYTHONPATH=$root python "$root/examples/cluster/sizes.py" "${words[@]}"
+    echo "$report"
   fi
 }
 

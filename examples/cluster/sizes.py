@@ -2,9 +2,9 @@
 
     python examples/cluster/sizes.py --nodes 16
 
-A rank gets as many tokens as fit: ``cp`` is the context by that, the rest of the ranks are replicas
-(``dp``) with packs of their own. Experts stay on a node, where links are fastest: ``ep`` is its GPUs,
-or the experts if they are fewer. The order of the tokens is the cheapest of the layout planner.
+A rank gets as many tokens as fit: ``cp`` is the context by that, the rest of the ranks are
+replicas (``dp``) with packs of their own. Experts stay on a node, where links are fastest: ``ep``
+is its GPUs, or the experts if they are fewer. The layout planner names the order of the tokens.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ class Options:
         nodes: hosts.
         gpus: of a node; a rank each.
         context: tokens of a pack.
-        rank_tokens: most tokens of a rank that fit into its GPU: eight layers of width 2048 and their
-            gradients take 62 GB for 65,536.
+        rank_tokens: most tokens of a rank that fit into its GPU: 65,536 take 62 GB in eight layers
+            of width 2048.
         experts: of a layer.
-        flags: print only the flags of the training script, for a shell.
     """
 
     nodes: int = 2
@@ -39,7 +38,6 @@ class Options:
     context: int = 1048576
     rank_tokens: int = 65536
     experts: int = 8
-    flags: bool = False
 
 
 class Sizes(NamedTuple):
@@ -78,7 +76,7 @@ def sizes_of(options: Options) -> Sizes:
 
 
 def report(options: Options, sizes: Sizes) -> str:
-    """The sizes in words, and what crosses ranks in the layers of MiniMax-Text-01."""
+    """The sizes in words, what crosses ranks in layers of MiniMax-Text-01, and the flags."""
     cost = layout_costs((options.context,), sizes.cp)[0]
     tokens = options.context // sizes.cp
     return "\n".join(
@@ -97,5 +95,4 @@ def report(options: Options, sizes: Sizes) -> str:
 
 if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__)
-    sizes = sizes_of(options)
-    print(sizes.flags if options.flags else report(options, sizes))
+    print(report(options, sizes_of(options)))

@@ -7,6 +7,8 @@
     scan         (depth + blocks - 1) (launch + latency + block / bandwidth)
     one_hop      the scan with depth 1 and one block
 
+    half_duplex  a share more: of half a state in all_gather, of every block that is sent on in scan
+
 where depth counts the rank borders that a state crosses one after the other, at most, and bytes are
 those of the rank that receives most.
 """
@@ -31,12 +33,15 @@ class Link:
         gb_per_s: 1e9 bytes a second that a rank receives.
         launch_us: to start one collective, and the small kernels around it.
         rank_us: what each further rank adds: its messages, and the kernels that combine its states.
+        half_duplex: share of what a rank sends that delays what it receives meanwhile. With gloo on
+            a slow wire it is near 1: a rank says that it is ready to receive behind what it sends.
     """
 
     latency_us: float
     gb_per_s: float
     launch_us: float
     rank_us: float
+    half_duplex: float = 0.0
 
     def __post_init__(self) -> None:
         numbers = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -161,11 +166,16 @@ def exchange_us(
         blocks = num_blocks if name == "scan" else 1
         # A rank with several receiving runs takes in as many blocks a step, at most.
         block = max(traffic.receives) * size.bytes / blocks
+        if min(traffic.depth, blocks) > 1:
+            block *= 1 + link.half_duplex
         return (traffic.depth + blocks - 1) * (step + block / bytes_per_us)
-    most = max(received_bytes(name, traffic, size, rank) for rank in range(traffic.num_ranks))
+    most: float = max(
+        received_bytes(name, traffic, size, rank) for rank in range(traffic.num_ranks)
+    )
     others = traffic.num_ranks - 1
     if name == "sliced":
         return 2 * step + others * link.rank_us + most / bytes_per_us
+    most += link.half_duplex * max(traffic.sends) * size.bytes / 2
     return link.launch_us + others * (link.latency_us + link.rank_us) + most / bytes_per_us
 
 

@@ -17,8 +17,10 @@ from lasp.state_exchange.choice import EXACT, ExchangeChoice
 from lasp.state_exchange.cost import ExchangeTraffic, Link, StateSize, exchange_us, traffic_of
 from lasp.state_exchange.start import start_exchange
 
-# The model is linear in the reciprocal bandwidth and in its other numbers: a link for each alone.
+# The model is linear in the reciprocal bandwidth and in its other numbers: a link for each alone,
+# and last what half duplex adds to the first.
 UNITS = (Link(0, 1, 0, 0), Link(0, inf, 1, 0), Link(1, inf, 0, 0), Link(0, inf, 0, 1))
+HALF_DUPLEX = Link(0, 1, 0, 0, 1)
 HEADS, DIM = (1, 4, 32), 64  # states of 16 KiB to half a MiB
 BLOCKS = 4
 
@@ -93,17 +95,21 @@ def fit_link(timed: Sequence[TimedExchange]) -> Link:
 
     Where the exchanges do not tell two numbers apart, the first one of ``UNITS`` stands for both.
     """
-    parts = [[t.model_us(unit) / t.us for unit in UNITS] for t in timed]
+    parts = [[t.model_us(unit) for unit in (*UNITS, HALF_DUPLEX)] for t in timed]
     shares = torch.tensor(parts, dtype=torch.float64)
+    shares[:, -1] -= shares[:, 0]
+    shares /= torch.tensor([[t.us] for t in timed], dtype=torch.float64)
     target = torch.ones(len(timed), 1, dtype=torch.float64)
-    least, best = inf, torch.zeros(len(UNITS), dtype=torch.float64)
-    for count in range(1, len(UNITS) + 1):
-        for columns in combinations(range(len(UNITS)), count):
+    least, best = inf, torch.zeros(shares.shape[1], dtype=torch.float64)
+    for count in range(1, len(best) + 1):
+        for columns in combinations(range(len(best)), count):
             part = shares[:, columns]
             solution = torch.linalg.lstsq(part, target, driver="gelsd").solution
             error = (part @ solution - target).norm().item()
             if (solution >= 0).all() and error < 0.999 * least:
                 least, best = error, torch.zeros_like(best)
                 best[list(columns)] = solution.flatten()
-    per_gb, launch, latency, rank = best.tolist()
-    return Link(latency, 1 / per_gb if per_gb else inf, launch, rank)
+    per_gb, launch, latency, rank, half = best.tolist()
+    if per_gb == 0:  # states this small do not tell
+        return Link(latency, inf, launch, rank)
+    return Link(latency, 1 / per_gb, launch, rank, half / per_gb)

@@ -17,6 +17,7 @@ from tests.ranks import refusal, run_on_ranks
 from tests.test_hybrid import config
 
 SLOW = Link(latency_us=200, gb_per_s=0.0125, launch_us=100, rank_us=20)
+GLOO = replace(SLOW, half_duplex=0.9)
 
 
 def choice(exchange: str, num_ranks: int = 4) -> tuple[str, int]:
@@ -27,7 +28,10 @@ def choice(exchange: str, num_ranks: int = 4) -> tuple[str, int]:
 
 def test_a_link_is_a_text_and_back() -> None:
     assert Link.parse(str(SLOW)) == SLOW
-    assert exchange_over(NVLINK) == "auto over latency_us=5,gb_per_s=150,launch_us=17,rank_us=4"
+    text = "latency_us=5,gb_per_s=150,launch_us=17,rank_us=4"
+    assert Link.parse(text) == NVLINK
+    assert str(NVLINK) == f"{text},half_duplex=0"
+    assert exchange_over(NVLINK) == f"auto over {NVLINK}"
     for name in NAMES:
         assert parse_exchange(exchange_over(SLOW, name)) == (name, SLOW)
         assert parse_exchange(name) == (name, None)
@@ -37,6 +41,7 @@ def test_auto_takes_what_costs_least_over_the_link() -> None:
     assert choice("auto") == ("all_gather", 1)
     assert choice(exchange_over(NVLINK)) == choice("auto")
     assert choice(exchange_over(SLOW)) == ("scan", 8)
+    assert choice(exchange_over(GLOO)) == ("sliced", 1)
     assert choice("scan") == ("scan", 1)
     assert choice(exchange_over(SLOW, "scan")) == ("scan", 8)
 
@@ -60,8 +65,8 @@ def test_the_fit_finds_the_link_behind_the_times() -> None:
         for heads in (1, 8, 64):
             for name in EXACT:
                 one = link.TimedExchange(name, traffic, StateSize(heads, 64, 64), 2, 0.0)
-                timed.append(one._replace(us=one.model_us(SLOW)))
-    assert asdict(link.fit_link(timed)) == pytest.approx(asdict(SLOW), rel=1e-6)
+                timed.append(one._replace(us=one.model_us(GLOO)))
+    assert asdict(link.fit_link(timed)) == pytest.approx(asdict(GLOO), rel=1e-6)
     # Two ranks do not tell launch, latency and rank apart: the sums are the same.
     found = link.fit_link(timed[:9])
     for one in timed[:9]:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp._core.checks import check_part, check_positive
-from lasp._core.rotary import RopeScaling, apply_rotary, check_rotary_dim
+from lasp._core.rotary import RopeScaling, check_rotary_dim, rotary_table, rotated
 from lasp.sequence.layout import SequenceLayout
 from ring.attention import checked_window, ring_attention
 from ring.blocks.registry import check_block
@@ -156,16 +156,9 @@ class RingAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary_dim:
-            q, k = (
-                apply_rotary(
-                    x,
-                    position_ids,
-                    rotary_dim=self.rotary_dim,
-                    base=self.rope_base,
-                    scaling=self.rope_scaling,
-                )
-                for x in (q, k)
-            )
+            how = (self.rotary_dim, self.rope_base, self.rope_scaling, q.dtype)
+            table = rotary_table(position_ids, *how)
+            q, k = rotated(q, *table), rotated(k, *table)
         return q, k, v
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:

@@ -173,14 +173,34 @@ def apply_rotary(
             f"position_ids must be {x.shape[-3]} integers, one a token, got shape"
             f" {tuple(position_ids.shape)} of {position_ids.dtype}"
         )
+    return rotated(x, *rotary_table(position_ids, rotary_dim, base, scaling, x.dtype))
+
+
+def rotary_table(
+    position_ids: Tensor,
+    rotary_dim: int,
+    base: float,
+    scaling: RopeScaling | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Table of cos and sin of :func:`apply_rotary`'s angles, ``[T, rotary_dim / 2]`` each.
+
+    For q and k alike; in float32 or wider for tensors of ``dtype``; with the factor of ``scaling``.
+    """
     half = rotary_dim // 2
-    exponents = torch.arange(half, dtype=torch.float64, device=x.device) / max(half, 1)
+    exponents = torch.arange(half, dtype=torch.float64, device=position_ids.device) / max(half, 1)
     frequencies = base**-exponents if scaling is None else scaling.scaled(base**-exponents, base)
-    angles_T1F = (position_ids.double().unsqueeze(-1) * frequencies).unsqueeze(-2)
-    wide = wide_dtype(x.dtype)
-    cos, sin = angles_T1F.cos().to(wide), angles_T1F.sin().to(wide)
+    angles_TF = position_ids.double().unsqueeze(-1) * frequencies
+    wide = wide_dtype(dtype)
+    cos, sin = angles_TF.cos().to(wide), angles_TF.sin().to(wide)
     if scaling is not None:
         cos, sin = cos * scaling.rotated_factor, sin * scaling.rotated_factor
-    first, second, rest = x.split((half, half, x.shape[-1] - rotary_dim), dim=-1)
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat((*(part.to(x.dtype) for part in rotated), rest), dim=-1)
+    return cos, sin
+
+
+def rotated(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    """``x [..., T, H, D]``, turned by a table of :func:`rotary_table`."""
+    half, cos, sin = cos_TF.shape[1], cos_TF.unsqueeze(-2), sin_TF.unsqueeze(-2)
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*(part.to(x.dtype) for part in turned), rest), dim=-1)

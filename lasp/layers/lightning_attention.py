@@ -7,9 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp._core.impl import Impl, check_impl
-from lasp.layers.norm_gate import silu_split
 from lasp.layers.options import MINIMAX_OPTIONS, LightningOptions
-from lasp.layers.parts import GatedNorm, heads_of
+from lasp.layers.parts import GatedNorm, HeadNorm, heads_of
 from lasp.lightning.attention import LightningOutput, lightning_attention
 from lasp.lightning.decay import Variant, decay_rates
 from lasp.lightning.decode import lightning_decode
@@ -36,9 +35,8 @@ class LightningAttention(nn.Module):
         decay: formula of the rates, see ``lasp.lightning.decay``, or the rates ``[H]`` themselves.
         options: what is computed around the attention.
         exchange: how states cross ranks, see ``lasp.state_exchange``.
-        impl: who computes, see :func:`lasp.lightning_attention`: ``triton`` has kernels for
-            MiniMax-01's activation, norm and gate too, see ``lasp.layers.norm_gate``; those of
-            other options are plain torch.
+        impl: who computes, see :func:`lasp.lightning_attention`: ``triton`` has kernels for what
+            is before and after the attention too, see ``lasp.layers``.
         device: where the parameters live.
         dtype: of the parameters. The rates are float32 and stay on the CPU, whatever the module is
             cast or moved to: the operator reads them there.
@@ -88,11 +86,10 @@ class LightningAttention(nn.Module):
         )
         if options.qk_norm:
             self.q_norm, self.k_norm = (
-                nn.RMSNorm(head_dim, options.norm_eps, device=device, dtype=dtype) for _ in "qk"
+                HeadNorm(head_dim, options.norm_eps, device=device, dtype=dtype) for _ in "qk"
             )
         self.norm = GatedNorm(inner, options, device=device, dtype=dtype)
         self.out_proj = linear(inner, hidden_size, options.out_bias)
-        self._fused_heads = options.is_fused[0]
         self.rates = decay_rates(num_heads, layer_index, num_layers, decay)
 
     def forward(
@@ -227,8 +224,6 @@ class LightningAttention(nn.Module):
                 f" {tuple(hidden.shape)}"
             )
         qkv = self.qkv_proj(hidden).unflatten(-1, (self.num_heads, 3 * self.head_dim))
-        if self._fused_heads:
-            return silu_split(qkv, self.head_dim, self.head_dim, impl=self.impl)
         if state is not None and position_ids is None and self.options.rotary_dim:
             raise ValueError(
                 "position_ids must be given with a state, got None: the layer rotates q and k by"

@@ -61,32 +61,42 @@ def silu_split(
 
 def norm_gate(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     weight: Tensor,
     *,
     eps: float,
+    num_groups: int = 1,
+    silu: bool = False,
+    gate_first: bool = False,
     tp_group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """``y = x / sqrt(mean(x^2) + eps) * weight * sigmoid(gate)``, over the features of all heads.
+    """The output norm and gate of all lightning layers.
+
+    ``norm(x) * weight * g(gate)``, or ``norm(x * g(gate)) * weight`` with ``gate_first``, where
+    ``norm(x) = x / sqrt(mean(x^2) + eps)`` over each of ``num_groups`` equal groups of neighbouring
+    features.
 
     Args:
         x: ``[..., W]``, the output of the attention, heads side by side; any strides. bf16, fp16,
             fp32 or fp64; under autocast x and gate are cast to its dtype.
-        gate: like ``x``, before the sigmoid.
+        gate: like ``x``; None: no gate.
         weight: ``[W]``.
         eps: added to the mean square.
-        tp_group: the ranks that share the features of a token, W each: the mean is over all of
-            them. None: this one has them all.
+        num_groups: groups of this rank's features.
+        silu: g is SiLU, not the sigmoid.
+        gate_first: whether the gate is under the norm.
+        tp_group: the ranks that share the features of a token, W each: the mean of the one group is
+            over all of them. None: this one has them all.
         impl: ``eager``, plain torch; ``triton``, one kernel forward and one backward, and with a
-            ``tp_group`` a small one before each: bf16, fp16 or fp32, up to 16384 features a rank;
-            ``auto``, ``triton`` where it can, see ``lasp._core.impl``.
+            ``tp_group`` a small one before each: bf16, fp16 or fp32, groups of up to 16384 features
+            a rank; ``auto``, ``triton`` where it can, see ``lasp._core.impl``.
 
     Returns:
         ``[..., W]`` in the dtype of ``x``; computed in float32 or wider.
 
     Gradients: to ``x``, ``gate`` and ``weight``; the same bits every time. ``triton`` saves the
-    inputs and one number a token.
+    inputs and one number a token and group.
 
     Communication: over ``tp_group``, forward and backward, one all-reduce of 4 bytes a token. Every
     rank must run the backward: the result requires gradients wherever gradients are enabled.
@@ -94,8 +104,34 @@ def norm_gate(
     Raises:
         ValueError: naming the argument, before any communication.
     """
-    x, gate = autocast_inputs(x, gate)
-    if gate.shape != x.shape or gate.dtype != x.dtype or gate.device != x.device:
+    if gate is None:
+        (x,) = autocast_inputs(x)
+    else:
+        x, gate = autocast_inputs(x, gate)
+    _check_norm(x, gate, weight, num_groups, tp_group)
+    width = x.shape[-1] // num_groups
+    unserved = "" if width <= WIDEST_ROW else f"{width} features a rank, above {WIDEST_ROW}"
+    how = chosen_impl(impl, x.device, x.dtype, unserved)
+    x = join_backward(tp_group, x)
+    if how == "eager":
+        return _norm_gate(x, gate, weight, eps, num_groups, silu, gate_first, tp_group)
+    from lasp.layers.triton import norm_gate as fused
+
+    group_name = "" if tp_group is None else tp_group.group_name
+    rows = [t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (x, gate)]
+    y: Tensor = fused.call(*rows, weight, eps, num_groups, silu, gate_first, group_name)[0]
+    return y if x.dim() == 2 else y.view(x.shape)
+
+
+def _check_norm(
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    num_groups: int,
+    tp_group: dist.ProcessGroup | None,
+) -> None:
+    like_x = gate is None or (gate.shape, gate.dtype, gate.device) == (x.shape, x.dtype, x.device)
+    if gate is not None and not like_x:
         raise ValueError(
             f"gate must be like x, {tuple(x.shape)} in {x.dtype} on {x.device}, got"
             f" {tuple(gate.shape)} in {gate.dtype} on {gate.device}"
@@ -105,48 +141,24 @@ def norm_gate(
             f"weight must be [{x.shape[-1]}] on {x.device}, got {tuple(weight.shape)} on"
             f" {weight.device}: this rank's features"
         )
-    width = x.shape[-1]
-    unserved = "" if width <= WIDEST_ROW else f"{width} features a rank, above {WIDEST_ROW}"
-    if chosen_impl(impl, x.device, x.dtype, unserved) == "eager":
-        return grouped_norm_gate(x, gate, weight, eps=eps, tp_group=tp_group)
-    from lasp.layers.triton import norm_gate as fused
-
-    x = join_backward(tp_group, x)
-    group_name = "" if tp_group is None else tp_group.group_name
-    rows = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (x, gate))
-    y: Tensor = fused.call(*rows, weight, eps, group_name)[0]
-    return y if x.dim() == 2 else y.view(x.shape)
+    if num_groups < 1 or x.shape[-1] % num_groups or (num_groups > 1 and tp_group is not None):
+        raise ValueError(
+            f"num_groups must divide {x.shape[-1]} features, and be 1 with a tp_group, got"
+            f" {num_groups}: a group is of whole heads, on one rank or over all"
+        )
 
 
-def grouped_norm_gate(
+def _norm_gate(
     x: Tensor,
     gate: Tensor | None,
     weight: Tensor,
-    *,
     eps: float,
-    num_groups: int = 1,
-    silu: bool = False,
-    gate_first: bool = False,
-    tp_group: dist.ProcessGroup | None = None,
+    num_groups: int,
+    silu: bool,
+    gate_first: bool,
+    tp_group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """The output norms and gates of all lightning layers, in plain torch; nothing is checked.
-
-    ``norm(x) * weight * g(gate)``, or ``norm(x * g(gate)) * weight`` with ``gate_first``; the mean
-    square is over each of ``num_groups`` equal groups of neighbouring features.
-
-    Args:
-        x: as in :func:`norm_gate`.
-        gate: likewise; None: no gate.
-        weight: ``[W]``.
-        eps: added to the mean square.
-        num_groups: groups of this rank's features.
-        silu: g is SiLU, not the sigmoid.
-        gate_first: whether the gate is under the norm.
-        tp_group: likewise, for one group that spans the ranks.
-
-    Returns, Gradients, Communication: as in :func:`norm_gate`.
-    """
-    x = join_backward(tp_group, x)
+    """:func:`norm_gate` in plain torch."""
     wide, factor = x.to(wide_dtype(x.dtype)), None
     if gate is not None:
         factor = (F.silu if silu else torch.sigmoid)(gate.to(wide.dtype))

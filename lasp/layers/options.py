@@ -83,13 +83,6 @@ class LightningOptions:
                 f" {self.norm_groups}: choose a tensor_model_parallel_size that divides it"
             )
 
-    @property
-    def is_fused(self) -> tuple[bool, bool]:
-        """Whether there are kernels for what is before the attention, and for what is after it."""
-        before = self.activation == "silu" and not self.qk_norm and not self.rotary_dim
-        after = self.norm_groups == 1 and self.gate == "sigmoid" and not self.gate_first
-        return before, after
-
     def scale_of(self, head_dim: int) -> float:
         """The scale of heads of this size."""
         return head_dim**-0.5 if self.scale is None else self.scale

@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+from torch.nn import functional as F
 
-from lasp._core.impl import Impl
+from lasp._core.impl import Impl, chosen_impl
 from lasp._core.operators import Operators
-from lasp._core.rotary import apply_rotary
-from lasp.layers.norm_gate import grouped_norm_gate, norm_gate, silu_split
+from lasp._core.rotary import rotary_table, rotated
+from lasp.layers.norm_gate import norm_gate, silu_split
 from lasp.layers.options import LightningOptions
 from lasp.lightning.validation import check_layout
 from lasp.sequence.layout import Order, SequenceLayout
@@ -31,16 +32,25 @@ class GatedNorm(nn.RMSNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(size, options.norm_eps, device=device, dtype=dtype)
-        self.options, self._fused = options, options.is_fused[1]
+        self.options = options
 
     def forward(  # type: ignore[override]
         self, x: Tensor, gate: Tensor | None, *, impl: Impl
     ) -> Tensor:
         """``x`` and ``gate`` ``[..., W]``; see ``lasp.layers.norm_gate``."""
-        if self._fused and gate is not None:
-            eps: float = self.eps  # type: ignore[assignment]  # always given here
-            return norm_gate(x, gate, self.weight, eps=eps, impl=impl)
-        return gated_norm(x, gate, self.weight, self.options, self.options.norm_groups)
+        options = self.options
+        return gated_norm(x, gate, self.weight, options, options.norm_groups, impl=impl)
+
+
+class HeadNorm(nn.RMSNorm):
+    """An RMSNorm over each head; called with None it returns its weight, for who norms by it.
+
+    As a module, so that wrappers which gather parameters in hooks gather this one.
+    """
+
+    def forward(self, x: Tensor | None) -> Tensor:
+        """``x [..., H, head_dim]`` normed, or the weight."""
+        return self.weight if x is None else super().forward(x)
 
 
 def gated_norm(
@@ -50,9 +60,11 @@ def gated_norm(
     options: LightningOptions,
     num_groups: int,
     tp_group: dist.ProcessGroup | None = None,
+    *,
+    impl: Impl,
 ) -> Tensor:
-    """:func:`lasp.layers.norm_gate.grouped_norm_gate` by the options, in ``num_groups`` groups."""
-    return grouped_norm_gate(
+    """:func:`lasp.layers.norm_gate.norm_gate` by the options, in ``num_groups`` groups."""
+    return norm_gate(
         x,
         gate,
         weight,
@@ -61,6 +73,7 @@ def gated_norm(
         silu=options.gate == "silu",
         gate_first=options.gate_first,
         tp_group=tp_group,
+        impl=impl,
     )
 
 
@@ -79,45 +92,58 @@ def heads_of(
     Args:
         qkv: ``[..., T, H, 3 head_dim]``, head by head.
         options: of the layer.
-        norms: of q and k, if the options have them.
+        norms: of q and k, if the options have them: modules that norm what they are called with,
+            and return their weight if that is None.
         layout: as the layer's; with ``cp_group`` it gives the positions of the rotation.
         cp_group: likewise.
         position_ids: int64 ``[T]``, or ``[B, T]`` where the rows of a batch differ; None: those of
             the layout.
-        impl: who computes the activation.
+        impl: ``eager``, plain torch; ``triton``, one kernel forward and one backward, which keeps
+            the projection and the table of the rotation; ``auto``: see ``lasp._core.impl``.
 
     Raises:
         ValueError: for ``position_ids`` of other shapes.
     """
-    head_dim = qkv.shape[-1] // 3
-    if options.activation == "silu":
-        q, k, v = silu_split(qkv, head_dim, head_dim, impl=impl)
-    else:
-        q, k, v = qkv.split(head_dim, dim=-1)
-    if norms is not None:
-        q, k = norms[0](q), norms[1](k)
+    head_dim, silu = qkv.shape[-1] // 3, options.activation == "silu"
+    if silu and norms is None and not options.rotary_dim:
+        return silu_split(qkv, head_dim, head_dim, impl=impl)
+    table = None
     if options.rotary_dim:
         if position_ids is None:
-            position_ids = positions(q, layout, cp_group)
-        elif position_ids.shape not in (q.shape[-3:-2], q.shape[:-2]):
+            position_ids = positions(qkv, layout, cp_group)
+        elif position_ids.shape not in (qkv.shape[-3:-2], qkv.shape[:-2]):
             raise ValueError(
-                f"position_ids must be {list(q.shape[-3:-2])}, or {list(q.shape[:-2])} as the"
+                f"position_ids must be {list(qkv.shape[-3:-2])}, or {list(qkv.shape[:-2])} as the"
                 f" tokens, got shape {tuple(position_ids.shape)}"
             )
-        q, k = (_rotate(x, position_ids, options) for x in (q, k))
+        how = (options.rotary_dim, options.rope_base, options.rope_scaling, qkv.dtype)
+        table = rotary_table(position_ids.expand(qkv.shape[:-2]).flatten(), *how)
+    rows = qkv if qkv.dim() == 3 else qkv.reshape(-1, *qkv.shape[-2:])
+    nothing = norms is None and table is None and not silu
+    if nothing or chosen_impl(impl, qkv.device, qkv.dtype) == "eager":
+        parts = _heads(F.silu(rows) if silu else rows, norms, table)
+    else:
+        from lasp.layers.triton import heads
+
+        weights = (None, None) if norms is None else [norm(None) for norm in norms]
+        sizes = (head_dim, head_dim, silu, options.norm_eps)
+        parts = heads.call(rows, *weights, *(table or (None, None)), *sizes)
+    q, k, v = (x.view(*qkv.shape[:-1], head_dim) if qkv.dim() > 3 else x for x in parts)
     return q, k, v
 
 
-def _rotate(x: Tensor, position_ids: Tensor, options: LightningOptions) -> Tensor:
-    rows = x.flatten(0, 1) if position_ids.dim() == 2 else x
-    turned = apply_rotary(
-        rows,
-        position_ids.flatten(),
-        rotary_dim=options.rotary_dim,
-        base=options.rope_base,
-        scaling=options.rope_scaling,
-    )
-    return turned.view(x.shape)
+def _heads(
+    rows: Tensor,
+    norms: tuple[nn.Module, nn.Module] | None,
+    table: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`heads_of` activated rows ``[T, H, 3 head_dim]``, in plain torch."""
+    q, k, v = rows.chunk(3, dim=-1)
+    if norms is not None:
+        q, k = norms[0](q), norms[1](k)
+    if table is not None:
+        q, k = rotated(q, *table), rotated(k, *table)
+    return q, k, v
 
 
 def positions(

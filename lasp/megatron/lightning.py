@@ -15,7 +15,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lasp._core.impl import Impl, check_impl
-from lasp.layers.norm_gate import silu_split
 from lasp.layers.options import MINIMAX_OPTIONS, LightningOptions
 from lasp.layers.parts import heads_of
 from lasp.lightning.attention import lightning_attention
@@ -115,7 +114,7 @@ class LightningSelfAttention(MegatronModule):
         _check(config, part, options, self.tp_group.size())
         if decay_layers is None:  # else the layer of multi-token prediction is another one
             require(config, part, mtp_num_layers=None)
-        self.options, self.fused = options, options.is_fused[0]
+        self.options = options
         self.scale = options.scale_of(self.head_dim)
         inner = config.num_attention_heads * self.head_dim
         linear = {"config": config, "bias": False, "skip_bias_add": True, "is_expert": False}
@@ -230,8 +229,6 @@ class LightningSelfAttention(MegatronModule):
 
     def _heads(self, qkv: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of this rank's heads."""
-        if self.fused:
-            return silu_split(qkv, self.head_dim, self.head_dim, impl=self.impl)
         return heads_of(
             qkv,
             self.options,

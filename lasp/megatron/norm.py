@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lasp._core.impl import Impl
-from lasp.layers.norm_gate import norm_gate
 from lasp.layers.options import LightningOptions
 from lasp.layers.parts import gated_norm
 from lasp.megatron.checks import parameter_device, require
@@ -59,7 +58,6 @@ class HeadsNorm(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.options, self.tp_group = options, tp_group
-        self.fused = options.is_fused[1]
         weight = torch.ones(
             size // tp_group.size(), device=parameter_device(config), dtype=config.params_dtype
         )
@@ -71,11 +69,8 @@ class HeadsNorm(MegatronModule):
         """``x`` and ``gate`` [..., size / tp], this rank's features."""
         options, tp_size = self.options, self.tp_group.size()
         tp_group = self.tp_group if tp_size > 1 and options.norm_groups == 1 else None
-        if self.fused:
-            eps = options.norm_eps
-            return norm_gate(x, gate, self.weight, eps=eps, tp_group=tp_group, impl=impl)
         num_groups = max(options.norm_groups // tp_size, 1)
-        return gated_norm(x, gate, self.weight, options, num_groups, tp_group)
+        return gated_norm(x, gate, self.weight, options, num_groups, tp_group, impl=impl)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
@@ -110,8 +105,10 @@ class OneHeadNorm(MegatronModule):
         )
         self.weight = nn.Parameter(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` ``[..., H / tp, head_dim]``."""
-        weight = copy_to_tensor_model_parallel_region(self.weight, self.tp_group)
+    def forward(self, x: Tensor | None) -> Tensor:
+        """``x`` ``[..., H / tp, head_dim]`` normed; for None the weight, for who norms by it."""
+        weight: Tensor = copy_to_tensor_model_parallel_region(self.weight, self.tp_group)
+        if x is None:
+            return weight
         normed: Tensor = F.rms_norm(x, x.shape[-1:], weight, self.eps)
         return normed

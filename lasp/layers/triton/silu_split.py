@@ -16,6 +16,7 @@ from torch import Tensor
 from lasp._core.derivatives import Reference
 from lasp._core.launcher import aligned, launcher_of
 from lasp._core.operators import Operators
+from lasp.layers.triton.norm_gate import dense_rows
 from lasp.lightning.triton import tuning
 
 
@@ -107,7 +108,7 @@ def silu_split_backward_kernel(
 
 def silu_split(x_THW: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """``q, k, v = split(SiLU(x))``, each contiguous; ``[T, H, 2K + V]`` of any strides."""
-    x_THW = _dense_rows(x_THW)
+    x_THW = dense_rows(x_THW)
     q, k, v = _fake_split(x_THW, key_dim, value_dim)
     if q.numel():
         _launch_split(silu_split_kernel, x_THW, q, k, v)
@@ -119,7 +120,7 @@ def silu_split_backward(x_THW: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Te
     dx = torch.empty_like(x_THW, memory_format=torch.contiguous_format)
     if dx.numel():
         grads = (aligned(grad.contiguous()) for grad in (dq, dk, dv))
-        _launch_split(silu_split_backward_kernel, _dense_rows(x_THW), *grads, dx)
+        _launch_split(silu_split_backward_kernel, dense_rows(x_THW), *grads, dx)
     return dx
 
 
@@ -159,10 +160,6 @@ def _save_split(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _split_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
     return call_backward(*ctx.saved_tensors, *grads), None, None
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return aligned(x if x.stride(-1) == 1 else x.contiguous())
 
 
 _REFERENCE = Reference("lasp.layers.norm_gate.silu_split with impl='triton'", "impl='eager'")

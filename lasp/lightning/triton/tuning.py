@@ -218,6 +218,7 @@ class Rows(NamedTuple):
 DECODE_COLUMNS, DECODE_WARPS = 32, 4  # few columns, so that a batch of one fills the GPU
 WIDEST_ROW = 16384  # features that one program holds in registers
 NORM_BACKWARD_PROGRAMS = 1  # for each multiprocessor
+HEADS_BACKWARD_PROGRAMS = 8  # likewise, of 4 warps each
 
 
 @lru_cache(maxsize=1024)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,61 @@ def test_norm_within_budget(rows: int, width: int, dtype: torch.dtype) -> None:
     check(norm_with("triton"), norm_with("eager"), written_out_norm, *inputs)
 
 
+RULES = [
+    {"num_groups": 3},
+    {"num_groups": 2, "silu": True},
+    {"num_groups": 3, "gate_first": True},
+    {"silu": True, "gate_first": True},
+]
+
+
+def by_rule(impl: str, rule: dict[str, Any], gated: bool = True) -> Function:
+    def function(x: Tensor, *others: Tensor) -> tuple[Tensor]:
+        gate, weight = others if gated else (None, *others)
+        return (norm_gate(x, gate, weight, eps=EPS, impl=impl, **rule),)
+
+    return function
+
+
+def written_out_rule(rule: dict[str, Any], gated: bool = True) -> Function:
+    def function(x: Tensor, *others: Tensor) -> tuple[Tensor]:
+        groups, factor = rule.get("num_groups", 1), torch.ones_like(x)
+        if gated:
+            factor = (others[0] if rule.get("silu") else 1) / (1 + torch.exp(-others[0]))
+        before, after = (factor, 1) if rule.get("gate_first") else (1, factor)
+        parts = [norm_of(part) for part in (x * before).chunk(groups, -1)]
+        return (torch.cat(parts, -1) * others[-1] * after,)
+
+    return function
+
+
+def norm_of(x: Tensor) -> Tensor:
+    return x / (x.square().sum(-1, keepdim=True) / x.shape[-1] + EPS).sqrt()
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("gated", [True, False])
+def test_groups_and_gates_within_budget(
+    rule: dict[str, Any], gated: bool, dtype: torch.dtype
+) -> None:
+    inputs = norm_inputs(37, 6 * 11, dtype=dtype)
+    if not gated:
+        del inputs[1]
+        rule = {"num_groups": rule.get("num_groups", 1)}
+    exact = written_out_rule(rule, gated)
+    check(by_rule("triton", rule, gated), by_rule("eager", rule, gated), exact, *inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_groups_and_gates_on_a_gpu(rule: dict[str, Any], dtype: torch.dtype) -> None:
+    inputs = norm_inputs(1003, 6 * 512, dtype=dtype)
+    check(by_rule("triton", rule), by_rule("eager", rule), written_out_rule(rule), *inputs)
+
+
 @NEEDS_TRITON
 def test_far_from_zero() -> None:
     """No sigmoid overflows, and a row of zeros is one of zeros."""
@@ -194,6 +250,7 @@ def test_bad_input() -> None:
         ("gate", lambda: norm_gate(x, gate[:2], weight, eps=EPS)),
         ("gate", lambda: norm_gate(x, gate.double(), weight, eps=EPS)),
         ("weight", lambda: norm_gate(x, gate, weight[:2], eps=EPS)),
+        ("num_groups", lambda: norm_gate(x, gate, weight, eps=EPS, num_groups=4)),
     ):
         with pytest.raises(ValueError, match=match):
             call()

@@ -13,8 +13,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
 
+import lasp.layers.triton.heads
 import lasp.layers.triton.norm_gate
-import lasp.layers.triton.silu_split  # noqa: F401 (both register operators)
+import lasp.layers.triton.silu_split  # noqa: F401 (all register operators)
 from lasp import LightningAttention, lightning_decode
 from lasp.layers.norm_gate import norm_gate, silu_split
 from tests.closeness import assert_within_budget
@@ -28,16 +29,30 @@ def operator_arguments(name: str) -> tuple[Any, ...]:
     x, gate, weight = norm_inputs(5, 6, dtype=torch.bfloat16)
     fused, dv = torch.randn(4, 3, 14, device=DEVICE), torch.randn(4, 3, 6, device=DEVICE)
     dq = torch.randn(4, 3, 4, device=DEVICE)
+    table = [torch.randn(shape, device=DEVICE) for shape in (4, 4, (4, 1), (4, 1))]
     if name.endswith("backward"):
         if name == "silu_split_backward":
             return fused, dq, dq, dv
-        return x, x, gate, weight, torch.rand(5, device=DEVICE), ""
+        if name == "heads_backward":
+            return (fused, *table, dq, dq, dv, 4, 6, False, EPS)
+        return x, x, gate, weight, torch.rand(5, 1, device=DEVICE), 1, False, False, ""
+    if name == "heads":
+        return (
+            fused.requires_grad_(),
+            *(w.requires_grad_() for w in table[:2]),
+            *table[2:],
+            4,
+            6,
+            False,
+            EPS,
+        )
     leaves = [t.requires_grad_() for t in (fused, x, gate, weight)]
-    return (leaves[0], 4, 6) if name == "silu_split" else (*leaves[1:], EPS, "")
+    return (leaves[0], 4, 6) if name == "silu_split" else (*leaves[1:], EPS, 1, False, False, "")
 
 
 @pytest.mark.parametrize(
-    "name", ["silu_split", "silu_split_backward", "norm_gate", "norm_gate_backward"]
+    "name",
+    [f"{name}{way}" for name in ("silu_split", "heads", "norm_gate") for way in ("", "_backward")],
 )
 def test_layers_are_well_registered(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.lasp, name).default, operator_arguments(name))

@@ -1,0 +1,136 @@
+"""Launches of :mod:`lasp.layers.triton.heads_kernel`, as operators of torch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp._core.derivatives import Reference
+from lasp._core.launcher import aligned, launcher_of
+from lasp._core.operators import Operators
+from lasp.layers.triton.heads_kernel import heads_backward_kernel, heads_kernel
+from lasp.layers.triton.norm_gate import dense_rows, num_sms
+from lasp.lightning.triton import tuning
+
+
+class Rule(NamedTuple):
+    """Sizes of a head, its activation and the epsilon of its norms."""
+
+    key_dim: int
+    value_dim: int
+    silu: bool
+    eps: float
+
+
+def heads(
+    x_THW: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of the projection, each contiguous; what is None is left out."""
+    x_THW = dense_rows(x_THW)
+    tensors = [x_THW, *(x if x is None else aligned(x) for x in (q_weight, k_weight, cos, sin))]
+    outputs = _fake_heads(x_THW, None, None, None, None, *rule)
+    launch, num_rows, rows = _launcher(heads_kernel, tensors, Rule(*rule))
+    launch(-(-num_rows // rows), *tensors, *outputs, num_rows, x_THW.shape[1])
+    return outputs
+
+
+def heads_backward(
+    x_THW: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the projection, contiguous, and of both weights; empty without."""
+    dx = torch.empty_like(x_THW, memory_format=torch.contiguous_format)
+    x_THW = dense_rows(x_THW)
+    tensors = [x_THW, *(x if x is None else aligned(x) for x in (q_weight, k_weight, cos, sin))]
+    grads = [aligned(grad.contiguous()) for grad in (dq, dk, dv)]
+    launch, num_rows, rows = _launcher(heads_backward_kernel, tensors, Rule(*rule))
+    programs, dweights = -(-num_rows // rows), None
+    if q_weight is not None:
+        programs = min(programs, tuning.HEADS_BACKWARD_PROGRAMS * num_sms(x_THW.device))
+        dweights = x_THW.new_empty(programs, 2, dq.shape[-1], dtype=torch.float32)
+    launch(programs, *tensors, *grads, dx, dweights, num_rows, x_THW.shape[1])
+    if q_weight is None or k_weight is None or dweights is None:
+        return dx, x_THW.new_empty(0), x_THW.new_empty(0)
+    of_q, of_k = (part.sum(0) for part in dweights.unbind(1))  # no views of one tensor
+    return dx, of_q.to(q_weight.dtype), of_k.to(k_weight.dtype)
+
+
+def _launcher(kernel: Any, tensors: list[Any], rule: Rule) -> tuple[Any, int, int]:
+    """The launcher, the rows, and how many of them a program takes."""
+    x, cos = tensors[0], tensors[3]
+    cut = tuning.split_rows(rule.key_dim, rule.value_dim)
+    launch = launcher_of(
+        kernel,
+        x.device,
+        tuple([None if t is None else t.dtype for t in tensors]),
+        stride_t=x.stride(0),
+        stride_h=x.stride(1),
+        eps=rule.eps,
+        K=rule.key_dim,
+        V=rule.value_dim,
+        BLOCK_K=cut.blocks[0],
+        BLOCK_V=cut.blocks[1],
+        ROWS=cut.rows,
+        SILU=rule.silu,
+        HALF=0 if cos is None else cos.shape[1],
+        num_warps=cut.num_warps,
+    )
+    return launch, x.shape[0] * x.shape[1], cut.rows
+
+
+def _fake_heads(
+    x: Tensor, q_weight: object, k_weight: object, cos: object, sin: object, *rule: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    key_dim, value_dim = rule[:2]
+    q, k, v = (x.new_empty(*x.shape[:2], dim) for dim in (key_dim, key_dim, value_dim))
+    return q, k, v
+
+
+def _fake_backward(
+    x: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_q, of_k = (
+        x.new_empty(0) if w is None else torch.empty_like(w) for w in (q_weight, k_weight)
+    )
+    return x.new_empty(x.shape), of_q, of_k
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.rule = inputs[5:]
+
+
+def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    dx, *dweights = call_backward(*ctx.saved_tensors, *grads, *ctx.rule)
+    if ctx.saved_tensors[1] is None:
+        dweights = [None, None]
+    return dx, *dweights, *(None,) * 6
+
+
+_REFERENCE = Reference("lasp.layers.parts.heads_of with impl='triton'", "impl='eager'")
+_OPERATORS = Operators("lasp")
+_TENSORS = "Tensor x, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin"
+_RULE = "int key_dim, int value_dim, bool silu, float eps"
+_RESULTS = "(Tensor, Tensor, Tensor)"
+_OPERATORS.define(f"heads({_TENSORS}, {_RULE}) -> {_RESULTS}", heads, _fake_heads)
+_OPERATORS.define(
+    f"heads_backward({_TENSORS}, Tensor dq, Tensor dk, Tensor dv, {_RULE}) -> {_RESULTS}",
+    heads_backward,
+    _fake_backward,
+)
+call = _OPERATORS.differentiate("heads", _gradients, _save, _REFERENCE)
+call_backward = _OPERATORS.refuse_second_derivatives("heads_backward", _REFERENCE)

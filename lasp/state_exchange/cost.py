@@ -7,7 +7,8 @@
     scan         (depth + blocks - 1) (launch + latency + block / bandwidth)
     one_hop      the scan with depth 1 and one block
 
-    half_duplex  a share more: of half a state in all_gather, of every block that is sent on in scan
+    half_duplex  a share more, of messages that wait for what is sent: half a state in all_gather,
+                 two slices in sliced over more than 2 ranks, blocks - 1 blocks in scan
 
 where depth counts the rank borders that a state crosses one after the other, at most, and bytes are
 those of the rank that receives most.
@@ -166,14 +167,16 @@ def exchange_us(
         blocks = num_blocks if name == "scan" else 1
         # A rank with several receiving runs takes in as many blocks a step, at most.
         block = max(traffic.receives) * size.bytes / blocks
-        if min(traffic.depth, blocks) > 1:
-            block *= 1 + link.half_duplex
-        return (traffic.depth + blocks - 1) * (step + block / bytes_per_us)
+        waiting = link.half_duplex * (blocks - 1) * block * (traffic.depth > 1)
+        steps = traffic.depth + blocks - 1
+        return steps * (step + block / bytes_per_us) + waiting / bytes_per_us
     most: float = max(
         received_bytes(name, traffic, size, rank) for rank in range(traffic.num_ranks)
     )
     others = traffic.num_ranks - 1
     if name == "sliced":
+        slice_bytes = slice_rows(size, traffic.num_ranks) * size.value_dim * size.itemsize
+        most += 2 * link.half_duplex * slice_bytes * (others > 1)
         return 2 * step + others * link.rank_us + most / bytes_per_us
     most += link.half_duplex * max(traffic.sends) * size.bytes / 2
     return link.launch_us + others * (link.latency_us + link.rank_us) + most / bytes_per_us

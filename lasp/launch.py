@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 DeviceKind = Literal["auto", "cuda", "cpu"]
@@ -252,6 +252,12 @@ def _store(launch: LaunchedRank, comm: Any, timeout: timedelta) -> Store:
     if launch.launcher == "torchrun":
         agreed: Store = next(rendezvous("env://", timeout=timeout))[0]
         agreed.set_timeout(timeout)
+        # The agent's store outlives the ranks that it starts again, with what they said: a new
+        # rank would connect to a dead one (https://github.com/pytorch/pytorch/issues/135712). Each
+        # host counts its restarts, so several hosts have no common name for an attempt.
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            agreed = PrefixStore(f"lasp/attempt-{attempt}", agreed)
         return agreed
     address, first = launch.address, launch.rank == 0
     if address is not None:

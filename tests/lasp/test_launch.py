@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from lasp import launch
 from lasp.launch import LaunchedRank, choose_device, init_distributed, launched_rank
 from tests.launchers import ENVIRONMENT, mpirun
 
@@ -184,3 +185,18 @@ def test_ranks_that_srun_would_start() -> None:
     ]
     printed = [process.communicate(timeout=60)[0] for process in processes]
     assert printed == [f"Slurm {rank} of [0, 1]\n" for rank in range(2)]
+
+
+def test_ranks_that_torchrun_starts_again_do_not_read_what_dead_ones_said(monkeypatch) -> None:
+    """The agent's store has the addresses of the ranks before; here it is a store that stays."""
+    agent = torch.distributed.HashStore()
+    monkeypatch.setattr(launch, "rendezvous", lambda *_, **__: iter([(agent, 0, 1)]))
+    for name, value in (TORCHRUN | MASTER | {"GROUP_WORLD_SIZE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        store = launch._store(launch.launched_rank(), None, launch.TIMEOUT)
+        seen.append(store.check(["rank 0 listens on"]))
+        store.set("rank 0 listens on", attempt)
+    assert seen == [False, False]

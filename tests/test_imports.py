@@ -70,3 +70,30 @@ print("torch._dynamo" in sys.modules, left)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "0"]
+
+
+def test_import_asks_the_network_for_nothing() -> None:
+    """Every module; what a host or a Hugging Face hub would hear is an audit event of Python."""
+    code = """
+import importlib, pkgutil, sys
+events = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request")
+def refuse(event, arguments):
+    if event in events:
+        raise RuntimeError(f"the network is asked at import: {event} {arguments}")
+sys.addaudithook(refuse)
+import lasp, ring, moe_parallel
+for package in (lasp, ring, moe_parallel):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if "megatron" not in module.name and not module.name.endswith("__main__"):
+            try:
+                importlib.import_module(module.name)
+            except ModuleNotFoundError as error:
+                assert error.name not in ("lasp", "ring", "moe_parallel"), error
+import socket
+try:
+    socket.create_connection(("localhost", 1))
+except RuntimeError:
+    print("watched")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["watched"], done.stderr

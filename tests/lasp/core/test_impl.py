@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from lasp import LightningAttention, lightning_attention, lightning_decode
-from lasp.__main__ import kernel_rules
 from lasp._core import impl as impl_module
 from lasp._core.impl import chosen_impl
+from lasp.doctor.rules import impl_rules, softmax_block_rules
 from lasp.hybrid import HybridConfig
 from lasp.layers.norm_gate import norm_gate, silu_split
 from ring.blocks.registry import resolve_block
@@ -105,10 +105,9 @@ def test_the_default_of_the_config_is_auto() -> None:
 
 
 def test_the_printed_rule_is_what_is_taken() -> None:
-    rules = kernel_rules()
-    assert rules["impl='auto' cpu bfloat16"] == "eager"
+    assert impl_rules()["cpu bfloat16"]["impl"] == "eager"
     block = resolve_block("auto", CPU, torch.float64, 128)
-    assert rules["ring block='auto' cpu float64"] == block.name
+    assert softmax_block_rules()["cpu float64"]["block"] == block.name
 
 
 @pytest.mark.gpu

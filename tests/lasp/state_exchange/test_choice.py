@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lasp.__main__ import exchange_rule
+from lasp.doctor.rules import exchange_rule
 from lasp.lightning.decay import decay_rates
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import flow_of
@@ -77,8 +77,8 @@ def test_blocks_are_of_the_choice() -> None:
 
 def test_the_printed_rule_is_what_is_taken() -> None:
     rule = exchange_rule()
-    assert rule["lasp exchange='auto' P=64 layer 0"] == "one_hop (64 heads)"
-    apart = rule["lasp exchange='auto' P=64 layer 78"]
+    assert rule["P=64 layer 0"] == "one_hop (64 heads)"
+    apart = rule["P=64 layer 78"]
     rates = tuple(decay_rates(64, 78, 80).tolist())
     choices = resolve("auto", (64 * 32768,), 64, *rates)
     assert apart == ", ".join(f"{name} ({len(heads)} heads)" for name, heads in choices.items())

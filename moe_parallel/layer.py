@@ -85,7 +85,8 @@ class ExpertParallelMoE(nn.Module):
 
     Communication, per call: one all-gather over the token group (:mod:`moe_parallel.router.route`);
     two all-to-alls over EP and two over ETP for each of ``overlap_groups`` groups of experts, under
-    the products of another (:mod:`moe_parallel.pipeline.pipeline`), twice that with backward; with
+    the products of another (:mod:`moe_parallel.pipeline.pipeline`), or in all two over EP of tokens
+    that cross once (:mod:`moe_parallel.dispatch.tokens`), twice that with backward; with
     ``symmetric_memory`` copies of as many bytes (:mod:`moe_parallel.dispatch.copy_engine`). One
     device-to-host copy of ranks x E counts, none with ``pad_to_capacity``. The first call of a
     layer compares how ranks call it: some hundred bytes each. The first layer that sees a
@@ -281,17 +282,16 @@ class ExpertParallelMoE(nn.Module):
         self, x_TM: Tensor, routing: Routing, token_order: TokenOrder, *, padded: bool
     ) -> bool:
         """Whether tokens cross once, see :func:`moe_parallel.dispatch.sending.tokens_pay`."""
-        if routing.counts.tokens is None:
+        fits = partial(tokens_pay, self.config, self.mesh, padded=padded)
+        if routing.counts.tokens is None or not fits(1):
             return False
-        num_rows = token_order.num_tokens * self.config.top_k
-        groups, _ = self._groups(num_rows, x_TM)
-        return tokens_pay(self.config, self.mesh, len(groups), padded=padded)
+        return fits(len(self._groups(token_order.num_tokens * self.config.top_k, x_TM)[0]))
 
     def _late(self, x_TM: Tensor, routing: Routing) -> bool:
         """On one rank grouped products ask for no counts."""
-        config = self.config
-        alone = self.mesh.num_token_ranks == 1 and routing.dropless and config.max_rows is None
-        if not alone or config.overlap_groups not in (None, 1):
+        groups, limit = self.config.overlap_groups, self.config.max_rows
+        alone = self.mesh.num_token_ranks == 1 and routing.dropless and limit is None
+        if not alone or groups not in (None, 1):
             return False
         return self.experts.chosen_gemm(routing.experts.numel(), x_TM.dtype) == "grouped"
 

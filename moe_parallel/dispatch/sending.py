@@ -56,8 +56,7 @@ def may_send_tokens(config: MoEConfig, mesh: ExpertMesh) -> bool:
             "send must be 'assignments' or 'auto' with ETP, got 'tokens': partial sums over ETP"
             " would round the gradients of router weights; use EP alone"
         )
-    asked = config.send == "tokens" or (config.send == "auto" and config.overlap_groups is None)
-    return asked and mesh.ep_size > 1 and mesh.etp_size == 1
+    return any(tokens_pay(config, mesh, 1, padded=p) for p in {False, config.pad_to_capacity})
 
 
 def tokens_pay(config: MoEConfig, mesh: ExpertMesh, num_groups: int, *, padded: bool) -> bool:
@@ -66,7 +65,8 @@ def tokens_pay(config: MoEConfig, mesh: ExpertMesh, num_groups: int, *, padded: 
     A token's k assignments go in groups, and only the first one there and the last one back is
     seen: k / groups rows. It goes to D ranks once, in one group. Tokens are sent if D is at most
     ``MOST_OF_ASSIGNMENTS`` of that. D is :func:`mean_ranks`; padded calls send every token to every
-    rank, and ``capacity_factor`` k assignments.
+    rank, and ``capacity_factor`` k assignments. With ETP, and where ``overlap_groups`` is given,
+    assignments are.
 
     Args:
         config: of the layer.
@@ -74,8 +74,10 @@ def tokens_pay(config: MoEConfig, mesh: ExpertMesh, num_groups: int, *, padded: 
         num_groups: in which assignments would go.
         padded: as many rows go to every rank.
     """
-    if config.send == "tokens" or not may_send_tokens(config, mesh):
-        return may_send_tokens(config, mesh)
+    if mesh.ep_size == 1 or mesh.etp_size > 1 or config.send != "auto":
+        return mesh.ep_size > 1 and config.send == "tokens"
+    if config.overlap_groups is not None:
+        return False
     tokens = mean_ranks(config.num_experts, config.top_k, mesh.ep_size)
     assignments = float(config.top_k)
     if padded:

@@ -8,7 +8,6 @@ So these three are calls of the CUDA driver; a CUDA graph captures them.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -43,49 +42,49 @@ class StreamMemory(Protocol):
         """One after another."""
 
 
-class _SignalParameters(ctypes.Structure):  # CUstreamBatchMemOpParams, the same for both kinds
-    _fields_ = (
-        ("operation", ctypes.c_uint),
-        ("address", ctypes.c_uint64),
-        ("value", ctypes.c_uint64),
-        ("flags", ctypes.c_uint),
-        ("alias", ctypes.c_uint64),
-        ("padding", ctypes.c_uint64),
-    )
-
-
-_OPERATIONS = {"wait": 1, "write": 2}  # CU_STREAM_MEM_OP_WAIT_VALUE_32, ..._WRITE_VALUE_32
-_FLAGS = {"wait": 1, "write": 0}  # CU_STREAM_WAIT_VALUE_EQ; a write that fences what was before
-
-
 class CudaStreamMemory:
-    """Calls of the CUDA driver, for the current device."""
+    """Calls of the CUDA driver, for the current device.
+
+    Raises:
+        ImportError: without the package ``cuda-bindings``, which torch's CUDA wheels depend on.
+    """
 
     def __init__(self) -> None:
-        self._driver = ctypes.CDLL("libcuda.so.1")
-        address, stream, pointer, uint = ctypes.c_uint64, *(ctypes.c_void_p,) * 2, ctypes.c_uint
-        self._driver.cuMemcpyAsync.argtypes = (address, address, ctypes.c_size_t, stream)
-        self._driver.cuStreamBatchMemOp_v2.argtypes = (stream, uint, pointer, uint)
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise ImportError(
+                "SymmetricMemory needs the package cuda-bindings, on which torch's CUDA wheels"
+                " depend: pip install cuda-bindings"
+            ) from error
+        self._driver = driver
 
     def copy(self, to: int, source: int, num_bytes: int, stream: Any) -> None:
         """See :class:`StreamMemory`."""
-        self._check(self._driver.cuMemcpyAsync(to, source, num_bytes, stream.cuda_stream))
+        (code,) = self._driver.cuMemcpyAsync(to, source, num_bytes, stream.cuda_stream)
+        if code:
+            raise RuntimeError(f"the CUDA driver says {code!r}")
 
     def prepared(self, operations: Sequence[SignalOperation]) -> Prepared:
         """See :class:`StreamMemory`."""
-        parameters = [
-            _SignalParameters(_OPERATIONS[kind], at, value, _FLAGS[kind])
-            for kind, at, value in operations
-        ]
-        return (_SignalParameters * len(operations))(*parameters)
+        kinds, driver, found = self._driver.CUstreamBatchMemOpType, self._driver, []
+        for kind, address, value in operations:
+            parameters = driver.CUstreamBatchMemOpParams()
+            if kind == "wait":
+                place = parameters.waitValue
+                place.operation = kinds.CU_STREAM_MEM_OP_WAIT_VALUE_32
+                place.flags = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ.value
+            else:  # which fences what the stream held before
+                place = parameters.writeValue
+                place.operation = kinds.CU_STREAM_MEM_OP_WRITE_VALUE_32
+                place.flags = driver.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT.value
+            place.address, place.value = address, value
+            found.append(parameters)
+        return found
 
     def run(self, operations: Prepared, stream: Any) -> None:
         """See :class:`StreamMemory`."""
-        call = self._driver.cuStreamBatchMemOp_v2
-        self._check(call(stream.cuda_stream, len(operations), operations, 0))
-
-    def _check(self, code: int) -> None:
+        call = self._driver.cuStreamBatchMemOp
+        (code,) = call(stream.cuda_stream, len(operations), operations, 0)
         if code:
-            name = ctypes.c_char_p()
-            self._driver.cuGetErrorName(code, ctypes.byref(name))
-            raise RuntimeError(f"the CUDA driver says {(name.value or b'?').decode()} ({code})")
+            raise RuntimeError(f"the CUDA driver says {code!r}")

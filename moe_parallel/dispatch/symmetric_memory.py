@@ -92,6 +92,7 @@ class SymmetricMemory:
     Communication: making it and growing it are collective over the group.
 
     Raises:
+        ImportError: without ``cuda-bindings``.
         ValueError: if the group is not of CUDA ranks, or they do not reach each other.
     """
 
@@ -158,6 +159,7 @@ class SymmetricMemory:
             )
         from torch.distributed import _symmetric_memory as symmetric_memory
 
+        streams = CudaStreamMemory()
         device = torch.device("cuda", torch.cuda.current_device())
         own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
         own[:PAGE_BYTES].zero_()
@@ -165,10 +167,9 @@ class SymmetricMemory:
         try:
             handle: Any = symmetric_memory.rendezvous(own, self.group.group_name)
             buffers = [handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in self.ranks]
-            streams = CudaStreamMemory()
         except (torch.OutOfMemoryError, dist.DistError):
             raise
-        except (OSError, RuntimeError) as error:  # OSError: there is no CUDA driver
+        except RuntimeError as error:
             raise ValueError(
                 "group must be of ranks that reach each other's memory for SymmetricMemory, got"
                 f" ranks {self.global_ranks}: without it rows travel by all-to-all. {error}"

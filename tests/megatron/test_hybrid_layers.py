@@ -134,14 +134,18 @@ def test_a_stack_needs_hybrid_model() -> None:
     assert "ImportError: megatron-core must be >= 0.18 for HybridModel, got" in done.stderr
 
 
-EXPERTS = ExpertOptions(gemm="loop", overlap_groups=2, max_rows=99, impl="eager")
+EXPERTS = ExpertOptions(
+    gemm="loop", overlap_groups=2, max_rows=99, impl="eager", send="assignments"
+)
 CHOSEN = replace(
     HYBRID,
     lightning_impl="triton",
     exchange="sliced",
     decay="retnet",
     residuals=Residuals(init_gain=0.25),
-    moe=replace(HYBRID.moe, gemm="loop", overlap_groups=2, max_rows=99, impl="eager"),
+    moe=replace(
+        HYBRID.moe, gemm="loop", overlap_groups=2, max_rows=99, impl="eager", send="assignments"
+    ),
 )
 
 
@@ -155,7 +159,7 @@ def choices_of_parts(build_parts: Callable[[TransformerConfig], tuple[Any, Any]]
     moe, spread = experts.moe.config, experts.moe.experts.w13.std().item()
     return [
         (lightning.impl, lightning.exchange, lightning.rates),
-        ExpertOptions(moe.gemm, moe.overlap_groups, moe.max_rows, moe.impl),
+        ExpertOptions.of(moe),
         spread,
     ]
 

@@ -168,12 +168,13 @@ def test_two_gpus_give_the_bits_of_an_all_to_all(
             assert_same_bits(topology, "ragged", made, dtype, True, backend="nccl")
 
 
-def replayed_on_rank(topology: ExpertTopology) -> None:
+def replayed_on_rank(topology: ExpertTopology, send: str) -> None:
     """Rank function: a captured call gives the bits of an eager one, again and again."""
     groups = groups_of(topology).experts
     order = ORDERS["shuffled"](64, 2)
+    how = {"send": send, "capacity_factor": 1.0, "pad_to_capacity": True}
     layer = build(
-        config(4, capacity_factor=1.0, pad_to_capacity=True), torch.bfloat16, False,
+        config(None if send == "tokens" else 4, **how), torch.bfloat16, False,
         groups=groups, symmetric_memory=memory_of(groups), device="cuda",
     )  # fmt: skip
     x = torch.randn(order.rows_per_rank[dist.get_rank()], 16, device="cuda", dtype=torch.bfloat16)
@@ -193,6 +194,9 @@ def replayed_on_rank(topology: ExpertTopology) -> None:
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("topology", [TOPOLOGIES[0], TOPOLOGIES[4]])
-def test_two_gpus_replay_a_padded_call(topology: ExpertTopology) -> None:
-    run_on_ranks(replayed_on_rank, 2, topology, backend="nccl")
+@pytest.mark.parametrize(
+    ("topology", "send"),
+    [(TOPOLOGIES[0], "assignments"), (TOPOLOGIES[0], "tokens"), (TOPOLOGIES[4], "assignments")],
+)
+def test_two_gpus_replay_a_padded_call(topology: ExpertTopology, send: str) -> None:
+    run_on_ranks(replayed_on_rank, 2, topology, send, backend="nccl")

@@ -115,8 +115,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    dx, *dweights = call_backward(*ctx.saved_tensors, *grads, *ctx.rule)
-    if ctx.saved_tensors[1] is None:
+    x, q_weight, *rest = ctx.saved_tensors  # once: a checkpoint unpacks them once
+    dx, *dweights = call_backward(x, q_weight, *rest, *grads, *ctx.rule)
+    if q_weight is None:
         dweights = [None, None]
     return dx, *dweights, *(None,) * 6
 

@@ -140,8 +140,9 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _norm_gradients(ctx: Any, dy: Tensor, _: object) -> tuple[Tensor | None, ...]:
-    dx, dgate, dweight = call_backward(dy, *ctx.saved_tensors, *ctx.rule)
-    return (dx, None if ctx.saved_tensors[1] is None else dgate, dweight, *(None,) * 5)
+    x, gate, *rest = ctx.saved_tensors  # once: a checkpoint unpacks them once
+    dx, dgate, dweight = call_backward(dy, x, gate, *rest, *ctx.rule)
+    return (dx, None if gate is None else dgate, dweight, *(None,) * 5)
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lasp import LightningAttention, LightningOptions, RopeScaling
 from lasp.layers.parts import HeadNorm, heads_of
@@ -126,6 +127,16 @@ def test_a_layer_of_kernels_is_one_of_plain_torch() -> None:
     (dx,) = torch.autograd.grad(q.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="impl='eager'"):
         dx.sum().backward()
+
+
+@NEEDS_TRITON
+def test_a_checkpoint_computes_a_layer_of_kernels_again() -> None:
+    options = LightningOptions(qk_norm=True, rotary_dim=8, norm_groups=2)
+    layer = LightningAttention(24, 2, 16, 0, 2, options=options, impl="triton", device=DEVICE)
+    x, gradients = torch.randn(40, 24, device=DEVICE, requires_grad=True), []
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        gradients.append(torch.autograd.grad(call(x).square().sum(), [x, *layer.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
 @pytest.mark.gpu

@@ -57,20 +57,20 @@ def keep_activations(model: HybridModel, policy: str, *, dtype: torch.dtype | No
         return
     layers = list(_layers(model))
     _check_layers(names, layers, dtype)
-    store = _offloaded if "offload" in names else _recomputed
+    store = _offloaded if "offload" in names else recomputed
     for layer in layers:
-        operators = _kept_operators(layer, names)
+        lightning = isinstance(layer.attention, LightningAttention)
+        operators = kept_operators(names, lightning=lightning)
         keeps_rows = "expert_inputs" in names and layer.moe is not None
         if not operators and not keeps_rows:
-            _replace(layer, "forward", partial(store, layer.forward, None))
+            _replace(layer, "forward", partial(store, layer.forward, []))
             continue
-        contexts = partial(create_selective_checkpoint_contexts, operators) if operators else None
-        _replace(layer, "through_attention", partial(store, layer.through_attention, contexts))
+        _replace(layer, "through_attention", partial(store, layer.through_attention, operators))
         if keeps_rows:
             assert layer.moe is not None
             layer.moe.experts.recomputes = True
         else:
-            _replace(layer, "through_mlp", partial(store, layer.through_mlp, None))
+            _replace(layer, "through_mlp", partial(store, layer.through_mlp, []))
 
 
 def _layers(model: HybridModel) -> Iterator[HybridLayer]:
@@ -83,20 +83,24 @@ def _replace(layer: HybridLayer, name: str, function: Function) -> None:
     object.__setattr__(layer, name, function)  # of this layer, not of its class
 
 
-def _recomputed(function: Function, contexts: Function | None, *inputs: Any) -> Any:
+def recomputed(function: Function, operators: list[Any], *inputs: Any) -> Any:
+    """``function(*inputs)``, of which inputs and results of ``operators`` are kept."""
     # Nothing here draws random numbers: their states need not be kept.
-    more: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+    more: dict[str, Any] = {}
+    if operators:
+        more["context_fn"] = partial(create_selective_checkpoint_contexts, operators)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **more)
 
 
-def _offloaded(function: Function, contexts: Function | None, hidden: Tensor, *inputs: Any) -> Any:
+def _offloaded(function: Function, operators: list[Any], hidden: Tensor, *inputs: Any) -> Any:
     # The hooks of the checkpoint lie inside: what reaches these is the input of the region alone.
     with save_on_cpu(pin_memory=hidden.is_cuda):
-        return _recomputed(function, contexts, hidden, *inputs)
+        return recomputed(function, operators, hidden, *inputs)
 
 
-def _kept_operators(layer: HybridLayer, names: set[str]) -> list[Any]:
-    if isinstance(layer.attention, LightningAttention):
+def kept_operators(names: set[str], *, lightning: bool) -> list[Any]:
+    """Operators of an attention half whose results the policies keep."""
+    if lightning:
         return [torch.ops.lasp.attention.default] if "attention_outputs" in names else []
     if not names & {"softmax_outputs", "attention_outputs"}:
         return []

@@ -62,6 +62,7 @@ class HybridTransformerLayer(ScaledLayer):
         vp_stage: virtual pipeline stage.
         hybrid: the model.
         packed_cut: how Megatron's own packs are cut, see :data:`lasp.megatron.PackedCut`.
+        activations: what is kept for the backward, see ``lasp.megatron.activations``.
         optional: what a Megatron version passes besides.
 
     Raises:
@@ -80,6 +81,7 @@ class HybridTransformerLayer(ScaledLayer):
         *,
         hybrid: HybridConfig,
         packed_cut: PackedCut | None = None,
+        activations: str = "none",
         **optional: Any,
     ) -> None:
         check_block(config)
@@ -101,6 +103,7 @@ class HybridTransformerLayer(ScaledLayer):
             residuals=hybrid.residuals_or_deepnorm,
             is_softmax=softmax,
             packed_cut=packed_cut,
+            activations=activations,
             **optional,
         )
 
@@ -151,6 +154,7 @@ def hybrid_layer_spec(
     *,
     packed_cut: PackedCut | None = None,
     symmetric_memory: SymmetricMemory | None = None,
+    activations: str = "none",
 ) -> ModuleSpec:
     """One spec for every layer: each picks its attention by its global number.
 
@@ -161,6 +165,9 @@ def hybrid_layer_spec(
             :data:`lasp.megatron.PackedCut`; None: they are refused there.
         symmetric_memory: through which the experts' rows travel, see
             :class:`moe_parallel.megatron.ExpertOptions`.
+        activations: ``none``, ``softmax_outputs`` or ``attention_outputs``: what a layer keeps for
+            its backward, see :func:`lasp.hybrid.keep_activations`; not beside
+            ``config.recompute_granularity``.
     """
     lightning, softmax = attention_specs(hybrid, packed_cut)
     return ModuleSpec(
@@ -173,7 +180,7 @@ def hybrid_layer_spec(
             lightning=lightning,
             softmax=softmax,
         ),
-        params={"hybrid": hybrid, "packed_cut": packed_cut},
+        params={"hybrid": hybrid, "packed_cut": packed_cut, "activations": activations},
     )
 
 
@@ -185,6 +192,7 @@ def hybrid_block_spec(
     pp_rank: int | None = None,
     packed_cut: PackedCut | None = None,
     symmetric_memory: SymmetricMemory | None = None,
+    activations: str = "none",
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and a final norm, for GPTModel or TransformerBlock.
 
@@ -195,6 +203,7 @@ def hybrid_block_spec(
         pp_rank: pipeline stage; of the parallel state if None.
         packed_cut: see :func:`hybrid_layer_spec`.
         symmetric_memory: likewise.
+        activations: likewise.
 
     Raises:
         ValueError: for options that hybrid layers do not support, or of another model.
@@ -204,7 +213,12 @@ def hybrid_block_spec(
     if pp_rank is None:
         pp_rank = groups_of(None, "hybrid layers", "pp")[0].rank()
     layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    spec = hybrid_layer_spec(hybrid, packed_cut=packed_cut, symmetric_memory=symmetric_memory)
+    spec = hybrid_layer_spec(
+        hybrid,
+        packed_cut=packed_cut,
+        symmetric_memory=symmetric_memory,
+        activations=activations,
+    )
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=ResidualNorm)
 
 

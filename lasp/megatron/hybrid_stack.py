@@ -141,6 +141,7 @@ def hybrid_stack_spec(
     *,
     packed_cut: PackedCut | None = None,
     symmetric_memory: SymmetricMemory | None = None,
+    activations: str = "none",
 ) -> ModuleSpec:
     """Spec of the stack of a HybridModel, the model of :func:`hybrid_block_spec` part by part.
 
@@ -151,6 +152,7 @@ def hybrid_stack_spec(
         hybrid: the model; with experts if the pattern has an E, else without.
         packed_cut: see :func:`lasp.megatron.hybrid_layer_spec`.
         symmetric_memory: likewise.
+        activations: likewise.
 
     Raises:
         ValueError: for layers that are neither of the four, or of another model.
@@ -168,6 +170,7 @@ def hybrid_stack_spec(
                 "residuals": hybrid.residuals_or_deepnorm,
                 "is_softmax": is_softmax,
                 "packed_cut": packed_cut,
+                "activations": activations,
             },
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from functools import partial
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -13,6 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from lasp.hybrid.config import Residuals, ResidualScale
+from lasp.megatron.activations import KeptActivations
 from lasp.megatron.checks import groups_of, refuse_arguments
 from lasp.megatron.experts.layer import ExpertParallelMoELayer
 from lasp.megatron.hybrid_options import PART, check_layers
@@ -38,6 +40,7 @@ class ScaledLayer(TransformerLayer):
         residuals: see :class:`lasp.hybrid.Residuals`.
         is_softmax: whether the attention, if there is one, is softmax attention.
         packed_cut: how Megatron's own packs are cut, see :data:`lasp.megatron.PackedCut`.
+        activations: what is kept for the backward, see ``lasp.megatron.activations``.
         optional: what a Megatron version passes besides.
 
     Raises:
@@ -55,9 +58,11 @@ class ScaledLayer(TransformerLayer):
         residuals: Residuals,
         is_softmax: bool = False,
         packed_cut: PackedCut | None = None,
+        activations: str = "none",
         **optional: Any,
     ) -> None:
         check_layers(config)
+        kept = KeptActivations(config, activations)
         groups_of(pg_collection, PART, "pp", "tp", "cp")
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
@@ -78,6 +83,7 @@ class ScaledLayer(TransformerLayer):
         self.attention_scale = residuals.softmax if is_softmax else residuals.lightning
         self.mlp_scale = residuals.mlp
         self.packed_cut = packed_cut
+        self.kept = kept
 
     def forward(
         self,
@@ -102,26 +108,33 @@ class ScaledLayer(TransformerLayer):
             inference_params=inference_params,
         )
         if not isinstance(self.self_attention, IdentityOp):
-            normed = self.input_layernorm(hidden_states)
-            mixed = self.self_attention(
-                normed,
-                attention_mask,
+            attend = partial(
+                self._through_attention,
+                attention_mask=attention_mask,
                 attention_bias=attention_bias,
                 inference_context=inference_context,
                 packed_seq_params=packed_seq_params,
             )
-            residual = normed if self.post_norm else hidden_states
-            hidden_states = _add(residual, mixed, self.attention_scale)
+            hidden_states = self.kept.through_attention(attend, self.self_attention, hidden_states)
         if not isinstance(self.mlp, IdentityOp):
-            normed = self.pre_mlp_layernorm(hidden_states)
-            options = {}
-            if isinstance(self.mlp, ExpertParallelMoELayer):
-                options["token_order"] = token_order_of(
-                    packed_seq_params, len(normed), self.packed_cut, self.mlp.groups
-                )
-            residual = normed if self.post_norm else hidden_states
-            hidden_states = _add(residual, self.mlp(normed, **options), self.mlp_scale)
+            half = partial(self._through_mlp, packed_seq_params=packed_seq_params)
+            hidden_states = self.kept.through_mlp(half, hidden_states)
         return hidden_states, None
+
+    def _through_attention(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        mixed = self.self_attention(normed, **arguments)
+        residual = normed if self.post_norm else hidden_states
+        return _add(residual, mixed, self.attention_scale)
+
+    def _through_mlp(self, hidden_states: Tensor, *, packed_seq_params: Any) -> Tensor:
+        normed, options = self.pre_mlp_layernorm(hidden_states), {}
+        if isinstance(self.mlp, ExpertParallelMoELayer):
+            options["token_order"] = token_order_of(
+                packed_seq_params, len(normed), self.packed_cut, self.mlp.groups
+            )
+        residual = normed if self.post_norm else hidden_states
+        return _add(residual, self.mlp(normed, **options), self.mlp_scale)
 
 
 def _add(residual: Tensor, part: tuple[Tensor, Tensor | None], scale: ResidualScale) -> Tensor:

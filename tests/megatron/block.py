@@ -174,13 +174,14 @@ def build_block(
     groups: Any,
     packed_cut: PackedCut | None = None,
     hybrid: HybridConfig = HYBRID,
+    activations: str = "none",
     **options: Any,
 ) -> TransformerBlock:
     config = parallel_config(sizes, **(OPTIONS | options))
     stage, stages = groups.pp.rank(), groups.pp.size()
     block = TransformerBlock(
         config,
-        hybrid_block_spec(config, hybrid, packed_cut=packed_cut),
+        hybrid_block_spec(config, hybrid, packed_cut=packed_cut, activations=activations),
         pre_process=stage == 0,
         post_process=stage == stages - 1,
         pg_collection=groups,

@@ -211,6 +211,7 @@ def test_padding_over_replicas_is_refused_until_they_share_it() -> None:
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         },
+        {"activations": "softmax_outputs"},
     ],
 )
 def test_recomputed(recompute: dict[str, Any]) -> None:

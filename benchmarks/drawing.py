@@ -28,7 +28,7 @@ COLORS = {
 }
 MOST_SERIES = 6
 STYLE = {
-    "font.size": 10,
+    "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "svg.hashsalt": "lasp",  # the same bytes from the same rows
@@ -108,28 +108,31 @@ def draw_lines(ax: Axes, panel: Drawn) -> None:
     for (name, x, y), height in zip(ends, spread(heights, 0.07)):
         ax.annotate(
             name, (x, y), xytext=(1.03, height), textcoords="axes fraction", va="center",
-            color=color(name), fontsize=9,
+            color=color(name), fontsize=10,
             arrowprops={"arrowstyle": "-", "color": color(name), "alpha": 0.35, "linewidth": 0.8},
         )  # fmt: skip
 
 
-def draw_bars(ax: Axes, panel: Drawn) -> None:
-    """Bars by case; each has its name and number."""
+def draw_bars(ax: Axes, panel: Drawn, *, named: bool) -> None:
+    """Bars by case, with numbers and, if ``named``, names: a panel beside has the same ones."""
     cases = list(dict.fromkeys(case for values in panel.series.values() for case in values))
     top = max(value for values in panel.series.values() for value in values.values())
     place, ticks = 0.0, []
     for case in cases:
-        ax.text(0, place, case, fontsize=9, weight="bold", va="center")
-        place += 1
-        for name, values in panel.series.items():
-            if case in values:
-                ax.barh(place, values[case], height=0.8, color=color(name))
-                ax.text(values[case], place, f" {plain(values[case])}", va="center", fontsize=9)
-                ticks.append((place, name))
-                place += 1
-        place += 0.4
-    ax.set_yticks([t for t, _ in ticks], [n for _, n in ticks], fontsize=9)
-    for label, (_, name) in zip(ax.get_yticklabels(), ticks):
+        measured = [(name, values[case]) for name, values in panel.series.items() if case in values]
+        if len(measured) > 1:
+            if named:
+                ax.text(0, place, case, fontsize=10, weight="bold", va="center")
+            place += 1
+        for name, value in measured:
+            ax.barh(place, value, height=0.8, color=color(name))
+            ax.text(value, place, f" {plain(value)}", va="center", fontsize=10)
+            ticks.append((place, name, name if len(measured) > 1 else case))
+            place += 1
+        place += 0.4 * (len(measured) > 1)
+    texts = [text if named else "" for *_, text in ticks]
+    ax.set_yticks([place for place, *_ in ticks], texts, fontsize=10)
+    for label, (_, name, _) in zip(ax.get_yticklabels(), ticks):
         label.set_color(color(name))
     ax.set_xlim(0, top * 1.12)
     ax.set_ylim(place - 0.4, -0.8)
@@ -160,10 +163,13 @@ def draw(panels: Sequence[Drawn], caption: str, path: Path) -> None:
             for p in panels if p.bars]  # fmt: skip
     height = max(2.4, 1.0 + 0.24 * max(rows)) if rows else 3.6
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.2 * max(2, len(panels)), height), layout="constrained")
+        figure = Figure(figsize=(4.4 * max(2, len(panels)), height), layout="constrained")
         for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-            ax.set_title(panel.title, fontsize=11, loc="left")
-            (draw_bars if panel.bars else draw_lines)(ax, panel)
-        figure.text(0.005, -0.005, caption, fontsize=7.5, color="#555555", va="top")
+            ax.set_title(panel.title, fontsize=12, loc="left")
+            if panel.bars:
+                draw_bars(ax, panel, named=panel is panels[0] or not panels[0].bars)
+            else:
+                draw_lines(ax, panel)
+        figure.text(0.005, -0.005, caption, fontsize=8, color="#555555", va="top")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, bbox_inches="tight", metadata={"Date": None})

@@ -107,7 +107,7 @@ def trained(metric: str) -> Callable[[list[Row]], Series]:
             if (case["part"], case["documents"]) == ("forward_backward", "one"):
                 key = (case["model"], case["tokens"], json_of(case))
                 cases.setdefault(key, {})[row["metric"]] = row["p50"]
-        names = {"hybrid": "hybrid, 7 lightning to 1 softmax", "softmax": "all softmax"}
+        names = {"hybrid": "hybrid 7:1", "softmax": "all softmax"}
         best: dict[tuple[str, int], dict[str, float]] = {}
         for (model, tokens, _), metrics in cases.items():
             known = best.setdefault((names[model], tokens), metrics)
@@ -203,12 +203,19 @@ def note(name: str, rows: list[Row]) -> str:
     )
 
 
+def kernel_case(row: Row) -> str | None:
+    """The heads and tokens of a kernel, of one document and few layers."""
+    case = row["case"]
+    layer = 0 if case["head_dim"] == 128 else 40
+    if (case["documents"], case["layer_index"]) != (1, layer):
+        return None
+    return f"{case['heads']} heads of {case['head_dim']}, {short(case['tokens'])} tokens"
+
+
 EXCHANGED = ("auto", "local", "LASP", "LASP-2", "head parallel")
 RING = {
-    f"{title}, % of what one GPU would allow": share_of_bound(
-        metric, ring_case, lambda row: str(row["impl"])
-    )
-    for metric, title in (("forward_ms", "forward"), ("both_ms", "forward and backward"))
+    f"{title}, % of one GPU": share_of_bound(metric, ring_case, lambda row: str(row["impl"]))
+    for metric, title in (("forward_ms", "forward"), ("both_ms", "both directions"))
 }
 CONTEXT = "tokens of context"
 FIGURES: dict[str, tuple[Panel, ...]] = {
@@ -230,10 +237,21 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
     "ring_packed": tuple(Panel(t, s, bars=True, log=False) for t, s in RING.items()),
     "moe_overlap": tuple(
         Panel(
-            f"{title}, % of the speed of bare products",
+            f"{title}, % of bare products",
             share_of_bound(metric, moe_case, moe_name), bars=True, log=False,
         )
-        for metric, title in (("forward_ms", "forward"), ("both_ms", "forward and backward"))
+        for metric, title in (("forward_ms", "forward"), ("both_ms", "both directions"))
+    ),
+    "lightning_kernels": tuple(
+        Panel(
+            f"{title}, % of copy bandwidth",
+            share_of_bound(metric, kernel_case, lambda row: str(row["impl"])),
+            bars=True, log=False,
+        )
+        for metric, title in (
+            ("forward_graph_ms", "forward"),
+            ("both_graph_ms", "both directions"),
+        )
     ),
     "lightning_decode": (
         Panel(

@@ -47,13 +47,6 @@ HEADLINES = (
         Side("softmax by cuDNN", "torch softmax cudnn", {}),
     ),
     Headline(
-        "the same kernel beside FLA's, 128K tokens, 64 heads of 128, backward",
-        "lightning_kernels", "backward_ms", "ms",
-        {"tokens": 131072, "heads": 64, "head_dim": 128, "layer_index": 0},
-        Side("ours", "lasp triton", {}),
-        Side("FLA 0.6.0", "fla 0.6.0 chunk_simple_gla", {}),
-    ),
-    Headline(
         "ring attention, one document of 64K tokens over 2 GPUs, forward and backward",
         "ring_length", "both_ms", "ms", {"tokens": 32768, "causal": True},
         Side("ours", "ring", {}),
@@ -68,6 +61,13 @@ HEADLINES = (
             "Megatron-Core 0.19.2",
             "Megatron-Core 0.19.2 alltoall, SequentialMLP, fused SwiGLU", {},
         ),
+    ),
+    Headline(
+        "lightning attention backward, 128K tokens, 64 heads of 128",
+        "lightning_kernels", "backward_ms", "ms",
+        {"tokens": 131072, "heads": 64, "head_dim": 128, "layer_index": 0},
+        Side("ours", "lasp triton", {}),
+        Side("FLA 0.6.0", "fla 0.6.0 chunk_simple_gla", {}),
     ),
     Headline(
         "the next token after 4M tokens, 16 layers",
@@ -91,10 +91,10 @@ def median(rows: list[Row], headline: Headline, side: Side) -> float | None:
     return best(found) if found else None
 
 
-def headlines(runs: Mapping[Any, list[Row]], tables: str) -> str:
-    """The table; ``tables`` is the folder of the pages that it links to."""
+def headlines(runs: Mapping[Any, list[Row]], tables: str, most: int | None = None) -> str:
+    """The table of all or of the first; ``tables`` is the folder of the pages that it links to."""
     body = []
-    for headline in HEADLINES:
+    for headline in HEADLINES[:most]:
         for run, rows in runs.items():
             ours, other = (
                 median(rows, headline, side) for side in (headline.ours, headline.baseline)
@@ -107,8 +107,7 @@ def headlines(runs: Mapping[Any, list[Row]], tables: str) -> str:
                 headline.what,
                 f"{headline.ours.name}: {plain(ours)} {headline.unit}",
                 f"{headline.baseline.name}: {plain(other)}",
-                f"**{plain(times)} x**",
-                f"[{device}]({tables}/{headline.benchmark}.md)",
+                f"[{plain(times)} x, {device}]({tables}/{headline.benchmark}.md)",
             ])  # fmt: skip
             break
-    return "\n".join(markdown(["", "", "baseline", "", "rows"], body, (0, 1, 2, 4))) + "\n"
+    return "\n".join(markdown(["measured", "", "baseline", "rows"], body, range(4))) + "\n"

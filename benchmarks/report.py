@@ -208,7 +208,13 @@ def rewrite(page: str, runs: dict[Run, list[Row]], docs: str = "") -> str:
     def fill(place: re.Match[str]) -> str:
         name = place[2]
         if name == "headlines":
-            return place[1] + "\n" + headlines(runs, f"{docs}tables") + "\n" + place[3]
+            return (
+                place[1]
+                + "\n"
+                + headlines(runs, f"{docs}tables", 4 if docs else None)
+                + "\n"
+                + place[3]
+            )
         newest = next(((run, rows) for run, rows in runs.items() if run.benchmark == name), None)
         if newest is None:
             return place[1] + "\nNo rows yet.\n\n" + place[3]

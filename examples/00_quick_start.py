@@ -6,8 +6,8 @@ python examples/00_quick_start.py
 standard library's sources, for two to three minutes on two CPU cores. The weights are saved as
 released files, which the library's commands read::
 
-    python -m lasp.generate runs/quick-start/model "def main(" --temperature 0.7
-    python -m lasp.checkpoints convert runs/quick-start/model runs/quick-start/plain --to plain
+    python -m lasp.generate runs/quick "def main(" --temperature 0.7
+    python -m lasp.checkpoints convert runs/quick runs/plain --to plain
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Options:
 
     steps: int = 400
     tokens: int = 2048
-    out: Path = Path("runs/quick-start/model")
+    out: Path = Path("runs/quick")
 
 
 def main(options: Options) -> None:

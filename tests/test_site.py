@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import runpy
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 NAVIGATION = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
@@ -19,6 +22,13 @@ def test_drawings_are_what_their_script_draws() -> None:
     for name, draw in script["DRAWINGS"].items():
         drawn = (script["FIGURES"] / name).read_text()
         assert drawn == draw().svg(), f"run python docs/tools/diagrams.py: {name}"
+
+
+@pytest.mark.parametrize("package", ["lasp", "ring", "moe_parallel"])
+def test_the_reference_lists_what_a_package_exports(package: str) -> None:
+    page = (ROOT / f"docs/api/{package}.md").read_text()
+    listed = re.findall(r"^        - (\w+)$", page, re.MULTILINE)
+    assert sorted(listed) == sorted(importlib.import_module(package).__all__)
 
 
 def test_the_navigation_has_every_page() -> None:

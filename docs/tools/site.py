@@ -113,7 +113,9 @@ def on_files(files: Files, config: Any) -> Files:
             if not goal.startswith("docs/") and goal not in PAGES and (ROOT / goal).is_file():
                 wanted.add(goal)
     for path, page in PAGES.items():
-        files.append(File.generated(config, page, content=rewrite(texts[path], path, page)))
+        wide = "---\nhide: [navigation]\n---\n\n" * (page == "index.md")
+        content = wide + rewrite(texts[path], path, page)
+        files.append(File.generated(config, page, content=content))
     for path in sorted(wanted):
         full = ROOT / path
         content = lesson(full) if path.startswith("examples/0") else source(full)
@@ -152,3 +154,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if page.file.generated_by:
         return markdown
     return rewrite(markdown, "docs/" + page.file.src_uri, page.file.src_uri)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Leave the roles of docstrings out, and the modules in front of names."""
+    html = re.sub(r":(?:func|class|meth|mod|data|attr|obj):(?=<code>)", "", html)
+    return re.sub(r"<code>~[\w.]*?(\w+)</code>", r"<code>\1</code>", html)

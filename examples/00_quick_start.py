@@ -29,7 +29,7 @@ from moe_parallel import clip_grad_norm_, parameter_groups
 class Options:
     """Flags: optimizer steps, tokens of a step, and the folder to write, a new one."""
 
-    steps: int = 400
+    steps: int = 300
     tokens: int = 2048
     out: Path = Path("runs/quick")
 
@@ -48,10 +48,16 @@ def main(options: Options) -> None:
 
     losses, start = [], time.perf_counter()
     for step in range(options.steps):
-        pack = corpus.pack(step, options.tokens)  # documents end to end, cut anywhere
-        batch = pack_batch([pack.document_lengths], dp_rank=0, num_ranks=1, order="contiguous")
-        output = model(pack.tokens.to(device), batch, labels=pack.labels.to(device))
-        loss = output.loss / (pack.labels != NO_LABEL).sum()
+        # Eight pieces from all over the corpus, documents end to end, cut anywhere.
+        pieces = [corpus.pack(997 * (8 * step + i), options.tokens // 8) for i in range(8)]
+        tokens, labels = (
+            torch.cat([getattr(piece, name) for piece in pieces]).to(device)
+            for name in ("tokens", "labels")
+        )
+        lengths = [length for piece in pieces for length in piece.document_lengths]
+        batch = pack_batch([lengths], dp_rank=0, num_ranks=1, order="contiguous")
+        output = model(tokens, batch, labels=labels)
+        loss = output.loss / (labels != NO_LABEL).sum()
         (loss + output.aux_loss).backward()
         clip_grad_norm_(model, 1.0, model.groups)
         for group in optimizer.param_groups:  # up in 20 steps, then down to nothing

@@ -22,7 +22,6 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "examples/README.md": "examples.md",
 }
-LATER = ("multi-node.md",)
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml", ".sh": "sh", ".cff": "yaml"}
@@ -83,20 +82,6 @@ def source(path: Path) -> str:
     """The page of any other file."""
     language = LANGUAGES.get(path.suffix, "text")
     return f"# {path.relative_to(ROOT)}\n\n````{language}\n{path.read_text().rstrip()}\n````\n"
-
-
-def on_config(config: Any) -> Any:
-    """Leave pages out of the navigation that are not there yet."""
-
-    def there(entry: Any) -> Any:
-        if isinstance(entry, list):
-            return [kept for kept in map(there, entry) if kept]
-        if isinstance(entry, dict):
-            return {title: kept for title, part in entry.items() if (kept := there(part))}
-        return None if entry in LATER and not (ROOT / "docs" / entry).exists() else entry
-
-    config.nav = there(config.nav)
-    return config
 
 
 def on_files(files: Files, config: Any) -> Files:

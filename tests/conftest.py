@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import os
 
+# One thread a process: workers and ranks have the cores already, and threads that wait for each
+# other there cost twice the time. Torch and numpy read this when they are imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

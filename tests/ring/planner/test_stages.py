@@ -52,11 +52,13 @@ def on_ranks(cases, num_ranks: int, backend: str = "gloo") -> list[list[Tensor]]
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_output_and_gradients_in_float64(num_ranks: int, order, causal: bool) -> None:
+    """Every pack by two rules; over orders and masks it meets all of them."""
     cases = []
     for index, lengths in enumerate(PACKS):
         tensors = random_tensors(sum(lengths), *HEADS[index % len(HEADS)], 4, torch.float64)
         layout = SequenceLayout(lengths, num_ranks, order)
-        cases += [(tensors, layout, rule, {"causal": causal}) for rule in RULES]
+        first = (index + ORDERS.index(order) + len(ORDERS) * causal) % 4
+        cases += [(tensors, layout, rule, {"causal": causal}) for rule in RULES[first::4]]
     for (tensors, layout, _, _), actual in zip(cases, on_ranks(cases, num_ranks)):
         assert_all_equal(actual, oracle(tensors, layout.document_lengths, causal))
 

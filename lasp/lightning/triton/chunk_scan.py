@@ -14,7 +14,13 @@ from torch import Tensor
 from lasp._core.launcher import Tile
 from lasp.lightning.triton import tuning
 from lasp.lightning.triton.device import device_limits
-from lasp.lightning.triton.scan_launches import Form, Launch, gradient_launches, scan_launches
+from lasp.lightning.triton.scan_launches import (
+    Form,
+    Launch,
+    ScanBlocks,
+    gradient_launches,
+    scan_launches,
+)
 from lasp.lightning.triton.segments import Plan, Recurrence
 
 
@@ -65,9 +71,12 @@ class ChunkScan:
         dim_out = value_THE.shape[2]
         self._shape = (num_tokens, num_heads, dim_out)
         self._shared = (*recurrence.tensors, num_heads, recurrence.scale)
+        blocks = _blocks(query_THD, dim_out)
+        if tuning.waits_for_memory(query_THD.shape[2], dim_out, plan.shared):
+            blocks = blocks._replace(hopper=None)
         self._launches = scan_launches(
             *map(_form, (query_THD, key_THD, value_THE)),
-            _blocks(query_THD, dim_out),
+            blocks,
             _states(plan, with_final),
             plan.shared,
             plan.flow.reverse,
@@ -145,9 +154,10 @@ def _states(plan: Plan, with_final: bool) -> tuple[bool, bool, bool]:
     return plan.with_initial, plan.flow.num_slots > 0, with_final
 
 
-def _blocks(query: Tensor, dim_out: int) -> tuning.Blocks:
+def _blocks(query: Tensor, dim_out: int) -> ScanBlocks:
+    sizes = query.shape[2], dim_out, query.dtype
     shared_bytes = device_limits(query.device)[1]
-    return tuning.output_blocks(query.shape[2], dim_out, query.dtype, shared_bytes)
+    return ScanBlocks(tuning.output_blocks(*sizes, shared_bytes), tuning.hopper_blocks(*sizes))
 
 
 def _form(x: Tensor) -> Form:

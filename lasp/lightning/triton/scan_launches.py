@@ -30,6 +30,13 @@ class Form(NamedTuple):
     device: torch.device
 
 
+class ScanBlocks(NamedTuple):
+    """Block sizes of the kernel for all GPUs, and of that for Hopper; None where it serves less."""
+
+    general: tuning.Blocks
+    hopper: tuning.HopperBlocks | None
+
+
 class Launch(NamedTuple):
     """A kernel for forms of tensors, whatever the pack.
 
@@ -49,7 +56,7 @@ def scan_launches(
     query: Form,
     key: Form,
     value: Form,
-    blocks: tuning.Blocks,
+    blocks: ScanBlocks,
     states: tuple[bool, bool, bool],
     shared: bool,
     reverse: bool,
@@ -61,7 +68,7 @@ def scan_launches(
         query: ``[T, H, D]``.
         key: ``[T, H, D]``.
         value: ``[T, H, E]``.
-        blocks: of the kernel for all GPUs.
+        blocks: of the kernels.
         states: which there are: initial, incoming, final.
         shared: whether documents start inside segments.
         reverse: against the order of the tokens.
@@ -72,19 +79,17 @@ def scan_launches(
     tensors = (query, key, value, _contiguous((num_tokens, num_heads, dim_out), query))
     case = query.device, (query.dtype, *states)
     sizes = {"D": dim_in, "E": dim_out, "STEP": -1 if reverse else 1, "TRANSPOSED": transposed}
-    hopper, tiles = _hopper(tensors, (True, True, False, False))
-    if tuning.waits_for_memory(dim_in, dim_out, shared):
-        hopper = None
+    hopper, tiles = _hopper(blocks.hopper, tensors, (True, True, False, False))
     launches = []
     if hopper is not None:
         named = _hopper_meta(hopper, shared)
         launcher = launcher_of(hopper_scan_kernel, *case, **sizes, **named)
         launches.append(Launch(launcher, num_heads * -(-dim_out // 128), tiles))
-    widths = (blocks.operand,) * 2 + (blocks.columns,) * 2
-    tiles = _tiles(tensors, widths, blocks.chunk)
+    widths = (blocks.general.operand,) * 2 + (blocks.general.columns,) * 2
+    tiles = _tiles(tensors, widths, blocks.general.chunk)
     strides = strides_of("th", query=query.strides, key=key.strides, value=value.strides)
-    named = strides | sizes | _meta(blocks, query.dtype, bool(tiles))
-    programs = num_heads * -(-dim_out // blocks.columns)
+    named = strides | sizes | _meta(blocks.general, query.dtype, bool(tiles))
+    programs = num_heads * -(-dim_out // blocks.general.columns)
     for repair in _repairs(hopper is not None, shared):
         launcher = launcher_of(chunk_scan_kernel, *case, **named, REPAIR=repair)
         launches.append(Launch(launcher, programs, tiles))
@@ -97,7 +102,7 @@ def gradient_launches(
     k: Form,
     v: Form,
     do: Form,
-    blocks: tuning.Blocks,
+    blocks: ScanBlocks,
     states: tuple[bool, bool, bool],
     shared: bool,
 ) -> tuple[Launch, ...]:
@@ -105,18 +110,18 @@ def gradient_launches(
     _, num_heads, dim = q.shape
     tensors = (q, k, v, do, q, do, *(_contiguous(q.shape, q),) * 2)
     case = q.device, (q.dtype, *states)
-    hopper, tiles = _hopper(tensors, (True,) * 4 + (False,) * 4)
+    hopper, tiles = _hopper(blocks.hopper, tensors, (True,) * 4 + (False,) * 4)
     launches = []
     if hopper is not None:
         launcher = launcher_of(
             hopper_gradients_kernel, *case, D=dim, **_hopper_meta(hopper, shared)
         )
         launches.append(Launch(launcher, num_heads * 2 * -(-dim // 128), tiles))
-    widths = (blocks.operand,) * 4 + (blocks.columns,) * 4
-    tiles = _tiles(tensors, widths, blocks.chunk)
+    widths = (blocks.general.operand,) * 4 + (blocks.general.columns,) * 4
+    tiles = _tiles(tensors, widths, blocks.general.chunk)
     strides = strides_of("th", q=q.strides, k=k.strides, v=v.strides, do=do.strides)
-    named = strides | {"D": dim} | _meta(blocks, q.dtype, bool(tiles))
-    programs = num_heads * 2 * -(-dim // blocks.columns)
+    named = strides | {"D": dim} | _meta(blocks.general, q.dtype, bool(tiles))
+    programs = num_heads * 2 * -(-dim // blocks.general.columns)
     for repair in _repairs(hopper is not None, shared):
         launcher = launcher_of(key_value_gradients_kernel, *case, **named, REPAIR=repair)
         launches.append(Launch(launcher, programs, tiles))
@@ -133,17 +138,16 @@ def _repairs(on_hopper: bool, shared: bool) -> list[bool]:
 
 
 def _hopper(
-    tensors: tuple[Form, ...], operands: tuple[bool, ...]
+    blocks: tuning.HopperBlocks | None, tensors: tuple[Form, ...], operands: tuple[bool, ...]
 ) -> tuple[tuning.HopperBlocks | None, list[Tile]]:
     """Block sizes and tiles of the kernels for Hopper; None and no tiles where they do not run.
 
     Args:
-        tensors: the first is the query, the last a result.
+        blocks: of those kernels.
+        tensors: operands and results.
         operands: for each tensor whether it is a query or key; else it is a value or result.
     """
-    query, result = tensors[0], tensors[-1]
-    blocks = tuning.hopper_blocks(query.shape[2], result.shape[2], query.dtype)
-    if blocks is None or not is_hopper(query.device):
+    if blocks is None or not is_hopper(tensors[0].device):
         return None, []
     widths = tuple(blocks.width if operand else 64 for operand in operands)
     tiles = _tiles(tensors, widths, 64)

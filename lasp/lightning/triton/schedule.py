@@ -192,7 +192,8 @@ def _key(
     initial = None if initial_state is None else (initial_state.shape, initial_state.dtype)
     return (
         layout, ranks, *numbers, tuple(rates.tolist()), q.shape, q.dtype, q.device, initial,
-        tuning.output_blocks, tuning.state_blocks, tuning.segment_length, tuning.part_length,
+        tuning.output_blocks, tuning.hopper_blocks, tuning.state_blocks, tuning.segment_length,
+        tuning.part_length, tuning.combine_blocks, tuning.waits_for_memory,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the kernels need triton, which has no whee
 
 from lasp import SequenceLayout, decay_rates, lightning_attention
 from lasp._core.launcher import Launcher
-from lasp.lightning.triton import chunk_scan, chunk_state
+from lasp.lightning.triton import chunk_scan, chunk_state, scan_launches, tuning
 
 TOKENS, HEADS = 16384, 4
 
@@ -45,3 +45,46 @@ def test_new_packs_compile_nothing() -> None:
             counts.append(len(compiled))
     assert counts[0] > 6  # states, their passing, and scans with and without a mask
     assert counts[-1] == counts[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("hopper_blocks", lambda *_: tuning.HopperBlocks(64, 1, False, 168)),
+        ("waits_for_memory", lambda *_: False),
+        ("output_blocks", lambda *_: tuning.Blocks(32, 64, 64, 4, 1)),
+        ("state_blocks", lambda *_: tuning.Blocks(32, 64, 64, 4, 1)),
+        ("combine_blocks", lambda _: (4, 512)),
+        ("segment_length", lambda *_: 1024),
+        ("part_length", lambda *_: 512),
+    ],
+)
+def test_a_tuner_that_replaces_a_choice_gets_its_launches(name: str, other: object) -> None:
+    launched: list[tuple[object, ...]] = []
+    q, k, v = (torch.zeros(TOKENS, HEADS, 128, dtype=torch.bfloat16) for _ in range(3))
+    rates = decay_rates(HEADS, 1, 2)
+    # Segments of one document, and some that two share.
+    layouts = [SequenceLayout(lengths, num_ranks=1) for lengths in ((TOKENS,), (5, TOKENS - 5))]
+
+    def note(launcher: Launcher, programs: int, *_: object) -> None:
+        launched.append((launcher, programs))
+
+    many = {"device_limits": lambda _: (132, 220 * 1024)}
+    with (
+        patch.object(Launcher, "__call__", note),
+        patch.multiple(chunk_scan, **many),
+        patch.multiple(chunk_state, **many),
+        patch.object(scan_launches, "is_hopper", lambda _: True),
+    ):
+        scan_launches.scan_launches.cache_clear()  # another test may have met these forms
+        seen = []
+        for patched in (False, True):
+            with patch.object(tuning, name, other if patched else getattr(tuning, name)):
+                for layout in layouts:
+                    lightning_attention(
+                        q, k, v, rates, layout=layout, impl="triton", output_final_state=False
+                    )
+            seen.append(tuple(launched))
+            launched.clear()
+    scan_launches.scan_launches.cache_clear()
+    assert seen[0] != seen[1]

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from lasp._core.checks import check_part, check_positive, check_positive_or_none
 from lasp._core.rotary import RopeScaling, apply_rotary
 from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.positions import positions
 from ring.attention import checked_window
 from ring.blocks.registry import check_block
 from ring.latent_attention import ring_latent_attention
-from ring.torch_ops import check_kinds, positions
+from ring.torch_ops import check_kinds
 
 
 class MultiLatentAttention(nn.Module):
@@ -146,7 +147,7 @@ class MultiLatentAttention(nn.Module):
             )
         check_kinds(layout, cp_group)
         output, _ = ring_latent_attention(
-            *self.project(hidden, positions(hidden, layout, cp_group)),
+            *self.project(hidden, positions("hidden", hidden, -2, layout, cp_group)),
             self.expansion_weight,
             layout=layout,
             cp_group=cp_group,

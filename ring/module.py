@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from lasp._core.checks import check_part, check_positive
 from lasp._core.rotary import RopeScaling, check_rotary_dim, rotary_table, rotated
 from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.positions import positions
 from ring.attention import checked_window, ring_attention
 from ring.blocks.registry import check_block
-from ring.torch_ops import check_kinds, positions
+from ring.torch_ops import check_kinds
 
 
 class RingAttention(nn.Module):
@@ -137,7 +138,7 @@ class RingAttention(nn.Module):
             )
         check_kinds(layout, cp_group)
         output, _ = ring_attention(
-            *self.project(hidden, positions(hidden, layout, cp_group)),
+            *self.project(hidden, positions("hidden", hidden, -2, layout, cp_group)),
             layout=layout,
             cp_group=cp_group,
             causal=self.causal,

@@ -20,7 +20,7 @@ from lasp._core.consistency import compare_first_call, is_compared
 from lasp._core.derivatives import Reference
 from lasp._core.dtypes import wide_dtype
 from lasp._core.operators import Operators
-from lasp.sequence.layout import Order, SequenceLayout, one_document
+from lasp.sequence.layout import SequenceLayout, one_document
 from ring import passes
 from ring.blocks.merge import Partial
 from ring.blocks.registry import resolve_block
@@ -34,19 +34,6 @@ _WHERE = "Tensor lengths, int num_ranks, str order, str group"
 _SETTINGS = f"{_WHERE}, bool causal, int[2] window, float scale, str block"
 _RESULTS = "(Tensor output, Tensor lse)"
 _REFERENCE = Reference("ring_attention", "ring.reference.dense_attention")
-
-
-def positions(
-    hidden: Tensor, layout: SequenceLayout | None, cp_group: dist.ProcessGroup | None
-) -> Tensor:
-    """Position of each token of ``hidden [..., T, C]`` within its document: int64 ``[T]``.
-
-    Raises:
-        ValueError: if the layout is of another length or of another number of ranks.
-    """
-    where = lengths_and_group(hidden.shape[-2], layout, cp_group)
-    found: Tensor = torch.ops.ring.positions(hidden, *where)
-    return found
 
 
 def check_kinds(layout: SequenceLayout | None, cp_group: dist.ProcessGroup | None) -> None:
@@ -192,12 +179,6 @@ class _AttentionOperators:
         return moving, passes.RingContext(schedule, cp_group, kernel, scale, expansion)
 
 
-def _positions(hidden: Tensor, lengths: Tensor, num_ranks: int, order: Order, group: str) -> Tensor:
-    layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
-    rank = checked_rank("hidden", hidden, -2, layout, _group(group))
-    return layout.position_ids(rank, hidden.device)
-
-
 def _group(name: str) -> dist.ProcessGroup | None:
     return _resolve_process_group(name) if name else None  # type: ignore[arg-type]
 
@@ -209,11 +190,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 _OPERATORS = Operators("ring")
-_OPERATORS.define(
-    f"positions(Tensor hidden, {_WHERE}) -> Tensor",
-    _positions,
-    lambda hidden, *_: hidden.new_empty(hidden.shape[-2], dtype=torch.int64),
-)
 ATTENTION = _AttentionOperators("attention", "ring_attention", ("k", "v"), _keys_and_values).call
 LATENT_ATTENTION = _AttentionOperators(
     "latent_attention", "ring_latent_attention", ("latent", "weight"), _latent

@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.nn import functional as F
 
 from lasp._core.impl import Impl, chosen_impl
-from lasp._core.operators import Operators
 from lasp._core.rotary import rotary_table, rotated
 from lasp.layers.norm_gate import norm_gate, silu_split
 from lasp.layers.options import LightningOptions
-from lasp.lightning.validation import check_layout
-from lasp.sequence.layout import Order, SequenceLayout
+from lasp.sequence.layout import SequenceLayout
+from lasp.sequence.positions import positions
 
 
 class GatedNorm(nn.RMSNorm):
@@ -110,7 +108,7 @@ def heads_of(
     table = None
     if options.rotary_dim:
         if position_ids is None:
-            position_ids = positions(qkv, layout, cp_group)
+            position_ids = positions("q", qkv, -3, layout, cp_group)
         elif position_ids.shape not in (qkv.shape[-3:-2], qkv.shape[:-2]):
             raise ValueError(
                 f"position_ids must be {list(qkv.shape[-3:-2])}, or {list(qkv.shape[:-2])} as the"
@@ -144,34 +142,3 @@ def _heads(
     if table is not None:
         q, k = rotated(q, *table), rotated(k, *table)
     return q, k, v
-
-
-def positions(
-    q: Tensor, layout: SequenceLayout | None, cp_group: dist.ProcessGroup | None
-) -> Tensor:
-    """Position of each token of ``q [..., T, H, K]`` within its document: int64 ``[T]``.
-
-    An operator, so that a compiled graph is good for every pack.
-
-    Raises:
-        ValueError: if the layout is of another length or of another number of ranks.
-    """
-    if layout is None:
-        return torch.arange(q.shape[-3], device=q.device)
-    group = "" if cp_group is None else cp_group.group_name
-    found: Tensor = _call_positions(q, layout._lengths, layout.num_ranks, layout.order, group)
-    return found
-
-
-def _positions(q: Tensor, lengths: Tensor, num_ranks: int, order: Order, group: str) -> Tensor:
-    layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
-    cp_group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
-    return layout.position_ids(check_layout(layout, cp_group, q), q.device)
-
-
-_OPERATORS = Operators("lasp")
-_call_positions = _OPERATORS.define(
-    "positions(Tensor q, Tensor lengths, int num_ranks, str order, str group) -> Tensor",
-    _positions,
-    lambda q, *_: q.new_empty(q.shape[-3], dtype=torch.int64),
-)

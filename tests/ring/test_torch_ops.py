@@ -102,12 +102,6 @@ def make_inputs_detached(tokens: int) -> list[Tensor]:
     return [x.detach() for x in make_inputs(tokens)]
 
 
-def test_positions_are_well_registered() -> None:
-    arguments = (torch.zeros(2, 12, 3), torch.tensor([5, 7]), 1, "contiguous", "")
-    torch.library.opcheck(torch.ops.ring.positions.default, arguments)
-    assert torch.ops.ring.positions(*arguments).tolist() == [*range(5), *range(7)]
-
-
 def test_the_layer_is_one_graph() -> None:
     torch._dynamo.reset()
     layer = RingAttention(8, 2, 1, 4, rotary_dim=2)

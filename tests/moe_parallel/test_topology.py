@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import timedelta
 from itertools import chain
 from typing import get_args
 
@@ -102,6 +103,17 @@ def test_built_groups_are_the_planned_ones(topology: ExpertTopology) -> None:
         assert (mesh.ep_rank, mesh.etp_rank) == (at.ep, at.etp)
         assert (mesh.ep_size, mesh.etp_size) == (topology.ep, topology.etp)
         assert mesh.token_ranks[mesh.etp_rank][mesh.ep_rank] == mesh.token_rank
+
+
+def timeout_s_of_cp() -> float:
+    groups = ExpertTopology(4, cp=2).build_groups(timedelta(seconds=7))
+    options = groups.cp._get_backend(torch.device("cpu")).options
+    return options._timeout.total_seconds()
+
+
+def test_groups_have_the_timeout_that_they_are_built_with() -> None:
+    """torch gives them its default, whatever the default group has."""
+    assert run_on_ranks(timeout_s_of_cp, 4) == [7.0] * 4
 
 
 def mesh_without_block() -> bool:

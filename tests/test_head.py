@@ -68,7 +68,7 @@ def check_within_budget(dtype: torch.dtype, device: str, impl: str) -> None:
 @pytest.mark.parametrize("chunk", [4, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_loss_and_gradients_are_within_the_budget(chunk: int, dtype: torch.dtype) -> None:
-    with patch.object(head_module, "CHUNK_TOKENS", chunk):
+    with patch.object(head_module, "chunk_tokens", lambda _: chunk):
         check_within_budget(dtype, DEVICE, "eager")
 
 
@@ -81,7 +81,7 @@ def test_liger_is_within_the_budget(dtype: torch.dtype) -> None:
 
 def test_in_float64_it_is_the_plain_form() -> None:
     given = inputs(torch.float64)
-    with patch.object(head_module, "CHUNK_TOKENS", 7):
+    with patch.object(head_module, "chunk_tokens", lambda _: 7):
         actual = results(linear_cross_entropy, *given)
     for mine, theirs in zip(actual, results(plain, *given)):
         assert_equal_to_rounding(mine, theirs, tolerance=1e-13)
@@ -115,7 +115,7 @@ def test_a_model_with_labels_never_holds_all_logits(float32_head: bool) -> None:
     batch = pack_batch([[tokens]], dp_rank=0, num_ranks=1, order="contiguous")
     pack = torch.arange(tokens)
     found = {}
-    with patch.object(head_module, "CHUNK_TOKENS", 64):
+    with patch.object(head_module, "chunk_tokens", lambda _: 64):
         for labels in (pack, None):
             with Largest() as largest:
                 output = model(pack, batch, labels=labels)

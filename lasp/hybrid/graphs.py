@@ -170,8 +170,8 @@ class StepGraph:
         return self._replay()
 
     def _run(self) -> Tensor:
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._gradients = []  # those of the run before would be in memory beside the new ones
+        self._clear_gradients()
         loss = self._loss_of(*self._inputs)
         loss.backward()
         self._gradients = [parameter.grad for parameter in self._parameters]

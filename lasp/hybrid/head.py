@@ -20,7 +20,7 @@ from lasp._core.derivatives import Reference, refuse_second_derivatives, refuse_
 from lasp._core.dtypes import wide_dtype
 
 LossImpl = Literal["auto", "eager", "liger"]
-CHUNK_TOKENS = 2048
+CHUNK_TOKENS, CHUNK_LOGITS = 2048, 2**24  # at a time, whichever is more: 64 MiB in float32
 IGNORED = -100
 _REFERENCE = Reference("linear_cross_entropy", "torch.nn.functional.cross_entropy of the logits")
 
@@ -45,8 +45,8 @@ def linear_cross_entropy(
         float32 or better.
 
     Gradients: to ``hidden`` and ``weight``, once; made in the forward, where they are needed.
-    Memory beside them: ``[2048, V]`` logits, by ``liger`` about as many elements as ``hidden``; and
-    the gradient of the weight in float32.
+    Memory beside them: ``[2048, V]`` logits, or 2^24 with a small V; by ``liger`` about as many
+    elements as ``hidden``; and the gradient of the weight in float32.
 
     Raises:
         ValueError: naming the argument.
@@ -135,6 +135,11 @@ def _by_liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
+def chunk_tokens(vocab_size: int) -> int:
+    """Tokens whose logits exist at a time: more of a small vocabulary, whose products are short."""
+    return max(CHUNK_TOKENS, CHUNK_LOGITS // vocab_size)
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TM: Tensor, weight_VM: Tensor, labels_T: Tensor) -> Tensor:
@@ -144,8 +149,9 @@ class _Chunked(torch.autograd.Function):
         dweight_VM = None
         if ctx.needs_input_grad[1]:
             dweight_VM = torch.zeros_like(weight_VM, dtype=wide)
-        for start in range(0, hidden_TM.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
+        chunk = chunk_tokens(len(weight_VM))
+        for start in range(0, hidden_TM.shape[0], chunk):
+            rows = slice(start, start + chunk)
             x_CM, target_C1 = hidden_TM[rows], labels_T[rows].unsqueeze(1)
             is_target_C1 = target_C1 != IGNORED
             target_C1 = target_C1.masked_fill(~is_target_C1, 0)

@@ -16,6 +16,8 @@ Series = Mapping[str, Mapping[Any, float]]
 
 # One color a family of implementations, in every figure; the first pattern that matches.
 COLORS = {
+    r"TRL, Qwen3-8B": "#6b6b6b",
+    r"TRL": "#b5b5b5",
     r"all softmax|softmax layer|cudnn|one rank|whole pack|bare": "#e8871e",
     r"flash 2|3:1": "#f2b872",
     r"ttention 1|no exchange|one group": "#9aa0a6",

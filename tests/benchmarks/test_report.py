@@ -62,7 +62,10 @@ def test_tables_are_what_the_committed_rows_say() -> None:
         assert text == report.page_of_tables(name, RUNS), STALE
 
 
-@pytest.mark.parametrize("name", report.figures.FIGURES)
+MEASURED = {run.benchmark for run in RUNS}
+
+
+@pytest.mark.parametrize("name", [name for name in report.figures.FIGURES if name in MEASURED])
 def test_figures_are_what_the_committed_rows_say(name, tmp_path) -> None:
     matplotlib = pytest.importorskip("matplotlib", reason="needs the extra bench")
     panels, caption = report.figure(name, RUNS)
@@ -71,6 +74,34 @@ def test_figures_are_what_the_committed_rows_say(name, tmp_path) -> None:
     assert len(panels) == len(report.figures.FIGURES[name])
     if f"matplotlib=={matplotlib.__version__}" in (ROOT / "constraints.txt").read_text():
         assert drawn.read_bytes() == committed.read_bytes(), STALE
+
+
+CASES = {
+    "kept_activations": ({"layer": "softmax", "policy": "full"},),
+    "needle": tuple(
+        {"pattern": pattern, "seed": seed, "pairs": pairs}
+        for pattern in ("0:1", "7:1") for seed in (0, "all") for pairs in (1, 8)
+    ),
+    "moe_against_tp": ({"tokens": 8192}, {"tokens": 32768}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "series"),
+    [
+        ("kept_activations", ("kept", "both_ms"), {"softmax layer"}),
+        ("needle", ("accuracy",), {"all softmax", "7:1"}),
+        ("moe_against_tp", ("both_ms", "x_plain"), {"lasp"}),
+    ],
+)
+def test_figures_wait_for_rows(tmp_path, name, metrics, series) -> None:
+    made = [
+        make_row(benchmark=name, impl="lasp", case=case, metric=metric, p50=0.5)
+        for case in CASES[name]
+        for metric in metrics
+    ]
+    panels, _ = report.figure(name, report.read_runs(write(tmp_path, made)))
+    assert [set(panel.series) for panel in panels] == [series] * len(metrics)
 
 
 def test_headlines_have_rows_and_their_runs_are_not_mixed() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -15,7 +15,13 @@ from torch import Tensor
 
 from benchmarks.harness import Machine, draw
 from benchmarks.token_groups import token_groups
-from moe_parallel import ExpertGroups, ExpertParallelMoE, MoEConfig, SymmetricMemory
+from moe_parallel import (
+    ExpertGroups,
+    ExpertParallelMoE,
+    MoEConfig,
+    SymmetricMemory,
+    TokenOrder,
+)
 from moe_parallel.config import Send
 from moe_parallel.dispatch import all_to_all, make_dispatcher
 from moe_parallel.dispatch.dispatcher import Dispatcher, RowTransfer
@@ -164,12 +170,16 @@ def ways(
     them or assignments.
     """
 
+    @cache
+    def order_of(num_tokens: int) -> TokenOrder:  # one for all calls, as models have
+        return TokenOrder.contiguous([num_tokens] * layer.mesh.num_token_ranks)
+
     def in_groups(
         num_groups: int | None, dispatcher: Dispatcher, x: Tensor, send: Send = "assignments"
     ) -> Tensor:
         layer.config = replace(layer.config, overlap_groups=num_groups, send=send)
         layer.dispatcher = dispatcher
-        return layer(x).output
+        return layer(x, token_order=order_of(len(x))).output
 
     most, parameters = layer.experts.num_local, tuple(layer.parameters())
     found = {}

@@ -249,8 +249,9 @@ class ExpertParallelMoE(nn.Module):
         impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
         padded = config.pad_to_capacity and self.training
         if self._sends_tokens(x_TM, routing, token_order, padded=padded):
-            how = (config, mesh, self.dispatcher, token_order)
-            routing, dispatch, wait, total = start_tokens(x_TM, routing, *how, impl, padded=padded)
+            where = (mesh, self.dispatcher, token_order, self.groups.token)
+            call = start_tokens(x_TM, routing, config, *where, padded=padded)
+            routing, dispatch, wait, total = call
         else:
             groups_for = partial(self._groups, x_TM=x_TM)
             if padded:
@@ -289,9 +290,8 @@ class ExpertParallelMoE(nn.Module):
 
     def _late(self, x_TM: Tensor, routing: Routing) -> bool:
         """On one rank grouped products ask for no counts."""
-        groups, limit = self.config.overlap_groups, self.config.max_rows
-        alone = self.mesh.num_token_ranks == 1 and routing.dropless and limit is None
-        if not alone or groups not in (None, 1):
+        alone = self.mesh.num_token_ranks == 1 and self.config.overlap_groups in (None, 1)
+        if not alone or not routing.dropless or self.config.max_rows is not None:
             return False
         return self.experts.chosen_gemm(routing.experts.numel(), x_TM.dtype) == "grouped"
 

@@ -11,9 +11,11 @@ from math import comb
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lasp._core.impl import ChosenImpl
+from lasp._core.cache import tensor_cache
+from lasp._core.impl import ChosenImpl, chosen_impl
 from moe_parallel.config import MoEConfig
 from moe_parallel.dispatch.dispatcher import Dispatch, Dispatcher
 from moe_parallel.dispatch.padding import drop_by_rank
@@ -36,6 +38,9 @@ from moe_parallel.router.token_order import TokenOrder
 # Tokens must leave so much less to be seen: where both would be equal, groups of experts also hide
 # what differs between ranks.
 MOST_OF_ASSIGNMENTS = 0.75
+# Where a token goes to more of the ranks on average, all tokens go to all of them. More rows than
+# that take longer than the host, from the counts it waits for to the rows it sends.
+NEARLY_ALL = 0.95
 
 
 @cache
@@ -108,7 +113,7 @@ def start_tokens(
     mesh: ExpertMesh,
     dispatcher: Dispatcher,
     token_order: TokenOrder,
-    impl: ChosenImpl,
+    token_group: dist.ProcessGroup | None,
     *,
     padded: bool,
 ) -> TokenCall:
@@ -121,52 +126,77 @@ def start_tokens(
         mesh: the EP x ETP block of this rank.
         dispatcher: of the layer.
         token_order: where the tokens of every rank stand.
-        impl: of packing, copies and sums.
+        token_group: the ranks of that order. Where they have compared it, and nearly all tokens go
+            to all ranks, all do, and the first rows leave before counts reach the host.
         padded: rows are padded to capacity: :mod:`moe_parallel.dispatch.padding`.
     """
-    most_ranks = mesh.ep_size if padded else min(mesh.ep_size, config.top_k)
-    most = token_order.max_local_tokens * most_ranks
+    impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
+    known = token_order.is_agreed(token_group) and _go_everywhere(config, mesh)
+    everywhere = padded or known
+    ranks = mesh.ep_size if everywhere else min(mesh.ep_size, config.top_k)
     if padded:
-        routing, slots, kept_RE = _padded_slots(routing, config, mesh, token_order, most)
-        tokens_RP: RowCounts = [[token_order.max_local_tokens] * mesh.ep_size] * len(kept_RE)
+        routing, slots, kept_RE = _padded_slots(routing, config, mesh, token_order)
         ends, total = None, sum(map(sum, kept_RE))
 
         def wait() -> RowCounts:
             return kept_RE
-
-        def tokens() -> RowCounts:
-            return tokens_RP
 
     else:
         counts = HostTokenCounts(routing, token_order)
         wait, total = counts.wait, counts.of_all()
         if config.max_rows is not None:
             wait = partial(checked_rows, wait, config.max_rows, mesh)
-        slots, ends = _slots(routing, mesh, config, impl)
+        slots, ends = _slots(routing, mesh, config, impl, everywhere=everywhere)
 
-        def tokens() -> RowCounts:
-            wait()
-            return counts.tokens()
+    def tokens() -> RowCounts:
+        if padded:
+            return [[token_order.max_local_tokens] * ranks] * mesh.num_token_ranks
+        if everywhere:
+            return [[token_order.num_local_tokens(r)] * ranks for r in range(mesh.num_token_ranks)]
+        wait()
+        return counts.tokens()
 
     form = RowFormat(x_TM.shape[1], config.top_k, x_TM.dtype, routing.weights.dtype)
-    rows = dispatcher.start_call(
-        tokens, (range(1),), most_rows=most, like=x_TM.new_empty(0, form.width)
-    )
+    like, most = x_TM.new_empty(0, form.width), token_order.max_local_tokens * ranks
+    rows = dispatcher.start_call(tokens, (range(1),), most_rows=most, like=like)
     sending = (slots, form, ends, impl)
-    return TokenCall(
-        routing, TokenDispatch(rows, wait, mesh, routing.weights, *sending), wait, total
-    )
+    dispatch = TokenDispatch(rows, wait, mesh, routing.weights, *sending)
+    return TokenCall(routing, dispatch, wait, total)
+
+
+def _go_everywhere(config: MoEConfig, mesh: ExpertMesh) -> bool:
+    """Whether all tokens go to all ranks: then nobody waits for counts before they leave.
+
+    Not where counts may still say that a call is wrong: of too many rows, or of ranks that differ
+    in whether they drop.
+    """
+    ranks = mean_ranks(config.num_experts, config.top_k, mesh.ep_size)
+    unchecked = config.max_rows is None and config.capacity_factor is None
+    return unchecked and ranks >= NEARLY_ALL * mesh.ep_size
+
+
+@tensor_cache(maxsize=16)
+def _everywhere(num_tokens: int, distance: int, ep_size: int, device: torch.device) -> Tensor:
+    """``[T, P]``: each token's row for each EP rank, whose first rows have a distance; kept."""
+    with torch.inference_mode(False):  # remembered, and used in training too
+        first_P = torch.arange(ep_size, device=device) * distance
+        return torch.arange(num_tokens, device=device).unsqueeze(1) + first_P
+
+
+def _sent_everywhere(experts_Tk: Tensor, mesh: ExpertMesh) -> RowOrder:
+    """All tokens in rows for all ranks."""
+    num_tokens = len(experts_Tk)
+    row_TP = _everywhere(num_tokens, num_tokens, mesh.ep_size, experts_Tk.device)
+    return RowOrder(row_TP, num_tokens * mesh.ep_size)
 
 
 def _slots(
-    routing: Routing, mesh: ExpertMesh, config: MoEConfig, impl: ChosenImpl
+    routing: Routing, mesh: ExpertMesh, config: MoEConfig, impl: ChosenImpl, *, everywhere: bool
 ) -> tuple[TokenSlots, Tensor]:
     """Where every assignment and token goes, and ``[E_local]`` int32 ends of the experts' rows."""
     experts_Tk, num_experts, histogram = routing.experts, config.num_experts, routing.histogram
-    sources, me = (
-        device_numbers(mesh.sources, experts_Tk.device),
-        mesh.sources.index(mesh.token_rank),
-    )
+    sources = device_numbers(mesh.sources, experts_Tk.device)
+    me = mesh.sources.index(mesh.token_rank)
     num_rows = experts_Tk.shape[0] * min(mesh.ep_size, config.top_k)
     if histogram is not None and impl == "triton":
         from moe_parallel.kernels import router
@@ -174,19 +204,23 @@ def _slots(
         where = (sources, me, mesh.ep_rank, mesh.ep_size)
         starts_E, ends = router.starts(routing.counts.kept, *where)
         row_Tk, row_TP = router.rows(experts_Tk, histogram, starts_E=starts_E)
-        return TokenSlots(experts_Tk, row_Tk, RowOrder(row_TP, num_rows), num_experts), ends
+        sent = _sent_everywhere(experts_Tk, mesh) if everywhere else RowOrder(row_TP, num_rows)
+        return TokenSlots(experts_Tk, row_Tk, sent, num_experts), ends
     kept_SE = routing.counts.kept.index_select(0, sources)
     total_PE = kept_SE.sum(0).unflatten(0, (mesh.ep_size, -1))
     end_PE = total_PE.cumsum(1)
     starts_E = (end_PE - total_PE).flatten() + kept_SE[:me].sum(0)
     number_Tk = _numbers_of_kept(experts_Tk, routing.mask, num_experts)
     row_Tk = (starts_E[experts_Tk] + number_Tk).masked_fill(number_Tk < 0, -1)
+    ends = end_PE[mesh.ep_rank].to(torch.int32)
+    if everywhere:
+        sent = _sent_everywhere(experts_Tk, mesh)
+        return TokenSlots(experts_Tk, row_Tk, sent, num_experts), ends
     goes_TP = tokens_of_ranks(experts_Tk, num_experts, mesh.ep_size)
     tokens_P = goes_TP.sum(0)
     row_TP = tokens_P.cumsum(0) - tokens_P + goes_TP.cumsum(0) - 1
     # Rows beyond those that leave hold nothing: plain torch, which writes all, writes zeros.
     sent = RowOrder(row_TP.masked_fill(~goes_TP, -1), num_rows, padded=impl == "eager")
-    ends = end_PE[mesh.ep_rank].to(torch.int32)
     return TokenSlots(experts_Tk, row_Tk, sent, num_experts), ends
 
 
@@ -202,7 +236,7 @@ def _numbers_of_kept(experts_Tk: Tensor, mask_Tk: Tensor | None, num_experts: in
 
 
 def _padded_slots(
-    routing: Routing, config: MoEConfig, mesh: ExpertMesh, order: TokenOrder, num_rows: int
+    routing: Routing, config: MoEConfig, mesh: ExpertMesh, order: TokenOrder
 ) -> tuple[Routing, TokenSlots, RowCounts]:
     """The same of calls that are padded: every token goes to every rank."""
     num_experts, most = config.num_experts, order.max_local_tokens
@@ -212,9 +246,7 @@ def _padded_slots(
     local_Tk = experts_Tk.remainder(num_experts // mesh.ep_size)
     row_Tk = (local_Tk * num_sources + mesh.sources.index(mesh.token_rank)) * capacity + number_Tk
     row_Tk = row_Tk.masked_fill(number_Tk >= capacity, -1)
-    row_T1 = torch.arange(len(experts_Tk), device=experts_Tk.device).unsqueeze(1)
-    first_P = tuple(most * rank for rank in range(mesh.ep_size))
-    row_TP = row_T1 + device_numbers(first_P, experts_Tk.device)
-    sent = RowOrder(row_TP, num_rows, padded=True)
+    row_TP = _everywhere(len(experts_Tk), most, mesh.ep_size, experts_Tk.device)
+    sent = RowOrder(row_TP, most * mesh.ep_size, padded=True)
     kept_RE = [[capacity] * num_experts] * mesh.num_token_ranks
     return routing, TokenSlots(experts_Tk, row_Tk, sent, num_experts), kept_RE

@@ -140,13 +140,13 @@ class ArrivedSlots(NamedTuple):
 
     @classmethod
     def unpack(
-        cls, rows_Ak: Tensor, weights_Ak: Tensor, num_rows: int, impl: ChosenImpl
+        cls, rows_Ak: Tensor, weights_Ak: Tensor, num_rows: int, impl: ChosenImpl, *, padded: bool
     ) -> ArrivedSlots:
-        """Out of views of the rows that arrived; ``num_rows`` is R."""
+        """Out of views of the rows that arrived; R is ``num_rows``, some without if padded."""
         if impl == "triton":
             from moe_parallel.kernels import tokens
 
-            return cls(*tokens.unpack(rows_Ak, weights_Ak, num_rows))
+            return cls(*tokens.unpack(rows_Ak, weights_Ak, num_rows, padded=padded))
         row, weights = rows_Ak.long(), weights_Ak.contiguous()
         by_row = weights.new_zeros(num_rows + 1)  # the last one is of no row
         by_row[row.masked_fill(row < 0, num_rows).flatten()] = weights.flatten()

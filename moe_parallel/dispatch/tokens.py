@@ -38,7 +38,7 @@ class TokenDispatch(Dispatch):
         weights_Tk: of the assignments.
         slots: of this rank's tokens.
         form: of the rows.
-        ends: where the rows of this rank's experts end, int32 on the device; None: not there.
+        ends: where the rows of this rank's experts end, int32 on the device; None: padded rows.
         impl: of packing, copies and sums.
 
     Communication: that of ``rows``.
@@ -59,6 +59,7 @@ class TokenDispatch(Dispatch):
         self.weights, self._weights = weights_Tk, weights_Tk.detach()
         self._rows, self._wait, self._mesh = rows, wait, mesh
         self._slots, self._form, self._ends, self._impl = slots, form, ends, impl
+        self._padded = ends is None  # of the experts' rows some have no token
         self._arrived: ArrivedSlots | None = None  # from the forward on
         num_local = slots.num_experts // mesh.ep_size
         self.experts = (range(num_local),)
@@ -134,8 +135,8 @@ class TokenDispatch(Dispatch):
         form, num_rows = self._form, sum(self._kept_E)
         if self._arrived is None:
             ends = (form.rows(rows_AM), form.weights(rows_AM))
-            self._arrived = ArrivedSlots.unpack(*ends, num_rows, self._impl)
-        order = RowOrder(self._arrived.row, num_rows, padded=self._slots.sent.padded)
+            self._arrived = ArrivedSlots.unpack(*ends, num_rows, self._impl, padded=self._padded)
+        order = RowOrder(self._arrived.row, num_rows, padded=self._padded)
         rows_RM = rows_AM.new_empty(num_rows, form.hidden_size)
         return copy_to_rows(form.hidden(rows_AM), order, rows_RM, self._impl)
 

@@ -43,16 +43,21 @@ def pack(
     _launch(pack_kernel, tensors, row_Tk, sent[0], sizes)
 
 
-def unpack(rows: Tensor, weights: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(
+    rows: Tensor, weights: Tensor, num_rows: int, *, padded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """``[A, k]`` int64 rows, ``[A, k]`` weights, and ``[num_rows]`` weights by row.
 
     Args:
         rows: ``[A, k]`` int32, as sent by :func:`pack`.
         weights: ``[A, k]`` float32, likewise.
-        num_rows: that this rank's experts take; those without a token have weight 0.
+        num_rows: that this rank's experts take.
+        padded: some of them have no token, and weight 0.
     """
     row = rows.new_empty(rows.shape, dtype=torch.int64)
-    of_slots, of_rows = weights.new_empty(weights.shape), weights.new_zeros(num_rows)
+    of_slots, of_rows = weights.new_empty(weights.shape), weights.new_empty(num_rows)
+    if padded:
+        of_rows.zero_()
     _launch(unpack_kernel, (rows, weights, row, of_slots, of_rows), row, rows, {})
     return row, of_slots, of_rows
 

@@ -151,6 +151,10 @@ class TokenOrder:
         """Token groups whose ranks were found to hold this order, all of them, and to train."""
         return set()
 
+    def is_agreed(self, token_group: dist.ProcessGroup | None) -> bool:
+        """Whether the ranks of a group were found to hold this order."""
+        return any(group is token_group for group, _ in self.agreed_groups)
+
     # ---- rows <-> tokens -----------------------------------------------------------------------
 
     def take(self, rows: Tensor, rank: int) -> Tensor:

@@ -20,6 +20,7 @@ from moe_parallel import (
     TokenOrder,
 )
 from moe_parallel.dispatch.token_rows import RowFormat
+from moe_parallel.router.counts import HostTokenCounts
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.moe_parallel.batch import ORDERS, assemble_expert, groups_of, random_batch
 from tests.moe_parallel.dispatch.test_padding import PADDED, by_rank, host_reads
@@ -145,6 +146,32 @@ def test_a_token_is_sent_to_a_rank_once_there_and_back() -> None:
         (_, rows), (_, other_rows) = singly[rank][0], singly[1 - rank][0]
         assert singly[rank][1] == [rows * 80, other_rows * 80] * 2
         assert tokens < 0.6 * rows
+
+
+def first_waits(compared: bool) -> tuple[list[str], list[Tensor]]:
+    """Rank function: what comes first, the counts or the rows; output and gradients."""
+    layer = build(TOKENS, torch.float32, False, groups=groups_of(EP2).experts)
+    x = random_batch(20, 10, seed=layer.mesh.token_rank).x.float().requires_grad_()
+    order, seen = TokenOrder.contiguous([20, 20]) if compared else None, []
+    layer(x, token_order=order)  # the ranks compare the order once
+
+    def noting(name: str, true: Any) -> Any:
+        return lambda *args, **how: seen.append(name) or true(*args, **how)
+
+    with (
+        patch.object(dist, "all_to_all_single", noting("rows", dist.all_to_all_single)),
+        patch.object(HostTokenCounts, "wait", noting("counts", HostTokenCounts.wait)),
+    ):
+        output = layer(x, token_order=order).output
+    gradients = torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])
+    return seen[:1], [output.detach(), *gradients]
+
+
+def test_rows_leave_before_the_host_has_counts_where_nearly_all_go_everywhere() -> None:
+    compared, not_compared = (run_on_ranks(first_waits, 2, known) for known in (True, False))
+    for (seen, found), (others, expected) in zip(compared, not_compared):
+        assert (seen, others) == (["rows"], ["counts"])
+        assert all(map(torch.equal, found, expected))
 
 
 # ---- calls -------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_rows_of_assignments_and_tokens_are_those_of_plain_torch(
     for impl in ("triton", "eager"):
         torch.manual_seed(0)
         routing = routing_of(num_tokens, config, mesh, kernels=impl == "triton")
-        slots, ends = sending._slots(routing, mesh, config, impl)
+        slots, ends = sending._slots(routing, mesh, config, impl, everywhere=False)
         found.append([slots.row, slots.sent.row, ends])
         if routing.histogram is not None:
             goes_TP = tokens_of_ranks(routing.experts, num_experts, num_ranks)
@@ -81,14 +81,14 @@ def test_what_travels_at_the_ends_of_rows_comes_out_again(width: int, dtype: tor
     form = RowFormat(width, 3, dtype, torch.float32)
     found = []
     for impl in ("triton", "eager"):
-        slots, _ = sending._slots(routing, mesh, config, impl)
+        slots, _ = sending._slots(routing, mesh, config, impl, everywhere=False)
         num_rows = int((slots.sent.row >= 0).sum())
         rows = torch.zeros(slots.sent.num_rows, form.width, dtype=dtype, device=DEVICE)
         slots.pack(routing.weights, form.rows(rows), form.weights(rows), impl)
         assert not form.hidden(rows).any()
         own = rows[: int((slots.sent.row[:, 0] >= 0).sum())]  # those for the first rank
         total = int(routing.counts.kept[:, :3].sum())
-        arrived = ArrivedSlots.unpack(form.rows(own), form.weights(own), total, impl)
+        arrived = ArrivedSlots.unpack(form.rows(own), form.weights(own), total, impl, padded=True)
         there = arrived.row >= 0
         assert torch.equal(arrived.row_weights[arrived.row[there]], arrived.weights[there])
         numbers = torch.arange(total, device=DEVICE) + 0.5

@@ -15,7 +15,7 @@ from lasp.layers.triton.norm_gate import dense_rows, num_sms
 from lasp.lightning.triton import tuning
 
 
-class Rule(NamedTuple):
+class HeadSizes(NamedTuple):
     """Sizes of a head, its activation and the epsilon of its norms."""
 
     key_dim: int
@@ -36,7 +36,7 @@ def heads(
     x_THW = dense_rows(x_THW)
     tensors = [x_THW, *(x if x is None else aligned(x) for x in (q_weight, k_weight, cos, sin))]
     outputs = _fake_heads(x_THW, None, None, None, None, *rule)
-    launch, num_rows, rows = _launcher(heads_kernel, tensors, Rule(*rule))
+    launch, num_rows, rows = _launcher(heads_kernel, tensors, HeadSizes(*rule))
     launch(-(-num_rows // rows), *tensors, *outputs, num_rows, x_THW.shape[1])
     return outputs
 
@@ -57,7 +57,7 @@ def heads_backward(
     x_THW = dense_rows(x_THW)
     tensors = [x_THW, *(x if x is None else aligned(x) for x in (q_weight, k_weight, cos, sin))]
     grads = [aligned(grad.contiguous()) for grad in (dq, dk, dv)]
-    launch, num_rows, rows = _launcher(heads_backward_kernel, tensors, Rule(*rule))
+    launch, num_rows, rows = _launcher(heads_backward_kernel, tensors, HeadSizes(*rule))
     programs, dweights = -(-num_rows // rows), None
     if q_weight is not None:
         programs = min(programs, tuning.HEADS_BACKWARD_PROGRAMS * num_sms(x_THW.device))
@@ -69,7 +69,7 @@ def heads_backward(
     return dx, of_q.to(q_weight.dtype), of_k.to(k_weight.dtype)
 
 
-def _launcher(kernel: Any, tensors: list[Any], rule: Rule) -> tuple[Any, int, int]:
+def _launcher(kernel: Any, tensors: list[Any], rule: HeadSizes) -> tuple[Any, int, int]:
     """The launcher, the rows, and how many of them a program takes."""
     x, cos = tensors[0], tensors[3]
     cut = tuning.split_rows(rule.key_dim, rule.value_dim)

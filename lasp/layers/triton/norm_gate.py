@@ -22,7 +22,7 @@ from lasp.layers.triton.norm_gate_kernel import (
 from lasp.lightning.triton import tuning
 
 
-class Rule(NamedTuple):
+class GateRule(NamedTuple):
     """How a row is normed and gated, see :func:`lasp.layers.norm_gate.norm_gate`.
 
     Attributes:
@@ -42,7 +42,7 @@ def norm_gate(
     x_TW: Tensor, gate_TW: Tensor | None, weight_W: Tensor, eps: float, *rule: Any
 ) -> tuple[Tensor, Tensor]:
     """The normed and gated rows, and ``1 / rms`` of each row and group in float32."""
-    num_groups, silu, gate_first, tp_group = Rule(*rule)
+    num_groups, silu, gate_first, tp_group = GateRule(*rule)
     num_rows, width = x_TW.shape[0], x_TW.shape[1] // num_groups
     x_TW, gate_TW = dense_rows(x_TW), gate_TW if gate_TW is None else dense_rows(gate_TW)
     weight_W = aligned(weight_W.contiguous())
@@ -76,7 +76,7 @@ def norm_gate_backward(
     *rule: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gate (empty without one) and weight."""
-    num_groups, silu, gate_first, tp_group = Rule(*rule)
+    num_groups, silu, gate_first, tp_group = GateRule(*rule)
     num_rows, width = x_TW.shape[0], x_TW.shape[1] // num_groups
     dx, dgate, _ = _fake_norm_backward(dy_TW, x_TW, gate_TW, weight_W, rstd, *rule)
     dy_TW, x_TW = dense_rows(dy_TW), dense_rows(x_TW)

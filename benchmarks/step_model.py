@@ -41,6 +41,7 @@ from lasp.state_exchange.choice import EXACT
 from lasp.state_exchange.cost import StateSize, exchange_us, link_of, scan_blocks
 
 BEGIN, END = "<!-- simulated: begin -->", "<!-- simulated: end -->"
+FEWEST = 32768  # shorter batches wait for the host
 HOST, RANKS = 8, (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # As many bytes as the keys and values of the forward: those again, and gradients in float32.
 KV_BOTH = 3.5
@@ -150,7 +151,8 @@ def measured(folder: Path, num_devices: int) -> list[Row]:
     return [
         row
         for row in read_rows(folder)
-        if (row["benchmark"], row["metric"]) == ("hybrid_train", "ms")
+        if (row["benchmark"], row["metric"], row["impl"]) == ("hybrid_train", "ms", "lasp")
+        and row["case"]["tokens"] >= FEWEST
         and row["num_devices"] == num_devices
         and (row["case"]["documents"], row["case"]["part"]) == ("one", "forward_backward")
         and row["case"]["vocab_size"] == 1024

@@ -197,6 +197,8 @@ def check(words: list[str]) -> None:
         check_flags(rest, source_of(rest))
     elif head in ("python", "python3"):
         check_flags(words[1:], source_of(words[1:]))
+    elif head.endswith(".sh"):
+        assert (ROOT / words[0]).exists(), f"no script {words[0]}"
     else:
         raise AssertionError(f"unknown command {head}: say above its block why it is not run")
 

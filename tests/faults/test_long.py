@@ -78,7 +78,7 @@ def test_a_file_system_without_room(tmp_path) -> None:
 @pytest.mark.slow
 def test_sixty_steps_of_the_soak(tmp_path) -> None:
     """The program runs; bounds need more steps than these to mean anything but for files."""
-    done = run(*LAUNCHER, "-m", "tests.faults.soak", "--steps=80", "--no-strict")
+    done = run(*LAUNCHER, "-m", "tests.faults.soak", "--steps=60", "--no-strict")
     assert done.returncode == 0, done.stderr
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
-from lasp._core.checks import check_sizes
+from lasp._core.checks import check_flags, check_sizes
 from lasp._core.impl import Impl, check_impl
 
 DropPolicy = Literal["position", "probability"]
@@ -57,6 +57,7 @@ class RouterConfig:
     z_loss_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
+        check_flags(normalize=self.normalize, expert_bias=self.expert_bias)
         if self.score_function not in get_args(ScoreFunction):
             raise ValueError(
                 f"score_function must be one of {get_args(ScoreFunction)},"
@@ -184,6 +185,7 @@ class MoEConfig:
     send: Send = "auto"
 
     def __post_init__(self) -> None:
+        check_flags(pad_to_capacity=self.pad_to_capacity, shared_gate=self.shared_gate)
         check_sizes(self, "hidden_size", "ffn_size", "num_experts", "top_k")
         for name in ("overlap_groups", "max_rows", "shared_ffn_size"):
             if getattr(self, name) is not None:

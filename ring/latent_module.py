@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lasp._core.checks import check_part, check_positive, check_positive_or_none
-from lasp._core.rotary import RopeScaling, apply_rotary
+from lasp._core.checks import check_flags, check_part, check_positive
+from lasp._core.rotary import RopeScaling, apply_rotary, check_rotation
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.positions import positions
 from ring.attention import checked_window
@@ -89,8 +89,11 @@ class MultiLatentAttention(nn.Module):
         if qk_rope_head_dim < 0 or qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even and >= 0, got {qk_rope_head_dim}")
         check_positive(norm_eps=norm_eps)
-        check_positive_or_none(rope_base=rope_base)
-        check_part("rope_scaling", rope_scaling, RopeScaling, optional=True)
+        check_flags(rope_interleaved=rope_interleaved, gate=gate, causal=causal)
+        if rope_base is None:
+            check_part("rope_scaling", rope_scaling, RopeScaling, optional=True)
+        else:
+            check_rotation(rope_base, rope_scaling)
         check_block(block)
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim

@@ -6,8 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lasp._core.checks import check_part, check_positive
-from lasp._core.rotary import RopeScaling, check_rotary_dim, rotary_table, rotated
+from lasp._core.checks import check_flags, check_positive
+from lasp._core.rotary import (
+    RopeScaling,
+    check_rotary_dim,
+    check_rotation,
+    rotary_table,
+    rotated,
+)
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.positions import positions
 from ring.attention import checked_window, ring_attention
@@ -79,8 +85,9 @@ class RingAttention(nn.Module):
             )
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide {num_heads} heads, got {num_kv_heads}")
-        check_positive(rope_base=rope_base, norm_eps=norm_eps)
-        check_part("rope_scaling", rope_scaling, RopeScaling, optional=True)
+        check_flags(qk_norm=qk_norm, gated=gated, causal=causal, sinks=sinks)
+        check_positive(norm_eps=norm_eps)
+        check_rotation(rope_base, rope_scaling)
         check_rotary_dim(rotary_dim, head_dim)
         check_block(block)
         self.hidden_size = hidden_size

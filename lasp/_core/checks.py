@@ -40,6 +40,13 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def check_flags(**values: object) -> None:
+    """Raise ValueError unless these are True or False: any text counts as true, ``"no"`` too."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}: pass a bool")
+
+
 def check_sizes(config: object, *names: str) -> None:
     """Raise ValueError unless these attributes are integers >= 1."""
     for name in names:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lasp._core.checks import check_positive, check_positive_or_none
+from lasp._core.checks import check_flags, check_part, check_positive, check_positive_or_none
 from lasp._core.dtypes import wide_dtype
 
 
@@ -56,6 +56,7 @@ class RopeScaling:
                 f"rope_type must be 'linear' or 'yarn', got {self.rope_type!r}: rotations that"
                 " depend on the length of the batch, or have a factor for each dim, are not here"
             )
+        check_flags(truncate=self.truncate)
         check_positive(factor=self.factor, beta_fast=self.beta_fast, beta_slow=self.beta_slow)
         check_positive_or_none(
             original_max_position_embeddings=self.original_max_position_embeddings,
@@ -121,11 +122,23 @@ class RopeScaling:
         return low, high if high != low else high + 0.001  # no division by 0
 
 
+def check_rotation(rope_base: float, rope_scaling: RopeScaling | None) -> None:
+    """Raise ValueError unless angles follow from these two."""
+    check_positive(rope_base=rope_base)
+    check_part("rope_scaling", rope_scaling, RopeScaling, optional=True)
+    if rope_scaling is not None and rope_scaling.rope_type == "yarn" and rope_base <= 1:
+        raise ValueError(
+            f"rope_base must be above 1 with rope_type 'yarn', got {rope_base}: its ramp asks which"
+            " pairs have long wavelengths, and they grow with the base"
+        )
+
+
 def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
     """Raise ValueError unless ``rotary_dim`` is even and in [0, head_dim]."""
-    if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
+    whole = isinstance(rotary_dim, int) and not isinstance(rotary_dim, bool)
+    if not whole or rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
         raise ValueError(
-            f"rotary_dim must be even and in [0, {head_dim}], the head dim, got {rotary_dim}:"
+            f"rotary_dim must be even and in [0, {head_dim}], the head dim, got {rotary_dim!r}:"
             " MiniMax-01 rotates half of each head"
         )
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lasp._core.checks import (
+    check_flags,
     check_part,
-    check_positive,
     check_positive_or_none,
     check_sizes,
 )
-from lasp._core.rotary import RopeScaling
+from lasp._core.rotary import RopeScaling, check_rotary_dim, check_rotation
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class LatentConfig:
     rope_interleaved: bool = False
 
     def __post_init__(self) -> None:
+        check_flags(rope_interleaved=self.rope_interleaved)
         check_sizes(self, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
         if self.q_lora_rank is not None:
             check_sizes(self, "q_lora_rank")
@@ -81,11 +82,12 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, "num_heads", "num_kv_heads", "head_dim")
-        check_positive(rope_base=self.rope_base)
+        check_flags(qk_norm=self.qk_norm, gated=self.gated)
+        check_rotation(self.rope_base, self.rope_scaling)
         check_positive_or_none(dense_len=self.dense_len)
         check_part("latent", self.latent, LatentConfig, optional=True)
-        check_part("rope_scaling", self.rope_scaling, RopeScaling, optional=True)
         if self.latent is None:
+            check_rotary_dim(self.rotary_dim, self.head_dim)
             return
         wanted = {
             "num_kv_heads": self.num_heads,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lasp._core.checks import (
     check_finite,
+    check_flags,
     check_part,
     check_positive,
     check_positive_or_none,
@@ -127,6 +128,7 @@ class VocabularyConfig:
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        check_flags(tied=self.tied, float32_head=self.float32_head)
         check_positive(embedding_scale=self.embedding_scale, logit_scale=self.logit_scale)
 
 

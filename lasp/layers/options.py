@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lasp._core.checks import check_part, check_positive, check_sizes, checked_scale
-from lasp._core.rotary import RopeScaling, check_rotary_dim
+from lasp._core.checks import check_finite, check_flags, check_positive, check_sizes
+from lasp._core.rotary import RopeScaling, check_rotary_dim, check_rotation
 
 Activation = Literal["silu", "none"]
 Gate = Literal["sigmoid", "silu", "none"]
@@ -59,11 +59,13 @@ class LightningOptions:
                 raise ValueError(
                     f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}"
                 )
-        check_positive(rope_base=self.rope_base, norm_eps=self.norm_eps)
+        names = ("qk_norm", "gate_first", "qkv_bias", "gate_bias", "out_bias")
+        check_flags(**{name: getattr(self, name) for name in names})
+        check_positive(norm_eps=self.norm_eps)
+        check_rotation(self.rope_base, self.rope_scaling)
         if self.scale is not None:
-            checked_scale(self.scale)
+            check_finite(scale=self.scale)
         check_sizes(self, "norm_groups")
-        check_part("rope_scaling", self.rope_scaling, RopeScaling, optional=True)
         if self.gate == "none" and (self.gate_first or self.gate_bias):
             raise ValueError(
                 "gate_first and gate_bias need a gate, got gate 'none': name one, or leave them out"

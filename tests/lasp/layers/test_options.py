@@ -193,7 +193,7 @@ def test_ling_is_the_layer_of_mlx() -> None:
         ({"gate": "tanh"}, "gate must be one of .*tanh"),
         ({"rope_base": 0, "rotary_dim": 4}, "rope_base must be a finite number > 0, got 0"),
         ({"norm_eps": -1.0}, "norm_eps must be a finite number > 0, got -1"),
-        ({"scale": math.nan}, "scale must be finite"),
+        ({"scale": math.nan}, "scale must be a finite number"),
         ({"norm_groups": 0}, "norm_groups must be an integer >= 1, got 0"),
         ({"norm_groups": 2.0}, "norm_groups must be an integer >= 1, got 2.0"),
         ({"norm_eps": None}, "norm_eps must be a finite number > 0, got None"),

@@ -108,7 +108,11 @@ def trained(metric: str) -> Callable[[list[Row]], Series]:
         cases: dict[tuple[str, int, str], dict[str, float]] = {}
         for row in rows:
             case = row["case"]
-            if (case["part"], case["documents"]) == ("forward_backward", "one"):
+            if (case["part"], case["documents"], row["impl"]) == (
+                "forward_backward",
+                "one",
+                "lasp",
+            ):
                 key = (case["model"], case["tokens"], json_of(case))
                 cases.setdefault(key, {})[row["metric"]] = row["p50"]
         names = {"hybrid": "hybrid 7:1", "softmax": "all softmax"}
@@ -136,7 +140,9 @@ def json_of(case: Mapping[str, Any]) -> str:
 def moe_name(row: Row) -> str | None:
     """Few of the many rows: ours by its rule, by NCCL and by copies, and the peers."""
     names = {
-        "lasp, groups by the rule, copied": "ours, copy engines",
+        "lasp, by the rule, copied": "ours, copy engines",
+        "lasp, by the rule": "ours, NCCL",
+        "lasp, groups by the rule, copied": "ours, copy engines",  # as older rows have it
         "lasp, groups by the rule": "ours, NCCL",
         "lasp 1 groups": "ours, one group, NCCL",
         "2 token groups": "two token groups",
@@ -209,15 +215,19 @@ def note(name: str, rows: list[Row]) -> str:
     if name != "hybrid_train":
         return ""
     used: dict[int, set[int]] = {}
+    recomputed: set[int] = set()
     for row in rows:
         used.setdefault(row["case"]["ranks"], set()).add(row["case"]["tokens"])
+        if row["case"]["activations"] != "none":
+            recomputed.add(row["case"]["tokens"])
     where = "; ".join(
         f"{', '.join(map(short, sorted(tokens)))} on {ranks} GPU{'s' * (ranks > 1)}"
         for ranks, tokens in sorted(used.items())
     )
+    again = ", ".join(map(short, sorted(recomputed)))
     text = (
-        "Forward and backward of 8 layers, hidden size 2048, 32 experts, bfloat16, one document; "
-        + where
+        f"Forward and backward of 8 layers of width 2048, 32 experts, bfloat16;\n{where}"
+        + f"; at {again} layers keep their softmax attention alone" * bool(again)
     )
     if max(map(max, used.values()), default=0) >= 2**20:
         text += (

@@ -172,16 +172,14 @@ def figure(name: str, runs: dict[Run, list[Row]]) -> tuple[list[Drawn], str]:
     """Panels of a benchmark that have rows, each of its newest run, and the runs in words."""
     mine = {run: rows for run, rows in runs.items() if run.benchmark == name}
     panels: list[Drawn] = []
-    used: dict[str, None] = {}
+    used: dict[Run, None] = {}
     for panel in figures.FIGURES[name]:
-        series, of = panel.chosen(
-            {run: rows for run, rows in runs.items() if run.benchmark == name}
-        )
+        series, of = panel.chosen(mine)
         if series:
             panels.append(Drawn(panel.title, series, panel.bars, panel.log, panel.axis))
-            used |= dict.fromkeys(map(str, of))
-    note = figures.note(name, [row for rows in mine.values() for row in rows])
-    return panels, "\n".join(filter(None, [note, *used]))
+            used |= dict.fromkeys(of)
+    note = figures.note(name, [row for run in used for row in mine[run]])
+    return panels, "\n".join(filter(None, [note, *map(str, used)]))
 
 
 def page_of_tables(name: str, runs: dict[Run, list[Row]]) -> str:

@@ -3,7 +3,7 @@
 python examples/00_quick_start.py
 
 8 layers of MiniMax's shape (7 lightning, 1 softmax) with 8 experts learn bytes of the Python
-standard library's sources, for two to three minutes on two CPU cores. The weights are saved as
+standard library's sources, for about three minutes on a CPU core. The weights are saved as
 released files, which the library's commands read::
 
     python -m lasp.generate runs/quick "def main(" --temperature 0.7

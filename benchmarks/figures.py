@@ -293,10 +293,7 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
             share_of_bound(metric, kernel_case, lambda row: str(row["impl"])),
             bars=True, log=False,
         )
-        for metric, title in (
-            ("forward_graph_ms", "forward"),
-            ("both_graph_ms", "both directions"),
-        )
+        for metric, title in (("forward_graph_ms", "forward"), ("both_graph_ms", "both ways"))
     ),
     "lightning_decode": (
         Panel(

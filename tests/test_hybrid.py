@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, cast
-from unittest.mock import patch
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from torch.nn import functional as F
 
 from lasp.hybrid import (
     AttentionConfig,
-    DenseConfig,
     HybridConfig,
     HybridModel,
     Residuals,
@@ -297,26 +294,3 @@ def test_the_router_sees_documents_without_their_padding() -> None:
         ((8, 0, 1),),
         (),
     )
-
-
-def test_all_layers_with_experts_share_the_symmetric_memory() -> None:
-    memory = cast("SymmetricMemory", SimpleNamespace(global_ranks=[0, 1]))
-    chosen = replace(config(), mtp_loss_weight=0.1)
-    with patch("moe_parallel.layer.make_dispatcher") as made:
-        HybridModel(chosen, symmetric_memory=memory, device="meta")
-    assert [call.args[2] for call in made.call_args_list] == [memory] * (chosen.num_layers + 1)
-    dense = replace(chosen, moe=None, dense=DenseConfig(10, 8))
-    with pytest.raises(ValueError, match="symmetric_memory must be None"):
-        HybridModel(dense, symmetric_memory=memory, device="meta")
-
-
-@pytest.mark.multi_gpu
-@pytest.mark.parametrize("copies", [False, True])
-@pytest.mark.parametrize("sizes", [{"cp": 2, "ep": 2}, {"cp": 2, "etp": 2}, {"ep": 2}])
-def test_gpu_ranks_agree_with_one_cpu_rank(sizes: dict[str, int], copies: bool) -> None:
-    expected = one_rank()
-    how = {"device": "cuda", "copies": copies}
-    results = run_on_ranks(loss_and_gradients, 2, sizes, "zigzag", backend="nccl", **how)
-    actual = assemble(results)
-    for name, tensor in expected.items():
-        assert_equal_to_rounding(actual[name], tensor, what=name)

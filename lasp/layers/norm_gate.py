@@ -104,10 +104,8 @@ def norm_gate(
     Raises:
         ValueError: naming the argument, before any communication.
     """
-    if gate is None:
-        (x,) = autocast_inputs(x)
-    else:
-        x, gate = autocast_inputs(x, gate)
+    x, *gates = autocast_inputs(x) if gate is None else autocast_inputs(x, gate)
+    gate = gates[0] if gates else None
     _check_norm(x, gate, weight, num_groups, tp_group)
     width = x.shape[-1] // num_groups
     unserved = "" if width <= WIDEST_ROW else f"{width} features a rank, above {WIDEST_ROW}"

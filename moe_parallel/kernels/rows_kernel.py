@@ -33,6 +33,24 @@ def before_kernel(
     tl.store(totals + column, tl.sum(count, axis=0).to(tl.int64), mask=column < E)
 
 
+@triton.jit
+def _rows_of_earlier(expert, totals, positions, E: tl.constexpr, OTHERS: tl.constexpr):
+    """Rows of the experts that leave before each."""
+    position = expert.to(tl.int64)
+    if positions is not None:
+        position = tl.load(positions + expert, mask=expert < E, other=0)
+    rows = tl.zeros_like(expert)
+    for first in range(0, E, OTHERS):
+        other = first + tl.arange(0, OTHERS)[:, None]
+        total = tl.load(totals + other, mask=other < E, other=0).to(tl.int32)
+        other_position = other.to(tl.int64)
+        if positions is not None:
+            other_position = tl.load(positions + other, mask=other < E, other=0)
+        leaves = other_position < position
+        rows += tl.sum(tl.where(leaves, total, 0), axis=0, keep_dims=True)
+    return rows
+
+
 @triton.jit(do_not_specialize=["num_tokens", "span"])
 def row_kernel(
     experts,  # [T, K] int64
@@ -54,25 +72,13 @@ def row_kernel(
 ):
     """One program a span of tokens, the same as of ``top_k_kernel``; ``TOKENS`` at a time."""
     expert = tl.arange(0, E_PAD)[None, :]
-    mask = expert < E
-    position = expert.to(tl.int64)
-    if positions is not None:
-        position = tl.load(positions + expert, mask=mask, other=0)
     # The next row of each expert: those of experts that leave before it, those of tokens before.
     before += tl.program_id(0) * (E + RANKS)
-    following = tl.load(before + expert, mask=mask, other=0)
+    following = tl.load(before + expert, mask=expert < E, other=0)
     if starts is not None:
-        following += tl.load(starts + expert, mask=mask, other=0).to(tl.int32)
+        following += tl.load(starts + expert, mask=expert < E, other=0).to(tl.int32)
     else:
-        for first in range(0, E, OTHERS):
-            other = first + tl.arange(0, OTHERS)[:, None]
-            total = tl.load(totals + other, mask=other < E, other=0).to(tl.int32)
-            other_position = other.to(tl.int64)
-            if positions is not None:
-                other_position = tl.load(positions + other, mask=other < E, other=0)
-            leaves = other_position < position
-            following += tl.sum(tl.where(leaves, total, 0), axis=0, keep_dims=True)
-
+        following += _rows_of_earlier(expert, totals, positions, E, OTHERS)
     rank = tl.arange(0, RANKS_PAD)[None, :]
     following_token = tl.load(before + E + rank, mask=rank < RANKS, other=0)
     total = tl.load(totals + E + rank, mask=rank < RANKS, other=0).to(tl.int32)

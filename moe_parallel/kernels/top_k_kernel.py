@@ -129,6 +129,15 @@ def _weights(
     return weight
 
 
+@triton.jit
+def _sum_of_parts(part, mask, E: tl.constexpr, PARTS: tl.constexpr):
+    """Logits, the smallest of their parts first."""
+    value = tl.load(part + (PARTS - 1) * E, mask=mask, other=0.0)
+    for smaller in tl.static_range(1, PARTS):
+        value += tl.load(part + (PARTS - 1 - smaller) * E, mask=mask, other=0.0)
+    return value
+
+
 @triton.jit(do_not_specialize=["num_tokens", "span"])
 def top_k_kernel(
     product,  # [T, PARTS E] float32: logits as a sum of parts, the smallest last
@@ -140,20 +149,14 @@ def top_k_kernel(
     scaling,  # of the weights
     num_tokens,  # T
     span,  # tokens of a program, a multiple of TOKENS
-    E: tl.constexpr,
-    K: tl.constexpr,
-    PARTS: tl.constexpr,
-    SCORE: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
+    SCORE: tl.constexpr, NORMALIZE: tl.constexpr,
     PLAIN: tl.constexpr,  # the largest logits are chosen: SCORE is 0, and there is no bias
     GROUPS: tl.constexpr,  # 1: none; otherwise it and E are powers of 2
     TOP_GROUPS: tl.constexpr,
     RANKS: tl.constexpr,  # whose tokens are counted; 0: none
-    E_PAD: tl.constexpr,
-    K_PAD: tl.constexpr,
-    RANKS_PAD: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+    E_PAD: tl.constexpr, K_PAD: tl.constexpr, RANKS_PAD: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """One program a span of tokens, ``TOKENS`` at a time. Equal logits: the lower expert first."""
     expert = tl.arange(0, E_PAD)[None, :]
     slot = tl.arange(0, K_PAD)[None, :]
@@ -165,13 +168,9 @@ def top_k_kernel(
         token = (first + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
         exists = token < num_tokens
         mask = exists & (expert < E)
-        part = product + token * (PARTS * E) + expert
-        value = tl.load(part + (PARTS - 1) * E, mask=mask, other=0.0)
-        for smaller in tl.static_range(1, PARTS):
-            value += tl.load(part + (PARTS - 1 - smaller) * E, mask=mask, other=0.0)
+        value = _sum_of_parts(product + token * (PARTS * E) + expert, mask, E, PARTS)
         if logits is not None:
             tl.store(logits + token * E + expert, value, mask=mask)
-
         key = _keys(value, bias, expert, E, K, SCORE, GROUPS, TOP_GROUPS, TOKENS)
         chosen = tl.zeros([TOKENS, K_PAD], dtype=tl.int32)
         chosen_key = tl.full([TOKENS, K_PAD], _TAKEN, dtype=tl.int32)

@@ -48,6 +48,7 @@ from lasp._core.collectives import all_gather
 from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import ChosenImpl, chosen_impl
 from moe_parallel.config import DropPolicy, MoEConfig, ScoreFunction
+from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.router.capacity import (
     gathered_segments,
     keep_by_position,
@@ -93,14 +94,12 @@ def route(
         drop_policy: who is dropped when an expert is full.
         aux_loss_coefficient: 0.01 in MiniMax-01's pre-training.
         impl: computes the choice and its counts; what is gathered does not depend on it.
-        training: False drops nothing; must be equal on every rank. By position the message tells
-            it, and :class:`moe_parallel.router.counts.HostTokenCounts` checks it.
+        training: False drops nothing; equal on every rank, which ``HostTokenCounts`` checks.
         scoring: how experts are scored and chosen; None: by the largest logits.
         num_ranks: EP ranks whose tokens are counted and gathered too; 0: none.
 
     Returns:
-        :class:`Routing`, without ``losses``. ``aux_loss`` is a share: its sum over the token group
-        is the loss.
+        :class:`Routing`, without ``losses``; the sum of ``aux_loss`` over the group is the loss.
 
     Gradients: ``weights_Tk`` and ``aux_loss`` (with a coefficient of 0 a constant) to x and gate;
     counts have none. The gate's gradient is whole once summed over the token group.
@@ -110,32 +109,34 @@ def route(
     rank = 0 if token_group is None else dist.get_rank(token_group)
     num_experts = gate_EM.shape[0]
     kept_Tk: Tensor | None = None
-    how = (top_k, impl, scoring, num_ranks)
-    logits_TE, experts_Tk, weights_Tk, histogram = choose(x_TM, gate_EM, *how)
-    score_function: ScoreFunction = "softmax_of_top_k"
-    if scoring is not None:
-        score_function = scoring.router.score_function
+    chosen = choose(x_TM, gate_EM, top_k, impl, scoring, num_ranks)
+    logits_TE, experts_Tk, weights_Tk, histogram = chosen
+    scores: ScoreFunction = scoring.router.score_function if scoring else "softmax_of_top_k"
     if capacity_factor is None or not training:
-        mine: Tensor | None = None if histogram is None else histogram.totals
-        if mine is None:
-            mine = counted(experts_Tk, num_experts)
-            if num_ranks:
-                tokens_P = tokens_of_ranks(experts_Tk, num_experts, num_ranks).sum(0)
-                mine = torch.cat([mine, tokens_P])
+        mine = _own_counts(experts_Tk, num_experts, num_ranks, histogram)
         asked = capacity_factor is not None and drop_policy == "position"
-        num_segments = order.max_segments if asked else 0
-        counts = counts_of_ranks(mine, num_experts, num_segments, token_group)
+        counts = counts_of_ranks(mine, num_experts, order.max_segments * asked, token_group)
     else:
         histogram = None
-        capacity = expert_capacity(capacity_factor, order.num_tokens, top_k, num_experts)
-        capped = (num_experts, capacity, order, rank, token_group, num_ranks)
+        most = expert_capacity(capacity_factor, order.num_tokens, top_k, num_experts)
+        capped = (num_experts, most, order, rank, token_group, num_ranks)
         if drop_policy == "position":
             kept_Tk, counts = keep_by_position(experts_Tk, *capped)
         else:
-            scores_Tk = _compared(logits_TE.detach(), experts_Tk, score_function)
+            scores_Tk = _compared(logits_TE.detach(), experts_Tk, scores)
             kept_Tk, counts = keep_by_probability(experts_Tk, scores_Tk, *capped)
     decision = (experts_Tk, weights_Tk, kept_Tk, counts, logits_TE)
-    return Routing(*decision, order.num_tokens, aux_loss_coefficient, histogram, score_function)
+    return Routing(*decision, order.num_tokens, aux_loss_coefficient, histogram, scores)
+
+
+def _own_counts(
+    experts_Tk: Tensor, num_experts: int, num_ranks: int, histogram: Histogram | None
+) -> Tensor:
+    """Assignments of each expert by this rank's tokens, then its tokens for each EP rank."""
+    if histogram is not None:
+        return histogram.totals
+    tokens_P = tokens_of_ranks(experts_Tk, num_experts, num_ranks).sum(0)
+    return torch.cat([counted(experts_Tk, num_experts), tokens_P])
 
 
 def counts_of_ranks(

@@ -151,19 +151,10 @@ def norm_gate_backward_kernel(
     dx,  # [T, GROUPS W], contiguous
     dgate,  # [T, GROUPS W], contiguous; empty without a gate
     dweights,  # [programs of a group, GROUPS W] float32: what the rows of each add to dweight
-    num_rows,
-    size,
-    dy_stride,
-    x_stride,
-    gate_stride,
-    W: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SILU: tl.constexpr,
-    FIRST: tl.constexpr,
-):
+    num_rows, size, dy_stride, x_stride, gate_stride,
+    W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    GROUPS: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
     """All three gradients; a program takes every so many-th block of rows of one group."""
     group = tl.program_id(0) % GROUPS
     program = tl.program_id(0) // GROUPS

@@ -107,6 +107,10 @@ def launched_rank(environment: Mapping[str, str] = os.environ) -> LaunchedRank:
     address = None
     if MASTER[0] in environment:
         address = environment[MASTER[0]], _number(environment, MASTER[1])
+        if not (address[0] and 0 < address[1] < 2**16):
+            raise ValueError(
+                f"{MASTER[0]} must name a host and {MASTER[1]} be from 1 to 65535, got {address}"
+            )
     elif slurm:
         address = _slurm_address(environment)
     return LaunchedRank(launcher, rank, world_size, local_rank, local_world_size, address)
@@ -133,16 +137,19 @@ def _slurm_tasks(environment: Mapping[str, str]) -> int:
 def _slurm_address(environment: Mapping[str, str]) -> tuple[str, int]:
     """The first of ``gpu[07-09,11],login1``, and a port that other steps of the node do not have.
 
+    Clusters with several numbers in a name write ``rack[1-2]gpu[07-09]``.
+
     Ports are those that no kernel hands out by itself.
     """
-    first = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", environment["SLURM_STEP_NODELIST"])
+    first = re.match(r"[^,\[]+(?:\[\d[^\]]*\][^,\[]*)*", environment["SLURM_STEP_NODELIST"])
     if first is None:
         raise ValueError(
             "SLURM_STEP_NODELIST must name a node, got"
             f" {environment['SLURM_STEP_NODELIST']!r}: set MASTER_ADDR and MASTER_PORT"
         )
     job, step = (_number(environment, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    return "".join(part or "" for part in first.groups()), 10000 + (7 * job + step) % 20000
+    node = re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
+    return node, 10000 + (7 * job + step) % 20000
 
 
 def init_distributed(

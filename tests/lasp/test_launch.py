@@ -59,6 +59,7 @@ def test_every_launcher(environment: dict[str, str], expected: LaunchedRank) -> 
         ("rack1-gpu[003,005-009],x", "rack1-gpu003"),
         ("n[1-4]-ib", "n1-ib"),
         ("n[1-4]-ib,m", "n1-ib"),
+        ("rack[1-2]gpu[03-04]-ib,x", "rack1gpu03-ib"),
     ],
 )
 def test_the_first_node_of_a_step_is_where_rank_0_listens(nodes: str, first: str) -> None:
@@ -88,6 +89,8 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
         (SLURM | {"MASTER_ADDR": "a"}, "^MASTER_PORT must be set .* under Slurm"),
         (TORCHRUN | MASTER | {"RANK": "-1"}, "^RANK must be a number, 0 or more, got '-1'"),
         (TORCHRUN | MASTER | {"MASTER_PORT": "x"}, "^MASTER_PORT must be a number"),
+        (TORCHRUN | MASTER | {"MASTER_PORT": "65536"}, "MASTER_PORT be from 1 to 65535, got"),
+        (SLURM | MASTER | {"MASTER_ADDR": ""}, "^MASTER_ADDR must name a host .*, got"),
         (TORCHRUN | MASTER | {"RANK": "8"}, "^RANK must be below WORLD_SIZE.* got 8, 8, 1 and 4"),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4x2"}, "^SLURM_STEP_TASKS_PER_NODE must be like"),
         (SLURM | {"SLURM_NODEID": "3"}, "^SLURM_NODEID must be below the 3 nodes of 4"),

@@ -82,6 +82,17 @@ def experts() -> Experts:
     return module
 
 
+def by_weights(module: Experts) -> Callable[[Tensor], Tensor]:
+    """Experts that multiply rows by weights, as where tokens cross to a rank once."""
+    pipeline = local_pipeline((2, 3))
+
+    def function(x: Tensor) -> Tensor:
+        pipeline.dispatch.weights = x[:, 0, :1]
+        return module(torch.ones(5, 8, device=x.device), pipeline, num_rows=5)
+
+    return function
+
+
 def rows(x: Tensor) -> tuple[Tensor, Any]:
     experts = torch.arange(5, device=x.device)[:, None] % 2
     return x.flatten(1), row_order(experts, None, 5, 2)
@@ -143,6 +154,7 @@ CASES = {
     "permute": Case(lambda x: permute(*rows(x)), MOE),
     "unpermute": Case(lambda x: unpermute(rows(x)[0], x.new_ones(5, 1), rows(x)[1]), MOE),
     "experts": Case(layer(experts(), local_pipeline((2, 3)), num_rows=5), MOE),
+    "experts by weights": Case(by_weights(experts()), MOE),
     "ExpertParallelMoE": Case(
         layer(ExpertParallelMoE(MoEConfig(8, 6, 4, 2, impl="eager"), device=DEVICE)), MOE
     ),

@@ -200,11 +200,12 @@ class Experts(ExpertShard):
         dtype = rows_AM.dtype
         if w13.dtype != dtype:
             raise ValueError(f"rows must be {w13.dtype} like the experts, got {dtype}")
-        refuse_transforms(_REFERENCE, rows_AM, w13, w2)
+        weights_Tk = pipeline.dispatch.weights
+        refuse_transforms(_REFERENCE, rows_AM, w13, w2, weights_Tk)
         for group in pipeline.dispatch.process_groups:
             rows_AM = join_backward(group, rows_AM, w13, w2)
         how = (self.chosen_gemm(num_rows, dtype), chosen_impl(self.impl, rows_AM.device, dtype))
-        tensors = (rows_AM, w13, w2, pipeline.dispatch.weights, anchor(rows_AM))
+        tensors = (rows_AM, w13, w2, weights_Tk, anchor(rows_AM))
         results: Tensor = _OverRanks.apply(*tensors, pipeline, *how, self.recomputes)  # type: ignore[no-untyped-call]
         return results
 

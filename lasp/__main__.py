@@ -11,7 +11,7 @@ from lasp.doctor import as_text, diagnose, is_sound
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; 1 if an operator differs from its oracle."""
+    """Print the report; 1 if a section failed, or an operator differs from its oracle."""
     parser = argparse.ArgumentParser(prog="python -m lasp", description=__doc__)
     parser.add_argument("command", nargs="?", choices=["doctor"], default="doctor")
     parser.add_argument("--json", action="store_true", help="for a program, or a bug report")

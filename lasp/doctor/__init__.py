@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lasp.doctor.known import known_faults
@@ -16,27 +17,44 @@ LARGEST_ERROR = 1e-10
 def diagnose(*, measure_links: bool = False) -> dict[str, Any]:
     """Everything, as plain data: the keys are those of ``--json``.
 
+    A section that fails is ``{"failed": error}``: a bug report needs the others all the more.
+
     Args:
         measure_links: copy between the GPUs, a second or so, to know their bandwidth.
     """
     installed = versions()
-    return {
-        "machine": installed,
-        "gpus": gpus(),
-        "links": links(measure=measure_links),
-        "variables": variables(),
-        "lightning_attention and experts": impl_rules(),
-        "ring_attention": softmax_block_rules(),
-        "exchange": exchange_rule(),
-        "known_faults": [fault._asdict() for fault in known_faults(installed)],
-        "self_check": self_check(),
-        "guide": GUIDE,
+    sections: dict[str, Callable[[], Any]] = {
+        "gpus": gpus,
+        "links": lambda: links(measure=measure_links),
+        "variables": variables,
+        "lightning_attention and experts": impl_rules,
+        "ring_attention": softmax_block_rules,
+        "exchange": exchange_rule,
+        "known_faults": lambda: [fault._asdict() for fault in known_faults(installed)],
+        "self_check": self_check,
     }
+    found = {title: _found_or_failed(examine) for title, examine in sections.items()}
+    return {"machine": installed, **found, "guide": GUIDE}
+
+
+def _found_or_failed(examine: Callable[[], Any]) -> Any:
+    try:
+        return examine()
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def _failed(section: Any) -> bool:
+    return isinstance(section, dict) and "failed" in section
+
+
+def _agrees(report: dict[str, Any]) -> bool:
+    return all(error < LARGEST_ERROR for error in report["self_check"].values())
 
 
 def is_sound(report: dict[str, Any]) -> bool:
-    """Whether the operators agree with their oracles."""
-    return all(error < LARGEST_ERROR for error in report["self_check"].values())
+    """Whether every section was found, and the operators agree with their oracles."""
+    return not any(map(_failed, report.values())) and _agrees(report)
 
 
 def as_text(report: dict[str, Any]) -> str:
@@ -48,8 +66,15 @@ def as_text(report: dict[str, Any]) -> str:
         lines.append(f"\n{title.replace('_', ' ')}")
         entries = held.items() if isinstance(held, dict) else ((None, entry) for entry in held)
         lines += [_line(name, value) for name, value in entries] or ["  none"]
-    sound = "agree with" if is_sound(report) else "DIFFER FROM"
-    lines.append(f"\nThe operators {sound} their oracles. Symptoms and remedies: {report['guide']}")
+    if _failed(report["self_check"]):
+        verdict = "could not be compared with their oracles."
+    elif not _agrees(report):
+        verdict = "DIFFER FROM their oracles."
+    elif not is_sound(report):
+        verdict = "agree with their oracles, but a section above failed."
+    else:
+        verdict = "agree with their oracles."
+    lines.append(f"\nThe operators {verdict} Symptoms and remedies: {report['guide']}")
     return "\n".join(lines).lstrip("\n")
 
 

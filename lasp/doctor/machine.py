@@ -21,6 +21,7 @@ PACKAGES = (
     *("flash-attn-4", "nvidia-cutlass-dsl", "liger-kernel", "safetensors", "mpi4py"),
 )
 PREFIXES = ("CUDA_", "GLOO_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_", "TORCH", "TRITON_")
+SECRETS = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL")  # in names: a report is made public
 COPY_BYTES, COPIES = 256 * 2**20, 10
 GB = 1e9
 
@@ -46,7 +47,8 @@ def versions() -> dict[str, str]:
 
 def _version(package: str) -> str:
     try:
-        return version(package)
+        # None, where an interrupted installation left a folder without metadata.
+        return version(package) or "broken, without metadata: reinstall it"
     except PackageNotFoundError:
         return "not installed"
 
@@ -64,9 +66,9 @@ def _driver() -> str:
 
 
 def variables() -> dict[str, str]:
-    """Environment variables that change how torch, Triton, NCCL and CUDA behave."""
-    found = {name: value for name, value in os.environ.items() if name.startswith(PREFIXES)}
-    return dict(sorted(found.items()))
+    """Environment variables that change how torch, Triton, NCCL and CUDA behave; no secrets."""
+    found = [name for name in os.environ if name.startswith(PREFIXES)]
+    return {n: os.environ[n] for n in sorted(found) if not any(word in n for word in SECRETS)}
 
 
 def gpus() -> list[dict[str, str]]:

@@ -28,7 +28,8 @@ def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_json_of_a_machine_without_a_gpu(without_gpus, monkeypatch, capsys) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    monkeypatch.setenv("HF_TOKEN", "secret")
+    for name in ("HF_TOKEN", "NVIDIA_API_KEY", "TORCH_HUB_PASSWORD"):
+        monkeypatch.setenv(name, "secret")
     assert main(["doctor", "--json", "--links"]) == 0
     printed = capsys.readouterr().out
     report = json.loads(printed)
@@ -64,6 +65,32 @@ def test_a_wrong_operator_is_told_and_is_status_1(monkeypatch, capsys) -> None:
     monkeypatch.setattr(lasp.doctor, "self_check", lambda: {"ring_attention": 0.5})
     assert main([]) == 1
     assert "The operators DIFFER FROM their oracles" in capsys.readouterr().out
+
+
+def test_what_fails_is_told_beside_all_else(monkeypatch, capsys) -> None:
+    def fails() -> None:
+        raise ImportError("libtriton.so: undefined symbol")
+
+    monkeypatch.setattr(lasp.doctor, "impl_rules", fails)
+    assert main([]) == 1
+    printed = capsys.readouterr().out
+    assert "failed                         ImportError: libtriton.so: undefined symbol" in printed
+    assert "The operators agree with their oracles, but a section above failed." in printed
+    monkeypatch.setattr(lasp.doctor, "self_check", fails)
+    assert main(["--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert list(report) == SECTIONS
+    assert report["self_check"] == {"failed": "ImportError: libtriton.so: undefined symbol"}
+    assert main([]) == 1
+    assert "The operators could not be compared with their oracles." in capsys.readouterr().out
+
+
+def test_a_package_without_its_metadata_is_told(monkeypatch, tmp_path, capsys) -> None:
+    (tmp_path / "megatron_core-0.16.1.dist-info").mkdir()  # what an interrupted pip leaves
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["machine"]["megatron-core"]
+    assert found == "broken, without metadata: reinstall it"
 
 
 @pytest.mark.parametrize(

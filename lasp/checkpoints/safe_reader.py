@@ -31,8 +31,8 @@ class CheckpointReader(FileSystemReader):
     """torch's reader of a folder, for ``dcp.load(..., storage_reader=CheckpointReader(folder))``.
 
     Raises:
-        ValueError: in ``read_metadata``, if ``.metadata`` ends early, names anything but torch's
-            own records, or files outside the folder.
+        ValueError: in ``read_metadata``, if ``.metadata`` ends early, is damaged, names anything
+            but torch's own records, or files outside the folder.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -41,15 +41,17 @@ class CheckpointReader(FileSystemReader):
         try:
             with self.fs.create_stream(self.fs.init_path(path), "rb") as stream:
                 metadata = _Records(stream).load()
-        except (EOFError, pickle.UnpicklingError) as error:
+        except (OSError, _UnsafeNameError):
+            raise
+        except Exception as error:  # other bytes in a pickle raise nearly any
             raise ValueError(
-                f"{path} must be that of a finished checkpoint, got one that ends early"
-                f" ({error}): take another step of the run"
+                f"{path} must be that of a finished checkpoint, got one that ends early or is"
+                f" damaged ({type(error).__name__}: {error}): take another step of the run"
             ) from None
         if not isinstance(metadata, Metadata):
             raise ValueError(f"{path} must hold Metadata, got {type(metadata).__name__}")
         for stored in (metadata.storage_data or {}).values():
-            check_plain_name(stored.relative_path, str(path))
+            check_plain_name(getattr(stored, "relative_path", ""), str(path))
         metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -69,6 +71,10 @@ class CheckpointPlanner(DefaultLoadPlanner):
         super().load_bytes(read_item, value)
 
 
+class _UnsafeNameError(ValueError):
+    """A name that could run code."""
+
+
 class _Records(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in _RECORDS and "." not in name:
@@ -82,7 +88,7 @@ class _Records(pickle.Unpickler):
         is_path = module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath")
         if is_path or (module, name) in _BESIDES:
             return super().find_class(module, name)
-        raise ValueError(
+        raise _UnsafeNameError(
             f"{METADATA} must name torch's records of tensors alone, got {module}.{name}, which"
             " could run code: do not load this checkpoint"
         )

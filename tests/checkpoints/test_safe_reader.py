@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,29 @@ def test_an_object_that_runs_code_is_refused_and_runs_none(tmp_path: Path) -> No
     assert not harmed.exists()
     dcp.load({"x": 0}, checkpoint_id=tmp_path / "saved", no_dist=True)
     assert harmed.exists()  # by torch's own planner
+
+
+def test_metadata_with_other_bytes_is_an_error_that_names_it(tmp_path: Path) -> None:
+    dcp.save({"w": torch.zeros(2, 3), "n": [1, 2]}, checkpoint_id=tmp_path, no_dist=True)
+    metadata, draw = tmp_path / ".metadata", random.Random(0)
+    whole = metadata.read_bytes()
+    refused = 0
+    for _ in range(300):
+        bits = int.from_bytes(whole, "little") ^ 1 << draw.randrange(8 * len(whole))
+        metadata.write_bytes(bits.to_bytes(len(whole), "little"))
+        refused += not reads(tmp_path)
+    assert refused > 150  # the others changed a number
+
+
+def reads(folder: Path) -> bool:
+    """Whether the metadata is read; where it is not, the error names it."""
+    try:
+        CheckpointReader(folder).read_metadata()
+    except ValueError as error:
+        if ".metadata must " not in str(error):
+            raise
+        return False
+    return True
 
 
 def test_nothing_else_unpickles() -> None:

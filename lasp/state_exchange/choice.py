@@ -62,13 +62,15 @@ def exchange_over(link: Link, name: ExchangeName = "auto") -> LinkedExchange:
 
 def parse_exchange(exchange: str) -> tuple[str, Link | None]:
     """The name of an exchange, and its link if it names one; ValueError for what is neither."""
-    name, _, link = exchange.partition(" over ") if isinstance(exchange, str) else (exchange,) * 3
+    name, over, link = (
+        exchange.partition(" over ") if isinstance(exchange, str) else (exchange,) * 3
+    )
     if name not in NAMES:
         raise ValueError(
             f"exchange must be one of {NAMES}, or one over a link, got"
             f" {exchange!r}: see lasp.state_exchange"
         )
-    return name, Link.parse(link) if link else None
+    return name, Link.parse(link) if over else None
 
 
 def kept_over(rate: float, length: int, eps: float) -> float:

@@ -103,4 +103,6 @@ def test_every_rank_has_the_same_link_and_results_do_not_depend_on_it() -> None:
 def test_a_config_takes_an_exchange_over_a_link() -> None:
     assert replace(config(), exchange=exchange_over(SLOW)).exchange == f"auto over {SLOW}"
     with pytest.raises(ValueError, match="a link must be a text like"):
+        replace(config(), exchange="auto over ")
+    with pytest.raises(ValueError, match="a link must be a text like"):
         replace(config(), exchange="auto over far")

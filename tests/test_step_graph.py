@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
-from lasp.hybrid import HybridModel, StepGraph, keep_activations, pack_batch
+from lasp.hybrid import HybridModel, StepGraph, keep_activations, pack_batch, reduce_gradients
 from moe_parallel import ExpertTopology, MoEConfig, RouterConfig
 from tests.ranks import run_on_ranks
 from tests.test_hybrid import MEDIUM, groups_of
@@ -128,6 +129,11 @@ def refused_on_rank() -> None:
     model = HybridModel(CONFIG, groups=groups)
     with pytest.raises(ValueError, match="must be of a plain model on one rank"):
         StepGraph(model, loss_of(model), *drawn("cpu", 0))
+    sharded = fully_shard(HybridModel(CONFIG))  # over a mesh without names
+    with pytest.raises(ValueError, match="must be of a plain model on one rank"):
+        StepGraph(sharded, loss_of(sharded), *drawn("cpu", 0))
+    with pytest.raises(ValueError, match="which have summed its gradients in the backward"):
+        reduce_gradients(sharded)
 
 
 def test_inputs_of_other_shapes_are_refused() -> None:

@@ -17,7 +17,8 @@ def any_summed(model: nn.Module) -> bool:
 
 def _is_summed(parameter: nn.Parameter) -> bool:
     mesh = getattr(parameter, "device_mesh", None)
-    # Split experts that are DTensors without FSDP lie on the axes ep and etp alone.
-    if mesh is not None and not set(mesh.mesh_dim_names or ()) <= {"ep", "etp"}:
+    # Split experts that are DTensors without FSDP lie on the axes ep and etp alone. The mesh that
+    # fully_shard makes by itself has no names.
+    if mesh is not None and not set(mesh.mesh_dim_names or ("",)) <= {"ep", "etp"}:
         return True
     return getattr(parameter, "summed_in_backward", False)

@@ -108,11 +108,8 @@ def trained(metric: str) -> Callable[[list[Row]], Series]:
         cases: dict[tuple[str, int, str], dict[str, float]] = {}
         for row in rows:
             case = row["case"]
-            if (case["part"], case["documents"], row["impl"]) == (
-                "forward_backward",
-                "one",
-                "lasp",
-            ):
+            what = (case["part"], case["documents"], row["impl"])
+            if what == ("forward_backward", "one", "lasp"):
                 key = (case["model"], case["tokens"], json_of(case))
                 cases.setdefault(key, {})[row["metric"]] = row["p50"]
         names = {"hybrid": "hybrid 7:1", "softmax": "all softmax"}
@@ -281,25 +278,20 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
     "ring_length": tuple(Panel(t, s, bars=True, log=False) for t, s in RING.items()),
     "ring_packed": tuple(Panel(t, s, bars=True, log=False) for t, s in RING.items()),
     "moe_overlap": tuple(
-        Panel(
-            f"{title}, % of bare products",
-            share_of_bound(metric, moe_case, moe_name), bars=True, log=False,
-        )
+        Panel(f"{title}, % of bare products", share_of_bound(metric, moe_case, moe_name),
+              bars=True, log=False)
         for metric, title in (("forward_ms", "forward"), ("both_ms", "both directions"))
     ),
     "lightning_kernels": tuple(
         Panel(
             f"{title}, % of copy bandwidth",
-            share_of_bound(metric, kernel_case, lambda row: str(row["impl"])),
-            bars=True, log=False,
+            share_of_bound(metric, kernel_case, lambda row: row["impl"]), bars=True, log=False,
         )
         for metric, title in (("forward_graph_ms", "forward"), ("both_graph_ms", "both ways"))
     ),
     "lightning_decode": (
-        Panel(
-            "next token of a batch, 64 heads, ms",
-            by("batch", "step_ms", heads=64, tokens=1), axis="sequences",
-        ),
+        Panel("next token of a batch, 64 heads, ms",
+              by("batch", "step_ms", heads=64, tokens=1), axis="sequences"),
     ),
     "lasp_ranks": tuple(
         Panel(f"{way} over 2 GPUs, ms", by("tokens", f"{way}_ms", exchanged), axis="tokens a GPU")

@@ -121,7 +121,16 @@ def test_models_that_no_graph_trains_are_refused() -> None:
         model.final_norm.weight.grad = torch.ones_like(model.final_norm.weight)
 
     refused(some_gradient, "must have no gradients but those of this graph")
+    refused(lambda model: model.requires_grad_(False), "some of whose parameters require them")
+    with torch.no_grad():
+        refused(lambda model: None, "must be made with gradients enabled")
     run_on_ranks(refused_on_rank, 2)
+
+
+def test_a_loss_is_a_scalar() -> None:
+    model, inputs = HybridModel(CONFIG), drawn("cpu", 0)
+    with pytest.raises(ValueError, match=r"loss_of must return a scalar, got \[1\]"):
+        StepGraph(model, lambda *x: loss_of(model)(*x)[None], *inputs).step(*inputs)
 
 
 def refused_on_rank() -> None:

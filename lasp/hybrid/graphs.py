@@ -125,7 +125,8 @@ class StepGraph:
         inputs: tensors of the shapes, dtypes and devices of all steps; values are used to warm up.
 
     Raises:
-        ValueError: for a model over ranks or in a wrapper, or one that offloads activations.
+        ValueError: for a model over ranks or in a wrapper, one that offloads activations or has
+            nothing to train, and for a loss that is no scalar.
         RuntimeError: where a layer needs the host.
     """
 
@@ -173,6 +174,8 @@ class StepGraph:
         self._gradients = []  # those of the run before would be in memory beside the new ones
         self._clear_gradients()
         loss = self._loss_of(*self._inputs)
+        if loss.dim():
+            raise ValueError(f"loss_of must return a scalar, got {list(loss.shape)}: sum it up")
         loss.backward()
         self._gradients = [parameter.grad for parameter in self._parameters]
         return loss.detach()
@@ -206,6 +209,11 @@ def _check_trainable(model: HybridModel) -> None:
         raise ValueError(
             "a StepGraph must be of a plain model on one rank, got one over groups or in a wrapper:"
             " call the model instead"
+        )
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in model.parameters()):
+        raise ValueError(
+            "a StepGraph must be made with gradients enabled, of a model some of whose parameters"
+            " require them, got none: it runs a backward"
         )
     if offloads(model):
         raise ValueError(

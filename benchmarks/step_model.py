@@ -127,7 +127,7 @@ def simulated(job: Job, rates: Rates) -> StepParts:
 
 
 def exchange_ms(cp: int, heads: int, dim: int) -> float:
-    """Of the states of one layer whose heads keep everything, in one direction."""
+    """The time of sending the states of one layer in one direction; its heads keep everything."""
     if cp == 1:
         return 0.0
     traffic, size, link = one_document(cp), StateSize(heads, dim, dim), link_of(cp)

@@ -289,7 +289,7 @@ class ExpertParallelMoE(nn.Module):
         return fits(len(self._groups(token_order.num_tokens * self.config.top_k, x_TM)[0]))
 
     def _late(self, x_TM: Tensor, routing: Routing) -> bool:
-        """On one rank grouped products ask for no counts."""
+        """Whether counts stay on the device: one rank, and a grouped product, which needs none."""
         alone = self.mesh.num_token_ranks == 1 and self.config.overlap_groups in (None, 1)
         if not alone or not routing.dropless or self.config.max_rows is not None:
             return False

@@ -35,7 +35,7 @@ class TimedExchange(NamedTuple):
     us: float
 
     def model_us(self, over: Link) -> float:
-        """By the cost model."""
+        """The time that the cost model gives this exchange over a link, in us."""
         return exchange_us(self.strategy, self.traffic, self.size, over, self.num_blocks)
 
 

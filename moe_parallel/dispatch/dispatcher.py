@@ -111,7 +111,7 @@ class Dispatch(Protocol):
 
     @property
     def row_weights(self) -> Tensor | None:
-        """Those ``weights`` by which the rows of this rank's experts are multiplied, in order."""
+        """The weight of each row of this rank's experts; None where tokens' ranks multiply."""
         return None
 
     def own_rows(self, g: int, rows_AM: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class PlannedDispatch(Dispatch):
 
 @tensor_cache(maxsize=64)
 def device_numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64, remembered."""
+    """The numbers as an int64 tensor of the device, remembered: a copy would wait for it."""
     with torch.inference_mode(False):  # remembered, and used in training too
         return to_device(torch.tensor(numbers, device="cpu"), device)
 

@@ -51,7 +51,7 @@ def mean_ranks(num_experts: int, top_k: int, ep_size: int) -> float:
 
 
 def may_send_tokens(config: MoEConfig, mesh: ExpertMesh) -> bool:
-    """Whether some call of a layer may, so that the router counts tokens.
+    """Whether some call of a layer may send tokens once: then its router counts tokens.
 
     Raises:
         ValueError: if the config asks for it and the mesh does not allow it.
@@ -65,13 +65,14 @@ def may_send_tokens(config: MoEConfig, mesh: ExpertMesh) -> bool:
 
 
 def tokens_pay(config: MoEConfig, mesh: ExpertMesh, num_groups: int, *, padded: bool) -> bool:
-    """Whether a call sends tokens: by the rows a token sends where no product hides them.
+    """Whether a call sends tokens once: it does where that sends fewer rows in the open.
 
-    A token's k assignments go in groups, and only the first one there and the last one back is
-    seen: k / groups rows. It goes to D ranks once, in one group. Tokens are sent if D is at most
-    ``MOST_OF_ASSIGNMENTS`` of that. D is :func:`mean_ranks`; padded calls send every token to every
-    rank, and ``capacity_factor`` k assignments. With ETP, and where ``overlap_groups`` is given,
-    assignments are.
+    Assignments travel in groups, and products hide all but the first group on its way there and
+    the last one on its way back: k / groups rows of a token are seen. Sent once, a token goes to D
+    ranks (:func:`mean_ranks`) in one group. Tokens are sent if D is at most
+    ``MOST_OF_ASSIGNMENTS`` of k / groups. A padded call sends every token to every rank, or
+    ``capacity_factor`` k assignments. With ETP, and where ``overlap_groups`` is given, assignments
+    are sent.
 
     Args:
         config: of the layer.
@@ -193,7 +194,7 @@ def _sent_everywhere(experts_Tk: Tensor, mesh: ExpertMesh) -> RowOrder:
 def _slots(
     routing: Routing, mesh: ExpertMesh, config: MoEConfig, impl: ChosenImpl, *, everywhere: bool
 ) -> tuple[TokenSlots, Tensor]:
-    """Where every assignment and token goes, and ``[E_local]`` int32 ends of the experts' rows."""
+    """The rows of assignments and tokens, and ``[E_local]`` int32 ends of the experts' rows."""
     experts_Tk, num_experts, histogram = routing.experts, config.num_experts, routing.histogram
     sources = device_numbers(mesh.sources, experts_Tk.device)
     me = mesh.sources.index(mesh.token_rank)

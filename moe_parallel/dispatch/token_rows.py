@@ -142,7 +142,7 @@ class ArrivedSlots(NamedTuple):
     def unpack(
         cls, rows_Ak: Tensor, weights_Ak: Tensor, num_rows: int, impl: ChosenImpl, *, padded: bool
     ) -> ArrivedSlots:
-        """Out of views of the rows that arrived; R is ``num_rows``, some without if padded."""
+        """Read the slots from views of the rows that arrived; padded rows belong to no slot."""
         if impl == "triton":
             from moe_parallel.kernels import tokens
 

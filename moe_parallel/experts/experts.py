@@ -157,7 +157,7 @@ class Experts(ExpertShard):
             w2_part[expert].copy_(w2[:, part])
 
     def chosen_gemm(self, num_rows: int, dtype: torch.dtype | None = None) -> ChosenGemm:
-        """What ``gemm`` comes to.
+        """The product that ``gemm`` chooses for so many rows.
 
         Args:
             num_rows: that the experts of this rank take together, on average.

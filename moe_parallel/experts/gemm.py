@@ -40,7 +40,7 @@ IN_PLACE = 2**24  # elements: 512 tiles of 128 x 256, several for each multiproc
 def chosen_gemm(
     gemm: Gemm, dtype: torch.dtype, sizes: tuple[int, int, int], num_rows: int | None
 ) -> ChosenGemm:
-    """What ``gemm`` comes to.
+    """The product that ``gemm`` chooses for these sizes.
 
     Args:
         gemm: as asked for.

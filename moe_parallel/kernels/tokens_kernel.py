@@ -37,7 +37,7 @@ def pack_kernel(
     K_PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program some tokens."""
+    """Each program takes some tokens."""
     token, slot, mask = _slots(num_tokens, K, K_PAD, ROWS)
     rank_of = tl.load(experts + token * K + slot, mask=mask, other=0) // E_LOCAL
     of_slot = tl.load(row + token * K + slot, mask=mask, other=-1)
@@ -63,7 +63,7 @@ def unpack_kernel(
     K_PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program some rows that arrived."""
+    """Each program takes some rows that arrived."""
     arrived, slot, mask = _slots(num_rows, K, K_PAD, ROWS)
     place = tl.load(sent_rows + arrived * STRIDE + slot, mask=mask, other=-1).to(tl.int64)
     weight = tl.load(sent_weights + arrived * STRIDE + slot, mask=mask, other=0.0)
@@ -83,7 +83,7 @@ def pack_gradients_kernel(
     K_PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program some rows that go back; 0 for slots whose expert lives elsewhere."""
+    """Each program takes some rows that go back; slots of experts elsewhere get 0."""
     arrived, slot, mask = _slots(num_rows, K, K_PAD, ROWS)
     place = tl.load(row + arrived * K + slot, mask=mask, other=-1)
     grad = tl.load(row_gradients + place, mask=mask & (place >= 0), other=0.0)
@@ -104,7 +104,7 @@ def unpack_gradients_kernel(
     K_PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program some tokens: the gradient of a weight comes from the rank of its expert."""
+    """Each program takes some tokens; a weight's gradient comes from its expert's rank."""
     token, slot, mask = _slots(num_tokens, K, K_PAD, ROWS)
     rank = tl.load(experts + token * K + slot, mask=mask, other=0) // E_LOCAL
     place = tl.load(token_row + token * RANKS + rank, mask=mask, other=0)

@@ -29,7 +29,7 @@ def test_what_ended_well_is_not_run_again(tmp_path: Path) -> None:
     asked: list[str] = []
 
     class Process:
-        """Of the ring's benchmarks one hangs until it is ended, one goes wrong."""
+        """One benchmark of the ring hangs until it is ended, one goes wrong."""
 
         def __init__(self, command: list[str]) -> None:
             asked.append(" ".join(command))

@@ -37,7 +37,7 @@ CACHE_BYTES = 2 * MIB  # of each cache that is bounded by bytes
 
 
 class Figures(NamedTuple):
-    """Of one rank at one step.
+    """What one rank holds at one step.
 
     Attributes:
         rss_mib: memory of the process.

@@ -149,7 +149,7 @@ class TestOnGpu:
     def test_rectangles(self, block: str, window, rows: int, keys: int) -> None:
         """The last row stands at the last key; every row sees some."""
         skip_unless_it_serves(block, 64, 64, slides=True)
-        # Of a tile one side is limited, a limit hides some key, and no row is without keys.
+        # One side of a tile is limited, the limit hides some key, and no row is without keys.
         left, right = min(window.left, keys - 2), window.right
         window = Window(left) if left >= 0 else Window(right=max(right, rows - keys))
         torch.manual_seed(0)

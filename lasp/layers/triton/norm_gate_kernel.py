@@ -87,7 +87,7 @@ def norm_gate_kernel(
     SILU: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """Y of some rows of one group."""
+    """Each program computes y of some rows of one group."""
     group = tl.program_id(0) % GROUPS
     first = tl.program_id(0) // GROUPS * ROWS
     rows, cols, live, mask = _rows_of(first, num_rows, W, ROWS, BLOCK)
@@ -129,7 +129,7 @@ def row_dots_kernel(
     BLOCK: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """C of each row, ``sum(dy weight x f)`` wherever the gate is."""
+    """Each program computes c of some rows: ``sum(dy weight x f)``, wherever the gate is."""
     rows, cols, live, mask = _rows_of(tl.program_id(0) * ROWS, num_rows, W, ROWS, BLOCK)
     grad = _load(dy, rows, cols, mask, dy_stride)
     value = _load(x, rows, cols, mask, x_stride)

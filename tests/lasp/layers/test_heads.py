@@ -25,7 +25,7 @@ OPTIONS = {
 
 
 def heads_with(impl: Any, options: LightningOptions, positions: Tensor | None = None) -> Function:
-    """Of the projection and, where there are norms, both weights."""
+    """The split of the projection, a function of it and, with norms, of both weights."""
 
     def function(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         norms = None

@@ -34,7 +34,7 @@ def several_programs() -> Iterator[None]:
 
 
 def routing_of(num_tokens: int, config: MoEConfig, mesh: ExpertMesh, *, kernels: bool) -> Routing:
-    """Of one of several ranks, the others with counts of their own."""
+    """The routing of one of several ranks; the others have counts of their own."""
     num_experts = config.num_experts
     logits = torch.randn(num_tokens, num_experts, device=DEVICE)
     logits[:, 1] += 3  # a hot expert

@@ -15,12 +15,18 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from lasp import lightning_decode
+from lasp import LightningOptions, lightning_decode
 from lasp.layers.norm_gate import norm_gate, silu_split
+from lasp.layers.parts import HeadNorm, heads_of
 from lasp.lightning.triton import tuning
+from moe_parallel import MoEConfig
+from moe_parallel.dispatch import sending
 from moe_parallel.dispatch.permute import permute, row_order, unpermute
-from moe_parallel.experts.swiglu import swiglu, swiglu_backward
+from moe_parallel.dispatch.token_rows import ArrivedSlots, RowFormat
+from moe_parallel.experts.swiglu import swiglu, swiglu_backward, weighted_swiglu_backward
+from moe_parallel.mesh import ExpertMesh
 from moe_parallel.router import top_k
+from moe_parallel.router.counts import AssignmentCounts, Routing, counted
 from ring.blocks.merge_kernel import merge_to
 from tests.lasp.cases import Case, attend
 
@@ -57,6 +63,15 @@ def layers() -> None:
             y, gate, weight, eps=1e-6, tp_group=group, impl="triton"
         ).sum().backward(retain_graph=True)  # fmt: skip
     dist.destroy_process_group()
+    how = {"eps": 1e-6, "num_groups": 3, "silu": True, "gate_first": True}
+    norm_gate(y, gate, weight, **how, impl="triton").sum().backward()
+    options = LightningOptions(qk_norm=True, rotary_dim=12)
+    norms = (HeadNorm(32, 1e-6, DEVICE), HeadNorm(32, 1e-6, DEVICE))
+    parts = heads_of(
+        torch.randn(37, 3, 3 * 32, device=DEVICE, requires_grad=True), options, norms,
+        layout=None, cp_group=None, position_ids=None, impl="triton",
+    )  # fmt: skip
+    sum(part.sum() for part in parts).backward()
 
 
 def experts() -> None:
@@ -85,6 +100,28 @@ def router() -> None:
         (loss + permute(x, rows, "triton").float().sum()).backward()
 
 
+def tokens_once() -> None:
+    """Rows of tokens that cross to a rank once, what travels at their ends, and gradients of it."""
+    config, mesh = MoEConfig(40, 8, 6, 3), ExpertMesh(0, 2, 0, 0, ((0, 1),))
+    x, gate = torch.randn(700, 40, device=DEVICE), torch.randn(6, 40, device=DEVICE)
+    choice = top_k.choose(x, gate, 3, "triton", None, 2)
+    kept_RE = counted(choice.experts, 6).expand(2, 6).contiguous()
+    counts = AssignmentCounts(kept_RE, kept_RE)
+    decision = (choice.experts, choice.weights, None, counts, choice.logits)
+    routing = Routing(*decision, 700, 0.0, choice.histogram)
+    slots, _ = sending._slots(routing, mesh, config, "triton", everywhere=False)
+    form = RowFormat(40, 3, torch.bfloat16, torch.float32)
+    rows = torch.zeros(slots.sent.num_rows, form.width, dtype=torch.bfloat16, device=DEVICE)
+    slots.pack(routing.weights, form.rows(rows), form.weights(rows), "triton")
+    own, total = rows[: int((slots.sent.row[:, 0] >= 0).sum())], int(kept_RE[:, :3].sum())
+    ends = (form.rows(own), form.weights(own))
+    arrived = ArrivedSlots.unpack(*ends, total, "triton", padded=True)
+    arrived.pack_gradients(torch.rand(total, device=DEVICE), form.weights(own), "triton")
+    slots.unpack_gradients(form.weights(rows), "triton")
+    hidden, grad = torch.randn(13, 144, device=DEVICE), torch.randn(13, 72, device=DEVICE)
+    weighted_swiglu_backward(grad, hidden, torch.rand(13, device=DEVICE), "triton")
+
+
 def merging() -> None:
     """Parts of softmax attention."""
     outputs, lses = torch.randn(2, 11, 3, 96, device=DEVICE), torch.randn(2, 11, 3, device=DEVICE)
@@ -101,6 +138,7 @@ def run_all() -> None:
     layers()
     experts()
     router()
+    tokens_once()
     merging()
     if DEVICE == "cuda":
         torch.cuda.synchronize()

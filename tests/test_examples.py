@@ -51,7 +51,8 @@ def train_on_rank(arguments: list[str]) -> None:
     import tyro
 
     job = example("05_train_hybrid")
-    job.main(tyro.cli(job.Options, args=arguments), torch.device("cpu"))
+    ending = example("hybrid_training.endings").Ending()  # not entered: errors are to be raised
+    job.main(tyro.cli(job.Options, args=arguments), torch.device("cpu"), ending)
 
 
 def arguments_of(out: Path, *args: str, **sizes: int) -> list[str]:

@@ -20,7 +20,12 @@ def kernels() -> dict[str, Any]:
     """By name: what is launched ends in ``_kernel``. Those in Gluon run on Hopper alone."""
     in_gluon = is_hopper(torch.device(sanitize.DEVICE))
     found = {}
-    for package in ("lasp.lightning.triton", "ring.blocks", "moe_parallel.kernels"):
+    for package in (
+        "lasp.lightning.triton",
+        "lasp.layers.triton",
+        "ring.blocks",
+        "moe_parallel.kernels",
+    ):
         for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
             module = importlib.import_module(f"{package}.{info.name}")
             found |= {name: x for name, x in vars(module).items() if name.endswith("_kernel")}

@@ -25,22 +25,21 @@ Run: python -m benchmarks.step_model --write docs/multi-node.md
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness import RESULTS, Row, markdown, parse, read_rows
+from benchmarks.harness import Row, markdown, read_rows
 from benchmarks.lasp_model import one_document
 from benchmarks.layer_group import layer_group
+from benchmarks.marked import MarkedTables
 from benchmarks.model_flops import step_flops
 from lasp.hybrid import HybridConfig, HybridModel
 from lasp.sequence.planner import CostModel, layout_costs
 from lasp.state_exchange.choice import EXACT
 from lasp.state_exchange.cost import StateSize, exchange_us, link_of, scan_blocks
 
-BEGIN, END = "<!-- simulated: begin -->", "<!-- simulated: end -->"
 FEWEST = 32768  # shorter batches wait for the host
 HOST, RANKS = 8, (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # As many bytes as the keys and values of the forward: those again, and gradients in float32.
@@ -197,28 +196,7 @@ def tables(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def rewritten(page: str, folder: Path) -> str:
-    """The page with the tables between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables(folder)}\n\n{END}{rest.partition(END)[2]}"
-
-
-@dataclass
-class Options:
-    """Where the rows are, and the page whose tables are written."""
-
-    results: Path = RESULTS
-    write: Path | None = None
-
-
-def main() -> None:
-    """Print, or write."""
-    options = parse(Options, __doc__)
-    if options.write is None:
-        print(tables(options.results))
-    else:
-        options.write.write_text(rewritten(options.write.read_text(), options.results))
-
+TABLES = MarkedTables("simulated", tables)
 
 if __name__ == "__main__":
-    main()
+    TABLES.answer(__doc__)

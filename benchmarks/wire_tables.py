@@ -6,15 +6,14 @@ Run: python -m benchmarks.wire_tables --write docs/multi-node.md
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, Row, markdown, parse, read_rows
+from benchmarks.harness import Row, markdown, read_rows
 from benchmarks.lasp_wire import TOKENS
+from benchmarks.marked import MarkedTables
 from lasp.state_exchange import Link
 from lasp.state_exchange.choice import EXACT
 
-BEGIN, END = "<!-- wires: begin -->", "<!-- wires: end -->"
 Case = tuple[int, float, int, int]
 
 
@@ -53,28 +52,7 @@ def table(folder: Path) -> str:
     return "\n".join(markdown([*head, "auto / best", f"{TOKENS}, ms"], body, [3, 8]))
 
 
-def rewritten(page: str, folder: Path) -> str:
-    """The page with the table between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{table(folder)}\n\n{END}{rest.partition(END)[2]}"
-
-
-@dataclass
-class Options:
-    """Where the rows are, and the page whose table is written."""
-
-    results: Path = RESULTS
-    write: Path | None = None
-
-
-def main() -> None:
-    """Print, or write."""
-    options = parse(Options, __doc__)
-    if options.write is None:
-        print(table(options.results))
-    else:
-        options.write.write_text(rewritten(options.write.read_text(), options.results))
-
+TABLES = MarkedTables("wires", table)
 
 if __name__ == "__main__":
-    main()
+    TABLES.answer(__doc__)

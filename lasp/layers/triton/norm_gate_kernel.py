@@ -45,6 +45,16 @@ def _gate_of(gate, rows, cols, mask, stride, SILU: tl.constexpr):
     return s, f
 
 
+@triton.jit
+def _gated(x, gate, rows, cols, mask, x_stride, gate_stride, SILU: tl.constexpr):
+    """x, times the factor of its gate where there is one."""
+    value = _load(x, rows, cols, mask, x_stride)
+    if gate is not None:
+        _, f = _gate_of(gate, rows, cols, mask, gate_stride, SILU)
+        value *= f
+    return value
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def row_squares_kernel(
     x,  # [T, W], rows in one piece
@@ -60,10 +70,7 @@ def row_squares_kernel(
 ):
     """``sum(v^2)`` of each row."""
     rows, cols, live, mask = _rows_of(tl.program_id(0) * ROWS, num_rows, W, ROWS, BLOCK)
-    value = _load(x, rows, cols, mask, x_stride)
-    if gate is not None:
-        _, f = _gate_of(gate, rows, cols, mask, gate_stride, SILU)
-        value *= f
+    value = _gated(x, gate, rows, cols, mask, x_stride, gate_stride, SILU)
     tl.store(squares + rows, tl.sum(value * value, axis=1), mask=live)
 
 
@@ -132,10 +139,7 @@ def row_dots_kernel(
     """Each program computes c of some rows: ``sum(dy weight x f)``, wherever the gate is."""
     rows, cols, live, mask = _rows_of(tl.program_id(0) * ROWS, num_rows, W, ROWS, BLOCK)
     grad = _load(dy, rows, cols, mask, dy_stride)
-    value = _load(x, rows, cols, mask, x_stride)
-    if gate is not None:
-        _, f = _gate_of(gate, rows, cols, mask, gate_stride, SILU)
-        value *= f
+    value = _gated(x, gate, rows, cols, mask, x_stride, gate_stride, SILU)
     w = tl.load(weight + cols, mask=cols < W, other=0.0).to(tl.float32)
     tl.store(dots + rows, tl.sum(grad * w[None, :] * value, axis=1), mask=live)
 

@@ -65,7 +65,7 @@ def test_a_file_system_without_room(tmp_path) -> None:
     out, kept = tmp_path / "small", tmp_path / "kept"
     mount = f"mkdir {out} && mount -t tmpfs -o size=1600k tmpfs {out}"
     if run("unshare", "-rm", "sh", "-c", mount).returncode != 0:
-        pytest.skip("mounts need a user namespace")
+        pytest.skip("needs mounts: run as root, or allow user namespaces (unshare -rm)")
     out.rmdir()
     job = " ".join([*LAUNCHER, "-m", kills.JOB, *FLAGS, f"--out={out}"])
     done = run("unshare", "-rm", "sh", "-c", f"{mount}; {job}; cp -r {out} {kept}")

@@ -67,6 +67,11 @@ def test_the_first_node_of_a_step_is_where_rank_0_listens(nodes: str, first: str
     assert address == (first, PORT)
 
 
+def test_steps_of_a_node_listen_on_ports_of_their_own() -> None:
+    steps = [{"SLURM_STEP_ID": "1"}, {"SLURM_JOB_ID": "1235"}, {}]
+    assert len({launched_rank(SLURM | step).address for step in steps}) == 3
+
+
 def without(environment: dict[str, str], *names: str) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in names}
 

@@ -15,7 +15,7 @@ Run: python -m benchmarks.lightning_layer --commit $(git rev-parse HEAD)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config
@@ -35,10 +35,13 @@ from benchmarks.harness import (
     row,
 )
 from benchmarks.timing import copy_bytes_per_s, measure_ms, passes
-from lasp.layers.norm_gate import norm_gate, silu_split
+from lasp.layers.norm_gate import norm_gate
+from lasp.layers.options import MINIMAX_OPTIONS
+from lasp.layers.parts import heads_of
 
 HEAD_DIM, EPS = 128, 1e-6
 SHAPES = [(64, 32768), (64, 4096), (8, 131072)]
+NOWHERE: dict[str, Any] = {"layout": None, "cp_group": None, "position_ids": None}
 
 
 class Op(NamedTuple):
@@ -66,7 +69,7 @@ def eager_norm(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
 
 OPS = {
     "silu_split": Op(
-        lambda x: silu_split(x, HEAD_DIM, HEAD_DIM, impl="triton"),
+        lambda x: heads_of(x, MINIMAX_OPTIONS, None, **NOWHERE, impl="triton"),
         lambda x: F.silu(x).split(HEAD_DIM, dim=-1),
         inputs=lambda H, T: [(T, H, 3 * HEAD_DIM)],
         outputs=lambda H, T: [(T, H, HEAD_DIM)] * 3,

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lasp import LightningOptions, lightning_decode
-from lasp.layers.norm_gate import norm_gate, silu_split
+from lasp.layers.norm_gate import norm_gate
 from lasp.layers.parts import HeadNorm, heads_of
 from lasp.lightning.triton import tuning
 from moe_parallel import MoEConfig
@@ -53,8 +53,6 @@ def layers() -> None:
     state = torch.randn(3, 2, 128, 128, device=DEVICE)
     for in_place in (False, True):
         lightning_decode(q, k, v, torch.rand(2), state, in_place=in_place, impl="triton")
-    x = torch.randn(37, 3, 2 * 32 + 64, device=DEVICE).bfloat16().requires_grad_()
-    sum(part.sum() for part in silu_split(x, 32, 64, impl="triton")).backward()
     y, gate = torch.randn(2, 37, 192, device=DEVICE).bfloat16().requires_grad_().unbind()
     weight = torch.ones(192, device=DEVICE, requires_grad=True)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -65,13 +63,14 @@ def layers() -> None:
     dist.destroy_process_group()
     how = {"eps": 1e-6, "num_groups": 3, "silu": True, "gate_first": True}
     norm_gate(y, gate, weight, **how, impl="triton").sum().backward()
-    options = LightningOptions(qk_norm=True, rotary_dim=12)
     norms = (HeadNorm(32, 1e-6, DEVICE), HeadNorm(32, 1e-6, DEVICE))
-    parts = heads_of(
-        torch.randn(37, 3, 3 * 32, device=DEVICE, requires_grad=True), options, norms,
-        layout=None, cp_group=None, position_ids=None, impl="triton",
-    )  # fmt: skip
-    sum(part.sum() for part in parts).backward()
+    for options in (LightningOptions(), LightningOptions(qk_norm=True, rotary_dim=12)):
+        parts = heads_of(
+            torch.randn(37, 3, 3 * 32, device=DEVICE, requires_grad=True), options,
+            norms if options.qk_norm else None,
+            layout=None, cp_group=None, position_ids=None, impl="triton",
+        )  # fmt: skip
+        sum(part.sum() for part in parts).backward()
 
 
 def experts() -> None:

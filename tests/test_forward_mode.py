@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lasp import LightningAttention, lightning_attention, lightning_decode
-from lasp.layers.norm_gate import norm_gate, silu_split, sum_over_ranks
+from lasp import LightningAttention, LightningOptions, lightning_attention, lightning_decode
+from lasp.layers.norm_gate import norm_gate, sum_over_ranks
 from moe_parallel import ExpertParallelMoE, MoEConfig
 from moe_parallel.dispatch.permute import permute, row_order, unpermute
 from moe_parallel.experts.experts import Experts
@@ -20,6 +20,7 @@ from moe_parallel.pipeline.pipeline import local_pipeline
 from moe_parallel.router.top_k import choose
 from ring import RingAttention, ring_attention
 from tests.closeness import assert_equal_to_rounding
+from tests.lasp.layers.test_heads import heads_with
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels are not interpreted
 NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="it has no wheel here")
@@ -66,6 +67,10 @@ def norm(x: Tensor, impl: str) -> Tensor:
     return norm_gate(
         x.flatten(1), torch.ones_like(x.flatten(1)), x.new_ones(8), eps=1e-5, impl=impl
     )
+
+
+def heads(x: Tensor, impl: str) -> Tensor:
+    return torch.cat(heads_with(impl, LightningOptions())(x.repeat(1, 1, 3)), dim=-1)
 
 
 def layer(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
@@ -141,10 +146,8 @@ CASES = {
     "norm_gate over ranks": Case(
         lambda x: sum_over_ranks(x, object()), ("norm_gate", "tp_group=None")
     ),
-    "silu_split": Case(lambda x: torch.cat(silu_split(x, 1, 2), -1), None, torch.float64),
-    "silu_split triton": Case(
-        lambda x: torch.cat(silu_split(x, 1, 2, impl="triton"), -1), ("silu_split", EAGER)
-    ),
+    "heads": Case(lambda x: heads(x, "auto"), None, torch.float64),
+    "heads triton": Case(lambda x: heads(x, "triton"), ("heads_of", EAGER)),
     "router": Case(
         lambda x: choose(x.flatten(1), torch.eye(8).to(x), 2).weights, None, torch.float64
     ),
@@ -241,7 +244,7 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = 
 def test_torch_func_is_right_or_an_error(name: str, transform: str) -> None:
     function, refused, dtype = CASES[name]
     x = torch.randn(5, 2, 4, dtype=dtype, device=DEVICE)
-    operators = ("ring_attention", "lse", "RingAttention", "norm_gate triton", "silu_split triton")
+    operators = ("ring_attention", "lse", "RingAttention", "norm_gate triton", "heads triton")
     looped = transform == "vmap" and name in (*operators, "lightning_attention triton")
     if refused is not None and not looped:  # torch calls torch.ops one by one
         message = f"{refused[0]}.* torch.func.* use torch.autograd.grad .*{refused[1]}"

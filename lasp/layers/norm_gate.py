@@ -1,4 +1,4 @@
-"""What lies around lightning attention in its layer: activation and head split, norm and gate."""
+"""What lies after lightning attention in its layer: norm and gate."""
 
 from __future__ import annotations
 
@@ -17,46 +17,6 @@ from lasp._core.joint_backward import join_backward
 from lasp.lightning.triton.tuning import WIDEST_ROW
 
 _NORM_OVER_RANKS = Reference("lasp.layers.norm_gate.norm_gate over a tp_group", "tp_group=None")
-
-
-def silu_split(
-    x: Tensor, key_dim: int, value_dim: int, *, impl: Impl = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``q, k, v = split(SiLU(x))``: the fused projection of :class:`lasp.LightningAttention`.
-
-    Args:
-        x: ``[..., H, 2K + V]``: the queries, keys and values of each head side by side; any
-            strides. bf16, fp16, fp32 or fp64.
-        key_dim: K.
-        value_dim: V.
-        impl: ``eager``, plain torch; ``triton``, one kernel that reads x once and writes q, k and
-            v once, each in one piece, and one for the backward: bf16, fp16 or fp32; ``auto``,
-            ``triton`` where it can, see ``lasp._core.impl``.
-
-    Returns:
-        q and k ``[..., H, K]``, v ``[..., H, V]`` in the dtype of ``x``.
-
-    Gradients: to ``x``. ``triton`` saves ``x`` alone and computes the activation again.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if x.dim() < 2 or x.shape[-1] != 2 * key_dim + value_dim or min(key_dim, value_dim) < 1:
-        raise ValueError(
-            f"x must be [..., H, 2 * {key_dim} + {value_dim}], q, k and v of a head side by side,"
-            f" got {tuple(x.shape)}"
-        )
-    if chosen_impl(impl, x.device, x.dtype) == "eager":
-        q, k, v = F.silu(x).split((key_dim, key_dim, value_dim), dim=-1)
-        return q, k, v
-    from lasp.layers.triton import silu_split as fused
-
-    x_THW = x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
-    q, k, v = fused.call(x_THW, key_dim, value_dim)
-    if x.dim() == 3:
-        return q, k, v
-    q, k, v = (part.view(*x.shape[:-1], part.shape[-1]) for part in (q, k, v))
-    return q, k, v
 
 
 def norm_gate(

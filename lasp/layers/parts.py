@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lasp._core.impl import Impl, chosen_impl
 from lasp._core.rotary import rotary_table, rotated
-from lasp.layers.norm_gate import norm_gate, silu_split
+from lasp.layers.norm_gate import norm_gate
 from lasp.layers.options import LightningOptions
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.positions import positions
@@ -103,8 +103,6 @@ def heads_of(
         ValueError: for ``position_ids`` of other shapes.
     """
     head_dim, silu = qkv.shape[-1] // 3, options.activation == "silu"
-    if silu and norms is None and not options.rotary_dim:
-        return silu_split(qkv, head_dim, head_dim, impl=impl)
     table = None
     if options.rotary_dim:
         if position_ids is None:
@@ -124,9 +122,10 @@ def heads_of(
         from lasp.layers.triton import heads
 
         weights = (None, None) if norms is None else [norm(None) for norm in norms]
-        sizes = (head_dim, head_dim, silu, options.norm_eps)
-        parts = heads.call(rows, *weights, *(table or (None, None)), *sizes)
-    q, k, v = (x.view(*qkv.shape[:-1], head_dim) if qkv.dim() > 3 else x for x in parts)
+        parts = heads.call(rows, *weights, *(table or (None, None)), silu, options.norm_eps)
+    if qkv.dim() == 3:
+        return parts
+    q, k, v = (x.view(*qkv.shape[:-1], head_dim) for x in parts)
     return q, k, v
 
 

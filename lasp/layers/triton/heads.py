@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,28 +15,20 @@ from lasp.layers.triton.norm_gate import dense_rows, num_sms
 from lasp.lightning.triton import tuning
 
 
-class HeadSizes(NamedTuple):
-    """Sizes of a head, its activation and the epsilon of its norms."""
-
-    key_dim: int
-    value_dim: int
-    silu: bool
-    eps: float
-
-
 def heads(
     x_THW: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
-    *rule: Any,
+    silu: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of the projection, each contiguous; what is None is left out."""
     x_THW = dense_rows(x_THW)
-    tensors = [x_THW, *(x if x is None else aligned(x) for x in (q_weight, k_weight, cos, sin))]
-    outputs = _fake_heads(x_THW, None, None, None, None, *rule)
-    launch, num_rows, rows = _launcher(heads_kernel, tensors, HeadSizes(*rule))
+    tensors = [x_THW, *[x if x is None else aligned(x) for x in (q_weight, k_weight, cos, sin)]]
+    outputs = _fake_heads(x_THW)
+    launch, num_rows, rows = _launcher(heads_kernel, tensors, silu, eps)
     launch(-(-num_rows // rows), *tensors, *outputs, num_rows, x_THW.shape[1])
     return outputs
 
@@ -50,14 +42,15 @@ def heads_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    *rule: Any,
+    silu: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the projection, contiguous, and of both weights; empty without."""
     dx = torch.empty_like(x_THW, memory_format=torch.contiguous_format)
     x_THW = dense_rows(x_THW)
-    tensors = [x_THW, *(x if x is None else aligned(x) for x in (q_weight, k_weight, cos, sin))]
+    tensors = [x_THW, *[x if x is None else aligned(x) for x in (q_weight, k_weight, cos, sin)]]
     grads = [aligned(grad.contiguous()) for grad in (dq, dk, dv)]
-    launch, num_rows, rows = _launcher(heads_backward_kernel, tensors, HeadSizes(*rule))
+    launch, num_rows, rows = _launcher(heads_backward_kernel, tensors, silu, eps)
     programs, dweights = -(-num_rows // rows), None
     if q_weight is not None:
         programs = min(programs, tuning.HEADS_BACKWARD_PROGRAMS * num_sms(x_THW.device))
@@ -69,35 +62,31 @@ def heads_backward(
     return dx, of_q.to(q_weight.dtype), of_k.to(k_weight.dtype)
 
 
-def _launcher(kernel: Any, tensors: list[Any], rule: HeadSizes) -> tuple[Any, int, int]:
+def _launcher(kernel: Any, tensors: list[Any], silu: bool, eps: float) -> tuple[Any, int, int]:
     """The launcher, the rows, and how many of them a program takes."""
     x, cos = tensors[0], tensors[3]
-    cut = tuning.split_rows(rule.key_dim, rule.value_dim)
+    head_dim = x.shape[2] // 3
+    cut = tuning.head_rows(head_dim)
     launch = launcher_of(
         kernel,
         x.device,
         tuple([None if t is None else t.dtype for t in tensors]),
         stride_t=x.stride(0),
         stride_h=x.stride(1),
-        eps=rule.eps,
-        K=rule.key_dim,
-        V=rule.value_dim,
-        BLOCK_K=cut.blocks[0],
-        BLOCK_V=cut.blocks[1],
+        eps=eps,
+        K=head_dim,
+        BLOCK=cut.blocks[0],
         ROWS=cut.rows,
-        SILU=rule.silu,
+        SILU=silu,
         HALF=0 if cos is None else cos.shape[1],
         num_warps=cut.num_warps,
     )
     return launch, x.shape[0] * x.shape[1], cut.rows
 
 
-def _fake_heads(
-    x: Tensor, q_weight: object, k_weight: object, cos: object, sin: object, *rule: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    key_dim, value_dim = rule[:2]
-    q, k, v = (x.new_empty(*x.shape[:2], dim) for dim in (key_dim, key_dim, value_dim))
-    return q, k, v
+def _fake_heads(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], x.shape[1], x.shape[2] // 3)
+    return x.new_empty(shape), x.new_empty(shape), x.new_empty(shape)
 
 
 def _fake_backward(
@@ -119,13 +108,13 @@ def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     dx, *dweights = call_backward(x, q_weight, *rest, *grads, *ctx.rule)
     if q_weight is None:
         dweights = [None, None]
-    return dx, *dweights, *(None,) * 6
+    return dx, *dweights, *(None,) * 4
 
 
 _REFERENCE = Reference("lasp.layers.parts.heads_of with impl='triton'", "impl='eager'")
 _OPERATORS = Operators("lasp")
 _TENSORS = "Tensor x, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin"
-_RULE = "int key_dim, int value_dim, bool silu, float eps"
+_RULE = "bool silu, float eps"
 _RESULTS = "(Tensor, Tensor, Tensor)"
 _OPERATORS.define(f"heads({_TENSORS}, {_RULE}) -> {_RESULTS}", heads, _fake_heads)
 _OPERATORS.define(

@@ -1,6 +1,6 @@
 """Activation, norm and rotation of the heads of a fused projection: one pass each way.
 
-A row is one head of one token: K queries, K keys and V values side by side. With a, the row's
+A row is one head of one token: K queries, K keys and K values side by side. With a, the row's
 queries or keys, activated where SILU says so, and ``r = 1 / sqrt(sum(a^2) / K + eps)``::
 
     n = a r weight           y_i = n_i cos_i - n_j sin_i,  y_j = n_j cos_i + n_i sin_i
@@ -87,8 +87,7 @@ def _forward_part(
 @triton.jit
 def _backward_part(
     x, dy, dx, weight, cos, sin, rows, token, begins, live, column, eps,
-    K: tl.constexpr, BLOCK: tl.constexpr, TOTAL: tl.constexpr, SILU: tl.constexpr,
-    HALF: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of x; return what each element adds to the one of the weight."""
     cols = tl.arange(0, BLOCK)
@@ -110,7 +109,7 @@ def _backward_part(
     if SILU:
         gate = tl.sigmoid(plain)
         grad *= gate * (1.0 + plain * (1.0 - gate))
-    offsets = rows[:, None] * TOTAL + (column + cols)[None, :]
+    offsets = rows[:, None] * (3 * K) + (column + cols)[None, :]
     mask = live[:, None] & (cols < K)[None, :]
     tl.store(dx + offsets, grad.to(dx.dtype.element_ty), mask=mask)
     return added
@@ -118,23 +117,21 @@ def _backward_part(
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads"])
 def heads_kernel(
-    x,  # [T, H, 2K + V], any strides but that of the last dim, which is 1
+    x,  # [T, H, 3K], any strides but that of the last dim, which is 1
     q_weight,  # [K], or None without norms
     k_weight,  # [K]
     cos,  # [T, HALF] float32; None where nothing rotates
     sin,  # [T, HALF]
     q,  # [T, H, K], contiguous
     k,  # [T, H, K]
-    v,  # [T, H, V]
+    v,  # [T, H, K]
     num_rows,  # T H
     num_heads,
     stride_t,
     stride_h,
     eps,
     K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     SILU: tl.constexpr,
     HALF: tl.constexpr,
@@ -142,26 +139,24 @@ def heads_kernel(
     """q, k and v of some rows."""
     first = tl.program_id(0) * ROWS
     rows, token, begins, live = _row(first, num_rows, num_heads, stride_t, stride_h, ROWS)
-    _forward_part(x, q, q_weight, cos, sin, rows, token, begins, live, eps, K, BLOCK_K, SILU, HALF)
-    _forward_part(
-        x, k, k_weight, cos, sin, rows, token, begins + K, live, eps, K, BLOCK_K, SILU, HALF
-    )
-    _forward_part(
-        x, v, None, None, None, rows, token, begins + 2 * K, live, eps, V, BLOCK_V, SILU, 0
-    )
+    _forward_part(x, q, q_weight, cos, sin, rows, token, begins, live, eps, K, BLOCK, SILU, HALF)
+    begins += K
+    _forward_part(x, k, k_weight, cos, sin, rows, token, begins, live, eps, K, BLOCK, SILU, HALF)
+    begins += K
+    _forward_part(x, v, None, None, None, rows, token, begins, live, eps, K, BLOCK, SILU, 0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads"])
 def heads_backward_kernel(
-    x,  # [T, H, 2K + V]
+    x,  # [T, H, 3K]
     q_weight,  # [K], or None
     k_weight,  # [K]
     cos,  # [T, HALF] float32, or None
     sin,  # [T, HALF]
     dq,  # [T, H, K], contiguous
     dk,  # [T, H, K]
-    dv,  # [T, H, V]
-    dx,  # [T, H, 2K + V], contiguous
+    dv,  # [T, H, K]
+    dx,  # [T, H, 3K], contiguous
     dweights,  # [programs, 2, K] float32: what the rows of each program add, or None
     num_rows,
     num_heads,
@@ -169,33 +164,30 @@ def heads_backward_kernel(
     stride_h,
     eps,
     K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     SILU: tl.constexpr,
     HALF: tl.constexpr,
 ):
     """Gradients of x and of the weights; a program takes every so many-th block of rows."""
-    TOTAL: tl.constexpr = 2 * K + V
-    of_q = tl.zeros([ROWS, BLOCK_K], dtype=tl.float32)
-    of_k = tl.zeros([ROWS, BLOCK_K], dtype=tl.float32)
+    of_q = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    of_k = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
         rows, token, begins, live = _row(first, num_rows, num_heads, stride_t, stride_h, ROWS)
-        of_q += _backward_part(
-            x, dq, dx, q_weight, cos, sin, rows, token, begins, live, 0, eps,
-            K, BLOCK_K, TOTAL, SILU, HALF,
-        )  # fmt: skip
-        of_k += _backward_part(
-            x, dk, dx, k_weight, cos, sin, rows, token, begins, live, K, eps,
-            K, BLOCK_K, TOTAL, SILU, HALF,
-        )  # fmt: skip
+        q_added = _backward_part(
+            x, dq, dx, q_weight, cos, sin, rows, token, begins, live, 0, eps, K, BLOCK, SILU, HALF
+        )
+        k_added = _backward_part(
+            x, dk, dx, k_weight, cos, sin, rows, token, begins, live, K, eps, K, BLOCK, SILU, HALF
+        )
         _backward_part(
-            x, dv, dx, None, None, None, rows, token, begins, live, 2 * K, eps,
-            V, BLOCK_V, TOTAL, SILU, 0,
-        )  # fmt: skip
+            x, dv, dx, None, None, None, rows, token, begins, live, 2 * K, eps, K, BLOCK, SILU, 0
+        )
+        if dweights is not None:
+            of_q += q_added
+            of_k += k_added
     if dweights is not None:
-        cols = tl.arange(0, BLOCK_K)
+        cols = tl.arange(0, BLOCK)
         dweights += tl.program_id(0).to(tl.int64) * (2 * K)
         tl.store(dweights + cols, tl.sum(of_q, axis=0), mask=cols < K)
         tl.store(dweights + K + cols, tl.sum(of_k, axis=0), mask=cols < K)

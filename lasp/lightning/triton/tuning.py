@@ -222,10 +222,10 @@ HEADS_BACKWARD_PROGRAMS = 8  # likewise, of 4 warps each
 
 
 @lru_cache(maxsize=1024)
-def split_rows(key_dim: int, value_dim: int) -> Rows:
-    """For SiLU and the head split: 2048 elements of each of q, k and v."""
-    blocks = power_of_2(key_dim), power_of_2(value_dim)
-    return Rows(max(1, 2048 // max(blocks)), blocks, 4)
+def head_rows(head_dim: int) -> Rows:
+    """For what makes heads of the projection: 2048 elements of each of q, k and v."""
+    block = power_of_2(head_dim)
+    return Rows(max(1, 2048 // block), (block,), 4)
 
 
 @lru_cache(maxsize=1024)

@@ -19,7 +19,7 @@ from lasp._core import impl as impl_module
 from lasp._core.impl import chosen_impl
 from lasp.doctor.rules import impl_rules, softmax_block_rules
 from lasp.hybrid import HybridConfig
-from lasp.layers.norm_gate import norm_gate, silu_split
+from lasp.layers.norm_gate import norm_gate
 from ring.blocks.registry import resolve_block
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -90,7 +90,6 @@ except ValueError as error:
         (lightning_attention, ("impl", "exchange")),
         (lightning_decode, ("impl",)),
         (norm_gate, ("impl",)),
-        (silu_split, ("impl",)),
         (LightningAttention, ("impl", "exchange")),
     ],
 )

@@ -19,12 +19,13 @@ from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lasp import SequenceLayout, lightning_attention, lightning_decode
+from lasp import LightningOptions, SequenceLayout, lightning_attention, lightning_decode
 from lasp._core import launcher
 from lasp._core.launcher import Launcher, Tile, aligned, encode, launcher_of
-from lasp.layers.norm_gate import norm_gate, silu_split
+from lasp.layers.norm_gate import norm_gate
 from lasp.lightning.triton import schedule
 from tests.lasp.cases import bits_equal
+from tests.lasp.layers.test_heads import heads_with
 from tests.lasp.lightning.test_kernels import DEVICE, small_blocks
 
 CPU = torch.device("cpu")
@@ -236,8 +237,8 @@ def call(
         return torch.zeros(size + offset, dtype=dtype)[offset:].view(shape).requires_grad_()
 
     x, gate, weight = (made(*shape, dtype=dtype) for shape in ((7, 48), (7, 48), (48,)))
-    fused = made(7, 4, 2 * key_dim + value_dim, dtype=dtype)
-    parts = silu_split(fused, key_dim, value_dim, impl="triton")
+    fused = made(7, 4, 3 * key_dim, dtype=dtype)
+    parts = heads_with("triton", LightningOptions())(fused)
     torch.autograd.grad(parts, fused, [made(*part.shape, dtype=dtype).detach() for part in parts])
     y = norm_gate(x, gate, weight, eps=1e-6, impl="triton")
     torch.autograd.grad(y, (x, gate, weight), made(7, 48, dtype=dtype).detach())

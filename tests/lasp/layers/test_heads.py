@@ -11,12 +11,21 @@ from torch.utils.checkpoint import checkpoint
 
 from lasp import LightningAttention, LightningOptions, RopeScaling
 from lasp.layers.parts import HeadNorm, heads_of
-from tests.closeness import assert_equal_to_rounding
-from tests.lasp.layers.test_norm_gate import DEVICE, DTYPES, NEEDS_TRITON, Function, check
+from tests.closeness import assert_equal_to_rounding, assert_within_budget
+from tests.lasp.layers.test_norm_gate import (
+    DEVICE,
+    DTYPES,
+    NEEDS_TRITON,
+    Function,
+    check,
+    results_of,
+)
 
 YARN = RopeScaling("yarn", factor=4.0, original_max_position_embeddings=8)
 LING = LightningOptions(activation="none", qk_norm=True, rotary_dim=8, scale=None)
+MINIMAX = LightningOptions()
 OPTIONS = {
+    "minimax": MINIMAX,
     "ling": LING,
     "activated": LightningOptions(qk_norm=True, rotary_dim=4, rope_scaling=YARN),
     "norms": LightningOptions(qk_norm=True, norm_eps=0.1),
@@ -104,6 +113,52 @@ def test_rows_of_a_batch_and_views_of_a_projection() -> None:
 
 
 @NEEDS_TRITON
+@pytest.mark.parametrize("shape", [(50, 2, 96), (1, 1, 1), (0, 3, 4), (2, 5, 3, 11)])
+def test_shapes_within_budget(shape: tuple[int, ...]) -> None:
+    x = torch.randn(*shape[:-1], 3 * shape[-1], device=DEVICE)
+    check(heads_with("triton", MINIMAX), *[heads_with("eager", MINIMAX)] * 2, x)
+
+
+@NEEDS_TRITON
+def test_no_sigmoid_overflows() -> None:
+    x = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4, 3.0], device=DEVICE).repeat(3, 4, 1)
+    check(heads_with("triton", MINIMAX), *[heads_with("eager", MINIMAX)] * 2, x)
+
+
+@NEEDS_TRITON
+def test_views_give_the_same_bits() -> None:
+    """Slices of a wider projection, transposed batches, and gradients of any strides."""
+    wide, heads = torch.randn(6, 3, 20, device=DEVICE), heads_with("triton", MINIMAX)
+    for x in (wide[..., :12], wide.transpose(0, 1)[..., 2:17], wide.transpose(1, 2)[:, :15].mT):
+        strided, contiguous = (results_of(heads, t) for t in (x, x.contiguous()))
+        assert all(torch.equal(a, e) for a, e in zip(strided, contiguous))
+    x = wide[..., :12].contiguous().requires_grad_()
+    q, k, _v = heads(x)
+    one = torch.ones((), device=DEVICE).expand_as(q)  # and no gradient for v, and none for k
+    (from_q,) = torch.autograd.grad(q, x, one, retain_graph=True)
+    (from_both,) = torch.autograd.grad((q, k), x, (one.contiguous(), torch.zeros_like(k)))
+    assert torch.equal(from_q, from_both)
+
+
+@NEEDS_TRITON
+def test_what_the_kernels_do_not_do() -> None:
+    x = torch.ones(2, 3, 12, device=DEVICE)
+    for bad, impl in ((x.double(), "triton"), (x, "cuda")):
+        with pytest.raises(ValueError, match="impl must be"):
+            heads_with(impl, MINIMAX)(bad)
+
+
+@pytest.mark.gpu
+def test_heads_far_apart() -> None:
+    heads, stride = 65, 2**25
+    memory = torch.empty(heads * stride, dtype=torch.bfloat16, device="cuda")
+    x = memory.as_strided((3, heads, 6), (6, stride, 1)).normal_()
+    exact, honest = (heads_with("eager", MINIMAX)(y) for y in (x.double(), x))
+    for actual, true, fair in zip(heads_with("triton", MINIMAX)(x), exact, honest):
+        assert_within_budget(actual, true, fair)
+
+
+@NEEDS_TRITON
 def test_a_layer_of_kernels_is_one_of_plain_torch() -> None:
     """Its parameters have the same names and gradients; gradients are not differentiated again."""
     options = LightningOptions(
@@ -141,7 +196,7 @@ def test_a_checkpoint_computes_a_layer_of_kernels_again() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_on_a_gpu(name: str, head_dim: int, dtype: torch.dtype) -> None:
     options = OPTIONS[name]

@@ -1,4 +1,4 @@
-"""SiLU with head split, and norm with gate: eager and kernels, forward and backward."""
+"""Norm with gate: eager and kernels, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasp.layers.norm_gate import norm_gate, silu_split
+from lasp.layers.norm_gate import norm_gate
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,27 +41,8 @@ def check(actual: Function, honest: Function, exact: Function, *inputs: Tensor) 
             assert_within_budget(a, w, f, what=f"result {index}")
 
 
-@pytest.mark.gpu
-def test_heads_far_apart() -> None:
-    heads, stride = 65, 2**25
-    memory = torch.empty(heads * stride, dtype=torch.bfloat16, device="cuda")
-    x = memory.as_strided((3, heads, 6), (6, stride, 1)).normal_()
-    exact, honest = (silu_split(y, 2, 2, impl="eager") for y in (x.double(), x))
-    for actual, true, fair in zip(silu_split(x, 2, 2, impl="triton"), exact, honest):
-        assert_within_budget(actual, true, fair)
-
-
-def split_with(impl: str, key_dim: int, value_dim: int) -> Function:
-    return lambda x: silu_split(x, key_dim, value_dim, impl=impl)
-
-
 def norm_with(impl: str) -> Function:
     return lambda x, gate, weight: (norm_gate(x, gate, weight, eps=EPS, impl=impl),)
-
-
-def written_out_split(x: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, ...]:
-    y = x / (1 + torch.exp(-x))
-    return y[..., :key_dim], y[..., key_dim : 2 * key_dim], y[..., 2 * key_dim :]
 
 
 def written_out_norm(x: Tensor, gate: Tensor, weight: Tensor) -> tuple[Tensor]:
@@ -76,31 +57,10 @@ def norm_inputs(*shape: int, dtype: torch.dtype = torch.float32, on: str = DEVIC
 
 @pytest.mark.parametrize("shape", [(7, 3), (2, 5, 3), (0, 3), (3,)])
 def test_eager_is_what_it_says(shape: tuple[int, ...]) -> None:
-    fused = torch.randn(*shape, 2 * 4 + 5, dtype=torch.float64)
-    pairs = [
-        (split_with("eager", 4, 5), lambda x: written_out_split(x, 4, 5), [fused]),
-        (norm_with("eager"), written_out_norm, norm_inputs(*shape, 10, dtype=torch.float64)),
-    ]
-    for eager, written_out, inputs in pairs:
-        for a, e in zip(results_of(eager, *inputs), results_of(written_out, *inputs)):
-            assert_equal_to_rounding(a, e)
-
-
-@NEEDS_TRITON
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("tokens", "heads", "key_dim", "value_dim"), [(7, 3, 5, 33), (50, 2, 96, 64), (1, 1, 1, 2)]
-)
-def test_split_within_budget(
-    tokens: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
-) -> None:
-    x = torch.randn(tokens, heads, 2 * key_dim + value_dim, device=DEVICE).mul(4).to(dtype)
-    check(
-        split_with("triton", key_dim, value_dim),
-        split_with("eager", key_dim, value_dim),
-        lambda x: written_out_split(x, key_dim, value_dim),
-        x,
-    )
+    inputs = norm_inputs(*shape, 10, dtype=torch.float64)
+    eager, written_out = (results_of(f, *inputs) for f in (norm_with("eager"), written_out_norm))
+    for a, e in zip(eager, written_out):
+        assert_equal_to_rounding(a, e)
 
 
 @NEEDS_TRITON
@@ -169,9 +129,8 @@ def test_groups_and_gates_on_a_gpu(rule: dict[str, Any], dtype: torch.dtype) -> 
 @NEEDS_TRITON
 def test_far_from_zero() -> None:
     """No sigmoid overflows, and a row of zeros is one of zeros."""
-    x = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], device=DEVICE).repeat(3, 4, 1)
-    check(split_with("triton", 2, 1), *[split_with("eager", 2, 1)] * 2, x)
-    gate, weight = x.flatten(1), torch.ones(20, device=DEVICE)
+    gate = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], device=DEVICE).repeat(3, 4)
+    weight = torch.ones(20, device=DEVICE)
     zero = torch.zeros_like(gate)
     for a in results_of(norm_with("triton"), zero, gate, weight):
         assert a.isfinite().all()
@@ -181,20 +140,12 @@ def test_far_from_zero() -> None:
 @NEEDS_TRITON
 @pytest.mark.parametrize("shape", [(2, 5, 3), (0, 3), (3,)])
 def test_any_leading_dims(shape: tuple[int, ...]) -> None:
-    x = torch.randn(*shape, 14, device=DEVICE)
-    check(split_with("triton", 4, 6), *[split_with("eager", 4, 6)] * 2, x)
     check(*map(norm_with, ("triton", "eager", "eager")), *norm_inputs(*shape, 10))
 
 
 @NEEDS_TRITON
 def test_views_give_the_same_bits() -> None:
-    """Slices of a wider projection, transposed batches, and gradients of any strides."""
-    wide = torch.randn(6, 3, 20, device=DEVICE)
-    views = [wide[..., :14], wide.transpose(0, 1)[..., 2:16], wide.transpose(1, 2)[:, :14].mT]
-    for x in views:
-        split = split_with("triton", 4, 6)
-        strided, contiguous = (results_of(split, t) for t in (x, x.contiguous()))
-        assert all(torch.equal(a, e) for a, e in zip(strided, contiguous))
+    """Slices of wider rows, and gradients of any strides."""
     gates = torch.randn(6, 80, device=DEVICE)
     weight = torch.randn(40, device=DEVICE)[::2]
     one, two, three, four = gates[:, 3:23], gates[:, 30:50].clone(), gates[:, 1::4], gates[:, ::4]
@@ -208,12 +159,6 @@ def test_views_give_the_same_bits() -> None:
         strided = gradients(x, gate, weight, dy)
         contiguous = gradients(*(t.contiguous() for t in (x, gate, weight, dy)))
         assert all(torch.equal(a, e) for a, e in zip(strided, contiguous))
-    x = wide[..., :14].contiguous().requires_grad_()
-    q, k, _v = silu_split(x, 4, 6, impl="triton")
-    one = torch.ones((), device=DEVICE).expand_as(q)  # and no gradient for v, and none for k
-    (from_q,) = torch.autograd.grad(q, x, one, retain_graph=True)
-    (from_both,) = torch.autograd.grad((q, k), x, (one.contiguous(), torch.zeros_like(k)))
-    assert torch.equal(from_q, from_both)
 
 
 @NEEDS_TRITON
@@ -242,10 +187,6 @@ def test_the_same_bits_every_time_and_no_second_derivative() -> None:
 def test_bad_input() -> None:
     x, gate, weight = norm_inputs(4, 6)
     for match, call in (
-        ("impl", lambda: silu_split(x, 2, 2, impl="cuda")),
-        ("x must be", lambda: silu_split(x, 2, 3)),
-        ("x must be", lambda: silu_split(x[0], 2, 2)),
-        ("x must be", lambda: silu_split(x, 3, 0)),
         ("impl", lambda: norm_gate(x, gate, weight, eps=EPS, impl="cuda")),
         ("gate", lambda: norm_gate(x, gate[:2], weight, eps=EPS)),
         ("gate", lambda: norm_gate(x, gate.double(), weight, eps=EPS)),
@@ -261,8 +202,6 @@ def test_what_the_kernels_do_not_do() -> None:
     wide = [t.double() for t in norm_inputs(4, 6)]
     with pytest.raises(ValueError, match="eager"):
         norm_gate(*wide, eps=EPS, impl="triton")
-    with pytest.raises(ValueError, match="eager"):
-        silu_split(wide[0], 2, 2, impl="triton")
     with pytest.raises(ValueError, match="features"):
         norm_gate(*norm_inputs(1, 16385), eps=EPS, impl="triton")
 

@@ -1,4 +1,4 @@
-"""SiLU with head split, and norm with gate, on a GPU: dims of models, and past 2^31 elements."""
+"""Heads of a projection, and norm with gate, on a GPU: dims of models, past 2^31 elements."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from lasp import LightningOptions
 from tests.closeness import assert_within_budget
+from tests.lasp.layers.test_heads import heads_with
 from tests.lasp.layers.test_norm_gate import (
     DEVICE,
     DTYPES,
     check,
     norm_inputs,
     norm_with,
-    split_with,
     written_out_norm,
-    written_out_split,
 )
 
 
@@ -24,15 +24,12 @@ from tests.lasp.layers.test_norm_gate import (
 @pytest.mark.parametrize("heads_and_dim", [(64, 128), (8, 96), (3, 192), (16, 256), (128, 128)])
 def test_on_a_gpu(heads_and_dim: tuple[int, int], dtype: torch.dtype) -> None:
     heads, dim = heads_and_dim
-    x = torch.randn(1003, heads, 3 * dim, device=DEVICE).to(dtype)
-    check(split_with("triton", dim, dim), split_with("eager", dim, dim),
-          lambda x: written_out_split(x, dim, dim), x)  # fmt: skip
     inputs = norm_inputs(1003, heads * dim, dtype=dtype)
     check(norm_with("triton"), norm_with("eager"), written_out_norm, *inputs)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["split", "norm"])
+@pytest.mark.parametrize("name", ["heads", "norm"])
 def test_offsets_past_two_to_the_31(name: str) -> None:
     """The last rows of many, and their gradients where those of the outputs are the outputs."""
     last = slice(-64, None)
@@ -41,7 +38,7 @@ def test_offsets_past_two_to_the_31(name: str) -> None:
         impl: str, x: Tensor, *others: Tensor, grads: list[Tensor] | None = None
     ) -> list[Tensor]:
         x = x.detach().requires_grad_()
-        function = split_with(impl, 128, 128) if name == "split" else norm_with(impl)
+        function = heads_with(impl, LightningOptions()) if name == "heads" else norm_with(impl)
         outputs = function(x, *others)
         grads = grads or [y.detach() for y in outputs]
         return [
@@ -49,7 +46,7 @@ def test_offsets_past_two_to_the_31(name: str) -> None:
             torch.autograd.grad(outputs, x, grads)[0][last],
         ]
 
-    heads, width = 64, 384 if name == "split" else 128
+    heads, width = 64, 384 if name == "heads" else 128
     x = torch.randn(2**31 // (heads * width) + 100, heads, width, device=DEVICE).bfloat16()
     others = []
     if name == "norm":

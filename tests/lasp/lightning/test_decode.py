@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasp import SequenceLayout, lightning_attention, lightning_decode
-from lasp.layers.norm_gate import norm_gate, silu_split
+from lasp import LightningOptions, SequenceLayout, lightning_attention, lightning_decode
+from lasp.layers.norm_gate import norm_gate
 from lasp.lightning.decay import rates_on
 from lasp.lightning.reference import recurrent_lightning_attention
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
+from tests.lasp.layers.test_heads import heads_with
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RATES = torch.tensor([0.0, 0.25, 8.0])
@@ -219,7 +220,7 @@ def test_without_triton() -> None:
     with patch("lasp._core.impl.HAS_TRITON", False):
         for call in (
             lambda: lightning_decode(q, k, v, RATES, state, impl="triton"),
-            lambda: silu_split(q, 1, 2, impl="triton"),
+            lambda: heads_with("triton", LightningOptions())(q[..., :3]),
             lambda: norm_gate(q, q, q[0, 0, 0], eps=1e-6, impl="triton"),
         ):
             with pytest.raises(ValueError, match="install triton"):

@@ -14,11 +14,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
 
 import lasp.layers.triton.heads
-import lasp.layers.triton.norm_gate
-import lasp.layers.triton.silu_split  # noqa: F401 (all register operators)
-from lasp import LightningAttention, lightning_decode
-from lasp.layers.norm_gate import norm_gate, silu_split
+import lasp.layers.triton.norm_gate  # noqa: F401 (both register operators)
+from lasp import LightningAttention, LightningOptions, lightning_decode
+from lasp.layers.norm_gate import norm_gate
 from tests.closeness import assert_within_budget
+from tests.lasp.layers.test_heads import heads_with
 from tests.lasp.layers.test_norm_gate import DEVICE, EPS, Function, check, norm_inputs
 from tests.lasp.lightning.test_decode import RATES, make_inputs
 
@@ -27,32 +27,20 @@ BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]
 
 def operator_arguments(name: str) -> tuple[Any, ...]:
     x, gate, weight = norm_inputs(5, 6, dtype=torch.bfloat16)
-    fused, dv = torch.randn(4, 3, 14, device=DEVICE), torch.randn(4, 3, 6, device=DEVICE)
-    dq = torch.randn(4, 3, 4, device=DEVICE)
+    fused, dq = torch.randn(4, 3, 12, device=DEVICE), torch.randn(4, 3, 4, device=DEVICE)
     table = [torch.randn(shape, device=DEVICE) for shape in (4, 4, (4, 1), (4, 1))]
     if name.endswith("backward"):
-        if name == "silu_split_backward":
-            return fused, dq, dq, dv
         if name == "heads_backward":
-            return (fused, *table, dq, dq, dv, 4, 6, False, EPS)
+            return (fused, *table, dq, dq, dq, False, EPS)
         return x, x, gate, weight, torch.rand(5, 1, device=DEVICE), 1, False, False, ""
     if name == "heads":
-        return (
-            fused.requires_grad_(),
-            *(w.requires_grad_() for w in table[:2]),
-            *table[2:],
-            4,
-            6,
-            False,
-            EPS,
-        )
-    leaves = [t.requires_grad_() for t in (fused, x, gate, weight)]
-    return (leaves[0], 4, 6) if name == "silu_split" else (*leaves[1:], EPS, 1, False, False, "")
+        return (*(t.requires_grad_() for t in (fused, *table[:2])), *table[2:], False, EPS)
+    return (*(t.requires_grad_() for t in (x, gate, weight)), EPS, 1, False, False, "")
 
 
 @pytest.mark.parametrize(
     "name",
-    [f"{name}{way}" for name in ("silu_split", "heads", "norm_gate") for way in ("", "_backward")],
+    [f"{name}{way}" for name in ("heads", "norm_gate") for way in ("", "_backward")],
 )
 def test_layers_are_well_registered(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.lasp, name).default, operator_arguments(name))
@@ -62,7 +50,7 @@ def layer_with(impl: str) -> Function:
     """Both, around a stand-in for the attention."""
 
     def layer(x: Tensor, gate: Tensor, weight: Tensor) -> tuple[Tensor]:
-        q, k, v = silu_split(x, 4, 6, impl=impl)
+        q, k, v = heads_with(impl, LightningOptions())(x)
         mixed = (v * (q * k).sum(-1, keepdim=True)).flatten(1)
         return (norm_gate(mixed, gate, weight, eps=EPS, impl=impl),)
 
@@ -73,17 +61,19 @@ def layer_with(impl: str) -> Function:
 def test_layers_compile_as_one_graph(backend: str) -> None:
     compiled = torch.compile(layer_with("triton"), fullgraph=True, backend=backend)
     for tokens in (7, 9, 12):
-        inputs = [torch.randn(tokens, 3, 14, device=DEVICE), *norm_inputs(tokens, 18)[1:]]
+        inputs = [torch.randn(tokens, 3, 12, device=DEVICE), *norm_inputs(tokens, 12)[1:]]
         check(compiled, layer_with("triton"), layer_with("eager"), *inputs)
 
 
 def test_calls_do_not_load_the_compiler() -> None:
     code = """
 import sys, torch
-from lasp import lightning_attention, lightning_decode
-from lasp.layers.norm_gate import norm_gate, silu_split
+from lasp import LightningOptions, lightning_attention, lightning_decode
+from lasp.layers.norm_gate import norm_gate
+from lasp.layers.parts import heads_of
 x = torch.ones(2, 3, 12, requires_grad=True)
-q, k, v = silu_split(x, 4, 4, impl="triton")
+nothing = dict.fromkeys(("layout", "cp_group", "position_ids"))
+q, k, v = heads_of(x, LightningOptions(), None, **nothing, impl="triton")
 norm_gate(v.flatten(1), q.flatten(1), torch.ones(12), eps=1e-6, impl="triton").sum().backward()
 a = q.detach().requires_grad_()
 lightning_attention(a, a, a, torch.ones(3), impl="triton").output.sum().backward()

@@ -5,7 +5,8 @@ softmax layers, over one document or a pack with a long tail; context parallel o
 experts dealt out to them. ``forward_backward`` is that of bfloat16 parameters; ``step`` one of
 training: ``lasp.hybrid.parallelize``, gradients reduced in the backward, clipped, and AdamW. With
 ``--graph`` one GPU replays ``forward_backward`` as one CUDA graph: short batches wait for the host.
-With ``--copies`` rows travel to experts by copy engines.
+With ``--copies`` rows travel to experts by copy engines. Routers are ``even``, as trained ones are
+(``benchmarks.even_routers``); ``--routers drawn`` leaves them as they are drawn.
 
 Rows of a case: milliseconds of the slowest rank, bound by the operations of
 ``benchmarks.model_flops`` at the rate that a product of 8192 x 8192 matrices has in the same
@@ -26,13 +27,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import trace_parts
+from benchmarks.even_routers import make_even
 from benchmarks.harness import Machine, Question, RankOptions, Row, answer, pack_lengths, row
 from benchmarks.layer_group import layer_group, quick_model
 from benchmarks.lightning_length import flops_per_s
@@ -64,6 +66,7 @@ class Options(RankOptions):
     parts: tuple[str, ...] = ("forward_backward",)
     activations: tuple[str, ...] = ("none",)
     vocab_size: int = 1024
+    routers: Literal["even", "drawn"] = "even"
     hidden_size: int = 2048
     experts: int = 32
     samples: int = 5
@@ -82,6 +85,7 @@ class Case(NamedTuple):
     part: str
     activations: str
     vocab_size: int
+    routers: str
     ranks: int
 
     @property
@@ -97,11 +101,16 @@ def build(
     """The model, as its part needs it."""
     topology = ExpertTopology(case.ranks, cp=case.ranks, ep=case.ranks)
     alone = case.ranks == 1 and case.part == "forward_backward"
-    dtype = torch.float32 if case.part == "step" else machine.dtype
     groups = None if alone else groups_of(topology)
     memory = memory_of(topology) if copies else None
-    model = quick_model(config, machine.device, dtype, groups, memory)
+    model = quick_model(config, machine.device, machine.dtype, groups, memory)
+    for _, parameter in model.dense_parameters():
+        dist.broadcast(parameter.detach(), 0)
+    if case.routers == "even":
+        batch, tokens, labels = batch_of(case, machine)
+        make_even(model, lambda: model(tokens, batch, labels=labels))
     if case.part == "step":
+        model.float()
         low = machine.dtype if machine.dtype != torch.float32 else None
         return parallelize(model, topology, activations=case.activations, param_dtype=low)
     keep_activations(model, case.activations)
@@ -222,7 +231,8 @@ def cases(options: Options, ranks: int) -> Iterator[Case]:
     ):
         if model == "softmax":  # which has no other attention
             activations = activations.replace("attention_outputs", "softmax_outputs")
-        yield Case(model, tokens, documents, part, activations, options.vocab_size, ranks)
+        sizes = (options.vocab_size, options.routers, ranks)
+        yield Case(model, tokens, documents, part, activations, *sizes)
 
 
 def rows(options: Options, machine: Machine) -> Iterator[Row]:

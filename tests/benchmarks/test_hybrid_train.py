@@ -10,12 +10,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import hybrid_train, kept_activations
+from benchmarks.even_routers import loads, make_even
 from benchmarks.harness import Machine
-from benchmarks.layer_group import layer_group
+from benchmarks.layer_group import layer_group, quick_model
 from benchmarks.model_flops import step_flops
 from benchmarks.trace_parts import Span, covered, part_of, shares
 from lasp.hybrid import HybridModel, pack_batch
 from lasp.lightning.attention import LightningOutput
+from moe_parallel.router.route import Router
 from ring.attention import RingOutput
 from tests.ranks import run_on_ranks
 
@@ -63,6 +65,27 @@ def graph_rows_on_rank() -> list[dict[str, Any]]:
         hidden_size=32, experts=4, graph=True, trace=True,
     )  # fmt: skip
     return list(hybrid_train.rows(options, Machine("cpu", torch.float32, 1, 9.0)))
+
+
+def test_routers_of_a_benchmark_are_even() -> None:
+    """One whose experts differ by half is changed; another call finds the loads of the first."""
+    config = layer_group(num_layers=2, hidden_size=256, num_experts=16)
+    model = quick_model(config, "cpu", torch.float32)
+    batch = pack_batch([[1024]], dp_rank=0, num_ranks=1, order="contiguous")
+    tokens = torch.randint(1024, (1024,))
+    busiest = []
+
+    def load(router: Router, args: tuple[torch.Tensor, ...]) -> None:
+        busiest.append(loads(args[0] @ router.weight.T, 2).max().item())
+
+    for router in (module for module in model.modules() if isinstance(module, Router)):
+        router.register_forward_pre_hook(load)
+    model(tokens, batch)
+    assert max(busiest) > 1.5
+    assert make_even(model, lambda: model(tokens, batch)) < 1.2
+    busiest.clear()
+    model(tokens, batch)
+    assert max(busiest) < 1.2
 
 
 def test_operations_of_weights_are_those_that_torch_counts() -> None:

@@ -29,6 +29,8 @@ import tyro
 
 ROOT = Path(__file__).parents[2]
 JOB = "tests.faults.job"
+PATHS = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
 SIZES = {2: ("--cp=2", "--ep=2", "--etp=1"), 4: ("--cp=2", "--ep=2", "--etp=2")}
 START_S = 20.0  # of ranks, while which some are killed
 
@@ -55,7 +57,7 @@ def start(options: Options, out: Path, max_restarts: int) -> subprocess.Popen[st
             f"--save-every={options.save_every}", "--timeout-s=120", f"--out={out}",
         ],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         stdout=(out.parent / f"{out.name}.log").open("w"),
         stderr=subprocess.STDOUT,
         text=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -13,7 +12,6 @@ import pytest
 from tests.faults import kills
 from tests.faults.test_faults import assert_whole, curve
 
-ROOT = Path(__file__).parents[2]
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 FLAGS = (
     *("--cp=2", "--ep=2", "--etp=1", "--steps=6", "--packs=2", "--pack-tokens=64"),
@@ -24,11 +22,11 @@ FLAGS = (
 def run(*command: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=kills.ROOT,
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=kills.ENVIRONMENT,
     )
     print(done.stdout, done.stderr)
     return done

@@ -41,6 +41,7 @@ from lasp.hybrid import (
     HybridModel,
     PackedBatch,
     Residuals,
+    StepGraph,
     pack_batch,
 )
 
@@ -180,6 +181,8 @@ class Run:
         self.options, self.machine = options, machine
         self.generator = torch.Generator(machine.device).manual_seed(seed)
         self.model = model_of(pattern, seed, options, machine)
+        self.graph: StepGraph | None = None
+        self.graphed = torch.Size()  # the shape of its tokens
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), fused=True
         )
@@ -191,19 +194,30 @@ class Run:
             logits: Tensor = self.model(some.tokens.flatten(), batch).logits
         return logits.float()
 
+    def loss_of(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The mean over the labels, in nats."""
+        logits = self.forward(Documents(tokens, labels))
+        return F.cross_entropy(logits, labels.flatten(), ignore_index=NO_LABEL)
+
+    def loss(self, some: Documents) -> Tensor:
+        """Loss and gradients, by one CUDA graph for the steps of a layout."""
+        if some.tokens.shape != self.graphed:
+            self.graph, self.graphed = None, some.tokens.shape  # its memory is the next one's
+        if self.graph is None:
+            self.graph = StepGraph(self.model, self.loss_of, *some)
+        return self.graph.step(*some)
+
     def train(self) -> float:
         """The loss of the last tenth of the steps, in nats a label."""
         options, losses = self.options, []
         for step in range(options.steps):
             some = written(self.generator, slots_of(step, self.generator, options))
-            loss = F.cross_entropy(self.forward(some), some.labels.flatten(), ignore_index=NO_LABEL)
-            loss.backward()
+            losses.append(self.loss(some).clone())
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             for group in self.optimizer.param_groups:
                 group["lr"] = options.learning_rate * schedule(step, options.steps)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            losses.append(loss.detach())
         return torch.stack(losses[-max(1, options.steps // 10) :]).mean().item()
 
     @torch.no_grad()

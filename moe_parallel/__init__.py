@@ -11,6 +11,7 @@ from moe_parallel.router.losses import TokenSequences
 from moe_parallel.router.scores import RoutingReplay
 from moe_parallel.router.token_order import TokenOrder, TokenSegment
 from moe_parallel.sharding import distribute_experts, parameter_groups
+from moe_parallel.static_shapes import check_max_rows
 from moe_parallel.topology import ExpertGroups, ExpertTopology, ParallelGroups
 from moe_parallel.wrappers import apply_ddp, apply_fsdp, clip_grad_norm_
 
@@ -32,6 +33,7 @@ __all__ = [
     "TokenSequences",
     "apply_ddp",
     "apply_fsdp",
+    "check_max_rows",
     "clip_grad_norm_",
     "distribute_experts",
     "parameter_groups",

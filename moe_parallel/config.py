@@ -143,12 +143,17 @@ class MoEConfig:
             :func:`moe_parallel.dispatch.dispatcher.Dispatcher.overlap_groups`. Results have the
             same bits for any number.
         max_rows: most rows (kept assignments) that the experts of one rank may take in a call; more
-            raise on every rank of its EP x ETP block, before any row travels. None: as many as come
-            (docs/moe.md has what they take of memory).
+            raise on every rank of its EP x ETP block, before any row travels, unless
+            ``static_shapes`` drops them. None: as many as come (docs/moe.md has their memory).
         pad_to_capacity: in training mode every rank sends as many rows to every expert, so that no
             shape depends on the routing and nothing is copied to the host; capacity is then counted
             on each rank, see :mod:`moe_parallel.dispatch.padding`. Needs a ``capacity_factor`` and
             drops by position.
+        static_shapes: without a capacity, no shape depends on the routing and nothing is copied to
+            the host, in training or not. A rank's experts have memory for ``max_rows`` rows, None:
+            for all that may come. Assignments beyond are dropped and counted, see
+            :mod:`moe_parallel.dispatch.static_rows`. Not with ETP or several groups. On a GPU
+            experts must be bfloat16: products of other dtypes need counts on the host.
         impl: of the router, the activation, and the rows of tokens and their sums: ``eager`` is
             plain torch, ``triton`` kernels, ``auto`` triton on CUDA but for float64
             (:func:`lasp._core.impl.chosen_impl`). Kernels choose the experts
@@ -178,6 +183,7 @@ class MoEConfig:
     overlap_groups: int | None = None
     max_rows: int | None = None
     pad_to_capacity: bool = False
+    static_shapes: bool = False
     impl: Impl = "auto"
     router: RouterConfig = RouterConfig()
     shared_ffn_size: int | None = None
@@ -185,7 +191,11 @@ class MoEConfig:
     send: Send = "auto"
 
     def __post_init__(self) -> None:
-        check_flags(pad_to_capacity=self.pad_to_capacity, shared_gate=self.shared_gate)
+        check_flags(
+            pad_to_capacity=self.pad_to_capacity,
+            static_shapes=self.static_shapes,
+            shared_gate=self.shared_gate,
+        )
         check_sizes(self, "hidden_size", "ffn_size", "num_experts", "top_k")
         for name in ("overlap_groups", "max_rows", "shared_ffn_size"):
             if getattr(self, name) is not None:
@@ -217,6 +227,26 @@ class MoEConfig:
                 "pad_to_capacity needs a capacity_factor and drop_policy 'position', got"
                 f" {self.capacity_factor} and {self.drop_policy!r}: padding needs a size"
             )
+        self._check_static()
+
+    def _check_static(self) -> None:
+        """Raise ValueError for options with which shapes depend on the routing."""
+        if not self.static_shapes:
+            return
+        for name, wanted, why in (
+            ("capacity_factor", (None,), "use pad_to_capacity with one"),
+            ("overlap_groups", (None, 1), "tokens cross in one group"),
+            (
+                "send",
+                ("auto", "tokens"),
+                "how many assignments travel depends on the routing",
+            ),
+            ("gemm", ("auto", "grouped"), "a loop needs the rows of each expert on the host"),
+        ):
+            if (value := getattr(self, name)) not in wanted:
+                raise ValueError(
+                    f"{name} must be one of {list(wanted)} with static_shapes, got {value!r}: {why}"
+                )
 
 
 def check_drop(capacity_factor: float | None, drop_policy: str) -> None:

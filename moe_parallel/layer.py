@@ -20,6 +20,7 @@ from moe_parallel.dispatch.padding import padded_rows
 from moe_parallel.dispatch.permute import permute, unpermute
 from moe_parallel.dispatch.plan import checked_rows
 from moe_parallel.dispatch.sending import may_send_tokens, start_tokens, tokens_pay
+from moe_parallel.dispatch.static_rows import MostRows
 from moe_parallel.experts.dense import DenseFFN
 from moe_parallel.experts.experts import Experts
 from moe_parallel.experts.shard import generator_of
@@ -88,9 +89,9 @@ class ExpertParallelMoE(nn.Module):
     the products of another (:mod:`moe_parallel.pipeline.pipeline`), or in all two over EP of tokens
     that cross once (:mod:`moe_parallel.dispatch.tokens`), twice that with backward; with
     ``symmetric_memory`` copies of as many bytes (:mod:`moe_parallel.dispatch.copy_engine`). One
-    device-to-host copy of ranks x E counts, none with ``pad_to_capacity``. The first call of a
-    layer compares how ranks call it: some hundred bytes each. The first layer that sees a
-    ``token_order`` has the ranks compare it: 24 bytes each, and one more copy
+    device-to-host copy of ranks x E counts, none with ``pad_to_capacity`` or ``static_shapes``. The
+    first call of a layer compares how ranks call it: some hundred bytes each. The first layer that
+    sees a ``token_order`` has the ranks compare it: 24 bytes each, and one more copy
     (:mod:`moe_parallel.router.checks`).
 
     Raises:
@@ -139,7 +140,7 @@ class ExpertParallelMoE(nn.Module):
                 f"overlap_groups must be at most the {self.experts.num_local} experts of a rank,"
                 f" got {config.overlap_groups}: None lets the dispatcher choose"
             )
-        self._calls_compared = False
+        self._calls_compared, self.most_rows = False, MostRows()
         self.reset_parameters(seed)
 
     @torch.no_grad()
@@ -238,12 +239,14 @@ class ExpertParallelMoE(nn.Module):
             timeline: see :meth:`forward`.
 
         Returns:
-            ``[T, hidden]``, and the routing, with the drops of ``pad_to_capacity``.
+            ``[T, hidden]``, and the routing, with the drops of ``pad_to_capacity`` and of
+            ``static_shapes``.
 
         Communication: see :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`.
 
         Raises:
-            ValueError: if a rank of the block would take more than ``max_rows``.
+            ValueError: if a rank of the block would take more than ``max_rows``, unless those that
+                do not fit are dropped (:mod:`moe_parallel.dispatch.static_rows`).
         """
         config, mesh, order, rows = self.config, self.mesh, None, x_TM
         impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
@@ -251,31 +254,34 @@ class ExpertParallelMoE(nn.Module):
         if self._sends_tokens(x_TM, routing, token_order, padded=padded):
             where = (mesh, self.dispatcher, token_order, self.groups.token)
             call = start_tokens(x_TM, routing, config, *where, padded=padded)
-            routing, dispatch, wait, total = call
+            routing, dispatch, wait, total, most = call
+            self.most_rows.note(most)
         else:
             groups_for = partial(self._groups, x_TM=x_TM)
             if padded:
                 routing, sent = padded_rows(routing, config, token_order, groups_for)
             else:
-                sent = kept_rows(
-                    routing, config, mesh, token_order, groups_for, late=self._late(x_TM, routing)
-                )
+                chosen_gemm = partial(self.experts.chosen_gemm, dtype=x_TM.dtype)
+                given = (config, mesh, token_order, groups_for, chosen_gemm)
+                sent = kept_rows(routing, *given)
             wait, kept, total = sent.wait, sent.kept, sent.total
-            if config.max_rows is not None:
+            if config.max_rows is not None and not config.static_shapes:
                 wait, kept = partial(checked_rows, wait, config.max_rows, mesh), None
             dispatch = self.dispatcher.start_call(
                 wait, sent.groups, most_rows=sent.most, like=x_TM, kept=kept
             )
+            dispatch.static = config.static_shapes
             # The host may wait for the counts after this: meanwhile the device permutes, and on one
             # rank computes the shared expert; over several that runs while rows travel.
             order = replace(sent.order, place=dispatch.place)
             rows = permute(x_TM, order, impl)
         shared = self.shared and self.shared.start(x_TM, aside=bool(dispatch.lanes))
-        mean_rows = total // mesh.num_token_ranks * mesh.etp_size
+        # Few rows are one grouped product, if their dtype has one, which needs no counts.
+        mean_rows = 0 if config.static_shapes else total // mesh.num_token_ranks * mesh.etp_size
         output_TM: Tensor = self.experts(rows, Pipeline(dispatch, timeline), num_rows=mean_rows)
         if order is not None:
             output_TM = unpermute(output_TM, routing.weights, order, impl)
-        if mesh.num_token_ranks > 1:
+        if mesh.num_token_ranks > 1 and not config.static_shapes:
             wait()  # where nothing did yet: ranks that differ in the counts raise
         return output_TM if shared is None else output_TM + shared(), routing
 
@@ -287,13 +293,6 @@ class ExpertParallelMoE(nn.Module):
         if routing.counts.tokens is None or not fits(1):
             return False
         return fits(len(self._groups(token_order.num_tokens * self.config.top_k, x_TM)[0]))
-
-    def _late(self, x_TM: Tensor, routing: Routing) -> bool:
-        """Whether counts stay on the device: one rank, and a grouped product, which needs none."""
-        alone = self.mesh.num_token_ranks == 1 and self.config.overlap_groups in (None, 1)
-        if not alone or not routing.dropless or self.config.max_rows is not None:
-            return False
-        return self.experts.chosen_gemm(routing.experts.numel(), x_TM.dtype) == "grouped"
 
     def _groups(self, num_rows: int, x_TM: Tensor) -> tuple[tuple[range, ...], Tensor | None]:
         """Groups of a rank's experts for so many rows, and the experts' positions."""

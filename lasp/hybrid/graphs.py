@@ -120,7 +120,7 @@ class StepGraph:
     Args:
         model: in the mode and dtype of training, on one rank, not in a wrapper. On a GPU everything
             must run without the host: experts in bfloat16 with few rows each, which then are one
-            grouped product, or with ``gemm="grouped"``; without capacity, but ``pad_to_capacity``.
+            grouped product, or with ``static_shapes``; without capacity, but ``pad_to_capacity``.
         loss_of: takes tensors, returns a scalar that depends on parameters of ``model`` alone.
         inputs: tensors of the shapes, dtypes and devices of all steps; values are used to warm up.
 

@@ -77,6 +77,7 @@ class Dispatch(Protocol):
             adds them up.
         row_gradients: in the backward of a dispatch with weights the gradient of each row's weight,
             set before :meth:`by_arrival`, which takes it.
+        static: no shape depends on the routing, and counts stay on the device, if it has them.
     """
 
     experts: tuple[range, ...]
@@ -86,9 +87,13 @@ class Dispatch(Protocol):
     place: Place | None = None
     weights: Tensor | None = None
     row_gradients: Tensor | None = None
+    static: bool = False
 
     def expert_rows(self, g: int) -> tuple[int, ...]:
-        """Rows that each expert of group ``g`` takes; the first call waits for the counts."""
+        """Rows that each expert of group ``g`` takes; the first call waits for the counts.
+
+        With memory for more rows their number comes last.
+        """
 
     def expert_ends(self, g: int) -> Tensor | None:
         """Where the rows of each expert of group ``g`` end, int32 on the device, if it counts them.

@@ -22,8 +22,9 @@ from moe_parallel.dispatch.padding import drop_by_rank
 from moe_parallel.dispatch.permute import RowOrder
 from moe_parallel.dispatch.plan import RowCounts, checked_rows
 from moe_parallel.dispatch.planned import device_numbers
+from moe_parallel.dispatch.static_rows import check_static_mesh, fitting_rows, memory_rows
 from moe_parallel.dispatch.token_rows import RowFormat, TokenSlots
-from moe_parallel.dispatch.tokens import TokenDispatch
+from moe_parallel.dispatch.tokens import ExpertRows, TokenDispatch
 from moe_parallel.mesh import ExpertMesh
 from moe_parallel.router.counts import (
     HostTokenCounts,
@@ -56,6 +57,8 @@ def may_send_tokens(config: MoEConfig, mesh: ExpertMesh) -> bool:
     Raises:
         ValueError: if the config asks for it and the mesh does not allow it.
     """
+    if config.static_shapes:
+        check_static_mesh(mesh)
     if config.send == "tokens" and mesh.etp_size > 1:
         raise ValueError(
             "send must be 'assignments' or 'auto' with ETP, got 'tokens': partial sums over ETP"
@@ -72,7 +75,7 @@ def tokens_pay(config: MoEConfig, mesh: ExpertMesh, num_groups: int, *, padded: 
     ranks (:func:`mean_ranks`) in one group. Tokens are sent if D is at most
     ``MOST_OF_ASSIGNMENTS`` of k / groups. A padded call sends every token to every rank, or
     ``capacity_factor`` k assignments. With ETP, and where ``overlap_groups`` is given, assignments
-    are sent.
+    are sent; with ``static_shapes`` tokens.
 
     Args:
         config: of the layer.
@@ -80,8 +83,8 @@ def tokens_pay(config: MoEConfig, mesh: ExpertMesh, num_groups: int, *, padded: 
         num_groups: in which assignments would go.
         padded: as many rows go to every rank.
     """
-    if mesh.ep_size == 1 or mesh.etp_size > 1 or config.send != "auto":
-        return mesh.ep_size > 1 and config.send == "tokens"
+    if mesh.ep_size == 1 or mesh.etp_size > 1 or config.send != "auto" or config.static_shapes:
+        return mesh.ep_size > 1 and (config.send == "tokens" or config.static_shapes)
     if config.overlap_groups is not None:
         return False
     tokens = mean_ranks(config.num_experts, config.top_k, mesh.ep_size)
@@ -99,12 +102,14 @@ class TokenCall(NamedTuple):
         dispatch: moves the rows.
         wait: rows each rank of the token group keeps for each expert.
         total: rows that all experts take.
+        most: int64 on the device, the most rows that any rank would take, where some may not fit.
     """
 
     routing: Routing
     dispatch: Dispatch
     wait: Callable[[], RowCounts]
     total: int
+    most: Tensor | None = None
 
 
 def start_tokens(
@@ -133,21 +138,26 @@ def start_tokens(
     """
     impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
     known = token_order.is_agreed(token_group) and _go_everywhere(config, mesh)
-    everywhere = padded or known
+    everywhere, most = padded or known or config.static_shapes, None
     ranks = mesh.ep_size if everywhere else min(mesh.ep_size, config.top_k)
     if padded:
         routing, slots, kept_RE = _padded_slots(routing, config, mesh, token_order)
-        ends, total = None, sum(map(sum, kept_RE))
+        expert_rows, total = ExpertRows(None), sum(map(sum, kept_RE))
 
         def wait() -> RowCounts:
             return kept_RE
 
+    elif config.static_shapes:
+        total = token_order.num_tokens * config.top_k
+        routing, slots, expert_rows, most = _static_slots(routing, config, mesh, token_order, impl)
+        wait = partial(_counts_of, routing, token_order)
     else:
         counts = HostTokenCounts(routing, token_order)
         wait, total = counts.wait, counts.of_all()
         if config.max_rows is not None:
             wait = partial(checked_rows, wait, config.max_rows, mesh)
         slots, ends = _slots(routing, mesh, config, impl, everywhere=everywhere)
+        expert_rows = ExpertRows(ends)
 
     def tokens() -> RowCounts:
         if padded:
@@ -158,11 +168,15 @@ def start_tokens(
         return counts.tokens()
 
     form = RowFormat(x_TM.shape[1], config.top_k, x_TM.dtype, routing.weights.dtype)
-    like, most = x_TM.new_empty(0, form.width), token_order.max_local_tokens * ranks
-    rows = dispatcher.start_call(tokens, (range(1),), most_rows=most, like=like)
-    sending = (slots, form, ends, impl)
+    like, most_rows = x_TM.new_empty(0, form.width), token_order.max_local_tokens * ranks
+    rows = dispatcher.start_call(tokens, (range(1),), most_rows=most_rows, like=like)
+    sending = (slots, form, expert_rows, impl)
     dispatch = TokenDispatch(rows, wait, mesh, routing.weights, *sending)
-    return TokenCall(routing, dispatch, wait, total)
+    return TokenCall(routing, dispatch, wait, total, most)
+
+
+def _counts_of(routing: Routing, order: TokenOrder) -> RowCounts:
+    return HostTokenCounts(routing, order, start=False).wait()
 
 
 def _go_everywhere(config: MoEConfig, mesh: ExpertMesh) -> bool:
@@ -223,6 +237,22 @@ def _slots(
     # Rows beyond those that leave hold nothing: plain torch, which writes all, writes zeros.
     sent = RowOrder(row_TP.masked_fill(~goes_TP, -1), num_rows, padded=impl == "eager")
     return TokenSlots(experts_Tk, row_Tk, sent, num_experts), ends
+
+
+def _static_slots(
+    routing: Routing, config: MoEConfig, mesh: ExpertMesh, order: TokenOrder, impl: ChosenImpl
+) -> tuple[Routing, TokenSlots, ExpertRows, Tensor | None]:
+    """The same of calls of static shapes: the routing with drops, rows, and ``TokenCall.most``."""
+    memory, may_drop = memory_rows(config, mesh, order)
+    if not may_drop:
+        slots, ends = _slots(routing, mesh, config, impl, everywhere=True)
+        return routing, slots, ExpertRows(ends, memory), None
+    kept_RE, most = fitting_rows(routing.counts.assigned, mesh.ep_size, memory)
+    routing = routing._replace(counts=routing.counts._replace(kept=kept_RE))
+    slots, ends = _slots(routing, mesh, config, impl, everywhere=True)
+    fits_Tk = slots.row < memory
+    slots = slots._replace(row=slots.row.masked_fill(~fits_Tk, -1))
+    return routing._replace(mask=fits_Tk), slots, ExpertRows(ends, memory), most
 
 
 def _numbers_of_kept(experts_Tk: Tensor, mask_Tk: Tensor | None, num_experts: int) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ from moe_parallel.dispatch.token_rows import ArrivedSlots, RowFormat, TokenSlots
 from moe_parallel.mesh import ExpertMesh
 
 
+class ExpertRows(NamedTuple):
+    """The rows that a rank's experts take.
+
+    Attributes:
+        ends: where those of each expert end, int32 on the device; None: padded to a capacity.
+        memory: rows that have memory, of which some may hold nothing; None: as many as the host
+            counts.
+    """
+
+    ends: Tensor | None
+    memory: int | None = None
+
+
 class TokenDispatch(Dispatch):
     """One call whose tokens cross once, in one group of experts.
 
@@ -38,7 +52,7 @@ class TokenDispatch(Dispatch):
         weights_Tk: of the assignments.
         slots: of this rank's tokens.
         form: of the rows.
-        ends: where the rows of this rank's experts end, int32 on the device; None: padded rows.
+        expert_rows: those of this rank's experts.
         impl: of packing, copies and sums.
 
     Communication: that of ``rows``.
@@ -52,14 +66,17 @@ class TokenDispatch(Dispatch):
         weights_Tk: Tensor,
         slots: TokenSlots,
         form: RowFormat,
-        ends: Tensor | None,
+        expert_rows: ExpertRows,
         impl: ChosenImpl,
     ) -> None:
         self.lanes, self.process_groups = rows.lanes, rows.process_groups
         self.weights, self._weights = weights_Tk, weights_Tk.detach()
         self._rows, self._wait, self._mesh = rows, wait, mesh
-        self._slots, self._form, self._ends, self._impl = slots, form, ends, impl
-        self._padded = ends is None  # of the experts' rows some have no token
+        self._slots, self._form, self._impl = slots, form, impl
+        self._ends, self._memory = expert_rows
+        self.static = self._memory is not None
+        # Products leave rows beyond the last end alone; of the others some may have no token.
+        self._padded = self._ends is None or (self.static and impl == "eager")
         self._arrived: ArrivedSlots | None = None  # from the forward on
         num_local = slots.num_experts // mesh.ep_size
         self.experts = (range(num_local),)
@@ -68,7 +85,8 @@ class TokenDispatch(Dispatch):
     def _kept_E(self) -> tuple[int, ...]:
         first, kept_RE = self._mesh.ep_rank * len(self.experts[0]), self._wait()
         own = (kept_RE[source][first:][: len(self.experts[0])] for source in self._mesh.sources)
-        return tuple(map(sum, zip(*own)))
+        kept_E = tuple(map(sum, zip(*own)))
+        return kept_E if self._memory is None else (*kept_E, self._memory - sum(kept_E))
 
     def expert_rows(self, g: int) -> tuple[int, ...]:
         """See :class:`moe_parallel.dispatch.dispatcher.Dispatch`."""
@@ -132,7 +150,8 @@ class TokenDispatch(Dispatch):
 
     def by_expert(self, g: int, rows_AM: Tensor) -> Tensor:
         """``[R, M]``: each token, or its gradient, for each of its experts here."""
-        form, num_rows = self._form, sum(self._kept_E)
+        form = self._form
+        num_rows = sum(self._kept_E) if self._memory is None else self._memory
         if self._arrived is None:
             ends = (form.rows(rows_AM), form.weights(rows_AM))
             self._arrived = ArrivedSlots.unpack(*ends, num_rows, self._impl, padded=self._padded)

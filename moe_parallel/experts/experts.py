@@ -272,7 +272,8 @@ class _OverRanks(torch.autograd.Function):
             dy, dhidden, act = made.pop(g)
             with pipeline.computing("weights", g, dy.device):
                 for i, (a, b) in enumerate(((dhidden, kept[each * g]), (dy, act))):
-                    if gemm != "loop" and len(own_of) == 1 and weights_at_once(a, b):
+                    at_once = dispatch.static or weights_at_once(a, b)
+                    if gemm != "loop" and len(own_of) == 1 and at_once:
                         ends = ends_of(_ends_or_counts(dispatch, g), dy.device)
                         dws[i] = grouped_weight_product(a, b, ends)
                         continue

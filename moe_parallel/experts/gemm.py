@@ -116,7 +116,7 @@ def weight_product(
 
 def _product(rows_AK: Tensor, weight_EKN: Tensor, counts: Counts, gemm: ChosenGemm) -> Tensor:
     if gemm == "grouped":
-        # grouped_mm leaves rows beyond the last end uninitialised: A must be exactly the sum.
+        # grouped_mm leaves rows beyond the last end uninitialised: nobody may read them.
         return _grouped_mm(rows_AK, weight_EKN, offs=ends_of(counts, rows_AK.device))
     assert not isinstance(counts, Tensor)
     result = rows_AK.new_empty(rows_AK.shape[0], weight_EKN.shape[2])
@@ -126,7 +126,7 @@ def _product(rows_AK: Tensor, weight_EKN: Tensor, counts: Counts, gemm: ChosenGe
 
 
 def _parts(rows_A: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
-    """The rows of each expert; of one expert all, which costs the host nothing."""
+    """The rows of each expert, then those of none; of one expert all, which costs nothing."""
     return [rows_A] if len(counts) == 1 else rows_A.split_with_sizes(list(counts))
 
 

@@ -105,12 +105,13 @@ def agreed_order(
     Raises:
         ValueError: for orders that differ or are missing where they must not, on every rank alike.
     """
-    padded = config.pad_to_capacity and training
+    static = config.static_shapes or (config.pad_to_capacity and training)
     by_probability = config.capacity_factor is not None and config.drop_policy == "probability"
     given = token_order is not None
-    if padded and not given and mesh.num_token_ranks > 1:
+    if static and not given and mesh.num_token_ranks > 1:
+        option = "static_shapes" if config.static_shapes else "pad_to_capacity"
         raise ValueError(
-            "token_order must be given with pad_to_capacity on several ranks, got None: without"
+            f"token_order must be given with {option} on several ranks, got None: without"
             " it the ranks compare their numbers of tokens on the host; keep one for all calls"
         )
     if token_order is None:

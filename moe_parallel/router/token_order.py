@@ -262,9 +262,9 @@ def to_host(x: Tensor) -> Callable[[], Tensor]:
         return lambda: x
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "experts must not need counts of rows on the host while a CUDA graph is captured: on"
-            " one rank use bfloat16 without capacity_factor, max_rows and overlap_groups and few"
-            " rows an expert, or gemm='grouped'; over ranks pad_to_capacity"
+            "experts must not need counts of rows on the host while a CUDA graph is captured: use"
+            " bfloat16 and static_shapes, or pad_to_capacity, or on one rank few rows an expert"
+            " without capacity_factor, max_rows and overlap_groups"
         )
     host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
     host.copy_(x, non_blocking=True)

@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, track_
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder
+from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder, check_max_rows
 from moe_parallel.megatron import (
     ExpertOptions,
     ExpertParallelMoELayer,
@@ -24,7 +24,7 @@ from tests.megatron.attention import config, parallel_config
 from tests.megatron.cpu import initialize, summed
 from tests.moe_parallel.batch import ORDERS, assemble, assemble_expert, local_rows, random_batch
 from tests.moe_parallel.host_memory import host_memory
-from tests.ranks import run_on_ranks
+from tests.ranks import refusal, run_on_ranks
 
 pytestmark = pytest.mark.megatron
 
@@ -210,11 +210,15 @@ def test_megatron_logs_the_auxiliary_loss(num_ranks, sizes, options) -> None:
         assert actual == pytest.approx(expected, rel=1e-6)  # it logs float32
 
 
-def padded_on_rank(sizes: dict[str, int]) -> None:
+STATIC = ExpertOptions(static_shapes=True, max_rows=26)
+
+
+def without_order(sizes: dict[str, int], options: dict[str, Any], ours: ExpertOptions) -> None:
     """Our layer in Megatron and the plain one on the same ranks, without an order of the tokens."""
-    groups, options = initialize(**sizes), {"moe_pad_expert_input_to_capacity": True}
-    settings = parallel_config(sizes, **OPTIONS, **options)
-    layer = build_module(expert_parallel_moe_spec(), config=settings, pg_collection=groups)
+    groups = initialize(**sizes)
+    settings = parallel_config(sizes, **OPTIONS | options)
+    spec = expert_parallel_moe_spec(options=ours)
+    layer = build_module(spec, config=settings, pg_collection=groups)
     load_plain(layer, groups)
     alone = ExpertParallelMoE(layer.moe.config, groups=layer.moe.groups, dtype=torch.float64)
     for weight, values in zip(alone.parameters(), layer.moe.parameters()):
@@ -226,6 +230,18 @@ def padded_on_rank(sizes: dict[str, int]) -> None:
         assert int(expected.stats.dropped.sum()) > 0
         assert_equal_to_rounding(layer(x.view(4, 3, 10))[0].view(12, 10), expected.output)
 
+    if ours.static_shapes:
+        for model in (layer, alone):
+            assert "assignments were dropped in" in refusal(check_max_rows, model)
 
-def test_padded_to_capacity() -> None:
-    run_on_ranks(padded_on_rank, 2, {"ep": 2})
+
+@pytest.mark.parametrize(
+    ("options", "ours"),
+    [
+        ({"moe_pad_expert_input_to_capacity": True}, ExpertOptions()),
+        ({"moe_expert_capacity_factor": None}, STATIC),
+    ],
+    ids=["padded to capacity", "static shapes"],
+)
+def test_static_shapes(options: dict[str, Any], ours: ExpertOptions) -> None:
+    run_on_ranks(without_order, 2, {"ep": 2}, options, ours)

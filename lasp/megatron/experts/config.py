@@ -61,6 +61,9 @@ class ExpertOptions:
         max_rows: most rows that the experts of one rank may take; None: as many as come.
         impl: of the router, the activation, and the rows of tokens and their sums.
         send: whether tokens cross to a rank once or assignments one by one.
+        static_shapes: no shape depends on the routing, and rows beyond ``max_rows`` are dropped:
+            what ``moe_expert_rank_capacity_factor`` is for, which Megatron allows its flex backends
+            alone. Ask :func:`moe_parallel.check_max_rows` after a step.
         symmetric_memory: memory of the ranks that share experts (Megatron's tp_ep), through which
             rows travel; one object for all layers, see :class:`moe_parallel.SymmetricMemory`.
     """
@@ -71,12 +74,13 @@ class ExpertOptions:
     impl: Impl = "auto"
     symmetric_memory: SymmetricMemory | None = None
     send: Send = "auto"
+    static_shapes: bool = False
 
     @classmethod
     def of(cls, moe: MoEConfig, symmetric_memory: SymmetricMemory | None = None) -> ExpertOptions:
         """Those of a layer's config."""
         options = (moe.gemm, moe.overlap_groups, moe.max_rows, moe.impl)
-        return cls(*options, symmetric_memory, moe.send)
+        return cls(*options, symmetric_memory, moe.send, moe.static_shapes)
 
 
 DEFAULT_OPTIONS = ExpertOptions()
@@ -108,6 +112,7 @@ def moe_config(config: TransformerConfig, options: ExpertOptions = DEFAULT_OPTIO
         pad_to_capacity=config.moe_pad_expert_input_to_capacity,
         impl=options.impl,
         send=options.send,
+        static_shapes=options.static_shapes,
         router=router_config(config),
         shared_ffn_size=config.moe_shared_expert_intermediate_size,
         shared_gate=config.moe_shared_expert_gate,

@@ -116,6 +116,7 @@ class ExpertParallelMoELayer(MoELayer):
             "moe" in config.recompute_modules
         )
         self._orders: dict[int, TokenOrder] = {}  # by rows of a rank
+        self._needs_order = moe.pad_to_capacity or moe.static_shapes
         self.step_balance = StepBalance(moe.num_experts, parameter_device(config))
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -156,7 +157,7 @@ class ExpertParallelMoELayer(MoELayer):
                     " leaves padding out"
                 )
             token_order = order_of_mask(padding_mask, self.groups)
-        elif token_order is None and self.moe.config.pad_to_capacity:
+        elif token_order is None and self._needs_order:
             token_order = self._order_of_rows(hidden_states.shape[0] * hidden_states.shape[1])
 
         def compute(hidden: Tensor) -> Tensor:

@@ -101,11 +101,13 @@ def test_every_rank_drops_by_itself(topology: ExpertTopology) -> None:
         assert_equal_to_rounding(tensor, expected)
 
 
-def host_reads(topology: ExpertTopology, config: MoEConfig) -> int:
+def host_reads(
+    topology: ExpertTopology, config: MoEConfig, dtype: torch.dtype = torch.float64
+) -> int:
     """Rank function: how often a call, forward and backward, reads a tensor on the host."""
-    layer = build(config, torch.float64, False, groups=groups_of(topology).experts)
+    layer = build(config, dtype, False, groups=groups_of(topology).experts)
     order = TokenOrder.contiguous([8] * topology.world_size)
-    x = random_batch(8, 10).x
+    x = random_batch(8, config.hidden_size).x.to(dtype)
     layer(x, token_order=order).output.sum().backward()  # the ranks compare the order once
     reads = []
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__"):

@@ -19,13 +19,15 @@ All ranks start the same exchanges in the same order, even with nothing to send 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ring.planner.ranges import RowRange, TokenIndex
 from ring.planner.schedule import KVSlices, RingSchedule, RingStage, StageExchange
 
 KV = tuple[Tensor, ...]  # k [tokens, Hkv, D] and v [tokens, Hkv, V], or dk and dv; contiguous
@@ -129,10 +131,47 @@ def receive_memory(own: KV, schedule: RingSchedule) -> list[Tensor]:
     return [memory[number % 2][:length] for number, length in enumerate(tokens)]
 
 
-def zeros_for(tokens: int, like: KV, dtype: torch.dtype) -> tuple[Tensor, KV]:
-    """Zeroed memory ``[tokens, W]`` for gradients, and the views of it shaped as ``like``."""
-    memory = like[0].new_zeros(tokens, _width(like), dtype=dtype)
-    return memory, unpack_messages(memory, (tokens,), like)
+class GradientSums:
+    """Sums of gradients to the keys and values of some tokens, in memory once they are asked for.
+
+    Args:
+        tokens: which rows have a sum, of the rank's tokens or of a kv buffer.
+        like: give widths and device.
+        dtype: of the sums.
+        once: each row gets one gradient, which is stored and not added to zeros.
+    """
+
+    def __init__(self, tokens: TokenIndex, like: KV, dtype: torch.dtype, *, once: bool) -> None:
+        self._tokens, self._like, self._dtype, self._once = tokens, like, dtype, once
+
+    @cached_property
+    def memory(self) -> Tensor:
+        """All sums, ``[tokens, W]``."""
+        make = self._like[0].new_empty if self._once else self._like[0].new_zeros
+        return make(self._tokens.length, _width(self._like), dtype=self._dtype)
+
+    @cached_property
+    def kv(self) -> KV:
+        """The views of the memory, shaped as ``like``."""
+        return unpack_messages(self.memory, (self._tokens.length,), self._like)
+
+    def add(self, rows: RowRange, gradients: Iterable[Tensor]) -> None:
+        """Add the gradients of some rows, all within one of the ranges of ``tokens``."""
+        where = slice(*self._tokens.find(*rows))
+        for sums, gradient in zip(self.kv, gradients):
+            if self._once:
+                sums[where].copy_(gradient)
+            else:
+                sums[where] += gradient
+
+    def add_to(self, gradients: Iterable[Tensor]) -> None:
+        """Add the sums to gradients of all rows, rounded to their dtype."""
+        if not self._tokens.length:
+            return
+        lengths = [rows.length for rows in self._tokens.ranges]
+        for gradient, sums in zip(gradients, self.kv):
+            for rows, part in zip(self._tokens.ranges, sums.split(lengths)):
+                gradient[slice(*rows)] += part
 
 
 def send_kv_grads(
@@ -143,7 +182,7 @@ def send_kv_grads(
     Args:
         stage: the stage they belong to.
         memory: ``[tokens, W]``, float32 or float64; not to be changed.
-        dkv_buffer: the views of it, see :func:`zeros_for`.
+        dkv_buffer: the views of it, see :class:`GradientSums`.
         cp_group: the context-parallel group.
 
     Returns:
@@ -164,21 +203,25 @@ def send_kv_grads(
     return transfer
 
 
-def accumulate_kv_grads(transfer: KVTransfer, dkv: KV, dkv_buffer: KV) -> None:
+def accumulate_kv_grads(transfer: KVTransfer, own: GradientSums, dkv_buffer: KV) -> None:
     """Wait for gradients and add them, rank by rank: a fixed order.
 
     Args:
         transfer: started by :func:`send_kv_grads`.
-        dkv: gradients of own tokens; changed.
+        own: gradients of own tokens; changed.
         dkv_buffer: gradients of the *next* stage, which receives those of a chain; changed.
     """
     exchange = transfer.exchange
     messages = transfer.wait().split(list(exchange.receive_tokens))
     for parts, tokens, message in zip(exchange.receives, exchange.receive_tokens, messages):
         lengths = [part.rows.length for part in parts]
-        for i, gradients in enumerate(unpack_messages(message, (tokens,), dkv)):
-            for part, gradient in zip(parts, gradients.split(lengths)):
-                (dkv_buffer if part.in_buffer else dkv)[i][slice(*part.rows)] += gradient
+        gradients = (x.split(lengths) for x in unpack_messages(message, (tokens,), dkv_buffer))
+        for part, of_part in zip(parts, zip(*gradients)):
+            if not part.in_buffer:
+                own.add(part.rows, of_part)
+                continue
+            for sums, gradient in zip(dkv_buffer, of_part):
+                sums[slice(*part.rows)] += gradient
 
 
 def pack_messages(sends: Sequence[KVSlices], own: KV, kv_buffer: KV) -> Tensor:

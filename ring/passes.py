@@ -34,13 +34,14 @@ from ring.blocks.merge import Accumulator, Partial
 from ring.blocks.sinks import add_sinks
 from ring.exchange import (
     KV,
+    GradientSums,
     KVPrefetcher,
     KVTransfer,
     accumulate_kv_grads,
     send_kv_grads,
-    zeros_for,
 )
 from ring.expansion import LatentExpansion
+from ring.planner.ranges import TokenIndex
 from ring.planner.schedule import RingSchedule
 from ring.planner.tiles import KVTile
 
@@ -140,59 +141,63 @@ def backward(
     stages = KVPrefetcher(moving, schedule, cp_group)
     own = context.keys_and_values(moving)
     rows = RowGradients(context.block, doutput.contiguous(), dlse, merged, context.scale)
-    sums = _TileGradients(QKV(q, *own), rows, schedule, dtype)
-    returned = sums.dkv
+    sums = _TileGradients(QKV(q, *own), rows, schedule, dtype, alone=expansion is not None)
+    returned = sums.lent
     if expansion is not None:
-        _, returned = zeros_for(len(q) if schedule.stages else 0, moving, dtype)
+        returned = GradientSums(schedule.lent, moving, dtype, once=False)
     returning: KVTransfer | None = None
     for stage, received in stages:
         kv = context.keys_and_values(received)
-        memory, sent = zeros_for(stage.tokens, kv, dtype)
-        sums.add(stage.tiles, kv, sent)
+        in_buffer = TokenIndex([(0, stage.tokens)])
+        of_stage = GradientSums(in_buffer, kv, dtype, once=stage.seen_once)
+        sums.add(stage.tiles, kv, of_stage)
         del kv
+        memory, sent = of_stage.memory, of_stage.kv
         if expansion is not None:
-            dk, dv = sent
-            sent = (expansion.gradients(received[0], dk, dv),)
+            sent = (expansion.gradients(received[0], *sent),)
             memory = sent[0].flatten(1)
         del received
         stages.release()
         if returning is not None:
             accumulate_kv_grads(returning, returned, sent)
         returning = send_kv_grads(stage, memory, sent, cp_group)
-    sums.add(schedule.own_tiles, own, sums.dkv)
+    sums.add(schedule.own_tiles, own, sums.lent)
     segments = segments_of(schedule.fragment_borders, q.device, schedule.window)
     local = rows.within(segments, QKV(q, *own))
     if returning is not None:
-        accumulate_kv_grads(returning, returned, returned)  # after the last is no next stage
+        accumulate_kv_grads(returning, returned, returned.kv)  # after the last is no next stage
     sums.add_to(local)
     gradients: tuple[Tensor, ...] = local
     if expansion is not None:
         dmoving = expansion.gradients(moving[0], local.k.to(dtype), local.v.to(dtype))
-        gradients = (local.q, dmoving.add_(returned[0]) if schedule.stages else dmoving)
+        returned.add_to((dmoving,))
+        gradients = (local.q, dmoving)
     return tuple([x if x.dtype == q.dtype else x.to(q.dtype) for x in gradients])
 
 
 class _TileGradients:
     """Sums, in ``dtype``, of what tiles contribute to the gradients of this rank's tokens.
 
-    ``dkv`` holds dk and dv; nothing where there are no tiles.
+    ``lent`` holds dk and dv of own tokens, with ``alone`` those of own tiles only.
     """
 
     def __init__(
-        self, qkv: QKV, rows: RowGradients, schedule: RingSchedule, dtype: torch.dtype
+        self, qkv: QKV, rows: RowGradients, schedule: RingSchedule, dtype: torch.dtype, alone: bool
     ) -> None:
         self._q, self._rows, self._schedule, self._dtype = qkv.q, rows, schedule, dtype
         self._dq: list[Tensor | None] = [None] * len(schedule.rows)
-        self._any = bool(schedule.own_tiles or schedule.stages)
-        self.dkv: KV = zeros_for(len(qkv.k), qkv[1:], dtype)[1] if self._any else ()
+        once = schedule.lent_once and not alone
+        self.lent = GradientSums(schedule.lent, qkv[1:], dtype, once=once)
 
-    def add(self, tiles: Iterable[KVTile], kv: KV, dkv: KV) -> None:
-        """Add gradients of tiles over ``kv``: to dq, and to ``dkv`` of the same shapes."""
+    def add(self, tiles: Iterable[KVTile], kv: KV, sums: GradientSums) -> None:
+        """Add gradients of tiles over ``kv``: to dq, and to ``sums`` of the same shapes."""
         for tile in tiles:
-            part = _gather(tile, self._q, kv)
-            found = self._rows.over(slice(*tile.rows), part, tile.window)
+            found = self._rows.over(slice(*tile.rows), _gather(tile, self._q, kv), tile.window)
             self._add_rows(tile, found.q)
-            _scatter_add(tile, found, dkv)
+            lengths = [keys.length for keys in tile.keys]
+            of_ranges = zip(found.k.split(lengths), found.v.split(lengths))
+            for keys, gradients in zip(tile.keys, of_ranges):  # where they were gathered from
+                sums.add(keys, gradients)
 
     def _add_rows(self, tile: KVTile, found: Tensor) -> None:
         """Add to the dq of a rectangle; after one tile of all rows it is what the kernel made."""
@@ -210,9 +215,7 @@ class _TileGradients:
         for rows, dq in zip(self._schedule.rows, self._dq):
             if dq is not None:
                 local.q[slice(*rows)].add_(dq)
-        if self._any:
-            local.k.add_(self.dkv[0])
-            local.v.add_(self.dkv[1])
+        self.lent.add_to(local[1:])
 
 
 def _accumulators(local: Partial, schedule: RingSchedule, block: Block) -> list[Accumulator]:
@@ -239,11 +242,3 @@ def _gather(tile: KVTile, q: Tensor, kv: KV) -> QKV:
         keys = slice(*tile.keys[0])
         return QKV(rows, *(x[keys] for x in kv))
     return QKV(rows, *(torch.cat([x[slice(*keys)] for keys in tile.keys]) for x in kv))
-
-
-def _scatter_add(tile: KVTile, grads: QKV, dkv: KV) -> None:
-    """Add a tile's dk and dv where :func:`_gather` took k and v from."""
-    lengths = [keys.length for keys in tile.keys]
-    for target, gradient in zip(dkv, (grads.k, grads.v)):
-        for keys, part in zip(tile.keys, gradient.split(lengths)):
-            target[slice(*keys)] += part

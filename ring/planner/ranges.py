@@ -26,6 +26,7 @@ class TokenIndex:
 
     def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
         self.ranges = tuple(RowRange(*some) for some in ranges)
+        self.length = sum(some.length for some in self.ranges)
         ends = accumulate((some.length for some in self.ranges), initial=0)
         self._sorted = sorted((r.start, r.stop, offset) for r, offset in zip(self.ranges, ends))
 
@@ -50,16 +51,20 @@ class TokenIndex:
 
     def overlap(self, wanted: Iterable[RowRange]) -> tuple[RowRange, ...]:
         """Where the held part of some ranges of the pack lies: sorted, adjacent ranges joined."""
-        found = (
-            (max(start, want.start) - start + offset, min(stop, want.stop) - start + offset)
+        return union(
+            RowRange(max(start, want.start) - start + offset, min(stop, want.stop) - start + offset)
             for start, stop, offset in self._sorted
             for want in wanted
             if max(start, want.start) < min(stop, want.stop)
         )
-        union: list[RowRange] = []
-        for start, stop in sorted(found):
-            if union and start == union[-1].stop:
-                union[-1] = RowRange(union[-1].start, stop)
-            else:
-                union.append(RowRange(start, stop))
-        return tuple(union)
+
+
+def union(ranges: Iterable[RowRange]) -> tuple[RowRange, ...]:
+    """Rows in any of the ranges: sorted; what meets or overlaps is joined."""
+    joined: list[RowRange] = []
+    for start, stop in sorted(ranges):
+        if joined and start <= joined[-1].stop:
+            joined[-1] = RowRange(joined[-1].start, max(stop, joined[-1].stop))
+        else:
+            joined.append(RowRange(start, stop))
+    return tuple(joined)

@@ -33,7 +33,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from lasp.sequence.layout import SequenceLayout
-from ring.planner.ranges import RowRange, TokenIndex
+from ring.planner.ranges import RowRange, TokenIndex, union
 from ring.planner.stages import RULE, StageRule
 from ring.planner.tiles import KVTile, Rectangle, rectangles_of, tiles_over
 from ring.planner.traffic import KVDelivery, KVTraffic, plan_traffic
@@ -92,6 +92,11 @@ class RingStage(NamedTuple):
         """Tokens in the kv buffer."""
         return sum(some.length for some in self.keys)
 
+    @property
+    def seen_once(self) -> bool:
+        """Whether each token of the kv buffer is in one tile; else some are in several."""
+        return sum(tile.num_keys for tile in self.tiles) == self.tokens
+
 
 @dataclass(frozen=True)
 class RingSchedule:
@@ -130,6 +135,27 @@ class RingSchedule:
     def slides(self) -> bool:
         """Whether the window is a sliding one."""
         return self.window.slides
+
+    @cached_property
+    def _lendings(self) -> tuple[RowRange, ...]:
+        """Ranges of own tokens that come back with gradients, or that own tiles have as keys."""
+        exchanges = (stage.grad_exchange for stage in self.stages)
+        returned = (p for exchange in exchanges for some in exchange.receives for p in some)
+        own = (keys for tile in self.own_tiles for keys in tile.keys)
+        return (*own, *(part.rows for part in returned if not part.in_buffer))
+
+    @cached_property
+    def lent(self) -> TokenIndex:
+        """Own tokens that rows outside their fragments see: of other runs or of other ranks."""
+        return TokenIndex(union(self._lendings))
+
+    @cached_property
+    def lent_once(self) -> bool:
+        """Whether each of them gets one gradient from outside its fragment, and not several."""
+        lengths = (
+            sum(some.length for some in ranges) for ranges in (self._lendings, self.lent.ranges)
+        )
+        return len(set(lengths)) == 1
 
     @cached_property
     def fragment_borders(self) -> tuple[int, ...]:

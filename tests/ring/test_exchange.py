@@ -15,14 +15,14 @@ from ring.blocks.interface import Block
 from ring.blocks.merge import Accumulator
 from ring.blocks.registry import BLOCKS
 from ring.exchange import (
+    GradientSums,
     pack_messages,
     receive_memory,
     send_kv_grads,
     unpack_messages,
-    zeros_for,
 )
 from ring.passes import RingContext, forward
-from ring.planner.ranges import RowRange
+from ring.planner.ranges import RowRange, TokenIndex
 from ring.planner.schedule import KVSlice, plan_ring
 from ring.planner.stages import StageRule
 from tests.ranks import run_on_ranks
@@ -133,10 +133,11 @@ def test_gradients_for_one_rank_are_sent_from_where_they_lie() -> None:
     ):
         for lengths, ranks, views in (((999, 5, 996), 2, True), ((40,), 5, False)):
             for stage in plan_ring(SequenceLayout(lengths, ranks), ranks - 1, True).stages:
-                memory, dkv_buffer = zeros_for(stage.tokens, like, torch.float32)
-                send_kv_grads(stage, memory, dkv_buffer, None)
+                tokens = TokenIndex([(0, stage.tokens)])
+                sums = GradientSums(tokens, like, torch.float32, once=False)
+                send_kv_grads(stage, sums.memory, sums.kv, None)
                 assert sent[-1].shape == (stage.tokens, 14)
-                assert (sent[-1].data_ptr() == memory.data_ptr()) is views
+                assert (sent[-1].data_ptr() == sums.memory.data_ptr()) is views
     assert len(sent) == 2
 
 

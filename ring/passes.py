@@ -8,15 +8,16 @@ Forward, with transfers under the attention::
 Two transfers start first. After the tiles of a stage, its memory is free and the transfer of the
 stage after the next starts.
 
-Backward, with stages first, and the tiles over own keys and the local attention last::
+Backward, with the local attention in two parts where a block can write both to one memory
+(:meth:`ring.blocks.interface.Block.writing_to`), else all of it last::
 
-    transfer   | keys 1 | keys 2 |  | gradients 1, keys 3 | gradients 2 | gradients 3 |
-    compute             | tiles of 1 | tiles of 2         | tiles of 3  | own keys, local |
+    transfer   | keys 1 | keys 2 |        | gradients 1, keys 3 | gradients 2 | gradients 3     |
+    compute    | early local | tiles of 1 | tiles of 2          | tiles of 3  | own keys, local |
 
 After its tiles a stage sends the gradients of its kv buffer on, to the next rank of a chain or to
-their owner, under the tiles of the next stage. The last ones go under the local attention: they
-have twice the bytes of the keys in 16 bits, whose first transfer nothing hides. What comes from
-other ranks is added before a kv buffer's gradients go on.
+their owner, under the tiles of the next stage. The last ones go under the rest of the local
+attention: they have twice the bytes of the keys in 16 bits. What comes from other ranks is added
+before a kv buffer's gradients go on.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from ring.exchange import (
 )
 from ring.expansion import LatentExpansion
 from ring.planner.ranges import TokenIndex
-from ring.planner.schedule import RingSchedule
+from ring.planner.schedule import RingSchedule, RingStage
 from ring.planner.tiles import KVTile
 
 
@@ -146,33 +147,62 @@ def backward(
     if expansion is not None:
         returned = GradientSums(schedule.lent, moving, dtype, once=False)
     returning: KVTransfer | None = None
+    local = _LocalGradients(QKV(q, *own), rows, schedule)
+    if schedule.early:
+        local.before_stages()
     for stage, received in stages:
-        kv = context.keys_and_values(received)
-        in_buffer = TokenIndex([(0, stage.tokens)])
-        of_stage = GradientSums(in_buffer, kv, dtype, once=stage.seen_once)
-        sums.add(stage.tiles, kv, of_stage)
-        del kv
-        memory, sent = of_stage.memory, of_stage.kv
-        if expansion is not None:
-            sent = (expansion.gradients(received[0], *sent),)
-            memory = sent[0].flatten(1)
+        memory, sent = sums.of_stage(stage, received, context)
         del received
         stages.release()
         if returning is not None:
             accumulate_kv_grads(returning, returned, sent)
         returning = send_kv_grads(stage, memory, sent, cp_group)
     sums.add(schedule.own_tiles, own, sums.lent)
-    segments = segments_of(schedule.fragment_borders, q.device, schedule.window)
-    local = rows.within(segments, QKV(q, *own))
+    within = local.after_stages()
     if returning is not None:
         accumulate_kv_grads(returning, returned, returned.kv)  # after the last is no next stage
-    sums.add_to(local)
-    gradients: tuple[Tensor, ...] = local
+    sums.add_to(within)
+    gradients: tuple[Tensor, ...] = within
     if expansion is not None:
-        dmoving = expansion.gradients(moving[0], local.k.to(dtype), local.v.to(dtype))
+        dmoving = expansion.gradients(moving[0], within.k.to(dtype), within.v.to(dtype))
         returned.add_to((dmoving,))
-        gradients = (local.q, dmoving)
+        gradients = (within.q, dmoving)
     return tuple([x if x.dtype == q.dtype else x.to(q.dtype) for x in gradients])
+
+
+class _LocalGradients:
+    """Gradients of the local attention: in one call after the stages, or in two around them.
+
+    In two the first transfer of keys is hidden too. That takes a block that writes where it is told
+    to: to put two results together moves as many bytes as the transfer.
+    """
+
+    def __init__(self, qkv: QKV, rows: RowGradients, schedule: RingSchedule) -> None:
+        self._qkv, self._rows, self._schedule = qkv, rows, schedule
+        self._early: QKV | None = None
+
+    def before_stages(self) -> None:
+        """Compute the early rows, if the block can."""
+        out = QKV(*(torch.empty_like(x) for x in self._qkv))
+        if self._part(0, out):
+            self._early = out
+
+    def after_stages(self) -> QKV:
+        """Compute the rest; the gradients of all rows."""
+        if self._early is not None:
+            self._part(1, self._early)
+            return self._early
+        schedule = self._schedule
+        borders, device = schedule.fragment_borders, self._qkv.q.device
+        return self._rows.within(segments_of(borders, device, schedule.window), self._qkv)
+
+    def _part(self, number: int, out: QKV) -> bool:
+        schedule, q = self._schedule, self._qkv.q
+        rows = (slice(0, schedule.early), slice(schedule.early, len(q)))[number]
+        borders = schedule.borders_around_stages[number]
+        segments = segments_of(borders, q.device, schedule.window)
+        qkv, of_rows = (QKV(*(x[rows] for x in some)) for some in (self._qkv, out))
+        return self._rows.within_part(rows, segments, qkv, of_rows)
 
 
 class _TileGradients:
@@ -198,6 +228,17 @@ class _TileGradients:
             of_ranges = zip(found.k.split(lengths), found.v.split(lengths))
             for keys, gradients in zip(tile.keys, of_ranges):  # where they were gathered from
                 sums.add(keys, gradients)
+
+    def of_stage(self, stage: RingStage, received: KV, context: RingContext) -> tuple[Tensor, KV]:
+        """Memory ``[tokens, W]`` with the gradients to what a stage received, and its views."""
+        kv, tokens = context.keys_and_values(received), TokenIndex([(0, stage.tokens)])
+        sums = GradientSums(tokens, kv, self._dtype, once=stage.seen_once)
+        self.add(stage.tiles, kv, sums)
+        if context.expansion is None:
+            return sums.memory, sums.kv
+        del kv
+        dlatent = context.expansion.gradients(received[0], *sums.kv)
+        return dlatent.flatten(1), (dlatent,)
 
     def _add_rows(self, tile: KVTile, found: Tensor) -> None:
         """Add to the dq of a rectangle; after one tile of all rows it is what the kernel made."""

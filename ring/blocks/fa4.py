@@ -31,16 +31,24 @@ class Fa4Block(FlashBlock):
 
     Args:
         dlse: gradient of the lse of the rows, for a backward; None: none.
+        gradients: memory that a backward writes to; None: its own.
     """
 
     name = "fa4"
 
-    def __init__(self, dlse: Tensor | None = None) -> None:
-        self._dlse = dlse
+    def __init__(self, dlse: Tensor | None = None, gradients: QKV | None = None) -> None:
+        self._dlse, self._gradients = dlse, gradients
 
     def with_dlse(self, dlse: Tensor) -> Fa4Block:
         """The kernel takes it: no second call."""
-        return Fa4Block(dlse)
+        return Fa4Block(dlse, self._gradients)
+
+    def writing_to(self, gradients: QKV) -> Fa4Block | None:
+        """The kernel takes memory of one head dim that it knows; else results are padded."""
+        widths = (gradients.q.shape[-1], gradients.v.shape[-1])
+        if widths[0] != widths[1] or widths[0] not in HEAD_DIMS:
+            return None
+        return Fa4Block(self._dlse, gradients)
 
     def obstacle(self, operands: Operands) -> str | None:
         """Return the obstacle of :class:`FlashBlock`, or name the GPU or the package it needs."""
@@ -62,6 +70,8 @@ class Fa4Block(FlashBlock):
         tensors = (*_widths(qkv, merged.output, doutput), merged.lse.T.contiguous())
         dlse = None if self._dlse is None else self._dlse.T[None]
         options = _options(window, scale)
+        if self._gradients is not None:
+            options |= zip(("dq", "dk", "dv"), (x[None] for x in self._gradients))
         gradients = _backward(*(x[None] for x in tensors), dlse=dlse, **options)
         return QKV(*(as_wide_as(x, dx[0]) for x, dx in zip(qkv, gradients)))
 
@@ -81,6 +91,8 @@ class Fa4Block(FlashBlock):
             return self.backward(doutput, merged, qkv, window=segments.window, scale=scale)
         tensors = (*_widths(qkv, merged.output, doutput), merged.lse.T.contiguous())
         options = _options(segments.window, scale) | _lengths(segments)
+        if self._gradients is not None:
+            options |= zip(("dq", "dk", "dv"), self._gradients)
         dlse = None if self._dlse is None else self._dlse.T
         gradients = _backward(*tensors, dlse=dlse, **options)
         return QKV(*map(as_wide_as, qkv, gradients))

@@ -65,6 +65,26 @@ class RowGradients:
             grads = _sum(grads, backward(*self._through_lse, _of_ones(qkv), segments, scale=scale))
         return grads
 
+    def within_part(self, rows: slice, segments: Segments, qkv: QKV, out: QKV) -> bool:
+        """Leave those of some rows in ``out``, in the dtype of q, if one call does it in place.
+
+        Args:
+            rows: of the rank's tokens, whole segments.
+            segments: of these rows.
+            qkv: of these rows.
+            out: memory for them.
+
+        Returns:
+            Whether it was done.
+        """
+        block = None if self._through_lse else self._block_of(rows).writing_to(out)
+        if block is None:
+            return False
+        doutput, merged = self._through_output
+        of_rows = Partial(*(x[rows] for x in merged))
+        block.backward_varlen(doutput[rows], of_rows, qkv, segments, scale=self._scale)
+        return True
+
     def _block_of(self, rows: slice) -> Block:
         """The kernel, with the dlse of these rows where it takes one."""
         block = None if self._dlse is None else self._block.with_dlse(self._dlse[rows])

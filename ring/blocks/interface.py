@@ -101,6 +101,14 @@ class Block(ABC):
         """This kernel, whose backward goes through ``dlse [Tq, Hq]`` too; None if it cannot."""
         return None
 
+    def writing_to(self, gradients: QKV) -> Block | None:
+        """This kernel, whose backward leaves its results there; None if it would copy them.
+
+        Args:
+            gradients: memory for dq, dk and dv, contiguous, in the dtype of q.
+        """
+        return None
+
     def row_tiles(self, rows: int, keys: int) -> tuple[slice, ...]:
         """Rows of each partial that :meth:`forward_parts` yields."""
         return (slice(0, rows),)

@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 from lasp.sequence.layout import SequenceLayout
 from ring.planner.ranges import RowRange, TokenIndex, union
-from ring.planner.stages import RULE, StageRule
+from ring.planner.stages import RULE, StageRule, early_rows
 from ring.planner.tiles import KVTile, Rectangle, rectangles_of, tiles_over
 from ring.planner.traffic import KVDelivery, KVTraffic, plan_traffic
 from ring.planner.window import EVERYTHING, Window
@@ -111,6 +111,8 @@ class RingSchedule:
         rows: query rows of each rectangle, of the rank's tokens; disjoint, never empty.
         own_tiles: over keys that other runs of the rank hold: no transfer.
         stages: as many on every rank, each two matching exchanges; none where nothing moves.
+        early: the first rows, of whole fragments, whose local backward goes before the stages where
+            a block can split it; 0 for none.
     """
 
     layout: SequenceLayout
@@ -120,6 +122,7 @@ class RingSchedule:
     rows: tuple[RowRange, ...]
     own_tiles: tuple[KVTile, ...]
     stages: tuple[RingStage, ...]
+    early: int
 
     @property
     def received_tokens(self) -> int:
@@ -163,6 +166,13 @@ class RingSchedule:
         starts = (fragment.offset for fragment in self.layout.fragments(self.rank))
         return (*starts, self.layout.num_local_tokens)
 
+    @cached_property
+    def borders_around_stages(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Borders of the early fragments, and of the others among their own rows."""
+        borders, early = self.fragment_borders, self.early
+        first = tuple(border for border in borders if border <= early)
+        return first, tuple(border - early for border in borders if border >= early)
+
 
 @lru_cache(maxsize=32)
 def plan_ring(
@@ -195,7 +205,12 @@ def plan_ring(
     own_tiles = tiles_over(rectangles, TokenIndex(own), seen)
     stages = _stages(traffic, rank, rectangles) if traffic.num_stages else ()
     rows = tuple(rectangle.rows for rectangle in rectangles)
-    return RingSchedule(layout, rank, seen, traffic.route, rows, own_tiles, stages)
+    early = 0
+    if stages:
+        moved = max(sum(stages[0].kv_exchange.send_tokens), stages[0].tokens)
+        starts = (fragment.offset for fragment in layout.fragments(rank))
+        early = early_rows((*starts, layout.num_local_tokens), seen, moved, rule)
+    return RingSchedule(layout, rank, seen, traffic.route, rows, own_tiles, stages, early)
 
 
 def _stages(traffic: KVTraffic, rank: int, rectangles: list[Rectangle]) -> tuple[RingStage, ...]:

@@ -12,7 +12,10 @@ Example: one document of 2 T tokens, 2 ranks, zigzag. Rank 0 has T / 2 rows for 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
+
+from ring.planner.window import Window
 
 
 class StageRule(NamedTuple):
@@ -82,6 +85,25 @@ def stage_tokens(
         sizes.append(bucket(size) if bucket(size) >= low else size)
         left -= sizes[-1]
     return [*sizes, left] if left else sizes
+
+
+def early_rows(borders: Sequence[int], window: Window, moved: int, rule: StageRule) -> int:
+    """Rows of a rank's first fragments, whose backward hides the first transfer of keys.
+
+    The others hide that of the last gradients, of twice the bytes: these are a third at most. It is
+    0 where fragments are too long or too few for two calls.
+
+    Args:
+        borders: of the fragments, 0 first.
+        window: of the rows.
+        moved: tokens of the first transfer.
+        rule: the same on every rank.
+    """
+    pairs = accumulate((window.pairs(b - a) for a, b in pairwise(borders)), initial=0)
+    of_borders = dict(zip(borders, pairs))
+    wanted = min(moved * rule.pairs_per_token, of_borders[borders[-1]] // 3)
+    rows = min(borders, key=lambda border: abs(of_borders[border] - wanted))
+    return rows if min(rows, borders[-1] - rows) >= rule.min_tokens // 2 else 0
 
 
 def bucket(size: int) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lasp.sequence.layout import SequenceLayout
 from ring import exchange
-from ring.blocks.interface import Block
+from ring.blocks.interface import QKV, Block
 from ring.blocks.merge import Accumulator
-from ring.blocks.registry import BLOCKS
+from ring.blocks.registry import BLOCKS, resolve_block
 from ring.exchange import (
     GradientSums,
     pack_messages,
@@ -29,12 +29,14 @@ from tests.ranks import run_on_ranks
 from tests.ring.cases import (
     NOTHING_HIDES,
     ORDERS,
+    PACKS,
     RULES,
     assert_all_equal,
     on_world,
     oracle,
     planned_by,
     random_tensors,
+    unshard_all,
 )
 
 
@@ -273,6 +275,66 @@ def test_transfers_start_as_soon_as_a_buffer_is_free() -> None:
         if rank == 0:  # has nothing to attend to, but takes part
             expected = [event for event in expected if event != "tile"]
         assert events == expected
+
+
+class InPlaceBlock(RecordingBlock):
+    """One that leaves its gradients where it is told to."""
+
+    def __init__(self, events: list[str], gradients: QKV | None = None) -> None:
+        super().__init__(events)
+        self.gradients = gradients
+
+    def writing_to(self, gradients: QKV) -> InPlaceBlock:
+        return InPlaceBlock(self.events, gradients)
+
+    def backward_varlen(self, *args, **kwargs):
+        found = super().backward_varlen(*args, **kwargs)
+        if self.gradients is None:
+            return found
+        self.events[-1] = f"local of {len(found.q)} rows"
+        for x, gradient in zip(self.gradients, found):
+            x.copy_(gradient)
+        return self.gradients
+
+
+def in_place_on_world(cases, rule: StageRule) -> list[tuple[list[Tensor], list[str]]]:
+    results = []
+    with planned_by(rule):
+        for tensors, layout in cases:
+            events: list[str] = []
+            resolve_block.cache_clear()
+            with patch.dict(BLOCKS, in_place=InPlaceBlock(events)):
+                results.append((on_world(tensors, layout, block="in_place"), events))
+    return results
+
+
+@pytest.mark.parametrize("rule", [RULES[0], RULES[3], RULES[5]])
+def test_early_rows_go_before_the_stages(rule: StageRule) -> None:
+    """Where a block can; the first transfer of keys is under them, the last one of gradients not.
+
+    Results are those of one call.
+    """
+    layouts = [
+        SequenceLayout(lengths, 3, order)
+        for lengths, order in zip(PACKS, ORDERS * len(PACKS))
+        if len(lengths) > 2
+    ]
+    cases = [(random_tensors(sum(x.document_lengths), 4, 2, 4, torch.float64), x) for x in layouts]
+    results = run_on_ranks(in_place_on_world, 3, cases, rule)
+    early = 0
+    for (tensors, layout), *of_ranks in zip(cases, *results):
+        expected = oracle(tensors, layout.document_lengths, True)
+        assert_all_equal(unshard_all(layout, [found for found, _ in of_ranks]), expected)
+        for rank, (_, events) in enumerate(of_ranks):
+            rows = plan_ring(layout, rank, True, rule).early
+            parts = [event for event in events if event.startswith("local of")]
+            counts = (rows, layout.num_local_tokens - rows)
+            assert parts == [f"local of {n} rows" for n in counts if rows]
+            if rows:
+                first, last = (events.index(part) for part in parts)
+                assert set(events[first + 1 : last]) <= {"tile"}
+                early += 1
+    assert early > 2
 
 
 def test_a_link_of_a_chain_starts_when_the_one_before_is_there() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -17,10 +17,10 @@ from ring import ring_attention
 from ring.blocks import fa4
 from ring.blocks.eager import EagerBlock
 from ring.blocks.gradients import RowGradients
-from ring.blocks.interface import QKV, Operands
+from ring.blocks.interface import QKV, Operands, segments_of
 from ring.blocks.merge import Partial
 from ring.blocks.registry import BLOCKS, resolve_block
-from ring.planner.window import Window
+from ring.planner.window import CAUSAL, Window
 from ring.reference import dense_attention
 from tests.closeness import assert_equal_to_rounding
 from tests.ring.blocks.test_blocks import (
@@ -105,6 +105,9 @@ class StandIns:
         softmax_scale: float,
         window_size_left: int | None,
         window_size_right: int | None,
+        dq: Tensor | None = None,
+        dk: Tensor | None = None,
+        dv: Tensor | None = None,
         **lengths: Any,
     ) -> tuple[Tensor, ...]:
         grouped = q.shape[-2] != k.shape[-2]
@@ -122,8 +125,16 @@ class StandIns:
             of_rows = None if dlse is None else (dlse[0] if dense else dlse).T[rows]
             gradients = RowGradients(EAGER, dout[rows], of_rows, merged, softmax_scale)
             results.append(gradients.over(slice(None), part, window))
-        sums = (torch.cat(x).to(q.dtype) for x in zip(*results))
-        return tuple(x[None] if dense else x for x in sums)
+        sums = [torch.cat(x).to(q.dtype) for x in zip(*results)]
+        if dense:
+            sums = [x[None] for x in sums]
+        if dq is None:
+            return tuple(sums)
+        for out, x in zip((dq, dk, dv), sums):
+            assert (out.dtype, out.shape) == (x.dtype, x.shape)
+            assert out.is_contiguous()
+            out.copy_(x)
+        return dq, dk, dv
 
 
 @pytest.fixture
@@ -175,6 +186,30 @@ def test_windows_and_both_results(stand_ins: StandIns) -> None:
         gradients = torch.autograd.grad(output, leaves, tensors[3])
     actual = (output.detach(), lse.detach(), *gradients)
     assert_all_equal(actual, oracle(tensors, (20,), True, window=(5, 0)))
+
+
+@pytest.mark.parametrize("lengths", [(15,), (5, 1, 9)])
+def test_gradients_go_where_they_are_told_to(stand_ins: StandIns, lengths) -> None:
+    *qkv, doutput = random_tensors(15, 4, 2, 64, torch.float64)
+    qkv, block = QKV(*qkv), BLOCKS["fa4"]
+    borders = tuple(accumulate(lengths, initial=0))
+    segments = segments_of(borders, torch.device("cpu"), CAUSAL)
+    merged = block.forward_varlen(qkv, segments, scale=0.125)
+    expected = block.backward_varlen(doutput, merged, qkv, segments, scale=0.125)
+    memory = QKV(*(torch.full((17, *x.shape[1:]), 7.0, dtype=x.dtype) for x in qkv))
+    out = QKV(*(x[1:16] for x in memory))
+    writing = block.writing_to(out)
+    writing.backward_varlen(doutput, merged, qkv, segments, scale=0.125)
+    for x, written in zip(expected, memory):
+        assert torch.equal(x, written[1:16])
+        assert (written[0] == 7).all()
+        assert (written[16] == 7).all()
+
+
+@pytest.mark.parametrize("dims", [(192, 128), (72, 72)])
+def test_gradients_that_are_padded_are_not_made_in_place(dims) -> None:
+    q, v = (torch.empty(3, 2, dim) for dim in dims)
+    assert BLOCKS["fa4"].writing_to(QKV(q, q, v)) is None
 
 
 GPU = Operands(torch.device("cuda"), torch.bfloat16, 64, 64)

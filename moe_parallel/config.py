@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
-from lasp._core.checks import check_flags, check_sizes
+from lasp._core.checks import (
+    check_flags,
+    check_not_negative,
+    check_one_of,
+    check_part,
+    check_positive,
+    check_positive_or_none,
+    check_sizes,
+    check_sizes_or_none,
+)
 from lasp._core.impl import Impl, check_impl
 
 DropPolicy = Literal["position", "probability"]
 Gemm = Literal["auto", "loop", "grouped"]
 Send = Literal["auto", "tokens", "assignments"]
 ScoreFunction = Literal["softmax_of_top_k", "softmax", "sigmoid"]
-
-
-def check_coefficient(name: str, coefficient: float) -> None:
-    """Raise ValueError unless a loss can be weighted by it."""
-    if not 0 <= coefficient < math.inf:
-        raise ValueError(f"{name} must be >= 0 and finite, got {coefficient}")
 
 
 @dataclass(frozen=True)
@@ -58,27 +60,21 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check_flags(normalize=self.normalize, expert_bias=self.expert_bias)
-        if self.score_function not in get_args(ScoreFunction):
-            raise ValueError(
-                f"score_function must be one of {get_args(ScoreFunction)},"
-                f" got {self.score_function!r}"
-            )
+        check_one_of(ScoreFunction, score_function=self.score_function)
         if self.score_function == "softmax_of_top_k" and not self.normalize:
             raise ValueError(
                 "normalize must be True with score_function 'softmax_of_top_k', whose weights sum"
                 " to 1, got False: use 'softmax'"
             )
-        if not 0 < self.scaling < math.inf:
-            raise ValueError(f"scaling must be > 0 and finite, got {self.scaling}")
-        for name in ("sequence_loss_coefficient", "z_loss_coefficient"):
-            check_coefficient(name, getattr(self, name))
+        check_positive(scaling=self.scaling)
+        check_not_negative(sequence_loss_coefficient=self.sequence_loss_coefficient)
+        check_not_negative(z_loss_coefficient=self.z_loss_coefficient)
         if (self.num_groups is None) != (self.top_groups is None):
             raise ValueError(
                 "num_groups and top_groups must be given together,"
                 f" got {self.num_groups} and {self.top_groups}"
             )
-        if self.num_groups is not None:
-            check_sizes(self, "num_groups", "top_groups")
+        check_sizes_or_none(num_groups=self.num_groups, top_groups=self.top_groups)
 
     @cached_property
     def by_logits(self) -> bool:
@@ -196,24 +192,23 @@ class MoEConfig:
             static_shapes=self.static_shapes,
             shared_gate=self.shared_gate,
         )
-        check_sizes(self, "hidden_size", "ffn_size", "num_experts", "top_k")
-        for name in ("overlap_groups", "max_rows", "shared_ffn_size"):
-            if getattr(self, name) is not None:
-                check_sizes(self, name)
+        check_part("router", self.router, RouterConfig)
+        check_sizes(hidden_size=self.hidden_size, ffn_size=self.ffn_size)
+        check_sizes(num_experts=self.num_experts, top_k=self.top_k)
+        check_sizes_or_none(overlap_groups=self.overlap_groups, max_rows=self.max_rows)
+        check_sizes_or_none(shared_ffn_size=self.shared_ffn_size)
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k must be at most num_experts {self.num_experts}, got {self.top_k}"
             )
         self.router.check_choice(self.num_experts, self.top_k)
-        check_coefficient("aux_loss_coefficient", self.aux_loss_coefficient)
+        check_not_negative(aux_loss_coefficient=self.aux_loss_coefficient)
         if self.shared_gate and self.shared_ffn_size is None:
             raise ValueError(
                 "shared_gate must be False without a shared expert, got True: set shared_ffn_size"
             )
-        if self.gemm not in get_args(Gemm):
-            raise ValueError(f"gemm must be one of {get_args(Gemm)}, got {self.gemm!r}")
-        if self.send not in get_args(Send):
-            raise ValueError(f"send must be one of {get_args(Send)}, got {self.send!r}")
+        check_one_of(Gemm, gemm=self.gemm)
+        check_one_of(Send, send=self.send)
         if self.send == "tokens" and (self.overlap_groups or 1) > 1:
             raise ValueError(
                 "overlap_groups must be None or 1 with send 'tokens', which go to all experts of a"
@@ -251,9 +246,5 @@ class MoEConfig:
 
 def check_drop(capacity_factor: float | None, drop_policy: str) -> None:
     """Raise ValueError for a capacity factor or policy that the router does not know."""
-    if capacity_factor is not None and not 0 < capacity_factor < math.inf:
-        raise ValueError(
-            f"capacity_factor must be > 0, or None for dropless routing, got {capacity_factor}"
-        )
-    if drop_policy not in get_args(DropPolicy):
-        raise ValueError(f"drop_policy must be one of {get_args(DropPolicy)}, got {drop_policy!r}")
+    check_positive_or_none(capacity_factor=capacity_factor)
+    check_one_of(DropPolicy, drop_policy=drop_policy)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp._core.autocast import autocast_inputs
+from lasp._core.checks import check_part
 from moe_parallel.config import MoEConfig
 from moe_parallel.experts.dense import DenseFFN
 from moe_parallel.experts.shard import generator_of
@@ -47,6 +48,7 @@ class DenseLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_part("config", config, MoEConfig)
         self._rank = 0 if groups.token is None else dist.get_rank(groups.token)
         self.ffn = DenseFFN(
             config.hidden_size, ffn_size, impl=config.impl, device=device, dtype=dtype

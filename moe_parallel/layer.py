@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lasp._core.autocast import autocast_inputs
+from lasp._core.checks import check_part
 from lasp._core.consistency import check_same_calls
 from lasp._core.derivatives import Reference, refuse_transforms
 from lasp._core.graphs import outside_graphs
@@ -110,14 +111,15 @@ class ExpertParallelMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dtype = dtype or torch.get_default_dtype()
+        check_part("config", config, MoEConfig)
+        check_part("symmetric_memory", symmetric_memory, SymmetricMemory, optional=True)
+        where: dict[str, Any] = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         self.config, self.groups, self.mesh = config, groups, expert_mesh(groups)
         self.dispatcher = make_dispatcher(self.mesh, groups, symmetric_memory)
         self._is_split = len(self.mesh.sources) > 1
         self._has_sequences = config.router.sequence_loss_coefficient > 0
         num_ranks = self.mesh.ep_size if may_send_tokens(config, self.mesh) else 0
-        where = (groups.token, num_ranks)
-        self.gate = Router(config, *where, device=device, dtype=dtype)
+        self.gate = Router(config, groups.token, num_ranks, **where)
         self.experts = Experts(
             config.hidden_size,
             config.ffn_size,
@@ -128,13 +130,12 @@ class ExpertParallelMoE(nn.Module):
             etp_size=self.mesh.etp_size,
             gemm=config.gemm,
             impl=config.impl,
-            device=device,
-            dtype=dtype,
+            **where,
         )
         self.shared: DenseFFN | None = None
         if config.shared_ffn_size is not None:
             sizes, how = (config.hidden_size, config.shared_ffn_size), config.shared_gate
-            self.shared = DenseFFN(*sizes, how, config.impl, device=device, dtype=dtype)
+            self.shared = DenseFFN(*sizes, how, config.impl, **where)
         if (config.overlap_groups or 1) > self.experts.num_local:
             raise ValueError(
                 f"overlap_groups must be at most the {self.experts.num_local} experts of a rank,"

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch.distributed as dist
 
+from lasp._core.checks import check_part
 from moe_parallel.topology import ExpertGroups
 
 
@@ -60,6 +61,7 @@ def expert_mesh(groups: ExpertGroups) -> ExpertMesh:
     Raises:
         ValueError: naming the group that does not fit.
     """
+    check_part("groups", groups, ExpertGroups)
     if groups == ExpertGroups():
         return ExpertMesh(0, 1, 0, 0, ((0,),))
     me = dist.get_rank()

@@ -20,7 +20,7 @@ Example: 8 ranks, tp 1, cp 4, dp 2 for dense layers; etp 2, ep 2, edp 2 for expe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Literal, NamedTuple, get_args
 
@@ -136,7 +136,7 @@ class ExpertTopology:
     etp: int = 1
 
     def __post_init__(self) -> None:
-        check_sizes(self, "world_size", "pp", "tp", "cp", "ep", "etp")
+        check_sizes(**asdict(self))
         for names in (("pp", "tp", "cp"), ("pp", "ep", "etp")):
             block = 1
             for name in names:

@@ -8,8 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lasp._core.checks import check_flags, check_part, check_positive
-from lasp._core.rotary import RopeScaling, apply_rotary, check_rotation
+from lasp._core.checks import (
+    check_flags,
+    check_part,
+    check_positive,
+    check_sizes,
+    check_sizes_or_none,
+)
+from lasp._core.rotary import RopeScaling, apply_rotary, check_even, check_rotation
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.positions import positions
 from ring.attention import checked_window
@@ -80,14 +86,10 @@ class MultiLatentAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = (hidden_size, num_heads, kv_lora_rank, qk_nope_head_dim, v_head_dim)
-        if min(*sizes, 1 if q_lora_rank is None else q_lora_rank) < 1:
-            raise ValueError(
-                "hidden_size, num_heads, kv_lora_rank, qk_nope_head_dim, v_head_dim and q_lora_rank"
-                f" must be >= 1, got {sizes} and {q_lora_rank}"
-            )
-        if qk_rope_head_dim < 0 or qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim must be even and >= 0, got {qk_rope_head_dim}")
+        check_sizes(hidden_size=hidden_size, num_heads=num_heads, kv_lora_rank=kv_lora_rank)
+        check_sizes(qk_nope_head_dim=qk_nope_head_dim, v_head_dim=v_head_dim)
+        check_sizes_or_none(q_lora_rank=q_lora_rank)
+        check_even("qk_rope_head_dim", qk_rope_head_dim)
         check_positive(norm_eps=norm_eps)
         check_flags(rope_interleaved=rope_interleaved, gate=gate, causal=causal)
         if rope_base is None:

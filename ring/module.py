@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lasp._core.checks import check_flags, check_positive
+from lasp._core.checks import check_flags, check_positive, check_sizes
 from lasp._core.rotary import (
     RopeScaling,
     check_rotary_dim,
@@ -78,11 +78,8 @@ class RingAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if min(hidden_size, num_heads, num_kv_heads, head_dim) < 1:
-            raise ValueError(
-                "hidden_size, num_heads, num_kv_heads and head_dim must be >= 1, got"
-                f" {hidden_size}, {num_heads}, {num_kv_heads}, {head_dim}"
-            )
+        check_sizes(hidden_size=hidden_size, num_heads=num_heads)
+        check_sizes(num_kv_heads=num_kv_heads, head_dim=head_dim)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide {num_heads} heads, got {num_kv_heads}")
         check_flags(qk_norm=qk_norm, gated=gated, causal=causal, sinks=sinks)

@@ -203,8 +203,8 @@ def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
         (lambda: Residuals(mlp=(1.0, 1.0)), "mlp must be of type ResidualScale, got .* pass mlp="),
         (lambda: Residuals(mlp=ResidualScale(math.nan)), "mlp.alpha must be a finite number, got"),
         (lambda: Residuals(init_gain=-1.0), "init_gain must be a finite number > 0, got -1"),
-        (lambda: Residuals.deepnorm(0), "num_layers must be >= 1, got 0"),
-        (lambda: Residuals("middle"), "norm must be 'pre' or 'post', got 'middle'"),
+        (lambda: Residuals.deepnorm(0), "num_layers must be an integer >= 1, got 0"),
+        (lambda: Residuals("middle"), r"norm must be one of \('pre', 'post'\), got 'middle'"),
         *(
             (lambda name=name: replace(config(), **{name: "fast"}), f"{name} must be one of .*fast")
             for name in ("lightning_impl", "exchange", "decay")
@@ -233,7 +233,7 @@ def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
         ),
         (
             lambda: pack_batch([(8,)], dp_rank=0, num_ranks=2, order="fold", tp_size=0),
-            "tp_size must be >= 1, got 0",
+            "tp_size must be an integer >= 1, got 0",
         ),
     ],
 )

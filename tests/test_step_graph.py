@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from lasp.hybrid import HybridModel, StepGraph, keep_activations, pack_batch, reduce_gradients
 from moe_parallel import ExpertTopology, MoEConfig, RouterConfig
@@ -143,6 +144,28 @@ def refused_on_rank() -> None:
         StepGraph(sharded, loss_of(sharded), *drawn("cpu", 0))
     with pytest.raises(ValueError, match="which have summed its gradients in the backward"):
         reduce_gradients(sharded)
+    model = HybridModel(CONFIG)
+    model.reset_parameters(0)
+    wrapped = DistributedDataParallel(model)
+    with pytest.raises(ValueError, match="must be of a plain model on one rank"):
+        StepGraph(wrapped, loss_of(wrapped), *drawn("cpu", 0))
+    with pytest.raises(ValueError, match="must be of a plain model on one rank"):
+        StepGraph(model, loss_of(wrapped), *drawn("cpu", 0)).step(*drawn("cpu", 0))
+
+
+def test_parameters_are_trained_as_when_the_graph_was_made() -> None:
+    model = HybridModel(CONFIG)
+    model.reset_parameters(0)
+    model.embedding.requires_grad_(False)
+    graph = StepGraph(model, loss_of(model), *drawn("cpu", 0))
+    graph.step(*drawn("cpu", 0))
+    for module in (model.embedding, model.final_norm):
+        trained = module.weight.requires_grad
+        module.requires_grad_(not trained)
+        with pytest.raises(ValueError, match="frozen or unfrozen since: make the graph anew"):
+            graph.step(*drawn("cpu", 0))
+        module.requires_grad_(trained)
+    graph.step(*drawn("cpu", 0))
 
 
 def test_inputs_of_other_shapes_are_refused() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Protocol, TypeGuard
+from reprlib import repr as short_repr
+from typing import Any, Protocol, TypeGuard, get_args
 
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +30,13 @@ def check_positive_or_none(**values: float | None) -> None:
     check_positive(**{name: value for name, value in values.items() if value is not None})
 
 
+def check_not_negative(**values: float) -> None:
+    """Raise ValueError unless these are finite numbers, 0 or above."""
+    for name, value in values.items():
+        if not (_is_number(value) and 0 <= value < math.inf):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
 def check_finite(**values: float) -> None:
     """Raise ValueError unless these are finite numbers."""
     for name, value in values.items():
@@ -47,16 +55,27 @@ def check_flags(**values: object) -> None:
             raise ValueError(f"{name} must be True or False, got {value!r}: pass a bool")
 
 
-def check_sizes(config: object, *names: str) -> None:
-    """Raise ValueError unless these attributes are integers >= 1."""
-    for name in names:
-        size = getattr(config, name)
+def check_sizes(least: int = 1, **values: int | None) -> None:
+    """Raise ValueError unless these are integers of at least ``least``."""
+    for name, value in values.items():
         try:
-            valid = operator.index(size) >= 1
+            valid = not isinstance(value, bool) and operator.index(value) >= least  # type: ignore[arg-type]
         except TypeError:
             valid = False
         if not valid:
-            raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def check_sizes_or_none(**values: int | None) -> None:
+    """The same, but for those that are None."""
+    check_sizes(**{name: value for name, value in values.items() if value is not None})
+
+
+def check_one_of(kind: Any, **values: str) -> None:
+    """Raise ValueError unless these are of ``kind``, a ``Literal``."""
+    for name, value in values.items():
+        if value not in get_args(kind):
+            raise ValueError(f"{name} must be one of {get_args(kind)}, got {value!r}")
 
 
 def check_part(name: str, value: object, kind: type, *, optional: bool = False) -> None:
@@ -64,7 +83,7 @@ def check_part(name: str, value: object, kind: type, *, optional: bool = False) 
     if not (isinstance(value, kind) or (optional and value is None)):
         wanted = f"of type {kind.__name__}{' or None' if optional else ''}"
         raise ValueError(
-            f"{name} must be {wanted}, got {value!r}: pass {name}={kind.__name__}(...)"
+            f"{name} must be {wanted}, got {short_repr(value)}: pass {name}={kind.__name__}(...)"
         )
 
 

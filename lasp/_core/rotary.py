@@ -9,7 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lasp._core.checks import check_flags, check_part, check_positive, check_positive_or_none
+from lasp._core.checks import (
+    check_flags,
+    check_part,
+    check_positive,
+    check_positive_or_none,
+    check_sizes,
+)
 from lasp._core.dtypes import wide_dtype
 
 
@@ -131,6 +137,13 @@ def check_rotation(rope_base: float, rope_scaling: RopeScaling | None) -> None:
             f"rope_base must be above 1 with rope_type 'yarn', got {rope_base}: its ramp asks which"
             " pairs have long wavelengths, and they grow with the base"
         )
+
+
+def check_even(name: str, dim: int) -> None:
+    """Raise ValueError unless the size ``name`` is even and at least 0."""
+    check_sizes(0, **{name: dim})
+    if dim % 2:
+        raise ValueError(f"{name} must be even, got {dim}: dims are rotated in pairs")
 
 
 def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:

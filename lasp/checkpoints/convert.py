@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lasp._core.checks import check_flags, check_one_of, check_sizes
 from lasp.checkpoints import memory
 from lasp.checkpoints.atoms import WIDE_ROLES, Atom
 from lasp.checkpoints.configs import FormatName, config_fields, format_of
@@ -53,10 +54,10 @@ class Options:
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
     def __post_init__(self) -> None:
-        if self.to not in get_args(Target):
-            raise ValueError(f"to must be one of {get_args(Target)}, got {self.to!r}")
-        if self.shard_bytes < 1:
-            raise ValueError(f"shard_bytes must be >= 1, got {self.shard_bytes}")
+        check_one_of(Target, to=self.to)
+        check_sizes(shard_bytes=self.shard_bytes)
+        if self.float32_routers is not None:
+            check_flags(float32_routers=self.float32_routers)
 
 
 class Conversion(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.checks import check_flags, check_sizes
 from lasp._core.dtensors import local
 from lasp.checkpoints.atoms import WIDE_ROLES, Atom, Shape, atoms_of
 from lasp.checkpoints.configs import FormatName, check_same, config_fields, format_of
@@ -113,6 +114,8 @@ def save_model(
     float32_routers: bool,
 ) -> None:
     """See :meth:`lasp.hybrid.HybridModel.save_pretrained`."""
+    check_sizes(shard_bytes=shard_bytes)
+    check_flags(float32_routers=float32_routers)
     if like is None:
         file_format, fields = config_fields(model.config, format)
         fields["torch_dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.checks import check_sizes
 from lasp._core.dtypes import wide_dtype
 from lasp.generation import files
 from lasp.generation.files import CacheShape
@@ -94,9 +95,7 @@ class GenerationCache:
         cp_group: dist.ProcessGroup | None,
         device: torch.device,
     ) -> None:
-        for name, number in (("num_slots", num_slots), ("max_tokens", max_tokens)):
-            if type(number) is not int or number < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {number!r}")
+        check_sizes(num_slots=num_slots, max_tokens=max_tokens)
         self.model = weakref.ref(model)
         self.shape, self.cp_group, self.device = shape, cp_group, device
         self.rank = 0 if cp_group is None else cp_group.rank()
@@ -168,7 +167,7 @@ class GenerationCache:
 
     def check_settled(self, slots: Sequence[int]) -> None:
         """Raise ValueError unless these slots are in use and have no drafted tokens."""
-        self.slots.check(slots)
+        self.slots.check_whole(slots)
         if drafted := [slot for slot in slots if slot in self.slots.drafts]:
             raise ValueError(
                 f"slots must have no drafted tokens, got {drafted}: call cache.accept first"
@@ -203,11 +202,13 @@ class GenerationCache:
                 f"kept must say for each slot how many of its drafted tokens {drafts} stay, got"
                 f" {dict(kept)}"
             )
+        self.slots.check_whole([*drafts])
         starts = [sum(counts[:index]) for index in range(len(slots))]
         some = [(slot, start) for slot, start in zip(slots, starts) if kept.get(slot)]
         lengths = tuple(kept[slot] for slot, _ in some)
         rows = [start + i for (_, start), n in zip(some, lengths) for i in range(n)]
         memories = self._states() if some else []
+        self.slots.begun.update(drafts)
         for states, (attention, k, v) in zip(memories, layers):
             k, v = k[rows], v[rows]
             index = [slot for slot, _ in some]
@@ -221,6 +222,7 @@ class GenerationCache:
             states[index] = final
         for slot, count in drafts.items():
             self.slots[slot].truncate(self.slots[slot].length - count + kept[slot])
+        self.slots.begun.difference_update(drafts)
         self.slots.drafts, self._drafted = {}, ([], [], [])
 
     # ---- to disk and back ----------------------------------------------------------------------

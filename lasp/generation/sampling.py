@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lasp._core.checks import check_not_negative, check_positive, check_sizes_or_none
 from lasp._core.dtypes import wide_dtype
+from lasp.sequence.pack import integers
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be >= 1 or None, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
+        check_not_negative(temperature=self.temperature)
+        check_sizes_or_none(top_k=self.top_k)
+        check_positive(top_p=self.top_p)
+        integers("suppressed", self.suppressed)
+        if self.top_p > 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}: 1 leaves all tokens")
 
     def check_vocabulary(self, vocab_size: int) -> None:

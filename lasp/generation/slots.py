@@ -80,6 +80,7 @@ class SlotTable:
         self.num_ranks, self.rank_tokens, self.max_tokens = num_ranks, rank_tokens, max_tokens
         self._slots: list[Slot | None] = [None] * num_slots
         self.drafts: dict[int, int] = {}  # slots with drafted tokens, and how many of them
+        self.begun: set[int] = set()  # slots that a step changes, or has changed and then failed
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -115,6 +116,7 @@ class SlotTable:
         self.check([slot])
         self._slots[slot] = None
         self.drafts.pop(slot, None)
+        self.begun.discard(slot)
 
     def check(self, slots: Iterable[Any]) -> None:
         """Raise ValueError unless these are slots in use."""
@@ -124,10 +126,19 @@ class SlotTable:
                     f"slots must be in use, of {self.used()}, got {slot!r}: take one by cache.add()"
                 )
 
+    def check_whole(self, slots: Sequence[int]) -> None:
+        """Raise ValueError unless these are slots in use, without a part of a step that failed."""
+        self.check(slots)
+        if half := [slot for slot in slots if slot in self.begun]:
+            raise ValueError(
+                f"slots must hold whole steps, got {half}, whose last step failed after some layers"
+                " had changed their states: free them, and read their texts again"
+            )
+
     def check_step(self, slots: Sequence[int], counts: Sequence[int], *, draft: bool) -> None:
         """Raise ValueError unless these slots can take so many new tokens each."""
         real = [slot for slot in slots if slot != PADDING]
-        self.check(real)
+        self.check_whole(real)
         if len(set(real)) != len(real):
             raise ValueError(f"slots must differ, got {list(slots)}: give a slot its tokens once")
         if drafted := [slot for slot in self.drafts if draft or slot in real]:

@@ -103,9 +103,15 @@ class CacheStep:
             return slice(None)
         return _on_device([real], self.cache.device)[0]
 
+    def begin(self) -> None:
+        """Note that layers change the states of the slots from now on; not those of a draft."""
+        if not self.draft:
+            self.cache.slots.begun.update(self.slots)
+
     def commit(self) -> None:
         """Count the new tokens; after the layers have stored them."""
         table = self.cache.slots
+        table.begun.difference_update(self.slots)
         for slot, parts in zip(self.slots, self.parts):
             if slot != PADDING:
                 for rank, count in parts:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from lasp._core.checks import check_part
 from lasp._core.impl import chosen_impl
 from lasp.hybrid.layer import HybridLayer
 from lasp.hybrid.model import HybridModel
@@ -52,6 +53,7 @@ def keep_activations(model: HybridModel, policy: str, *, dtype: torch.dtype | No
         ValueError: for names that are unknown or exclude each other, for one of which the model has
             no such layer, and where a policy is in force already.
     """
+    check_part("model", model, HybridModel)
     names = _checked(policy)
     if names == {"none"}:
         return
@@ -108,7 +110,7 @@ def kept_operators(names: set[str], *, lightning: bool) -> list[Any]:
 
 
 def _checked(policy: str) -> set[str]:
-    names = policy.split("+")
+    names = str(policy).split("+")
     if not set(names) <= set(POLICIES):
         raise ValueError(
             f"policy must be names of {POLICIES}, joined by '+', got {policy!r}: 'full' keeps least"

@@ -10,8 +10,9 @@ from lasp._core.checks import (
     check_part,
     check_positive_or_none,
     check_sizes,
+    check_sizes_or_none,
 )
-from lasp._core.rotary import RopeScaling, check_rotary_dim, check_rotation
+from lasp._core.rotary import RopeScaling, check_even, check_rotary_dim, check_rotation
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         check_flags(rope_interleaved=self.rope_interleaved)
-        check_sizes(self, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
-        if self.q_lora_rank is not None:
-            check_sizes(self, "q_lora_rank")
+        sizes = {n: getattr(self, n) for n in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim")}
+        check_sizes(**sizes)
+        check_sizes_or_none(q_lora_rank=self.q_lora_rank)
+        check_even("qk_rope_head_dim", self.qk_rope_head_dim)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ class AttentionConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        check_sizes(self, "num_heads", "num_kv_heads", "head_dim")
+        check_sizes(
+            num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
+        )
         check_flags(qk_norm=self.qk_norm, gated=self.gated)
         check_rotation(self.rope_base, self.rope_scaling)
         check_positive_or_none(dense_len=self.dense_len)

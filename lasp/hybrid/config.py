@@ -15,10 +15,12 @@ from torch import Tensor
 from lasp._core.checks import (
     check_finite,
     check_flags,
+    check_one_of,
     check_part,
     check_positive,
     check_positive_or_none,
     check_sizes,
+    check_sizes_or_none,
 )
 from lasp._core.impl import Impl, check_impl
 from lasp.hybrid.attention import AttentionConfig
@@ -43,6 +45,7 @@ class ResidualScale(NamedTuple):
 
 
 _UNSCALED = ResidualScale()
+Norm = Literal["pre", "post"]
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,14 @@ class Residuals:
         ValueError: naming the field.
     """
 
-    norm: Literal["pre", "post"] = "pre"
+    norm: Norm = "pre"
     lightning: ResidualScale = _UNSCALED
     softmax: ResidualScale = _UNSCALED
     mlp: ResidualScale = _UNSCALED
     init_gain: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.norm not in ("pre", "post"):
-            raise ValueError(f"norm must be 'pre' or 'post', got {self.norm!r}: MiniMax has 'post'")
+        check_one_of(Norm, norm=self.norm)
         for name in ("lightning", "softmax", "mlp"):
             scale = getattr(self, name)
             check_part(name, scale, ResidualScale)
@@ -79,8 +81,7 @@ class Residuals:
     @classmethod
     def deepnorm(cls, num_layers: int) -> Residuals:
         """Post-norm with alpha (2 N)^(1/4), beta 1 and gain (8 N)^(-1/4), arXiv:2203.00555."""
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be >= 1, got {num_layers}: all layers of the model")
+        check_sizes(num_layers=num_layers)
         scale = ResidualScale(alpha=math.pow(2 * num_layers, 0.25))
         return cls("post", scale, scale, scale, init_gain=math.pow(8 * num_layers, -0.25))
 
@@ -104,9 +105,8 @@ class DenseConfig:
     num_layers: int | None = None
 
     def __post_init__(self) -> None:
-        check_sizes(self, "hidden_size", "ffn_size")
-        if self.num_layers is not None:
-            check_sizes(self, "num_layers")
+        check_sizes(hidden_size=self.hidden_size, ffn_size=self.ffn_size)
+        check_sizes_or_none(num_layers=self.num_layers)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class HybridConfig:
     exchange: Exchange = "auto"
 
     def __post_init__(self) -> None:
-        check_sizes(self, "num_layers", "vocab_size")
+        check_sizes(num_layers=self.num_layers, vocab_size=self.vocab_size)
         self._check_parts()
         check_positive(norm_eps=self.norm_eps)
         check_positive_or_none(mtp_loss_weight=self.mtp_loss_weight)
@@ -199,8 +199,7 @@ class HybridConfig:
                 f"pattern must be 'lightning layers:softmax layers' or {self.num_layers} of G"
                 f" (lightning) and * (softmax), got {self.pattern!r}: MiniMax-01's is '7:1'"
             )
-        if self.num_decay_layers is not None:
-            check_sizes(self, "num_decay_layers")
+        check_sizes_or_none(num_decay_layers=self.num_decay_layers)
         if self.num_decay_layers is not None and self.num_decay_layers < self.num_layers:
             raise ValueError(
                 f"num_decay_layers must be at least num_layers {self.num_layers}, got"

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.checks import check_flags, check_part, check_sizes
 from lasp._core.consistency import check_same_on_ranks
 from lasp.generation import GenerationCache, Sampling
-from lasp.hybrid.graphs import DecodeGraph
+from lasp.hybrid.graphs import DecodeGraph, check_one_rank
 from lasp.hybrid.steps import Tokens, check_model, packed
+from lasp.sequence.pack import integers
 
 if TYPE_CHECKING:
     from lasp.hybrid.model import HybridModel
@@ -97,11 +99,14 @@ class Request:
         vocab_size = model.config.vocab_size
         pack, counts = packed(prompts, vocab_size, torch.device("cpu"))
         request = cls(list(pack.split(counts)), **options)  # type: ignore[arg-type]
+        check_part("sampling", request.sampling, Sampling)
         request.sampling.check_vocabulary(vocab_size)
-        for name, least in (("max_new_tokens", 0), ("chunk_tokens", 1)):
-            value = getattr(request, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+        check_sizes(0, max_new_tokens=request.max_new_tokens)
+        check_sizes(chunk_tokens=request.chunk_tokens)
+        check_flags(graph=request.graph)
+        integers("stop_tokens", request.stop_tokens)
+        if request.graph:
+            check_one_rank(model)
         if request.slots is not None and len(request.slots) != len(counts):
             raise ValueError(
                 f"slots must be one for each of {len(counts)} prompts, got {len(request.slots)}"

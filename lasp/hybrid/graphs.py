@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lasp._core.cache import holding_results
+from lasp._core.checks import check_sizes
 from lasp._core.summed_gradients import any_summed
 from lasp.generation import PADDING, GenerationCache
 from lasp.generation.cache import KeyMemory
@@ -21,6 +23,12 @@ from moe_parallel.router.route import Router
 
 if TYPE_CHECKING:
     from lasp.hybrid.model import HybridModel
+
+
+_NOT_PLAIN = (
+    "a StepGraph must be of a plain model on one rank, got one over groups or in a wrapper: call"
+    " the model instead"
+)
 
 
 class DecodeGraph:
@@ -43,12 +51,8 @@ class DecodeGraph:
 
     def __init__(self, model: HybridModel, cache: GenerationCache, batch_size: int) -> None:
         check_ready(model, cache)
-        if model.groups.cp is not None or model.groups.token is not None:
-            raise ValueError(
-                "a DecodeGraph must be of a model on one rank, got one over groups: use model.step"
-            )
-        if type(batch_size) is not int or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
+        check_one_rank(model)
+        check_sizes(batch_size=batch_size)
         self._model, self._cache, self.batch_size = model, cache, batch_size
         idle = plan_step(cache, [PADDING] * batch_size, [1] * batch_size)
         self._rows = torch.empty_like(idle.rows).copy_(idle.rows)
@@ -93,9 +97,19 @@ class DecodeGraph:
         self._model.config.attention.check_documents(lengths)
         self._rows.copy_(plan.rows)
         self._ids[: len(slots)].copy_(ids)
+        plan.begin()
         logits = self._run(plan) if self._replay is None else self._replay()
         plan.commit()
         return logits[: len(slots)]
+
+
+def check_one_rank(model: HybridModel) -> None:
+    """Raise ValueError unless the model is on one rank, as a :class:`DecodeGraph` must be."""
+    if any(group is not None for group in model.groups):
+        raise ValueError(
+            "a DecodeGraph must be of a model on one rank, got one over groups: use model.step, or"
+            " generate with graph=False"
+        )
 
 
 class StepGraph:
@@ -132,9 +146,11 @@ class StepGraph:
 
     def __init__(self, model: HybridModel, loss_of: Callable[..., Tensor], *inputs: Tensor) -> None:
         _check_trainable(model)
-        self._loss_of = loss_of
+        self._model, self._loss_of = model, loss_of
         self._inputs = [x.clone() for x in inputs]
-        self._parameters = [x for x in model.parameters() if x.requires_grad]
+        self._all = list(model.parameters())
+        self._trained = [x.requires_grad for x in self._all]
+        self._parameters = [x for x in self._all if x.requires_grad]
         self._check_gradients([None] * len(self._parameters))
         self._replay: Callable[[], Tensor] | None = None
         self._gradients: list[Tensor | None] = [None] * len(self._parameters)
@@ -158,9 +174,15 @@ class StepGraph:
             The loss, which the next step overwrites. So are gradients: they do not add up.
 
         Raises:
-            ValueError: for other shapes or dtypes, or a gradient that is not of this graph.
+            ValueError: for other shapes or dtypes, a gradient that is not of this graph, or
+                parameters that were frozen or unfrozen since it was made.
         """
         self._check_inputs(inputs)
+        if [x.requires_grad for x in self._all] != self._trained:
+            raise ValueError(
+                "parameters must require gradients as when the graph was made, got some that were"
+                " frozen or unfrozen since: make the graph anew"
+            )
         self._check_gradients(self._gradients)
         for static, given in zip(self._inputs, inputs):
             static.copy_(given, non_blocking=True)
@@ -173,7 +195,8 @@ class StepGraph:
     def _run(self) -> Tensor:
         self._gradients = []  # those of the run before would be in memory beside the new ones
         self._clear_gradients()
-        loss = self._loss_of(*self._inputs)
+        with self._model.register_forward_pre_hook(_refuse_ddp):
+            loss = self._loss_of(*self._inputs)
         if loss.dim():
             raise ValueError(f"loss_of must return a scalar, got {list(loss.shape)}: sum it up")
         loss.backward()
@@ -205,11 +228,9 @@ class StepGraph:
 def _check_trainable(model: HybridModel) -> None:
     from lasp.hybrid.activations import offloads
 
-    if model.groups.cp is not None or model.groups.token is not None or any_summed(model):
-        raise ValueError(
-            "a StepGraph must be of a plain model on one rank, got one over groups or in a wrapper:"
-            " call the model instead"
-        )
+    wrapped = isinstance(model, DistributedDataParallel) or any_summed(model)
+    if wrapped or any(group is not None for group in model.groups):
+        raise ValueError(_NOT_PLAIN)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in model.parameters()):
         raise ValueError(
             "a StepGraph must be made with gradients enabled, of a model some of whose parameters"
@@ -220,6 +241,12 @@ def _check_trainable(model: HybridModel) -> None:
             "a StepGraph must keep activations on the device, got a policy with 'offload', whose"
             " memory of the host is given to others after a step: leave it out"
         )
+
+
+def _refuse_ddp(*_: object) -> None:
+    """Raise ValueError in a forward that DistributedDataParallel calls: its hooks sum gradients."""
+    if DistributedDataParallel._get_active_ddp_module() is not None:
+        raise ValueError(_NOT_PLAIN)
 
 
 def _counters(model: HybridModel) -> list[tuple[str, Tensor]]:

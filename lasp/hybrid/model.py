@@ -19,6 +19,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from lasp._core.checks import check_part
 from lasp._core.dtypes import wide_dtype
 from lasp.generation import CacheStep
 from lasp.hybrid.config import HybridConfig
@@ -81,6 +82,9 @@ class HybridModel(PretrainedModel, GenerativeModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_part("config", config, HybridConfig)
+        check_part("groups", groups, ParallelGroups, optional=True)
+        check_part("symmetric_memory", symmetric_memory, SymmetricMemory, optional=True)
         hidden, vocabulary = config.hidden_size, config.vocabulary
         if symmetric_memory is not None and config.moe is None:
             raise ValueError("symmetric_memory must be None where config.moe is: it carries rows")
@@ -257,6 +261,7 @@ class HybridModel(PretrainedModel, GenerativeModel):
 
 def _check_tokens(name: str, tokens: Tensor, batch: PackedBatch) -> None:
     num_tokens = batch.layout.num_local_tokens
+    check_part(name, tokens, Tensor)
     if tokens.shape != (num_tokens,) or tokens.dtype != torch.int64:
         raise ValueError(
             f"{name} must be int64 of shape ({num_tokens},), got {tokens.dtype} of"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from lasp._core.checks import check_sizes
 from lasp._core.consistency import check_same_on_ranks
 from lasp.sequence.layout import Order, RealTokens, SequenceLayout
 from moe_parallel import TokenOrder, TokenSegment
@@ -63,8 +64,7 @@ def pack_batch(
     layouts: list[SequenceLayout] = []
     error: ValueError | TypeError | None = None
     try:
-        if tp_size < 1:
-            raise ValueError(f"tp_size must be >= 1, got {tp_size}: 1 without tensor parallelism")
+        check_sizes(tp_size=tp_size)
         layouts = _replica_layouts(document_lengths, padded_lengths, dp_rank, num_ranks, order)
         layouts = [_divisible(layout, tp_size) for layout in layouts]
     except (ValueError, TypeError) as refused:  # compared too: the others would wait for this rank
@@ -89,12 +89,12 @@ def _replica_layouts(
     num_ranks: int,
     order: Order,
 ) -> list[SequenceLayout]:
-    if not 0 <= dp_rank < len(document_lengths):
-        raise ValueError(
-            f"dp_rank must be in [0, {len(document_lengths)}), the replicas that document_lengths"
-            f" names, got {dp_rank}"
-        )
     documents = _of_replicas("document_lengths", document_lengths)
+    if dp_rank not in range(len(documents)):
+        raise ValueError(
+            f"dp_rank must be in [0, {len(documents)}), the replicas that document_lengths"
+            f" names, got {dp_rank!r}"
+        )
     padded: Sequence[tuple[int, ...] | None] = [None] * len(documents)
     if padded_lengths is not None:
         padded = _of_replicas("padded_lengths", padded_lengths)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.checks import check_flags
 from lasp.generation.attention import CachedLayer, shape_of
 from lasp.generation.cache import GenerationCache
 from lasp.generation.files import CacheShape
@@ -52,11 +53,13 @@ def step(
 ) -> Tensor:
     """See :meth:`lasp.hybrid.HybridModel.step`."""
     check_ready(model, cache)
+    check_flags(draft=draft, every_token=every_token)
     pack, counts = packed(tokens, model.config.vocab_size, cache.device)
     plan = plan_step(cache, slots, counts, draft=draft, every_token=every_token)
     model.config.attention.check_documents([a + b for a, b in zip(plan.starts, counts)])
     if plan.group is not None:
         pack = plan.layout.shard(pack, plan.rank, pad_value=0)
+    plan.begin()
     logits: Tensor = model(pack, batch_of(model, plan), cached=plan).logits
     plan.commit()
     return logits
@@ -80,7 +83,7 @@ def check_ready(model: HybridModel, cache: GenerationCache) -> None:
 def check_model(model: HybridModel, cache: GenerationCache) -> None:
     """Raise ValueError unless the cache is of this model as it is now, ready to generate."""
     weight = model.embedding.weight
-    if cache.model() is not model:
+    if not isinstance(cache, GenerationCache) or cache.model() is not model:
         raise ValueError(
             "cache must be one of this model, got one of another: make it by model.new_cache()"
         )
@@ -107,7 +110,12 @@ def packed(
     if isinstance(tokens, Tensor) and tokens.dim() == 2:
         counts, pack = [tokens.shape[1]] * len(tokens), tokens.flatten()
     else:
-        parts = [torch.as_tensor(part) for part in tokens]
+        try:
+            parts = [torch.as_tensor(part) for part in tokens]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"tokens must be ids, [[1, 2]] for one text, got {tokens!r}: encode texts before"
+            ) from None
         counts = [part.numel() for part in parts]
         if not parts or 0 in counts or any(part.dim() != 1 for part in parts):
             raise ValueError(

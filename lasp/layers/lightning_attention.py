@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lasp._core.checks import check_part, check_sizes
 from lasp._core.impl import Impl, check_impl
 from lasp.layers.options import MINIMAX_OPTIONS, LightningOptions
 from lasp.layers.parts import GatedNorm, HeadNorm, heads_of
@@ -65,6 +66,8 @@ class LightningAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim)
+        check_part("options", options, LightningOptions)
         check_exchange(exchange)
         check_impl(impl)
         options.check_heads(num_heads, head_dim)

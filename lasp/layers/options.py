@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from lasp._core.checks import check_finite, check_flags, check_positive, check_sizes
+from lasp._core.checks import check_finite, check_flags, check_one_of, check_positive, check_sizes
 from lasp._core.rotary import RopeScaling, check_rotary_dim, check_rotation
 
 Activation = Literal["silu", "none"]
@@ -54,18 +54,15 @@ class LightningOptions:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("activation", Activation), ("gate", Gate)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}"
-                )
+        check_one_of(Activation, activation=self.activation)
+        check_one_of(Gate, gate=self.gate)
         names = ("qk_norm", "gate_first", "qkv_bias", "gate_bias", "out_bias")
         check_flags(**{name: getattr(self, name) for name in names})
         check_positive(norm_eps=self.norm_eps)
         check_rotation(self.rope_base, self.rope_scaling)
         if self.scale is not None:
             check_finite(scale=self.scale)
-        check_sizes(self, "norm_groups")
+        check_sizes(norm_groups=self.norm_groups)
         if self.gate == "none" and (self.gate_first or self.gate_bias):
             raise ValueError(
                 "gate_first and gate_bias need a gate, got gate 'none': name one, or leave them out"

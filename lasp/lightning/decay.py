@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from lasp._core.cache import tensor_cache
+from lasp._core.checks import check_sizes
 from lasp._core.host_constants import to_device
 
 # A state that decays faster is gone after one token, in float64 too. Not more than that: a rate
@@ -75,14 +76,13 @@ def decay_rates(
     Raises:
         ValueError: naming the argument that is out of range.
     """
-    if num_heads < 1 or num_layers < 1:
-        raise ValueError(f"num_heads and num_layers must be >= 1, got {num_heads} and {num_layers}")
-    if not 0 <= layer_index < num_layers:
+    check_sizes(num_heads=num_heads, num_layers=num_layers, tp_size=tp_size)
+    if layer_index not in range(num_layers):
         raise ValueError(
-            f"layer_index must be in [0, {num_layers}), got {layer_index}: count from 0 over all"
+            f"layer_index must be in [0, {num_layers}), got {layer_index!r}: count from 0 over all"
             " layers of the model"
         )
-    if tp_size < 1 or num_heads % tp_size or not 0 <= tp_rank < tp_size:
+    if num_heads % tp_size or tp_rank not in range(tp_size):
         raise ValueError(
             f"tp_size must divide num_heads and tp_rank be in [0, tp_size), got tp_size {tp_size},"
             f" tp_rank {tp_rank}, num_heads {num_heads}: pass the heads of the whole layer"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from lasp._core.checks import check_one_of, check_sizes
 from lasp._core.graphs import makes_fake_tensors
 from lasp.sequence.runs import Sections, sections_of
 
@@ -40,12 +41,8 @@ class PackDefinition:
         object.__setattr__(self, "document_lengths", lengths)
         object.__setattr__(self, "num_ranks", integers("num_ranks", [self.num_ranks])[0])
         check_document_lengths(lengths)
-        if self.num_ranks < 1:
-            raise ValueError(
-                f"num_ranks must be >= 1, got {self.num_ranks}: use cp_group.size(), or 1 locally"
-            )
-        if self.order not in get_args(Order):
-            raise ValueError(f"order must be one of {get_args(Order)}, got {self.order!r}")
+        check_sizes(num_ranks=self.num_ranks)
+        check_one_of(Order, order=self.order)
         object.__setattr__(self, "padded_lengths", self._checked_padded_lengths())
         self._keep_lengths_tensor()
 

@@ -49,7 +49,10 @@ CALLS: dict[str, tuple[Break, str]] = {
         lambda folder: open_source(folder / "no"),
         "the folder to read must be there",
     ),
-    "shards of no bytes": (lambda _: Options("hf", shard_bytes=0), "shard_bytes must be >= 1"),
+    "shards of no bytes": (
+        lambda _: Options("hf", shard_bytes=0),
+        "shard_bytes must be an",
+    ),
     "an unknown target": (lambda _: Options("gguf"), "to must be one of"),
     "a format of another model": (
         lambda folder: plan(open_source(folder), Options("hf", format="sala")),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.generation import PADDING, GenerationCache
+from lasp.generation import cache as cache_module
 from lasp.hybrid import HybridModel
+from lasp.hybrid.graphs import DecodeGraph
 from moe_parallel import ExpertTopology
 from tests.closeness import assert_equal_to_rounding
 from tests.generation.test_steps import SMALL, build, forward, texts
@@ -181,7 +185,7 @@ def refused_cache_calls(folder: Path) -> list[str]:
 
 def test_bad_calls_of_a_cache_are_refused_on_every_rank(tmp_path: Path) -> None:
     expected = [
-        "num_slots must be a whole number >= 1, got 0",
+        "num_slots must be an integer >= 1, got 0",
         "the cache must have 5 free slots, got 4 of 4",
         "the cache must have 1 free slots, got 0 of 4",
         "the cache must have 1 free slots, got 0 of 4",
@@ -198,3 +202,55 @@ def test_bad_calls_of_a_cache_are_refused_on_every_rank(tmp_path: Path) -> None:
     for told in run_on_ranks(refused_cache_calls, 2, tmp_path):
         for error, start in zip(told, expected, strict=True):
             assert error.startswith(start)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_slots_of_a_step_that_failed_are_refused(graph: bool) -> None:
+    """Some layers hold states with the new tokens, others without."""
+    model = build("minimax")
+    prompts = texts((9, 5))
+    cache, whole = (model.new_cache(num_slots=3, max_tokens=64) for _ in range(2))
+    for each in (cache, whole):
+        model.step(each, each.add(2), prompts)
+    steps = DecodeGraph(model, cache, 2).step if graph else partial(model.step, cache)
+    one = torch.tensor([[3]])
+    with (
+        patch.object(model.final_norm, "forward", side_effect=MemoryError),
+        pytest.raises(MemoryError),
+    ):
+        steps([1], one)
+    refused = r"slots must hold whole steps, got \[1\]"
+    for call in (
+        lambda: steps([1], one),
+        lambda: steps([0, 1], one.expand(2, 1)),
+        lambda: cache.fork(1),
+        lambda: model.generate([[3]], cache=cache, slots=[1]),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            call()
+    assert_equal_to_rounding(steps([0], one), model.step(whole, [0], one))
+    cache.free(1)
+    (again,) = cache.add()
+    assert again == 1
+    model.step(cache, [1], prompts[1:])
+    assert_equal_to_rounding(steps([1], one), model.step(whole, [1], one))
+
+
+def test_a_draft_that_failed_changes_nothing() -> None:
+    model = build("minimax")
+    cache = model.new_cache(num_slots=1, max_tokens=64)
+    model.step(cache, cache.add(), texts((9,)))
+    draft = torch.tensor([[3, 4]])
+    with (
+        patch.object(model.final_norm, "forward", side_effect=MemoryError),
+        pytest.raises(MemoryError),
+    ):
+        model.step(cache, [0], draft, draft=True)
+    model.step(cache, [0], draft, draft=True)
+    with (
+        patch.object(cache_module, "lightning_attention", side_effect=MemoryError),
+        pytest.raises(MemoryError),
+    ):
+        cache.accept({0: 1})
+    with pytest.raises(ValueError, match="slots must hold whole steps"):
+        cache.accept({0: 1})

@@ -132,8 +132,8 @@ def test_only_tokens_that_the_rule_leaves_are_drawn_with_their_probabilities() -
 WRONG: list[tuple[str, dict[str, Any]]] = [
     ("an empty prompt", {"prompts": [[1], []]}),
     ("ids in .* got 17", {"prompts": [[VOCAB]]}),
-    ("max_new_tokens must be a whole number >= 0, got -1", {"max_new_tokens": -1}),
-    ("chunk_tokens must be a whole number >= 1, got 0", {"chunk_tokens": 0}),
+    ("max_new_tokens must be an integer >= 0, got -1", {"max_new_tokens": -1}),
+    ("chunk_tokens must be an integer >= 1, got 0", {"chunk_tokens": 0}),
     ("suppressed must be ids in", {"sampling": Sampling(suppressed=(VOCAB,))}),
     ("suppressed must be ids .* got all", {"sampling": Sampling(suppressed=tuple(range(VOCAB)))}),
     ("cache must have 3 free slots", {"prompts": [[1]] * 3}),

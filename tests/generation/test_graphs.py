@@ -11,8 +11,10 @@ import torch
 from lasp.generation import PADDING
 from lasp.hybrid import AttentionConfig, DenseConfig, HybridModel, LatentConfig
 from lasp.hybrid.graphs import DecodeGraph
+from moe_parallel import ExpertTopology
 from tests.generation.test_steps import SMALL, build, texts
-from tests.test_hybrid import MEDIUM
+from tests.ranks import run_on_ranks
+from tests.test_hybrid import MEDIUM, groups_of
 
 PROMPTS = texts((33, 1, 9))
 
@@ -58,7 +60,23 @@ def test_a_captured_step_is_a_launched_one(variant: str) -> None:
     compare(model.eval(), 3)
 
 
+def refused_on_rank() -> None:
+    model = build("minimax", groups=groups_of(ExpertTopology(2, cp=2, ep=2)))
+    cache = model.new_cache(num_slots=1, max_tokens=8)
+    for call in (
+        lambda: DecodeGraph(model, cache, 1),
+        lambda: model.generate([[1]], cache=cache, graph=True),
+    ):
+        with pytest.raises(ValueError, match="must be of a model on one rank"):
+            call()
+    assert not cache.slots.used()
+
+
 def test_models_over_ranks_are_refused() -> None:
+    run_on_ranks(refused_on_rank, 2)
+
+
+def test_bad_calls_are_refused() -> None:
     model = build("minimax")
     cache = model.new_cache(num_slots=1, max_tokens=8)
     with pytest.raises(ValueError, match="batch_size must be"):

@@ -70,9 +70,18 @@ TABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "top_k tensor": (lambda: config(top_k=torch.tensor(2.0)), "top_k must be an integer"),
     "top_k 1 has no gradient": (lambda: config(top_k=1), "top_k must be at least 2"),
     "top_k > experts": (lambda: config(top_k=5), "top_k must be at most num_experts 4"),
-    "negative capacity": (lambda: config(capacity_factor=-1.0), "capacity_factor must be > 0"),
-    "zero capacity": (lambda: config(capacity_factor=0.0), "capacity_factor must be > 0"),
-    "NaN capacity": (lambda: config(capacity_factor=float("nan")), "capacity_factor must be > 0"),
+    "negative capacity": (
+        lambda: config(capacity_factor=-1.0),
+        "capacity_factor must be",
+    ),
+    "zero capacity": (
+        lambda: config(capacity_factor=0.0),
+        "capacity_factor must be",
+    ),
+    "NaN capacity": (
+        lambda: config(capacity_factor=float("nan")),
+        "capacity_factor must be",
+    ),
     "drop policy": (lambda: config(drop_policy="random"), "drop_policy must be one of"),
     "negative loss": (lambda: config(aux_loss_coefficient=-0.1), "aux_loss_coefficient must be"),
     "gemm": (lambda: config(gemm="fast"), "gemm must be one of"),

@@ -107,7 +107,7 @@ def test_refuses_sizes_that_do_not_divide_or_are_none() -> None:
         assert said.startswith("num_experts must divide over the ep group, got 8")
     with pytest.raises(ValueError, match="max_rows must be an integer >= 1, got 0"):
         MoEConfig(HIDDEN, 8, EXPERTS, 2, max_rows=0)
-    with pytest.raises(ValueError, match="capacity_factor must be > 0"):
+    with pytest.raises(ValueError, match="capacity_factor must be a finite number > 0"):
         MoEConfig(HIDDEN, 8, EXPERTS, 2, capacity_factor=0.0)
 
 

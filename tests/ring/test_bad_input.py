@@ -151,8 +151,8 @@ def test_schedule_of_a_rank_that_does_not_exist(rank: int) -> None:
     ("sizes", "rotary_dim", "message"),
     [
         ((12, 6, 4, 8), 4, "num_kv_heads must divide"),
-        ((12, 6, 0, 8), 4, "must be >= 1"),
-        ((0, 6, 2, 8), 4, "must be >= 1"),
+        ((12, 6, 0, 8), 4, "must be an integer >= 1"),
+        ((0, 6, 2, 8), 4, "must be an integer >= 1"),
         ((12, 6, 2, 8), 3, "rotary_dim must be even"),
         ((12, 6, 2, 8), 10, "rotary_dim must be even"),
         ((12, 6, 2, 8), -2, "rotary_dim must be even"),

@@ -140,10 +140,10 @@ def test_names_are_those_of_deepseek() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kv_lora_rank": 0}, "must be >= 1"),
-        ({"q_lora_rank": 0}, "must be >= 1"),
+        ({"kv_lora_rank": 0}, "must be an integer >= 1"),
+        ({"q_lora_rank": 0}, "must be an integer >= 1"),
         ({"qk_rope_head_dim": 3}, "qk_rope_head_dim must be even"),
-        ({"qk_rope_head_dim": -2}, "qk_rope_head_dim must be even"),
+        ({"qk_rope_head_dim": -2}, "qk_rope_head_dim must be an integer >= 0"),
         ({"window": (1, 1)}, "window must end at the query"),
         ({"block": "fast"}, "block must be one of"),
     ],

@@ -227,7 +227,7 @@ def test_dtypes_of_device_tensors() -> None:
         (lambda: SequenceLayout((3, -1), 2), "document_lengths must be >= 0"),
         (lambda: SequenceLayout((0, 0), 2), "document_lengths must hold at least one token"),
         (lambda: SequenceLayout((), 2), "document_lengths must hold at least one token"),
-        (lambda: SequenceLayout((4,), 0), "num_ranks must be >= 1"),
+        (lambda: SequenceLayout((4,), 0), "num_ranks must be an integer >= 1"),
         (lambda: SequenceLayout((1.5, 2.5), 2), "document_lengths must be integers"),
         (lambda: SequenceLayout((4,), 2.0), "num_ranks must be integers"),
         (lambda: SequenceLayout.from_cu_seqlens([0, 2.5], 2), "cu_seqlens must be integers"),

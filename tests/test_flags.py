@@ -79,7 +79,7 @@ FLAGS: list[tuple[Callable[..., object], str]] = [
     (LightningOptions, "out_bias"),
     *((VocabularyConfig, name) for name in ("tied", "float32_head")),
     *((RouterConfig, name) for name in ("normalize", "expert_bias")),
-    *((experts, name) for name in ("pad_to_capacity", "shared_gate")),
+    *((experts, name) for name in ("pad_to_capacity", "static_shapes", "shared_gate")),
     (latent, "rope_interleaved"),
     *((ring, name) for name in ("qk_norm", "gated", "causal", "sinks")),
     *((ring_latent, name) for name in ("rope_interleaved", "gate", "causal")),

@@ -269,7 +269,7 @@ class ExpertParallelMoE(nn.Module):
             if config.max_rows is not None and not config.static_shapes:
                 wait, kept = partial(checked_rows, wait, config.max_rows, mesh), None
             dispatch = self.dispatcher.start_call(
-                wait, sent.groups, most_rows=sent.most, like=x_TM, kept=kept
+                wait, sent.groups, most_rows=sent.most, like=x_TM, kept=kept, impl=impl
             )
             dispatch.static = config.static_shapes
             # The host may wait for the counts after this: meanwhile the device permutes, and on one

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.impl import ChosenImpl
 from moe_parallel.dispatch.dispatcher import Dispatch, EtpStages, Lane, RowTransfer
 from moe_parallel.dispatch.plan import ExchangePlan, GroupPlans, RowCounts, Splits
-from moe_parallel.dispatch.planned import PlannedDispatch, kept_of_sources
+from moe_parallel.dispatch.planned import ChunkCounts, PlannedDispatch
 from moe_parallel.mesh import ExpertMesh
 
 # A group should send at least this by NCCL, on average: with two thread blocks 8 groups of 96 MiB
@@ -64,11 +65,12 @@ class AllToAllDispatcher:
         most_rows: int,
         like: Tensor,
         kept: Tensor | None = None,
+        impl: ChosenImpl = "eager",
     ) -> Dispatch:
         """See :class:`moe_parallel.dispatch.dispatcher.Dispatcher`."""
         plans = GroupPlans(kept_RE, self._mesh, experts)
-        kept_SE = kept_of_sources(kept, self._mesh)
-        return AllToAllDispatch(experts, plans, *self._groups, kept_SE)
+        counts = ChunkCounts.of(kept, self._mesh, impl)
+        return AllToAllDispatch(experts, plans, *self._groups, counts)
 
 
 class AllToAllDispatch(PlannedDispatch):
@@ -84,9 +86,9 @@ class AllToAllDispatch(PlannedDispatch):
         plans: Sequence[ExchangePlan],
         ep_group: dist.ProcessGroup | None,
         etp_group: dist.ProcessGroup | None,
-        kept_SE: Tensor | None = None,
+        counts: ChunkCounts = ChunkCounts(),  # noqa: B008 (immutable)
     ) -> None:
-        super().__init__(experts, plans, kept_SE)
+        super().__init__(experts, plans, counts)
         self._ep_group = ep_group
         axes: tuple[tuple[Lane, dist.ProcessGroup | None], ...]
         axes = (("ep", ep_group), ("etp", etp_group))

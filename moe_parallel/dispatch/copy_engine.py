@@ -23,10 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.impl import ChosenImpl
 from moe_parallel.dispatch.all_to_all import add_partial_sums
 from moe_parallel.dispatch.dispatcher import Dispatch, Lane, RowTransfer
 from moe_parallel.dispatch.plan import ExchangePlan, GroupPlans, RowCounts
-from moe_parallel.dispatch.planned import PlannedDispatch, kept_of_sources
+from moe_parallel.dispatch.planned import ChunkCounts, PlannedDispatch
 from moe_parallel.dispatch.symmetric_memory import (
     EVEN,
     ODD,
@@ -76,6 +77,7 @@ class CopyEngineDispatcher:
         most_rows: int,
         like: Tensor,
         kept: Tensor | None = None,
+        impl: ChosenImpl = "eager",
     ) -> Dispatch:
         """See :class:`moe_parallel.dispatch.dispatcher.Dispatcher`; the memory may grow."""
         needed = (most_rows * like.element_size() * like.shape[1], self._mesh.etp_size)
@@ -83,8 +85,8 @@ class CopyEngineDispatcher:
             kept_RE()  # raises on ranks that believe in other numbers: they do not grow
         self._memory.reserve(*needed)
         plans = GroupPlans(kept_RE, self._mesh, experts)
-        outgoing, kept_SE = OutgoingRows(self._memory), kept_of_sources(kept, self._mesh)
-        return CopyEngineDispatch(experts, plans, self._process_groups, outgoing, kept_SE)
+        outgoing, counts = OutgoingRows(self._memory), ChunkCounts.of(kept, self._mesh, impl)
+        return CopyEngineDispatch(experts, plans, self._process_groups, outgoing, counts)
 
 
 class _Chunk(NamedTuple):
@@ -111,9 +113,9 @@ class CopyEngineDispatch(PlannedDispatch):
         plans: Sequence[ExchangePlan],
         process_groups: tuple[dist.ProcessGroup, ...],
         outgoing: OutgoingRows,
-        kept_SE: Tensor | None = None,
+        counts: ChunkCounts,
     ) -> None:
-        super().__init__(experts, plans, kept_SE)
+        super().__init__(experts, plans, counts)
         self.process_groups, self.place = process_groups, outgoing.place
         self._outgoing, self._memory = outgoing, outgoing.memory
 

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.impl import ChosenImpl
 from moe_parallel.dispatch.plan import RowCounts
 
 Lane = Literal["ep", "etp"]
@@ -165,6 +166,7 @@ class Dispatcher(Protocol):
         most_rows: int,
         like: Tensor,
         kept: Tensor | None = None,
+        impl: ChosenImpl = "eager",
     ) -> Dispatch:
         """Prepare a call.
 
@@ -174,6 +176,7 @@ class Dispatcher(Protocol):
             most_rows: no rank sends more.
             like: a tensor of the rows' width and dtype.
             kept: ``[R, E]``, what ``kept_RE`` is to return, on the device; None: it is not there.
+            impl: counts rows on the device.
         """
 
 
@@ -199,6 +202,7 @@ class LocalDispatcher:
         most_rows: int,
         like: Tensor,
         kept: Tensor | None = None,
+        impl: ChosenImpl = "eager",
     ) -> Dispatch:
         """See :class:`Dispatcher`."""
         mine = None if kept is None else kept[self._rank]

@@ -10,7 +10,12 @@ from torch import Tensor
 from lasp._core.launcher import launch
 from moe_parallel.kernels.gate_kernel import split_kernel, top_k_backward_kernel
 from moe_parallel.kernels.histogram import Histogram
-from moe_parallel.kernels.rows_kernel import before_kernel, row_kernel, starts_kernel
+from moe_parallel.kernels.rows_kernel import (
+    before_kernel,
+    chunks_kernel,
+    row_kernel,
+    starts_kernel,
+)
 from moe_parallel.kernels.top_k_kernel import top_k_kernel
 
 # Block sizes: all of these kernels are bound by memory.
@@ -20,6 +25,7 @@ NUM_WARPS = 4
 MAX_PROGRAMS = 256  # two a multiprocessor; a power of 2: the scan of their counts is one tile
 SCAN_COLUMNS = 4  # experts of a program of that scan
 POSITIONS_TILE = 2048  # pairs of experts that are compared at a time
+CHUNK_BLOCK, CHUNK_PARTS = 256, 4  # rows of a chunk at a time, and programs that share it
 
 
 class ChoiceRule(NamedTuple):
@@ -229,6 +235,30 @@ def starts(
         S=len(sources), E_LOCAL=num_local, E_PAD=_power_of_2(num_local),
     )  # fmt: skip
     return starts_E, ends
+
+
+def chunks(
+    counts_RE: Tensor, sources: Tensor, first: int, num_experts: int, num_rows: int | None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """``[A]`` int64 twice and ``[N]`` int32: see ``rows_kernel.chunks_kernel``.
+
+    Args:
+        counts_RE: int64, rows of each rank for each expert; neighbouring experts lie side by side.
+        sources: int64, the ranks whose rows arrive.
+        first: number of the first expert.
+        num_experts: N, from it on.
+        num_rows: A, that arrive; None: only where they end is asked for.
+    """
+    order = [None if num_rows is None else counts_RE.new_empty(num_rows) for _ in range(2)]
+    ends = counts_RE.new_empty(num_experts, dtype=torch.int32)
+    num_sources, parts = len(sources), 1 if num_rows is None else CHUNK_PARTS
+    launch(
+        chunks_kernel, ends.device, num_sources * num_experts * parts,
+        counts_RE, counts_RE.stride(0), sources, *order, ends, first,
+        S=num_sources, N=num_experts, S_PAD=_power_of_2(num_sources),
+        N_PAD=_power_of_2(num_experts), PARTS=parts, BLOCK=CHUNK_BLOCK,
+    )  # fmt: skip
+    return order[0], order[1], ends
 
 
 def tokens_at_a_time(num_experts: int) -> int:

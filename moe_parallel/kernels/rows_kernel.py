@@ -8,6 +8,9 @@ Example, k = 1, E = 2, spans of 2 tokens, experts (0, 1, 0, 0)::
 
     counts    1 1    before    0 0    totals    3 1    row    0, 3, 1, 2
               2 0              1 1
+
+Assignments arrive by source, and experts take them by expert: ``chunks_kernel`` has an example in
+:mod:`moe_parallel.dispatch.planned`.
 """
 
 import triton
@@ -136,3 +139,41 @@ def starts_kernel(
     tl.store(starts + expert, end - total + before, mask=mask)
     mine = local < tl.where(tl.program_id(0) == ep_rank, E_LOCAL, 0)
     tl.store(ends + local, end.to(tl.int32), mask=mine)
+
+
+@triton.jit(do_not_specialize=["count_stride", "first"])
+def chunks_kernel(
+    counts,  # [R, E] int64: rows of each rank for each expert
+    count_stride,  # between its rows
+    sources,  # [S] int64: the ranks whose rows arrive, in order
+    by_expert,  # [A] int64: for each row in the order of the experts its number by arrival, or None
+    by_arrival,  # [A] int64: the inverse, or None
+    ends,  # [N] int32: where the rows of each expert end
+    first,  # the first of the N experts
+    S: tl.constexpr,
+    N: tl.constexpr,
+    S_PAD: tl.constexpr,
+    N_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``PARTS`` programs a chunk, what one source sends to one expert, blocks of it in turn."""
+    chunk, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    my_source, my_expert = chunk // N, chunk % N
+    source, expert = tl.arange(0, S_PAD)[:, None], tl.arange(0, N_PAD)[None, :]
+    rank = tl.load(sources + source, mask=source < S, other=0)
+    place = counts + rank * count_stride + first + expert
+    size = tl.load(place, mask=(source < S) & (expert < N), other=0)
+    same_source, same_expert = source == my_source, expert == my_expert
+    arrives = (source < my_source) | (same_source & (expert < my_expert))
+    begins = (expert < my_expert) | (same_expert & (source < my_source))
+    begin = tl.sum(tl.sum(tl.where(begins, size, 0), axis=1), axis=0)
+    count = tl.sum(tl.sum(tl.where(same_source & same_expert, size, 0), axis=1), axis=0)
+    if by_expert is not None:
+        arrival = tl.sum(tl.sum(tl.where(arrives, size, 0), axis=1), axis=0)
+        for at in range(part * BLOCK, count, PARTS * BLOCK):
+            row = at + tl.arange(0, BLOCK)
+            tl.store(by_expert + begin + row, arrival + row, mask=row < count)
+            tl.store(by_arrival + arrival + row, begin + row, mask=row < count)
+    if (my_source == S - 1) & (part == 0):
+        tl.store(ends + my_expert, (begin + count).to(tl.int32))

@@ -15,6 +15,7 @@ from moe_parallel import MoEConfig, RouterConfig, TokenOrder
 from moe_parallel import layer as layer_module
 from moe_parallel.dispatch.padding import drop_by_rank, padded_order
 from moe_parallel.dispatch.permute import RowOrder, permute, row_order
+from moe_parallel.dispatch.planned import ChunkCounts
 from moe_parallel.router import top_k
 from moe_parallel.router.counts import Routing
 from moe_parallel.router.route import route
@@ -54,6 +55,27 @@ def test_rows_are_those_of_plain_torch(
     assert torch.equal(actual.row, expected.row)
     assert torch.equal(actual.assignment, expected.assignment)
     assert actual.row.flatten().sort()[0].tolist() == list(range(experts.numel()))
+
+
+@pytest.mark.parametrize("sources", [(0,), (3, 1, 2)])
+@pytest.mark.parametrize("experts", [range(1), range(2, 9)])
+def test_chunks_are_ordered_as_by_plain_torch(experts: range, sources: tuple[int, ...]) -> None:
+    kept_RE = torch.randint(0, 5, (4, 20), device=DEVICE)
+    kept_RE[:, 8] = 2 * router.CHUNK_BLOCK * router.CHUNK_PARTS + 3  # every program twice
+    kept_RE[1, 10:13] = 0
+    sizes_SE = kept_RE[list(sources), 4 + experts.start : 4 + experts.stop]
+    num_rows = int(sizes_SE.sum())
+    for rows in (num_rows, None):
+        expected, actual = (
+            ChunkCounts(impl, kept_RE, sources, 4).order(experts, rows)
+            for impl in ("eager", "triton")
+        )
+        assert actual.ends.dtype == expected.ends.dtype == torch.int32
+        assert actual.ends.tolist() == sizes_SE.sum(0).cumsum(0).tolist()
+        for one, other in zip(actual, expected):
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+        assert (actual.by_expert is None) == (rows is None)
 
 
 def routed(impl: str, tokens: int = 100, **options: Any) -> Routing:

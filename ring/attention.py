@@ -51,7 +51,8 @@ class RingOutput(NamedTuple):
     Attributes:
         output: ``[T, Hq, V]`` or ``[B, T, Hq, V]``, dtype of ``q``.
         lse: log-sum-exp of each row's scores, its head's sink among them: ``[T, Hq]`` or
-            ``[B, T, Hq]``, float32 (float64 for float64).
+            ``[B, T, Hq]``, float32 (float64 for float64). It is not contiguous, because kernels
+            keep all rows of a head together: flatten it with ``reshape``, not with ``view``.
     """
 
     output: Tensor

@@ -2,8 +2,8 @@
 
 Forward, with transfers under the attention::
 
-    transfer   | stage 1 | stage 2 |    | stage 3    |
-    compute    | local, own keys | tiles of 1 | tiles of 2 | tiles of 3 |
+    transfer   | stage 1 | stage 2 | | stage 3    |
+    compute    | local, own tiles | tiles of 1 | tiles of 2 | tiles of 3 |
 
 Two transfers start first. After the tiles of a stage, its memory is free and the transfer of the
 stage after the next starts.
@@ -11,8 +11,8 @@ stage after the next starts.
 Backward, with the local attention in two parts where a block can write both to one memory
 (:meth:`ring.blocks.interface.Block.writing_to`), else all of it last::
 
-    transfer   | keys 1 | keys 2 |        | gradients 1, keys 3 | gradients 2 | gradients 3     |
-    compute    | early local | tiles of 1 | tiles of 2          | tiles of 3  | own keys, local |
+    transfer   | keys 1 | keys 2 |        | gradients 1, keys 3 | gradients 2 | gradients 3      |
+    compute    | early local | tiles of 1 | tiles of 2          | tiles of 3  | own tiles, local |
 
 After its tiles a stage sends the gradients of its kv buffer on, to the next rank of a chain or to
 their owner, under the tiles of the next stage. The last ones go under the rest of the local
@@ -95,7 +95,7 @@ def forward(q: Tensor, moving: KV, context: RingContext, sinks: Tensor | None = 
         if not left:
             release()
         for tile in tiles:
-            part = _gather(tile, q, kv)
+            part = _gather(tile, q, own, kv)
             for partial in block.forward_parts(part, window=tile.window, scale=scale):
                 left -= 1
                 if not left:
@@ -123,10 +123,10 @@ def backward(
     """Gradients to q and to what moves, of this rank's tokens, in their dtypes.
 
     Sums are in float32 (float64 for float64), rounded once, and in a fixed order. To dq: tiles
-    stage by stage, own tiles, own documents. To dk and dv: what comes back from each stage but the
-    last, rank by rank, own tiles, what comes back from the last, own documents. A kernel's
-    contributions come rounded to its own dtype. With an expansion dk and dv are those of own rows,
-    of which it makes the gradient of what moves; what comes back is added to that.
+    stage by stage, own tiles, own documents. To dk and dv: those of own keys in tiles and of what
+    comes back, rank by rank, as they are made, then own documents. A kernel's contributions come
+    rounded to its own dtype. With an expansion dk and dv are those of own rows, of which it makes
+    the gradient of what moves; what comes back is added to that.
 
     Args:
         doutput: ``[T, Hq, V]``.
@@ -214,20 +214,24 @@ class _TileGradients:
     def __init__(
         self, qkv: QKV, rows: RowGradients, schedule: RingSchedule, dtype: torch.dtype, alone: bool
     ) -> None:
-        self._q, self._rows, self._schedule, self._dtype = qkv.q, rows, schedule, dtype
+        self._qkv, self._rows, self._schedule, self._dtype = qkv, rows, schedule, dtype
         self._dq: list[Tensor | None] = [None] * len(schedule.rows)
         once = schedule.lent_once and not alone
         self.lent = GradientSums(schedule.lent, qkv[1:], dtype, once=once)
 
     def add(self, tiles: Iterable[KVTile], kv: KV, sums: GradientSums) -> None:
         """Add gradients of tiles over ``kv``: to dq, and to ``sums`` of the same shapes."""
+        q, *own = self._qkv
         for tile in tiles:
-            found = self._rows.over(slice(*tile.rows), _gather(tile, self._q, kv), tile.window)
+            part = _gather(tile, q, own, kv)
+            found = self._rows.over(slice(*tile.rows), part, tile.window)
             self._add_rows(tile, found.q)
-            lengths = [keys.length for keys in tile.keys]
+            # Where the keys were gathered from.
+            ranges = [(self.lent, keys) for keys in tile.own] + [(sums, keys) for keys in tile.keys]
+            lengths = [keys.length for _, keys in ranges]
             of_ranges = zip(found.k.split(lengths), found.v.split(lengths))
-            for keys, gradients in zip(tile.keys, of_ranges):  # where they were gathered from
-                sums.add(keys, gradients)
+            for (into, keys), gradients in zip(ranges, of_ranges):
+                into.add(keys, gradients)
 
     def of_stage(self, stage: RingStage, received: KV, context: RingContext) -> tuple[Tensor, KV]:
         """Memory ``[tokens, W]`` with the gradients to what a stage received, and its views."""
@@ -276,10 +280,14 @@ def _row_tiles(tile: KVTile, block: Block) -> tuple[slice, ...]:
     return block.row_tiles(tile.rows.length, tile.num_keys)
 
 
-def _gather(tile: KVTile, q: Tensor, kv: KV) -> QKV:
+def _gather(tile: KVTile, q: Tensor, own: Sequence[Tensor], kv: KV) -> QKV:
     """Rows and keys of a tile; copied only where the keys lie in several ranges."""
     rows = q[slice(*tile.rows)]
-    if len(tile.keys) == 1:
+    if len(tile.keys) == 1 and not tile.own:
         keys = slice(*tile.keys[0])
         return QKV(rows, *(x[keys] for x in kv))
-    return QKV(rows, *(torch.cat([x[slice(*keys)] for keys in tile.keys]) for x in kv))
+    ranges = [(0, keys) for keys in tile.own] + [(1, keys) for keys in tile.keys]
+    return QKV(
+        rows,
+        *(torch.cat([pair[i][slice(*keys)] for i, keys in ranges]) for pair in zip(own, kv)),
+    )

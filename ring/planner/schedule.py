@@ -8,15 +8,16 @@ a run, and no row is in two rectangles. Under a sliding window only rows near an
 rectangle, over the keys within reach, and a tile has the window of its rows and keys.
 
 The keys of a rectangle need no order (softmax without a mask is a sum over a set), so it is cut
-into tiles along its keys: those that other runs of the rank hold, and those that each stage brings
-into its kv buffer (:mod:`ring.planner.traffic` says in which stage what comes, and from whom).
+into tiles along its keys: those that each stage brings into its kv buffer
+(:mod:`ring.planner.traffic` says in which stage what comes, and from whom). Keys that other runs of
+the rank hold go with the last of these, or are an own tile where they are many or the only ones.
 
 Example: one document of 8 tokens, 2 ranks, zigzag, causal::
 
     pack      0 1 2 3 4 5 6 7
     rank      0 0 1 1 1 1 0 0
     rank 0    local: rows 0:2 (tokens 0:2) and rows 2:4 (tokens 6:8)
-              rectangle of rows 2:4 with keys 0:6: own keys 0:2, and 2:6 from rank 1
+              rectangle of rows 2:4 with keys 0:6: own keys 0:2, and 2:6 from rank 1, in one tile
     rank 1    local: rows 0:4 (tokens 2:6); rectangle of rows 0:4 with keys 0:2 from rank 0
 
 In two stages both ranks start two exchanges of keys and values, even with nothing to receive::
@@ -35,7 +36,7 @@ from typing import NamedTuple
 from lasp.sequence.layout import SequenceLayout
 from ring.planner.ranges import RowRange, TokenIndex, union
 from ring.planner.stages import RULE, StageRule, early_rows
-from ring.planner.tiles import KVTile, Rectangle, rectangles_of, tiles_over
+from ring.planner.tiles import KVTile, Rectangle, join_own_tiles, rectangles_of, tiles_over
 from ring.planner.traffic import KVDelivery, KVTraffic, plan_traffic
 from ring.planner.window import EVERYTHING, Window
 
@@ -95,7 +96,7 @@ class RingStage(NamedTuple):
     @property
     def seen_once(self) -> bool:
         """Whether each token of the kv buffer is in one tile; else some are in several."""
-        return sum(tile.num_keys for tile in self.tiles) == self.tokens
+        return sum(keys.length for tile in self.tiles for keys in tile.keys) == self.tokens
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class RingSchedule:
         route: ``none``, ``direct`` or ``chain``: see :mod:`ring.planner.traffic`. The same on every
             rank.
         rows: query rows of each rectangle, of the rank's tokens; disjoint, never empty.
-        own_tiles: over keys that other runs of the rank hold: no transfer.
+        own_tiles: over keys of other runs of the rank that are in no tile of a stage.
         stages: as many on every rank, each two matching exchanges; none where nothing moves.
         early: the first rows, of whole fragments, whose local backward goes before the stages where
             a block can split it; 0 for none.
@@ -141,10 +142,11 @@ class RingSchedule:
 
     @cached_property
     def _lendings(self) -> tuple[RowRange, ...]:
-        """Ranges of own tokens that come back with gradients, or that own tiles have as keys."""
+        """Ranges of own tokens that come back with gradients, or that tiles have as keys."""
         exchanges = (stage.grad_exchange for stage in self.stages)
         returned = (p for exchange in exchanges for some in exchange.receives for p in some)
-        own = (keys for tile in self.own_tiles for keys in tile.keys)
+        own = [keys for tile in self.own_tiles for keys in tile.keys]
+        own += (keys for stage in self.stages for tile in stage.tiles for keys in tile.own)
         return (*own, *(part.rows for part in returned if not part.in_buffer))
 
     @cached_property
@@ -204,6 +206,10 @@ def plan_ring(
     rectangles = rectangles_of(layout, rank, seen)
     own_tiles = tiles_over(rectangles, TokenIndex(own), seen)
     stages = _stages(traffic, rank, rectangles) if traffic.num_stages else ()
+    if not seen.slides:
+        of_stages = [stage.tiles for stage in stages]
+        own_tiles, joined = join_own_tiles(own_tiles, of_stages, rule.most_joined)
+        stages = tuple(stage._replace(tiles=tiles) for stage, tiles in zip(stages, joined))
     rows = tuple(rectangle.rows for rectangle in rectangles)
     early = 0
     if stages:

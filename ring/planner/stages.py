@@ -32,12 +32,15 @@ class StageRule(NamedTuple):
             heads for one key head, 500 TFLOP/s, 16-bit elements and a 45 GB/s network; NVLink
             needs less, and hides more than the plan counts on.
         chain_gain: chains are taken if direct sending takes more than this many times their time.
+        most_joined: the most keys of a tile that holds own keys beside those of a stage: 256 MiB
+            of copies with 8 key heads of 128 in 16 bits.
     """
 
     max_stages: int = 4
     min_tokens: int = 4096
     pairs_per_token: int = 1400
     chain_gain: float = 1.25
+    most_joined: int = 65536
 
 
 RULE = StageRule()
@@ -47,7 +50,7 @@ def stages_asked(needed: int, local_pairs: int, own_tokens: int, rule: StageRule
     """The fewest stages that suffice for a rank; all ranks take the largest such number.
 
     One stage suffices unless it would bring more than ``own_tokens``, the tokens that the rank
-    holds, or more than arrives during its ``local_pairs``, the attention to keys it holds.
+    holds, or more than arrives during its ``local_pairs``, the attention within its fragments.
     """
     hidden = max(1, local_pairs // rule.pairs_per_token)
     wanted = max(-(-needed // own_tokens), -(-needed // hidden))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lasp.sequence.layout import SequenceLayout
@@ -18,17 +19,19 @@ class KVTile(NamedTuple):
         keys: ranges of the rank's tokens or of a stage's kv buffer; disjoint, sorted, not empty.
         window: of the rows over the keys, last row and last key aligned; if it is one, they are
             one range.
+        own: ranges of the rank's tokens that are keys too, before those of a kv buffer.
     """
 
     rectangle: int
     rows: RowRange
     keys: tuple[RowRange, ...]
     window: Window = EVERYTHING
+    own: tuple[RowRange, ...] = ()
 
     @property
     def num_keys(self) -> int:
         """Number of keys in all ranges."""
-        return sum(some.length for some in self.keys)
+        return sum(some.length for some in (*self.own, *self.keys))
 
 
 class Rectangle(NamedTuple):
@@ -79,3 +82,24 @@ def tiles_over(rectangles: list[Rectangle], held: TokenIndex, window: Window) ->
             of_rank = RowRange(first, first + some.length)
             tiles.append(KVTile(number, of_rank, (where,), window.aligned(some, seen)))
     return tuple(tile for tile in tiles if tile.keys)
+
+
+def join_own_tiles(
+    own_tiles: Sequence[KVTile], of_stages: Sequence[Sequence[KVTile]], most_keys: int
+) -> tuple[tuple[KVTile, ...], list[tuple[KVTile, ...]]]:
+    """The same with fewer own tiles: the last tile of the same rows takes their keys.
+
+    A tile more costs its rows a merge, and in the backward a second pass over q, output and dq: as
+    much for few keys as for many. To join keys they are copied, at most ``most_keys`` of a tile.
+    """
+    held = {tile.rectangle: tile.keys for tile in own_tiles}
+
+    def joined(tile: KVTile) -> KVTile:
+        with_own = tile._replace(own=held.get(tile.rectangle, ()))
+        if with_own.num_keys > most_keys:
+            return tile
+        held.pop(tile.rectangle, None)
+        return with_own
+
+    tiles = [tuple(joined(tile) for tile in some) for some in reversed(of_stages)]
+    return tuple(tile for tile in own_tiles if tile.rectangle in held), tiles[::-1]

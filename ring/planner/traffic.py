@@ -173,14 +173,12 @@ class KVTraffic:
         return by_rank
 
     def _local_pairs(self) -> list[int]:
-        """(query, key) pairs of each rank whose keys it holds."""
-        by_rank = torch.zeros(self.layout.num_ranks, dtype=torch.int64, device="cpu")
-        seen_at_home = self._rows.gather(1, self._owners[:, None])[:, 0] * self._lengths
-        across: list[int] = by_rank.index_add_(0, self._owners, seen_at_home).tolist()
-        for rank in range(self.layout.num_ranks):
-            for fragment in self.layout.fragments(rank):
-                across[rank] += self.window.pairs(fragment.stop - fragment.start)
-        return across
+        """(query, key) pairs of each rank within its fragments."""
+        layout = self.layout
+        return [
+            sum(self.window.pairs(some.stop - some.start) for some in layout.fragments(rank))
+            for rank in range(layout.num_ranks)
+        ]
 
     def _direct_time(self) -> int:
         """Tokens on the busiest link of each stage, summed over the stages."""

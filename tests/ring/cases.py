@@ -37,10 +37,11 @@ PACKS = (
 HEADS = ((4, 2), (6, 2), (3, 1), (5, 5))
 ORDERS = ("contiguous", "zigzag", "fold")
 NOTHING_HIDES = 10**9  # pairs per token: as many stages as are allowed
-# Each route in each number of stages, and the default rule.
+# Each route in each number of stages, few keys joined, and the default rule.
 RULES = (
     *(StageRule(n, 1, NOTHING_HIDES, chain_gain=math.inf) for n in (1, 2, 3, 4)),
     *(StageRule(n, 1, NOTHING_HIDES, chain_gain=0.0) for n in (2, 3, 4)),
+    StageRule(2, 1, NOTHING_HIDES, most_joined=12),
     RULE,
 )
 NAMES = ("output", "lse", "dq", "dk", "dv")

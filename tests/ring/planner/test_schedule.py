@@ -112,21 +112,25 @@ def check_schedule(
             for stage, kv_buffer in zip(schedule.stages, kv_buffers)
             for t in stage.tiles
         ]
-        for (rectangle, where, keys, seen), buffer in tiles:
+        with_tiles = {t.rectangle for stage in schedule.stages for t in stage.tiles}
+        if not schedule.slides and rule.most_joined >= layout.num_tokens:
+            assert all(tile.rectangle not in with_tiles for tile in schedule.own_tiles)
+        for (rectangle, where, keys, seen, own), buffer in tiles:
             of_rectangle = range(*schedule.rows[rectangle])
             assert set(range(*where)) <= set(of_rectangle)
             assert where.length
             assert window.slides or list(range(*where)) == list(of_rectangle)
             assert keys
-            assert len(keys) == 1 or not seen.slides
-            rows, columns = range(*where), expand(keys)
+            assert len((*own, *keys)) == 1 or not seen.slides
+            rows = range(*where)
+            columns = [held[s] for s in expand(own)] + [buffer[s] for s in expand(keys)]
             ahead = len(columns) - len(rows)
             for i, t in enumerate(rows):
                 low = i + ahead - seen.left if seen.left >= 0 else 0
                 high = i + ahead + seen.right if seen.right >= 0 else len(columns)
                 found = [s for j, s in enumerate(columns) if low <= j <= high]
                 assert found  # kernels fault on rows without keys
-                pairs += [(held[t], buffer[s]) for s in found]
+                pairs += [(held[t], s) for s in found]
         real = {
             start + i
             for start, length in zip(layout.document_starts, layout.document_lengths)
@@ -177,10 +181,11 @@ def test_example_of_the_module_docstring() -> None:
     layout = SequenceLayout((8,), 2, "zigzag")
     first, second = (plan_ring(layout, rank, True) for rank in (0, 1))
     assert first.rows == (RowRange(2, 4),)
-    assert first.own_tiles == (KVTile(0, RowRange(2, 4), (RowRange(0, 2),)),)
+    assert not first.own_tiles
     (stage,) = first.stages
     assert stage.keys == (RowRange(2, 6),)
-    assert stage.tiles == (KVTile(0, RowRange(2, 4), (RowRange(0, 4),)),)
+    own = (RowRange(0, 2),)
+    assert stage.tiles == (KVTile(0, RowRange(2, 4), (RowRange(0, 4),), own=own),)
     assert second.rows == (RowRange(0, 4),)
     assert not second.own_tiles
     assert second.stages[0].keys == (RowRange(0, 2),)
@@ -206,7 +211,7 @@ def test_keys_that_two_rectangles_need_are_received_once() -> None:
     assert [stage.keys for stage in schedule.stages] == [(RowRange(0, 2), RowRange(4, 8))]
     assert schedule.stages[0].tiles == (
         KVTile(0, RowRange(0, 2), (RowRange(0, 2),)),
-        KVTile(1, RowRange(2, 4), (RowRange(0, 6),)),
+        KVTile(1, RowRange(2, 4), (RowRange(0, 6),), own=(RowRange(0, 2),)),
     )
 
 

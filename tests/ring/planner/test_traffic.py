@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lasp.sequence.layout import SequenceLayout
-from ring.planner.schedule import plan_ring
+from ring.planner.schedule import RingStage, plan_ring
 from ring.planner.stages import RULE, StageRule, bucket, stage_tokens, stages_asked, stages_filled
 from ring.planner.traffic import KVTraffic, plan_traffic
 from ring.planner.window import CAUSAL, EVERYTHING
@@ -74,12 +74,13 @@ def test_stages_sum_to_what_is_needed_within_their_bounds(stages: int) -> None:
 
 
 def pairs_by_stage(layout: SequenceLayout, causal: bool) -> list[list[int]]:
-    """(query, key) pairs of each rank in each stage."""
-    schedules = [plan_ring(layout, rank, causal) for rank in range(layout.num_ranks)]
-    return [
-        [sum(s.rows[t.rectangle].length * t.num_keys for t in stage.tiles) for stage in s.stages]
-        for s in schedules
-    ]
+    """Pairs of a query and a received key, of each rank in each stage."""
+
+    def pairs(stage: RingStage) -> int:
+        return sum(t.rows.length * some.length for t in stage.tiles for some in t.keys)
+
+    ranks = range(layout.num_ranks)
+    return [[pairs(stage) for stage in plan_ring(layout, r, causal).stages] for r in ranks]
 
 
 @pytest.mark.parametrize(("ranks", "stages"), [(2, 1), (3, 2), (4, 3), (8, 4), (16, 4)])
@@ -114,8 +115,8 @@ def test_the_attention_to_own_keys_hides_the_first_stage() -> None:
     layout = SequenceLayout((2 * 8192,), 2, "zigzag")
     traffic = plan_traffic(layout, CAUSAL, RULE)
     # Rank 0: two fragments of 4096 and one over the other; rank 1: one fragment of 8192.
-    assert traffic._local_pairs() == [2 * (4096 * 4097 // 2) + 4096**2, 8192 * 8193 // 2]
-    for pairs_per_token, stages in ((4096, 1), (4097, 2), (8192, 2)):
+    assert traffic._local_pairs() == [2 * (4096 * 4097 // 2), 8192 * 8193 // 2]
+    for pairs_per_token, stages in ((2048, 1), (2049, 2), (8192, 2)):
         rule = RULE._replace(pairs_per_token=pairs_per_token)
         assert plan_traffic(layout, CAUSAL, rule).num_stages == stages
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from lasp.generation.attention import CachedLayer
 from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.packing import PackedBatch
 from lasp.layers.lightning_attention import LightningAttention
+from lasp.layers.rms_norm import RMSNorm
 from moe_parallel import (
     ExpertParallelMoE,
     MoEOutput,
@@ -58,13 +60,14 @@ class HybridLayer(nn.Module):
         self.attention_residual = residuals.softmax if softmax else residuals.lightning
         self.mlp_residual = residuals.mlp
         self.groups = groups
-        self.attention_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
+        norm = partial(RMSNorm, eps=config.norm_eps, impl=config.lightning_impl)
+        self.attention_norm = norm(hidden, device=device, dtype=dtype)
         self.attention: LightningAttention | RingAttention | MultiLatentAttention
         if softmax:
             self.attention = _softmax_attention(config, device, dtype)
         else:
             self.attention = _lightning_attention(config, layer_index, device, dtype)
-        self.moe_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
+        self.moe_norm = norm(hidden, device=device, dtype=dtype)
         self.moe: ExpertParallelMoE | None = None
         self.mlp: DenseFFN | None = None
         if config.moe is not None and config.has_experts(layer_index):

@@ -30,6 +30,7 @@ from lasp.hybrid.multi_token import MultiTokenLayer
 from lasp.hybrid.packing import PackedBatch
 from lasp.hybrid.pretrained import PretrainedModel
 from lasp.hybrid.steps import memories_of
+from lasp.layers.rms_norm import RMSNorm
 from moe_parallel import ParallelGroups, RoutingStats, SymmetricMemory
 
 
@@ -98,7 +99,9 @@ class HybridModel(PretrainedModel, GenerativeModel):
             HybridLayer(config, index, groups=groups, **memory, device=device, dtype=dtype)
             for index in range(config.num_layers)
         )
-        self.final_norm = nn.RMSNorm(hidden, config.norm_eps, device=device, dtype=dtype)
+        self.final_norm = RMSNorm(
+            hidden, config.norm_eps, impl=config.lightning_impl, device=device, dtype=dtype
+        )
         self.mtp: MultiTokenLayer | None = None
         if config.mtp_loss_weight is not None:
             self.mtp = MultiTokenLayer(config, groups=groups, **memory, device=device, dtype=dtype)

@@ -16,6 +16,7 @@ from lasp._core.checks import checked_rank
 from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.layer import HybridLayer, LayerOutput, draw_xavier
 from lasp.hybrid.packing import PackedBatch
+from lasp.layers.rms_norm import RMSNorm
 from lasp.sequence.layout import SequenceLayout
 from moe_parallel import ParallelGroups, SymmetricMemory
 
@@ -47,7 +48,8 @@ class MultiTokenLayer(nn.Module):
         )
         size = config.hidden_size
         self.token_norm, self.hidden_norm, self.final_norm = (
-            nn.RMSNorm(size, config.norm_eps, device=device, dtype=dtype) for _ in range(3)
+            RMSNorm(size, config.norm_eps, impl=config.lightning_impl, device=device, dtype=dtype)
+            for _ in range(3)
         )
         self.projection = nn.Linear(2 * size, size, bias=False, device=device, dtype=dtype)
         self.layer = HybridLayer(

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from lasp._core.impl import Impl
 from lasp.layers.options import LightningOptions
 from lasp.layers.parts import gated_norm
+from lasp.layers.rms_norm import RMSNorm
 from lasp.megatron.checks import parameter_device, require
 
 
-class ResidualNorm(nn.RMSNorm):
+class ResidualNorm(RMSNorm):
     """RMSNorm of the residual stream, also with sequence parallelism.
 
     Megatron's own torch norm refuses that. The gradient of its tokens is then summed over the

@@ -45,7 +45,6 @@ from lasp.hybrid import (
     pack_batch,
 )
 
-KINDS = 128  # of keys, of values and of filler tokens
 PATTERNS = {"lightning": "1:0", "3:1": "3:1", "7:1": "7:1", "15:1": "15:1", "softmax": "0:1"}
 FILLER = -1
 NO_LABEL = -100
@@ -53,9 +52,13 @@ NO_LABEL = -100
 
 @dataclass(kw_only=True)
 class Sizes(Options):
-    """Options: the task, the lessons before it, the model and the training."""
+    """Options: the task, the lessons before it, the model and the training.
+
+    ``kinds`` is the number of keys, of values and of filler tokens.
+    """
 
     length: int = 1024
+    kinds: int = 128
     pairs: tuple[int, ...] = (1, 8, 32, 128)
     documents: int = 16
     lesson_length: int = 32
@@ -69,7 +72,7 @@ class Sizes(Options):
     tests: int = 32
 
     def __post_init__(self) -> None:
-        most = min(self.length // 4, KINDS)
+        most = min(self.length // 4, self.kinds)
         if not 1 <= min(self.pairs) <= max(self.pairs) <= most:
             raise ValueError(
                 f"pairs must be from 1 to {most}, a quarter of the tokens of a document and the"
@@ -124,17 +127,17 @@ def numbers(generator: torch.Generator, below: int, *shape: int) -> Tensor:
     return torch.randint(below, shape, generator=generator, device=generator.device)
 
 
-def written(generator: torch.Generator, slots: Tensor) -> Documents:
+def written(generator: torch.Generator, slots: Tensor, kinds: int) -> Documents:
     """Documents with these pairs; keys of a document differ, values need not."""
     count, many = slots.shape
     is_pair, pair = slots != FILLER, slots.clamp(min=0)
-    key = shuffled(generator, count, KINDS).gather(1, pair)
-    value = KINDS + numbers(generator, KINDS, count, KINDS).gather(1, pair)
+    key = shuffled(generator, count, kinds).gather(1, pair)
+    value = kinds + numbers(generator, kinds, count, kinds).gather(1, pair)
     # Values stand everywhere: only what follows a key is its own.
-    filler = KINDS + numbers(generator, 2 * KINDS, count, many, 2)
+    filler = kinds + numbers(generator, 2 * kinds, count, many, 2)
     tokens = torch.where(is_pair[..., None], torch.stack((key, value), 2), filler)
     at = torch.arange(many, device=slots.device).expand(count, -1)
-    first = at.new_full((count, KINDS), many)
+    first = at.new_full((count, kinds), many)
     first.scatter_reduce_(1, pair, at.where(is_pair, many), "amin")
     asked = is_pair & (at > first.gather(1, pair))
     labels = torch.stack((value.where(asked, NO_LABEL), key.where(is_pair, NO_LABEL)), 2)
@@ -161,7 +164,7 @@ def model_of(pattern: str, seed: int, options: Sizes, machine: Machine) -> Hybri
     heads = max(4, size // 32)  # lightning heads differ in their decay
     config = HybridConfig(
         num_layers=options.layers,
-        vocab_size=3 * KINDS,
+        vocab_size=3 * options.kinds,
         attention=AttentionConfig(heads, heads, size // heads, size // heads // 2, gated=True),
         moe=None,
         dense=DenseConfig(size, 2 * size),
@@ -211,7 +214,8 @@ class Run:
         """The loss of the last tenth of the steps, in nats a label."""
         options, losses = self.options, []
         for step in range(options.steps):
-            some = written(self.generator, slots_of(step, self.generator, options))
+            slots = slots_of(step, self.generator, options)
+            some = written(self.generator, slots, options.kinds)
             losses.append(self.loss(some).clone())
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             for group in self.optimizer.param_groups:
@@ -226,9 +230,9 @@ class Run:
         options, found = self.options, []
         for _ in range(options.tests):
             slots = asked_slots(self.generator, options.documents, options.length, pairs)
-            some = written(self.generator, slots)
+            some = written(self.generator, slots, options.kinds)
             said, labels = self.forward(some).argmax(1), some.labels.flatten()
-            asked = labels >= KINDS  # values; labels that are keys are lessons
+            asked = labels >= options.kinds  # values; labels that are keys are lessons
             found.append((said == labels)[asked])
         return torch.cat(found).double().mean().item()
 
@@ -246,7 +250,8 @@ def batch_of(count: int, length: int) -> PackedBatch:
 
 def rows(options: Sizes, machine: Machine) -> Iterator[Row]:
     """Rows by pattern, seed and pairs."""
-    facts: dict[str, Any] = {"length": options.length, "layers": options.layers}
+    facts: dict[str, Any] = {"length": options.length, "kinds": options.kinds}
+    facts["layers"] = options.layers
     facts |= {"hidden_size": options.hidden_size}
     facts |= {"tokens": options.steps * options.documents * options.length}
     for pattern in options.patterns:

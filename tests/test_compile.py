@@ -33,6 +33,7 @@ ENTRANCES = {
     "lasp/hybrid/layer.py",
     "lasp/hybrid/model.py",
     "lasp/layers/lightning_attention.py",
+    "lasp/layers/rms_norm.py",
     "ring/module.py",
 }
 LAYOUT = SequenceLayout((5, 3), 1)

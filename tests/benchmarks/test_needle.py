@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,32 +12,34 @@ from benchmarks import moe_against_tp, needle
 from benchmarks.harness import Machine
 from tests.ranks import run_on_ranks
 
+KINDS = 128
+
 
 def drawn(slots: list[list[int]]) -> needle.Documents:
-    return needle.written(torch.Generator().manual_seed(0), torch.tensor(slots))
+    return needle.written(torch.Generator().manual_seed(0), torch.tensor(slots), KINDS)
 
 
 def test_questions_have_the_values_of_their_keys() -> None:
     generator = torch.Generator().manual_seed(0)
     slots = needle.asked_slots(generator, 5, 64, 9)
     assert sorted(slots[0, :23].tolist()) == [needle.FILLER] * 14 + list(range(9))
-    some = needle.written(generator, slots)
+    some = needle.written(generator, slots, KINDS)
     for tokens, labels in zip(*(x.tolist() for x in some)):
-        said = {a: b for a, b in pairwise(tokens[:46]) if a < needle.KINDS}
-        assert len(said) == sum(token < needle.KINDS for token in tokens[:46]) == 9
-        asked = [at for at, label in enumerate(labels) if label >= needle.KINDS]
+        said = {a: b for a, b in pairwise(tokens[:46]) if a < KINDS}
+        assert len(said) == sum(token < KINDS for token in tokens[:46]) == 9
+        asked = [at for at, label in enumerate(labels) if label >= KINDS]
         assert asked == list(range(46, 64, 2))
         assert {tokens[at] for at in asked} == set(said)
         for at in asked:
             assert labels[at] == said[tokens[at]] == tokens[at + 1]
-            assert needle.KINDS <= labels[at] < 2 * needle.KINDS
+            assert KINDS <= labels[at] < 2 * KINDS
 
 
 def test_only_keys_seen_before_are_asked() -> None:
     for tokens, labels in zip(*(x.tolist() for x in drawn([[2, -1, 0, 2, 0, 2], [1] * 6]))):
         for at in range(0, 12, 2):
             key, value = tokens[at : at + 2]
-            if key >= needle.KINDS:
+            if key >= KINDS:
                 assert labels[at : at + 2] == [needle.NO_LABEL] * 2
             else:
                 asked = value if key in tokens[:at] else needle.NO_LABEL
@@ -98,9 +99,8 @@ def test_models_of_one_size_are_asked() -> None:
 @pytest.mark.slow
 def test_recall_is_learned() -> None:
     """Four softmax layers learn to look up within a minute; chance is an eighth."""
-    with patch.object(needle, "KINDS", 8):
-        change = {"documents": 32, "hidden_size": 64, "steps": 240, "tests": 4}
-        found = rows(seeds=(0,), patterns=("softmax",), learning_rate=3e-3, **change)
+    change = {"documents": 32, "hidden_size": 64, "steps": 240, "tests": 4, "kinds": 8}
+    found = rows(seeds=(0,), patterns=("softmax",), learning_rate=3e-3, **change)
     accuracy = {r["case"].get("pairs"): r["p50"] for r in found}
     assert accuracy[1] > 0.9, accuracy
     assert accuracy[4] > 0.9, accuracy

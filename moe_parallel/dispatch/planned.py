@@ -163,7 +163,7 @@ class PlannedDispatch(Dispatch):
         return experts > 1 and sources * experts >= MANY_CHUNKS
 
     def _order(self, g: int, rows_AM: Tensor) -> ChunkOrder:
-        """Of the rows of a group; the backward takes that of the forward."""
+        """The order of the rows of a group; the backward takes that of the forward."""
         if g not in self._orders:
             counts, experts = self._counts, self.experts[g]
             if counts.kept is None:

@@ -97,10 +97,6 @@ def share_of_bound(
     return series
 
 
-# Seconds of a step of 1,048,576 tokens on 8 H100: github.com/huggingface/trl, pull request 6845.
-PUBLISHED_S = {"TRL, Qwen3-8B": 364, "TRL, Qwen3-30B-A3B": 483}
-
-
 def trained(metric: str) -> Callable[[list[Row]], Series]:
     """Forward and backward of the two models over one document, the fastest policy of each."""
 
@@ -122,8 +118,6 @@ def trained(metric: str) -> Callable[[list[Row]], Series]:
         for (name, tokens), metrics in sorted(best.items()):
             if metric in metrics:
                 found.setdefault(name, {})[tokens] = metrics[metric]
-        if metric == "tokens_per_s" and max((t for _, t in best), default=0) >= 2**20:
-            found |= {name: {2**20: 2**20 / 8 / seconds} for name, seconds in PUBLISHED_S.items()}
         return found
 
     return series
@@ -222,16 +216,10 @@ def note(name: str, rows: list[Row]) -> str:
         for ranks, tokens in sorted(used.items())
     )
     again = ", ".join(map(short, sorted(recomputed)))
-    text = (
+    return (
         f"Forward and backward of 8 layers of width 2048, 32 experts, bfloat16;\n{where}"
         + f"; at {again} layers keep their softmax attention alone" * bool(again)
     )
-    if max(map(max, used.values()), default=0) >= 2**20:
-        text += (
-            "\nTRL, as published, not measured here: whole steps of larger models, all softmax (36"
-            " dense layers of hidden size 4096; 48 with 128 experts of hidden size 2048), on 8 H100"
-        )
-    return text
 
 
 def kernel_case(row: Row) -> str | None:

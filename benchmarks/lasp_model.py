@@ -3,9 +3,9 @@
 Prints microseconds and megabytes of one exchange by strategy and number of ranks, for one document
 over contiguous ranks in whose runs nothing decays, over NVLink and over a network; and the model
 beside every measured ``exchange_ms`` of the committed rows, with the link that fits those rows
-best. ``--plot`` draws both.
+best. ``--plot`` draws the model.
 
-Run: python -m benchmarks.lasp_model --plot docs/lasp_model.png
+Run: python -m benchmarks.lasp_model --plot docs/figures/lasp_model.svg
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.drawing import Drawn, draw
 from benchmarks.harness import RESULTS, Row, pack_lengths, parse, read_rows
 from lasp import SequenceLayout, decay_rates
 from lasp.sequence.state_flow import flow_of
@@ -165,38 +166,21 @@ def print_check(rows: Sequence[Measured]) -> None:
         print(f"{text:64}{row.us:8.0f}{row.model_us(NVLINK):8.0f}{row.model_us(link):8.0f}")
 
 
-def plot(path: Path, rows: Sequence[Measured], heads: int, head_dim: int) -> None:
-    """Lines of the model, dots of what was measured for one document."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    size = StateSize(heads, head_dim, head_dim)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for axis, (link_name, link) in zip(axes, LINKS.items()):
-        for index, name in enumerate(STRATEGIES):
-            times = [predicted_us(name, ranks, size, link) / 1e3 for ranks in RANKS]
-            axis.loglog(RANKS, times, label=name, color=f"C{index}")
-            dots = [
-                (row.case["ranks"], row.us / 1e3)
-                for row in rows
-                if row.impl == name and row.case["heads"] == heads and link is NVLINK
-                and (row.case["documents"], row.case["order"]) == (1, "contiguous")
-            ]  # fmt: skip
-            if dots:
-                axis.scatter(*zip(*dots), color=f"C{index}", zorder=3)
-        if link is NETWORK:
-            axis.legend()
-        axis.set_title(f"{link_name}, {link.gb_per_s:.0f} GB/s: model (lines), measured (dots)")
-        axis.set_xticks(RANKS, [str(ranks) for ranks in RANKS])
-        axis.minorticks_off()
-        axis.set_xlabel("ranks")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"ms of one exchange, {heads} heads of {head_dim}")
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def plot(path: Path, heads: int, head_dim: int) -> None:
+    """Lines of the model."""
+    size, ranks = StateSize(heads, head_dim, head_dim), RANKS[:-1]
+    panels = []
+    for name, link in LINKS.items():
+        series = {
+            strategy: {p: predicted_us(strategy, p, size, link) / 1e3 for p in ranks}
+            for strategy in STRATEGIES
+        }
+        title = f"{name}, {link.gb_per_s:.0f} GB/s: ms of an exchange"
+        panels.append(Drawn(title, series, bars=False, log=True, axis="ranks"))
+    caption = (
+        f"The cost model, not a measurement: one document, states of {heads} heads of {head_dim}"
+    )
+    draw(panels, caption, path)
     print(f"\n{path}")
 
 
@@ -217,7 +201,7 @@ def main() -> None:
     print_model(options.heads, options.head_dim)
     print_check(rows)
     if options.plot:
-        plot(options.plot, rows, options.heads, options.head_dim)
+        plot(options.plot, options.heads, options.head_dim)
 
 
 if __name__ == "__main__":

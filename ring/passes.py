@@ -22,15 +22,16 @@ before a kv buffer's gradients go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring.blocks.gradients import RowGradients
-from ring.blocks.interface import QKV, Block, segments_of
+from ring.blocks.gradients import LocalGradients, RowGradients
+from ring.blocks.interface import QKV, Block, Segments, segments_of
 from ring.blocks.merge import Accumulator, Partial
 from ring.blocks.sinks import add_sinks
 from ring.exchange import (
@@ -44,7 +45,10 @@ from ring.exchange import (
 from ring.expansion import LatentExpansion
 from ring.planner.ranges import TokenIndex
 from ring.planner.schedule import RingSchedule, RingStage
-from ring.planner.tiles import KVTile
+from ring.planner.tiles import KVTile, key_ranges
+from ring.planner.window import EVERYTHING, Window
+
+Groups = Sequence[Sequence[KVTile]]  # tiles, those together that one call of a kernel takes
 
 
 class RingContext(NamedTuple):
@@ -89,23 +93,22 @@ def forward(q: Tensor, moving: KV, context: RingContext, sinks: Tensor | None = 
     local = block.forward_varlen(QKV(q, *own), segments, scale=scale)
     accumulators = _accumulators(local, schedule, block) if schedule.rows else []
 
-    def attend(tiles: Sequence[KVTile], kv: KV, release: Callable[[], None]) -> None:
+    def attend(groups: Groups, kv: KV, release: Callable[[], None]) -> None:
         """Merge tiles; ``release`` when all that reads kv is queued, before the last merge."""
-        left = sum(len(_row_tiles(tile, block)) for tile in tiles)
+        left = sum(len(_row_tiles(tile, block)) for group in groups for tile in group)
         if not left:
             release()
-        for tile in tiles:
-            part = _gather(tile, q, own, kv)
-            for partial in block.forward_parts(part, window=tile.window, scale=scale):
+        for group in groups:
+            for number, partial in _partials(group, _gather(group, q, own, kv), block, scale):
                 left -= 1
                 if not left:
                     release()
-                accumulators[tile.rectangle].add(partial)
+                accumulators[number].add(partial)
 
     if schedule.own_tiles:
-        attend(schedule.own_tiles, own, lambda: None)
+        attend([(tile,) for tile in schedule.own_tiles], own, lambda: None)
     for stage, received in stages:
-        attend(stage.tiles, context.keys_and_values(received), stages.release)
+        attend(_groups(stage, block), context.keys_and_values(received), stages.release)
         del received  # the next kv buffer may have to be put together
     if sinks is not None:
         local = add_sinks(local, sinks)
@@ -145,9 +148,9 @@ def backward(
     sums = _TileGradients(QKV(q, *own), rows, schedule, dtype, alone=expansion is not None)
     returned = sums.lent
     if expansion is not None:
-        returned = GradientSums(schedule.lent, moving, dtype, once=False)
+        returned = GradientSums(schedule.lent[0], moving, dtype, once=False)
     returning: KVTransfer | None = None
-    local = _LocalGradients(QKV(q, *own), rows, schedule)
+    local = LocalGradients(QKV(q, *own), rows, schedule)
     if schedule.early:
         local.before_stages()
     for stage, received in stages:
@@ -157,7 +160,7 @@ def backward(
         if returning is not None:
             accumulate_kv_grads(returning, returned, sent)
         returning = send_kv_grads(stage, memory, sent, cp_group)
-    sums.add(schedule.own_tiles, own, sums.lent)
+    sums.add([(tile,) for tile in schedule.own_tiles], own, sums.lent)
     within = local.after_stages()
     if returning is not None:
         accumulate_kv_grads(returning, returned, returned.kv)  # after the last is no next stage
@@ -168,41 +171,6 @@ def backward(
         returned.add_to((dmoving,))
         gradients = (within.q, dmoving)
     return tuple([x if x.dtype == q.dtype else x.to(q.dtype) for x in gradients])
-
-
-class _LocalGradients:
-    """Gradients of the local attention: in one call after the stages, or in two around them.
-
-    In two the first transfer of keys is hidden too. That takes a block that writes where it is told
-    to: to put two results together moves as many bytes as the transfer.
-    """
-
-    def __init__(self, qkv: QKV, rows: RowGradients, schedule: RingSchedule) -> None:
-        self._qkv, self._rows, self._schedule = qkv, rows, schedule
-        self._early: QKV | None = None
-
-    def before_stages(self) -> None:
-        """Compute the early rows, if the block can."""
-        out = QKV(*(torch.empty_like(x) for x in self._qkv))
-        if self._part(0, out):
-            self._early = out
-
-    def after_stages(self) -> QKV:
-        """Compute the rest; the gradients of all rows."""
-        if self._early is not None:
-            self._part(1, self._early)
-            return self._early
-        schedule = self._schedule
-        borders, device = schedule.fragment_borders, self._qkv.q.device
-        return self._rows.within(segments_of(borders, device, schedule.window), self._qkv)
-
-    def _part(self, number: int, out: QKV) -> bool:
-        schedule, q = self._schedule, self._qkv.q
-        rows = (slice(0, schedule.early), slice(schedule.early, len(q)))[number]
-        borders = schedule.borders_around_stages[number]
-        segments = segments_of(borders, q.device, schedule.window)
-        qkv, of_rows = (QKV(*(x[rows] for x in some)) for some in (self._qkv, out))
-        return self._rows.within_part(rows, segments, qkv, of_rows)
 
 
 class _TileGradients:
@@ -216,28 +184,29 @@ class _TileGradients:
     ) -> None:
         self._qkv, self._rows, self._schedule, self._dtype = qkv, rows, schedule, dtype
         self._dq: list[Tensor | None] = [None] * len(schedule.rows)
-        once = schedule.lent_once and not alone
-        self.lent = GradientSums(schedule.lent, qkv[1:], dtype, once=once)
+        tokens, once = schedule.lent
+        self.lent = GradientSums(tokens, qkv[1:], dtype, once=once and not alone)
 
-    def add(self, tiles: Iterable[KVTile], kv: KV, sums: GradientSums) -> None:
+    def add(self, groups: Groups, kv: KV, sums: GradientSums) -> None:
         """Add gradients of tiles over ``kv``: to dq, and to ``sums`` of the same shapes."""
         q, *own = self._qkv
-        for tile in tiles:
-            part = _gather(tile, q, own, kv)
-            found = self._rows.over(slice(*tile.rows), part, tile.window)
-            self._add_rows(tile, found.q)
-            # Where the keys were gathered from.
-            ranges = [(self.lent, keys) for keys in tile.own] + [(sums, keys) for keys in tile.keys]
+        for group in groups:
+            part, first = _gather(group, q, own, kv), group[0].rows.start
+            rows, seen = slice(first, group[-1].rows.stop), _seen(group, q.device)
+            found = self._rows.over(rows, part, seen)
+            for tile in group:
+                self._add_rows(tile, found.q[tile.rows.start - first : tile.rows.stop - first])
+            ranges = key_ranges(group)
             lengths = [keys.length for _, keys in ranges]
             of_ranges = zip(found.k.split(lengths), found.v.split(lengths))
-            for (into, keys), gradients in zip(ranges, of_ranges):
-                into.add(keys, gradients)
+            for (received, keys), gradients in zip(ranges, of_ranges):
+                (sums if received else self.lent).add(keys, gradients)
 
     def of_stage(self, stage: RingStage, received: KV, context: RingContext) -> tuple[Tensor, KV]:
         """Memory ``[tokens, W]`` with the gradients to what a stage received, and its views."""
         kv, tokens = context.keys_and_values(received), TokenIndex([(0, stage.tokens)])
         sums = GradientSums(tokens, kv, self._dtype, once=stage.seen_once)
-        self.add(stage.tiles, kv, sums)
+        self.add(_groups(stage, context.block), kv, sums)
         if context.expansion is None:
             return sums.memory, sums.kv
         del kv
@@ -280,13 +249,48 @@ def _row_tiles(tile: KVTile, block: Block) -> tuple[slice, ...]:
     return block.row_tiles(tile.rows.length, tile.num_keys)
 
 
-def _gather(tile: KVTile, q: Tensor, own: Sequence[Tensor], kv: KV) -> QKV:
-    """Rows and keys of a tile; copied only where the keys lie in several ranges."""
-    rows = q[slice(*tile.rows)]
-    if len(tile.keys) == 1 and not tile.own:
-        keys = slice(*tile.keys[0])
-        return QKV(rows, *(x[keys] for x in kv))
-    ranges = [(0, keys) for keys in tile.own] + [(1, keys) for keys in tile.keys]
+def _groups(stage: RingStage, block: Block) -> Groups:
+    """The tiles of a stage, those together that one call of the kernel takes."""
+    return stage.groups if block.joins_tiles else [(tile,) for tile in stage.tiles]
+
+
+def _partials(
+    group: Sequence[KVTile], part: QKV, block: Block, scale: float
+) -> Iterator[tuple[int, Partial]]:
+    """Attention of a group with the rectangle of each partial, one call for several tiles."""
+    seen, first = _seen(group, part.q.device), group[0].rows.start
+    if isinstance(seen, Window):
+        for partial in block.forward_parts(part, window=seen, scale=scale):
+            yield group[0].rectangle, partial
+        return
+    output, lse = block.forward_varlen(part, seen, scale=scale)
+    for tile in group:
+        rows = slice(tile.rows.start - first, tile.rows.stop - first)
+        yield tile.rectangle, Partial(output[rows], lse[rows])
+
+
+def _seen(group: Sequence[KVTile], device: torch.device) -> Window | Segments:
+    """Which keys the rows of one tile see, or of several, each its own keys."""
+    if len(group) == 1:
+        return group[0].window
+    rows, keys = (
+        tuple(accumulate(lengths, initial=0))
+        for lengths in zip(*((tile.rows.length, tile.num_keys) for tile in group))
+    )
+    return segments_of(rows, device, EVERYTHING, keys)
+
+
+def _gather(group: Sequence[KVTile], q: Tensor, own: Sequence[Tensor], kv: KV) -> QKV:
+    """Rows and keys of a group; copied only where the keys lie in several ranges."""
+    rows = q[group[0].rows.start : group[-1].rows.stop]
+    ranges = key_ranges(group)
+    received, (start, stop) = ranges[0]
+    for also, keys in ranges[1:]:
+        if (also, keys.start) != (received, stop):
+            break
+        stop = keys.stop
+    else:
+        return QKV(rows, *(x[start:stop] for x in (kv if received else own)))
     return QKV(
         rows,
         *(torch.cat([pair[i][slice(*keys)] for i, keys in ranges]) for pair in zip(own, kv)),

@@ -148,8 +148,8 @@ def _options(window: Window, scale: float) -> dict[str, Any]:
 
 
 def _lengths(segments: Segments) -> dict[str, Any]:
-    both = {"cu_seqlens_q": segments.cu_seqlens, "cu_seqlens_k": segments.cu_seqlens}
-    return both | {"max_seqlen_q": segments.longest, "max_seqlen_k": segments.longest}
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return dict(zip(names, segments.lengths))
 
 
 def _widths(qkv: QKV, *outputs: Tensor) -> tuple[Tensor, ...]:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lasp._core.dtypes import wide_dtype
-from ring.blocks.interface import QKV, Block, Segments
+from ring.blocks.interface import QKV, Block, Segments, segments_of
 from ring.blocks.merge import Partial
+from ring.planner.schedule import RingSchedule
 from ring.planner.window import Window
 
 
@@ -44,13 +45,15 @@ class RowGradients:
             nothing = Partial(torch.zeros_like(merged.output), merged.lse)
             self._through_lse = (_columns(dlse, doutput), nothing)
 
-    def over(self, rows: slice, part: QKV, window: Window) -> QKV:
-        """Gradients of some rows over keys outside their fragments."""
-        block = self._block_of(rows)
+    def over(self, rows: slice, part: QKV, seen: Window | Segments) -> QKV:
+        """Gradients of some rows over keys outside their fragments, those that they see."""
+        block, scale = self._block_of(rows), self._scale
 
         def backward(doutput: Tensor, merged: Partial, part: QKV) -> QKV:
             of_rows = Partial(*(x[rows] for x in merged))
-            return block.backward(doutput[rows], of_rows, part, window=window, scale=self._scale)
+            if isinstance(seen, Segments):
+                return block.backward_varlen(doutput[rows], of_rows, part, seen, scale=scale)
+            return block.backward(doutput[rows], of_rows, part, window=seen, scale=scale)
 
         grads = backward(*self._through_output, part)
         if self._through_lse is not None:
@@ -89,6 +92,41 @@ class RowGradients:
         """The kernel, with the dlse of these rows where it takes one."""
         block = None if self._dlse is None else self._block.with_dlse(self._dlse[rows])
         return block or self._block
+
+
+class LocalGradients:
+    """Gradients of the local attention: in one call after the stages, or in two around them.
+
+    In two the first transfer of keys is hidden too. That takes a block that writes where it is told
+    to: to put two results together moves as many bytes as the transfer.
+    """
+
+    def __init__(self, qkv: QKV, rows: RowGradients, schedule: RingSchedule) -> None:
+        self._qkv, self._rows, self._schedule = qkv, rows, schedule
+        self._early: QKV | None = None
+
+    def before_stages(self) -> None:
+        """Compute the early rows, if the block can."""
+        out = QKV(*(torch.empty_like(x) for x in self._qkv))
+        if self._part(0, out):
+            self._early = out
+
+    def after_stages(self) -> QKV:
+        """Compute the rest; the gradients of all rows."""
+        if self._early is not None:
+            self._part(1, self._early)
+            return self._early
+        schedule = self._schedule
+        borders, device = schedule.fragment_borders, self._qkv.q.device
+        return self._rows.within(segments_of(borders, device, schedule.window), self._qkv)
+
+    def _part(self, number: int, out: QKV) -> bool:
+        schedule, q = self._schedule, self._qkv.q
+        rows = (slice(0, schedule.early), slice(schedule.early, len(q)))[number]
+        borders = schedule.borders_around_stages[number]
+        segments = segments_of(borders, q.device, schedule.window)
+        qkv, of_rows = (QKV(*(x[rows] for x in some)) for some in (self._qkv, out))
+        return self._rows.within_part(rows, segments, qkv, of_rows)
 
 
 def _columns(dlse_TH: Tensor, like_THD: Tensor) -> Tensor:

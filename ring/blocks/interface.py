@@ -53,24 +53,36 @@ class Operands(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Ranges of tokens, each attending to itself only; none is empty.
+    """Ranges of rows, each attending to its own range of keys only; none is empty.
 
     Attributes:
-        borders: cumulative lengths on the host, 0 first.
+        borders: cumulative numbers of rows on the host, 0 first.
         cu_seqlens: the same on the device of the queries, int32.
-        longest: tokens of the longest segment.
-        window: which tokens of its segment a row sees.
+        longest: rows of the longest segment.
+        window: which keys of its segment a row sees; a causal one if rows and keys are the same.
+        key_borders: cumulative numbers of keys; those of the rows if they are the same tokens.
+        key_cu_seqlens: likewise.
+        longest_keys: likewise.
     """
 
     borders: tuple[int, ...]
     cu_seqlens: Tensor
     longest: int
     window: Window
+    key_borders: tuple[int, ...]
+    key_cu_seqlens: Tensor
+    longest_keys: int
 
     @property
     def lengths(self) -> tuple[Tensor, Tensor, int, int]:
         """Arguments of varlen kernels: cu_seqlens and longest segment, for rows and for keys."""
-        return self.cu_seqlens, self.cu_seqlens, self.longest, self.longest
+        return self.cu_seqlens, self.key_cu_seqlens, self.longest, self.longest_keys
+
+    @property
+    def ranges(self) -> Iterator[tuple[slice, slice]]:
+        """Rows and keys of each segment."""
+        sides = (pairwise(some) for some in (self.borders, self.key_borders))
+        return ((slice(*rows), slice(*keys)) for rows, keys in zip(*sides))
 
 
 class Block(ABC):
@@ -82,6 +94,7 @@ class Block(ABC):
     """
 
     name: str
+    joins_tiles = True  # whether the varlen form takes other rows than keys, in one call
 
     @abstractmethod
     def obstacle(self, operands: Operands) -> str | None:
@@ -118,10 +131,11 @@ class Block(ABC):
         yield self.forward(qkv, window=window, scale=scale)
 
     def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
-        """Attention of each segment to itself."""
+        """Attention of the rows of each segment to its keys."""
+        q, k, v = qkv
         parts = [
-            self.forward(QKV(*(x[a:b] for x in qkv)), window=segments.window, scale=scale)
-            for a, b in pairwise(segments.borders)
+            self.forward(QKV(q[rows], k[keys], v[keys]), window=segments.window, scale=scale)
+            for rows, keys in segments.ranges
         ]
         return Partial(*(torch.cat(tensors) for tensors in zip(*parts)))
 
@@ -129,15 +143,16 @@ class Block(ABC):
         self, doutput: Tensor, merged: Partial, qkv: QKV, segments: Segments, *, scale: float
     ) -> QKV:
         """Contributions of each segment to its own dq, dk and dv."""
+        q, k, v = qkv
         parts = [
             self.backward(
-                doutput[a:b],
-                Partial(*(x[a:b] for x in merged)),
-                QKV(*(x[a:b] for x in qkv)),
+                doutput[rows],
+                Partial(*(x[rows] for x in merged)),
+                QKV(q[rows], k[keys], v[keys]),
                 window=segments.window,
                 scale=scale,
             )
-            for a, b in pairwise(segments.borders)
+            for rows, keys in segments.ranges
         ]
         return QKV(*(torch.cat(tensors) for tensors in zip(*parts)))
 
@@ -158,9 +173,21 @@ def wide_like(x: Tensor) -> Tensor:
 
 
 @tensor_cache(maxsize=256)  # a few batches in flight
-def segments_of(borders: tuple[int, ...], device: torch.device, window: Window) -> Segments:
+def segments_of(
+    borders: tuple[int, ...],
+    device: torch.device,
+    window: Window,
+    key_borders: tuple[int, ...] | None = None,
+) -> Segments:
     """Segments with these borders, for queries on a device; the last ones are kept."""
+    if key_borders is None:
+        lengths = _lengths(borders, device)
+        return Segments(*lengths, window, *lengths)
+    return Segments(*_lengths(borders, device), window, *_lengths(key_borders, device))
+
+
+def _lengths(borders: tuple[int, ...], device: torch.device) -> tuple[tuple[int, ...], Tensor, int]:
+    """The borders, the same on a device, and the longest segment."""
     with torch.inference_mode(False):  # kept, and used in training too
         cu_seqlens = to_device(torch.tensor(borders, dtype=torch.int32, device="cpu"), device)
-    longest = max(stop - start for start, stop in pairwise(borders))
-    return Segments(borders, cu_seqlens, longest, window)
+    return borders, cu_seqlens, max(stop - start for start, stop in pairwise(borders))

@@ -36,7 +36,7 @@ from typing import NamedTuple
 from lasp.sequence.layout import SequenceLayout
 from ring.planner.ranges import RowRange, TokenIndex, union
 from ring.planner.stages import RULE, StageRule, early_rows
-from ring.planner.tiles import KVTile, Rectangle, join_own_tiles, rectangles_of, tiles_over
+from ring.planner.tiles import KVTile, join_own_tiles, rectangles_of, side_by_side, tiles_over
 from ring.planner.traffic import KVDelivery, KVTraffic, plan_traffic
 from ring.planner.window import EVERYTHING, Window
 
@@ -79,6 +79,7 @@ class RingStage(NamedTuple):
         keys: ranges of the pack; the kv buffer holds them end to end.
         kv_exchange: sends own tokens, or parts of the kv buffer before; receives the kv buffer.
         tiles: over the kv buffer.
+        groups: the tiles again, those together that one varlen call can take.
         grad_exchange: sends the gradients of the kv buffer after the tiles, to the next rank of a
             chain or to the owner; receives for own tokens or for the *next* kv buffer.
     """
@@ -86,6 +87,7 @@ class RingStage(NamedTuple):
     keys: tuple[RowRange, ...]
     kv_exchange: StageExchange
     tiles: tuple[KVTile, ...]
+    groups: tuple[tuple[KVTile, ...], ...]
     grad_exchange: StageExchange
 
     @property
@@ -141,32 +143,23 @@ class RingSchedule:
         return self.window.slides
 
     @cached_property
-    def _lendings(self) -> tuple[RowRange, ...]:
-        """Ranges of own tokens that come back with gradients, or that tiles have as keys."""
+    def lent(self) -> tuple[TokenIndex, bool]:
+        """Own tokens that rows outside their fragments see, of other runs or of other ranks.
+
+        And whether each of them gets one gradient from there, not several.
+        """
         exchanges = (stage.grad_exchange for stage in self.stages)
         returned = (p for exchange in exchanges for some in exchange.receives for p in some)
-        own = [keys for tile in self.own_tiles for keys in tile.keys]
-        own += (keys for stage in self.stages for tile in stage.tiles for keys in tile.own)
-        return (*own, *(part.rows for part in returned if not part.in_buffer))
-
-    @cached_property
-    def lent(self) -> TokenIndex:
-        """Own tokens that rows outside their fragments see: of other runs or of other ranks."""
-        return TokenIndex(union(self._lendings))
-
-    @cached_property
-    def lent_once(self) -> bool:
-        """Whether each of them gets one gradient from outside its fragment, and not several."""
-        lengths = (
-            sum(some.length for some in ranges) for ranges in (self._lendings, self.lent.ranges)
-        )
-        return len(set(lengths)) == 1
+        ranges = [part.rows for part in returned if not part.in_buffer]
+        ranges += (keys for tile in self.own_tiles for keys in tile.keys)
+        ranges += (keys for stage in self.stages for tile in stage.tiles for keys in tile.own)
+        tokens = TokenIndex(union(ranges))
+        return tokens, sum(some.length for some in ranges) == tokens.length
 
     @cached_property
     def fragment_borders(self) -> tuple[int, ...]:
         """Borders of the rank's fragments among its tokens, 0 first, T last."""
-        starts = (fragment.offset for fragment in self.layout.fragments(self.rank))
-        return (*starts, self.layout.num_local_tokens)
+        return _fragment_borders(self.layout, self.rank)
 
     @cached_property
     def borders_around_stages(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -205,21 +198,26 @@ def plan_ring(
     traffic = plan_traffic(layout, seen, rule)
     rectangles = rectangles_of(layout, rank, seen)
     own_tiles = tiles_over(rectangles, TokenIndex(own), seen)
-    stages = _stages(traffic, rank, rectangles) if traffic.num_stages else ()
+    exchanges = _exchanges(traffic, rank) if traffic.num_stages else []
+    of_stages = [tiles_over(rectangles, buffer, seen) for buffer, _, _ in exchanges]
     if not seen.slides:
-        of_stages = [stage.tiles for stage in stages]
-        own_tiles, joined = join_own_tiles(own_tiles, of_stages, rule.most_joined)
-        stages = tuple(stage._replace(tiles=tiles) for stage, tiles in zip(stages, joined))
+        own_tiles, of_stages = join_own_tiles(own_tiles, of_stages, rule.most_joined)
+    stages = tuple(
+        RingStage(buffer.ranges, fetch, tiles, side_by_side(tiles, rule.most_joined), back)
+        for (buffer, fetch, back), tiles in zip(exchanges, of_stages)
+    )
     rows = tuple(rectangle.rows for rectangle in rectangles)
     early = 0
     if stages:
         moved = max(sum(stages[0].kv_exchange.send_tokens), stages[0].tokens)
-        starts = (fragment.offset for fragment in layout.fragments(rank))
-        early = early_rows((*starts, layout.num_local_tokens), seen, moved, rule)
+        early = early_rows(_fragment_borders(layout, rank), seen, moved, rule)
     return RingSchedule(layout, rank, seen, traffic.route, rows, own_tiles, stages, early)
 
 
-def _stages(traffic: KVTraffic, rank: int, rectangles: list[Rectangle]) -> tuple[RingStage, ...]:
+def _exchanges(
+    traffic: KVTraffic, rank: int
+) -> list[tuple[TokenIndex, StageExchange, StageExchange]]:
+    """The kv buffer of each stage, how it comes, and where its gradients go."""
     num_ranks = traffic.layout.num_ranks
     messages = _messages(traffic, rank)
     received = [[d for _, d in some] for some in messages.kv_received]
@@ -239,15 +237,19 @@ def _stages(traffic: KVTraffic, rank: int, rectangles: list[Rectangle]) -> tuple
             _append_joined(slices[peer], found)
         return tuple(map(tuple, slices)), tuple(tokens)
 
-    stages = []
+    exchanges = []
     around = zip([nothing, *buffers], buffers, [*buffers[1:], nothing])
     for number, (before, buffer, after) in enumerate(around):
         kv_sent, kv_received, grads_sent, grads_received = (some[number] for some in messages)
-        kv_exchange = StageExchange(*side(kv_sent, before), *side(kv_received, buffer))
-        grad_exchange = StageExchange(*side(grads_sent, buffer), *side(grads_received, after))
-        tiles = tiles_over(rectangles, buffer, traffic.window)
-        stages.append(RingStage(buffer.ranges, kv_exchange, tiles, grad_exchange))
-    return tuple(stages)
+        fetch = StageExchange(*side(kv_sent, before), *side(kv_received, buffer))
+        back = StageExchange(*side(grads_sent, buffer), *side(grads_received, after))
+        exchanges.append((buffer, fetch, back))
+    return exchanges
+
+
+def _fragment_borders(layout: SequenceLayout, rank: int) -> tuple[int, ...]:
+    starts = (fragment.offset for fragment in layout.fragments(rank))
+    return (*starts, layout.num_local_tokens)
 
 
 Message = tuple[int, KVDelivery]  # the other rank, and what goes to it or comes from it

@@ -32,8 +32,8 @@ class StageRule(NamedTuple):
             heads for one key head, 500 TFLOP/s, 16-bit elements and a 45 GB/s network; NVLink
             needs less, and hides more than the plan counts on.
         chain_gain: chains are taken if direct sending takes more than this many times their time.
-        most_joined: the most keys of a tile that holds own keys beside those of a stage: 256 MiB
-            of copies with 8 key heads of 128 in 16 bits.
+        most_joined: the most keys that are copied to save a call of a kernel, own keys beside those
+            of a stage or the keys of several tiles: 256 MiB with 8 key heads of 128 in 16 bits.
     """
 
     max_stages: int = 4

@@ -103,3 +103,34 @@ def join_own_tiles(
 
     tiles = [tuple(joined(tile) for tile in some) for some in reversed(of_stages)]
     return tuple(tile for tile in own_tiles if tile.rectangle in held), tiles[::-1]
+
+
+def side_by_side(tiles: Sequence[KVTile], most_keys: int) -> tuple[tuple[KVTile, ...], ...]:
+    """Tiles in groups that one varlen call can take: rows that follow each other, no window.
+
+    A group of several has at most ``most_keys`` keys, which are copied where they do not lie side
+    by side too.
+    """
+    groups: list[list[KVTile]] = []
+    for tile in tiles:
+        before = groups[-1] if groups else []
+        if (
+            before
+            and before[-1].rows.stop == tile.rows.start
+            and all(some.window == EVERYTHING for some in (before[-1], tile))
+            and sum(some.num_keys for some in (*before, tile)) <= most_keys
+        ):
+            before.append(tile)
+        else:
+            groups.append([tile])
+    return tuple(map(tuple, groups))
+
+
+def key_ranges(group: Sequence[KVTile]) -> list[tuple[bool, RowRange]]:
+    """The keys of tiles in order: whether they were received or are own ones, and where."""
+    return [
+        (received, keys)
+        for tile in group
+        for received, some in ((False, tile.own), (True, tile.keys))
+        for keys in some
+    ]

@@ -228,13 +228,13 @@ class RecordingBlock(Block):
         self.events.append("tile")
         return self.block.backward(*args, **kwargs)
 
-    def forward_varlen(self, *args, **kwargs):
-        self.events.append("local")
-        return self.block.forward_varlen(*args, **kwargs)
+    def forward_varlen(self, qkv, segments, **kwargs):
+        self.events.append("local" if segments.borders is segments.key_borders else "tiles")
+        return self.block.forward_varlen(qkv, segments, **kwargs)
 
-    def backward_varlen(self, *args, **kwargs):
-        self.events.append("local")
-        return self.block.backward_varlen(*args, **kwargs)
+    def backward_varlen(self, doutput, merged, qkv, segments, **kwargs):
+        self.events.append("local" if segments.borders is segments.key_borders else "tiles")
+        return self.block.backward_varlen(doutput, merged, qkv, segments, **kwargs)
 
 
 def events_on_world(tensors, layout: SequenceLayout, rule: StageRule, **kwargs) -> list[str]:
@@ -289,7 +289,7 @@ class InPlaceBlock(RecordingBlock):
 
     def backward_varlen(self, *args, **kwargs):
         found = super().backward_varlen(*args, **kwargs)
-        if self.gradients is None:
+        if self.gradients is None or self.events[-1] == "tiles":
             return found
         self.events[-1] = f"local of {len(found.q)} rows"
         for x, gradient in zip(self.gradients, found):
@@ -321,7 +321,7 @@ def test_early_rows_go_before_the_stages(rule: StageRule) -> None:
     ]
     cases = [(random_tensors(sum(x.document_lengths), 4, 2, 4, torch.float64), x) for x in layouts]
     results = run_on_ranks(in_place_on_world, 3, cases, rule)
-    early = 0
+    early, side_by_side = 0, False
     for (tensors, layout), *of_ranks in zip(cases, *results):
         expected = oracle(tensors, layout.document_lengths, True)
         assert_all_equal(unshard_all(layout, [found for found, _ in of_ranks]), expected)
@@ -332,9 +332,11 @@ def test_early_rows_go_before_the_stages(rule: StageRule) -> None:
             assert parts == [f"local of {n} rows" for n in counts if rows]
             if rows:
                 first, last = (events.index(part) for part in parts)
-                assert set(events[first + 1 : last]) <= {"tile"}
+                assert set(events[first + 1 : last]) <= {"tile", "tiles"}
                 early += 1
+            side_by_side |= "tiles" in events
     assert early > 2
+    assert side_by_side
 
 
 def test_a_link_of_a_chain_starts_when_the_one_before_is_there() -> None:

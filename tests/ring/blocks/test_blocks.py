@@ -84,6 +84,25 @@ def rectangle_oracle(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     return [output.detach(), scores_HTS.logsumexp(-1).T.detach(), *gradients]
 
 
+RECTANGLES = ((3, 11), (8, 2), (1, 5))  # rows and keys
+GPU_RECTANGLES = ((130, 513), (1, 300), (700, 64), (333, 1100))
+
+
+def run_side_by_side(block: Block, parts, device: str = "cpu") -> list[list[Tensor]]:
+    """Results of each of several rectangles, by one varlen call."""
+    qkv, doutput = split(tuple(torch.cat(some) for some in zip(*parts)), device)
+    scale = qkv.q.shape[-1] ** -0.5
+    lengths = [[len(x) for x in part[:2]] for part in parts]
+    rows, keys = (tuple(accumulate(some, initial=0)) for some in zip(*lengths))
+    segments = segments_of(rows, torch.device(device), EVERYTHING, keys)
+    output, lse = block.forward_varlen(qkv, segments, scale=scale)
+    merged = Partial(output.to(qkv.q.dtype), lse)
+    dq, dk, dv = block.backward_varlen(doutput, merged, qkv, segments, scale=scale)
+    results = [output.to(qkv.q.dtype), lse, *(x.to(qkv.q.dtype) for x in (dq, dk, dv))]
+    sides = [[n for n, _ in lengths]] * 3 + [[n for _, n in lengths]] * 2
+    return [list(some) for some in zip(*(x.cpu().split(n) for x, n in zip(results, sides)))]
+
+
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("name", CPU_BLOCKS)
 class TestInFloat64:
@@ -104,6 +123,11 @@ class TestInFloat64:
         tensors = random_tensors(sum(lengths), *heads, 5, torch.float64)
         expected = oracle(tensors, lengths, causal)
         assert_all_equal(run_varlen(BLOCKS[name], tensors, lengths, causal), expected)
+
+    def test_rectangles_side_by_side(self, name, heads) -> None:
+        parts = [rectangle(*some, heads, 5, torch.float64) for some in RECTANGLES]
+        for actual, part in zip(run_side_by_side(BLOCKS[name], parts), parts, strict=True):
+            assert_all_equal(actual, rectangle_oracle(part))
 
     def test_merged_output_and_lse_make_gradients_of_parts_add_up(self, name, heads) -> None:
         tensors = rectangle(6, 10, heads, 4, torch.float64)
@@ -188,7 +212,8 @@ def test_cuda_kernels_take_these_arguments(name: str, dims, rows: int, keys: int
     if rows == keys:
         cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta")
         for causal in (True, False):
-            segments = Segments((0, 5, rows), cu_seqlens, max(5, rows - 5), mask(causal))
+            lengths = ((0, 5, rows), cu_seqlens, max(5, rows - 5))
+            segments = Segments(*lengths, mask(causal), *lengths)
             partial = block.forward_varlen(qkv, segments, scale=0.1)
             gradients = block.backward_varlen(doutput, partial, qkv, segments, scale=0.1)
             results.append((partial, gradients))
@@ -252,6 +277,18 @@ class TestOnGpu:
             dtype,
             terms=cancelling_terms(tensors, lengths, causal),
         )
+
+    @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)])
+    @pytest.mark.parametrize("name", ["flash", "fa4"])
+    @pytest.mark.parametrize("heads", [(8, 1), (5, 5)])
+    def test_rectangles_side_by_side(self, name, heads, dims) -> None:
+        skip_unless_it_serves(name, *dims)
+        dtype = torch.bfloat16
+        parts = [rectangle(*some, heads, dims[0], dtype, dims[1]) for some in GPU_RECTANGLES]
+        both = [run_side_by_side(BLOCKS[b], parts, "cuda") for b in ("eager", name)]
+        for (_, keys), part, honest, actual in zip(GPU_RECTANGLES, parts, *both, strict=True):
+            terms = cancelling_terms(part, (keys,), causal=False)
+            assert_all_within_budget(actual, rectangle_oracle(part), honest, dtype, terms=terms)
 
     def test_eager(self) -> None:
         tensors = rectangle(7, 20, (6, 2), 5, torch.float64)

@@ -24,9 +24,11 @@ from ring.planner.window import CAUSAL, Window
 from ring.reference import dense_attention
 from tests.closeness import assert_equal_to_rounding
 from tests.ring.blocks.test_blocks import (
+    RECTANGLES,
     rectangle,
     rectangle_oracle,
     run_dense,
+    run_side_by_side,
     run_varlen,
     skip_unless_it_serves,
 )
@@ -47,7 +49,8 @@ class StandIns:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []  # the function, and how many segments
 
-    def _parts(self, q: Tensor, borders: Tensor | None, side: str) -> Iterator[tuple[slice, ...]]:
+    def _parts(self, q: Tensor, lengths: dict[str, Any], side: str) -> Iterator[tuple[slice, ...]]:
+        borders = lengths.get("cu_seqlens_q")
         self.calls.append((side, 1 if borders is None else len(borders) - 1))
         assert q.shape[-1] in fa4.HEAD_DIMS
         if borders is None:
@@ -56,9 +59,15 @@ class StandIns:
             yield slice(None), slice(None)
             return
         assert q.dim() == 3
-        assert borders.dtype == torch.int32
-        for a, b in pairwise(borders.tolist()):
-            yield slice(a, b), slice(a, b)
+        sides = []
+        for rows_or_keys in ("q", "k"):
+            cu_seqlens = lengths[f"cu_seqlens_{rows_or_keys}"]
+            assert cu_seqlens.dtype == torch.int32
+            ranges = [slice(*some) for some in pairwise(cu_seqlens.tolist())]
+            longest = max(some.stop - some.start for some in ranges)
+            assert lengths[f"max_seqlen_{rows_or_keys}"] == longest
+            sides.append(ranges)
+        yield from zip(*sides, strict=True)
 
     @staticmethod
     def _window(left: int | None, right: int | None) -> Window:
@@ -78,9 +87,9 @@ class StandIns:
         **lengths: Any,
     ) -> tuple[Tensor | None, ...]:
         assert return_lse
-        borders, dense = lengths.get("cu_seqlens_q"), q.dim() == 4
+        dense = q.dim() == 4
         window, results = self._window(window_size_left, window_size_right), []
-        for rows, keys in self._parts(q, borders, "forward"):
+        for rows, keys in self._parts(q, lengths, "forward"):
             part = QKV(*(x[0] if dense else x[s] for x, s in ((q, rows), (k, keys), (v, keys))))
             results.append(EAGER.forward(part, window=window, scale=softmax_scale))
         output, lse = (torch.cat(x) for x in zip(*results))
@@ -117,9 +126,7 @@ class StandIns:
         if dense:
             q, k, v, out, dout, lse = (x[0] for x in (q, k, v, out, dout, lse))
         window, results = self._window(window_size_left, window_size_right), []
-        for rows, keys in self._parts(
-            q[None] if dense else q, lengths.get("cu_seqlens_q"), "backward"
-        ):
+        for rows, keys in self._parts(q[None] if dense else q, lengths, "backward"):
             merged = Partial(out[rows], lse.T[rows])
             part = QKV(q[rows], k[keys], v[keys])
             of_rows = None if dlse is None else (dlse[0] if dense else dlse).T[rows]
@@ -159,6 +166,12 @@ class TestWithStandIns:
         actual = run_varlen(BLOCKS["fa4"], tensors, lengths, True)
         assert_all_equal(actual, oracle(tensors, lengths, True))
         assert stand_ins.calls == [("forward", len(lengths)), ("backward", len(lengths))]
+
+    def test_rectangles_side_by_side(self, stand_ins: StandIns, dims, heads) -> None:
+        parts = [rectangle(*some, heads, dims[0], torch.float64, dims[1]) for some in RECTANGLES]
+        for actual, part in zip(run_side_by_side(BLOCKS["fa4"], parts), parts, strict=True):
+            assert_all_equal(actual, rectangle_oracle(part))
+        assert stand_ins.calls == [("forward", 3), ("backward", 3)]
 
 
 @pytest.mark.parametrize("lengths", [(20,), (5, 15)])

@@ -10,8 +10,9 @@ from lasp.sequence.layout import SequenceLayout
 from ring.planner.ranges import RowRange
 from ring.planner.schedule import RingSchedule, plan_ring
 from ring.planner.stages import RULE, StageRule
-from ring.planner.tiles import KVTile
+from ring.planner.tiles import KVTile, side_by_side
 from ring.planner.window import EVERYTHING, Window
+from tests.lasp.distributions import document_lengths as distribution
 from tests.ring.cases import ORDERS, PACKS, RULES
 
 LAYOUTS = st.builds(
@@ -230,3 +231,27 @@ def test_padding_cut_by_a_rank_border_does_not_move(causal: bool) -> None:
     layout = SequenceLayout((1,), 8)
     assert layout.num_padding_tokens == 7
     assert not plan_ring(layout, 5, causal).stages
+
+
+def test_tiles_whose_rows_follow_each_other_are_a_group() -> None:
+    first, second, third = (
+        KVTile(number, RowRange(*rows), (RowRange(*keys),))
+        for number, (rows, keys) in enumerate(
+            (((0, 4), (0, 9)), ((4, 6), (9, 10)), ((7, 9), (2, 3)))
+        )
+    )
+    tiles = (first, second, third)
+    assert side_by_side(tiles, 10) == ((first, second), (third,))
+    assert side_by_side(tiles, 9) == ((first,), (second,), (third,))
+    slides = second._replace(window=Window(3))
+    assert side_by_side((first, slides), 10) == ((first,), (slides,))
+    own = second._replace(own=(RowRange(0, 1),))
+    assert side_by_side((first, own), 10) == ((first,), (own,))
+
+
+def test_groups_of_a_stage_hold_its_tiles() -> None:
+    """Fold: a run inside a document that began before it, and the next one's first rows."""
+    layout = SequenceLayout(distribution("A", 2**16, 0), 2, "fold")
+    (stage,) = plan_ring(layout, 1, True).stages
+    assert len(stage.tiles) == 2
+    assert stage.groups == (stage.tiles,)

@@ -34,15 +34,16 @@ class Panel(NamedTuple):
     def chosen(self, runs: Mapping[Any, list[Row]]) -> tuple[Series, list[Any]]:
         """The values, and the runs that they are of.
 
-        Lines: the run that has most implementations, the newest of these. Bars: the newest run of
-        each device. Runs of one day, commit and device, on one and on more GPUs, are one.
+        Lines: the run that has most implementations, then most points, the newest of these. Bars:
+        the newest run of each device. Runs of one day, commit and device, on one and on more GPUs,
+        are one.
         """
         series: dict[str, dict[Any, float]] = {}
         used: list[Any] = []
         devices: dict[str, tuple[str, str]] = {}
         measured = [(run, found) for run, rows in runs.items() if (found := self.series(rows))]
         if not self.bars:  # sorting is stable: newest first among equals
-            measured.sort(key=lambda pair: -len(pair[1]))
+            measured.sort(key=lambda pair: (-len(pair[1]), -sum(map(len, pair[1].values()))))
         for run, found in measured:
             when = (run.date, run.commit)
             if devices.setdefault(run.device, when) != when:
@@ -97,6 +98,12 @@ def share_of_bound(
     return series
 
 
+def is_trained(row: Row) -> bool:
+    """Whether a row is of forward and backward over one document, launched kernel by kernel."""
+    what = (row["case"]["part"], row["case"]["documents"], row["impl"])
+    return what == ("forward_backward", "one", "lasp")
+
+
 def trained(metric: str) -> Callable[[list[Row]], Series]:
     """Forward and backward of the two models over one document, the fastest policy of each."""
 
@@ -104,8 +111,7 @@ def trained(metric: str) -> Callable[[list[Row]], Series]:
         cases: dict[tuple[str, int, str], dict[str, float]] = {}
         for row in rows:
             case = row["case"]
-            what = (case["part"], case["documents"], row["impl"])
-            if what == ("forward_backward", "one", "lasp"):
+            if is_trained(row):
                 key = (case["model"], case["tokens"], json_of(case))
                 cases.setdefault(key, {})[row["metric"]] = row["p50"]
         names = {"hybrid": "hybrid 7:1", "softmax": "all softmax"}
@@ -207,7 +213,7 @@ def note(name: str, rows: list[Row]) -> str:
         return ""
     used: dict[int, set[int]] = {}
     recomputed: set[int] = set()
-    for row in rows:
+    for row in filter(is_trained, rows):
         used.setdefault(row["case"]["ranks"], set()).add(row["case"]["tokens"])
         if row["case"]["activations"] != "none":
             recomputed.add(row["case"]["tokens"])

@@ -119,6 +119,14 @@ def test_implementations_have_one_color_and_few_share_a_panel() -> None:
             assert len(colors) == len(set(colors)) <= drawing.MOST_SERIES, (name, panel.title)
 
 
+def test_a_later_run_of_fewer_points_is_not_drawn(tmp_path) -> None:
+    part = [make_row(tokens=4096, p50=9.0, commit="b" * 40, date="2026-01-03")]
+    whole = [row for row in sweep_rows() if row["impl"] == "lasp triton"]
+    runs = report.read_runs(write(tmp_path, whole, part))
+    series, _ = report.figures.Panel("ms", report.figures.by("tokens", "forward_ms")).chosen(runs)
+    assert series["lasp triton"][4096] != 9.0
+
+
 def test_too_many_series_are_refused(tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra bench")
     series = {f"impl {i}": {1: 1.0} for i in range(drawing.MOST_SERIES + 1)}

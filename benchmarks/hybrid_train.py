@@ -6,7 +6,8 @@ experts dealt out to them. ``forward_backward`` is that of bfloat16 parameters; 
 training: ``lasp.hybrid.parallelize``, gradients reduced in the backward, clipped, and AdamW. With
 ``--graph`` one GPU replays ``forward_backward`` as one CUDA graph: short batches wait for the host.
 With ``--copies`` rows travel to experts by copy engines. Routers are ``even``, as trained ones are
-(``benchmarks.even_routers``); ``--routers drawn`` leaves them as they are drawn.
+(``benchmarks.even_routers``); ``--routers drawn`` leaves them as they are drawn. With ``--impls
+lasp megatron`` the same model as Megatron's takes turns (``benchmarks.hybrid_megatron``).
 
 Rows of a case: milliseconds of the slowest rank, bound by the operations of
 ``benchmarks.model_flops`` at the rate that a product of 8192 x 8192 matrices has in the same
@@ -33,9 +34,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import trace_parts
+from benchmarks import hybrid_megatron, trace_parts
 from benchmarks.even_routers import make_even
 from benchmarks.harness import Machine, Question, RankOptions, Row, answer, pack_lengths, row
+from benchmarks.hybrid_megatron import MegatronHybrid
 from benchmarks.layer_group import layer_group, quick_model
 from benchmarks.lightning_length import flops_per_s
 from benchmarks.model_flops import step_flops
@@ -52,6 +54,7 @@ from lasp.hybrid.parallel import parallelize
 from lasp.sequence.planner import plan_layout
 from moe_parallel import ExpertTopology, SymmetricMemory, clip_grad_norm_, parameter_groups
 
+Impl = Literal["lasp", "megatron", "megatron_logits"]
 PATTERNS = {"hybrid": "7:1", "softmax": "0:1"}
 TAIL_TOKENS = 4096  # a document of the long-tail pack, in the mean
 
@@ -65,6 +68,7 @@ class Options(RankOptions):
     documents: tuple[str, ...] = ("one", "tail")
     parts: tuple[str, ...] = ("forward_backward",)
     activations: tuple[str, ...] = ("none",)
+    impls: tuple[Impl, ...] = ("lasp",)
     vocab_size: int = 1024
     routers: Literal["even", "drawn"] = "even"
     hidden_size: int = 2048
@@ -96,8 +100,8 @@ class Case(NamedTuple):
 
 
 def build(
-    case: Case, config: HybridConfig, machine: Machine, *, copies: bool = False
-) -> HybridModel:
+    case: Case, config: HybridConfig, machine: Machine, impl: Impl, *, copies: bool = False
+) -> HybridModel | MegatronHybrid:
     """The model, as its part needs it."""
     topology = ExpertTopology(case.ranks, cp=case.ranks, ep=case.ranks)
     alone = case.ranks == 1 and case.part == "forward_backward"
@@ -109,6 +113,8 @@ def build(
     if case.routers == "even":
         batch, tokens, labels = batch_of(case, machine)
         make_even(model, lambda: model(tokens, batch, labels=labels))
+    if impl != "lasp":
+        return MegatronHybrid(model, machine, impl, case.activations, memory)
     if case.part == "step":
         model.float()
         low = machine.dtype if machine.dtype != torch.float32 else None
@@ -142,7 +148,7 @@ def batch_of(case: Case, machine: Machine) -> tuple[PackedBatch, Tensor, Tensor]
 
 
 def step_of(
-    case: Case, model: HybridModel, machine: Machine, *, graph: bool
+    case: Case, model: HybridModel | MegatronHybrid, machine: Machine, *, graph: bool
 ) -> Callable[[], Tensor]:
     """A call of the part that is measured; returns the loss, this rank's share."""
     batch, tokens, labels = batch_of(case, machine)
@@ -190,13 +196,14 @@ def step_ms(call: Callable[[], Any], machine: Machine) -> list[float]:
 
 
 def measure(
-    case: Case, config: HybridConfig, machine: Machine, rate: float, options: Options
+    case: Case, config: HybridConfig, machine: Machine, rate: float, options: Options, impl: Impl
 ) -> Iterator[Row]:
     """Rows of a case."""
     options_told = {"CUDA graph": options.graph, "rows copied": options.copies}
-    who = ", ".join(["lasp", *(name for name, given in options_told.items() if given)])
+    name = "lasp" if impl == "lasp" else hybrid_megatron.name_of(impl)
+    who = ", ".join([name, *(name for name, given in options_told.items() if given)])
     make = partial(row, "hybrid_train", case._asdict(), who)
-    model = build(case, config, machine, copies=options.copies)
+    model = build(case, config, machine, impl, copies=options.copies)
     on_gpu = machine.device == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -237,15 +244,16 @@ def cases(options: Options, ranks: int) -> Iterator[Case]:
 
 def rows(options: Options, machine: Machine) -> Iterator[Row]:
     """Rows of every case."""
+    hybrid_megatron.check(options.impls, options.parts, options.activations, graph=options.graph)
     rate = flops_per_s() if machine.device == "cuda" else 1e10
-    for case in cases(options, dist.get_world_size()):
+    for case, impl in product(cases(options, dist.get_world_size()), options.impls):
         config = layer_group(
             PATTERNS[case.model],
             hidden_size=options.hidden_size,
             num_experts=options.experts,
             vocab_size=case.vocab_size,
         )
-        yield from measure(case, config, machine, rate, options)
+        yield from measure(case, config, machine, rate, options, impl)
         gc.collect()  # what wrappers hold in cycles
         if machine.device == "cuda":
             torch.cuda.empty_cache()

@@ -32,6 +32,7 @@ from lasp.megatron.lightning import (
     LightningSelfAttentionSubmodules,
     lightning_attention_spec,
 )
+from lasp.megatron.loss import fused_loss
 from lasp.megatron.multi_token import hybrid_mtp_spec
 from lasp.megatron.names import (
     merge_projections,
@@ -61,6 +62,7 @@ __all__ = [
     "RingSelfAttention",
     "cut_of_training_loop",
     "expert_parallel_moe_spec",
+    "fused_loss",
     "hybrid_block_spec",
     "hybrid_layer_spec",
     "hybrid_mtp_spec",

@@ -162,7 +162,7 @@ def groups() -> Any:
 
     from lasp.megatron.version import VERSION
 
-    if VERSION < (0, 18) and not parallel_state.model_parallel_is_initialized():
+    if VERSION < (0, 19) and not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()  # where its cross entropy looks for tp
 
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]

@@ -69,8 +69,7 @@ def few_rows_kernel(
     KEY_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a key head
     TOKENS: tl.constexpr,  # n
-    D: tl.constexpr, V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
     LATENT: tl.constexpr,  # values are the first V elements of keys; the others are D - V
     PRECISION: tl.constexpr,
@@ -123,11 +122,8 @@ def merge_splits_kernel(
     lse_of_parts,  # [pairs, num_splits] float32; to the base 2
     output,  # [pairs, V] float32
     lse,  # [pairs] float32; to the base e
-    num_splits,
-    V: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    num_splits, V: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """One program a row and head: its partials, in order."""
     pair = tl.program_id(0).to(tl.int64)
     v, s = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S)

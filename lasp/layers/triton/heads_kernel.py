@@ -126,16 +126,9 @@ def heads_kernel(
     k,  # [T, H, K]
     v,  # [T, H, K]
     num_rows,  # T H
-    num_heads,
-    stride_t,
-    stride_h,
-    eps,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    SILU: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    num_heads, stride_t, stride_h, eps, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    SILU: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     """q, k and v of some rows."""
     first = tl.program_id(0) * ROWS
     rows, token, begins, live = _row(first, num_rows, num_heads, stride_t, stride_h, ROWS)
@@ -158,17 +151,9 @@ def heads_backward_kernel(
     dv,  # [T, H, K]
     dx,  # [T, H, 3K], contiguous
     dweights,  # [programs, 2, K] float32: what the rows of each program add, or None
-    num_rows,
-    num_heads,
-    stride_t,
-    stride_h,
-    eps,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    SILU: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    num_rows, num_heads, stride_t, stride_h, eps, K: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, SILU: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     """Gradients of x and of the weights; a program takes every so many-th block of rows."""
     of_q = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     of_k = tl.zeros([ROWS, BLOCK], dtype=tl.float32)

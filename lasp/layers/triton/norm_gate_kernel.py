@@ -61,13 +61,9 @@ def row_squares_kernel(
     gate,  # [T, W], where it comes before the norm, or None
     squares,  # [T] float32
     num_rows,  # T
-    x_stride,
-    gate_stride,
-    W: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_stride, gate_stride, W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     SILU: tl.constexpr,
-):
+):  # fmt: skip
     """``sum(v^2)`` of each row."""
     rows, cols, live, mask = _rows_of(tl.program_id(0) * ROWS, num_rows, W, ROWS, BLOCK)
     value = _gated(x, gate, rows, cols, mask, x_stride, gate_stride, SILU)
@@ -84,16 +80,9 @@ def norm_gate_kernel(
     rstd,  # [T, GROUPS] float32: r, for the backward
     num_rows,
     size,  # features of a group over all ranks
-    eps,
-    x_stride,
-    gate_stride,
-    W: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SILU: tl.constexpr,
-    FIRST: tl.constexpr,
-):
+    eps, x_stride, gate_stride, W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
     """Each program computes y of some rows of one group."""
     group = tl.program_id(0) % GROUPS
     first = tl.program_id(0) // GROUPS * ROWS
@@ -127,15 +116,9 @@ def row_dots_kernel(
     gate,  # [T, W], or None
     weight,  # [W]
     dots,  # [T] float32
-    num_rows,
-    dy_stride,
-    x_stride,
-    gate_stride,
-    W: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SILU: tl.constexpr,
-):
+    num_rows, dy_stride, x_stride, gate_stride, W: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
     """Each program computes c of some rows: ``sum(dy weight x f)``, wherever the gate is."""
     rows, cols, live, mask = _rows_of(tl.program_id(0) * ROWS, num_rows, W, ROWS, BLOCK)
     grad = _load(dy, rows, cols, mask, dy_stride)

@@ -105,20 +105,9 @@ def weights(n, rate, scale, CHUNK: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _rounded_scores(
-    q,
-    k,
-    powers,
-    reach,
-    token,
-    rows,
-    n,
-    border,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
-    RAGGED: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, powers, reach, token, rows, n, border, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    RAGGED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The weighted scores of a chunk ``[keys, queries]``, as an operand."""
     # The branch costs nothing where no document starts. It also keeps Triton from laying out the
     # scores for the product after them, in which two groups of warps would compute them twice, and
@@ -135,21 +124,9 @@ def _rounded_scores(
 
 @triton.jit
 def _output_of_state(
-    q,
-    state,
-    entering,
-    reach,
-    token,
-    rows,
-    n,
-    border,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
-    RAGGED: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SELECT: tl.constexpr,
-):
+    q, state, entering, reach, token, rows, n, border, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    RAGGED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, SELECT: tl.constexpr,
+):  # fmt: skip
     """What the state on entry gives to the output ``[BLOCK_E, CHUNK]``: one piece at a time.
 
     A piece is rounded when the products of the one before are done: the whole state beside the
@@ -172,16 +149,10 @@ def _output_of_state(
 
 @triton.jit
 def _state_after(
-    k,
-    weighted,
-    state,
-    across,
+    k, weighted, state, across,
     stays,  # [CHUNK]: rows of the document that leaves
-    border,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SELECT: tl.constexpr,
-):
+    border, OPERAND: tl.constexpr, PRECISION: tl.constexpr, SELECT: tl.constexpr,
+):  # fmt: skip
     """The state after a chunk."""
     after = ()
     for piece in tl.static_range(len(state)):
@@ -198,24 +169,14 @@ def advance_chunk(
     tensors,
     strides,
     state,  # a tuple: [BLOCK_E, BLOCK_D] for every BLOCK_D key rows
-    head,
-    token,
-    n,
-    factors,
-    num_heads,
+    head, token, n, factors, num_heads,
     column,  # the first of value and output
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr, STEP: tl.constexpr,
     RAGGED: tl.constexpr,  # n < CHUNK
-    TMA: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TMA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     SELECT: tl.constexpr,  # documents by selection: 0 * NaN would be NaN
-):
+):  # fmt: skip
     """Write the output of one chunk of n tokens; the state after it."""
     powers, entering, leaving, across = factors
     reach, rows = tensors.reach, flow_rows(CHUNK, STEP)

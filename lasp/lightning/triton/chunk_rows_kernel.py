@@ -26,21 +26,10 @@ def load_reach(
 
 @triton.jit
 def load_rows(
-    x,
-    head,
-    token,
-    column,
-    rows,
-    n,
-    stride_t,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
-    RAGGED: tl.constexpr,
-    TMA: tl.constexpr,
+    x, head, token, column, rows, n, stride_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, STEP: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr,
     OPERAND: tl.constexpr,
-):
+):  # fmt: skip
     """``[CHUNK, BLOCK]``: the rows of a chunk from ``column`` on, in memory order, zero from n on.
 
     x is a tensor descriptor, or a pointer to the columns of this head. Columns from WIDTH on are
@@ -66,20 +55,10 @@ def load_rows(
 
 @triton.jit
 def load_pieces(
-    x,
-    head,
-    token,
-    rows,
-    n,
-    stride_t,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
-    RAGGED: tl.constexpr,
-    TMA: tl.constexpr,
+    x, head, token, rows, n, stride_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, STEP: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr,
     OPERAND: tl.constexpr,
-):
+):  # fmt: skip
     """All columns of the rows of a chunk: a tuple of ``[CHUNK, BLOCK]``."""
     pieces = ()
     for piece in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
@@ -97,19 +76,9 @@ def store_rows(
     output,
     output_tiles,
     result,  # [CHUNK, BLOCK]
-    head,
-    token,
-    column,
-    rows,
-    n,
-    stride_t,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
-    RAGGED: tl.constexpr,
-    TMA: tl.constexpr,
-):
+    head, token, column, rows, n, stride_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, STEP: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """Store the rows of a chunk from ``column`` on, those before n, and the columns before WIDTH.
 
     The copy engine stores whole chunks: what lies outside a head it leaves out, but not rows.

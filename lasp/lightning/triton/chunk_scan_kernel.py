@@ -29,19 +29,10 @@ def _walk(
     table,
     row,  # segment and head
     block,  # of columns
-    num_heads,
-    scale,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
-    TMA: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SELECT: tl.constexpr,
-):
+    num_heads, scale, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, TMA: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, SELECT: tl.constexpr,
+):  # fmt: skip
     """One segment of one head, a block of its columns; the state after it."""
     head, segment = row % num_heads, row // num_heads
     table += segment * COLUMNS
@@ -89,11 +80,8 @@ def _ends_finite(
     table,
     row,  # segment and head
     block,  # of columns
-    num_heads,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    STEP: tl.constexpr,
-):
+    num_heads, E: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Whether the output of the last token of a segment is finite, a block of its columns."""
     head, segment = row % num_heads, row // num_heads
     table += segment * COLUMNS
@@ -117,26 +105,15 @@ def chunk_scan_kernel(
     rates,  # [H] float32
     table,  # [segments, COLUMNS] int32
     reach,  # [T] int32
-    num_heads,
-    scale,
-    query_stride_t,
-    query_stride_h,
-    key_stride_t,
-    key_stride_h,
-    value_stride_t,
-    value_stride_h,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
+    num_heads, scale, query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t,
+    value_stride_h, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr, STEP: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # states are [E, D] in memory
     TMA: tl.constexpr,  # query, key and value are tensor descriptors
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     REPAIR: tl.constexpr,  # only what is not finite
-):
+):  # fmt: skip
     """One program a segment, head and block of columns.
 
     Programs of one segment and head lie side by side, so that what they share is in the L2 cache.

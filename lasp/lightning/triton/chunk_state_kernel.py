@@ -63,20 +63,10 @@ def chunk_state_kernel(
     reaches,  # [H] int32: tokens that matter to the state of a head
     num_parts,
     part_length,  # tokens
-    scale,
-    key_stride_t,
-    key_stride_h,
-    value_stride_t,
-    value_stride_h,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    scale, key_stride_t, key_stride_h, value_stride_t, value_stride_h, K: tl.constexpr,
+    V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
+    STEP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Chunk state: one program a sum, part and block of value columns."""
     blocks = tl.cdiv(V, BLOCK_V)
     program = tl.program_id(0)
@@ -120,16 +110,9 @@ def _sum_parts(
     row,  # of the table
     exists,
     kept,  # tokens that count; 0 where there is no sum: nothing is loaded
-    cols,
-    inside,
-    num_parts,
-    first_part,
-    head_parts,
-    part_length,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    cols, inside, num_parts, first_part, head_parts, part_length, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """``[GROUP, BLOCK]``: what each segment of a group adds to the state."""
     sum_row = tl.load(row + SUM_ROW, mask=exists, other=0).to(tl.int64)
     rows = sums + (sum_row * num_parts + first_part)[:, None] * SIZE + cols[None, :]
@@ -144,15 +127,8 @@ def _sum_parts(
 def _enter_group(
     own,  # what each segment of the group adds
     carry,  # the state after the group before
-    s,
-    chain,
-    begin,
-    length,
-    table,
-    first,
-    rate,
-    GROUP: tl.constexpr,
-):
+    s, chain, begin, length, table, first, rate, GROUP: tl.constexpr,
+):  # fmt: skip
     """``[GROUP, BLOCK]``: the state that enters each segment of a group."""
     linked = (s[None, :] < s[:, None]) & (s[None, :] >= chain[:, None])
     between = begin[:, None] - (begin + length)[None, :]
@@ -205,14 +181,11 @@ def state_passing_kernel(
     table,  # [segments, COLUMNS]
     first_parts,  # [H + 1] int32: where the parts of a head begin
     reaches,  # [H] int32
-    num_segments,
-    num_heads,
-    num_parts,
-    part_length,
+    num_segments, num_heads, num_parts, part_length,
     SIZE: tl.constexpr,  # K V
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
-):
+):  # fmt: skip
     """State passing: one program a head and block of the state, a group of segments at a time.
 
     What enters segment s is the sum over the segments j of its document before it of
@@ -260,25 +233,10 @@ def state_passing_kernel(
 
 @triton.jit
 def _combine_one_by_one(
-    sums,
-    states,
-    outgoing,
-    initial_state,
-    table,
-    reach,
-    rate,
-    offsets,
-    inside,
-    cols,
-    size,
-    first_part,
-    head_parts,
-    num_segments,
-    num_parts,
-    part_length,
-    SIZE: tl.constexpr,
+    sums, states, outgoing, initial_state, table, reach, rate, offsets, inside, cols, size,
+    first_part, head_parts, num_segments, num_parts, part_length, SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """As above, one segment after another; states of other documents are selected away."""
     after = tl.zeros([1, BLOCK], dtype=tl.float32)
     for first in range(num_segments):

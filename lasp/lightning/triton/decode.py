@@ -38,22 +38,10 @@ def decode_kernel(
     output,  # [B, T, H, V], contiguous
     num_heads,
     num_tokens,  # T
-    scale,
-    query_stride_b,
-    query_stride_t,
-    query_stride_h,
-    key_stride_b,
-    key_stride_t,
-    key_stride_h,
-    value_stride_b,
-    value_stride_t,
-    value_stride_h,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
+    scale, query_stride_b, query_stride_t, query_stride_h, key_stride_b, key_stride_t, key_stride_h,
+    value_stride_b, value_stride_t, value_stride_h, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
     """One program a sequence, head and block of value columns."""
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)

@@ -26,12 +26,9 @@ def _state_offsets(
     head,
     piece: tl.constexpr,  # of key rows
     block,  # of columns
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-):
+):  # fmt: skip
     """Offsets of a piece of a head's state ``[BLOCK_E, BLOCK_D]``; which columns exist.
 
     Which dim is contiguous must be known to the compiler: else it loads number by number, and of
@@ -49,20 +46,12 @@ def _state_offsets(
 
 @triton.jit
 def entering_state(
-    states,
-    initial_state,
-    incoming,
-    rates,
-    table,
+    states, initial_state, incoming, rates, table,
     row,  # segment and head
     block,  # of columns
-    num_heads,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    num_heads, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-):
+):  # fmt: skip
     """The state before the first token of a segment, as registers hold it.
 
     A tuple of ``[BLOCK_E, BLOCK_D]``, one for every BLOCK_D key rows: products take one at a time.
@@ -104,13 +93,9 @@ def leave_state(
     table,
     row,  # segment and head
     block,  # of columns
-    num_heads,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    num_heads, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-):
+):  # fmt: skip
     """Store the state after the last token of a segment whose document ends there."""
     head = row % num_heads
     size = (num_heads * (D * E)).to(tl.int64)

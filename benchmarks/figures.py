@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.drawing import Series, short
 from benchmarks.harness import Row
+from benchmarks.training_figure import trained
 
 
 class Panel(NamedTuple):
@@ -98,42 +99,6 @@ def share_of_bound(
     return series
 
 
-def is_trained(row: Row) -> bool:
-    """Whether a row is of forward and backward over one document, launched kernel by kernel."""
-    what = (row["case"]["part"], row["case"]["documents"], row["impl"])
-    return what == ("forward_backward", "one", "lasp")
-
-
-def trained(metric: str) -> Callable[[list[Row]], Series]:
-    """Forward and backward of the two models over one document, the fastest policy of each."""
-
-    def series(rows: list[Row]) -> Series:
-        cases: dict[tuple[str, int, str], dict[str, float]] = {}
-        for row in rows:
-            case = row["case"]
-            if is_trained(row):
-                key = (case["model"], case["tokens"], json_of(case))
-                cases.setdefault(key, {})[row["metric"]] = row["p50"]
-        names = {"hybrid": "hybrid 7:1", "softmax": "all softmax"}
-        best: dict[tuple[str, int], dict[str, float]] = {}
-        for (model, tokens, _), metrics in cases.items():
-            known = best.setdefault((names[model], tokens), metrics)
-            if metrics["tokens_per_s"] > known["tokens_per_s"]:
-                best[names[model], tokens] = metrics
-        found: dict[str, dict[Any, float]] = {}
-        for (name, tokens), metrics in sorted(best.items()):
-            if metric in metrics:
-                found.setdefault(name, {})[tokens] = metrics[metric]
-        return found
-
-    return series
-
-
-def json_of(case: Mapping[str, Any]) -> str:
-    """A key of the case."""
-    return repr(sorted(case.items()))
-
-
 def moe_name(row: Row) -> str | None:
     """Few of the many rows: ours by its rule, by NCCL and by copies, and the peers."""
     names = {
@@ -202,30 +167,9 @@ def layer_kind(row: Row) -> str:
 
 def recalled(row: Row) -> str | None:
     """The pattern, of rows over all seeds."""
-    names = {"0:1": "all softmax", "1:0": "all lightning"}
+    names = {"softmax": "all softmax", "lightning": "all lightning"}
     pattern = str(row["case"]["pattern"])
     return names.get(pattern, pattern) if row["case"]["seed"] == "all" else None
-
-
-def note(name: str, rows: list[Row]) -> str:
-    """What a figure's titles leave out."""
-    if name != "hybrid_train":
-        return ""
-    used: dict[int, set[int]] = {}
-    recomputed: set[int] = set()
-    for row in filter(is_trained, rows):
-        used.setdefault(row["case"]["ranks"], set()).add(row["case"]["tokens"])
-        if row["case"]["activations"] != "none":
-            recomputed.add(row["case"]["tokens"])
-    where = "; ".join(
-        f"{', '.join(map(short, sorted(tokens)))} on {ranks} GPU{'s' * (ranks > 1)}"
-        for ranks, tokens in sorted(used.items())
-    )
-    again = ", ".join(map(short, sorted(recomputed)))
-    return (
-        f"Forward and backward of 8 layers of width 2048, 32 experts, bfloat16;\n{where}"
-        + f"; at {again} layers keep their softmax attention alone" * bool(again)
-    )
 
 
 def kernel_case(row: Row) -> str | None:
@@ -253,7 +197,8 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
         Panel("both ways, ms", by("policy", "both_ms", layer_kind), bars=True, log=False),
     ),
     "needle": (
-        Panel("share of values recalled", by("pairs", "accuracy", recalled), axis="pairs"),
+        Panel("share of values recalled", by("pairs", "accuracy", recalled), log=False,
+              axis="pairs"),
     ),
     "moe_against_tp": (
         Panel("forward and backward, ms", by("tokens", "both_ms"), axis="tokens a GPU"),

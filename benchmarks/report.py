@@ -25,6 +25,7 @@ from benchmarks import figures, lasp_tables
 from benchmarks.drawing import Drawn, draw
 from benchmarks.harness import RESULTS, Row, markdown, parse, read_rows
 from benchmarks.headlines import headlines
+from benchmarks.training_figure import training_note
 
 DOCS = Path("docs")
 PLACE = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
@@ -178,7 +179,8 @@ def figure(name: str, runs: dict[Run, list[Row]]) -> tuple[list[Drawn], str]:
         if series:
             panels.append(Drawn(panel.title, series, panel.bars, panel.log, panel.axis))
             used |= dict.fromkeys(of)
-    note = figures.note(name, [row for run in used for row in mine[run]])
+    rows = [row for run in used for row in mine[run]]
+    note = training_note(rows) if name == "hybrid_train" else ""
     return panels, "\n".join(filter(None, [note, *map(str, used)]))
 
 

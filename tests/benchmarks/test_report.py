@@ -80,7 +80,7 @@ CASES = {
     "kept_activations": ({"layer": "softmax", "policy": "full"},),
     "needle": tuple(
         {"pattern": pattern, "seed": seed, "pairs": pairs}
-        for pattern in ("0:1", "7:1") for seed in (0, "all") for pairs in (1, 8)
+        for pattern in ("softmax", "7:1") for seed in (0, "all") for pairs in (1, 8)
     ),
     "moe_against_tp": ({"tokens": 8192}, {"tokens": 32768}),
 }  # fmt: skip

@@ -35,7 +35,8 @@ def test_the_commands_of_the_rows_still_work() -> None:
     assert checked == {
         "generation", "host_time", "hybrid_layers", "hybrid_train", "lasp_ranks", "lasp_wire",
         "lightning_decode", "lightning_kernels", "lightning_layer", "lightning_length",
-        "moe_overlap", "needle", "ring_host", "ring_kinds", "ring_length", "ring_packed", "state_hop",
+        "moe_overlap", "needle", "ring_host", "ring_kinds", "ring_length", "ring_packed",
+        "state_hop",
     }  # fmt: skip
 
 

@@ -22,6 +22,9 @@ from moe_parallel.kernels.top_k_kernel import top_k_kernel
 SPLIT_BLOCK = 1024  # numbers of a program
 ROUTER_TILE = 2048  # (token, expert) pairs that a program takes at a time
 NUM_WARPS = 4
+ROW_WARPS = (
+    8  # with fewer the unrolled loads of the rows' kernel need more registers than there are
+)
 MAX_PROGRAMS = 256  # two a multiprocessor; a power of 2: the scan of their counts is one tile
 SCAN_COLUMNS = 4  # experts of a program of that scan
 POSITIONS_TILE = 2048  # pairs of experts that are compared at a time
@@ -206,10 +209,11 @@ def rows(
         K=top_k,
         RANKS=num_ranks,
         E_PAD=padded,
+        K_PAD=_power_of_2(top_k),
         RANKS_PAD=_power_of_2(num_ranks),
         OTHERS=min(padded, max(1, POSITIONS_TILE // padded)),
         TOKENS=tokens_at_a_time(num_experts),
-        num_warps=NUM_WARPS,
+        num_warps=ROW_WARPS,
     )
     return row, token_row
 

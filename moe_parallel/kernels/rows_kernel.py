@@ -69,6 +69,7 @@ def row_kernel(
     K: tl.constexpr,
     RANKS: tl.constexpr,
     E_PAD: tl.constexpr,
+    K_PAD: tl.constexpr,
     RANKS_PAD: tl.constexpr,
     OTHERS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -93,7 +94,7 @@ def row_kernel(
         exists = token < num_tokens
         count = tl.zeros([TOKENS, E_PAD], dtype=tl.int32)  # 0 or 1: a token takes an expert once
         goes = tl.zeros([TOKENS, RANKS_PAD], dtype=tl.int32)
-        for k in range(K):
+        for k in tl.static_range(K):  # unrolled: no load waits for another
             chosen = tl.load(experts + token * K + k, mask=exists, other=-1)
             count += (expert == chosen).to(tl.int32)
             if RANKS:
@@ -104,10 +105,10 @@ def row_kernel(
             tl.store(token_row + token * RANKS + rank, token_rows, mask=exists & (rank < RANKS))
             following_token += tl.sum(goes, axis=0, keep_dims=True)
         rows = following + tl.cumsum(count, axis=0) - count
-        for k in range(K):
-            chosen = tl.load(experts + token * K + k, mask=exists, other=-1)
-            mine = tl.sum(tl.where(expert == chosen, rows, 0), axis=1, keep_dims=True)
-            tl.store(row + token * K + k, mine.to(tl.int64), mask=exists)
+        slot = token * K + tl.arange(0, K_PAD)[None, :]
+        mask = exists & (tl.arange(0, K_PAD)[None, :] < K)
+        chosen = tl.load(experts + slot, mask=mask, other=0)
+        tl.store(row + slot, tl.gather(rows, chosen.to(tl.int32), axis=1).to(tl.int64), mask=mask)
         following += tl.sum(count, axis=0, keep_dims=True)
 
 

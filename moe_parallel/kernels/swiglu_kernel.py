@@ -56,18 +56,21 @@ def swiglu_backward_kernel(
     gate = tl.load(hidden + halves, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(hidden + halves + F, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad + rows * F + cols, mask=mask, other=0.0).to(tl.float32)
+    weight = 1.0
+    if weights is not None:  # with the other loads: behind the sum it would wait for memory again
+        weight = tl.load(weights + rows, mask=rows < num_rows, other=0.0)
     s = tl.sigmoid(gate)
     silu = gate * s
     product = silu * up
+    dot = g * product
     if weights is not None:
-        exists = rows < num_rows
-        block = (tl.program_id(0) % tl.cdiv(F, COLUMNS)).to(tl.int64)
-        dot = tl.sum(g * product, axis=1, keep_dims=True)
-        tl.store(dweights + block * num_rows + rows, dot, mask=exists)
-        weight = tl.load(weights + rows, mask=exists, other=0.0)
         g *= weight
         product *= weight
     tl.store(act + rows * F + cols, product.to(act.dtype.element_ty), mask=mask)
     dgate, dup = g * up * (s + silu * (1.0 - s)), g * silu
     tl.store(dhidden + halves, dgate.to(dhidden.dtype.element_ty), mask=mask)
     tl.store(dhidden + halves + F, dup.to(dhidden.dtype.element_ty), mask=mask)
+    if weights is not None:  # last: its warps wait for each other
+        block = (tl.program_id(0) % tl.cdiv(F, COLUMNS)).to(tl.int64)
+        total = tl.sum(dot, axis=1, keep_dims=True)
+        tl.store(dweights + block * num_rows + rows, total, mask=rows < num_rows)

@@ -163,13 +163,11 @@ class Routing(NamedTuple):
     @property
     def aux_loss(self) -> Tensor:
         """This rank's share of all losses of the router, a scalar in the gate dtype."""
-        _, sequence, z = self.losses
-        total = self.logits.new_zeros(())
+        _, *others = self.losses
+        losses = [loss for loss in others if loss is not None]
         if self.aux_loss_coefficient:
-            total = self.balance_loss(self.load, self.num_tokens)
-        if sequence is not None:
-            total = total + sequence
-        return total if z is None else total + z
+            losses.insert(0, self.balance_loss(self.load, self.num_tokens))
+        return sum(losses[1:], losses[0]) if losses else self.logits.new_zeros(())
 
     @property
     def load(self) -> Tensor:

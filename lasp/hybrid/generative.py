@@ -6,12 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor, nn
 
+from lasp._core.checks import check_flags
 from lasp.generation import GREEDY, GenerationCache, Sampling
-from lasp.hybrid import steps
+from lasp.generation.attention import shape_of
+from lasp.generation.files import CacheShape
+from lasp.generation.step import plan_step
 from lasp.hybrid.generate import CHUNK_TOKENS, Generation, checked_request, stream
-from lasp.hybrid.steps import Tokens
+from lasp.hybrid.steps import Tokens, batch_of, check_ready, packed
 
 if TYPE_CHECKING:
     from lasp.hybrid.model import HybridModel
@@ -23,8 +27,19 @@ class GenerativeModel(nn.Module):
     def new_cache(self, *, num_slots: int, max_tokens: int) -> GenerationCache:
         """Memory for ``num_slots`` sequences of up to ``max_tokens`` tokens, over the cp group."""
         model = cast("HybridModel", self)
-        return steps.new_cache(model, num_slots=num_slots, max_tokens=max_tokens)
+        cp_group, weight = model.groups.cp, model.embedding.weight
+        layers = tuple(shape_of(layer.attention) for layer in model.decoder_layers())
+        shape = CacheShape(layers, weight.dtype, 1 if cp_group is None else cp_group.size())
+        return GenerationCache(
+            shape,
+            model,
+            num_slots=num_slots,
+            max_tokens=max_tokens,
+            cp_group=cp_group,
+            device=weight.device,
+        )
 
+    @torch.no_grad()
     def step(
         self,
         cache: GenerationCache,
@@ -58,7 +73,17 @@ class GenerativeModel(nn.Module):
                 is as it was. Ids on a GPU are not looked at.
         """
         model = cast("HybridModel", self)
-        return steps.step(model, cache, slots, tokens, draft=draft, every_token=every_token)
+        check_ready(model, cache)
+        check_flags(draft=draft, every_token=every_token)
+        pack, counts = packed(tokens, model.config.vocab_size, cache.device)
+        plan = plan_step(cache, slots, counts, draft=draft, every_token=every_token)
+        model.config.attention.check_documents([a + b for a, b in zip(plan.starts, counts)])
+        if plan.group is not None:
+            pack = plan.layout.shard(pack, plan.rank, pad_value=0)
+        plan.begin()
+        logits: Tensor = model(pack, batch_of(model, plan), cached=plan).logits
+        plan.commit()
+        return logits
 
     def generate(
         self,

@@ -12,7 +12,7 @@ ep x etp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from typing import NamedTuple, cast
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lasp._core.checks import check_part
 from lasp._core.dtypes import wide_dtype
 from lasp.generation import CacheStep
+from lasp.generation.attention import CachedLayer
 from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.generative import GenerativeModel
 from lasp.hybrid.head import Head, check_next_labels, scored_by
@@ -29,7 +30,6 @@ from lasp.hybrid.layer import HybridLayer, draw_xavier
 from lasp.hybrid.multi_token import MultiTokenLayer
 from lasp.hybrid.packing import PackedBatch
 from lasp.hybrid.pretrained import PretrainedModel
-from lasp.hybrid.steps import memories_of
 from lasp.layers.rms_norm import RMSNorm
 from moe_parallel import ParallelGroups, RoutingStats, SymmetricMemory
 
@@ -154,7 +154,9 @@ class HybridModel(PretrainedModel, GenerativeModel):
         check_next_labels(labels, next_tokens, next_labels)
         hidden = self._embedded(tokens, batch, inputs_embeds)
         outputs = []
-        memories = repeat(None) if cached is None else memories_of(cached, self.groups.token)
+        memories: Iterable[CachedLayer | None] = repeat(None)
+        if cached is not None:
+            memories = (CachedLayer(cached, x, self.groups.token) for x in cached.cache.layers)
         for layer, memory in zip(self.layers, memories):
             hidden, *of_layer = layer(hidden, batch, memory)
             outputs.append(of_layer)
@@ -248,8 +250,7 @@ class HybridModel(PretrainedModel, GenerativeModel):
         arXiv:2203.00555). Drawn on the host in float32, so that device and dtype do not change it.
         """
         generator = torch.Generator().manual_seed(seed)
-        shape = self.embedding.weight.shape
-        embedding = torch.empty(shape, device="cpu", dtype=torch.float32)
+        embedding = torch.empty(self.embedding.weight.shape, device="cpu", dtype=torch.float32)
         self.embedding.weight.copy_(embedding.normal_(generator=generator))
         if self.head is not None:
             draw_xavier(self.head.weight, 1.0, generator)

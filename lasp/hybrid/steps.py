@@ -1,21 +1,17 @@
-"""Steps of a hybrid model over a cache: methods of :class:`lasp.hybrid.HybridModel`."""
+"""What steps of a hybrid model over a cache are made of: tokens, batches, checks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lasp._core.checks import check_flags
-from lasp.generation.attention import CachedLayer, shape_of
 from lasp.generation.cache import GenerationCache
-from lasp.generation.files import CacheShape
-from lasp.generation.step import CacheStep, plan_step
+from lasp.generation.step import CacheStep
 from lasp.hybrid.packing import PackedBatch, router_order
 from lasp.sequence.layout import SequenceLayout
 from moe_parallel import TokenOrder, TokenSegment
@@ -24,50 +20,6 @@ if TYPE_CHECKING:
     from lasp.hybrid.model import HybridModel
 
 Tokens = Sequence[int] | Tensor
-
-
-def new_cache(model: HybridModel, *, num_slots: int, max_tokens: int) -> GenerationCache:
-    """See :meth:`lasp.hybrid.HybridModel.new_cache`."""
-    cp_group, weight = model.groups.cp, model.embedding.weight
-    layers = tuple(shape_of(layer.attention) for layer in model.decoder_layers())
-    shape = CacheShape(layers, weight.dtype, 1 if cp_group is None else cp_group.size())
-    return GenerationCache(
-        shape,
-        model,
-        num_slots=num_slots,
-        max_tokens=max_tokens,
-        cp_group=cp_group,
-        device=weight.device,
-    )
-
-
-@torch.no_grad()
-def step(
-    model: HybridModel,
-    cache: GenerationCache,
-    slots: Sequence[int],
-    tokens: Sequence[Tokens] | Tensor,
-    *,
-    draft: bool = False,
-    every_token: bool = False,
-) -> Tensor:
-    """See :meth:`lasp.hybrid.HybridModel.step`."""
-    check_ready(model, cache)
-    check_flags(draft=draft, every_token=every_token)
-    pack, counts = packed(tokens, model.config.vocab_size, cache.device)
-    plan = plan_step(cache, slots, counts, draft=draft, every_token=every_token)
-    model.config.attention.check_documents([a + b for a, b in zip(plan.starts, counts)])
-    if plan.group is not None:
-        pack = plan.layout.shard(pack, plan.rank, pad_value=0)
-    plan.begin()
-    logits: Tensor = model(pack, batch_of(model, plan), cached=plan).logits
-    plan.commit()
-    return logits
-
-
-def memories_of(plan: CacheStep, token_group: dist.ProcessGroup | None) -> Iterator[CachedLayer]:
-    """What each layer of the model continues."""
-    return (CachedLayer(plan, memory, token_group) for memory in plan.cache.layers)
 
 
 def check_ready(model: HybridModel, cache: GenerationCache) -> None:

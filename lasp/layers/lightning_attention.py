@@ -136,19 +136,10 @@ class LightningAttention(nn.Module):
         """As :meth:`forward`, and the states that the documents leave, for :meth:`step`.
 
         Prompts, parts of prompts and single tokens are documents of any lengths of one pack, each
-        with its initial state.
-
-        Args:
-            hidden: see :meth:`forward`.
-            layout: likewise.
-            cp_group: likewise.
-            initial_state: likewise.
-            position_ids: likewise.
+        with its initial state. Arguments are those of :meth:`forward`.
 
         Returns:
             Output as ``hidden``, and final states as of :func:`lasp.lightning_attention`.
-
-        Communication: that of :func:`lasp.lightning_attention`.
         """
         return self._mix(
             hidden, layout, cp_group, initial_state, position_ids, output_final_state=True

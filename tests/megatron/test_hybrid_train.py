@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -24,36 +25,41 @@ pytestmark = pytest.mark.megatron
 IMPLS = tuple(
     impl for impl in ("megatron", "megatron_logits") if hybrid_megatron.obstacle(impl) is None
 )
-TOKENS, FLOAT64 = 64, Machine("cpu", torch.float64, 1, 9.0)
+TOKENS, ON_CPU = 64, Machine("cpu", torch.float32, 1, 9.0)
 SMALL: dict[str, Any] = {"vocab_size": 24, "hidden_size": 32}
+
+
+def rows(**options: Any) -> list[dict[str, Any]]:
+    given = {"tokens": (TOKENS,), "models": ("hybrid",), "experts": 4, **SMALL, **options}
+    return list(hybrid_train.rows(hybrid_train.Options(commit="c", device="cpu", **given), ON_CPU))
 
 
 def rows_on_rank(**options: Any) -> list[dict[str, Any]]:
     run_on_cpu()
-    given = {"tokens": (TOKENS,), "models": ("hybrid",), "experts": 4, **SMALL, **options}
-    chosen = hybrid_train.Options(commit="c", device="cpu", **given)
-    return list(hybrid_train.rows(chosen, Machine("cpu", torch.float32, 1, 9.0)))
+    return rows(**options)
 
 
 def test_both_are_measured() -> None:
     options = {"impls": ("lasp", *IMPLS), "activations": ("full",), "documents": ("one",)}
-    rows = run_on_ranks(rows_on_rank, 2, **options)[0]
+    found = run_on_ranks(rows_on_rank, 2, **options)[0]
     names = ["lasp", *map(hybrid_megatron.name_of, IMPLS)]
-    assert [row["impl"] for row in rows[::4]] == names
-    assert [row["metric"] for row in rows[-4:]] == ["ms", "tokens_per_s", "tflops", "gemm_share"]
+    assert [row["impl"] for row in found[::4]] == names
+    assert [row["metric"] for row in found[-4:]] == ["ms", "tokens_per_s", "tflops", "gemm_share"]
 
 
-def compared_on_rank(impl: str, documents: str, activations: str) -> tuple[int, int]:
+def compared_on_rank(
+    impl: str, documents: str, activations: str, device: str = "cpu"
+) -> tuple[int, int]:
     """Check that loss and gradients are equal; the operations of both, as torch counts them."""
     sizes = (SMALL["vocab_size"], "drawn", dist.get_world_size())
     case = Case("hybrid", TOKENS, documents, "forward_backward", activations, *sizes)
     config = layer_group(num_experts=4, **SMALL)
-    heads = config.attention
-    plain = hybrid_train.build(case, config, FLOAT64, "lasp")
-    batch, tokens, labels = hybrid_train.batch_of(case, FLOAT64)
+    heads, machine = config.attention, Machine(device, torch.float64)
+    plain = hybrid_train.build(case, config, machine, "lasp")
+    batch, tokens, labels = hybrid_train.batch_of(case, machine)
     losses, counted = [], []
-    with train_on_cpu():
-        megatrons = MegatronHybrid(plain, FLOAT64, impl, activations, None)
+    with train_on_cpu() if device == "cpu" else nullcontext():
+        megatrons = MegatronHybrid(plain, machine, impl, activations, None)
         for model in (plain, megatrons):
             with FlopCounterMode(display=False) as counter:
                 output = model(tokens, batch, labels=labels)
@@ -86,6 +92,15 @@ def test_it_is_the_plain_model(impl: str, documents: str, activations: str) -> N
         assert all(plain == megatrons > 0 for plain, megatrons in counted)
 
 
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("activations", ["none", "softmax_outputs", "full"])
+def test_it_is_the_plain_model_on_gpus(activations: str) -> None:
+    if (why := hybrid_megatron.obstacle("megatron")) is not None:
+        pytest.skip(why)
+    more = {"backend": "nccl", "device": "cuda"}
+    run_on_ranks(compared_on_rank, 2, "megatron", "tail", activations, **more)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"graph": True}, {"parts": ("step",)}, {"activations": ("none", "expert_inputs")}],
@@ -93,4 +108,4 @@ def test_it_is_the_plain_model(impl: str, documents: str, activations: str) -> N
 )
 def test_what_it_cannot_do_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="measure lasp alone for these"):
-        next(iter(rows_on_rank(impls=("lasp", IMPLS[0]), **options)))
+        rows(impls=("lasp", IMPLS[0]), **options)

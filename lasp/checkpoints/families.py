@@ -96,12 +96,7 @@ _RELEASED = (
 _SELF_ATTENTION = _named(
     "{layer}self_attn.",
     ".weight",
-    {
-        "q_proj": "softmax.q",
-        "k_proj": "softmax.k",
-        "v_proj": "softmax.v",
-        "o_proj": "softmax.out",
-    },
+    {"q_proj": "softmax.q", "k_proj": "softmax.k", "v_proj": "softmax.v", "o_proj": "softmax.out"},
 )
 _DENSE = _named(
     "{layer}mlp.",

@@ -8,13 +8,7 @@ from lasp._core.rotary import RopeScaling
 from lasp.generation import GenerationCache, Sampling
 from lasp.hybrid.activations import keep_activations
 from lasp.hybrid.attention import AttentionConfig, LatentConfig
-from lasp.hybrid.config import (
-    DenseConfig,
-    HybridConfig,
-    Residuals,
-    ResidualScale,
-    VocabularyConfig,
-)
+from lasp.hybrid.config import DenseConfig, HybridConfig, Residuals, ResidualScale, VocabularyConfig
 from lasp.hybrid.generate import Generation
 from lasp.hybrid.graphs import StepGraph
 from lasp.hybrid.head import linear_cross_entropy

@@ -122,10 +122,7 @@ class Request:
 
 
 def checked_request(
-    model: HybridModel,
-    prompts: Sequence[Tokens],
-    cache: GenerationCache | None,
-    **options: object,
+    model: HybridModel, prompts: Sequence[Tokens], cache: GenerationCache | None, **options: object
 ) -> tuple[Request, GenerationCache, list[int]]:
     """The request, a cache that has room for it, and its slots.
 

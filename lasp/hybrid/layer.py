@@ -14,13 +14,7 @@ from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.packing import PackedBatch
 from lasp.layers.lightning_attention import LightningAttention
 from lasp.layers.rms_norm import RMSNorm
-from moe_parallel import (
-    ExpertParallelMoE,
-    MoEOutput,
-    ParallelGroups,
-    RoutingStats,
-    SymmetricMemory,
-)
+from moe_parallel import ExpertParallelMoE, MoEOutput, ParallelGroups, RoutingStats, SymmetricMemory
 from moe_parallel.experts.dense import DenseFFN
 from ring.latent_module import MultiLatentAttention
 from ring.module import RingAttention

@@ -70,11 +70,7 @@ class MultiTokenLayer(nn.Module):
 
 
 def next_in_document(
-    x: Tensor,
-    layout: SequenceLayout,
-    cp_group: dist.ProcessGroup | None = None,
-    *,
-    pad_value: int,
+    x: Tensor, layout: SequenceLayout, cp_group: dist.ProcessGroup | None = None, *, pad_value: int
 ) -> Tensor:
     """What follows each token in its document, wherever that is held.
 

@@ -15,13 +15,7 @@ documents are refused unless ``attention.dense_len`` is set to None.
 from __future__ import annotations
 
 from lasp.hybrid.attention import AttentionConfig, LatentConfig
-from lasp.hybrid.config import (
-    DenseConfig,
-    HybridConfig,
-    Residuals,
-    ResidualScale,
-    VocabularyConfig,
-)
+from lasp.hybrid.config import DenseConfig, HybridConfig, Residuals, ResidualScale, VocabularyConfig
 from lasp.layers.options import LightningOptions
 from moe_parallel import MoEConfig, RouterConfig
 

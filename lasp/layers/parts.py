@@ -130,9 +130,7 @@ def heads_of(
 
 
 def _heads(
-    rows: Tensor,
-    norms: tuple[nn.Module, nn.Module] | None,
-    table: tuple[Tensor, Tensor] | None,
+    rows: Tensor, norms: tuple[nn.Module, nn.Module] | None, table: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`heads_of` activated rows ``[T, H, 3 head_dim]``, in plain torch."""
     q, k, v = rows.chunk(3, dim=-1)

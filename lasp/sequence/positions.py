@@ -43,13 +43,7 @@ def positions(
 
 
 def _positions(
-    x: Tensor,
-    name: str,
-    token_dim: int,
-    lengths: Tensor,
-    num_ranks: int,
-    order: Order,
-    group: str,
+    x: Tensor, name: str, token_dim: int, lengths: Tensor, num_ranks: int, order: Order, group: str
 ) -> Tensor:
     layout = SequenceLayout.from_lengths_tensor(lengths, num_ranks, order)
     cp_group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]

@@ -17,12 +17,7 @@ from lasp.checkpoints.configs.fields import (
     scaling_fields,
 )
 from lasp.hybrid.attention import AttentionConfig, LatentConfig
-from lasp.hybrid.config import (
-    DenseConfig,
-    HybridConfig,
-    Residuals,
-    VocabularyConfig,
-)
+from lasp.hybrid.config import DenseConfig, HybridConfig, Residuals, VocabularyConfig
 from lasp.layers.options import LightningOptions
 from moe_parallel import MoEConfig, RouterConfig
 

@@ -19,12 +19,7 @@ from lasp.checkpoints.configs.fields import (
     scaling_fields,
 )
 from lasp.hybrid.attention import AttentionConfig
-from lasp.hybrid.config import (
-    HybridConfig,
-    Residuals,
-    ResidualScale,
-    VocabularyConfig,
-)
+from lasp.hybrid.config import HybridConfig, Residuals, ResidualScale, VocabularyConfig
 from moe_parallel import MoEConfig
 
 _SIZES = (
@@ -117,12 +112,7 @@ def _model(
         num_layers=layers,
         vocab_size=vocab,
         attention=AttentionConfig(
-            heads,
-            kv_heads,
-            head_dim,
-            rotary_dim,
-            float(base),
-            rope_scaling=rope_scaling(fields),
+            heads, kv_heads, head_dim, rotary_dim, float(base), rope_scaling=rope_scaling(fields)
         ),
         moe=MoEConfig(
             hidden,

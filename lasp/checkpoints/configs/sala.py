@@ -19,13 +19,7 @@ from lasp.checkpoints.configs.fields import (
     scaling_fields,
 )
 from lasp.hybrid.attention import AttentionConfig
-from lasp.hybrid.config import (
-    DenseConfig,
-    HybridConfig,
-    Residuals,
-    ResidualScale,
-    VocabularyConfig,
-)
+from lasp.hybrid.config import DenseConfig, HybridConfig, Residuals, ResidualScale, VocabularyConfig
 from lasp.layers.options import LightningOptions
 
 CLASSES = ("MiniCPMSALAForCausalLM",)

@@ -68,12 +68,7 @@ def norm_gate(
 
 
 def norm_gate_backward(
-    dy_TW: Tensor,
-    x_TW: Tensor,
-    gate_TW: Tensor | None,
-    weight_W: Tensor,
-    rstd: Tensor,
-    *rule: Any,
+    dy_TW: Tensor, x_TW: Tensor, gate_TW: Tensor | None, weight_W: Tensor, rstd: Tensor, *rule: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gate (empty without one) and weight."""
     num_groups, silu, gate_first, tp_group = GateRule(*rule)

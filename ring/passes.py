@@ -22,8 +22,7 @@ before a kv buffer's gradients go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring.blocks.gradients import LocalGradients, RowGradients
-from ring.blocks.interface import QKV, Block, Segments, segments_of
+from ring.blocks.interface import QKV, Block, segments_of
 from ring.blocks.merge import Accumulator, Partial
 from ring.blocks.sinks import add_sinks
 from ring.exchange import (
@@ -46,9 +45,7 @@ from ring.expansion import LatentExpansion
 from ring.planner.ranges import TokenIndex
 from ring.planner.schedule import RingSchedule, RingStage
 from ring.planner.tiles import KVTile, key_ranges
-from ring.planner.window import EVERYTHING, Window
-
-Groups = Sequence[Sequence[KVTile]]  # tiles, those together that one call of a kernel takes
+from ring.tile_groups import Groups, gather, groups_of, partials_of, seen_by
 
 
 class RingContext(NamedTuple):
@@ -99,7 +96,7 @@ def forward(q: Tensor, moving: KV, context: RingContext, sinks: Tensor | None = 
         if not left:
             release()
         for group in groups:
-            for number, partial in _partials(group, _gather(group, q, own, kv), block, scale):
+            for number, partial in partials_of(group, gather(group, q, own, kv), block, scale):
                 left -= 1
                 if not left:
                     release()
@@ -108,7 +105,7 @@ def forward(q: Tensor, moving: KV, context: RingContext, sinks: Tensor | None = 
     if schedule.own_tiles:
         attend([(tile,) for tile in schedule.own_tiles], own, lambda: None)
     for stage, received in stages:
-        attend(_groups(stage, block), context.keys_and_values(received), stages.release)
+        attend(groups_of(stage, block), context.keys_and_values(received), stages.release)
         del received  # the next kv buffer may have to be put together
     if sinks is not None:
         local = add_sinks(local, sinks)
@@ -140,17 +137,39 @@ def backward(
         moving: likewise.
         context: of the forward; its expansion gets the gradient of its weight.
     """
-    schedule, cp_group, expansion = context.schedule, context.cp_group, context.expansion
-    dtype = merged.lse.dtype
-    stages = KVPrefetcher(moving, schedule, cp_group)
+    schedule, expansion = context.schedule, context.expansion
+    stages = KVPrefetcher(moving, schedule, context.cp_group)
     own = context.keys_and_values(moving)
     rows = RowGradients(context.block, doutput.contiguous(), dlse, merged, context.scale)
-    sums = _TileGradients(QKV(q, *own), rows, schedule, dtype, alone=expansion is not None)
-    returned = sums.lent
+    local, dtype = LocalGradients(QKV(q, *own), rows, schedule), merged.lse.dtype
+    if not (schedule.stages or schedule.own_tiles):
+        gradients: tuple[Tensor, ...] = local.after_stages()
+        returned = None
+    else:
+        gradients, returned = _over_all_keys(stages, moving, local, context, dtype)
     if expansion is not None:
+        dq, dk, dv = gradients
+        dmoving = expansion.gradients(moving[0], dk.to(dtype), dv.to(dtype))
+        if returned is not None:
+            returned.add_to((dmoving,))
+        gradients = (dq, dmoving)
+    return tuple([x if x.dtype == q.dtype else x.to(q.dtype) for x in gradients])
+
+
+def _over_all_keys(
+    stages: KVPrefetcher,
+    moving: KV,
+    local: LocalGradients,
+    context: RingContext,
+    dtype: torch.dtype,
+) -> tuple[QKV, GradientSums]:
+    """Gradients of own tokens, and sums of what comes back, which are in them but for latents."""
+    schedule, alone = context.schedule, context.expansion is not None
+    sums = _TileGradients(local.qkv, local.rows, schedule, dtype, alone)
+    returned = sums.lent
+    if alone:
         returned = GradientSums(schedule.lent[0], moving, dtype, once=False)
     returning: KVTransfer | None = None
-    local = LocalGradients(QKV(q, *own), rows, schedule)
     if schedule.early:
         local.before_stages()
     for stage, received in stages:
@@ -159,18 +178,13 @@ def backward(
         stages.release()
         if returning is not None:
             accumulate_kv_grads(returning, returned, sent)
-        returning = send_kv_grads(stage, memory, sent, cp_group)
-    sums.add([(tile,) for tile in schedule.own_tiles], own, sums.lent)
+        returning = send_kv_grads(stage, memory, sent, context.cp_group)
+    sums.add([(tile,) for tile in schedule.own_tiles], local.qkv[1:], sums.lent)
     within = local.after_stages()
     if returning is not None:
         accumulate_kv_grads(returning, returned, returned.kv)  # after the last is no next stage
     sums.add_to(within)
-    gradients: tuple[Tensor, ...] = within
-    if expansion is not None:
-        dmoving = expansion.gradients(moving[0], within.k.to(dtype), within.v.to(dtype))
-        returned.add_to((dmoving,))
-        gradients = (within.q, dmoving)
-    return tuple([x if x.dtype == q.dtype else x.to(q.dtype) for x in gradients])
+    return within, returned
 
 
 class _TileGradients:
@@ -191,8 +205,8 @@ class _TileGradients:
         """Add gradients of tiles over ``kv``: to dq, and to ``sums`` of the same shapes."""
         q, *own = self._qkv
         for group in groups:
-            part, first = _gather(group, q, own, kv), group[0].rows.start
-            rows, seen = slice(first, group[-1].rows.stop), _seen(group, q.device)
+            part, first = gather(group, q, own, kv), group[0].rows.start
+            rows, seen = slice(first, group[-1].rows.stop), seen_by(group, q.device)
             found = self._rows.over(rows, part, seen)
             for tile in group:
                 self._add_rows(tile, found.q[tile.rows.start - first : tile.rows.stop - first])
@@ -206,7 +220,7 @@ class _TileGradients:
         """Memory ``[tokens, W]`` with the gradients to what a stage received, and its views."""
         kv, tokens = context.keys_and_values(received), TokenIndex([(0, stage.tokens)])
         sums = GradientSums(tokens, kv, self._dtype, once=stage.seen_once)
-        self.add(_groups(stage, context.block), kv, sums)
+        self.add(groups_of(stage, context.block), kv, sums)
         if context.expansion is None:
             return sums.memory, sums.kv
         del kv
@@ -247,51 +261,3 @@ def _accumulators(local: Partial, schedule: RingSchedule, block: Block) -> list[
 
 def _row_tiles(tile: KVTile, block: Block) -> tuple[slice, ...]:
     return block.row_tiles(tile.rows.length, tile.num_keys)
-
-
-def _groups(stage: RingStage, block: Block) -> Groups:
-    """The tiles of a stage, those together that one call of the kernel takes."""
-    return stage.groups if block.joins_tiles else [(tile,) for tile in stage.tiles]
-
-
-def _partials(
-    group: Sequence[KVTile], part: QKV, block: Block, scale: float
-) -> Iterator[tuple[int, Partial]]:
-    """Attention of a group with the rectangle of each partial, one call for several tiles."""
-    seen, first = _seen(group, part.q.device), group[0].rows.start
-    if isinstance(seen, Window):
-        for partial in block.forward_parts(part, window=seen, scale=scale):
-            yield group[0].rectangle, partial
-        return
-    output, lse = block.forward_varlen(part, seen, scale=scale)
-    for tile in group:
-        rows = slice(tile.rows.start - first, tile.rows.stop - first)
-        yield tile.rectangle, Partial(output[rows], lse[rows])
-
-
-def _seen(group: Sequence[KVTile], device: torch.device) -> Window | Segments:
-    """Which keys the rows of one tile see, or of several, each its own keys."""
-    if len(group) == 1:
-        return group[0].window
-    rows, keys = (
-        tuple(accumulate(lengths, initial=0))
-        for lengths in zip(*((tile.rows.length, tile.num_keys) for tile in group))
-    )
-    return segments_of(rows, device, EVERYTHING, keys)
-
-
-def _gather(group: Sequence[KVTile], q: Tensor, own: Sequence[Tensor], kv: KV) -> QKV:
-    """Rows and keys of a group; copied only where the keys lie in several ranges."""
-    rows = q[group[0].rows.start : group[-1].rows.stop]
-    ranges = key_ranges(group)
-    received, (start, stop) = ranges[0]
-    for also, keys in ranges[1:]:
-        if (also, keys.start) != (received, stop):
-            break
-        stop = keys.stop
-    else:
-        return QKV(rows, *(x[start:stop] for x in (kv if received else own)))
-    return QKV(
-        rows,
-        *(torch.cat([pair[i][slice(*keys)] for i, keys in ranges]) for pair in zip(own, kv)),
-    )

@@ -99,15 +99,20 @@ class LocalGradients:
 
     In two the first transfer of keys is hidden too. That takes a block that writes where it is told
     to: to put two results together moves as many bytes as the transfer.
+
+    Args:
+        qkv: of the rank's tokens.
+        rows: the backward of these.
+        schedule: of the rank.
     """
 
     def __init__(self, qkv: QKV, rows: RowGradients, schedule: RingSchedule) -> None:
-        self._qkv, self._rows, self._schedule = qkv, rows, schedule
+        self.qkv, self.rows, self._schedule = qkv, rows, schedule
         self._early: QKV | None = None
 
     def before_stages(self) -> None:
         """Compute the early rows, if the block can."""
-        out = QKV(*(torch.empty_like(x) for x in self._qkv))
+        out = QKV(*(torch.empty_like(x) for x in self.qkv))
         if self._part(0, out):
             self._early = out
 
@@ -117,16 +122,16 @@ class LocalGradients:
             self._part(1, self._early)
             return self._early
         schedule = self._schedule
-        borders, device = schedule.fragment_borders, self._qkv.q.device
-        return self._rows.within(segments_of(borders, device, schedule.window), self._qkv)
+        borders, device = schedule.fragment_borders, self.qkv.q.device
+        return self.rows.within(segments_of(borders, device, schedule.window), self.qkv)
 
     def _part(self, number: int, out: QKV) -> bool:
-        schedule, q = self._schedule, self._qkv.q
+        schedule, q = self._schedule, self.qkv.q
         rows = (slice(0, schedule.early), slice(schedule.early, len(q)))[number]
         borders = schedule.borders_around_stages[number]
         segments = segments_of(borders, q.device, schedule.window)
-        qkv, of_rows = (QKV(*(x[rows] for x in some)) for some in (self._qkv, out))
-        return self._rows.within_part(rows, segments, qkv, of_rows)
+        qkv, of_rows = (QKV(*(x[rows] for x in some)) for some in (self.qkv, out))
+        return self.rows.within_part(rows, segments, qkv, of_rows)
 
 
 def _columns(dlse_TH: Tensor, like_THD: Tensor) -> Tensor:

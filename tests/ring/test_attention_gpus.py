@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from lasp.sequence.layout import SequenceLayout
+from ring.planner.schedule import plan_ring
+from tests.lasp.distributions import document_lengths
 from tests.ring.blocks.test_blocks import skip_unless_it_serves
 from tests.ring.cases import (
     ORDERS,
@@ -61,3 +63,22 @@ def test_bfloat16_over_gpus(order, block: str, causal: bool) -> None:
     actual = on_ranks(tensors, layout, backend="nccl", causal=causal, block=block)
     expected = oracle(tensors, lengths, causal)
     assert_all_within_budget(actual, expected, honest, torch.bfloat16)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("block", ["flash", "fa4"])
+def test_early_rows_joined_keys_and_tiles_side_by_side(block: str) -> None:
+    skip_unless_it_serves(block, 64, 64)
+    lengths = document_lengths("C", 12288, 0)
+    layout = SequenceLayout(lengths, 2, "fold")
+    first, second = (plan_ring(layout, rank, True) for rank in (0, 1))
+    assert min(first.early, second.early) > 0
+    (stage,) = second.stages
+    assert stage.groups == (stage.tiles,)
+    assert [bool(tile.own) for tile in stage.tiles] == [False, True]
+    tensors = random_tensors(12288, 2, 1, 64, torch.bfloat16)
+    honest = forward_backward(
+        tensors, layout=SequenceLayout(lengths, 1), device="cuda", block="eager"
+    )
+    actual = on_ranks(tensors, layout, backend="nccl", block=block)
+    assert_all_within_budget(actual, oracle(tensors, lengths, True), honest, torch.bfloat16)

@@ -37,10 +37,8 @@ def _parts(x):
 def split_kernel(
     x,  # [SIZE], contiguous
     parts,  # [3, SIZE] bfloat16, or [6, SIZE] for pairs
-    SIZE: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    SIZE: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """High, middle, low; or for pairs with parts of another number as below."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < SIZE
@@ -93,15 +91,9 @@ def top_k_backward_kernel(
     grad,  # [T, E] float32; or bfloat16 parts: [T, 6 E] for pairs, else [T, 3 E]
     scaling,  # of the weights
     num_tokens,  # T
-    E: tl.constexpr,
-    K: tl.constexpr,
-    PARTS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    SCORE: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    E_PAD: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+    E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, PAIRS: tl.constexpr, SCORE: tl.constexpr,
+    NORMALIZE: tl.constexpr, E_PAD: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """The gradient of the logits d: to those chosen ``w (dw - sum w dw)``, and ``dlogits``.
 
     That is for normalised weights w, with a sigmoid times its derivative's ``1 - s``. Without

@@ -21,11 +21,8 @@ import triton.language as tl
 def before_kernel(
     counts,  # [programs, E] int32; after it the sums of the rows before
     totals,  # [E] int64: of all rows
-    num_programs,
-    E: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    num_programs, E: tl.constexpr, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """One program a block of columns, which it reads as a whole."""
     program = tl.arange(0, PROGRAMS)[:, None]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -65,15 +62,9 @@ def row_kernel(
     token_row,  # [T, RANKS] int64: a token's row for each rank, -1 where it does not go
     num_tokens,  # T
     span,  # tokens of a program, a multiple of TOKENS
-    E: tl.constexpr,
-    K: tl.constexpr,
-    RANKS: tl.constexpr,
-    E_PAD: tl.constexpr,
-    K_PAD: tl.constexpr,
-    RANKS_PAD: tl.constexpr,
-    OTHERS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+    E: tl.constexpr, K: tl.constexpr, RANKS: tl.constexpr, E_PAD: tl.constexpr, K_PAD: tl.constexpr,
+    RANKS_PAD: tl.constexpr, OTHERS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """One program a span of tokens, the same as of ``top_k_kernel``; ``TOKENS`` at a time."""
     expert = tl.arange(0, E_PAD)[None, :]
     # The next row of each expert: those of experts that leave before it, those of tokens before.
@@ -121,10 +112,8 @@ def starts_kernel(
     ends,  # [E_LOCAL] int32: where the rows of this rank's experts end
     me,  # this rank among the sources
     ep_rank,  # this rank in the EP group
-    S: tl.constexpr,
-    E_LOCAL: tl.constexpr,
-    E_PAD: tl.constexpr,
-):
+    S: tl.constexpr, E_LOCAL: tl.constexpr, E_PAD: tl.constexpr,
+):  # fmt: skip
     """One program an EP rank. Rows are in the order of its experts, within them of the sources."""
     local = tl.arange(0, E_PAD)
     mask = local < E_LOCAL
@@ -151,13 +140,9 @@ def chunks_kernel(
     by_arrival,  # [A] int64: the inverse, or None
     ends,  # [N] int32: where the rows of each expert end
     first,  # the first of the N experts
-    S: tl.constexpr,
-    N: tl.constexpr,
-    S_PAD: tl.constexpr,
-    N_PAD: tl.constexpr,
-    PARTS: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, S_PAD: tl.constexpr, N_PAD: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """``PARTS`` programs a chunk, what one source sends to one expert, blocks of it in turn."""
     chunk, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     my_source, my_expert = chunk // N, chunk % N

@@ -15,12 +15,10 @@ def copy_slots_kernel(
     x,  # [T, M]
     row,  # [T, K] int64, contiguous
     rows,  # [A, M]
-    M: tl.constexpr,
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr,
     X_STRIDE: tl.constexpr,  # between rows, whose numbers lie side by side
     ROWS_STRIDE: tl.constexpr,
-):
+):  # fmt: skip
     """One program a token and block of columns: read once, written to each of its rows."""
     blocks = tl.cdiv(M, COLUMNS)
     token = (tl.program_id(0) // blocks).to(tl.int64)
@@ -37,12 +35,10 @@ def sum_slots_kernel(
     weights,  # [T, K] float32, contiguous, or None for ones
     row,  # [T, K] int64, contiguous
     out,  # [T, M]
-    M: tl.constexpr,
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS_STRIDE: tl.constexpr,  # between rows, whose numbers lie side by side
     OUT_STRIDE: tl.constexpr,
-):
+):  # fmt: skip
     """One program a token and block of columns."""
     blocks = tl.cdiv(M, COLUMNS)
     token = (tl.program_id(0) // blocks).to(tl.int64)
@@ -66,10 +62,8 @@ def sum_slots_backward_kernel(
     row,  # [T, K] int64, contiguous
     drows,  # [A, M], contiguous
     dweights,  # [T, K] float32, contiguous
-    M: tl.constexpr,
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    M: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """One program a token: a row belongs to one slot, so each is written once."""
     token = tl.program_id(0).to(tl.int64)
     for slot in tl.static_range(K):

@@ -24,10 +24,8 @@ def swiglu_kernel(
     hidden,  # [A, 2F], contiguous
     act,  # [A, F], contiguous
     num_rows,  # A
-    F: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """``act = silu(gate) up``."""
     rows, cols, mask = _tile(num_rows, F, ROWS, COLUMNS)
     halves = hidden + rows * (2 * F) + cols
@@ -45,11 +43,8 @@ def swiglu_backward_kernel(
     act,  # [A, F], contiguous: the activation again, times its row's weight
     weights,  # [A] float32: of rows, or None for ones: grad is then of what they are multiplied by
     dweights,  # [blocks of columns, A] float32: parts of the gradients of weights, or None
-    num_rows,
-    F: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    num_rows, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """``dgate = grad up s (1 + gate (1 - s))``, ``dup = grad gate s``, s = sigmoid(gate)."""
     rows, cols, mask = _tile(num_rows, F, ROWS, COLUMNS)
     halves = rows * (2 * F) + cols

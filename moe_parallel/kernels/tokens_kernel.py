@@ -31,12 +31,9 @@ def pack_kernel(
     sent_weights,  # [A, K] float32
     num_tokens,  # T
     STRIDE: tl.constexpr,  # between the rows that travel
-    K: tl.constexpr,
-    RANKS: tl.constexpr,
-    E_LOCAL: tl.constexpr,
-    K_PAD: tl.constexpr,
+    K: tl.constexpr, RANKS: tl.constexpr, E_LOCAL: tl.constexpr, K_PAD: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """Each program takes some tokens."""
     token, slot, mask = _slots(num_tokens, K, K_PAD, ROWS)
     rank_of = tl.load(experts + token * K + slot, mask=mask, other=0) // E_LOCAL
@@ -59,10 +56,8 @@ def unpack_kernel(
     row_weights,  # [R] float32: of each row that an expert takes
     num_rows,  # A
     STRIDE: tl.constexpr,  # between the rows that travel
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Each program takes some rows that arrived."""
     arrived, slot, mask = _slots(num_rows, K, K_PAD, ROWS)
     place = tl.load(sent_rows + arrived * STRIDE + slot, mask=mask, other=-1).to(tl.int64)
@@ -79,10 +74,8 @@ def pack_gradients_kernel(
     sent,  # [A, K] float32
     num_rows,  # A
     STRIDE: tl.constexpr,  # between the rows that travel
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Each program takes some rows that go back; slots of experts elsewhere get 0."""
     arrived, slot, mask = _slots(num_rows, K, K_PAD, ROWS)
     place = tl.load(row + arrived * K + slot, mask=mask, other=-1)
@@ -98,12 +91,9 @@ def unpack_gradients_kernel(
     gradients,  # [T, K] float32
     num_tokens,  # T
     STRIDE: tl.constexpr,  # between the rows that travel
-    K: tl.constexpr,
-    RANKS: tl.constexpr,
-    E_LOCAL: tl.constexpr,
-    K_PAD: tl.constexpr,
+    K: tl.constexpr, RANKS: tl.constexpr, E_LOCAL: tl.constexpr, K_PAD: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """Each program takes some tokens; a weight's gradient comes from its expert's rank."""
     token, slot, mask = _slots(num_tokens, K, K_PAD, ROWS)
     rank = tl.load(experts + token * K + slot, mask=mask, other=0) // E_LOCAL

@@ -52,13 +52,9 @@ def _log_sigmoid(value):
 
 @triton.jit
 def _outside(
-    score,
-    TOKENS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    BEST: tl.constexpr,
+    score, TOKENS: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BEST: tl.constexpr,
     SIZE: tl.constexpr,
-):
+):  # fmt: skip
     """``[TOKENS, E]``: whether an expert is in none of the token's groups of the largest sums."""
     member, group = tl.arange(0, SIZE)[None, :], tl.arange(0, GROUPS)[None, :]
     total = tl.zeros([TOKENS * GROUPS, 1], dtype=tl.float32)
@@ -78,15 +74,9 @@ def _outside(
 @triton.jit
 def _keys(
     value,  # [TOKENS, E_PAD] float32: logits
-    bias,
-    expert,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    SCORE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+    bias, expert, E: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """``[TOKENS, E_PAD]``: keys of the scores by which a token's experts are compared."""
     score = value
     if SCORE == 1:
@@ -109,10 +99,8 @@ def _weights(
     chosen_key,  # [TOKENS, K_PAD]: their keys, if PLAIN
     is_expert,  # where there is an expert
     is_chosen,  # where there is a choice
-    SCORE: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    PLAIN: tl.constexpr,
-):
+    SCORE: tl.constexpr, NORMALIZE: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
     """``[TOKENS, K_PAD]``: weights of the chosen experts, before scaling."""
     if PLAIN:
         largest = _value(tl.max(chosen_key, axis=1, keep_dims=True))

@@ -83,23 +83,9 @@ def _attention(
     return fused.forward(q, k, v, rates, initial_state, call)
 
 
-def _attention_backward(
-    grad_output: Tensor | None,
-    grad_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rates: Tensor,
-    initial_state: Tensor | None,
-    states: Tensor,
-    incoming: Tensor,
-    needs_initial: bool,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fused.backward(
-        grad_output, grad_final, q, k, v, rates, initial_state, states, incoming, needs_initial,
-        _settings(*settings),
-    )  # fmt: skip
+def _attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments as the schema has them; the first ten are no settings."""
+    return fused.backward(*arguments[:10], settings=_settings(*arguments[10:]))
 
 
 def _settings(
@@ -156,19 +142,8 @@ def _fake_rows(q: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
 
 
-def _fake_backward(
-    grad_output: Tensor | None,
-    grad_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rates: Tensor,
-    initial_state: Tensor | None,
-    states: Tensor,
-    incoming: Tensor,
-    needs_initial: bool,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, _rates, initial_state, states, _incoming, needs_initial = arguments[2:10]
     shape = initial_state.shape if needs_initial and initial_state is not None else 0
     initial = states.new_empty(shape)
     return _fake_rows(q, q), _fake_rows(q, k), _fake_rows(q, v), initial

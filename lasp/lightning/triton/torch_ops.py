@@ -85,7 +85,8 @@ def _attention(
 
 def _attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments as the schema has them; the first ten are no settings."""
-    return fused.backward(*arguments[:10], settings=_settings(*arguments[10:]))
+    given = *arguments[:10], _settings(*arguments[10:])
+    return fused.backward(*given)
 
 
 def _settings(

@@ -171,8 +171,9 @@ class _AttentionOperators:
             how["layout"] = layout.summary
             compare_first_call(self._user_name, cp_group, q, how)
         rank = checked_rank("q", q, -3, layout, cp_group)
-        schedule = plan_ring(layout, rank, causal, window=tuple(window))
         moving, expansion, value_dim = self._source(q, k, v)
+        grouped = expansion is None and q.shape[1] >= 2 * moving[0].shape[1]
+        schedule = plan_ring(layout, rank, causal, window=tuple(window), grouped=grouped)
         kernel = resolve_block(
             block, q.device, q.dtype, q.shape[-1], value_dim, slides=schedule.slides
         )

@@ -176,6 +176,7 @@ def plan_ring(
     causal: bool,
     rule: StageRule = RULE,
     window: tuple[int, int] = EVERYTHING,
+    grouped: bool = True,
 ) -> RingSchedule:
     """Schedule of ``rank``; the last 32 are kept, so that all layers of a batch share one.
 
@@ -188,6 +189,7 @@ def plan_ring(
         causal: whether a query sees only itself and what comes before it.
         rule: the same on every rank.
         window: how many tokens before and after itself a query sees at most; -1: no limit.
+        grouped: whether query heads share key heads, which are cheap to copy; else no tiles join.
 
     Raises:
         ValueError: if ``rank`` is not in [0, P).
@@ -200,17 +202,16 @@ def plan_ring(
     own_tiles = tiles_over(rectangles, TokenIndex(own), seen)
     exchanges = _exchanges(traffic, rank) if traffic.num_stages else []
     of_stages = [tiles_over(rectangles, buffer, seen) for buffer, _, _ in exchanges]
+    most = rule.most_joined if grouped else 0
     if not seen.slides:
-        own_tiles, of_stages = join_own_tiles(own_tiles, of_stages, rule.most_joined)
+        own_tiles, of_stages = join_own_tiles(own_tiles, of_stages, most)
     stages = tuple(
-        RingStage(buffer.ranges, fetch, tiles, side_by_side(tiles, rule.most_joined), back)
+        RingStage(buffer.ranges, fetch, tiles, side_by_side(tiles, most), back)
         for (buffer, fetch, back), tiles in zip(exchanges, of_stages)
     )
     rows = tuple(rectangle.rows for rectangle in rectangles)
-    early = 0
-    if stages:
-        moved = max(sum(stages[0].kv_exchange.send_tokens), stages[0].tokens)
-        early = early_rows(_fragment_borders(layout, rank), seen, moved, rule)
+    moved = max(sum(stages[0].kv_exchange.send_tokens), stages[0].tokens) if stages else 0
+    early = early_rows(_fragment_borders(layout, rank), seen, moved, rule)
     return RingSchedule(layout, rank, seen, traffic.route, rows, own_tiles, stages, early)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import product
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from lasp.sequence.layout import SequenceLayout
 from ring import RingAttention, ring_attention
 from ring.blocks.registry import BLOCKS
+from ring.planner.schedule import plan_ring
 from tests.ranks import run_on_ranks
 from tests.ring.cases import random_tensors
 
@@ -154,3 +155,12 @@ def test_a_checkpoint_that_keeps_the_operator_does_not_run_it_again(context_fn, 
         output.square().sum().backward()
     assert len(calls) == forwards
     assert torch.equal(weight.grad, expected)
+
+
+@pytest.mark.parametrize(("heads", "grouped"), [((4, 1), True), ((4, 2), True), ((3, 3), False)])
+def test_the_plan_knows_whether_query_heads_share_key_heads(heads, grouped: bool) -> None:
+    q, k, v, _ = random_tensors(8, *heads, 4, torch.float32)
+    plan = Mock(wraps=plan_ring)
+    with patch("ring.torch_ops.plan_ring", plan):
+        ring_attention(q, k, v)
+    assert plan.call_args.kwargs["grouped"] is grouped

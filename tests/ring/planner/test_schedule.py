@@ -249,6 +249,18 @@ def test_tiles_whose_rows_follow_each_other_are_a_group() -> None:
     assert side_by_side((first, own), 10) == ((first,), (own,))
 
 
+def test_keys_of_every_query_head_are_not_copied() -> None:
+    """Many heads of keys cost more to copy than a second pass over as many heads of queries."""
+    layout = SequenceLayout((8,), 2, "zigzag")
+    schedule = plan_ring(layout, 0, True, grouped=False)
+    assert [tile.num_keys for tile in schedule.own_tiles] == [2]
+    (stage,) = schedule.stages
+    assert [tile.num_keys for tile in stage.tiles] == [4]
+    packed = SequenceLayout(distribution("A", 2**16, 0), 2, "fold")
+    (stage,) = plan_ring(packed, 1, True, grouped=False).stages
+    assert stage.groups == tuple((tile,) for tile in stage.tiles)
+
+
 def test_groups_of_a_stage_hold_its_tiles() -> None:
     """Fold: a run inside a document that began before it, and the next one's first rows."""
     layout = SequenceLayout(distribution("A", 2**16, 0), 2, "fold")

@@ -44,11 +44,8 @@ class Fa4Block(FlashBlock):
         return Fa4Block(dlse, self._gradients)
 
     def writing_to(self, gradients: QKV) -> Fa4Block | None:
-        """The kernel takes memory of one head dim that it knows; else results are padded."""
-        widths = (gradients.q.shape[-1], gradients.v.shape[-1])
-        if widths[0] != widths[1] or widths[0] not in HEAD_DIMS:
-            return None
-        return Fa4Block(self._dlse, gradients)
+        """The kernel takes memory of widths that it knows; else results are padded."""
+        return Fa4Block(self._dlse, gradients) if _fit(gradients) else None
 
     def obstacle(self, operands: Operands) -> str | None:
         """Return the obstacle of :class:`FlashBlock`, or name the GPU or the package it needs."""
@@ -152,9 +149,15 @@ def _lengths(segments: Segments) -> dict[str, Any]:
     return dict(zip(names, segments.lengths))
 
 
+def _fit(qkv: QKV) -> bool:
+    """Whether the kernels take these widths: two of them only without grouped heads."""
+    head_dim, value_dim = qkv.q.shape[-1], qkv.v.shape[-1]
+    if head_dim == value_dim:
+        return head_dim in HEAD_DIMS
+    return (head_dim, value_dim) == (192, 128) and qkv.q.shape[1] == qkv.k.shape[1]
+
+
 def _widths(qkv: QKV, *outputs: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as the kernels take them: its backward has other widths without grouped heads."""
-    widths = (qkv.q.shape[-1], qkv.v.shape[-1])
-    if widths == (192, 128) and qkv.q.shape[1] == qkv.k.shape[1]:
-        return (*qkv, *outputs)
-    return one_width(*qkv, *outputs, widths=HEAD_DIMS)
+    """The tensors as the kernels take them."""
+    tensors = (*qkv, *outputs)
+    return tensors if _fit(qkv) else one_width(*tensors, widths=HEAD_DIMS)

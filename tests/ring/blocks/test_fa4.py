@@ -202,8 +202,9 @@ def test_windows_and_both_results(stand_ins: StandIns) -> None:
 
 
 @pytest.mark.parametrize("lengths", [(15,), (5, 1, 9)])
-def test_gradients_go_where_they_are_told_to(stand_ins: StandIns, lengths) -> None:
-    *qkv, doutput = random_tensors(15, 4, 2, 64, torch.float64)
+@pytest.mark.parametrize(("heads", "dims"), [((4, 2), (64, 64)), ((3, 3), (192, 128))])
+def test_gradients_go_where_they_are_told_to(stand_ins: StandIns, lengths, heads, dims) -> None:
+    *qkv, doutput = random_tensors(15, *heads, dims[0], torch.float64, dims[1])
     qkv, block = QKV(*qkv), BLOCKS["fa4"]
     borders = tuple(accumulate(lengths, initial=0))
     segments = segments_of(borders, torch.device("cpu"), CAUSAL)
@@ -219,10 +220,13 @@ def test_gradients_go_where_they_are_told_to(stand_ins: StandIns, lengths) -> No
         assert (written[16] == 7).all()
 
 
-@pytest.mark.parametrize("dims", [(192, 128), (72, 72)])
-def test_gradients_that_are_padded_are_not_made_in_place(dims) -> None:
-    q, v = (torch.empty(3, 2, dim) for dim in dims)
-    assert BLOCKS["fa4"].writing_to(QKV(q, q, v)) is None
+@pytest.mark.parametrize(
+    ("dims", "heads", "fit"),
+    [((192, 128), (2, 2), True), ((192, 128), (2, 1), False), ((72, 72), (2, 2), False)],
+)
+def test_gradients_that_are_padded_are_not_made_in_place(dims, heads, fit: bool) -> None:
+    q, k, v, _ = random_tensors(3, *heads, dims[0], torch.float64, dims[1])
+    assert (BLOCKS["fa4"].writing_to(QKV(q, k, v)) is not None) is fit
 
 
 GPU = Operands(torch.device("cuda"), torch.bfloat16, 64, 64)

@@ -65,14 +65,18 @@ _WHY_NONE = {
     "padding_mask": "padding is what the token_order of a PackedSequence leaves out",
     "rotary_pos_emb": "it rotates by itself; build the model with position_embedding_type='none'"
     " and give rotary_dim to the spec",
-    "shared_expert_output": "there are no shared experts",
 }
 
 
 def refuse_arguments(part: str, **arguments: object) -> None:
-    """Raise ValueError for the first of these arguments of ``part``'s forward that is not None."""
+    """Raise ValueError for an argument of ``part``'s forward that has no meaning here, unless None.
+
+    Args:
+        part: as errors name it.
+        arguments: what Megatron passes beside what the part reads.
+    """
     for name, value in arguments.items():
-        if value is not None:
+        if value is not None and name in _WHY_NONE:
             raise ValueError(
                 f"{name} must be None for {part}, got {type(value).__name__}: {_WHY_NONE[name]}"
             )

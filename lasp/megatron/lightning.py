@@ -172,34 +172,23 @@ class LightningSelfAttention(MegatronModule):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        key_value_states: Tensor | None = None,
-        inference_context: object = None,
-        inference_params: object = None,
-        attention_bias: Tensor | None = None,
+        rotary_pos_emb: object = None,
         packed_seq_params: PackedSeqParams | None = None,
-        **_: object,
+        **others: object,
     ) -> tuple[Tensor, None]:
         """Mix the tokens of each document.
 
         Args:
             hidden_states: ``[T / tp if sequence parallel else T, B, hidden]``, B is 1 for packs.
             attention_mask: not read.
-            key_value_states: must be None.
-            inference_context: must be None.
-            inference_params: must be None.
-            attention_bias: must be None.
+            rotary_pos_emb: not read.
             packed_seq_params: see :func:`layout_of`.
+            others: of cross attention, biases and inference; must be None.
 
         Returns:
             As ``hidden_states``, and None for the bias.
         """
-        refuse_arguments(
-            "lightning attention",
-            key_value_states=key_value_states,
-            inference_context=inference_context,
-            inference_params=inference_params,
-            attention_bias=attention_bias,
-        )
+        refuse_arguments("lightning attention", **others)
         gathered = self.tp_group.size() if self.config.sequence_parallel else 1
         shape = (len(hidden_states) * gathered, self.cp_group.size())
         layout = layout_of(packed_seq_params, *shape, self.order, self.packed_cut)

@@ -91,22 +91,13 @@ class ScaledLayer(TransformerLayer):
         attention_mask: Tensor | None = None,
         context: Tensor | None = None,
         *,
-        rotary_pos_emb: Tensor | None = None,
         attention_bias: Tensor | None = None,
         inference_context: object = None,
-        inference_params: object = None,
         packed_seq_params: Any = None,
-        padding_mask: Tensor | None = None,
-        **_: object,
+        **others: object,
     ) -> tuple[Tensor, None]:
         """One layer over this rank's tokens ``[T, B, hidden]``; no context comes back."""
-        refuse_arguments(
-            PART,
-            context=context,
-            padding_mask=padding_mask,
-            rotary_pos_emb=rotary_pos_emb,
-            inference_params=inference_params,
-        )
+        refuse_arguments(PART, context=context, **others)
         if not isinstance(self.self_attention, IdentityOp):
             attend = partial(
                 self._through_attention,

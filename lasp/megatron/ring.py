@@ -106,36 +106,24 @@ class RingSelfAttention(SelfAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        key_value_states: Tensor | None = None,
-        inference_context: object = None,
-        inference_params: object = None,
-        rotary_pos_emb: object = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-        **_: object,
+        **others: object,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of this rank's tokens to their documents.
 
         Args:
             hidden_states: ``[T / tp if sequence parallel else T, B, hidden]``, B is 1 for packs.
             attention_mask: not read.
-            key_value_states: must be None.
-            inference_context: must be None.
-            inference_params: must be None.
-            rotary_pos_emb: must be None: GPTModel(position_embedding_type="none").
             attention_bias: must be None.
             packed_seq_params: see :func:`lasp.megatron.layout_of`.
+            others: of cross attention, inference and positions; must be None:
+                GPTModel(position_embedding_type="none").
 
         Returns:
             The output as ``hidden_states``, and the bias of the projection, not added.
         """
-        refuse_arguments(
-            "ring self-attention",
-            key_value_states=key_value_states,
-            inference_context=inference_context,
-            inference_params=inference_params,
-            rotary_pos_emb=rotary_pos_emb,
-        )
+        refuse_arguments("ring self-attention", **others)
         core, cp_group = self.core_attention, self.core_attention.cp_group
         gathered = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         num_tokens = hidden_states.shape[0] * gathered

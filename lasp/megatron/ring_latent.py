@@ -155,13 +155,8 @@ class RingLatentSelfAttention(MLASelfAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        key_value_states: Tensor | None = None,
-        inference_context: object = None,
-        inference_params: object = None,
-        rotary_pos_emb: object = None,
-        attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-        **_: object,
+        **others: object,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of this rank's tokens to their documents.
 
@@ -170,14 +165,7 @@ class RingLatentSelfAttention(MLASelfAttention):
         Returns:
             The output as ``hidden_states``, and the bias of the projection, None.
         """
-        refuse_arguments(
-            "ring latent attention",
-            key_value_states=key_value_states,
-            inference_context=inference_context,
-            inference_params=inference_params,
-            rotary_pos_emb=rotary_pos_emb,
-            attention_bias=attention_bias,
-        )
+        refuse_arguments("ring latent attention", **others)
         core, config = self.core_attention, self.config
         gathered = self.pg_collection.tp.size() if config.sequence_parallel else 1
         layout = core.layout_of(packed_seq_params, hidden_states.shape[0] * gathered)

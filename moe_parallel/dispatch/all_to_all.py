@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.collectives import all_gather_into
 from lasp._core.impl import ChosenImpl
 from moe_parallel.dispatch.dispatcher import Dispatch, EtpStages, Lane, RowTransfer
 from moe_parallel.dispatch.plan import ExchangePlan, GroupPlans, RowCounts, Splits
@@ -102,6 +103,15 @@ class AllToAllDispatch(PlannedDispatch):
         if self._ep_group is None:
             return RowTransfer(rows_AM, rows_AM)
         return start_all_to_all(rows_AM, self._plans[g].dispatch, self._ep_group)
+
+    def gather(self, x_TM: Tensor) -> RowTransfer | None:
+        """See :class:`moe_parallel.dispatch.dispatcher.Dispatch`; an all-gather."""
+        if self._ep_group is None:
+            return None
+        x_TM = x_TM.contiguous()
+        gathered = x_TM.new_empty(self._ep_group.size() * len(x_TM), x_TM.shape[1])
+        work = all_gather_into(gathered, x_TM, group=self._ep_group, async_op=True)
+        return RowTransfer(gathered, x_TM, lambda _: work.wait())
 
     def combine(
         self, g: int, rows_AM: Tensor, into: Tensor, stream: torch.cuda.Stream | None

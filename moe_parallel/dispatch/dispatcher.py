@@ -138,6 +138,13 @@ class Dispatch(Protocol):
     ) -> RowTransfer:
         """Start to send results back the way they came, to be found in ``into``."""
 
+    def gather(self, x_TM: Tensor) -> RowTransfer | None:
+        """Start to give all EP ranks the rows of all, in rank order, as many of each.
+
+        By default it does not: None.
+        """
+        return None
+
     def by_expert(self, g: int, rows_AM: Tensor) -> Tensor:
         """Rows that arrived, expert by expert; by default they arrive so."""
         return rows_AM

@@ -140,6 +140,13 @@ def start_tokens(
     known = token_order.is_agreed(token_group) and _go_everywhere(config, mesh)
     everywhere, most = padded or known or config.static_shapes, None
     ranks = mesh.ep_size if everywhere else min(mesh.ep_size, config.top_k)
+    form = RowFormat(x_TM.shape[1], config.top_k, x_TM.dtype, routing.weights.dtype)
+    like, most_rows = x_TM.new_empty(0, form.width), token_order.max_local_tokens * ranks
+    start = partial(dispatcher.start_call, experts=(range(1),), most_rows=most_rows, like=like)
+    rows = gathered = None
+    if everywhere:  # how many are known: they leave before the rows of their assignments are
+        rows = start(partial(_all_tokens, token_order, mesh, padded=padded))
+        gathered = rows.gather(x_TM.detach()) if token_order.is_even else None
     if padded:
         routing, slots, kept_RE = _padded_slots(routing, config, mesh, token_order)
         expert_rows, total = ExpertRows(None), sum(map(sum, kept_RE))
@@ -158,21 +165,23 @@ def start_tokens(
             wait = partial(checked_rows, wait, config.max_rows, mesh)
         slots, ends = _slots(routing, mesh, config, impl, everywhere=everywhere)
         expert_rows = ExpertRows(ends)
-
-    def tokens() -> RowCounts:
-        if padded:
-            return [[token_order.max_local_tokens] * ranks] * mesh.num_token_ranks
-        if everywhere:
-            return [[token_order.num_local_tokens(r)] * ranks for r in range(mesh.num_token_ranks)]
-        wait()
-        return counts.tokens()
-
-    form = RowFormat(x_TM.shape[1], config.top_k, x_TM.dtype, routing.weights.dtype)
-    like, most_rows = x_TM.new_empty(0, form.width), token_order.max_local_tokens * ranks
-    rows = dispatcher.start_call(tokens, (range(1),), most_rows=most_rows, like=like)
-    sending = (slots, form, expert_rows, impl)
-    dispatch = TokenDispatch(rows, wait, mesh, routing.weights, *sending)
+        rows = rows or start(partial(_tokens_of, counts, wait))
+    assert rows is not None
+    where = (slots, form, expert_rows, impl, gathered)
+    dispatch = TokenDispatch(rows, wait, mesh, routing.weights, *where)
     return TokenCall(routing, dispatch, wait, total, most)
+
+
+def _tokens_of(counts: HostTokenCounts, wait: Callable[[], RowCounts]) -> RowCounts:
+    """Tokens of each rank for each EP rank, once ``wait`` has found nothing wrong."""
+    wait()
+    return counts.tokens()
+
+
+def _all_tokens(order: TokenOrder, mesh: ExpertMesh, *, padded: bool) -> RowCounts:
+    """Tokens of each rank, with ``padded`` the most of any, for each EP rank: all."""
+    most, ranks = order.max_local_tokens, range(mesh.num_token_ranks)
+    return [[most if padded else order.num_local_tokens(r)] * mesh.ep_size for r in ranks]
 
 
 def _counts_of(routing: Routing, order: TokenOrder) -> RowCounts:

@@ -46,6 +46,11 @@ class RowFormat(NamedTuple):
         return _aligned(num_bytes, ROW_BYTES) // self.dtype.itemsize
 
     @property
+    def ends(self) -> RowFormat:
+        """The format of the ends of such rows, where they travel by themselves."""
+        return self._replace(hidden_size=0)
+
+    @property
     def _rows_at(self) -> int:
         return _aligned(self.hidden_size * self.dtype.itemsize)
 

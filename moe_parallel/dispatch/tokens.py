@@ -8,6 +8,9 @@ The token's rank adds up one row of each rank, in rank order::
     experts' rank                by_expert     products    by_arrival
                                  copies rows               adds up by weight
 
+Where all tokens go to all ranks, and each holds as many, they are gathered as they are, before the
+rows of their assignments are known. These follow by themselves, as the ends of rows.
+
 The backward is the same with gradients. Those of the weights, which the products make
 (:func:`moe_parallel.experts.swiglu.weighted_swiglu_backward`), come back at the ends of its rows.
 """
@@ -54,6 +57,7 @@ class TokenDispatch(Dispatch):
         form: of the rows.
         expert_rows: those of this rank's experts.
         impl: of packing, copies and sums.
+        gathered: this rank's tokens on their way to all ranks; None: they are sent in rows.
 
     Communication: that of ``rows``.
     """
@@ -68,6 +72,7 @@ class TokenDispatch(Dispatch):
         form: RowFormat,
         expert_rows: ExpertRows,
         impl: ChosenImpl,
+        gathered: RowTransfer | None = None,
     ) -> None:
         self.lanes, self.process_groups = rows.lanes, rows.process_groups
         self.weights, self._weights = weights_Tk, weights_Tk.detach()
@@ -78,6 +83,8 @@ class TokenDispatch(Dispatch):
         # Products leave rows beyond the last end alone; of the others some may have no token.
         self._padded = self._ends is None or (self.static and impl == "eager")
         self._arrived: ArrivedSlots | None = None  # from the forward on
+        self._gathered, self._gathers = gathered, gathered is not None
+        self._ends_of_rows: Tensor | None = None  # those sent, then those that arrive
         num_local = slots.num_experts // mesh.ep_size
         self.experts = (range(num_local),)
 
@@ -101,6 +108,8 @@ class TokenDispatch(Dispatch):
         # FSDP and autocast cast what an expert is given, after the call was prepared.
         self._form = form = self._form._replace(dtype=x_TM.dtype)
         sent, width = self._slots.sent, form.width
+        if self._gathers:
+            return self._to_gathered(x_TM)
         like = x_TM.new_empty(0, width)
         place = self._rows.place
         rows_AW = (
@@ -111,6 +120,24 @@ class TokenDispatch(Dispatch):
             ends = (form.rows(rows_AW), form.weights(rows_AW))
             self._slots.pack(self._weights, *ends, self._impl)
         return rows_AW
+
+    def _to_gathered(self, x_TM: Tensor) -> Tensor:
+        """Gather tokens, unless they are on their way, and write the ends that follow.
+
+        Returns:
+            The shape of the rows that come back, without memory.
+        """
+        early = self._gathered
+        if early is None or early.rows.dtype != x_TM.dtype:
+            if early is not None and early.wait is not None:
+                early.wait(None)  # its memory is free from here on
+            self._gathered = self._rows.gather(x_TM)
+        num_rows, ends = self._slots.sent.num_rows, self._form.ends
+        if self._arrived is None:
+            self._ends_of_rows = x_TM.new_empty(num_rows, ends.width)
+            parts = (ends.rows(self._ends_of_rows), ends.weights(self._ends_of_rows))
+            self._slots.pack(self._weights, *parts, self._impl)
+        return x_TM.new_empty(1, self._form.width).expand(num_rows, -1)
 
     def to_tokens(self, rows_AW: Tensor) -> Tensor:
         """The sum of what the ranks sent back for each token."""
@@ -140,7 +167,21 @@ class TokenDispatch(Dispatch):
 
     def dispatch(self, g: int, rows_AM: Tensor, stream: torch.cuda.Stream | None) -> RowTransfer:
         """See :class:`moe_parallel.dispatch.dispatcher.Dispatch`."""
-        return self._rows.dispatch(g, rows_AM, stream)
+        if not self._gathers:
+            return self._rows.dispatch(g, rows_AM, stream)
+        gathered, self._gathered = self._gathered, None
+        assert gathered is not None
+        if self._ends_of_rows is None:
+            return gathered
+        ends = self._rows.dispatch(g, self._ends_of_rows, stream)
+        self._ends_of_rows = ends.rows
+
+        def wait(stream: torch.cuda.Stream | None) -> None:
+            for transfer in (gathered, ends):
+                if transfer.wait is not None:
+                    transfer.wait(stream)
+
+        return gathered._replace(wait=wait)
 
     def combine(
         self, g: int, rows_AM: Tensor, into: Tensor, stream: torch.cuda.Stream | None
@@ -153,7 +194,10 @@ class TokenDispatch(Dispatch):
         form = self._form
         num_rows = sum(self._kept_E) if self._memory is None else self._memory
         if self._arrived is None:
-            ends = (form.rows(rows_AM), form.weights(rows_AM))
+            rows, of = (
+                (rows_AM, form) if self._ends_of_rows is None else (self._ends_of_rows, form.ends)
+            )
+            ends, self._ends_of_rows = (of.rows(rows), of.weights(rows)), None
             self._arrived = ArrivedSlots.unpack(*ends, num_rows, self._impl, padded=self._padded)
         order = RowOrder(self._arrived.row, num_rows, padded=self._padded)
         rows_RM = rows_AM.new_empty(num_rows, form.hidden_size)

@@ -134,6 +134,12 @@ class TokenOrder:
         """Most routed tokens of any rank."""
         return max(self.num_local_tokens(rank) for rank in range(self.num_ranks))
 
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether every rank holds as many tokens, more than none."""
+        most = self.max_local_tokens
+        return 0 < most * self.num_ranks == self.num_tokens
+
     # ---- do the ranks agree, see moe_parallel.router.checks ----
 
     @cached_property

@@ -19,7 +19,10 @@ from moe_parallel import (
     RoutingReplay,
     TokenOrder,
 )
+from moe_parallel import layer as layer_module
+from moe_parallel.dispatch import all_to_all
 from moe_parallel.dispatch.token_rows import RowFormat
+from moe_parallel.router import checks
 from moe_parallel.router.counts import HostTokenCounts
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.moe_parallel.batch import ORDERS, assemble_expert, groups_of, random_batch
@@ -172,6 +175,55 @@ def test_rows_leave_before_the_host_has_counts_where_nearly_all_go_everywhere() 
     for (seen, found), (others, expected) in zip(compared, not_compared):
         assert (seen, others) == (["rows"], ["counts"])
         assert all(map(torch.equal, found, expected))
+
+
+def gathered(impl: str, dtype: torch.dtype, cast: bool) -> list[list[Any]]:
+    """Rank function: collectives in order, and results, of tokens gathered and sent in rows."""
+    found: list[list[Any]] = []
+    config = replace(FINE, impl=impl, gemm="grouped" if cast else "auto")
+    layer = build(config, dtype, False, groups=groups_of(EP2).experts)
+    x = random_batch(20, 64, seed=layer.mesh.token_rank).x.to(dtype).requires_grad_()
+    order = TokenOrder.contiguous([20, 20])
+    if cast:  # as FSDP does, after the call was prepared
+        x = x.detach().float().requires_grad_()
+        layer.experts.register_forward_pre_hook(lambda _, given: (given[0].to(dtype), *given[1:]))
+        layer_module.check_hidden = lambda *_: None  # it would know FSDP's parameters
+    layer(x, token_order=order)  # the ranks compare the order once
+    for even in (True, False):
+        order.__dict__["is_even"], seen = even, []
+        gather, exchange = all_to_all.all_gather_into, dist.all_to_all_single
+
+        def noting(name: str, true: Any, seen: list[str] = seen) -> Any:
+            return lambda *args, **how: seen.append(name) or true(*args, **how)
+
+        with (
+            patch.object(all_to_all, "all_gather_into", noting("tokens", gather)),
+            patch.object(dist, "all_to_all_single", noting("rows", exchange)),
+        ):
+            output = layer(x, token_order=order).output
+            gradients = torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])
+        found.append([seen, output.detach(), *gradients])
+    layer_module.check_hidden = checks.check_hidden
+    return found
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype", "cast"),
+    [
+        ("eager", torch.float64, False),
+        ("eager", torch.bfloat16, True),
+        ("triton", torch.bfloat16, False),
+    ],
+)
+def test_tokens_that_all_go_everywhere_are_gathered(
+    impl: str, dtype: torch.dtype, cast: bool
+) -> None:
+    if impl == "triton":
+        pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
+    for (seen, *actual), (other, *expected) in run_on_ranks(gathered, 2, impl, dtype, cast):
+        assert seen == ["tokens"] * (1 + cast) + ["rows", "rows", "tokens", "rows"]
+        assert other == ["rows"] * 4
+        assert all(map(torch.equal, actual, expected))
 
 
 # ---- calls -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from moe_parallel import ExpertTopology, MoEConfig
+from moe_parallel import ExpertTopology, MoEConfig, TokenOrder
 from moe_parallel.router import top_k
 from tests.moe_parallel.batch import groups_of
 from tests.moe_parallel.layers import build
@@ -30,11 +30,12 @@ KERNELS = {
 def queued_on_rank(num_experts: int, send: str) -> tuple[list[str], list[str]]:
     """Rank function: what a forward and a backward queue, without losses and their sums."""
     how = {"aux_loss_coefficient": 0.0, "impl": "triton", "gemm": "grouped", "overlap_groups": None}
-    config = MoEConfig(16, 16, num_experts, 4, send=send, **how)
+    gathered = send == "tokens to all ranks"
+    config = MoEConfig(16, 16, num_experts, 4, send="tokens" if gathered else send, **how)
     groups = groups_of(ExpertTopology(2, ep=2)).experts
     layer = build(config, torch.bfloat16, False, groups=groups).eval()
     x = torch.randn(40, 16).bfloat16().requires_grad_()
-    order = layer.agreed_order(x, None)
+    order = layer.agreed_order(x, TokenOrder.contiguous([40, 40]) if gathered else None)
     queued = Queued()
     with ExitStack() as patches:
         for module, names in KERNELS.items():
@@ -59,7 +60,7 @@ def queued_on_rank(num_experts: int, send: str) -> tuple[list[str], list[str]]:
     return names, queued.names
 
 
-@pytest.mark.parametrize("send", ["tokens", "assignments"])
+@pytest.mark.parametrize("send", ["tokens", "tokens to all ranks", "assignments"])
 def test_a_call_queues_few_things_for_any_number_of_experts(send: str) -> None:
     for num_experts in (8, 64):
         ((forward, backward), *_) = run_on_ranks(queued_on_rank, 2, num_experts, send)

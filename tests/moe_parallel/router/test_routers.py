@@ -257,7 +257,7 @@ def test_rows_of_a_batch_are_sequences() -> None:
         ({"score_function": "tanh"}, "score_function must be one of"),
         ({"normalize": False}, "normalize must be True with score_function 'softmax_of_top_k'"),
         ({"scaling": 0.0}, "scaling must be a finite number > 0"),
-        ({"z_loss_coefficient": -1.0}, "z_loss_coefficient must be >= 0"),
+        ({"z_loss_coefficient": -1.0}, "z_loss_coefficient must be a finite number >= 0"),
         ({"num_groups": 4}, "num_groups and top_groups must be given together"),
         ({"num_groups": 3, "top_groups": 1}, "num_experts must divide into num_groups 3, got 8"),
         ({"num_groups": 4, "top_groups": 1}, "top_groups must be at most"),

@@ -17,11 +17,10 @@ from lasp._core.checks import (
 )
 from lasp._core.rotary import RopeScaling, apply_rotary, check_even, check_rotation
 from lasp.sequence.layout import SequenceLayout
-from lasp.sequence.positions import positions
 from ring.attention import checked_window
 from ring.blocks.registry import check_block
 from ring.latent_attention import ring_latent_attention
-from ring.torch_ops import check_kinds
+from ring.torch_ops import checked_positions
 
 
 class MultiLatentAttention(nn.Module):
@@ -130,29 +129,11 @@ class MultiLatentAttention(nn.Module):
     ) -> Tensor:
         """Attention of this rank's tokens to their documents.
 
-        Args:
-            hidden: ``[T, hidden_size]``, the tokens of this rank; or ``[B, T, hidden_size]``, B
-                rows under one layout of one document.
-            layout: the same on every rank. None: the T tokens are one document, on one rank.
-            cp_group: the ranks that hold the pack. None: one rank.
-
-        Returns:
-            Like ``hidden``.
-
-        Gradients, Communication: those of :func:`ring.ring_latent_attention`.
-
-        Raises:
-            ValueError: if ``hidden`` has another shape, and as the operator does.
+        Args, results and errors are those of :meth:`ring.RingAttention.forward`; gradients and
+        communication of :func:`ring.ring_latent_attention`.
         """
-        size = self.hidden_size
-        if hidden.ndim not in (2, 3) or hidden.shape[-1] != size or hidden.numel() == 0:
-            raise ValueError(
-                f"hidden must be [T, {size}] or [B, T, {size}] with at least one token, got"
-                f" {tuple(hidden.shape)}: drop empty batches"
-            )
-        check_kinds(layout, cp_group)
         output, _ = ring_latent_attention(
-            *self.project(hidden, positions("hidden", hidden, -2, layout, cp_group)),
+            *self.project(hidden, checked_positions(hidden, self.hidden_size, layout, cp_group)),
             self.expansion_weight,
             layout=layout,
             cp_group=cp_group,

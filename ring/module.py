@@ -15,10 +15,9 @@ from lasp._core.rotary import (
     rotated,
 )
 from lasp.sequence.layout import SequenceLayout
-from lasp.sequence.positions import positions
 from ring.attention import checked_window, ring_attention
 from ring.blocks.registry import check_block
-from ring.torch_ops import check_kinds
+from ring.torch_ops import checked_positions
 
 
 class RingAttention(nn.Module):
@@ -134,15 +133,8 @@ class RingAttention(nn.Module):
         Raises:
             ValueError: if ``hidden`` has another shape, and as the operator does.
         """
-        hidden_size = self.hidden_size
-        if hidden.ndim not in (2, 3) or hidden.shape[-1] != hidden_size or hidden.numel() == 0:
-            raise ValueError(
-                f"hidden must be [T, {hidden_size}] or [B, T, {hidden_size}] with at least one"
-                f" token, got {tuple(hidden.shape)}: drop empty batches"
-            )
-        check_kinds(layout, cp_group)
         output, _ = ring_attention(
-            *self.project(hidden, positions("hidden", hidden, -2, layout, cp_group)),
+            *self.project(hidden, checked_positions(hidden, self.hidden_size, layout, cp_group)),
             layout=layout,
             cp_group=cp_group,
             causal=self.causal,

@@ -21,6 +21,7 @@ from lasp._core.derivatives import Reference
 from lasp._core.dtypes import wide_dtype
 from lasp._core.operators import Operators
 from lasp.sequence.layout import SequenceLayout, one_document
+from lasp.sequence.positions import positions
 from ring import passes
 from ring.blocks.merge import Partial
 from ring.blocks.registry import resolve_block
@@ -45,6 +46,22 @@ def check_kinds(layout: SequenceLayout | None, cp_group: dist.ProcessGroup | Non
             f"cp_group must be a process group that holds this rank, got {cp_group!r}: call the"
             " operator on the members of the group only"
         )
+
+
+def checked_positions(
+    hidden: Tensor,
+    hidden_size: int,
+    layout: SequenceLayout | None,
+    cp_group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Positions of the tokens that a layer is called with; ValueError for what it does not take."""
+    if hidden.ndim not in (2, 3) or hidden.shape[-1] != hidden_size or hidden.numel() == 0:
+        raise ValueError(
+            f"hidden must be [T, {hidden_size}] or [B, T, {hidden_size}] with at least one"
+            f" token, got {tuple(hidden.shape)}: drop empty batches"
+        )
+    check_kinds(layout, cp_group)
+    return positions("hidden", hidden, -2, layout, cp_group)
 
 
 def lengths_and_group(

@@ -94,7 +94,8 @@ def early_rows(borders: Sequence[int], window: Window, moved: int, rule: StageRu
     """Rows of a rank's first fragments, whose backward hides the first transfer of keys.
 
     The others hide that of the last gradients, of twice the bytes: these are a third at most. It is
-    0 where fragments are too long or too few for two calls.
+    0 where fragments are too long or too few for two calls, and where the transfer is so short that
+    a call more takes longer.
 
     Args:
         borders: of the fragments, 0 first.
@@ -102,6 +103,8 @@ def early_rows(borders: Sequence[int], window: Window, moved: int, rule: StageRu
         moved: tokens of the first transfer.
         rule: the same on every rank.
     """
+    if moved < rule.min_tokens // 4:
+        return 0
     pairs = accumulate((window.pairs(b - a) for a, b in pairwise(borders)), initial=0)
     of_borders = dict(zip(borders, pairs))
     wanted = min(moved * rule.pairs_per_token, of_borders[borders[-1]] // 3)

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from lasp.sequence.layout import SequenceLayout
 from ring import ring_attention
-from ring.planner.stages import StageRule
+from ring.planner.stages import RULE, StageRule, early_rows
+from ring.planner.window import CAUSAL
 from tests.ranks import run_on_ranks
 from tests.ring.cases import (
     HEADS,
@@ -164,3 +165,15 @@ def test_the_host_never_waits() -> None:
         StageRule(3, 1000, NOTHING_HIDES, chain_gain=math.inf),
     )
     run_on_ranks(syncs_on_world, 2, tensors, layout, rule, backend="nccl")
+
+
+def test_early_rows_hide_the_first_transfer() -> None:
+    """Pairs of whole fragments: as many as the transfer takes, and a third of all at most."""
+    borders, rule = (0, 4000, 8000, 12000, 20000), RULE._replace(pairs_per_token=1000)
+    triangle = 4000 * 4001 // 2  # pairs of each of the first three fragments, of 56 million
+    assert early_rows(borders, CAUSAL, triangle // 1000, rule) == 4000
+    assert early_rows(borders, CAUSAL, 10**6, rule) == 8000  # 18.7 million are a third
+    assert early_rows(borders, CAUSAL, 1024, rule) == 0  # no fragment is as short
+    assert early_rows(borders, CAUSAL, 1023, rule._replace(pairs_per_token=10**6)) == 0
+    assert early_rows((0, 20000), CAUSAL, 10**6, rule) == 0
+    assert early_rows((0, 1000, 20000), CAUSAL, 10**6, rule) == 0  # too few rows for a call

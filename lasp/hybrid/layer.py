@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,26 +54,23 @@ class HybridLayer(nn.Module):
         self.attention_residual = residuals.softmax if softmax else residuals.lightning
         self.mlp_residual = residuals.mlp
         self.groups = groups
-        norm = partial(RMSNorm, eps=config.norm_eps, impl=config.lightning_impl)
-        self.attention_norm = norm(hidden, device=device, dtype=dtype)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm = partial(RMSNorm, eps=config.norm_eps, impl=config.lightning_impl, **where)
+        self.attention_norm = norm(hidden)
         self.attention: LightningAttention | RingAttention | MultiLatentAttention
         if softmax:
-            self.attention = _softmax_attention(config, device, dtype)
+            self.attention = _softmax_attention(config, **where)
         else:
-            self.attention = _lightning_attention(config, layer_index, device, dtype)
-        self.moe_norm = norm(hidden, device=device, dtype=dtype)
+            self.attention = _lightning_attention(config, layer_index, **where)
+        self.moe_norm = norm(hidden)
         self.moe: ExpertParallelMoE | None = None
         self.mlp: DenseFFN | None = None
         if config.moe is not None and config.has_experts(layer_index):
             self.moe = ExpertParallelMoE(
-                config.moe,
-                groups=groups.experts,
-                symmetric_memory=symmetric_memory,
-                device=device,
-                dtype=dtype,
+                config.moe, groups=groups.experts, symmetric_memory=symmetric_memory, **where
             )
         elif config.dense is not None:
-            self.mlp = DenseFFN(hidden, config.dense.ffn_size, device=device, dtype=dtype)
+            self.mlp = DenseFFN(hidden, config.dense.ffn_size, **where)
             self.mlp.reset_parameters(torch.Generator().manual_seed(layer_index))
 
     def forward(
@@ -122,58 +119,35 @@ class HybridLayer(nn.Module):
             self.mlp.reset_parameters(generator, gain=init_gain)
 
 
-def _softmax_attention(
-    config: HybridConfig, device: torch.device | str | None, dtype: torch.dtype | None
-) -> RingAttention | MultiLatentAttention:
+def _softmax_attention(config: HybridConfig, **where: Any) -> RingAttention | MultiLatentAttention:
     heads = config.attention
+    shared = where | {"norm_eps": config.norm_eps, "rope_base": heads.rope_base}
+    shared["rope_scaling"] = heads.rope_scaling
     if heads.latent is not None:
-        return MultiLatentAttention(
-            config.hidden_size,
-            heads.num_heads,
-            **asdict(heads.latent),
-            rope_base=heads.rope_base,
-            rope_scaling=heads.rope_scaling,
-            gate=heads.gated,
-            norm_eps=config.norm_eps,
-            device=device,
-            dtype=dtype,
-        )
+        shared |= asdict(heads.latent)
+        return MultiLatentAttention(config.hidden_size, heads.num_heads, gate=heads.gated, **shared)
     return RingAttention(
-        config.hidden_size,
-        heads.num_heads,
-        heads.num_kv_heads,
-        heads.head_dim,
+        config.hidden_size, heads.num_heads, heads.num_kv_heads, heads.head_dim,
         rotary_dim=heads.rotary_dim,
-        rope_base=heads.rope_base,
-        rope_scaling=heads.rope_scaling,
         qk_norm=heads.qk_norm,
-        norm_eps=config.norm_eps,
         gated=heads.gated,
-        device=device,
-        dtype=dtype,
-    )
+        **shared,
+    )  # fmt: skip
 
 
 def _lightning_attention(
-    config: HybridConfig,
-    layer_index: int,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
+    config: HybridConfig, layer_index: int, **where: Any
 ) -> LightningAttention:
     heads, decay = config.attention, config.decay_or_rates
     return LightningAttention(
-        config.hidden_size,
-        heads.num_heads,
-        heads.head_dim,
-        layer_index,
+        config.hidden_size, heads.num_heads, heads.head_dim, layer_index,
         config.num_decay_layers or config.num_layers,
         decay=decay[layer_index] if isinstance(decay, Tensor) else decay,
         options=config.lightning,
         exchange=config.exchange,
         impl=config.lightning_impl,
-        device=device,
-        dtype=dtype,
-    )
+        **where,
+    )  # fmt: skip
 
 
 def _reset_attention(

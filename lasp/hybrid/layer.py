@@ -55,14 +55,14 @@ class HybridLayer(nn.Module):
         self.mlp_residual = residuals.mlp
         self.groups = groups
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        norm = partial(RMSNorm, eps=config.norm_eps, impl=config.lightning_impl, **where)
-        self.attention_norm = norm(hidden)
+        norm = partial(RMSNorm, hidden, config.norm_eps, impl=config.lightning_impl, **where)
+        self.attention_norm = norm()
         self.attention: LightningAttention | RingAttention | MultiLatentAttention
         if softmax:
             self.attention = _softmax_attention(config, **where)
         else:
             self.attention = _lightning_attention(config, layer_index, **where)
-        self.moe_norm = norm(hidden)
+        self.moe_norm = norm()
         self.moe: ExpertParallelMoE | None = None
         self.mlp: DenseFFN | None = None
         if config.moe is not None and config.has_experts(layer_index):

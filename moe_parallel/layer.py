@@ -255,8 +255,8 @@ class ExpertParallelMoE(nn.Module):
         if self._sends_tokens(x_TM, routing, token_order, padded=padded):
             where = (mesh, self.dispatcher, token_order, self.groups.token)
             call = start_tokens(x_TM, routing, config, *where, padded=padded)
-            routing, dispatch, wait, total, most = call
-            self.most_rows.note(most)
+            routing, dispatch, wait, total, wanted_R = call
+            self.most_rows.note(wanted_R)
         else:
             groups_for = partial(self._groups, x_TM=x_TM)
             if padded:

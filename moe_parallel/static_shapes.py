@@ -28,7 +28,7 @@ def check_max_rows(model: nn.Module) -> None:
             noted[name or "the layer"] = (layer.config.max_rows or 0, layer.most_rows.value)
     if not noted:
         return
-    rows = torch.stack([value for _, value in noted.values()]).tolist()
+    rows = torch.stack([value.amax() for _, value in noted.values()]).tolist()
     for _, value in noted.values():
         value.zero_()
     over = {

@@ -23,6 +23,7 @@ from moe_parallel import MoEConfig
 from moe_parallel.dispatch import sending
 from moe_parallel.dispatch.permute import permute, row_order, unpermute
 from moe_parallel.dispatch.planned import ChunkCounts
+from moe_parallel.dispatch.static_rows import fitting_rows
 from moe_parallel.dispatch.token_rows import ArrivedSlots, RowFormat
 from moe_parallel.experts.swiglu import swiglu, swiglu_backward, weighted_swiglu_backward
 from moe_parallel.mesh import ExpertMesh
@@ -109,6 +110,7 @@ def tokens_once() -> None:
     counts = AssignmentCounts(kept_RE, kept_RE)
     decision = (choice.experts, choice.weights, None, counts, choice.logits)
     routing = Routing(*decision, 700, 0.0, choice.histogram)
+    fitting_rows(kept_RE, 2, 100, "triton")
     ChunkCounts("triton", kept_RE, mesh.sources, 3).order(range(3), int(kept_RE[:, 3:].sum()))
     slots, _ = sending._slots(routing, mesh, config, "triton", everywhere=False)
     form = RowFormat(40, 3, torch.bfloat16, torch.float32)

@@ -102,14 +102,14 @@ class TokenCall(NamedTuple):
         dispatch: moves the rows.
         wait: rows each rank of the token group keeps for each expert.
         total: rows that all experts take.
-        most: int64 on the device, the most rows that any rank would take, where some may not fit.
+        wanted: ``[R]`` int64, rows that each rank's experts would take, where some may not fit.
     """
 
     routing: Routing
     dispatch: Dispatch
     wait: Callable[[], RowCounts]
     total: int
-    most: Tensor | None = None
+    wanted: Tensor | None = None
 
 
 def start_tokens(
@@ -138,7 +138,7 @@ def start_tokens(
     """
     impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
     known = token_order.is_agreed(token_group) and _go_everywhere(config, mesh)
-    everywhere, most = padded or known or config.static_shapes, None
+    everywhere, wanted = padded or known or config.static_shapes, None
     ranks = mesh.ep_size if everywhere else min(mesh.ep_size, config.top_k)
     form = RowFormat(x_TM.shape[1], config.top_k, x_TM.dtype, routing.weights.dtype)
     like, most_rows = x_TM.new_empty(0, form.width), token_order.max_local_tokens * ranks
@@ -156,7 +156,8 @@ def start_tokens(
 
     elif config.static_shapes:
         total = token_order.num_tokens * config.top_k
-        routing, slots, expert_rows, most = _static_slots(routing, config, mesh, token_order, impl)
+        given = (routing, config, mesh, token_order, impl)
+        routing, slots, expert_rows, wanted = _static_slots(*given)
         wait = partial(_counts_of, routing, token_order)
     else:
         counts = HostTokenCounts(routing, token_order)
@@ -169,7 +170,7 @@ def start_tokens(
     assert rows is not None
     where = (slots, form, expert_rows, impl, gathered)
     dispatch = TokenDispatch(rows, wait, mesh, routing.weights, *where)
-    return TokenCall(routing, dispatch, wait, total, most)
+    return TokenCall(routing, dispatch, wait, total, wanted)
 
 
 def _tokens_of(counts: HostTokenCounts, wait: Callable[[], RowCounts]) -> RowCounts:
@@ -251,17 +252,17 @@ def _slots(
 def _static_slots(
     routing: Routing, config: MoEConfig, mesh: ExpertMesh, order: TokenOrder, impl: ChosenImpl
 ) -> tuple[Routing, TokenSlots, ExpertRows, Tensor | None]:
-    """The same of calls of static shapes: the routing with drops, rows, and ``TokenCall.most``."""
+    """The same of calls of static shapes: the routing with drops, rows, and those wanted."""
     memory, may_drop = memory_rows(config, mesh, order)
     if not may_drop:
         slots, ends = _slots(routing, mesh, config, impl, everywhere=True)
         return routing, slots, ExpertRows(ends, memory), None
-    kept_RE, most = fitting_rows(routing.counts.assigned, mesh.ep_size, memory)
+    kept_RE, wanted_R = fitting_rows(routing.counts.assigned, mesh.ep_size, memory, impl)
     routing = routing._replace(counts=routing.counts._replace(kept=kept_RE))
     slots, ends = _slots(routing, mesh, config, impl, everywhere=True)
     fits_Tk = slots.row < memory
-    slots = slots._replace(row=slots.row.masked_fill(~fits_Tk, -1))
-    return routing._replace(mask=fits_Tk), slots, ExpertRows(ends, memory), most
+    slots = slots._replace(row=torch.where(fits_Tk, slots.row, -1))
+    return routing._replace(mask=fits_Tk), slots, ExpertRows(ends, memory), wanted_R
 
 
 def _numbers_of_kept(experts_Tk: Tensor, mask_Tk: Tensor | None, num_experts: int) -> Tensor:

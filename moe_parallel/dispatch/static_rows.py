@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp._core.impl import ChosenImpl
 from moe_parallel.config import MoEConfig
 from moe_parallel.mesh import ExpertMesh
 from moe_parallel.router.token_order import TokenOrder
@@ -67,36 +68,41 @@ class FittingRows(NamedTuple):
 
     Attributes:
         kept: ``[R, E]`` int64, assignments of each rank that fit.
-        most: int64 scalar, the most rows that any rank would take.
+        wanted: ``[R]`` int64, rows that the experts of each rank would take.
     """
 
     kept: Tensor
-    most: Tensor
+    wanted: Tensor
 
 
-def fitting_rows(assigned_RE: Tensor, ep_size: int, max_rows: int) -> FittingRows:
-    """Count the rows that fit where every rank's experts have memory for ``max_rows``.
+def fitting_rows(
+    assigned_RE: Tensor, ep_size: int, memory: int, impl: ChosenImpl = "eager"
+) -> FittingRows:
+    """Count the rows that fit where every rank's experts have memory for so many.
 
     Args:
         assigned_RE: int64, assignments of each rank; blocks of ``ep_size`` ranks have all experts.
         ep_size: EP ranks.
-        max_rows: rows of memory.
+        memory: in rows.
+        impl: ``triton``: one kernel.
     """
+    if impl == "triton":
+        from moe_parallel.kernels import router
+
+        return FittingRows(*router.fitting(assigned_RE, ep_size, memory))
     num_ranks, num_experts = assigned_RE.shape
     # [blocks, sources, EP ranks, experts of a rank] to the order of the rows of each EP rank.
     by_source = assigned_RE.view(-1, ep_size, ep_size, num_experts // ep_size)
     by_expert = by_source.permute(0, 2, 3, 1)
     ends = by_expert.flatten(2).cumsum(2)
-    kept = ends.clamp(max=max_rows).diff(
-        dim=2, prepend=ends.new_zeros(1).expand(*ends.shape[:2], 1)
-    )
+    none = ends.new_zeros(*ends.shape[:2], 1)
+    kept = ends.clamp(max=memory).diff(dim=2, prepend=none)
     kept = kept.view(by_expert.shape).permute(0, 3, 1, 2).reshape(num_ranks, num_experts)
-    # Kernels read the counts of a rank side by side.
-    return FittingRows(kept.contiguous(), ends[..., -1].amax())
+    return FittingRows(kept, ends[..., -1].flatten())
 
 
 class MostRows:
-    """The most rows that any rank would have taken in the calls of a layer, on the device.
+    """The most rows that each rank would have taken in the calls of a layer, on the device.
 
     Only calls that may drop some note them; a call that is recomputed does no harm.
     """
@@ -104,11 +110,11 @@ class MostRows:
     def __init__(self) -> None:
         self.value: Tensor | None = None
 
-    def note(self, most: Tensor | None) -> None:
+    def note(self, wanted_R: Tensor | None) -> None:
         """Add a call; in place, so that a CUDA graph does it too."""
-        if most is None:
+        if wanted_R is None:
             return
-        if self.value is None or self.value.device != most.device:
+        if self.value is None or self.value.device != wanted_R.device:
             with torch.inference_mode(False):  # kept, and used in training too
-                self.value = torch.zeros_like(most)
-        torch.maximum(self.value, most, out=self.value)
+                self.value = torch.zeros_like(wanted_R)
+        torch.maximum(self.value, wanted_R, out=self.value)

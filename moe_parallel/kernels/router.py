@@ -13,6 +13,7 @@ from moe_parallel.kernels.histogram import Histogram
 from moe_parallel.kernels.rows_kernel import (
     before_kernel,
     chunks_kernel,
+    fitting_kernel,
     row_kernel,
     starts_kernel,
 )
@@ -239,6 +240,19 @@ def starts(
         S=len(sources), E_LOCAL=num_local, E_PAD=_power_of_2(num_local),
     )  # fmt: skip
     return starts_E, ends
+
+
+def fitting(assigned_RE: Tensor, ep_size: int, memory: int) -> tuple[Tensor, Tensor]:
+    """See :func:`moe_parallel.dispatch.static_rows.fitting_rows`; experts lie side by side."""
+    num_ranks, num_experts = assigned_RE.shape
+    kept = assigned_RE.new_empty(num_ranks, num_experts)
+    wanted, num_local = assigned_RE.new_empty(num_ranks), num_experts // ep_size
+    launch(
+        fitting_kernel, kept.device, num_ranks,
+        assigned_RE, assigned_RE.stride(0), kept, wanted, memory,
+        EP=ep_size, E_LOCAL=num_local, E_PAD=_power_of_2(num_local),
+    )  # fmt: skip
+    return kept, wanted
 
 
 def chunks(

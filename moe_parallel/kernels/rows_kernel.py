@@ -163,3 +163,30 @@ def chunks_kernel(
             tl.store(by_arrival + arrival + row, begin + row, mask=row < count)
     if (my_source == S - 1) & (part == 0):
         tl.store(ends + my_expert, (begin + count).to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["count_stride", "memory"])
+def fitting_kernel(
+    counts,  # [R, E] int64: assignments of each rank to each expert
+    count_stride,  # between its rows
+    kept,  # [R, E] int64: those that fit
+    wanted,  # [R] int64: rows that the experts of each rank would take
+    memory,  # rows that they can take
+    EP: tl.constexpr,  # ranks that have all experts together
+    E_LOCAL: tl.constexpr,
+    E_PAD: tl.constexpr,
+):
+    """One program a rank, the first of whose rows fit: by expert, within it by source."""
+    rank = tl.program_id(0)
+    first, local = rank // EP * EP, tl.arange(0, E_PAD)
+    expert, mask = rank % EP * E_LOCAL + local, local < E_LOCAL
+    total = tl.zeros([E_PAD], dtype=tl.int64)
+    for source in range(first, first + EP):
+        total += tl.load(counts + source * count_stride + expert, mask=mask, other=0)
+    tl.store(wanted + rank, tl.sum(total, axis=0))
+    begin = tl.cumsum(total) - total
+    for source in range(first, first + EP):
+        end = begin + tl.load(counts + source * count_stride + expert, mask=mask, other=0)
+        fits = tl.minimum(end, memory) - tl.minimum(begin, memory)
+        tl.store(kept + source * (EP * E_LOCAL) + expert, fits, mask=mask)
+        begin = end

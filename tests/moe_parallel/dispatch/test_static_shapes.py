@@ -32,9 +32,21 @@ GROUPED = MoEConfig(16, 16, 8, 2, static_shapes=True, gemm="grouped")
 
 
 def test_example_of_the_module() -> None:
-    kept, most = fitting_rows(torch.tensor([[3, 0], [2, 1]]), 2, 4)
+    kept, wanted = fitting_rows(torch.tensor([[3, 0], [2, 1]]), 2, 4)
     assert kept.tolist() == [[3, 0], [1, 1]]
-    assert int(most) == 5
+    assert wanted.tolist() == [5, 1]
+
+
+@pytest.mark.parametrize("ep", [1, 2, 3, 6])
+def test_kernels_count_what_fits_as_plain_torch(ep: int) -> None:
+    pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
+    message = torch.randint(0, 9, (6, 20), device="cuda" if torch.cuda.is_available() else "cpu")
+    assigned_RE = message[:, :18]
+    for memory in (0, 1, 70, 1000):
+        plain, kernels = (fitting_rows(assigned_RE, ep, memory, i) for i in ("eager", "triton"))
+        assert torch.equal(plain.kept, kernels.kept)
+        assert torch.equal(plain.wanted, kernels.wanted)
+        assert (plain.kept == assigned_RE).all() == (memory == 1000)
 
 
 @pytest.mark.parametrize("max_rows", [None, 116])  # one rank takes more than half of 29 x 4

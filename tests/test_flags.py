@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from lasp import LightningAttention, LightningOptions, RopeScaling, decay_rates
+from lasp import LightningAttention, LightningOptions, RopeScaling, SequenceLayout, decay_rates
 from lasp.generation import Sampling
 from lasp.hybrid import (
     AttentionConfig,
@@ -16,9 +17,18 @@ from lasp.hybrid import (
     LatentConfig,
     VocabularyConfig,
     keep_activations,
+    next_in_document,
     pack_batch,
 )
-from moe_parallel import DenseLayer, ExpertParallelMoE, MoEConfig, RouterConfig
+from moe_parallel import (
+    DenseLayer,
+    ExpertParallelMoE,
+    MoEConfig,
+    RouterConfig,
+    RoutingReplay,
+    TokenOrder,
+    TokenSequences,
+)
 from ring import MultiLatentAttention, RingAttention
 
 YARN = RopeScaling("yarn", 4.0, original_max_position_embeddings=64)
@@ -148,6 +158,8 @@ def test_sizes_are_integers(make: Callable[..., object], name: str, value: objec
 
 
 def test_other_arguments_of_another_type() -> None:
+    router = RouterConfig(sequence_loss_coefficient=0.1)
+    layer, layout = ExpertParallelMoE(experts(router=router)), SequenceLayout((1,), 1)
     for match, call in (
         ("tokens must be ids", lambda: generate(prompts="yes")),
         ("tokens must be ids", lambda: generate(prompts=2.5)),
@@ -166,6 +178,17 @@ def test_other_arguments_of_another_type() -> None:
         ("document_lengths must hold", lambda: pack(document_lengths=2.5)),
         ("policy must be names", lambda: keep_activations(MODEL, True)),
         ("tokens must be of type Tensor", lambda: MODEL([1] * 5, pack())),
+        ("experts must be of type Tensor or None", lambda: RoutingReplay([[0, 1]])),
+        ("replay must be of type", lambda: layer(torch.ones(2, 8), replay="yes")),
+        ("sequences must be of type", lambda: layer(torch.ones(2, 8), sequences="yes")),
+        (
+            "sequences.numbers must be of type Tensor",
+            lambda: layer(torch.ones(2, 8), sequences=TokenSequences([0, 0], 1)),
+        ),
+        ("segments must hold", lambda: TokenOrder("yes", (1,))),
+        ("segments must hold", lambda: TokenOrder([[1]], [1])),
+        ("segments must hold", lambda: TokenOrder([[(0, 0, 1)]], [1.5])),
+        ("x must be of type Tensor", lambda: next_in_document([1], layout, pad_value=0)),
     ):
         with pytest.raises(ValueError, match=match):
             call()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lasp._core.checks import checked_rank
+from lasp._core.checks import check_part, checked_rank
 from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.layer import HybridLayer, LayerOutput, draw_xavier
 from lasp.hybrid.packing import PackedBatch
@@ -92,6 +92,7 @@ def next_in_document(
         ValueError: if ``x`` has not the layout's T tokens, or the group not its ranks; before any
             communication.
     """
+    check_part("x", x, Tensor)
     if x.dim() != 1:
         raise ValueError(f"x must be [T], one number a token, got {list(x.shape)}")
     rank = checked_rank("x", x, 0, layout, cp_group)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.autocast import autocast_dtype
+from lasp._core.checks import check_part
 from lasp._core.collectives import all_gather
 from moe_parallel.config import MoEConfig
 from moe_parallel.mesh import ExpertMesh
@@ -156,6 +157,8 @@ def routed_inputs(
     """
     given: dict[str, Any] = {"replay": replay}
     shape = (token_order.num_local_tokens(mesh.token_rank), config.top_k)
+    if replay is not None:
+        check_part("replay", replay, RoutingReplay)
     if replay is not None and replay.experts is not None:
         told = replay.experts
         if told.shape != shape or told.dtype != torch.int64 or told.device != hidden.device:
@@ -179,6 +182,8 @@ def routed_inputs(
         numbers = torch.arange(rows[0], device=hidden.device).repeat_interleave(rows[1])
         sequences = TokenSequences(numbers, rows[0])
     if sequences is not None:
+        check_part("sequences", sequences, TokenSequences)
+        check_part("sequences.numbers", sequences.numbers, Tensor)
         numbers = sequences.numbers
         if numbers.shape != (rows.numel(),) or numbers.dtype != torch.int64:
             raise ValueError(

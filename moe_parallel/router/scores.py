@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp._core.checks import check_part
 from moe_parallel.config import RouterConfig
 
 
@@ -39,6 +40,9 @@ class RoutingReplay:
     """
 
     experts: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_part("experts", self.experts, Tensor, optional=True)
 
 
 class Scoring(NamedTuple):

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -72,12 +73,18 @@ class TokenOrder:
 
     def __post_init__(self) -> None:
         # A rank's segments are kept by global position: tokens are routed in that order.
-        segments = tuple(
-            tuple(sorted(TokenSegment(*segment) for segment in rank_segments if segment[2] != 0))
-            for rank_segments in self.segments
-        )
-        object.__setattr__(self, "segments", segments)
-        object.__setattr__(self, "rows_per_rank", tuple(int(rows) for rows in self.rows_per_rank))
+        try:
+            segments = tuple(
+                tuple(sorted(TokenSegment(*segment) for segment in of_rank if segment[2] != 0))
+                for of_rank in self.segments
+            )
+            object.__setattr__(self, "segments", segments)
+            object.__setattr__(self, "rows_per_rank", tuple(map(index, self.rows_per_rank)))
+        except (TypeError, IndexError):
+            raise ValueError(
+                "segments must hold (start, offset, length) and rows_per_rank the rows of each"
+                f" rank, got a {type(self.segments).__name__} and {self.rows_per_rank!r}"
+            ) from None
         if not segments or len(segments) != len(self.rows_per_rank):
             raise ValueError(
                 "segments and rows_per_rank must hold one entry for each rank of the token group,"

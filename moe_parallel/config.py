@@ -231,11 +231,7 @@ class MoEConfig:
         for name, wanted, why in (
             ("capacity_factor", (None,), "use pad_to_capacity with one"),
             ("overlap_groups", (None, 1), "tokens cross in one group"),
-            (
-                "send",
-                ("auto", "tokens"),
-                "how many assignments travel depends on the routing",
-            ),
+            ("send", ("auto", "tokens"), "how many assignments travel depends on the routing"),
             ("gemm", ("auto", "grouped"), "a loop needs the rows of each expert on the host"),
         ):
             if (value := getattr(self, name)) not in wanted:

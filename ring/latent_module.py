@@ -183,9 +183,5 @@ class MultiLatentAttention(nn.Module):
         if self.rope_interleaved:
             x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         return apply_rotary(
-            x,
-            position_ids,
-            rotary_dim=x.shape[-1],
-            base=self.rope_base,
-            scaling=self.rope_scaling,
+            x, position_ids, rotary_dim=x.shape[-1], base=self.rope_base, scaling=self.rope_scaling
         )

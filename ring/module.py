@@ -7,13 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp._core.checks import check_flags, check_positive, check_sizes
-from lasp._core.rotary import (
-    RopeScaling,
-    check_rotary_dim,
-    check_rotation,
-    rotary_table,
-    rotated,
-)
+from lasp._core.rotary import RopeScaling, check_rotary_dim, check_rotation, rotary_table, rotated
 from lasp.sequence.layout import SequenceLayout
 from ring.attention import checked_window, ring_attention
 from ring.blocks.registry import check_block

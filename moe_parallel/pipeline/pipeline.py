@@ -36,13 +36,7 @@ import torch
 from torch import Tensor
 
 from moe_parallel.config import MoEConfig
-from moe_parallel.dispatch.dispatcher import (
-    Dispatch,
-    Dispatcher,
-    Lane,
-    LocalDispatch,
-    RowTransfer,
-)
+from moe_parallel.dispatch.dispatcher import Dispatch, Dispatcher, Lane, LocalDispatch, RowTransfer
 from moe_parallel.dispatch.padding import SentRows
 from moe_parallel.dispatch.permute import row_order
 from moe_parallel.dispatch.static_rows import memory_rows

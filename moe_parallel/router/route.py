@@ -49,11 +49,7 @@ from lasp._core.dtypes import wide_dtype
 from lasp._core.impl import ChosenImpl, chosen_impl
 from moe_parallel.config import DropPolicy, MoEConfig, ScoreFunction
 from moe_parallel.kernels.histogram import Histogram
-from moe_parallel.router.capacity import (
-    gathered_segments,
-    keep_by_position,
-    keep_by_probability,
-)
+from moe_parallel.router.capacity import gathered_segments, keep_by_position, keep_by_probability
 from moe_parallel.router.counts import AssignmentCounts, Routing, counted, tokens_of_ranks
 from moe_parallel.router.losses import TokenSequences, router_losses
 from moe_parallel.router.scores import RoutingReplay, Scoring

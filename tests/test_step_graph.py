@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lasp.hybrid import HybridModel, StepGraph, keep_activations, pack_batch, reduce_gradients
 from moe_parallel import ExpertTopology, MoEConfig, RouterConfig
+from moe_parallel.experts import gemm
 from tests.ranks import run_on_ranks
 from tests.test_hybrid import MEDIUM, groups_of
 from tests.test_training import CONFIG
@@ -88,6 +90,15 @@ def test_experts_that_need_the_host_raise() -> None:
     model.reset_parameters(0)
     with pytest.raises(RuntimeError, match="must not need counts of rows on the host"):
         StepGraph(model, loss_of(model), *drawn("cuda", 0))
+
+
+@pytest.mark.gpu
+def test_large_experts_are_captured_with_static_shapes() -> None:
+    moe = MoEConfig(96, 128, 4, 2, static_shapes=True)
+    model = HybridModel(replace(MEDIUM, moe=moe), device="cuda", dtype=torch.bfloat16)
+    model.reset_parameters(0)
+    with mock.patch.multiple(gemm, LOOP_ROWS=1, LOOP_FLOPS=1, IN_PLACE=1):  # all are large
+        compare(model, "cuda", 2e-2)
 
 
 @pytest.mark.gpu

@@ -18,9 +18,9 @@ Series = Mapping[str, Mapping[Any, float]]
 COLORS = {
     r"TRL, Qwen3-8B": "#6b6b6b",
     r"TRL": "#b5b5b5",
-    r"all softmax|softmax layer|cudnn|one rank|whole pack|bare": "#e8871e",
+    r"all softmax|softmax layer|cudnn|one rank|whole pack|bare|plain tensor": "#e8871e",
     r"flash 2|3:1": "#f2b872",
-    r"ttention 1|no exchange|one group|one_hop": "#9aa0a6",
+    r"ttention 1|no exchange|one group|one_hop|cut experts": "#9aa0a6",
     r"^fla\b|15:1|^sliced$": "#3ca951",
     r"Megatron|head parallel": "#a463f2",
     r"llama3|LASP-2|token groups|^scan$": "#ff725c",

@@ -146,22 +146,26 @@ def gradients_ms(config: HybridConfig, ranks: int, ep: int) -> float:
 
 
 def measured(folder: Path, num_devices: int) -> list[Row]:
-    """Milliseconds of ``hybrid_train`` on so many GPUs, of one document, forward and backward."""
-    return [
-        row
-        for row in read_rows(folder)
-        if (row["benchmark"], row["metric"], row["impl"]) == ("hybrid_train", "ms", "lasp")
-        and row["case"]["tokens"] >= FEWEST
-        and row["num_devices"] == num_devices
-        and (row["case"]["documents"], row["case"]["part"]) == ("one", "forward_backward")
-        and row["case"]["vocab_size"] == 1024
-    ]
+    """Milliseconds of ``hybrid_train`` on so many GPUs, of one document, forward and backward.
+
+    With even routers; on one GPU those that recompute nothing, from which the rates are fitted.
+    """
+    found = []
+    for row in read_rows(folder):
+        case = row["case"]
+        if (row["benchmark"], row["metric"], row["impl"]) != ("hybrid_train", "ms", "lasp"):
+            continue
+        what = (case["documents"], case["part"], case["vocab_size"], case.get("routers"))
+        if what != ("one", "forward_backward", 1024, "even") or case["tokens"] < FEWEST:
+            continue
+        if row["num_devices"] == num_devices and (num_devices > 1 or case["activations"] == "none"):
+            found.append(row)
+    return found
 
 
 def tables(folder: Path) -> str:
     """The check on two GPUs, then steps of a million tokens."""
-    alone = [row for row in measured(folder, 1) if row["case"]["activations"] == "none"]
-    rates = fitted(alone)
+    rates = fitted(measured(folder, 1))
     head = [*StepParts._fields, "sum"]
     checks = []
     for row in measured(folder, 2):

@@ -33,10 +33,10 @@ def test_the_commands_of_the_rows_still_work() -> None:
         assert options.commit == arguments[arguments.index("--commit") + 1]
         checked.add(name)
     assert checked == {
-        "generation", "host_time", "hybrid_layers", "hybrid_train", "lasp_ranks", "lasp_wire",
-        "lightning_decode", "lightning_kernels", "lightning_layer", "lightning_length",
-        "moe_overlap", "needle", "ring_host", "ring_kinds", "ring_length", "ring_packed",
-        "state_hop",
+        "generation", "host_time", "hybrid_layers", "hybrid_train", "kept_activations",
+        "lasp_ranks", "lasp_wire", "lightning_decode", "lightning_kernels", "lightning_layer",
+        "lightning_length", "moe_against_tp", "moe_overlap", "needle", "ring_host", "ring_kinds",
+        "ring_length", "ring_packed", "state_hop",
     }  # fmt: skip
 
 

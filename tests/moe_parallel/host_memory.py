@@ -63,7 +63,12 @@ def host_memory(group: dist.ProcessGroup) -> SymmetricMemory:
     return (FileMemory if dist.get_backend(group) == "gloo" else SymmetricMemory)(group)
 
 
-def memory_of(groups: ExpertGroups) -> SymmetricMemory | None:
-    """The memory of the EP x ETP block of these groups; None for one rank."""
+def memory_of(groups: ExpertGroups, *, own: bool = False) -> SymmetricMemory | None:
+    """The memory of the EP x ETP block of these groups; None for one rank.
+
+    ``own``: one that no other test uses, for a CUDA graph: memory that it knows cannot grow.
+    """
     block = groups.ep_etp or groups.ep or groups.etp
-    return None if block is None else host_memory(block)
+    if block is None:
+        return None
+    return SymmetricMemory(block) if own else host_memory(block)

@@ -277,7 +277,7 @@ def test_a_cuda_graph_captures_forward_and_backward(config: MoEConfig) -> None:
 def captured_on_rank(max_rows: int | None, copied: bool) -> tuple[list[Tensor], str]:
     """Rank function: :func:`captured` over two ranks, and what the check says."""
     groups = groups_of(EP2).experts
-    memory = memory_of(groups) if copied else None
+    memory = memory_of(groups, own=True) if copied else None
     config = MoEConfig(64, 128, 8, 4, static_shapes=True, max_rows=max_rows)
     layer = build(
         config, torch.bfloat16, True, groups=groups, symmetric_memory=memory, device="cuda"

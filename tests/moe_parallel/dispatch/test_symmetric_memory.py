@@ -175,7 +175,7 @@ def replayed_on_rank(topology: ExpertTopology, send: str) -> None:
     how = {"send": send, "capacity_factor": 1.0, "pad_to_capacity": True}
     layer = build(
         config(None if send == "tokens" else 4, **how), torch.bfloat16, False,
-        groups=groups, symmetric_memory=memory_of(groups), device="cuda",
+        groups=groups, symmetric_memory=memory_of(groups, own=True), device="cuda",
     )  # fmt: skip
     x = torch.randn(order.rows_per_rank[dist.get_rank()], 16, device="cuda", dtype=torch.bfloat16)
     stream = torch.cuda.Stream()

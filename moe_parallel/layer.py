@@ -91,9 +91,7 @@ class ExpertParallelMoE(nn.Module):
     that cross once (:mod:`moe_parallel.dispatch.tokens`), twice that with backward; with
     ``symmetric_memory`` copies of as many bytes (:mod:`moe_parallel.dispatch.copy_engine`). One
     device-to-host copy of ranks x E counts, none with ``pad_to_capacity`` or ``static_shapes``. The
-    first call of a layer compares how ranks call it: some hundred bytes each. The first layer that
-    sees a ``token_order`` has the ranks compare it: 24 bytes each, and one more copy
-    (:mod:`moe_parallel.router.checks`).
+    first call compares how ranks call the layer, and the order (:mod:`moe_parallel.router.checks`).
 
     Raises:
         ValueError: naming the argument, on every rank and before any collective, if the sizes do
@@ -177,8 +175,8 @@ class ExpertParallelMoE(nn.Module):
             hidden: ``[T, hidden]`` or ``[B, T, hidden]``, in the layer's dtype; any under autocast.
             token_order: where the tokens of every rank stand, one segment list for each rank of
                 the token group, equal on all of them; tokens it leaves out are padding. None, on
-                all ranks or on none: every rank holds as many tokens as this one, in rank order;
-                an order is then built a call, and with drops by probability compared a call.
+                all ranks or on none: every rank holds as many tokens as this one, in rank order; it
+                is then built a call, with drops by probability also compared.
             timeline: records what ran when, forward and backward; None costs nothing.
             replay: keeps the choice of its first call, and has every later call make it again.
             sequences: which tokens form a sequence, with a ``sequence_loss_coefficient``. None on
@@ -201,8 +199,8 @@ class ExpertParallelMoE(nn.Module):
         x_TM, given = token_order.take(rows, self.mesh.token_rank), {}
         if replay is not None or sequences is not None or self._has_sequences:
             given = routed_inputs(hidden, replay, sequences, self.config, token_order, self.mesh)
-        routing: Routing = self.gate(x_TM, token_order, **given)
-        output_TM, routing = self.through_experts(x_TM, routing, token_order, timeline=timeline)
+        decided = (x_TM, self.gate(x_TM, token_order, **given), token_order)
+        output_TM, routing = self.through_experts(*decided, timeline=timeline, with_loss=True)
         output = token_order.put(output_TM, self.mesh.token_rank).view_as(hidden)
         return MoEOutput(output, routing.aux_loss, routing.stats)
 
@@ -230,6 +228,7 @@ class ExpertParallelMoE(nn.Module):
         token_order: TokenOrder,
         *,
         timeline: Timeline | None = None,
+        with_loss: bool = False,
     ) -> tuple[Tensor, Routing]:
         """Send tokens to their experts and add up the weighted results.
 
@@ -238,16 +237,16 @@ class ExpertParallelMoE(nn.Module):
             routing: the decision of ``gate`` for them.
             token_order: where the tokens of every rank stand.
             timeline: see :meth:`forward`.
+            with_loss: compute the router's loss while rows travel, where it fits in.
 
         Returns:
-            ``[T, hidden]``, and the routing, with the drops of ``pad_to_capacity`` and of
-            ``static_shapes``.
+            ``[T, hidden]``, and the routing with the drops of padded and of static shapes.
 
         Communication: see :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`.
 
         Raises:
-            ValueError: if a rank of the block would take more than ``max_rows``, unless those that
-                do not fit are dropped (:mod:`moe_parallel.dispatch.static_rows`).
+            ValueError: if a rank of the block would take more than ``max_rows``, unless those
+                beyond are dropped (``static_shapes``).
         """
         config, mesh, order, rows = self.config, self.mesh, None, x_TM
         impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
@@ -262,9 +261,8 @@ class ExpertParallelMoE(nn.Module):
             if padded:
                 routing, sent = padded_rows(routing, config, token_order, groups_for)
             else:
-                chosen_gemm = partial(self.experts.chosen_gemm, dtype=x_TM.dtype)
-                given = (config, mesh, token_order, groups_for, chosen_gemm)
-                sent = kept_rows(routing, *given)
+                chosen = partial(self.experts.chosen_gemm, dtype=x_TM.dtype)
+                sent = kept_rows(routing, config, mesh, token_order, groups_for, chosen)
             wait, kept, total = sent.wait, sent.kept, sent.total
             if config.max_rows is not None and not config.static_shapes:
                 wait, kept = partial(checked_rows, wait, config.max_rows, mesh), None
@@ -276,6 +274,8 @@ class ExpertParallelMoE(nn.Module):
             # rank computes the shared expert; over several that runs while rows travel.
             order = replace(sent.order, place=dispatch.place)
             rows = permute(x_TM, order, impl)
+        if with_loss and dispatch.early:
+            routing = routing._replace(loss=routing.aux_loss)
         shared = self.shared and self.shared.start(x_TM, aside=bool(dispatch.lanes))
         # Few rows are one grouped product, if their dtype has one, which needs no counts.
         mean_rows = 0 if config.static_shapes else total // mesh.num_token_ranks * mesh.etp_size

@@ -78,6 +78,7 @@ class Dispatch(Protocol):
             adds them up.
         row_gradients: in the backward of a dispatch with weights the gradient of each row's weight,
             set before :meth:`by_arrival`, which takes it.
+        early: rows are on their way before it runs: what does not need them is computed meanwhile.
         static: no shape depends on the routing, and counts stay on the device, if it has them.
     """
 
@@ -88,6 +89,7 @@ class Dispatch(Protocol):
     place: Place | None = None
     weights: Tensor | None = None
     row_gradients: Tensor | None = None
+    early: bool = False
     static: bool = False
 
     def expert_rows(self, g: int) -> tuple[int, ...]:

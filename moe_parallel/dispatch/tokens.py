@@ -83,7 +83,7 @@ class TokenDispatch(Dispatch):
         # Products leave rows beyond the last end alone; of the others some may have no token.
         self._padded = self._ends is None or (self.static and impl == "eager")
         self._arrived: ArrivedSlots | None = None  # from the forward on
-        self._gathered, self._gathers = gathered, gathered is not None
+        self._gathered, self.early = gathered, gathered is not None
         self._ends_of_rows: Tensor | None = None  # those sent, then those that arrive
         num_local = slots.num_experts // mesh.ep_size
         self.experts = (range(num_local),)
@@ -108,7 +108,7 @@ class TokenDispatch(Dispatch):
         # FSDP and autocast cast what an expert is given, after the call was prepared.
         self._form = form = self._form._replace(dtype=x_TM.dtype)
         sent, width = self._slots.sent, form.width
-        if self._gathers:
+        if self.early:
             return self._to_gathered(x_TM)
         like = x_TM.new_empty(0, width)
         place = self._rows.place
@@ -167,7 +167,7 @@ class TokenDispatch(Dispatch):
 
     def dispatch(self, g: int, rows_AM: Tensor, stream: torch.cuda.Stream | None) -> RowTransfer:
         """See :class:`moe_parallel.dispatch.dispatcher.Dispatch`."""
-        if not self._gathers:
+        if not self.early:
             return self._rows.dispatch(g, rows_AM, stream)
         gathered, self._gathered = self._gathered, None
         assert gathered is not None

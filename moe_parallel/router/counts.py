@@ -128,6 +128,7 @@ class Routing(NamedTuple):
             with drops, where it counts too many.
         score_function: that of the gate probabilities.
         losses: beside the global auxiliary loss.
+        loss: ``aux_loss``, once it was computed.
     """
 
     experts: Tensor
@@ -140,6 +141,7 @@ class Routing(NamedTuple):
     histogram: Histogram | None = None
     score_function: ScoreFunction = "softmax_of_top_k"
     losses: RouterLosses = RouterLosses()
+    loss: Tensor | None = None
 
     @property
     def dropless(self) -> bool:
@@ -163,6 +165,8 @@ class Routing(NamedTuple):
     @property
     def aux_loss(self) -> Tensor:
         """This rank's share of all losses of the router, a scalar in the gate dtype."""
+        if self.loss is not None:
+            return self.loss
         _, *others = self.losses
         losses = [loss for loss in others if loss is not None]
         if self.aux_loss_coefficient:

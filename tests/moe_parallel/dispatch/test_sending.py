@@ -23,7 +23,7 @@ from moe_parallel import layer as layer_module
 from moe_parallel.dispatch import all_to_all
 from moe_parallel.dispatch.token_rows import RowFormat
 from moe_parallel.router import checks
-from moe_parallel.router.counts import HostTokenCounts
+from moe_parallel.router.counts import HostTokenCounts, Routing
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.moe_parallel.batch import ORDERS, assemble_expert, groups_of, random_batch
 from tests.moe_parallel.dispatch.test_padding import PADDED, by_rank, host_reads
@@ -199,8 +199,10 @@ def gathered(impl: str, dtype: torch.dtype, cast: bool) -> list[list[Any]]:
         with (
             patch.object(all_to_all, "all_gather_into", noting("tokens", gather)),
             patch.object(dist, "all_to_all_single", noting("rows", exchange)),
+            patch.object(Routing, "aux_loss", property(noting("loss", Routing.aux_loss.fget))),
         ):
-            output = layer(x, token_order=order).output
+            result = layer(x, token_order=order)
+            output = result.output + result.aux_loss
             gradients = torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])
         found.append([seen, output.detach(), *gradients])
     layer_module.check_hidden = checks.check_hidden
@@ -221,8 +223,9 @@ def test_tokens_that_all_go_everywhere_are_gathered(
     if impl == "triton":
         pytest.importorskip("triton", reason="the kernels need triton, which has no wheel here")
     for (seen, *actual), (other, *expected) in run_on_ranks(gathered, 2, impl, dtype, cast):
-        assert seen == ["tokens"] * (1 + cast) + ["rows", "rows", "tokens", "rows"]
-        assert other == ["rows"] * 4
+        again = ["tokens"] * cast
+        assert seen == ["tokens", "loss", *again, "rows", "rows", "loss", "tokens", "rows"]
+        assert other == ["rows", "rows", "loss", "rows", "rows"]
         assert all(map(torch.equal, actual, expected))
 
 
@@ -275,16 +278,17 @@ def test_what_is_computed_does_not_depend_on_what_is_sent(name: str) -> None:
     run_on_ranks(as_assignments, 2, name)
 
 
-def repeated(copied: bool) -> None:
+def repeated(copied: bool, compared: bool) -> None:
     """Rank function: a recomputed layer, and a second backward, give the same bits."""
     groups = groups_of(EP2).experts
     memory = memory_of(groups) if copied else None
     layer = build(TOKENS, torch.float32, False, groups=groups, symmetric_memory=memory)
     x = random_batch(20, 10, seed=layer.mesh.token_rank).x.float().requires_grad_()
     leaves = [x, *layer.parameters()]
+    order = TokenOrder.contiguous([20, 20]) if compared else None
 
     def call(x: Tensor) -> Tensor:
-        return layer(x).output
+        return layer(x, token_order=order).output
 
     with torch.autograd.detect_anomaly():  # no part of a row is read as a number that it is not
         output = call(x)
@@ -300,9 +304,9 @@ def repeated(copied: bool) -> None:
         assert torch.equal(call(x), output)
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_backwards_may_be_repeated_and_forwards_recomputed(copied: bool) -> None:
-    run_on_ranks(repeated, 2, copied)
+@pytest.mark.parametrize(("copied", "compared"), [(False, False), (True, False), (False, True)])
+def test_backwards_may_be_repeated_and_forwards_recomputed(copied: bool, compared: bool) -> None:
+    run_on_ranks(repeated, 2, copied, compared)
 
 
 def refused(config: MoEConfig, more: int) -> str:

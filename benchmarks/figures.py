@@ -202,7 +202,8 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
     ),
     "moe_against_tp": (
         Panel("forward and backward, ms", by("tokens", "both_ms"), axis="tokens a GPU"),
-        Panel("x plain tensor parallelism", by("tokens", "x_plain"), log=False, axis="tokens a GPU"),
+        Panel("x plain tensor parallelism", by("tokens", "x_plain"), log=False,
+              axis="tokens a GPU"),
     ),
     "lightning_length": (
         Panel("forward, ms", by("tokens", "forward_ms")),

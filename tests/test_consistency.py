@@ -82,8 +82,8 @@ def test_ranks_with_different_packs_are_told_who_holds_what() -> None:
     assert "ranks [2] hold 4 documents of 21 tokens" in errors[2]
     assert "ranks [2] hold no pack: document_lengths must hold at least one token" in errors[3]
     assert "ranks [2] hold 2 documents of 12 tokens in 1 replicas" in errors[4]
-    assert "ranks [2] hold no pack: dp_rank must be in [0, 2)" in errors[5]
-    assert "ranks [2] hold no pack: '<=' not supported" in errors[6]
+    for error in errors[5:]:
+        assert "ranks [2] hold no pack: dp_rank must be in [0, 2)" in error
 
 
 def refused_alike() -> str:

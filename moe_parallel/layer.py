@@ -21,7 +21,7 @@ from moe_parallel.dispatch.padding import padded_rows
 from moe_parallel.dispatch.permute import permute, unpermute
 from moe_parallel.dispatch.plan import checked_rows
 from moe_parallel.dispatch.sending import may_send_tokens, start_tokens, tokens_pay
-from moe_parallel.dispatch.static_rows import MostRows
+from moe_parallel.dispatch.static_rows import MostRows, memory_rows
 from moe_parallel.experts.dense import DenseFFN
 from moe_parallel.experts.experts import Experts
 from moe_parallel.experts.shard import generator_of
@@ -217,9 +217,16 @@ class ExpertParallelMoE(nn.Module):
             self._calls_compared = check_same_calls(*who, hidden, how)
 
     def agreed_order(self, rows: Tensor, token_order: TokenOrder | None) -> TokenOrder:
-        """Where all tokens stand, see :func:`moe_parallel.router.checks.agreed_order`."""
+        """Where all tokens stand, see :func:`moe_parallel.router.checks.agreed_order`.
+
+        Raises:
+            ValueError: also with ``static_shapes``, if ``max_rows`` is too small for any routing.
+        """
         where = (self.config, self.mesh, self.groups.token)
-        return agreed_order(rows, token_order, *where, training=self.training)
+        order = agreed_order(rows, token_order, *where, training=self.training)
+        if self.config.static_shapes:
+            memory_rows(self.config, self.mesh, order)  # raises before anything is routed
+        return order
 
     def through_experts(
         self,

@@ -39,7 +39,6 @@ from moe_parallel.config import MoEConfig
 from moe_parallel.dispatch.dispatcher import Dispatch, Dispatcher, Lane, LocalDispatch, RowTransfer
 from moe_parallel.dispatch.padding import SentRows
 from moe_parallel.dispatch.permute import row_order
-from moe_parallel.dispatch.static_rows import memory_rows
 from moe_parallel.mesh import ExpertMesh
 from moe_parallel.pipeline.groups import expert_groups, most_groups, positions_on
 from moe_parallel.pipeline.schedule import steps
@@ -219,14 +218,9 @@ def kept_rows(
         chosen_gemm: how a rank's experts multiply so many rows. On one rank a grouped product needs
             no counts, and with ``static_shapes`` nobody does: they go to the host where somebody
             asks for them, if at all.
-
-    Raises:
-        ValueError: with ``static_shapes`` on every rank, if more rows than ``max_rows`` come.
     """
     late = config.static_shapes
-    if late:
-        memory_rows(config, mesh, token_order)
-    elif mesh.num_token_ranks == 1 and config.overlap_groups in (None, 1):
+    if not late and mesh.num_token_ranks == 1 and config.overlap_groups in (None, 1):
         late = routing.dropless and config.max_rows is None
         late = late and chosen_gemm(routing.experts.numel()) == "grouped"
     counts = HostTokenCounts(routing, token_order, start=not late)

@@ -10,19 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_parallel import (
-    ExpertParallelMoE,
-    ExpertTopology,
-    MoEConfig,
-    TokenOrder,
-    check_max_rows,
-)
-from moe_parallel.dispatch.static_rows import fitting_rows
+from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder, check_max_rows
+from moe_parallel.dispatch.static_rows import check_static_mesh, fitting_rows
 from moe_parallel.experts import gemm
+from moe_parallel.mesh import ExpertMesh
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.moe_parallel.batch import ORDERS, groups_of, local_rows, random_batch
 from tests.moe_parallel.dispatch.test_padding import host_reads
-from tests.moe_parallel.host_memory import memory_of
 from tests.moe_parallel.layers import NUM_TOKENS, LayerResult, build, on_ranks, oracle
 from tests.ranks import refusal, run_on_ranks
 
@@ -179,8 +173,7 @@ def test_kernels_drop_as_plain_torch() -> None:
 @pytest.mark.parametrize("max_rows", [None, 20])
 @pytest.mark.parametrize("ep", [1, 2])
 def test_nothing_is_read_on_the_host(ep: int, max_rows: int | None) -> None:
-    config = replace(GROUPED, hidden_size=10, ffn_size=8, max_rows=max_rows, impl="eager")
-    config = replace(config, hidden_size=16)
+    config = replace(GROUPED, hidden_size=16, ffn_size=8, max_rows=max_rows, impl="eager")
     reads = run_on_ranks(host_reads, 2, ExpertTopology(2, ep=ep), config, torch.float32)
     assert reads == [0, 0]
 
@@ -220,9 +213,10 @@ def test_refuses_fewer_rows_than_come_anyhow() -> None:
 
 
 def refused_on_ranks() -> list[str]:
-    """Rank function: too few rows, no order, ETP, and blocks that are not consecutive."""
+    """Rank function: too few rows, before anything is routed; no order; ETP."""
     groups, order = groups_of(EP2).experts, TokenOrder.contiguous([5, 5])
     few = ExpertParallelMoE(replace(STATIC, max_rows=19), groups=groups)
+    few.gate.register_forward_pre_hook(lambda *_: pytest.fail("routed"))
     x = torch.zeros(5, 10)
     said = [refusal(few, x, token_order=order), refusal(few, x)]
     etp = groups_of(ExpertTopology(2, etp=2)).experts
@@ -236,66 +230,9 @@ def test_ranks_refuse_alike() -> None:
         assert etp.startswith("static_shapes must be False with ETP")
 
 
-# ---- CUDA graphs -------------------------------------------------------------------------------
-
-LARGE = MoEConfig(4096, 4096, 4, 2, static_shapes=True)  # a loop, but for static_shapes
-
-
-def captured(layer: ExpertParallelMoE, order: TokenOrder, x: Tensor) -> list[Tensor]:
-    """The results of a replay on other tokens, then those of a call."""
-
-    def step() -> list[Tensor]:
-        result = layer(x, token_order=order)
-        grads = torch.autograd.grad(result.output.float().sum(), layer.parameters())
-        return [result.output, result.stats.dropped, *grads]
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        inside = step()
-    x.copy_(torch.randn_like(x))
-    graph.replay()
-    torch.cuda.synchronize()
-    return [*inside, *step()]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("config", [LARGE, replace(GROUPED, gemm="auto")], ids=["large", "small"])
-def test_a_cuda_graph_captures_forward_and_backward(config: MoEConfig) -> None:
-    layer = ExpertParallelMoE(config, device="cuda", dtype=torch.bfloat16)
-    x = torch.randn(4096, config.hidden_size, device="cuda", dtype=torch.bfloat16)
-    results = captured(layer, TokenOrder.contiguous([4096]), x)
-    for replayed, expected in zip(results[: len(results) // 2], results[len(results) // 2 :]):
-        assert torch.equal(replayed, expected)
-
-
-def captured_on_rank(max_rows: int | None, copied: bool) -> tuple[list[Tensor], str]:
-    """Rank function: :func:`captured` over two ranks, and what the check says."""
-    groups = groups_of(EP2).experts
-    memory = memory_of(groups, own=True) if copied else None
-    config = MoEConfig(64, 128, 8, 4, static_shapes=True, max_rows=max_rows)
-    layer = build(
-        config, torch.bfloat16, True, groups=groups, symmetric_memory=memory, device="cuda"
-    )
-    x = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
-    results = [x.cpu() for x in captured(layer, TokenOrder.contiguous([64, 64]), x)]
-    said = "" if max_rows is None else refusal(check_max_rows, layer)
-    return results, said
-
-
-@pytest.mark.multi_gpu
-@pytest.mark.parametrize("copied", [False, True])
-@pytest.mark.parametrize("max_rows", [None, 260])
-def test_a_cuda_graph_captures_it_over_two_gpus(max_rows: int | None, copied: bool) -> None:
-    parts = run_on_ranks(captured_on_rank, 2, max_rows, copied, backend="nccl")
-    for results, said in parts:
-        half = len(results) // 2
-        for replayed, expected in zip(results[:half], results[half:]):
-            assert torch.equal(replayed, expected)
-        assert bool(results[1].any()) == (max_rows is not None)
-        assert (max_rows is None) or "max_rows must be at least" in said
+def test_refuses_blocks_that_are_not_consecutive() -> None:
+    """Every rank counts what the others drop, block by block."""
+    check_static_mesh(ExpertMesh(2, 4, 0, 0, ((2, 3),)))
+    for rank, sources in ((0, (0, 2)), (1, (1, 2))):
+        with pytest.raises(ValueError, match=r"groups\.ep must be consecutive ranks"):
+            check_static_mesh(ExpertMesh(rank, 4, 0, 0, (sources,)))

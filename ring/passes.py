@@ -168,7 +168,7 @@ def _over_all_keys(
     sums = _TileGradients(local.qkv, local.rows, schedule, dtype, alone)
     returned = sums.lent
     if alone:
-        returned = GradientSums(schedule.lent[0], moving, dtype, once=False)
+        returned = GradientSums(schedule.lent.tokens, moving, dtype, once=False)
     returning: KVTransfer | None = None
     if schedule.early:
         local.before_stages()

@@ -18,10 +18,12 @@ class RMSNorm(nn.RMSNorm):
 
     Args:
         size: of the last dim.
-        eps: added to the mean square.
+        eps: added to the mean square of a row.
         impl: see :func:`lasp.layers.norm_gate.norm_gate`; ``eager`` is torch's own norm.
         device: of the weight.
         dtype: of the weight.
+
+    Gradients: to the input and the weight.
 
     Raises:
         ValueError: in the forward, if ``impl`` is ``triton`` where it cannot run.
@@ -44,7 +46,8 @@ class RMSNorm(nn.RMSNorm):
         width = x.shape[-1]
         unserved = "" if width <= WIDEST_ROW else f"{width} features, above {WIDEST_ROW}"
         if chosen_impl(self.impl, x.device, x.dtype, unserved) == "eager":
-            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+            # Autocast on CUDA widens torch's norm, and with it what a 16-bit stream adds up.
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps).to(x.dtype)
         from lasp.layers.triton.norm_gate import call
 
         rows = x if x.dim() == 2 else x.reshape(-1, width)

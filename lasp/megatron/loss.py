@@ -36,8 +36,8 @@ def fused_loss(
         output_layer: Megatron's, without bias.
         output_weight: that of the embedding where they share one, else None.
         labels: int64 ``[B, T]``, -100 where there is no target.
-        loss_mask: ``[B, T]``, 0 where there is no target, as the caller of the model gave it; None:
-            the labels say it.
+        loss_mask: ``[B, T]``, 0 where there is no target, as the caller of the model gave it; any
+            other value counts as 1. None: the labels say it.
         config: Megatron's.
 
     Returns:

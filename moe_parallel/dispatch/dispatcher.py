@@ -95,7 +95,7 @@ class Dispatch(Protocol):
     def expert_rows(self, g: int) -> tuple[int, ...]:
         """Rows that each expert of group ``g`` takes; the first call waits for the counts.
 
-        With memory for more rows their number comes last.
+        Where memory holds more rows than came, the number of the others is appended.
         """
 
     def expert_ends(self, g: int) -> Tensor | None:
@@ -143,7 +143,7 @@ class Dispatch(Protocol):
     def gather(self, x_TM: Tensor) -> RowTransfer | None:
         """Start to give all EP ranks the rows of all, in rank order, as many of each.
 
-        By default it does not: None.
+        None where a dispatcher does not gather, as by default.
         """
         return None
 

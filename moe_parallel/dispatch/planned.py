@@ -45,7 +45,7 @@ def expert_major(sizes_SE: Tensor, num_rows: int) -> Tensor:
 
 
 class ChunkOrder(NamedTuple):
-    """Where the rows of chunks are.
+    """Where the rows of chunks are; both orders are None where only ``ends`` was asked for.
 
     Attributes:
         by_expert: ``[A]`` int64, for each row in the order of the experts its number by arrival.
@@ -59,10 +59,10 @@ class ChunkOrder(NamedTuple):
 
 
 class ChunkCounts(NamedTuple):
-    """Sizes of chunks.
+    """Sizes of chunks, on the device.
 
     Attributes:
-        impl: counts rows.
+        impl: how the device makes the order of rows out of them.
         kept: ``[R, E]`` int64, rows of each rank for each expert; None: the device has no counts.
         sources: ranks whose rows arrive here.
         first: number of this rank's first expert.
@@ -75,14 +75,19 @@ class ChunkCounts(NamedTuple):
 
     @classmethod
     def of(cls, kept_RE: Tensor | None, mesh: ExpertMesh, impl: ChosenImpl) -> ChunkCounts:
-        """Those of a rank; of the counts of all ranks, if the device has them."""
+        """Sizes of the chunks that this rank takes, of what all ranks keep; None: not there."""
         if kept_RE is None:
             return cls(impl)
         num_local = kept_RE.shape[1] // mesh.ep_size
         return cls(impl, kept_RE, mesh.sources, mesh.ep_rank * num_local)
 
     def order(self, experts: range, num_rows: int | None) -> ChunkOrder:
-        """The order of the rows of these experts; without their number only where they end."""
+        """The order of the rows that some experts take.
+
+        Args:
+            experts: of this rank's experts.
+            num_rows: of these experts; None: only ``ends`` is asked for.
+        """
         assert self.kept is not None
         sources = device_numbers(self.sources, self.kept.device)
         if self.impl == "triton":

@@ -98,7 +98,7 @@ class TokenCall(NamedTuple):
     """A call whose tokens cross once.
 
     Attributes:
-        routing: with the drops of padded calls.
+        routing: with the drops of padded calls and of static shapes.
         dispatch: moves the rows.
         wait: rows each rank of the token group keeps for each expert.
         total: rows that all experts take.
@@ -252,7 +252,7 @@ def _slots(
 def _static_slots(
     routing: Routing, config: MoEConfig, mesh: ExpertMesh, order: TokenOrder, impl: ChosenImpl
 ) -> tuple[Routing, TokenSlots, ExpertRows, Tensor | None]:
-    """The same of calls of static shapes: the routing with drops, rows, and those wanted."""
+    """:func:`_slots` of static shapes: the routing with drops, slots, rows, and rows wanted."""
     memory, may_drop = memory_rows(config, mesh, order)
     if not may_drop:
         slots, ends = _slots(routing, mesh, config, impl, everywhere=True)

@@ -23,9 +23,8 @@ from moe_parallel.kernels.top_k_kernel import top_k_kernel
 SPLIT_BLOCK = 1024  # numbers of a program
 ROUTER_TILE = 2048  # (token, expert) pairs that a program takes at a time
 NUM_WARPS = 4
-ROW_WARPS = (
-    8  # with fewer the unrolled loads of the rows' kernel need more registers than there are
-)
+# With fewer the unrolled loads of the rows' kernel need more registers than there are.
+ROW_WARPS = 8
 MAX_PROGRAMS = 256  # two a multiprocessor; a power of 2: the scan of their counts is one tile
 SCAN_COLUMNS = 4  # experts of a program of that scan
 POSITIONS_TILE = 2048  # pairs of experts that are compared at a time

@@ -59,10 +59,10 @@ class Segments(NamedTuple):
         borders: cumulative numbers of rows on the host, 0 first.
         cu_seqlens: the same on the device of the queries, int32.
         longest: rows of the longest segment.
-        window: which keys of its segment a row sees; a causal one if rows and keys are the same.
-        key_borders: cumulative numbers of keys; those of the rows if they are the same tokens.
-        key_cu_seqlens: likewise.
-        longest_keys: likewise.
+        window: which keys of its segment a row sees; all where keys are other tokens than rows.
+        key_borders: cumulative numbers of keys; ``borders`` where both are the same tokens.
+        key_cu_seqlens: the same on the device of the queries, int32.
+        longest_keys: keys of the longest segment.
     """
 
     borders: tuple[int, ...]
@@ -94,7 +94,7 @@ class Block(ABC):
     """
 
     name: str
-    joins_tiles = True  # whether the varlen form takes other rows than keys, in one call
+    joins_tiles = True  # whether a varlen call takes keys of other tokens than its rows
 
     @abstractmethod
     def obstacle(self, operands: Operands) -> str | None:
@@ -115,7 +115,7 @@ class Block(ABC):
         return None
 
     def writing_to(self, gradients: QKV) -> Block | None:
-        """This kernel, whose backward leaves its results there; None if it would copy them.
+        """This kernel with a backward that writes to given memory; None if it would copy.
 
         Args:
             gradients: memory for dq, dk and dv, contiguous, in the dtype of q.

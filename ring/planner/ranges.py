@@ -59,6 +59,18 @@ class TokenIndex:
         )
 
 
+class LentTokens(NamedTuple):
+    """Own tokens that rows of other runs or of other ranks see.
+
+    Attributes:
+        tokens: where they are.
+        once: each of them gets one gradient from there, not several.
+    """
+
+    tokens: TokenIndex
+    once: bool
+
+
 def union(ranges: Iterable[RowRange]) -> tuple[RowRange, ...]:
     """Rows in any of the ranges: sorted; what meets or overlaps is joined."""
     joined: list[RowRange] = []

@@ -34,7 +34,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from lasp.sequence.layout import SequenceLayout
-from ring.planner.ranges import RowRange, TokenIndex, union
+from ring.planner.ranges import LentTokens, RowRange, TokenIndex, union
 from ring.planner.stages import RULE, StageRule, early_rows
 from ring.planner.tiles import KVTile, join_own_tiles, rectangles_of, side_by_side, tiles_over
 from ring.planner.traffic import KVDelivery, KVTraffic, plan_traffic
@@ -143,18 +143,15 @@ class RingSchedule:
         return self.window.slides
 
     @cached_property
-    def lent(self) -> tuple[TokenIndex, bool]:
-        """Own tokens that rows outside their fragments see, of other runs or of other ranks.
-
-        And whether each of them gets one gradient from there, not several.
-        """
+    def lent(self) -> LentTokens:
+        """Own tokens whose gradients also come from outside their fragments."""
         exchanges = (stage.grad_exchange for stage in self.stages)
         returned = (p for exchange in exchanges for some in exchange.receives for p in some)
         ranges = [part.rows for part in returned if not part.in_buffer]
         ranges += (keys for tile in self.own_tiles for keys in tile.keys)
         ranges += (keys for stage in self.stages for tile in stage.tiles for keys in tile.own)
         tokens = TokenIndex(union(ranges))
-        return tokens, sum(some.length for some in ranges) == tokens.length
+        return LentTokens(tokens, sum(some.length for some in ranges) == tokens.length)
 
     @cached_property
     def fragment_borders(self) -> tuple[int, ...]:
@@ -189,7 +186,8 @@ def plan_ring(
         causal: whether a query sees only itself and what comes before it.
         rule: the same on every rank.
         window: how many tokens before and after itself a query sees at most; -1: no limit.
-        grouped: whether query heads share key heads, which are cheap to copy; else no tiles join.
+        grouped: whether query heads share key heads, so that copying keys costs less than one more
+            pass over the rows; else no tiles join.
 
     Raises:
         ValueError: if ``rank`` is not in [0, P).

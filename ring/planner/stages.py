@@ -93,9 +93,9 @@ def stage_tokens(
 def early_rows(borders: Sequence[int], window: Window, moved: int, rule: StageRule) -> int:
     """Rows of a rank's first fragments, whose backward hides the first transfer of keys.
 
-    The others hide that of the last gradients, of twice the bytes: these are a third at most. It is
-    0 where fragments are too long or too few for two calls, and where the transfer is so short that
-    a call more takes longer.
+    They have about a third of the work at most: the rest hides the transfer of the last gradients,
+    which has twice the bytes. There are 0 where no border between fragments leaves enough rows on
+    both sides, and where the transfer takes less time than one more call.
 
     Args:
         borders: of the fragments, 0 first.

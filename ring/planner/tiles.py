@@ -87,10 +87,10 @@ def tiles_over(rectangles: list[Rectangle], held: TokenIndex, window: Window) ->
 def join_own_tiles(
     own_tiles: Sequence[KVTile], of_stages: Sequence[Sequence[KVTile]], most_keys: int
 ) -> tuple[tuple[KVTile, ...], list[tuple[KVTile, ...]]]:
-    """The same with fewer own tiles: the last tile of the same rows takes their keys.
+    """Fewer own tiles, and tiles of stages that have their keys too: the last one of the same rows.
 
-    A tile more costs its rows a merge, and in the backward a second pass over q, output and dq: as
-    much for few keys as for many. To join keys they are copied, at most ``most_keys`` of a tile.
+    One tile more costs its rows a merge, and in the backward a second pass over q, output and dq,
+    with few keys as much as with many. Joining copies the keys of a tile, at most ``most_keys``.
     """
     held = {tile.rectangle: tile.keys for tile in own_tiles}
 

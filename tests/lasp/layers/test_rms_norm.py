@@ -72,6 +72,15 @@ def test_autocast_does_not_narrow_the_stream() -> None:
         assert norm(torch.randn(3, 16)).dtype == torch.float32
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_does_not_widen_the_stream(impl: str, dtype: torch.dtype) -> None:
+    norm = RMSNorm(16, EPS, impl=impl, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert norm(torch.randn(3, 16, device="cuda").to(dtype)).dtype == dtype
+
+
 def test_bad_impl() -> None:
     with pytest.raises(ValueError, match="impl must be one of"):
         RMSNorm(16, EPS, impl="cuda")(torch.randn(3, 16))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from unittest.mock import Mock, patch
 
@@ -11,9 +10,6 @@ from torch import Tensor
 
 from lasp.sequence.layout import SequenceLayout
 from ring import exchange
-from ring.blocks.interface import QKV, Block
-from ring.blocks.merge import Accumulator
-from ring.blocks.registry import BLOCKS, resolve_block
 from ring.exchange import (
     GradientSums,
     pack_messages,
@@ -21,22 +17,18 @@ from ring.exchange import (
     send_kv_grads,
     unpack_messages,
 )
-from ring.passes import RingContext, forward
 from ring.planner.ranges import RowRange, TokenIndex
 from ring.planner.schedule import KVSlice, plan_ring
 from ring.planner.stages import StageRule
 from tests.ranks import run_on_ranks
 from tests.ring.cases import (
-    NOTHING_HIDES,
     ORDERS,
-    PACKS,
     RULES,
     assert_all_equal,
     on_world,
     oracle,
     planned_by,
     random_tensors,
-    unshard_all,
 )
 
 
@@ -188,164 +180,3 @@ def test_a_chain_yields_sms_to_each_transfer() -> None:
         for _ in exchange.KVPrefetcher((k, v), schedule, None):
             pass
     assert yields == [1] * len(schedule.stages) + [0]
-
-
-def test_a_transfer_starts_before_the_last_merge_of_a_stage() -> None:
-    """Its kernel finds multiprocessors under a merge, but not under the next attention."""
-    events: list[str] = []
-    q, k, v, _ = random_tensors(8, 2, 1, 4, torch.float32)
-    rule = StageRule(3, 1, NOTHING_HIDES, chain_gain=math.inf)
-    schedule = plan_ring(SequenceLayout((16,), 2), 1, True, rule)
-    context = RingContext(schedule, None, RecordingBlock(events), 1.0)
-
-    def started(received: Tensor, *args, **kwargs):
-        received.zero_()
-        events.append("start")
-        return Mock()
-
-    with (
-        patch.object(dist, "all_to_all_single", started),
-        patch.object(Accumulator, "add", lambda *_: events.append("merge")),
-    ):
-        forward(q, (k, v), context)
-    assert events == ["start", "start", "local", "tile", "start", "merge", *["tile", "merge"] * 2]
-
-
-class RecordingBlock(Block):
-    """The eager block, noting when it starts."""
-
-    def __init__(self, events: list[str]) -> None:
-        self.events, self.block = events, BLOCKS["eager"]
-
-    def obstacle(self, operands) -> None:
-        return None
-
-    def forward(self, *args, **kwargs):
-        self.events.append("tile")
-        return self.block.forward(*args, **kwargs)
-
-    def backward(self, *args, **kwargs):
-        self.events.append("tile")
-        return self.block.backward(*args, **kwargs)
-
-    def forward_varlen(self, qkv, segments, **kwargs):
-        self.events.append("local" if segments.borders is segments.key_borders else "tiles")
-        return self.block.forward_varlen(qkv, segments, **kwargs)
-
-    def backward_varlen(self, doutput, merged, qkv, segments, **kwargs):
-        self.events.append("local" if segments.borders is segments.key_borders else "tiles")
-        return self.block.backward_varlen(doutput, merged, qkv, segments, **kwargs)
-
-
-def events_on_world(tensors, layout: SequenceLayout, rule: StageRule, **kwargs) -> list[str]:
-    """What starts when, forward then backward; a synchronous collective leaves no wait behind."""
-    events, original = [], dist.all_to_all_single
-
-    def recorded(received, *args, **kwargs):
-        what = "kv" if received.dtype == torch.bfloat16 else "dkv"
-        events.append(f"start {what}")
-        work = original(received, *args, **kwargs)
-        return work and Mock(wait=lambda: (events.append(f"wait {what}"), work.wait()))
-
-    with (
-        patch.object(dist, "all_to_all_single", recorded),
-        patch.dict(BLOCKS, recording=RecordingBlock(events)),
-        planned_by(rule),
-    ):
-        on_world(tensors, layout, block="recording", **kwargs)
-    return events
-
-
-def test_transfers_start_as_soon_as_a_buffer_is_free() -> None:
-    tensors = random_tensors(16, 2, 1, 4, torch.bfloat16)
-    rule = StageRule(3, 1, NOTHING_HIDES, chain_gain=math.inf)
-    forward = [
-        *("start kv", "start kv", "local", "wait kv", "tile", "start kv"),
-        *("wait kv", "tile", "wait kv", "tile"),
-    ]
-    # The last gradients go back under the local attention.
-    backward = [
-        *("start kv", "start kv", "wait kv", "tile", "start kv", "start dkv"),
-        *("wait kv", "tile", "wait dkv", "start dkv", "wait kv", "tile", "wait dkv", "start dkv"),
-        *("local", "wait dkv"),
-    ]
-    layout = SequenceLayout((16,), 2)
-    for rank, events in enumerate(run_on_ranks(events_on_world, 2, tensors, layout, rule)):
-        expected = forward + backward
-        if rank == 0:  # has nothing to attend to, but takes part
-            expected = [event for event in expected if event != "tile"]
-        assert events == expected
-
-
-class InPlaceBlock(RecordingBlock):
-    """One that leaves its gradients where it is told to."""
-
-    def __init__(self, events: list[str], gradients: QKV | None = None) -> None:
-        super().__init__(events)
-        self.gradients = gradients
-
-    def writing_to(self, gradients: QKV) -> InPlaceBlock:
-        return InPlaceBlock(self.events, gradients)
-
-    def backward_varlen(self, *args, **kwargs):
-        found = super().backward_varlen(*args, **kwargs)
-        if self.gradients is None or self.events[-1] == "tiles":
-            return found
-        self.events[-1] = f"local of {len(found.q)} rows"
-        for x, gradient in zip(self.gradients, found):
-            x.copy_(gradient)
-        return self.gradients
-
-
-def in_place_on_world(cases, rule: StageRule) -> list[tuple[list[Tensor], list[str]]]:
-    results = []
-    with planned_by(rule):
-        for tensors, layout in cases:
-            events: list[str] = []
-            resolve_block.cache_clear()
-            with patch.dict(BLOCKS, in_place=InPlaceBlock(events)):
-                results.append((on_world(tensors, layout, block="in_place"), events))
-    return results
-
-
-@pytest.mark.parametrize("rule", [RULES[0], RULES[3], RULES[5]])
-def test_early_rows_go_before_the_stages(rule: StageRule) -> None:
-    """Where a block can; the first transfer of keys is under them, the last one of gradients not.
-
-    Results are those of one call.
-    """
-    layouts = [
-        SequenceLayout(lengths, 3, order)
-        for lengths, order in zip(PACKS, ORDERS * len(PACKS))
-        if len(lengths) > 2
-    ]
-    cases = [(random_tensors(sum(x.document_lengths), 4, 2, 4, torch.float64), x) for x in layouts]
-    results = run_on_ranks(in_place_on_world, 3, cases, rule)
-    early, side_by_side = 0, False
-    for (tensors, layout), *of_ranks in zip(cases, *results):
-        expected = oracle(tensors, layout.document_lengths, True)
-        assert_all_equal(unshard_all(layout, [found for found, _ in of_ranks]), expected)
-        for rank, (_, events) in enumerate(of_ranks):
-            rows = plan_ring(layout, rank, True, rule).early
-            parts = [event for event in events if event.startswith("local of")]
-            counts = (rows, layout.num_local_tokens - rows)
-            assert parts == [f"local of {n} rows" for n in counts if rows]
-            if rows:
-                first, last = (events.index(part) for part in parts)
-                assert set(events[first + 1 : last]) <= {"tile", "tiles"}
-                early += 1
-            side_by_side |= "tiles" in events
-    assert early > 2
-    assert side_by_side
-
-
-def test_a_link_of_a_chain_starts_when_the_one_before_is_there() -> None:
-    tensors = random_tensors(24, 2, 1, 4, torch.bfloat16)
-    rule = StageRule(3, 1, NOTHING_HIDES, chain_gain=0.0)
-    stage = ("wait kv", "start kv", "tile")
-    expected = ["start kv", "local", *stage, *stage, "wait kv", "tile"]
-    results = run_on_ranks(events_on_world, 4, tensors, SequenceLayout((24,), 4), rule)
-    assert results[3][: len(expected)] == expected  # the last rank has tiles in all stages
-    transfers = [event for event in expected if event != "tile"]
-    for events in results[:3]:
-        assert [event for event in events if event != "tile"][: len(transfers)] == transfers

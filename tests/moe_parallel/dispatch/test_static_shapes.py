@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder, check_max_rows
-from moe_parallel.dispatch.static_rows import check_static_mesh, fitting_rows
+from moe_parallel.dispatch.static_rows import MostRows, check_static_mesh, fitting_rows
 from moe_parallel.experts import gemm
 from moe_parallel.mesh import ExpertMesh
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
@@ -29,6 +29,14 @@ def test_example_of_the_module() -> None:
     kept, wanted = fitting_rows(torch.tensor([[3, 0], [2, 1]]), 2, 4)
     assert kept.tolist() == [[3, 0], [1, 1]]
     assert wanted.tolist() == [5, 1]
+
+
+def test_the_most_rows_of_all_calls_are_kept() -> None:
+    most = MostRows()
+    for wanted in (None, torch.tensor([3, 9]), torch.tensor([5, 2]), None):
+        most.note(wanted)
+    assert most.value is not None
+    assert most.value.tolist() == [5, 9]
 
 
 @pytest.mark.parametrize("ep", [1, 2, 3, 6])

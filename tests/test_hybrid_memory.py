@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import cast
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -17,7 +15,7 @@ from tests.test_hybrid import assemble, config, loss_and_gradients, one_rank
 
 
 def test_all_layers_with_experts_share_the_symmetric_memory() -> None:
-    memory = cast("SymmetricMemory", SimpleNamespace(global_ranks=[0, 1]))
+    memory = Mock(spec=SymmetricMemory, global_ranks=[0, 1])
     chosen = replace(config(), mtp_loss_weight=0.1)
     with patch("moe_parallel.layer.make_dispatcher") as made:
         HybridModel(chosen, symmetric_memory=memory, device="meta")

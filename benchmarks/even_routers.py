@@ -55,7 +55,6 @@ def even(gate_EM: Tensor, x_TM: Tensor, top_k: int) -> float:
     squares_MM.diagonal().add_(1e-3 * squares_MM.diagonal().mean())
     along_M = torch.linalg.solve(squares_MM, mean_M)
     along_M /= mean_M @ along_M
-    gate_EM -= torch.outer(gate_EM @ mean_M, along_M)
     logits_TE, along_T = x_TM @ gate_EM.T, x_TM @ along_M
     spread = logits_TE.std()
     shift_E = gate_EM.new_zeros(len(gate_EM))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lasp._core.impl import Impl, chosen_impl
+from lasp._core.checks import check_not_negative, check_sizes
+from lasp._core.impl import Impl, check_impl, chosen_impl
 from lasp.lightning.triton.tuning import WIDEST_ROW
 
 
@@ -26,7 +27,8 @@ class RMSNorm(nn.RMSNorm):
     Gradients: to the input and the weight.
 
     Raises:
-        ValueError: in the forward, if ``impl`` is ``triton`` where it cannot run.
+        ValueError: naming the argument; in the forward, if the last dim is another, and if ``impl``
+            is ``triton`` where it cannot run.
     """
 
     def __init__(
@@ -38,12 +40,20 @@ class RMSNorm(nn.RMSNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_sizes(size=size)
+        check_not_negative(eps=eps)
+        check_impl(impl)
         super().__init__(size, eps, device=device, dtype=dtype)
         self.impl: Impl = impl
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., size]`` normed, in its dtype; autocast does not change it."""
         width = x.shape[-1]
+        if width != self.normalized_shape[0]:
+            raise ValueError(
+                f"x must be [..., {self.normalized_shape[0]}], got {list(x.shape)}: a norm is over"
+                " the size that it was built with"
+            )
         unserved = "" if width <= WIDEST_ROW else f"{width} features, above {WIDEST_ROW}"
         if chosen_impl(self.impl, x.device, x.dtype, unserved) == "eager":
             # Autocast on CUDA widens torch's norm, and with it what a 16-bit stream adds up.

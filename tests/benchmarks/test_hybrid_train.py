@@ -82,10 +82,10 @@ def test_routers_of_a_benchmark_are_even() -> None:
         router.register_forward_pre_hook(load)
     model(tokens, batch)
     assert max(busiest) > 1.5
-    assert make_even(model, lambda: model(tokens, batch)) < 1.2
+    assert make_even(model, lambda: model(tokens, batch)) < 1.06
     busiest.clear()
     model(tokens, batch)
-    assert max(busiest) < 1.2
+    assert max(busiest) < 1.06
 
 
 def test_operations_of_weights_are_those_that_torch_counts() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -81,6 +83,22 @@ def test_autocast_does_not_widen_the_stream(impl: str, dtype: torch.dtype) -> No
         assert norm(torch.randn(3, 16, device="cuda").to(dtype)).dtype == dtype
 
 
-def test_bad_impl() -> None:
-    with pytest.raises(ValueError, match="impl must be one of"):
-        RMSNorm(16, EPS, impl="cuda")(torch.randn(3, 16))
+@pytest.mark.parametrize("impl", ["eager", pytest.param("triton", marks=NEEDS_TRITON)])
+@pytest.mark.parametrize("width", [8, 32])
+def test_a_width_of_another_weight_is_refused(impl: str, width: int) -> None:
+    with pytest.raises(ValueError, match=rf"x must be \[\.\.\., 16\], got \[3, {width}\]"):
+        RMSNorm(16, EPS, impl=impl)(torch.randn(3, width))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"impl": "cuda"}, "impl must be one of"),
+        ({"eps": None}, "eps must be a finite number >= 0, got None"),
+        ({"eps": -1.0}, "eps must be a finite number >= 0, got -1"),
+        ({"size": 0}, "size must be an integer >= 1, got 0"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RMSNorm(**{"size": 16, "eps": EPS} | options)

@@ -112,7 +112,7 @@ class LocalGradients:
 
     def before_stages(self) -> None:
         """Compute the early rows, if the block can."""
-        out = QKV(*(torch.empty_like(x) for x in self.qkv))
+        out = QKV(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in self.qkv))
         if self._part(0, out):
             self._early = out
 

@@ -217,11 +217,7 @@ class ExpertParallelMoE(nn.Module):
             self._calls_compared = check_same_calls(*who, hidden, how)
 
     def agreed_order(self, rows: Tensor, token_order: TokenOrder | None) -> TokenOrder:
-        """Where all tokens stand, see :func:`moe_parallel.router.checks.agreed_order`.
-
-        Raises:
-            ValueError: also with ``static_shapes``, if ``max_rows`` is too small for any routing.
-        """
+        """See :func:`moe_parallel.router.checks.agreed_order`; ``max_rows`` must be enough too."""
         where = (self.config, self.mesh, self.groups.token)
         order = agreed_order(rows, token_order, *where, training=self.training)
         if self.config.static_shapes:
@@ -252,20 +248,18 @@ class ExpertParallelMoE(nn.Module):
         Communication: see :meth:`moe_parallel.pipeline.pipeline.Pipeline.run`.
 
         Raises:
-            ValueError: if a rank of the block would take more than ``max_rows``, unless those
-                beyond are dropped (``static_shapes``).
+            ValueError: if a rank would take more than ``max_rows`` and none are dropped.
         """
         config, mesh, order, rows = self.config, self.mesh, None, x_TM
         impl = chosen_impl(config.impl, x_TM.device, x_TM.dtype)
-        padded = config.pad_to_capacity and self.training
-        if self._sends_tokens(x_TM, routing, token_order, padded=padded):
+        if self._sends_tokens(x_TM, routing, token_order):
             where = (mesh, self.dispatcher, token_order, self.groups.token)
-            call = start_tokens(x_TM, routing, config, *where, padded=padded)
+            call = start_tokens(x_TM, routing, config, *where, padded=self._is_padded)
             routing, dispatch, wait, total, wanted_R = call
             self.most_rows.note(wanted_R)
         else:
             groups_for = partial(self._groups, x_TM=x_TM)
-            if padded:
+            if self._is_padded:
                 routing, sent = padded_rows(routing, config, token_order, groups_for)
             else:
                 chosen = partial(self.experts.chosen_gemm, dtype=x_TM.dtype)
@@ -277,10 +271,8 @@ class ExpertParallelMoE(nn.Module):
                 wait, sent.groups, most_rows=sent.most, like=x_TM, kept=kept, impl=impl
             )
             dispatch.static = config.static_shapes
-            # The host may wait for the counts after this: meanwhile the device permutes, and on one
-            # rank computes the shared expert; over several that runs while rows travel.
             order = replace(sent.order, place=dispatch.place)
-            rows = permute(x_TM, order, impl)
+            rows = permute(x_TM, order, impl)  # while the host may wait for the counts
         if with_loss and dispatch.early:
             routing = routing._replace(loss=routing.aux_loss)
         shared = self.shared and self.shared.start(x_TM, aside=bool(dispatch.lanes))
@@ -293,15 +285,16 @@ class ExpertParallelMoE(nn.Module):
             wait()  # where nothing did yet: ranks that differ in the counts raise
         return output_TM if shared is None else output_TM + shared(), routing
 
-    def _sends_tokens(
-        self, x_TM: Tensor, routing: Routing, token_order: TokenOrder, *, padded: bool
-    ) -> bool:
+    @property
+    def _is_padded(self) -> bool:
+        return self.config.pad_to_capacity and self.training
+
+    def _sends_tokens(self, x_TM: Tensor, routing: Routing, token_order: TokenOrder) -> bool:
         """Whether tokens cross once, see :func:`moe_parallel.dispatch.sending.tokens_pay`."""
-        fits = partial(tokens_pay, self.config, self.mesh, padded=padded)
+        fits = partial(tokens_pay, self.config, self.mesh, padded=self._is_padded)
         if routing.counts.tokens is None or not fits(1):
             return False
         return fits(len(self._groups(token_order.num_tokens * self.config.top_k, x_TM)[0]))
 
     def _groups(self, num_rows: int, x_TM: Tensor) -> tuple[tuple[range, ...], Tensor | None]:
-        """Groups of a rank's experts for so many rows, and the experts' positions."""
         return call_groups(self.config, self.mesh, self.dispatcher, num_rows, x_TM)

@@ -139,9 +139,6 @@ class HybridModel(PretrainedModel, GenerativeModel):
                 :func:`lasp.hybrid.linear_cross_entropy`. Divide it by the targets of all ranks.
             next_labels: likewise, for ``next_tokens``.
 
-        Returns:
-            :class:`HybridOutput`.
-
         Gradients: to the parameters, and to ``inputs_embeds``.
 
         Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lasp._core.checks import check_part
 from moe_parallel.layer import ExpertParallelMoE
 
 
@@ -20,8 +21,10 @@ def check_max_rows(model: nn.Module) -> None:
         model: holds any number of expert layers.
 
     Raises:
-        ValueError: naming the layers, and how many rows a rank's experts would have taken.
+        ValueError: naming the layers, and how many rows a rank's experts would have taken; and for
+            what is no module.
     """
+    check_part("model", model, nn.Module)
     noted = {}
     for name, layer in model.named_modules():
         if isinstance(layer, ExpertParallelMoE) and layer.most_rows.value is not None:

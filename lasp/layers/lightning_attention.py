@@ -140,6 +140,8 @@ class LightningAttention(nn.Module):
 
         Returns:
             Output as ``hidden``, and final states as of :func:`lasp.lightning_attention`.
+
+        Communication: that of :func:`lasp.lightning_attention`.
         """
         return self._mix(
             hidden, layout, cp_group, initial_state, position_ids, output_final_state=True

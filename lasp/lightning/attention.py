@@ -211,12 +211,24 @@ def lightning_attention(
             in dtype, shapes, rates, layout or options in their first call on the group.
         lasp.state_exchange.ExchangeError: if a rank is gone, see ``lasp._core.failure``.
     """
-    q, k, v = autocast_inputs(q, k, v)
-    check_qkv(q, k, v)
-    if state_eps is None:
-        state_eps = 2.0**-61 if q.dtype == torch.float64 else 2.0**-32
     settings: dict[str, Any] = {"scale": scale, "exchange": exchange, "state_eps": state_eps}
     settings["output_final_state"] = output_final_state
+    return _by_impl(impl, (q, k, v), rates, initial_state, layout, cp_group, settings)
+
+
+def _by_impl(
+    impl: Impl,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    rates: Tensor,
+    initial_state: Tensor | None,
+    layout: SequenceLayout | None,
+    cp_group: dist.ProcessGroup | None,
+    settings: dict[str, Any],
+) -> LightningOutput:
+    q, k, v = autocast_inputs(*qkv)
+    check_qkv(q, k, v)
+    if settings["state_eps"] is None:
+        settings["state_eps"] = 2.0**-61 if q.dtype == torch.float64 else 2.0**-32
     if chosen_impl(impl, q.device, q.dtype, unserved(q, v)) == "eager":
         return _attend(q, k, v, rates, initial_state, layout, cp_group, settings)
     from lasp.lightning.triton.torch_ops import attend  # which checks the rest when it runs

@@ -244,3 +244,9 @@ def test_refuses_blocks_that_are_not_consecutive() -> None:
     for rank, sources in ((0, (0, 2)), (1, (1, 2))):
         with pytest.raises(ValueError, match=r"groups\.ep must be consecutive ranks"):
             check_static_mesh(ExpertMesh(rank, 4, 0, 0, (sources,)))
+
+
+@pytest.mark.parametrize("model", [None, [torch.nn.Linear(2, 2)]])
+def test_what_is_no_module_has_no_rows(model: object) -> None:
+    with pytest.raises(ValueError, match="model must be of type Module"):
+        check_max_rows(model)

@@ -15,7 +15,8 @@ for each other and copy nothing, ``nothing copied``, and with copies alone, ``on
 
 Baselines: one group of experts; two groups of *tokens*, the scheme of MiniMax-01's figure 9, with
 the same pipeline; experts cut over all ranks (ETP alone), which is plain tensor parallelism; and
-the layer of Megatron-Core, if it is installed (``benchmarks.moe_megatron``). ``bare products`` are
+the layer of Megatron-Core and LigerCute's experts, where they are installed
+(``benchmarks.moe_megatron``, ``benchmarks.moe_liger``). ``bare products`` are
 the experts' matrix products and nothing else, the bound of the other times.
 
 ``--max-ctas`` limits the thread blocks of EP's communicator: 1 or 2 make NVLink as slow as a
@@ -35,7 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import harness, moe_megatron
+from benchmarks import harness, moe_liger, moe_megatron
 from benchmarks.harness import Machine, RankOptions, Row, say
 from benchmarks.moe_cases import (
     BARE,
@@ -104,7 +105,7 @@ def measure(
     """Rows of times, bound by the bare products, and of the share of communication exposed."""
     x, grad = inputs(case, machine)
     ours = ways(layer, machine, memory)
-    others = moe_megatron.peers(case, layer, groups, machine)
+    others = peers_of(case, layer, groups, machine)
     row = partial(harness.row, "moe_overlap", case._asdict() | {"ranks": dist.get_world_size()})
     for direction in ("forward", "both"):
         backward = direction == "both"
@@ -120,6 +121,14 @@ def measure(
                 alone = medians[COPIED if copied else SENT]
                 share = (medians[name] - medians[SILENT[copied]]) / alone
                 yield row(name, f"{direction}_exposed", share, "share")
+
+
+def peers_of(
+    case: Case, layer: ExpertParallelMoE, groups: ExpertGroups, machine: Machine
+) -> dict[str, Way]:
+    """Every installed layer of others, by name."""
+    made = (peer.peers(case, layer, groups, machine) for peer in (moe_megatron, moe_liger))
+    return {name: way for ways in made for name, way in ways.items()}
 
 
 def check(
@@ -144,7 +153,7 @@ def check(
 
     exact = harness.results(loop, [exact_x], exact_grad)
     ours = ways(layer, machine, memory)
-    peers = moe_megatron.peers(case, layer, groups, machine)
+    peers = peers_of(case, layer, groups, machine)
     first, differences = None, {}
     for name, way in (ours | peers).items():
         if name in SILENT:
@@ -205,8 +214,9 @@ def cases(options: Options, ranks: int) -> list[Case]:
 
 def rows(options: Options, machine: Machine) -> Iterator[Row]:
     """Check each case, small, then measure it."""
-    if (reason := moe_megatron.obstacle()) is not None:
-        say(f"left out: Megatron-Core's layer: {reason}")
+    for peer, name in ((moe_megatron, "Megatron-Core's layer"), (moe_liger, "LigerCute's experts")):
+        if (reason := peer.obstacle()) is not None:
+            say(f"left out: {name}: {reason}")
     for case in cases(options, dist.get_world_size()):
         with groups_of(case) as groups:
             hidden = max(64, case.experts)  # the gate reads an expert off each of the first ones

@@ -77,13 +77,15 @@ def ring(name: str, *lengths: int, ranks: int, order: str) -> Calls:
     )
 
 
-def experts(name: str, tokens: int, ranks: int, planted: float = 8.0) -> Calls:
-    """MiniMax's width, 8 experts a rank; a gate that sends tokens evenly."""
+def experts(
+    name: str, tokens: int, ranks: int, hidden: int = 6144, ffn: int = 9216, planted: float = 8.0
+) -> Calls:
+    """8 experts a rank, of MiniMax's width by default; a gate that sends tokens evenly."""
     import moe_parallel as moe
 
-    hidden, num_experts = 6144, 8 * ranks
+    num_experts = 8 * ranks
     groups = moe.ExpertTopology(ranks, ep=ranks).build_groups().experts if ranks > 1 else None
-    config = moe.MoEConfig(hidden, 9216, num_experts, 2)
+    config = moe.MoEConfig(hidden, ffn, num_experts, 2)
     chosen = {} if groups is None else {"groups": groups}
     layer = moe.ExpertParallelMoE(config, device="meta", dtype=torch.bfloat16, **chosen)
     layer.to_empty(device="cuda")
@@ -139,6 +141,7 @@ def builders(ranks: int) -> dict[str, Callable[[], Calls]]:
         "ring one": partial(ring, "ring one document", 16384 * ranks, **over),
         "ring pack": partial(ring, "ring pack", *documents, **over),
         "experts": partial(experts, "experts", 8192, ranks),
+        "experts Mixtral": partial(experts, "experts of Mixtral", 8192, ranks, 4096, 14336),
         "lightning host": partial(lightning, "host lightning", 8, 40, 256 * ranks, **over),
         "ring host": partial(ring, "host ring", 256 * ranks, **over),
         "experts host": partial(experts, "host experts", 256, ranks),

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import moe_cases, moe_megatron, moe_overlap, report
+from benchmarks import moe_cases, moe_liger, moe_megatron, moe_overlap, report
 from benchmarks.harness import Machine
 from tests.ranks import run_on_ranks
 
@@ -116,10 +116,11 @@ def balanced_on_rank(case: moe_overlap.Case) -> None:
     assert len(set(stats.assigned.tolist())) == 1
 
 
-def test_megatron_is_left_out_where_it_is_missing() -> None:
-    missing = patch("importlib.import_module", side_effect=ModuleNotFoundError("No megatron here"))
+@pytest.mark.parametrize("peer", [moe_megatron, moe_liger])
+def test_a_peer_is_left_out_where_it_is_missing(peer: Any) -> None:
+    missing = patch("importlib.import_module", side_effect=ModuleNotFoundError("nothing here"))
     with missing:
-        assert moe_megatron.obstacle.__wrapped__() == "No megatron here"
+        assert peer.obstacle.__wrapped__() == "nothing here"
 
 
 def test_rows_make_a_table() -> None:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp._core.autocast import autocast_inputs
-from lasp._core.checks import check_part
+from lasp._core.checks import check_part, check_sizes
 from moe_parallel.config import MoEConfig
 from moe_parallel.experts.dense import DenseFFN
 from moe_parallel.experts.shard import generator_of
@@ -49,6 +49,8 @@ class DenseLayer(nn.Module):
     ) -> None:
         super().__init__()
         check_part("config", config, MoEConfig)
+        check_part("groups", groups, ExpertGroups)
+        check_sizes(ffn_size=ffn_size)
         self._rank = 0 if groups.token is None else dist.get_rank(groups.token)
         self.ffn = DenseFFN(
             config.hidden_size, ffn_size, impl=config.impl, device=device, dtype=dtype

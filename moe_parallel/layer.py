@@ -110,7 +110,6 @@ class ExpertParallelMoE(nn.Module):
     ) -> None:
         super().__init__()
         check_part("config", config, MoEConfig)
-        check_part("symmetric_memory", symmetric_memory, SymmetricMemory, optional=True)
         where: dict[str, Any] = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         self.config, self.groups, self.mesh = config, groups, expert_mesh(groups)
         self.dispatcher = make_dispatcher(self.mesh, groups, symmetric_memory)

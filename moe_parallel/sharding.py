@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lasp._core.checks import check_part
 from moe_parallel.experts.experts import Experts
 from moe_parallel.topology import ExpertTopology
 
@@ -44,7 +45,11 @@ def parameter_groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
     Returns:
         ``[{"params": dense}, {"params": experts}]``; without experts the first alone. Add options
         of a group, such as ``weight_decay``, to the dicts.
+
+    Raises:
+        ValueError: for what is no module.
     """
+    check_part("model", model, nn.Module)
     experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
     dense = [p for p in model.parameters() if p not in experts]
     ordered = [p for p in model.parameters() if p in experts]
@@ -69,12 +74,14 @@ def distribute_experts(model: nn.Module, topology: ExpertTopology) -> DeviceMesh
     Communication: makes process groups; every rank must call it.
 
     Raises:
-        ValueError: if a layer is split otherwise than ``topology`` says, a weight is computed by a
-            parametrization, or the model lies on meta.
+        ValueError: for arguments of another type, if a layer is split otherwise than ``topology``
+            says, a weight is computed by a parametrization, or the model lies on meta.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
 
+    check_part("model", model, nn.Module)
+    check_part("topology", topology, ExpertTopology)
     device_type = next(model.parameters()).device.type
     shape = (topology.pp, topology.edp, topology.ep, topology.etp)
     ranks = torch.arange(topology.world_size).view(shape)

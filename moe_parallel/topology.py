@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch.distributed as dist
 
-from lasp._core.checks import check_sizes
+from lasp._core.checks import check_one_of, check_sizes
 
 Axis = Literal["tp", "cp", "dp", "pp", "dp_cp", "token", "ep", "etp", "edp", "ep_etp"]
 
@@ -169,8 +169,8 @@ class ExpertTopology:
         return ExpertCoordinates(etp=etp, ep=ep, edp=edp, pp=pp)
 
     def _coordinates(self, rank: int, sizes: tuple[int, int, int]) -> tuple[int, int, int, int]:
-        if not 0 <= rank < self.world_size:
-            raise ValueError(f"rank must be a global rank in [0, {self.world_size}), got {rank}")
+        if rank not in range(self.world_size):
+            raise ValueError(f"rank must be a global rank in [0, {self.world_size}), got {rank!r}")
         rank, first = divmod(rank, sizes[0])
         rank, second = divmod(rank, sizes[1])
         fourth, third = divmod(rank, sizes[2])
@@ -183,8 +183,7 @@ class ExpertTopology:
             axis: one mesh axis, or a block of them: ``dp_cp``, ``token`` (tp x cp x dp, all ranks
                 of a stage) or ``ep_etp``.
         """
-        if axis not in _AXES:
-            raise ValueError(f"axis must be one of {get_args(Axis)}, got {axis!r}")
+        check_one_of(Axis, axis=axis)
         mesh, inside = _AXES[axis]
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):

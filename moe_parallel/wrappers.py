@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lasp._core.checks import check_not_negative, check_part
 from lasp._core.dtensors import local
 from lasp._core.graphs import outside_graphs
 from lasp._core.summed_gradients import any_summed, mark_summed
@@ -52,9 +53,11 @@ def apply_ddp(model: nn.Module, groups: ParallelGroups, **options: Any) -> Distr
     over ``groups.edp`` in every backward, which nothing hides.
 
     Raises:
-        ValueError: if ``groups.token`` is None, ``options`` name a group, the model is wrapped
-            already or nothing but split experts trains.
+        ValueError: for arguments of another type, if ``groups.token`` is None, ``options`` name a
+            group, the model is wrapped already or nothing but split experts trains.
     """
+    check_part("model", model, nn.Module)
+    check_part("groups", groups, ParallelGroups)
     if groups.token is None:
         raise ValueError(
             "groups.token must be the ranks to sum over, got None: one rank needs none"
@@ -193,6 +196,9 @@ def apply_fsdp(
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+    check_part("blocks", blocks, Iterable)
+    for block in (blocks := list(blocks)):
+        check_part("block", block, nn.Module)
     mesh = distribute_experts(model, topology)
     ranks = torch.arange(topology.world_size).view(topology.pp, -1)
     tokens = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("pp", "token"))["token"]
@@ -233,7 +239,14 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, groups: ParallelGroups) -
         The norm before, a scalar in float32 (float64); the same bits on every rank.
 
     Communication: one all-reduce of a number over ``groups.token``, and over ``groups.pp``.
+
+    Raises:
+        ValueError: for arguments of another type, and for a model without gradients.
     """
+    check_part("model", model, nn.Module)
+    check_part("groups", groups, ParallelGroups)
+    if max_norm != math.inf:
+        check_not_negative(max_norm=max_norm)
     split = {id(p): e.ep_size * e.etp_size for _, e in split_experts(model) for p in e.parameters()}
     num_ranks = 1 if groups.token is None else groups.token.size()
     grads, squares = [], []

@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.autocast import autocast_inputs
-from lasp._core.checks import checked_scale
+from lasp._core.checks import check_flags, checked_scale
 from lasp._core.joint_backward import join_backward
 from lasp.sequence.layout import SequenceLayout
 from ring.torch_ops import ATTENTION, check_kinds, lengths_and_group
@@ -148,6 +148,8 @@ def attend(
     """
     layout, cp_group, causal, window, sinks, scale, block = options
     check_kinds(layout, cp_group)
+    if type(causal) is not bool:
+        check_flags(causal=causal)  # type: ignore[unreachable]
     window = checked_window(window, causal)
     if sinks is not None:
         sinks = _checked_sinks(sinks, q)
@@ -160,7 +162,7 @@ def attend(
         _check_rows(layout)
         packed = _rows_as_heads(q)
     where = lengths_and_group(packed.shape[0], layout, cp_group)
-    output, lse = operator(packed, k, v, sinks, *where, bool(causal), window, scale, block)
+    output, lse = operator(packed, k, v, sinks, *where, causal, window, scale, block)
     if q.ndim == 4:
         heads = (q.shape[0], q.shape[2])
         output, lse = (x.unflatten(1, heads).transpose(0, 1) for x in (output, lse))

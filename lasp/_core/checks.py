@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from reprlib import repr as short_repr
-from typing import Any, Protocol, TypeGuard, get_args
+from typing import Any, Protocol, SupportsIndex, TypeGuard, get_args
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,9 +14,12 @@ from torch import Tensor
 
 def checked_scale(scale: float) -> float:
     """The factor of an operator; ValueError unless it is finite."""
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}: leave it out for the default")
-    return float(scale)
+    try:
+        if math.isfinite(scale):
+            return float(scale)
+    except TypeError:  # no number
+        pass
+    raise ValueError(f"scale must be finite, got {scale!r}: leave it out for the default")
 
 
 def check_positive(**values: float | None) -> None:
@@ -66,9 +70,20 @@ def check_sizes(least: int = 1, **values: int | None) -> None:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
-def check_sizes_or_none(**values: int | None) -> None:
+def check_sizes_or_none(least: int = 1, **values: int | None) -> None:
     """The same, but for those that are None."""
-    check_sizes(**{name: value for name, value in values.items() if value is not None})
+    check_sizes(least, **{name: value for name, value in values.items() if value is not None})
+
+
+def integers(name: str, values: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """The argument ``name`` as ints; ValueError if it holds anything else."""
+    try:
+        numbers = tuple(map(operator.index, values))
+        if bool not in map(type, numbers):
+            return numbers
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be integers, got {values!r}")
 
 
 def check_one_of(kind: Any, **values: str) -> None:
@@ -79,8 +94,13 @@ def check_one_of(kind: Any, **values: str) -> None:
 
 
 def check_part(name: str, value: object, kind: type, *, optional: bool = False) -> None:
-    """Raise ValueError unless ``value``, the argument ``name``, is of ``kind``, or None."""
-    if not (isinstance(value, kind) or (optional and value is None)):
+    """Raise ValueError unless ``value``, the argument ``name``, is of ``kind``, or None.
+
+    What ``torch.compile`` makes of a module is of the module's kind.
+    """
+    if isinstance(value, kind) or (optional and value is None):
+        return
+    if not isinstance(getattr(value, "_orig_mod", None), kind):
         wanted = f"of type {kind.__name__}{' or None' if optional else ''}"
         raise ValueError(
             f"{name} must be {wanted}, got {short_repr(value)}: pass {name}={kind.__name__}(...)"

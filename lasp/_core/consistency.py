@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.checks import check_part
 from lasp._core.collectives import all_gather
 from lasp._core.failure import naming
 from lasp._core.graphs import makes_fake_tensors
@@ -104,6 +105,7 @@ def check_same_on_ranks(
 
     Communication: one all-gather of 128 bytes a rank, and a wait for it.
     """
+    check_part("group", group, dist.ProcessGroup)
     digest = digest_of(array("q", numbers))
     text = description.encode("ascii", "replace")[: MESSAGE_BYTES - DIGEST_BYTES]
     message = bytearray(digest + text.ljust(MESSAGE_BYTES - DIGEST_BYTES))

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from lasp._core.checks import check_part
+
 ROLL_CALL_S = 1.0
 
 
@@ -44,6 +46,7 @@ def missing_ranks(group: dist.ProcessGroup) -> list[int]:
 
     Every rank on which one failed calls this; ranks that still wait for those are missing too.
     """
+    check_part("group", group, dist.ProcessGroup)
     waiting = set(range(group.size()))
     deadline = time.monotonic() + ROLL_CALL_S
     try:

@@ -15,6 +15,7 @@ from lasp._core.checks import (
     check_positive,
     check_positive_or_none,
     check_sizes,
+    check_sizes_or_none,
 )
 from lasp._core.dtypes import wide_dtype
 
@@ -64,10 +65,8 @@ class RopeScaling:
             )
         check_flags(truncate=self.truncate)
         check_positive(factor=self.factor, beta_fast=self.beta_fast, beta_slow=self.beta_slow)
-        check_positive_or_none(
-            original_max_position_embeddings=self.original_max_position_embeddings,
-            attention_factor=self.attention_factor,
-        )
+        check_positive_or_none(attention_factor=self.attention_factor)
+        check_sizes_or_none(original_max_position_embeddings=self.original_max_position_embeddings)
         for name in ("mscale", "mscale_all_dim"):
             if value := getattr(self, name):  # 0 says as much as None
                 check_positive(**{name: value})

@@ -55,6 +55,11 @@ class Options:
 
     def __post_init__(self) -> None:
         check_one_of(Target, to=self.to)
+        check_one_of(Literal["gpt", "hybrid"], megatron_model=self.megatron_model)
+        if self.format is not None:
+            check_one_of(FormatName, format=self.format)
+        if self.dtype is not None:
+            check_one_of(Literal["bfloat16", "float16", "float32"], dtype=self.dtype)
         check_sizes(shard_bytes=self.shard_bytes)
         if self.float32_routers is not None:
             check_flags(float32_routers=self.float32_routers)

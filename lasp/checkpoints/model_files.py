@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp._core.checks import check_flags, check_sizes
+from lasp._core.checks import check_flags, check_part, check_sizes
 from lasp._core.dtensors import local
 from lasp.checkpoints.atoms import WIDE_ROLES, Atom, Shape, atoms_of
 from lasp.checkpoints.configs import FormatName, check_same, config_fields, format_of
@@ -73,6 +73,7 @@ def load_model(
     dtype: torch.dtype | None,
 ) -> HybridModel:
     """See :meth:`lasp.hybrid.HybridModel.from_pretrained`."""
+    check_part("config", config, HybridConfig, optional=True)
     source = open_source(folder)
     if config is not None:
         check_same(config, source.config, "config.json")

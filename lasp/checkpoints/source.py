@@ -134,7 +134,7 @@ class Source:
         return tensor if cut is None else tensor[cut]
 
 
-def open_source(folder: Path, config_path: Path | None = None) -> Source:
+def open_source(folder: str | Path, config_path: Path | None = None) -> Source:
     """Open a checkpoint, whatever its format.
 
     Args:
@@ -145,6 +145,7 @@ def open_source(folder: Path, config_path: Path | None = None) -> Source:
     Raises:
         ValueError: as of :class:`Source`, and if the folder is none of these.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"the folder to read must be there, got {folder}")
     inside = newest(folder)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp._core.checks import check_sizes
+from lasp._core.checks import check_part, check_sizes
 from lasp._core.dtypes import wide_dtype
 from lasp.generation import files
 from lasp.generation.files import CacheShape
@@ -127,6 +127,7 @@ class GenerationCache:
         Raises:
             ValueError: if fewer are free.
         """
+        check_sizes(0, count=count)
         taken = self.slots.take(count)
         for states in self._states():
             states[taken] = 0
@@ -195,6 +196,7 @@ class GenerationCache:
         Raises:
             ValueError: if these are other slots, or more tokens than were drafted.
         """
+        check_part("kept", kept, Mapping)
         slots, counts, layers = self._drafted
         drafts = self.slots.drafts
         if kept.keys() != drafts.keys() or any(not 0 <= kept[s] <= drafts[s] for s in drafts):

@@ -9,9 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lasp._core.checks import check_not_negative, check_positive, check_sizes_or_none
+from lasp._core.checks import (
+    check_not_negative,
+    check_positive,
+    check_sizes,
+    check_sizes_or_none,
+    integers,
+)
 from lasp._core.dtypes import wide_dtype
-from lasp.sequence.pack import integers
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Sampling:
         check_not_negative(temperature=self.temperature)
         check_sizes_or_none(top_k=self.top_k)
         check_positive(top_p=self.top_p)
+        check_sizes(-(2**63), seed=self.seed)
         integers("suppressed", self.suppressed)
         if self.top_p > 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}: 1 leaves all tokens")

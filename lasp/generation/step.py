@@ -170,7 +170,7 @@ def plan_step(
     if not slots or len(slots) != len(counts) or min(counts) < 1:
         raise ValueError(
             f"tokens must be given for every slot, at least one each, got {list(counts)} for slots"
-            f" {list(slots)}: leave a slot out of the step, or give it a token"
+            f" {slots}: leave a slot out of the step, or give it a token"
         )
     table.check_step(slots, counts, draft=draft)
     few = max(counts) <= FEW

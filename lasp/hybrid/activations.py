@@ -54,6 +54,7 @@ def keep_activations(model: HybridModel, policy: str, *, dtype: torch.dtype | No
             no such layer, and where a policy is in force already.
     """
     check_part("model", model, HybridModel)
+    check_part("dtype", dtype, torch.dtype, optional=True)
     names = _checked(policy)
     if names == {"none"}:
         return

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from lasp._core.checks import (
     check_flags,
     check_part,
-    check_positive_or_none,
     check_sizes,
     check_sizes_or_none,
 )
@@ -88,7 +87,7 @@ class AttentionConfig:
         )
         check_flags(qk_norm=self.qk_norm, gated=self.gated)
         check_rotation(self.rope_base, self.rope_scaling)
-        check_positive_or_none(dense_len=self.dense_len)
+        check_sizes_or_none(dense_len=self.dense_len)
         check_part("latent", self.latent, LatentConfig, optional=True)
         if self.latent is None:
             check_rotary_dim(self.rotary_dim, self.head_dim)

@@ -7,18 +7,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp._core.checks import check_flags, check_part, check_sizes
+from lasp._core.checks import check_flags, check_part, check_sizes, integers
 from lasp._core.consistency import check_same_on_ranks
 from lasp.generation import GenerationCache, Sampling
 from lasp.hybrid.graphs import DecodeGraph, check_one_rank
 from lasp.hybrid.steps import Tokens, check_model, packed
-from lasp.sequence.pack import integers
 
 if TYPE_CHECKING:
     from lasp.hybrid.model import HybridModel
@@ -94,17 +93,19 @@ class Request:
     graph: bool
 
     @classmethod
-    def of(cls, model: HybridModel, prompts: Sequence[Tokens], **options: object) -> Request:
+    def of(cls, model: HybridModel, prompts: Sequence[Tokens], **options: Any) -> Request:
         """Check the arguments; ValueError naming the one that is wrong."""
         vocab_size = model.config.vocab_size
+        options["stop_tokens"] = integers("stop_tokens", options["stop_tokens"])
+        if options["slots"] is not None:
+            options["slots"] = integers("slots", options["slots"])
         pack, counts = packed(prompts, vocab_size, torch.device("cpu"))
-        request = cls(list(pack.split(counts)), **options)  # type: ignore[arg-type]
+        request = cls(list(pack.split(counts)), **options)
         check_part("sampling", request.sampling, Sampling)
         request.sampling.check_vocabulary(vocab_size)
         check_sizes(0, max_new_tokens=request.max_new_tokens)
         check_sizes(chunk_tokens=request.chunk_tokens)
         check_flags(graph=request.graph)
-        integers("stop_tokens", request.stop_tokens)
         if request.graph:
             check_one_rank(model)
         if request.slots is not None and len(request.slots) != len(counts):

@@ -127,8 +127,8 @@ class GenerativeModel(nn.Module):
             cache,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            stop_tokens=tuple(stop_tokens),
-            slots=None if slots is None else tuple(slots),
+            stop_tokens=stop_tokens,
+            slots=slots,
             chunk_tokens=chunk_tokens,
             graph=graph,
         )

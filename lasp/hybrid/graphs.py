@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lasp._core.cache import holding_results
-from lasp._core.checks import check_sizes
+from lasp._core.checks import check_part, check_sizes
 from lasp._core.summed_gradients import any_summed
 from lasp.generation import PADDING, GenerationCache
 from lasp.generation.cache import KeyMemory
@@ -139,13 +139,17 @@ class StepGraph:
         inputs: tensors of the shapes, dtypes and devices of all steps; values are used to warm up.
 
     Raises:
-        ValueError: for a model over ranks or in a wrapper, one that offloads activations or has
-            nothing to train, and for a loss that is no scalar.
+        ValueError: for arguments of another type, a model over ranks or in a wrapper, one that
+            offloads activations or has nothing to train, and a loss that is no scalar.
         RuntimeError: where a layer needs the host.
     """
 
     def __init__(self, model: HybridModel, loss_of: Callable[..., Tensor], *inputs: Tensor) -> None:
         _check_trainable(model)
+        if not callable(loss_of):
+            raise ValueError(f"loss_of must be a function of the inputs, got {loss_of!r}")
+        for x in inputs:
+            check_part("inputs", x, Tensor)
         self._model, self._loss_of = model, loss_of
         self._inputs = [x.clone() for x in inputs]
         self._all = list(model.parameters())
@@ -227,9 +231,11 @@ class StepGraph:
 
 def _check_trainable(model: HybridModel) -> None:
     from lasp.hybrid.activations import offloads
+    from lasp.hybrid.model import HybridModel
 
-    wrapped = isinstance(model, DistributedDataParallel) or any_summed(model)
-    if wrapped or any(group is not None for group in model.groups):
+    wrapped = isinstance(model, DistributedDataParallel)
+    check_part("model", model.module if wrapped else model, HybridModel)
+    if wrapped or any_summed(model) or any(group is not None for group in model.groups):
         raise ValueError(_NOT_PLAIN)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in model.parameters()):
         raise ValueError(

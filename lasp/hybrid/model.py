@@ -32,6 +32,7 @@ from lasp.hybrid.packing import PackedBatch
 from lasp.hybrid.pretrained import PretrainedModel
 from lasp.layers.rms_norm import RMSNorm
 from moe_parallel import ParallelGroups, RoutingStats, SymmetricMemory
+from moe_parallel.experts.shard import generator_of
 
 
 class HybridOutput(NamedTuple):
@@ -146,6 +147,8 @@ class HybridModel(PretrainedModel, GenerativeModel):
                 tokens, ``next_tokens`` where they must be and can be, ``next_labels`` where there
                 are both others; and for documents of ``attention.dense_len`` tokens.
         """
+        check_part("batch", batch, PackedBatch)
+        check_part("cached", cached, CacheStep, optional=True)
         self.config.attention.check_documents(batch.layout.document_lengths)
         self._check_next(next_tokens, batch)
         check_next_labels(labels, next_tokens, next_labels)
@@ -246,7 +249,7 @@ class HybridModel(PretrainedModel, GenerativeModel):
         Gain 1 for q, k and gates, ``init_gain`` for v, output projections and experts (DeepNet,
         arXiv:2203.00555). Drawn on the host in float32, so that device and dtype do not change it.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed)
         embedding = torch.empty(self.embedding.weight.shape, device="cpu", dtype=torch.float32)
         self.embedding.weight.copy_(embedding.normal_(generator=generator))
         if self.head is not None:

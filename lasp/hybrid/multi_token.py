@@ -93,6 +93,8 @@ def next_in_document(
             communication.
     """
     check_part("x", x, Tensor)
+    check_part("layout", layout, SequenceLayout)
+    check_part("cp_group", cp_group, dist.ProcessGroup, optional=True)
     if x.dim() != 1:
         raise ValueError(f"x must be [T], one number a token, got {list(x.shape)}")
     rank = checked_rank("x", x, 0, layout, cp_group)

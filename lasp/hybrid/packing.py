@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from lasp._core.checks import check_sizes
+from lasp._core.checks import check_part, check_sizes
 from lasp._core.consistency import check_same_on_ranks
 from lasp.sequence.layout import Order, RealTokens, SequenceLayout
 from moe_parallel import TokenOrder, TokenSegment
@@ -61,6 +61,7 @@ def pack_batch(
         ValueError: naming the argument; on every rank of ``group``, with the ranks that hold each,
             if their packs differ.
     """
+    check_part("group", group, dist.ProcessGroup, optional=True)
     layouts: list[SequenceLayout] = []
     error: ValueError | TypeError | None = None
     try:

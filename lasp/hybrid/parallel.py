@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lasp._core.checks import check_part
 from lasp.hybrid.activations import keep_activations
 from lasp.hybrid.model import HybridModel
 from moe_parallel import ExpertTopology, apply_fsdp
@@ -46,12 +47,16 @@ def parallelize(
     of each layer's parameters, forward and backward, and a reduce-scatter of its gradients.
 
     Raises:
-        ValueError: if parameters have ``param_dtype`` already, so that there would be no masters;
-            as :func:`lasp.hybrid.activations.keep_activations`, and as
-            :func:`moe_parallel.apply_fsdp`.
+        ValueError: for arguments of another type; if parameters have ``param_dtype`` already, so
+            that there would be no masters; as :func:`lasp.hybrid.activations.keep_activations`, and
+            as :func:`moe_parallel.apply_fsdp`.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    check_part("model", model, HybridModel)
+    check_part("topology", topology, ExpertTopology)
+    check_part("param_dtype", param_dtype, torch.dtype, optional=True)
+    check_part("reduce_dtype", reduce_dtype, torch.dtype, optional=True)
     dtype = model.embedding.weight.dtype
     if param_dtype not in (None, torch.float32, torch.float64) and dtype == param_dtype:
         raise ValueError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from lasp._core.checks import check_part
 from lasp._core.dtensors import local
 from lasp._core.dtypes import wide_dtype
 from lasp._core.summed_gradients import any_summed
@@ -34,13 +35,16 @@ def reduce_gradients(model: HybridModel) -> None:
     gradients each, once before each step.
 
     Raises:
-        ValueError: if :func:`moe_parallel.apply_ddp` or ``apply_fsdp`` sums in the backward.
+        ValueError: for what is no such model, and if :func:`moe_parallel.apply_ddp` or
+            ``apply_fsdp`` sums in the backward.
     """
+    check_part("model", model, nn.Module)
     if any_summed(model):
         raise ValueError(
             "model must not be under apply_ddp or apply_fsdp, which have summed its gradients in"
             " the backward: leave reduce_gradients out"
         )
+    check_part("model", model, HybridModel)
     for parameters, group in (
         (model.dense_parameters(), model.groups.token),
         (model.expert_parameters(), model.groups.edp),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lasp._core.checks import check_finite, check_flags, check_one_of, check_positive, check_sizes
-from lasp._core.rotary import RopeScaling, check_rotary_dim, check_rotation
+from lasp._core.rotary import RopeScaling, check_even, check_rotary_dim, check_rotation
 
 Activation = Literal["silu", "none"]
 Gate = Literal["sigmoid", "silu", "none"]
@@ -59,6 +59,7 @@ class LightningOptions:
         names = ("qk_norm", "gate_first", "qkv_bias", "gate_bias", "out_bias")
         check_flags(**{name: getattr(self, name) for name in names})
         check_positive(norm_eps=self.norm_eps)
+        check_even("rotary_dim", self.rotary_dim)
         check_rotation(self.rope_base, self.rope_scaling)
         if self.scale is not None:
             check_finite(scale=self.scale)
@@ -70,6 +71,7 @@ class LightningOptions:
 
     def check_heads(self, num_heads: int, head_dim: int, tp_size: int = 1) -> None:
         """Raise ValueError unless these heads, over ``tp_size`` ranks, fit the options."""
+        check_sizes(num_heads=num_heads, head_dim=head_dim, tp_size=tp_size)
         check_rotary_dim(self.rotary_dim, head_dim)
         if num_heads % self.norm_groups:
             raise ValueError(

@@ -39,6 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.autocast import autocast_inputs
+from lasp._core.checks import check_flags
 from lasp._core.derivatives import refuse_second_derivatives, refuse_transforms
 from lasp._core.dtypes import wide_dtype
 from lasp._core.graphs import outside_graphs
@@ -213,6 +214,8 @@ def lightning_attention(
     """
     settings: dict[str, Any] = {"scale": scale, "exchange": exchange, "state_eps": state_eps}
     settings["output_final_state"] = output_final_state
+    if type(output_final_state) is not bool:
+        check_flags(output_final_state=output_final_state)  # type: ignore[unreachable]
     return _by_impl(impl, (q, k, v), rates, initial_state, layout, cp_group, settings)
 
 

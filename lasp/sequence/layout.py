@@ -279,9 +279,9 @@ class SequenceLayout(PackDefinition):
         return _POSITIONS.get((self.definition, rank, device), build).clone()
 
     def _check_rank(self, rank: int) -> None:
-        if not 0 <= rank < self.num_ranks:
+        if rank not in range(self.num_ranks):
             raise ValueError(
-                f"rank must be in [0, {self.num_ranks}), got {rank}: pass the rank within the"
+                f"rank must be in [0, {self.num_ranks}), got {rank!r}: pass the rank within the"
                 " context-parallel group, not the global rank"
             )
 

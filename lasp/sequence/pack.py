@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar, Literal, Self, SupportsIndex, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from lasp._core.checks import check_one_of, check_sizes
+from lasp._core.checks import check_one_of, check_sizes, integers
 from lasp._core.graphs import makes_fake_tensors
 from lasp.sequence.runs import Sections, sections_of
 
@@ -167,14 +166,6 @@ class PackDefinition:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._keep_lengths_tensor()
-
-
-def integers(name: str, values: Iterable[SupportsIndex]) -> tuple[int, ...]:
-    """The argument ``name`` as ints; ValueError if it holds anything else."""
-    try:
-        return tuple(operator.index(value) for value in values)
-    except TypeError:
-        raise ValueError(f"{name} must be integers, got {values!r}") from None
 
 
 def check_document_lengths(lengths: tuple[int, ...]) -> None:

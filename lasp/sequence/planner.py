@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from lasp._core.checks import check_part, check_positive, check_sizes, check_sizes_or_none, integers
 from lasp.sequence.fold import WorkIndex
 from lasp.sequence.layout import Order, SequenceLayout
 
@@ -40,6 +41,9 @@ class CostModel:
         link_bytes_per_s: bandwidth between ranks, each direction.
         activation_bytes: bytes of one key or value element.
         window: tokens before itself that a query of the softmax layer sees; None: all.
+
+    Raises:
+        ValueError: naming the field.
     """
 
     query_heads: int = 64
@@ -51,6 +55,12 @@ class CostModel:
     link_bytes_per_s: float = 45e9
     activation_bytes: int = 2
     window: int | None = None
+
+    def __post_init__(self) -> None:
+        rates, sizes = ("flop_per_s", "link_bytes_per_s"), dict(vars(self))
+        check_positive(**{name: sizes.pop(name) for name in rates})
+        check_sizes_or_none(0, window=sizes.pop("window"))
+        check_sizes(0, **sizes)
 
 
 class LayoutCost(NamedTuple):
@@ -102,8 +112,9 @@ def layout_costs(
     document_lengths: Sequence[int], num_ranks: int, *, cost_model: CostModel | None = None
 ) -> tuple[LayoutCost, ...]:
     """Estimates of all orders that pad no document, best first; equal ones as in ``CHOSEN``."""
-    model = CostModel() if cost_model is None else cost_model
-    lengths = tuple(document_lengths)
+    check_part("cost_model", cost_model, CostModel, optional=True)
+    model = cost_model or CostModel()
+    lengths = integers("document_lengths", document_lengths)
     costs = [_cost(SequenceLayout(lengths, num_ranks, order), model) for order in CHOSEN]
     return tuple(sorted(costs, key=lambda cost: cost.total_ms))
 

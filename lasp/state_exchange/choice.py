@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple, NewType, get_args
 
+from lasp._core.checks import check_part
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import RunStep, flow_of
 from lasp.state_exchange.cost import (
@@ -56,7 +57,12 @@ def exchange_over(link: Link, name: ExchangeName = "auto") -> LinkedExchange:
     """An exchange that is chosen, or cut into blocks, for this link instead of the assumed one.
 
     Every rank must name the same link: :func:`lasp.state_exchange.measure_link` sees to it.
+
+    Raises:
+        ValueError: for an unknown name, and for what is no link.
     """
+    check_part("link", link, Link)
+    parse_exchange(name)
     return LinkedExchange(f"{name} over {link}")
 
 
@@ -103,8 +109,12 @@ def resolve_exchange(
     """
     if exchange not in NAMES:
         parse_exchange(exchange)
-    if not 0 <= eps < 1:
-        raise ValueError(f"state_eps must be in [0, 1), got {eps}: 0 keeps all")
+    try:
+        valid = 0 <= eps < 1
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"state_eps must be in [0, 1), got {eps!r}: 0 keeps all")
     if layout.num_ranks == 1:
         return ()
     return _resolved(

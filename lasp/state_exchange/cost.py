@@ -46,7 +46,11 @@ class Link:
 
     def __post_init__(self) -> None:
         numbers = {field.name: getattr(self, field.name) for field in fields(self)}
-        if not (self.gb_per_s > 0 and all(number >= 0 for number in numbers.values())):
+        try:
+            valid = self.gb_per_s > 0 and all(number >= 0 for number in numbers.values())
+        except TypeError:
+            valid = False
+        if not valid:
             raise ValueError(
                 f"a link must have times of 0 or more and a bandwidth above 0, got {numbers}"
             )
@@ -59,7 +63,7 @@ class Link:
         """The link of a text like ``latency_us=5,gb_per_s=150,launch_us=17,rank_us=4``."""
         try:
             return cls(**{name: float(x) for name, x in (p.split("=") for p in text.split(","))})
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"a link must be a text like {NVLINK}, got {text!r}: {error}"
             ) from None

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from lasp._core.checks import check_part, check_sizes
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import flow_of
 from lasp.state_exchange.choice import EXACT, ExchangeChoice
@@ -57,12 +58,11 @@ def measure_link(cp_group: dist.ProcessGroup, *, samples: int = 15) -> Link:
     Raises:
         ValueError: for a group of one rank, and for no samples.
     """
+    check_sizes(samples=samples)
+    check_part("cp_group", cp_group, dist.ProcessGroup)
     num_ranks = cp_group.size()
-    if num_ranks < 2 or samples < 1:
-        raise ValueError(
-            "a link must be measured between two ranks or more and in a sample or more, got"
-            f" {num_ranks} ranks, {samples} samples"
-        )
+    if num_ranks < 2:
+        raise ValueError("cp_group must have two ranks or more, got one: a link is between ranks")
     flow = flow_of(SequenceLayout((num_ranks,), num_ranks), cp_group.rank())
     traffic = traffic_of(flow.steps, num_ranks, lambda length: True)
     on_gpu = dist.get_backend(cp_group) == "nccl"

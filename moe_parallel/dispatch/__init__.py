@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lasp._core.checks import check_part
 from moe_parallel.dispatch.all_to_all import AllToAllDispatcher
 from moe_parallel.dispatch.copy_engine import CopyEngineDispatcher
 from moe_parallel.dispatch.dispatcher import Dispatcher, LocalDispatcher
@@ -23,8 +24,9 @@ def make_dispatcher(
         memory: shared by the block; None sends rows by all-to-all. One rank uses neither.
 
     Raises:
-        ValueError: if the memory is that of other ranks.
+        ValueError: if the memory is none, or that of other ranks.
     """
+    check_part("symmetric_memory", memory, SymmetricMemory, optional=True)
     if memory is not None and memory.global_ranks != (block := block_ranks(groups)):
         raise ValueError(
             f"symmetric_memory must be the memory of the EP x ETP block {block}, got that of ranks"

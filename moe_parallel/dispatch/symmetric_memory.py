@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.checks import check_part
 from moe_parallel.dispatch.stream_memory import (
     CudaStreamMemory,
     Prepared,
@@ -97,6 +98,7 @@ class SymmetricMemory:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        check_part("group", group, dist.ProcessGroup)
         self.group, self.rank, self.ranks = group, group.rank(), range(group.size())
         self.global_ranks = dist.get_process_group_ranks(group)
         # Beginning with the next rank, so that not all turn to the same one.

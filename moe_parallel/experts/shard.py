@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lasp._core.checks import check_sizes
+
 
 class ShardedDims(NamedTuple):
     """The dimensions of a parameter that are split over EP and over ETP."""
@@ -81,4 +83,5 @@ class ExpertShard(nn.Module):
 
 def generator_of(seed: int) -> torch.Generator:
     """A CPU generator at the start of a seed's sequence."""
+    check_sizes(-(2**63), seed=seed)
     return torch.Generator("cpu").manual_seed(seed)

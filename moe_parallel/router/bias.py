@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lasp._core.checks import check_part, check_positive
 from moe_parallel.router.losses import summed_over
 from moe_parallel.router.route import Router
 
@@ -28,10 +29,10 @@ def update_expert_bias(model: nn.Module, rate: float = 1e-3) -> None:
     Communication: one all-reduce of layers x E int64 over each token group.
 
     Raises:
-        ValueError: if no router has a bias, or ``rate`` is not above 0.
+        ValueError: for what is no module, a ``rate`` that is not above 0, or no router with a bias.
     """
-    if not 0 < rate < float("inf"):
-        raise ValueError(f"rate must be > 0 and finite, got {rate}")
+    check_part("model", model, nn.Module)
+    check_positive(rate=rate)
     of_group: dict[dist.ProcessGroup | None, list[Router]] = {}
     for module in model.modules():
         if isinstance(module, Router) and module.expert_bias is not None:

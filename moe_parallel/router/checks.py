@@ -131,7 +131,13 @@ def shared_settings(
     token_order: TokenOrder | None,
     sequences: TokenSequences | None,
 ) -> dict[str, object]:
-    """What the calls of all ranks must have in common, by name; not who computes."""
+    """What the calls of all ranks must have in common, by name; not who computes.
+
+    Raises:
+        ValueError: for arguments of another type.
+    """
+    check_part("token_order", token_order, TokenOrder, optional=True)
+    check_part("sequences", sequences, TokenSequences, optional=True)
     how = {
         "dtype": hidden.dtype,
         "width of hidden": list(hidden.shape[-1:]),
@@ -167,6 +173,13 @@ def routed_inputs(
                 f" routed token, got {told.dtype} {list(told.shape)} on {told.device}: take a new"
                 " RoutingReplay for other tokens"
             )
+        if told.device.type == "cpu" and told.numel():  # others would wait for the device
+            low, high = (int(x) for x in told.aminmax())
+            if low < 0 or high >= config.num_experts:
+                raise ValueError(
+                    f"replay.experts must be experts in [0, {config.num_experts}), got"
+                    f" {low if low < 0 else high}: choices of padding have no rows"
+                )
     wanted, rows = bool(config.router.sequence_loss_coefficient), hidden.shape[:-1]
     if sequences is not None and not wanted:
         raise ValueError(

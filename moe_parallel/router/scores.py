@@ -36,7 +36,9 @@ class RoutingReplay:
     Attributes:
         experts: ``[T, k]`` int64, for each routed token of this rank, by global position, the
             experts that it chooses, each at most once. None: the next call chooses, and keeps its
-            choice here. Weights are those of the gate of each call.
+            choice here. Weights are those of the gate of each call. An expert out of range ends
+            the rank that has it before its first collective, on the host with a ValueError, on a
+            GPU with an assertion of the device; other ranks end by the timeout of their group.
     """
 
     experts: Tensor | None = None

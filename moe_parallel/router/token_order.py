@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from operator import index
+from reprlib import repr as short_repr
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.cache import remembered
+from lasp._core.checks import integers
 from lasp._core.host_constants import to_device
 
 
@@ -78,13 +79,13 @@ class TokenOrder:
                 tuple(sorted(TokenSegment(*segment) for segment in of_rank if segment[2] != 0))
                 for of_rank in self.segments
             )
-            object.__setattr__(self, "segments", segments)
-            object.__setattr__(self, "rows_per_rank", tuple(map(index, self.rows_per_rank)))
         except (TypeError, IndexError):
             raise ValueError(
-                "segments must hold (start, offset, length) and rows_per_rank the rows of each"
-                f" rank, got a {type(self.segments).__name__} and {self.rows_per_rank!r}"
+                "segments must hold (start, offset, length) of each rank, got"
+                f" {short_repr(self.segments)}"
             ) from None
+        object.__setattr__(self, "segments", segments)
+        object.__setattr__(self, "rows_per_rank", integers("rows_per_rank", self.rows_per_rank))
         if not segments or len(segments) != len(self.rows_per_rank):
             raise ValueError(
                 "segments and rows_per_rank must hold one entry for each rank of the token group,"
@@ -109,13 +110,11 @@ class TokenOrder:
     @classmethod
     def contiguous(cls, tokens_per_rank: Sequence[int]) -> TokenOrder:
         """Rank 0's tokens first, then rank 1's, and so on; no padding."""
-        if any(tokens < 0 for tokens in tokens_per_rank):
-            raise ValueError(f"tokens_per_rank must be >= 0, got {list(tokens_per_rank)}")
-        starts = accumulate(tokens_per_rank, initial=0)
-        return cls(
-            tuple((TokenSegment(start, 0, n),) for start, n in zip(starts, tokens_per_rank)),
-            tuple(tokens_per_rank),
-        )
+        rows = integers("tokens_per_rank", tokens_per_rank)
+        if min(rows, default=0) < 0:
+            raise ValueError(f"tokens_per_rank must be >= 0, got {list(rows)}")
+        starts = accumulate(rows, initial=0)
+        return cls(tuple((TokenSegment(start, 0, n),) for start, n in zip(starts, rows)), rows)
 
     @property
     def num_ranks(self) -> int:

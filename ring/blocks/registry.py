@@ -23,7 +23,7 @@ BLOCKS: dict[str, Block] = {
 
 def check_block(name: str) -> None:
     """Raise ValueError for a name that is not offered."""
-    if name != "auto" and name not in BLOCKS:
+    if name not in ("auto", *BLOCKS):
         raise ValueError(f"block must be one of {('auto', *BLOCKS)}, got {name!r}: use 'auto'")
 
 

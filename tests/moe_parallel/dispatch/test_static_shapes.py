@@ -10,10 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_parallel import ExpertParallelMoE, ExpertTopology, MoEConfig, TokenOrder, check_max_rows
-from moe_parallel.dispatch.static_rows import MostRows, check_static_mesh, fitting_rows
+from moe_parallel import (
+    ExpertGroups,
+    ExpertParallelMoE,
+    ExpertTopology,
+    MoEConfig,
+    TokenOrder,
+    check_max_rows,
+)
+from moe_parallel.dispatch.static_rows import (
+    MostRows,
+    check_static_mesh,
+    fitting_rows,
+    memory_rows,
+)
 from moe_parallel.experts import gemm
-from moe_parallel.mesh import ExpertMesh
+from moe_parallel.mesh import ExpertMesh, expert_mesh
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.moe_parallel.batch import ORDERS, groups_of, local_rows, random_batch
 from tests.moe_parallel.dispatch.test_padding import host_reads
@@ -244,6 +256,14 @@ def test_refuses_blocks_that_are_not_consecutive() -> None:
     for rank, sources in ((0, (0, 2)), (1, (1, 2))):
         with pytest.raises(ValueError, match=r"groups\.ep must be consecutive ranks"):
             check_static_mesh(ExpertMesh(rank, 4, 0, 0, (sources,)))
+
+
+def test_one_rank_drops_and_notes_nothing() -> None:
+    """So a StepGraph, which is of one rank, leaves none of its rows to a check when it warms up."""
+    order = TokenOrder.contiguous([6])
+    for max_rows in (12, 100, None):
+        config = MoEConfig(16, 8, 4, 2, static_shapes=True, max_rows=max_rows)
+        assert not memory_rows(config, expert_mesh(ExpertGroups()), order)[1]
 
 
 @pytest.mark.parametrize("model", [None, [torch.nn.Linear(2, 2)]])

@@ -237,6 +237,14 @@ def test_a_replay_of_other_tokens_is_refused() -> None:
         layer(x, replay=replay)
 
 
+@pytest.mark.parametrize("wrong", [-1, EXPERTS])
+def test_a_replay_of_no_experts_is_refused(wrong: int) -> None:
+    layer, x = layer_of(config_of(RouterConfig())), random_batch(NUM_TOKENS, HIDDEN).x
+    replay = RoutingReplay(torch.full((NUM_TOKENS, 4), wrong))
+    with pytest.raises(ValueError, match=rf"replay.experts .* in \[0, {EXPERTS}\), got {wrong}"):
+        layer(x, replay=replay)
+
+
 def test_rows_of_a_batch_are_sequences() -> None:
     layer = layer_of(config_of(RouterConfig(sequence_loss_coefficient=0.3)))
     x = random_batch(NUM_TOKENS, HIDDEN).x[:20]

@@ -10,8 +10,10 @@ bit-identical with ``eager`` and ``cpu_flash``, and with ``fa4`` and ``flash`` u
 
 Communication: 1 to 4 stages, each one all-to-all under the attention to what came before; none at
 all, on any rank, if no document needs it. The first call on a group also compares how ranks call
-(:func:`lasp._core.consistency.check_same_calls`). With R = ``plan_ring(layout, rank, causal)
-.received_tokens``, the tokens that a rank needs from others, it moves
+(:func:`lasp._core.consistency.check_same_calls`). Later calls compare nothing: a rank that alone
+takes another layout, window or ``causal`` plans other transfers than the others expect, and the
+backend ends the processes, gloo by an abort, NCCL by its timeout. With R = ``plan_ring(layout,
+rank, causal).received_tokens``, the tokens that a rank needs from others, it moves
 
     ========  =============================  ==============================================
     forward   keys and values, once          ``R Hkv (D + V)`` elements in the dtype of ``k``

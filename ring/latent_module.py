@@ -15,7 +15,7 @@ from lasp._core.checks import (
     check_sizes,
     check_sizes_or_none,
 )
-from lasp._core.rotary import RopeScaling, apply_rotary, check_even, check_rotation
+from lasp._core.rotary import RopeScaling, check_even, check_rotation, rotary_table, rotated
 from lasp.sequence.layout import SequenceLayout
 from ring.attention import checked_window
 from ring.blocks.registry import check_block
@@ -156,9 +156,12 @@ class MultiLatentAttention(nn.Module):
         widths = (self.kv_lora_rank, self.qk_rope_head_dim)
         c, shared = self.kv_a_proj_with_mqa(hidden).split(widths, dim=-1)
         if self.rope_base is not None and self.qk_rope_head_dim:
-            own, rotated = q.split((q.shape[-1] - widths[1], widths[1]), dim=-1)
-            q = torch.cat((own, self._rotated(rotated, position_ids)), dim=-1)
-            shared = self._rotated(shared.unsqueeze(-2), position_ids).squeeze(-2)
+            table = rotary_table(
+                position_ids, widths[1], self.rope_base, self.rope_scaling, q.dtype
+            )
+            own, turning = q.split((q.shape[-1] - widths[1], widths[1]), dim=-1)
+            q = torch.cat((own, self._rotated(turning, table)), dim=-1)
+            shared = self._rotated(shared.unsqueeze(-2), table).squeeze(-2)
         return q, torch.cat((self.kv_a_layernorm(c), shared), dim=-1)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -177,11 +180,8 @@ class MultiLatentAttention(nn.Module):
             q = self.q_proj(hidden)
         return q
 
-    def _rotated(self, x: Tensor, position_ids: Tensor) -> Tensor:
+    def _rotated(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """``[..., T, H, P]`` rotated; neighbours become halves, in queries and keys alike."""
-        assert self.rope_base is not None
         if self.rope_interleaved:
             x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        return apply_rotary(
-            x, position_ids, rotary_dim=x.shape[-1], base=self.rope_base, scaling=self.rope_scaling
-        )
+        return rotated(x, *table)

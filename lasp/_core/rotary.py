@@ -155,52 +155,6 @@ def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
         )
 
 
-def apply_rotary(
-    x: Tensor,
-    position_ids: Tensor,
-    *,
-    rotary_dim: int,
-    base: float,
-    scaling: RopeScaling | None = None,
-) -> Tensor:
-    """Rotate pairs (i, i + rotary_dim / 2) of the first ``rotary_dim`` dims of each head.
-
-    Equation, at position p, with the angle a_i = p base^(-2 i / rotary_dim)::
-
-        y_i          = x_i cos a_i - x_j sin a_i          i < rotary_dim / 2
-        y_j          = x_j cos a_i + x_i sin a_i          j = i + rotary_dim / 2
-
-    Dims from ``rotary_dim`` on pass through. This is the half-split ("rotate_half") pairing of
-    Hugging Face's models. Angles are computed in float64: in float32 the angle of a position near
-    one million is off by up to 0.03. The rotation is computed in float32, or float64 for float64.
-
-    Args:
-        x: ``[..., T, H, D]``.
-        position_ids: int64 ``[T]``, as ``SequenceLayout.position_ids`` gives them.
-        rotary_dim: even, at most D; 0 rotates nothing.
-        base: of the geometric sequence of wavelengths.
-        scaling: of the angles, and of what is rotated; None: neither.
-
-    Returns:
-        Like ``x``.
-
-    Gradients: to ``x``.
-
-    Raises:
-        ValueError: naming the argument, if ``rotary_dim`` is odd or exceeds D, or there is not one
-            integer position for each token.
-
-    Source: Su et al., "RoFormer", arXiv:2104.09864.
-    """
-    check_rotary_dim(rotary_dim, x.shape[-1])
-    if position_ids.shape != x.shape[-3:-2] or position_ids.is_floating_point():
-        raise ValueError(
-            f"position_ids must be {x.shape[-3]} integers, one a token, got shape"
-            f" {tuple(position_ids.shape)} of {position_ids.dtype}"
-        )
-    return rotated(x, *rotary_table(position_ids, rotary_dim, base, scaling, x.dtype))
-
-
 def rotary_table(
     position_ids: Tensor,
     rotary_dim: int,
@@ -208,9 +162,19 @@ def rotary_table(
     scaling: RopeScaling | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Table of cos and sin of :func:`apply_rotary`'s angles, ``[T, rotary_dim / 2]`` each.
+    """Cos and sin of the angles of a rotation, ``[T, rotary_dim / 2]`` each, for q and k alike.
 
-    For q and k alike; in float32 or wider for tensors of ``dtype``; with the factor of ``scaling``.
+    At position p the angle a_i is ``p base^(-2 i / rotary_dim)``. Angles are computed in float64:
+    in float32 that of a position near one million is off by up to 0.03.
+
+    Args:
+        position_ids: int64 ``[T]``, as ``SequenceLayout.position_ids`` gives them.
+        rotary_dim: even; 0 rotates nothing.
+        base: of the geometric sequence of wavelengths.
+        scaling: of the angles, and of what is rotated; None: neither.
+        dtype: of what is rotated; the table is in float32 for it, or float64 for float64.
+
+    Source: Su et al., "RoFormer", arXiv:2104.09864.
     """
     half = rotary_dim // 2
     exponents = torch.arange(half, dtype=torch.float64, device=position_ids.device) / max(half, 1)
@@ -224,7 +188,17 @@ def rotary_table(
 
 
 def rotated(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """``x [..., T, H, D]``, turned by a table of :func:`rotary_table`."""
+    """``x [..., T, H, D]``, turned by a table of :func:`rotary_table` in the dtype of that.
+
+    Pairs (i, j = i + rotary_dim / 2) of the first dims of each head turn, with the angle a_i::
+
+        y_i = x_i cos a_i - x_j sin a_i        y_j = x_j cos a_i + x_i sin a_i
+
+    Dims from ``rotary_dim`` on pass through. This is the half-split ("rotate_half") pairing of
+    Hugging Face's models.
+
+    Gradients: to ``x``.
+    """
     half, cos, sin = cos_TF.shape[1], cos_TF.unsqueeze(-2), sin_TF.unsqueeze(-2)
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)

@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lasp._core.rotary import RopeScaling, apply_rotary, check_rotary_dim
+from lasp._core.rotary import RopeScaling, check_rotary_dim, rotary_table, rotated
 from lasp.hybrid.attention import check_dense
 from lasp.megatron.checks import groups_of, refuse_arguments, require, training_argument
 from lasp.megatron.norm import ResidualNorm
@@ -135,7 +135,10 @@ class RingSelfAttention(SelfAttention):
         )
         if self.rotary_dim:
             positions = layout.position_ids(cp_group.rank(), query.device)
-            query, key = (self._rotated(x, positions) for x in (query, key))
+            how = (self.rotary_dim, self.rope_base, self.rope_scaling, query.dtype)
+            table = rotary_table(positions, *how)
+            # [T, B, H, D] to [B, T, H, D] and back
+            query, key = (rotated(x.transpose(0, 1), *table).transpose(0, 1) for x in (query, key))
         packed = packed_seq_params is not None
         if packed:
             query, key, value = (x.squeeze(1) for x in (query, key, value))
@@ -149,18 +152,6 @@ class RingSelfAttention(SelfAttention):
             output = output * torch.sigmoid(gate[0].reshape(output.shape))
         projected: tuple[Tensor, Tensor | None] = self.linear_proj(output)
         return projected
-
-    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Heads ``[T, B, H, D]`` rotated at ``positions``, ``[T]``."""
-        x = x.transpose(0, 1)  # as apply_rotary takes them, [..., T, H, D]
-        rotated = apply_rotary(
-            x,
-            positions,
-            rotary_dim=self.rotary_dim,
-            base=self.rope_base,
-            scaling=self.rope_scaling,
-        )
-        return rotated.transpose(0, 1)
 
 
 def ring_attention_spec(

@@ -25,7 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
-from lasp._core.rotary import RopeScaling, apply_rotary
+from lasp._core.rotary import RopeScaling, rotary_table, rotated
 from lasp.megatron.checks import groups_of, refuse_arguments, require
 from lasp.megatron.norm import ResidualNorm
 from lasp.megatron.packs import PackedCut, check_packed_cut
@@ -176,9 +176,11 @@ class RingLatentSelfAttention(MLASelfAttention):
             x.squeeze(1) if packed_seq_params is not None else x.transpose(0, 1)
             for x in (self._queries(hidden_states), *self._latents(hidden_states))
         )
-        own, rotated = q.unflatten(-1, (-1, sum(widths))).split(widths, dim=-1)
-        q = torch.cat((own, self._rotated(rotated, positions)), dim=-1)
-        shared = self._rotated(shared.unsqueeze(-2), positions).squeeze(-2)
+        how = (widths[1], config.rotary_base, self.rope_scaling, q.dtype)
+        table = rotary_table(positions, *how)
+        own, turning = q.unflatten(-1, (-1, sum(widths))).split(widths, dim=-1)
+        q = torch.cat((own, _rotated(turning, table)), dim=-1)
+        shared = _rotated(shared.unsqueeze(-2), table).squeeze(-2)
         weight = self.linear_kv_up_proj().unflatten(0, (q.shape[-2], -1))
         output = ring_latent_attention(
             q,
@@ -227,13 +229,10 @@ class RingLatentSelfAttention(MLASelfAttention):
         gathered: Tensor = gather_from_tensor_model_parallel_region(x, self.pg_collection.tp)
         return gathered
 
-    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """``[..., T, H, P]`` rotated; neighbours become halves, in queries and keys alike."""
-        x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        base = self.config.rotary_base
-        return apply_rotary(
-            x, positions, rotary_dim=x.shape[-1], base=base, scaling=self.rope_scaling
-        )
+
+def _rotated(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """``[..., T, H, P]`` rotated; neighbours become halves, in queries and keys alike."""
+    return rotated(x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), *table)
 
 
 def scaling_of(config: MLATransformerConfig) -> RopeScaling | None:

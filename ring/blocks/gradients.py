@@ -68,25 +68,24 @@ class RowGradients:
             grads = _sum(grads, backward(*self._through_lse, _of_ones(qkv), segments, scale=scale))
         return grads
 
-    def within_part(self, rows: slice, segments: Segments, qkv: QKV, out: QKV) -> bool:
-        """Leave those of some rows in ``out``, in the dtype of q, if one call does it in place.
+    def writes_in_place(self, like: QKV) -> bool:
+        """Whether one call of the block leaves gradients in given memory, like these tensors."""
+        return self._through_lse is None and self._block.writing_to(like) is not None
+
+    def within_part(self, rows: slice, segments: Segments, qkv: QKV, out: QKV) -> None:
+        """Leave those of some rows in ``out``, of a block that :meth:`writes_in_place`.
 
         Args:
             rows: of the rank's tokens, whole segments.
             segments: of these rows.
             qkv: of these rows.
-            out: memory for them.
-
-        Returns:
-            Whether it was done.
+            out: memory for them, in the dtype of q.
         """
-        block = None if self._through_lse else self._block_of(rows).writing_to(out)
-        if block is None:
-            return False
+        block = self._block_of(rows).writing_to(out)
+        assert block is not None
         doutput, merged = self._through_output
         of_rows = Partial(*(x[rows] for x in merged))
         block.backward_varlen(doutput[rows], of_rows, qkv, segments, scale=self._scale)
-        return True
 
     def _block_of(self, rows: slice) -> Block:
         """The kernel, with the dlse of these rows where it takes one."""
@@ -112,9 +111,10 @@ class LocalGradients:
 
     def before_stages(self) -> None:
         """Compute the early rows, if the block can."""
-        out = QKV(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in self.qkv))
-        if self._part(0, out):
-            self._early = out
+        if self.rows.writes_in_place(self.qkv):
+            like = torch.contiguous_format
+            self._early = QKV(*(torch.empty_like(x, memory_format=like) for x in self.qkv))
+            self._part(0, self._early)
 
     def after_stages(self) -> QKV:
         """Compute the rest; the gradients of all rows."""
@@ -125,13 +125,13 @@ class LocalGradients:
         borders, device = schedule.fragment_borders, self.qkv.q.device
         return self.rows.within(segments_of(borders, device, schedule.window), self.qkv)
 
-    def _part(self, number: int, out: QKV) -> bool:
+    def _part(self, number: int, out: QKV) -> None:
         schedule, q = self._schedule, self.qkv.q
         rows = (slice(0, schedule.early), slice(schedule.early, len(q)))[number]
         borders = schedule.borders_around_stages[number]
         segments = segments_of(borders, q.device, schedule.window)
         qkv, of_rows = (QKV(*(x[rows] for x in some)) for some in (self.qkv, out))
-        return self.rows.within_part(rows, segments, qkv, of_rows)
+        self.rows.within_part(rows, segments, qkv, of_rows)
 
 
 def _columns(dlse_TH: Tensor, like_THD: Tensor) -> Tensor:

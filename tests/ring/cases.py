@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp._core.rotary import RopeScaling, rotary_table, rotated
 from lasp.sequence.layout import SequenceLayout
 from ring import ring_attention
 from ring.planner.schedule import plan_ring
@@ -45,6 +46,18 @@ RULES = (
     RULE,
 )
 NAMES = ("output", "lse", "dq", "dk", "dv")
+
+
+def apply_rotary(
+    x: Tensor,
+    positions: Tensor,
+    *,
+    rotary_dim: int,
+    base: float,
+    scaling: RopeScaling | None = None,
+) -> Tensor:
+    """``x [..., T, H, D]`` rotated at these positions."""
+    return rotated(x, *rotary_table(positions, rotary_dim, base, scaling, x.dtype))
 
 
 def rank_device() -> torch.device:

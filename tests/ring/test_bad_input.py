@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lasp._core.rotary import apply_rotary
 from lasp.lightning.validation import check_layout
 from lasp.sequence.layout import SequenceLayout
 from ring import RingAttention, ring_attention
@@ -172,17 +171,3 @@ def test_module_hidden(shape: tuple[int, ...]) -> None:
 def test_module_layout_of_another_length() -> None:
     with pytest.raises(ValueError, match=r"layout must hold the 6 tokens a rank of hidden \(6, 12"):
         RingAttention(12, 6, 2, 8, rotary_dim=4)(torch.ones(6, 12), layout=SequenceLayout((7,), 1))
-
-
-@pytest.mark.parametrize(
-    "positions", [torch.arange(5), torch.arange(6).float(), torch.arange(12).view(2, 6)]
-)
-def test_rotary_positions(positions: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="position_ids must be 6 integers"):
-        apply_rotary(torch.ones(6, 2, 8), positions, rotary_dim=4, base=10.0)
-
-
-@pytest.mark.parametrize("rotary_dim", [3, 10, -2])
-def test_rotary_dim(rotary_dim: int) -> None:
-    with pytest.raises(ValueError, match="rotary_dim must be even"):
-        apply_rotary(torch.ones(6, 2, 8), torch.arange(6), rotary_dim=rotary_dim, base=10.0)

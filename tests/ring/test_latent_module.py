@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
+from lasp._core.rotary import rotary_table
 from lasp.sequence.layout import SequenceLayout
 from ring import MultiLatentAttention
 from ring.reference import dense_attention
@@ -30,6 +32,13 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"qk_rope_head_dim": 0, "gate": True, "window": (4, 0)},
 )
 HIDDEN, HEADS = 7, 2
+
+
+def test_queries_and_keys_share_one_table() -> None:
+    layer = make_layer({})
+    with patch("ring.latent_module.rotary_table", wraps=rotary_table) as made:
+        layer(torch.ones(4, HIDDEN, dtype=torch.float64))
+    assert made.call_count == 1
 
 
 def make_layer(options: dict[str, Any]) -> MultiLatentAttention:

@@ -7,13 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp._core.rotary import apply_rotary
 from lasp.sequence.layout import SequenceLayout
 from ring import RingAttention
 from ring.reference import dense_attention
 from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
-from tests.ring.cases import ORDERS, rank_device
+from tests.ring.cases import ORDERS, apply_rotary, rank_device
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 12, 6, 2, 4
 PARAMETERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.sequence.layout import SequenceLayout
-from ring.blocks.gradients import RowGradients
+from ring.blocks.gradients import LocalGradients, RowGradients
 from ring.blocks.interface import QKV, Block, segments_of
 from ring.blocks.merge import Accumulator, Partial
 from ring.blocks.registry import BLOCKS, resolve_block
@@ -190,7 +190,16 @@ def test_a_gradient_of_the_lse_that_takes_a_second_call_is_not_written_in_place(
     out = QKV(*map(torch.empty_like, (q, k, v)))
     for dlse, done in ((None, True), (torch.ones_like(merged.lse), False)):
         rows = RowGradients(block, doutput, dlse, Partial(*merged), 1.0)
-        assert rows.within_part(slice(0, 8), segments, QKV(q, k, v), out) is done
+        assert rows.writes_in_place(out) is done
+
+
+def test_a_block_that_does_not_write_in_place_gets_no_memory() -> None:
+    q, k, v, doutput = random_tensors(8, 2, 1, 4, torch.float64)
+    rows = RowGradients(RecordingBlock([]), doutput, None, Partial(q, q[..., 0]), 1.0)
+    local = LocalGradients(QKV(q, k, v), rows, plan_ring(SequenceLayout((8,), 1), 0, True))
+    with patch("torch.empty_like") as allocated:
+        local.before_stages()
+    assert not allocated.called
 
 
 def test_a_link_of_a_chain_starts_when_the_one_before_is_there() -> None:

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from lasp._core.rotary import RopeScaling, apply_rotary
+from lasp._core.rotary import RopeScaling
 from lasp.sequence.layout import SequenceLayout
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
+from tests.ring.cases import apply_rotary
 
 
 def test_equals_the_rotation_written_out() -> None:

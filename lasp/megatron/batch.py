@@ -12,6 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from lasp._core.checks import check_part
 from lasp.hybrid.packing import PackedBatch
 from lasp.megatron.checks import training_argument
 from lasp.megatron.packs import PackedCut, layout_of_megatrons_pack
@@ -63,6 +64,7 @@ class PackedSequence(PackedSeqParams):
     @classmethod
     def of(cls, batch: PackedBatch) -> PackedSequence:
         """The batch as Megatron hands it on."""
+        check_part("batch", batch, PackedBatch)
         return cls(layout=batch.layout, token_order=batch.token_order)
 
 
@@ -105,6 +107,8 @@ def shard_batch(
         ValueError: for an attention mask, labels that would be padded without a loss mask, and
             tensors that are not of this pack.
     """
+    check_part("batch", batch, Mapping)
+    check_part("packed", packed, PackedSequence)
     layout, cut = packed.layout, dict(batch)
     num_tokens = layout.num_real_tokens
     if batch.get("attention_mask") is not None:

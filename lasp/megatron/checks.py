@@ -10,6 +10,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from lasp._core.checks import check_part
+
 # What none of our parts has, by the value that leaves it out.
 _NOWHERE: dict[str, object] = {
     "batch_invariant_mode": False,
@@ -36,6 +38,7 @@ def require(config: TransformerConfig, part: str, **wanted: object) -> None:
     Options that no part of ours has are checked too; those that this Megatron version does not
     have are not.
     """
+    check_part("config", config, TransformerConfig)
     for name, value in (_NOWHERE | wanted).items():
         actual = getattr(config, name, value)
         if actual != value and (actual or value):

@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from lasp._core.checks import check_part
 from lasp.megatron.checks import groups_of
 from lasp.megatron.names import DENSE_MERGED, to_megatron, to_plain
 from moe_parallel.experts.experts import Experts
@@ -40,8 +42,9 @@ def load_plain_weights(
         pg_collection: its tp, ep and expt_tp groups; of the parallel state if None.
 
     Raises:
-        ValueError: if a weight is missing or of another shape.
+        ValueError: for another model, and if a weight is missing or of another shape.
     """
+    check_part("model", model, MegatronModule)
     groups = _groups(pg_collection)
     whole = to_megatron(weights, **_heads(model))
     for name, parameter in _named_parameters(model):
@@ -74,7 +77,13 @@ def plain_weights(
 
     Communication: an all-gather of every split parameter over its groups, then of all of them over
     the pipeline stages. Every rank must call it.
+
+    Raises:
+        ValueError: for what are no models.
     """
+    check_part("models", models, Sequence)
+    for model in models:
+        check_part("model", model, MegatronModule)
     groups = _groups(pg_collection)
     of_stage = {}
     for model in models:

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import (
     TransformerConfig,
 )
 
+from lasp._core.checks import check_part
 from lasp._core.rotary import RopeScaling
 from lasp.hybrid.attention import AttentionConfig, LatentConfig
 from lasp.hybrid.config import DenseConfig, HybridConfig, VocabularyConfig
@@ -79,6 +80,8 @@ def hybrid_of(
     Raises:
         ValueError: for options that hybrid layers do not have.
     """
+    check_part("config", config, TransformerConfig)
+    check_part("like", like, HybridConfig)
     num_layers = config.num_layers if symbols is None else len(attention_of(symbols))
     kinds = _configured_kinds(config, num_layers) if symbols is None else attention_of(symbols)
     has_experts, dense = _mlps(config, like, num_layers, symbols)
@@ -185,6 +188,8 @@ def check_same_model(
 
     Args: see :func:`hybrid_of`.
     """
+    check_part("config", config, TransformerConfig)
+    check_part("hybrid", hybrid, HybridConfig)
     _check_fields(hybrid)
     if symbols is not None and hybrid.mtp_loss_weight is not None:
         raise ValueError(

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from lasp._core.checks import check_part
 from lasp.hybrid.config import HybridConfig
 from lasp.megatron.checks import groups_of
 from lasp.megatron.experts.config import ExpertOptions
@@ -112,6 +113,7 @@ def attention_specs(
     hybrid: HybridConfig, packed_cut: PackedCut | None, decay_layers: Sequence[int] | None = None
 ) -> tuple[ModuleSpec, ModuleSpec]:
     """Lightning and softmax attention of a hybrid model."""
+    check_part("hybrid", hybrid, HybridConfig)
     lightning = lightning_attention_spec(
         decay=hybrid.decay_or_rates,
         options=hybrid.lightning,

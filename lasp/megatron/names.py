@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from lasp._core.checks import check_part, check_sizes
 from lasp.megatron.multi_token import INNER
 
 # One to one: names in lasp.hybrid.HybridModel and in GPTModel.
@@ -81,8 +82,10 @@ def to_megatron(
     Raises:
         ValueError: for a name that the plain model does not have.
     """
-    left, named = dict(weights), {}
+    check_part("weights", weights, Mapping)
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    check_sizes(**heads)
+    left, named = dict(weights), {}
     if predicting := _taken(left, *_PREDICTING):
         named = _with(to_megatron(predicting, **heads), *reversed(_PREDICTING_MERGED))
     for ours, theirs in _names(left, "layers."):
@@ -121,8 +124,10 @@ def to_plain(
     Raises:
         ValueError: for a name that a GPTModel of hybrid layers does not have.
     """
-    left, named = dict(weights), {}
+    check_part("weights", weights, Mapping)
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    check_sizes(**heads)
+    left, named = dict(weights), {}
     if predicting := _taken(left, *_PREDICTING_MERGED):
         named = _with(to_plain(predicting, **heads, gated=gated), *reversed(_PREDICTING))
     for ours, theirs in _names(left, "decoder.layers."):

@@ -8,10 +8,16 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from lasp._core.checks import check_part
 from lasp.hybrid.packing import router_order
 from lasp.megatron.batch import PackedSequence, layout_of
 from lasp.megatron.checks import groups_of
-from lasp.megatron.packs import PackedCut, layout_of_megatrons_pack, names_padding
+from lasp.megatron.packs import (
+    PackedCut,
+    check_packed_cut,
+    layout_of_megatrons_pack,
+    names_padding,
+)
 from lasp.sequence.layout import SequenceLayout
 from moe_parallel.router.token_order import TokenOrder
 
@@ -81,6 +87,8 @@ def share_packs(
     tp, cp, dp = groups_of(pg_collection, "packs of all replicas", "tp", "cp", "dp")
     own: SequenceLayout | str
     try:
+        check_part("packed_seq_params", packed_seq_params, PackedSeqParams)
+        check_packed_cut(packed_cut)
         own = layout_of_megatrons_pack(packed_seq_params, cp.size(), packed_cut)
     except ValueError as error:  # the others would wait for this rank
         own = str(error)

@@ -17,7 +17,7 @@ from lasp.megatron import PackedSequence, layout_of, shard_batch, share_packs
 from lasp.sequence.layout import SequenceLayout
 from tests.megatron.attention import megatrons_pack
 from tests.megatron.cpu import initialize
-from tests.ranks import run_on_ranks
+from tests.ranks import refusal, run_on_ranks
 
 pytestmark = pytest.mark.megatron
 
@@ -152,21 +152,25 @@ def test_batches_that_are_refused() -> None:
         shard_batch(batch, packed, cp_rank=2)
 
 
-def shared_on_rank() -> str:
+def shared_on_rank() -> list[str]:
     """What two replicas are told if the second one's pack cannot be read."""
-    groups = initialize()
-    packed = megatrons_pack(SequenceLayout((5, 7), 1))
-    if groups.dp.rank() == 1:
-        packed.cu_seqlens_q = packed.cu_seqlens_q[None]
-    with pytest.raises(ValueError) as error:
-        share_packs(packed, pg_collection=groups)
-    return str(error.value)
+    groups, told = initialize(), []
+    for wrong in ({}, {"packed_seq_params": None}, {"packed_cut": "any"}):
+        packed = megatrons_pack(SequenceLayout((5, 7), 1))
+        given = {"packed_seq_params": packed, "packed_cut": None}
+        if groups.dp.rank() == 1:
+            packed.cu_seqlens_q = packed.cu_seqlens_q[None]
+            given |= wrong
+        told.append(refusal(share_packs, **given, pg_collection=groups))
+    return told
 
 
 def test_a_pack_that_one_replica_cannot_read_is_refused_by_all() -> None:
-    for error in run_on_ranks(shared_on_rank, 2):
-        assert "got by rank {1:" in error
-        assert "squeeze the dim of the batch" in error
+    reasons = ("squeeze the dim of the batch", "packed_seq_params must be of", "packed_cut must be")
+    for told in run_on_ranks(shared_on_rank, 2):
+        for error, reason in zip(told, reasons):
+            assert "got by rank {1:" in error
+            assert reason in error
 
 
 def test_packed_sequence_is_what_megatron_expects() -> None:

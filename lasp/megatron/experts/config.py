@@ -9,6 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from lasp._core.checks import check_part
 from lasp._core.impl import Impl
 from lasp.megatron.checks import require
 from lasp.megatron.experts.router import aux_losses, router_config
@@ -92,12 +93,13 @@ def moe_config(config: TransformerConfig, options: ExpertOptions = DEFAULT_OPTIO
     Raises:
         ValueError: for options that our layer does not have.
     """
+    check_part("options", options, ExpertOptions)
+    _check_options(config)
     if config.num_moe_experts is None:
         raise ValueError(
             f"config.num_moe_experts must be a number for {PART}, got None: set it, or take a spec"
             " with a dense MLP"
         )
-    _check_options(config)
     return MoEConfig(
         hidden_size=config.hidden_size,
         ffn_size=config.moe_ffn_hidden_size or config.ffn_hidden_size,

@@ -188,6 +188,8 @@ def test_other_arguments_of_another_type() -> None:
         ("segments must hold", lambda: TokenOrder("yes", (1,))),
         ("segments must hold", lambda: TokenOrder([[1]], [1])),
         ("rows_per_rank must be integers", lambda: TokenOrder([[(0, 0, 1)]], [1.5])),
+        ("rows_per_rank must be integers", lambda: TokenOrder([[(0, 0, 1)]], [True])),
+        ("rows_per_rank must be integers", lambda: TokenOrder.contiguous([True])),
         ("x must be of type Tensor", lambda: next_in_document([1], layout, pad_value=0)),
     ):
         with pytest.raises(ValueError, match=match):

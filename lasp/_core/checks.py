@@ -78,12 +78,9 @@ def check_sizes_or_none(least: int = 1, **values: int | None) -> None:
 def integers(name: str, values: Iterable[SupportsIndex]) -> tuple[int, ...]:
     """The argument ``name`` as ints; ValueError if it holds anything else."""
     try:
-        numbers = tuple(map(operator.index, values))
-        if bool not in map(type, numbers):
-            return numbers
+        return tuple(map(operator.index, values))
     except TypeError:
-        pass
-    raise ValueError(f"{name} must be integers, got {values!r}")
+        raise ValueError(f"{name} must be integers, got {values!r}") from None
 
 
 def check_one_of(kind: Any, **values: str) -> None:

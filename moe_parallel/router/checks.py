@@ -173,13 +173,6 @@ def routed_inputs(
                 f" routed token, got {told.dtype} {list(told.shape)} on {told.device}: take a new"
                 " RoutingReplay for other tokens"
             )
-        if told.device.type == "cpu" and told.numel():  # others would wait for the device
-            low, high = (int(x) for x in told.aminmax())
-            if low < 0 or high >= config.num_experts:
-                raise ValueError(
-                    f"replay.experts must be experts in [0, {config.num_experts}), got"
-                    f" {low if low < 0 else high}: choices of padding have no rows"
-                )
     wanted, rows = bool(config.router.sequence_loss_coefficient), hidden.shape[:-1]
     if sequences is not None and not wanted:
         raise ValueError(

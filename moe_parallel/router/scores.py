@@ -65,6 +65,9 @@ def choose_by_scores(logits_TE: Tensor, top_k: int, scoring: Scoring) -> tuple[T
     """Experts ``[T, k]`` int64, best first, and their weights ``[T, k]``.
 
     Gradients: of the weights to the logits.
+
+    Raises:
+        ValueError: for given experts out of range, on a CPU; a GPU's assertion ends the process.
     """
     router, experts_Tk = scoring.router, scoring.experts
     if experts_Tk is None:
@@ -75,7 +78,16 @@ def choose_by_scores(logits_TE: Tensor, top_k: int, scoring: Scoring) -> tuple[T
             scores_TE = in_best_groups(scores_TE, top_k, router.num_groups, router.top_groups)
         experts_Tk = best(scores_TE, top_k)
     sigmoid = router.score_function == "sigmoid"
-    chosen_Tk = logits_TE.gather(1, experts_Tk)
+    try:
+        chosen_Tk = logits_TE.gather(1, experts_Tk)
+    except RuntimeError as error:
+        if scoring.experts is None or logits_TE.is_cuda:  # what a GPU did is not known here
+            raise
+        low, high = (int(x) for x in experts_Tk.aminmax())
+        raise ValueError(
+            f"replay.experts must be in [0, {logits_TE.shape[1]}), got {low} to {high}: choices of"
+            " padding have no rows"
+        ) from error
     if router.normalize:
         weights_Tk = (F.logsigmoid(chosen_Tk) if sigmoid else chosen_Tk).softmax(1)
     elif sigmoid:

@@ -85,7 +85,10 @@ class TokenOrder:
                 f" {short_repr(self.segments)}"
             ) from None
         object.__setattr__(self, "segments", segments)
-        object.__setattr__(self, "rows_per_rank", integers("rows_per_rank", self.rows_per_rank))
+        rows_per_rank = integers("rows_per_rank", self.rows_per_rank)
+        if bool in map(type, self.rows_per_rank):
+            raise ValueError(f"rows_per_rank must be integers, got {self.rows_per_rank}")
+        object.__setattr__(self, "rows_per_rank", rows_per_rank)
         if not segments or len(segments) != len(self.rows_per_rank):
             raise ValueError(
                 "segments and rows_per_rank must hold one entry for each rank of the token group,"
@@ -94,11 +97,8 @@ class TokenOrder:
         for rank, (rank_segments, rows) in enumerate(zip(segments, self.rows_per_rank)):
             _check_disjoint(((s.offset, s.length) for s in rank_segments), f"rows of rank {rank}")
             for segment in rank_segments:
-                if (
-                    segment.length < 0
-                    or segment.offset < 0
-                    or segment.offset + segment.length > rows
-                ):
+                _, offset, length = segment
+                if length < 0 or offset < 0 or offset + length > rows:
                     raise ValueError(
                         f"segments of rank {rank} must lie in its {rows} rows, got {segment}"
                     )
@@ -114,7 +114,8 @@ class TokenOrder:
         if min(rows, default=0) < 0:
             raise ValueError(f"tokens_per_rank must be >= 0, got {list(rows)}")
         starts = accumulate(rows, initial=0)
-        return cls(tuple((TokenSegment(start, 0, n),) for start, n in zip(starts, rows)), rows)
+        segments = tuple((TokenSegment(start, 0, n),) for start, n in zip(starts, rows))
+        return cls(segments, tuple(tokens_per_rank))
 
     @property
     def num_ranks(self) -> int:

@@ -200,7 +200,7 @@ def test_a_float32_head_is_float32_whatever_the_rest_is() -> None:
         ),
         (lambda: LatentConfig(5.0, 3, 4, 7), "kv_lora_rank must be an integer >= 1, got 5.0"),
         (lambda: LatentConfig(5, 3, 4, 7, 0), "q_lora_rank must be an integer >= 1, got 0"),
-        (lambda: Residuals(mlp=(1.0, 1.0)), "mlp must be of type ResidualScale, got .* pass mlp="),
+        (lambda: Residuals(mlp=(1.0, 1.0)), "mlp must be of type ResidualScale, got .* pass one"),
         (lambda: Residuals(mlp=ResidualScale(math.nan)), "mlp.alpha must be a finite number, got"),
         (lambda: Residuals(init_gain=-1.0), "init_gain must be a finite number > 0, got -1"),
         (lambda: Residuals.deepnorm(0), "num_layers must be an integer >= 1, got 0"),

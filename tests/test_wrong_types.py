@@ -183,6 +183,10 @@ def test_wrong_types_are_refused_by_name(name: str) -> None:
     assert not [*wrong_ends(call, good)]
 
 
+def test_what_is_compiled_is_of_its_kind() -> None:
+    lasp.hybrid.reduce_gradients(torch.compile(MODEL, backend="eager"))
+
+
 MODULES = (lasp, lasp.sequence, lasp.generation, lasp.hybrid, lasp.checkpoints)
 
 

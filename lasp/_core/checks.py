@@ -99,9 +99,7 @@ def check_part(name: str, value: object, kind: type, *, optional: bool = False) 
         return
     if not isinstance(getattr(value, "_orig_mod", None), kind):
         wanted = f"of type {kind.__name__}{' or None' if optional else ''}"
-        raise ValueError(
-            f"{name} must be {wanted}, got {short_repr(value)}: pass {name}={kind.__name__}(...)"
-        )
+        raise ValueError(f"{name} must be {wanted}, got {short_repr(value)}: pass one")
 
 
 class Shards(Protocol):

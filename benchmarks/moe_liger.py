@@ -3,7 +3,8 @@
 Its kernels do everything after the choice of experts: they sort rows, fetch them from other ranks
 by NVSHMEM, compute and combine. The router is ours, of the layer that is compared. It serves
 bfloat16 on Hopper and Blackwell, experts that no ranks cut (ETP 1), one device a process, and wants
-gate and up weights apart: copies of the layer's.
+gate and up weights apart: copies of the layer's. Its kernels serve shapes that they were tuned for,
+small ones not among them, so it is compared with the layer at the sizes that are measured.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks import harness
 from benchmarks.harness import Machine
 from benchmarks.moe_cases import Case, Way
-from moe_parallel import ExpertGroups, ExpertParallelMoE, TokenOrder
+from moe_parallel import ExpertParallelMoE, TokenOrder
 
 
 @cache
@@ -32,20 +34,30 @@ def obstacle() -> str | None:
 
 
 def peers(
-    case: Case, layer: ExpertParallelMoE, groups: ExpertGroups, machine: Machine
+    case: Case, layer: ExpertParallelMoE, machine: Machine, x: Tensor, grad: Tensor
 ) -> dict[str, Way]:
-    """Its experts by name, with weights and router of ``layer``; none if they cannot run."""
+    """Its experts by name, with weights and router of ``layer``; none if they cannot run.
+
+    Output and input gradient are compared with those of ``layer`` for ``x`` and ``grad``.
+    """
     if obstacle() is not None or case.etp > 1 or machine.dtype != torch.bfloat16:
         return {}
-    experts = _Experts(case, layer, groups)
     name = f"LigerCute {version('liger-cute-kernels')} fused experts"
+    experts = _Experts(case, layer)
+    ours = harness.results(lambda x: layer(x, token_order=experts.order).output, [x], grad)
+    try:
+        theirs = harness.results(experts.forward, [x], grad)
+    except RuntimeError as error:  # no kernel for this shape: on all ranks
+        harness.say(f"left out: {name}: {error}")
+        return {}
+    harness.check(name, theirs, ours)
     return {name: Way(experts.forward, experts.parameters)}
 
 
 class _Experts:
     """Fused experts, set up for one case; what an earlier case has reserved is given back."""
 
-    def __init__(self, case: Case, layer: ExpertParallelMoE, groups: ExpertGroups) -> None:
+    def __init__(self, case: Case, layer: ExpertParallelMoE) -> None:
         from liger_cute_kernels import MoEConfig, configure, nvshmem, tvm_ffi
 
         if tvm_ffi.nvshmem_is_initialized():

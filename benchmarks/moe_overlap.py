@@ -105,7 +105,8 @@ def measure(
     """Rows of times, bound by the bare products, and of the share of communication exposed."""
     x, grad = inputs(case, machine)
     ours = ways(layer, machine, memory)
-    others = peers_of(case, layer, groups, machine)
+    others = moe_megatron.peers(case, layer, groups, machine)
+    others |= moe_liger.peers(case, layer, machine, x, grad)
     row = partial(harness.row, "moe_overlap", case._asdict() | {"ranks": dist.get_world_size()})
     for direction in ("forward", "both"):
         backward = direction == "both"
@@ -121,14 +122,6 @@ def measure(
                 alone = medians[COPIED if copied else SENT]
                 share = (medians[name] - medians[SILENT[copied]]) / alone
                 yield row(name, f"{direction}_exposed", share, "share")
-
-
-def peers_of(
-    case: Case, layer: ExpertParallelMoE, groups: ExpertGroups, machine: Machine
-) -> dict[str, Way]:
-    """Every installed layer of others, by name."""
-    made = (peer.peers(case, layer, groups, machine) for peer in (moe_megatron, moe_liger))
-    return {name: way for ways in made for name, way in ways.items()}
 
 
 def check(
@@ -153,7 +146,7 @@ def check(
 
     exact = harness.results(loop, [exact_x], exact_grad)
     ours = ways(layer, machine, memory)
-    peers = peers_of(case, layer, groups, machine)
+    peers = moe_megatron.peers(case, layer, groups, machine)
     first, differences = None, {}
     for name, way in (ours | peers).items():
         if name in SILENT:

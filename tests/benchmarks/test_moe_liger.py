@@ -60,17 +60,19 @@ def on_rank() -> list[str]:
         patch.object(moe_liger, "version", lambda _: "0.0"),
         patch.object(torch.cuda, "synchronize"),
     ):
-        differences = moe_overlap.check(CASE, groups, machine)
-        assert "LigerCute 0.0 fused experts" in differences
         layer = moe_cases.build(CASE, groups, machine)
-        way = moe_liger.peers(CASE, layer, groups, machine)["LigerCute 0.0 fused experts"]
         x, grad = moe_overlap.inputs(CASE, machine)
+        for _ in range(2):
+            way = moe_liger.peers(CASE, layer, machine, x, grad)["LigerCute 0.0 fused experts"]
         way.forward(x)  # no backward follows
         torch.autograd.grad(way.forward(x), [x, *way.parameters], grad)
         way.forward(x)
+        no_kernel = patch.object(moe_liger._Experts, "forward", side_effect=RuntimeError("untuned"))
+        with no_kernel:
+            assert moe_liger.peers(CASE, layer, machine, x, grad) == {}
     return log
 
 
 def test_the_peer_is_right_and_its_memory_is_given_back() -> None:
     (log,) = run_on_ranks(on_rank, 1)
-    assert log == ["configure 64", "clear", "configure 64", "pop"]
+    assert log == ["configure 64", "clear", "configure 64", "pop", "clear", "configure 64"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -19,6 +19,7 @@ from moe_parallel import (
     ExpertGroups,
     ExpertParallelMoE,
     MoEConfig,
+    RouterConfig,
     SymmetricMemory,
     TokenOrder,
 )
@@ -33,6 +34,7 @@ from moe_parallel.pipeline.pipeline import Pipeline
 
 PLANTED = 4.0  # what a token's features say of its experts, against features of size 1
 SILENT = ("nothing sent", "nothing copied")
+RouterName = Literal["softmax", "ling"]
 SENT, COPIED, BARE = "only sent", "only copied", "bare products"
 
 
@@ -47,11 +49,22 @@ class Case(NamedTuple):
     ep: int = 1
     etp: int = 1
     max_ctas: int = 0
+    router: RouterName = "softmax"
 
     @property
     def config(self) -> MoEConfig:
-        """The settings of the layer."""
-        return MoEConfig(self.hidden, self.ffn, self.experts, self.top_k)
+        """The settings of the layer; ``ling``: as models of that family have them."""
+        config = MoEConfig(self.hidden, self.ffn, self.experts, self.top_k)
+        if self.router == "softmax":
+            return config
+        sigmoid = RouterConfig("sigmoid", scaling=2.5, expert_bias=True, num_groups=8, top_groups=4)
+        return replace(config, router=sigmoid, shared_ffn_size=self.ffn)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row says of it; the router where it is not the default."""
+        plain = self.router == "softmax"
+        return {k: v for k, v in self._asdict().items() if k != "router" or not plain}
 
 
 class Way(NamedTuple):
@@ -79,8 +92,10 @@ def build(
         if on_device:
             generator = torch.Generator(machine.device).manual_seed(dist.get_rank())
             std = (2 / (case.hidden + case.ffn)) ** 0.5
-            for weight in layer.experts.parameters():
+            for weight in layer.parameters():
                 weight.normal_(0, std, generator=generator)
+            for buffer in layer.buffers():
+                buffer.zero_()
         layer.gate.weight.zero_()
         layer.gate.weight[:, : case.experts] = torch.eye(case.experts)
     return layer
@@ -196,5 +211,6 @@ def ways(
             found[f"lasp, {name}{how}"] = Way(chosen, parameters, sends_assignments=False)
         silent = nothing_copied() if copied else nothing_sent(machine)
         found[SILENT[copied]] = Way(partial(in_groups, 1, dispatcher), parameters, silent)
-    found["2 token groups"] = Way(partial(token_groups, layer), parameters)
+    if layer.shared is None:  # groups of tokens have no router but the default
+        found["2 token groups"] = Way(partial(token_groups, layer), parameters)
     return found

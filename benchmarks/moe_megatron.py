@@ -40,8 +40,8 @@ def obstacle() -> str | None:
 def peers(
     case: Case, layer: ExpertParallelMoE, groups: ExpertGroups, machine: Machine
 ) -> dict[str, Way]:
-    """Its layer by name, with the weights of ``layer``; none if it cannot run."""
-    if obstacle() is not None:
+    """Its layer by name, with the weights of ``layer``; none if it or its router cannot run."""
+    if obstacle() is not None or case.router != "softmax":
         return {}
     import megatron.core
 

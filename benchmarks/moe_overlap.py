@@ -19,6 +19,8 @@ the layer of Megatron-Core and LigerCute's experts, where they are installed
 (``benchmarks.moe_megatron``, ``benchmarks.moe_liger``). ``bare products`` are
 the experts' matrix products and nothing else, the bound of the other times.
 
+``--router ling`` is another router: sigmoid scores, 4 of 8 groups, a bias; and one shared expert,
+whose products are not in the bound.
 ``--max-ctas`` limits the thread blocks of EP's communicator: 1 or 2 make NVLink as slow as a
 network. A sample is as in ``benchmarks.timing``.
 
@@ -44,6 +46,7 @@ from benchmarks.moe_cases import (
     SENT,
     SILENT,
     Case,
+    RouterName,
     Way,
     bare_products,
     build,
@@ -66,6 +69,7 @@ class Options(RankOptions):
     ffn: int = 9216
     experts: int = 32
     top_k: int = 2
+    router: RouterName = "softmax"
     max_ctas: tuple[int, ...] = (0, 2)
     meshes: tuple[str, ...] = ()
 
@@ -107,7 +111,7 @@ def measure(
     ours = ways(layer, machine, memory)
     others = moe_megatron.peers(case, layer, groups, machine)
     others |= moe_liger.peers(case, layer, machine, x, grad)
-    row = partial(harness.row, "moe_overlap", case._asdict() | {"ranks": dist.get_world_size()})
+    row = partial(harness.row, "moe_overlap", case.facts | {"ranks": dist.get_world_size()})
     for direction in ("forward", "both"):
         backward = direction == "both"
         timed = calls(layer, ours | others, x, grad, memory=memory, backward=backward)
@@ -136,12 +140,14 @@ def check(
     x, grad = inputs(case, machine)
     whole = ExpertParallelMoE(case.config, dtype=torch.float64)
     w13, w2 = (w.detach().to(machine.dtype).double() for w in whole.experts.parameters())
+    shared = () if layer.shared is None else tuple(layer.shared.parameters())
+    shared = tuple(w.detach().double().cpu() for w in shared)
     gate, exact_x, exact_grad = (t.detach().double().cpu() for t in (layer.gate.weight, x, grad))
 
     def loop(x: Tensor) -> Tensor:
         return reference_moe(
             x, gate, w13, w2, top_k=case.top_k, capacity_factor=None, drop_policy="position",
-            aux_loss_coefficient=0.0,
+            aux_loss_coefficient=0.0, router=case.config.router, shared=shared,
         ).output  # fmt: skip
 
     exact = harness.results(loop, [exact_x], exact_grad)
@@ -199,7 +205,8 @@ def cases(options: Options, ranks: int) -> list[Case]:
     if options.meshes:
         meshes = [tuple(map(int, mesh.split("x"))) for mesh in options.meshes]
     return [
-        Case(tokens, options.hidden, options.ffn, options.experts, options.top_k, ep, etp, ctas)
+        Case(tokens, options.hidden, options.ffn, options.experts, options.top_k, ep, etp, ctas,
+             options.router)
         for tokens in options.tokens for ep, etp in meshes for ctas in options.max_ctas
         if ctas == 0 or ep > 1
     ]  # fmt: skip

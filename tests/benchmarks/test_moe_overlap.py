@@ -52,6 +52,14 @@ def test_every_variant_is_right_and_measured(case: moe_overlap.Case) -> None:
     assert all(found == times | exposed for found in metrics.values())
 
 
+def test_another_router_is_right_and_named() -> None:
+    case = CASE._replace(experts=32, hidden=64, top_k=4, ep=2, router="ling")
+    rows = run_on_ranks(rows_on_rank, 2, case)[0]
+    assert {row["case"]["router"] for row in rows} == {"ling"}
+    assert "2 token groups" not in {row["impl"] for row in rows}
+    assert "router" not in CASE.facts
+
+
 def sent_on_rank(case: moe_overlap.Case) -> list[int]:
     """How many all-to-alls each kind of call starts."""
     machine, counts = Machine("cpu", torch.float32, 1), []

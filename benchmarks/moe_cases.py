@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.harness import Machine, draw
+from benchmarks.harness import Machine, draw, results
 from benchmarks.token_groups import token_groups
 from moe_parallel import (
     ExpertGroups,
@@ -31,6 +31,7 @@ from moe_parallel.dispatch.stream_memory import CudaStreamMemory
 from moe_parallel.experts.gemm import backward_product, forward_product, weight_product
 from moe_parallel.pipeline.groups import expert_groups
 from moe_parallel.pipeline.pipeline import Pipeline
+from moe_parallel.reference import reference_moe
 
 PLANTED = 4.0  # what a token's features say of its experts, against features of size 1
 SILENT = ("nothing sent", "nothing copied")
@@ -90,7 +91,8 @@ def build(
         layer.to_empty(device=machine.device)
     with torch.no_grad():
         if on_device:
-            generator = torch.Generator(machine.device).manual_seed(dist.get_rank())
+            seed = dist.get_rank() if dist.is_initialized() else 0
+            generator = torch.Generator(machine.device).manual_seed(seed)
             std = (2 / (case.hidden + case.ffn)) ** 0.5
             for weight in layer.parameters():
                 weight.normal_(0, std, generator=generator)
@@ -110,6 +112,28 @@ def inputs(case: Case, machine: Machine) -> tuple[Tensor, Tensor]:
     for slot in range(case.top_k):
         x[token, (token * case.top_k + slot) % case.experts] = PLANTED + slot
     return x.to(machine.dtype).requires_grad_(), grad.to(machine.dtype)
+
+
+def exact_results(
+    case: Case, layer: ExpertParallelMoE, x: Tensor, grad: Tensor, machine: Machine
+) -> list[Tensor]:
+    """Output and input gradient of a loop in float64, with the weights of ``layer``.
+
+    The layer has its own initial values, see :func:`build`.
+    """
+    whole = ExpertParallelMoE(case.config, dtype=torch.float64)
+    w13, w2 = (w.detach().to(machine.dtype).double() for w in whole.experts.parameters())
+    shared = () if layer.shared is None else tuple(layer.shared.parameters())
+    shared = tuple(w.detach().double().cpu() for w in shared)
+    gate, exact_x, exact_grad = (t.detach().double().cpu() for t in (layer.gate.weight, x, grad))
+
+    def loop(x: Tensor) -> Tensor:
+        return reference_moe(
+            x, gate, w13, w2, top_k=case.top_k, capacity_factor=None, drop_policy="position",
+            aux_loss_coefficient=0.0, router=case.config.router, shared=shared,
+        ).output  # fmt: skip
+
+    return results(loop, [exact_x], exact_grad)
 
 
 def nothing_sent(machine: Machine) -> Any:

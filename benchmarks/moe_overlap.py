@@ -50,6 +50,7 @@ from benchmarks.moe_cases import (
     Way,
     bare_products,
     build,
+    exact_results,
     inputs,
     only_sent,
     ways,
@@ -57,7 +58,6 @@ from benchmarks.moe_cases import (
 from benchmarks.timing import Timed, bounded, most
 from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, SymmetricMemory
 from moe_parallel.dispatch import make_dispatcher
-from moe_parallel.reference import reference_moe
 
 
 @dataclass(kw_only=True)
@@ -138,19 +138,7 @@ def check(
     """
     layer = build(case, groups, machine)
     x, grad = inputs(case, machine)
-    whole = ExpertParallelMoE(case.config, dtype=torch.float64)
-    w13, w2 = (w.detach().to(machine.dtype).double() for w in whole.experts.parameters())
-    shared = () if layer.shared is None else tuple(layer.shared.parameters())
-    shared = tuple(w.detach().double().cpu() for w in shared)
-    gate, exact_x, exact_grad = (t.detach().double().cpu() for t in (layer.gate.weight, x, grad))
-
-    def loop(x: Tensor) -> Tensor:
-        return reference_moe(
-            x, gate, w13, w2, top_k=case.top_k, capacity_factor=None, drop_policy="position",
-            aux_loss_coefficient=0.0, router=case.config.router, shared=shared,
-        ).output  # fmt: skip
-
-    exact = harness.results(loop, [exact_x], exact_grad)
+    exact = exact_results(case, layer, x, grad, machine)
     ours = ways(layer, machine, memory)
     peers = moe_megatron.peers(case, layer, groups, machine)
     first, differences = None, {}

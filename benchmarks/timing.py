@@ -40,12 +40,13 @@ def host_us(fn: Callable[[], Any], *, wait: bool = False, count: int = 20) -> li
 
 
 def hosts_us(
-    calls: Mapping[str, Callable[[], Any]], *, wait: bool = False, count: int = 20
-) -> dict[str, list[float]]:
+    calls: Mapping[str, Callable[[], Any]], *, wait: bool = False, count: int = 20,
+    rounds: int = 20,
+) -> dict[str, list[float]]:  # fmt: skip
     """:func:`host_us` of several calls that take turns: a core may be half as fast for a while."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(20):
+    for _ in range(rounds):
         for name, fn in calls.items():
             synchronize()
             start = time.perf_counter()

@@ -196,38 +196,39 @@ def checked_window(window: tuple[int, int] | None, causal: bool) -> tuple[int, i
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless the shapes, dtypes and devices are those of one attention."""
-    tensors = {"q": q, "k": k, "v": v}
-    if q.ndim not in (3, 4) or k.shape[:-1] != v.shape[:-1] or k.ndim != q.ndim:
+    queries, keys, values = q.shape, k.shape, v.shape  # each read of a shape makes one
+    shapes = {"q": queries, "k": keys, "v": values}
+    if len(queries) not in (3, 4) or keys[:-1] != values[:-1] or len(keys) != len(queries):
         raise ValueError(
             "q must be [T, Hq, D] or [B, T, Hq, D], k [T, Hkv, D] or [B, T, Hkv, D], v like k but"
-            f" for the last dim, got {shapes_of(tensors)}"
+            f" for the last dim, got {shapes_of(shapes)}"
         )
-    if 0 in (*q.shape, *k.shape, v.shape[-1]):
+    if 0 in queries or 0 in keys or values[-1] == 0:
         raise ValueError(
-            f"q, k and v must not be empty, got {shapes_of(tensors)}: drop empty batches"
+            f"q, k and v must not be empty, got {shapes_of(shapes)}: drop empty batches"
         )
-    if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
+    if queries[:-2] != keys[:-2] or queries[-1] != keys[-1]:
         raise ValueError(
-            f"q and k must have the same rows, tokens and head dim, got {shapes_of(tensors)}"
+            f"q and k must have the same rows, tokens and head dim, got {shapes_of(shapes)}"
         )
-    if q.shape[-2] % k.shape[-2]:
+    if queries[-2] % keys[-2]:
         raise ValueError(
-            f"the heads of k must divide those of q, got {shapes_of(tensors)}: under tensor"
+            f"the heads of k must divide those of q, got {shapes_of(shapes)}: under tensor"
             " parallelism repeat key heads or use fewer ranks"
         )
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
-    if {k.dtype, v.dtype} != {q.dtype}:
+    if not k.dtype == v.dtype == q.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if {k.device, v.device} != {q.device}:
+    if not k.device == v.device == q.device:
         raise ValueError(
             f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}"
         )
 
 
-def shapes_of(tensors: dict[str, Tensor]) -> str:
+def shapes_of(shapes: dict[str, torch.Size]) -> str:
     """Names and shapes, as errors give them."""
-    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+    return ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
 
 
 def _checked_sinks(sinks: Tensor, q: Tensor) -> Tensor:

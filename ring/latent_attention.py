@@ -86,25 +86,25 @@ def ring_latent_attention(
 
 def _check_tensors(q: Tensor, latent: Tensor, weight: Tensor) -> None:
     """Raise ValueError unless the shapes, dtypes and devices are those of one attention."""
-    tensors = {"q": q, "latent": latent, "weight": weight}
+    shapes = {"q": q.shape, "latent": latent.shape, "weight": weight.shape}
     if q.ndim not in (3, 4) or latent.ndim != q.ndim - 1 or weight.ndim != 3:
         raise ValueError(
             "q must be [T, H, K + P] or [B, T, H, K + P], latent [T, R + P] or [B, T, R + P] and"
-            f" weight [H, K + V, R], got {shapes_of(tensors)}"
+            f" weight [H, K + V, R], got {shapes_of(shapes)}"
         )
     if 0 in (*q.shape, *latent.shape, *weight.shape):
-        raise ValueError(f"q, latent and weight must not be empty, got {shapes_of(tensors)}")
+        raise ValueError(f"q, latent and weight must not be empty, got {shapes_of(shapes)}")
     if q.shape[:-2] != latent.shape[:-1] or q.shape[-2] != weight.shape[0]:
         raise ValueError(
             "q must have the rows and tokens of latent and the heads of weight, got"
-            f" {shapes_of(tensors)}"
+            f" {shapes_of(shapes)}"
         )
     shared = latent.shape[-1] - weight.shape[2]
     own = q.shape[-1] - shared
     if shared < 0 or not 0 <= own < weight.shape[1]:
         raise ValueError(
             "the last dims must be K + P of q, R + P of latent, and K + V and R of weight, with P"
-            f" and K not negative and V positive, got {shapes_of(tensors)}: P {shared}, K {own}, V"
+            f" and K not negative and V positive, got {shapes_of(shapes)}: P {shared}, K {own}, V"
             f" {weight.shape[1] - own}"
         )
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

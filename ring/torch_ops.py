@@ -135,7 +135,8 @@ class _AttentionOperators:
         moving, context = self._context(q, k, v, sinks, *settings)
         with without_autocast(q):
             output, lse = passes.forward(q.contiguous(), moving, context, sinks)
-        return output.contiguous(), lse.T.contiguous().T
+        # Rows last in memory, whatever the block: as compiled graphs are told.
+        return output.contiguous(), lse if lse.T.is_contiguous() else lse.T.contiguous().T
 
     def _backward(
         self,

@@ -57,7 +57,8 @@ class Fa4Block(FlashBlock):
 
     def forward(self, qkv: QKV, *, window: Window, scale: float) -> Partial:
         """Run one kernel call, whatever the shape."""
-        output, lse = _forward(*(x[None] for x in _widths(qkv)), **_options(window, scale))
+        q, k, v = _widths(qkv)
+        output, lse = _forward(q[None], k[None], v[None], **_options(window, scale))
         return Partial(as_wide_as(qkv.v, output[0]), lse[0].T)
 
     def backward(
@@ -151,10 +152,10 @@ def _lengths(segments: Segments) -> dict[str, Any]:
 
 def _fit(qkv: QKV) -> bool:
     """Whether the kernels take these widths: two of them only without grouped heads."""
-    head_dim, value_dim = qkv.q.shape[-1], qkv.v.shape[-1]
+    (_, heads, head_dim), value_dim = qkv.q.shape, qkv.v.shape[-1]
     if head_dim == value_dim:
         return head_dim in HEAD_DIMS
-    return (head_dim, value_dim) == (192, 128) and qkv.q.shape[1] == qkv.k.shape[1]
+    return (head_dim, value_dim) == (192, 128) and heads == qkv.k.shape[1]
 
 
 def _widths(qkv: QKV, *outputs: Tensor) -> tuple[Tensor, ...]:

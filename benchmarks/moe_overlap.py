@@ -13,6 +13,11 @@ to be compared, but has no E, for it sends something else.
 ``copied`` is through ``moe_parallel.SymmetricMemory``, and compared with the layer whose ranks wait
 for each other and copy nothing, ``nothing copied``, and with copies alone, ``only copied``.
 
+Where E is smaller than the spread of a run, two other metrics of the layer by its rule tell more.
+``saved_ms`` is the time that it saves over one group. ``overlapped`` is, from a trace, the share of
+the time of transfers during which a product runs, on the rank where it is least. With ``copied``
+every copy on the device counts as a transfer. A CPU has no trace.
+
 Baselines: one group of experts; two groups of *tokens*, the scheme of MiniMax-01's figure 9, with
 the same pipeline; experts cut over all ranks (ETP alone), which is plain tensor parallelism; and
 the layer of Megatron-Core and LigerCute's experts, where they are installed
@@ -56,8 +61,14 @@ from benchmarks.moe_cases import (
     ways,
 )
 from benchmarks.timing import Timed, bounded, most
+from benchmarks.trace_parts import kernels, under_products
 from moe_parallel import ExpertGroups, ExpertParallelMoE, ExpertTopology, SymmetricMemory
 from moe_parallel.dispatch import make_dispatcher
+
+TRACED = 4  # calls, behind each other
+RULE = "lasp, by the rule"
+# The names of what travels, sent and copied.
+TRAVELS = ("nccl", r"nccl|Memcpy (PtoP|DtoD)")
 
 
 @dataclass(kw_only=True)
@@ -126,6 +137,28 @@ def measure(
                 alone = medians[COPIED if copied else SENT]
                 share = (medians[name] - medians[SILENT[copied]]) / alone
                 yield row(name, f"{direction}_exposed", share, "share")
+        if groups.ep or groups.etp:
+            for name in (name for name in ours if name.startswith(RULE)):
+                one_group = medians[name.replace(RULE, "lasp 1 groups")]
+                yield row(name, f"{direction}_saved_ms", one_group - medians[name], "ms")
+                if machine.device == "cuda":
+                    share = overlapped(timed[name], TRAVELS[name.endswith("copied")], machine)
+                    yield row(name, f"{direction}_overlapped", share, "share")
+
+
+def overlapped(timed: Timed, pattern: str, machine: Machine) -> float:
+    """The share of the time of kernels of this pattern beside a product, on the worst rank."""
+    flag = torch.zeros(1, device=machine.device)
+
+    def traced() -> None:
+        dist.all_reduce(flag)  # not every rank starts to trace at the same time
+        torch.cuda.synchronize()
+        for _ in range(TRACED):
+            timed.call()
+
+    with timed.in_force:
+        _, *spans = sorted(kernels(traced), key=lambda span: span.start)
+    return 1 - most(1 - under_products(spans, pattern), machine)[0]
 
 
 def check(
@@ -205,6 +238,8 @@ def rows(options: Options, machine: Machine) -> Iterator[Row]:
     for peer, name in ((moe_megatron, "Megatron-Core's layer"), (moe_liger, "LigerCute's experts")):
         if (reason := peer.obstacle()) is not None:
             say(f"left out: {name}: {reason}")
+    if machine.device == "cpu":
+        say("left out: the share overlapped: traces are of a GPU")
     for case in cases(options, dist.get_world_size()):
         with groups_of(case) as groups:
             hidden = max(64, case.experts)  # the gate reads an expert off each of the first ones

@@ -64,6 +64,14 @@ def shares(spans: Iterable[Span]) -> dict[str, float]:
     return {part: time / (ended - begun) for part, time in busy.items()}
 
 
+def under_products(spans: Iterable[Span], pattern: str) -> float:
+    """The share of the time of kernels of this pattern during which a product runs too."""
+    spans = list(spans)
+    some = [s for s in spans if re.search(pattern, s.name)]
+    products = [s for s in spans if part_of(s.name) == "products"]
+    return 1 - (covered(some + products) - covered(products)) / covered(some)
+
+
 def covered(spans: Iterable[Span]) -> float:
     """How long at least one of them runs."""
     total, reached = 0.0, float("-inf")

@@ -6,9 +6,9 @@ from lasp.checkpoints.family import Family
 from lasp.checkpoints.family import NameRule as R
 
 
-def _named(start: str, end: str, names: dict[str, str]) -> tuple[R, ...]:
-    """Rules of tensors with one atom each, ``start + name + end``."""
-    return tuple(R(f"{start}{name}{end}", role) for name, role in names.items())
+def _weights(start: str, /, **roles: str) -> tuple[R, ...]:
+    """Rules of weights with one atom each, ``start + name + ".weight"``."""
+    return tuple(R(f"{start}{name}.weight", role) for name, role in roles.items())
 
 
 _LATENT = {
@@ -35,31 +35,25 @@ PLAIN = Family(
         R("{layer}attention.qkv_proj.bias", _LIGHTNING_BIASES, "heads"),
         R("{layer}attention.output_gate.bias", "lightning.gate_bias"),
         R("{layer}attention.out_proj.bias", "lightning.out_bias"),
-        *_named(
+        *_weights(
             "{layer}attention.",
-            ".weight",
-            {
-                "output_gate": "lightning.gate",
-                "q_norm": "lightning.q_norm",
-                "k_norm": "lightning.k_norm",
-                "norm": "lightning.norm",
-                "out_proj": "lightning.out",
-            },
+            output_gate="lightning.gate",
+            q_norm="lightning.q_norm",
+            k_norm="lightning.k_norm",
+            norm="lightning.norm",
+            out_proj="lightning.out",
         ),
-        *_named(
+        *_weights(
             "{layer}attention.",
-            ".weight",
-            {
-                "q_proj": "softmax.q",
-                "k_proj": "softmax.k",
-                "v_proj": "softmax.v",
-                "o_proj": "softmax.out",
-                "q_norm": "softmax.q_norm",
-                "k_norm": "softmax.k_norm",
-                "output_gate": "softmax.gate",
-            },
+            q_proj="softmax.q",
+            k_proj="softmax.k",
+            v_proj="softmax.v",
+            o_proj="softmax.out",
+            q_norm="softmax.q_norm",
+            k_norm="softmax.k_norm",
+            output_gate="softmax.gate",
         ),
-        *_named("{layer}attention.", ".weight", _LATENT | {"o_proj": "latent.out"}),
+        *_weights("{layer}attention.", **_LATENT, o_proj="latent.out"),
         R("{layer}attention_norm.weight", "attention_norm"),
         R("{layer}moe_norm.weight", "mlp_norm"),
         R("{layer}mlp.w13", "mlp.gate mlp.up", "stack"),
@@ -71,15 +65,12 @@ PLAIN = Family(
         R("{layer}moe.shared.w13", "shared.gate shared.up", "stack"),
         R("{layer}moe.shared.w2", "shared.down"),
         R("{layer}moe.shared.gate", "shared.scale"),
-        *_named(
+        *_weights(
             "mtp.",
-            ".weight",
-            {
-                "token_norm": "mtp.token_norm",
-                "hidden_norm": "mtp.hidden_norm",
-                "final_norm": "mtp.final_norm",
-                "projection": "mtp.projection",
-            },
+            token_norm="mtp.token_norm",
+            hidden_norm="mtp.hidden_norm",
+            final_norm="mtp.final_norm",
+            projection="mtp.projection",
         ),
     ),
     layer="layers.{}.",
@@ -93,16 +84,14 @@ _RELEASED = (
     R("{layer}input_layernorm.weight", "attention_norm"),
     R("{layer}post_attention_layernorm.weight", "mlp_norm"),
 )
-_SELF_ATTENTION = _named(
+_SELF_ATTENTION = _weights(
     "{layer}self_attn.",
-    ".weight",
-    {"q_proj": "softmax.q", "k_proj": "softmax.k", "v_proj": "softmax.v", "o_proj": "softmax.out"},
+    q_proj="softmax.q",
+    k_proj="softmax.k",
+    v_proj="softmax.v",
+    o_proj="softmax.out",
 )
-_DENSE = _named(
-    "{layer}mlp.",
-    ".weight",
-    {"gate_proj": "mlp.gate", "up_proj": "mlp.up", "down_proj": "mlp.down"},
-)
+_DENSE = _weights("{layer}mlp.", gate_proj="mlp.gate", up_proj="mlp.up", down_proj="mlp.down")
 
 # MiniMax-Text-01, MiniMax-M1, the text tower of MiniMax-VL-01, and transformers' "minimax".
 MINIMAX = Family(
@@ -111,21 +100,19 @@ MINIMAX = Family(
         R("model.embed_tokens.weight", "embedding"),
         *_RELEASED,
         R("{layer}self_attn.qkv_proj.weight", _LIGHTNING_QKV, "heads"),
-        *_named(
+        *_weights(
             "{layer}self_attn.",
-            ".weight",
-            {
-                "output_gate": "lightning.gate",
-                "norm": "lightning.norm",
-                "out_proj": "lightning.out",
-            },
+            output_gate="lightning.gate",
+            norm="lightning.norm",
+            out_proj="lightning.out",
         ),
         *_SELF_ATTENTION,
         R("{layer}block_sparse_moe.gate.weight", "router"),
-        *_named(
+        *_weights(
             "{layer}block_sparse_moe.experts.{expert}.",
-            ".weight",
-            {"w1": "experts.gate", "w3": "experts.up", "w2": "experts.down"},
+            w1="experts.gate",
+            w3="experts.up",
+            w2="experts.down",
         ),
     ),
     layer="model.layers.{}.",
@@ -142,49 +129,42 @@ BAILING = Family(
         *_RELEASED,
         R("{layer}attention.query_key_value.weight", _LIGHTNING_QKV),
         R("{layer}attention.query_key_value.weight", _SOFTMAX_QKV),
-        *_named(
+        *_weights(
             "{layer}attention.",
-            ".weight",
-            {
-                "g_proj": "lightning.gate",
-                "g_norm": "lightning.norm",
-                "query_layernorm": "lightning.q_norm",
-                "key_layernorm": "lightning.k_norm",
-                "dense": "lightning.out",
-            },
+            g_proj="lightning.gate",
+            g_norm="lightning.norm",
+            query_layernorm="lightning.q_norm",
+            key_layernorm="lightning.k_norm",
+            dense="lightning.out",
         ),
-        *_named(
+        *_weights(
             "{layer}attention.",
-            ".weight",
-            {
-                "query_layernorm": "softmax.q_norm",
-                "key_layernorm": "softmax.k_norm",
-                "dense": "softmax.out",
-            },
+            query_layernorm="softmax.q_norm",
+            key_layernorm="softmax.k_norm",
+            dense="softmax.out",
         ),
-        *_named("{layer}attention.", ".weight", _LATENT | {"dense": "latent.out"}),
+        *_weights("{layer}attention.", **_LATENT, dense="latent.out"),
         *_DENSE,
         R("{layer}mlp.gate.weight", "router"),
         R("{layer}mlp.gate.expert_bias", "router_bias"),
-        *_named(
+        *_weights(
             "{layer}mlp.experts.{expert}.",
-            ".weight",
-            {"gate_proj": "experts.gate", "up_proj": "experts.up", "down_proj": "experts.down"},
+            gate_proj="experts.gate",
+            up_proj="experts.up",
+            down_proj="experts.down",
         ),
-        *_named(
+        *_weights(
             "{layer}mlp.shared_experts.",
-            ".weight",
-            {"gate_proj": "shared.gate", "up_proj": "shared.up", "down_proj": "shared.down"},
+            gate_proj="shared.gate",
+            up_proj="shared.up",
+            down_proj="shared.down",
         ),
-        *_named(
+        *_weights(
             "{layer}",
-            ".weight",
-            {
-                "enorm": "mtp.token_norm",
-                "hnorm": "mtp.hidden_norm",
-                "eh_proj": "mtp.projection",
-                "final_layernorm": "mtp.final_norm",
-            },
+            enorm="mtp.token_norm",
+            hnorm="mtp.hidden_norm",
+            eh_proj="mtp.projection",
+            final_layernorm="mtp.final_norm",
         ),
     ),
     layer="model.layers.{}.",
@@ -196,19 +176,16 @@ SALA = Family(
     (
         R("model.embed_tokens.weight", "embedding"),
         *_RELEASED,
-        *_named(
+        *_weights(
             "{layer}self_attn.",
-            ".weight",
-            {
-                "q_proj": "lightning.q",
-                "k_proj": "lightning.k",
-                "v_proj": "lightning.v",
-                "o_proj": "lightning.out",
-                "z_proj": "lightning.gate",
-                "o_norm": "lightning.norm",
-                "q_norm": "lightning.q_norm",
-                "k_norm": "lightning.k_norm",
-            },
+            q_proj="lightning.q",
+            k_proj="lightning.k",
+            v_proj="lightning.v",
+            o_proj="lightning.out",
+            z_proj="lightning.gate",
+            o_norm="lightning.norm",
+            q_norm="lightning.q_norm",
+            k_norm="lightning.k_norm",
         ),
         *_SELF_ATTENTION,
         R("{layer}self_attn.o_gate.weight", "softmax.gate"),
@@ -233,32 +210,26 @@ def _megatron(name: str, final_norm: str, *, mlps_apart: bool) -> Family:
             "softmax.q softmax.gate softmax.k softmax.v",
             "kv_heads",
         ),
-        *_named(
+        *_weights(
             attention,
-            ".weight",
-            {
-                "q_norm": "lightning.q_norm",
-                "k_norm": "lightning.k_norm",
-                "out_norm": "lightning.norm",
-                "out_proj": "lightning.out",
-                "q_layernorm": "softmax.q_norm",
-                "k_layernorm": "softmax.k_norm",
-                "linear_proj": "softmax.out",
-            },
+            q_norm="lightning.q_norm",
+            k_norm="lightning.k_norm",
+            out_norm="lightning.norm",
+            out_proj="lightning.out",
+            q_layernorm="softmax.q_norm",
+            k_layernorm="softmax.k_norm",
+            linear_proj="softmax.out",
         ),
-        *_named(
+        *_weights(
             attention,
-            ".weight",
-            {
-                "linear_q_proj": "latent.q",
-                "linear_q_down_proj": "latent.q_a",
-                "q_layernorm": "latent.q_a_norm",
-                "linear_q_up_proj": "latent.q_b",
-                "linear_kv_down_proj": "latent.kv_a",
-                "kv_layernorm": "latent.kv_a_norm",
-                "linear_kv_up_proj": "latent.kv_b",
-                "linear_proj": "latent.out",
-            },
+            linear_q_proj="latent.q",
+            linear_q_down_proj="latent.q_a",
+            q_layernorm="latent.q_a_norm",
+            linear_q_up_proj="latent.q_b",
+            linear_kv_down_proj="latent.kv_a",
+            kv_layernorm="latent.kv_a_norm",
+            linear_kv_up_proj="latent.kv_b",
+            linear_proj="latent.out",
         ),
         R(f"{mlp}linear_fc1.weight", "mlp.gate mlp.up"),
         R(f"{mlp}linear_fc2.weight", "mlp.down"),

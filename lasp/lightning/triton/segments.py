@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp._core.cache import ByteCache
+from lasp._core.cache import ByteCache, kept_in
 from lasp._core.host_constants import to_device
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import DirectedFragment, StateFlow, flow_of
@@ -117,6 +117,16 @@ class Recurrence(NamedTuple):
         return self.rates, self.plan.table, self.plan.reach
 
 
+def parts_with_bytes(plan: Plan) -> list[tuple[object, int]]:
+    """The plan and what plans of a batch share, each with about its bytes, on the device or not."""
+    tensors = plan.reach.nbytes + plan.table.nbytes + plan.summed.nbytes
+    return [(plan, tensors + 512 * len(plan.segments)), (plan.layout, plan.layout.host_bytes)]
+
+
+_PLANS: ByteCache[Plan] = ByteCache(64 * 2**20, lambda _: 0, parts_with_bytes)
+
+
+@kept_in(_PLANS)
 def plan_of(
     layout: SequenceLayout,
     rank: int,
@@ -138,19 +148,6 @@ def plan_of(
         with_final: the states that documents leave are asked for.
         length: tokens of a segment, at most.
     """
-    settings = (rank, device, reverse, with_initial, with_final, length)
-    return _PLANS.get((layout, *settings), lambda: _plan_of(layout, *settings))
-
-
-def _plan_of(
-    layout: SequenceLayout,
-    rank: int,
-    device: torch.device,
-    reverse: bool,
-    with_initial: bool,
-    with_final: bool,
-    length: int,
-) -> Plan:
     flow = flow_of(layout, rank, reverse=reverse)
     spans = _spans(flow, with_initial, with_final)
     segments: list[Segment] = []
@@ -164,9 +161,8 @@ def _plan_of(
             num_states += segments[-1].state_row >= 0
             if segment.state_length:
                 summed.append(segments[-1])
-    reach = torch.cat(
-        [_reach(fragment, reverse, with_initial) for fragment in sorted_by_offset(flow)]
-    )
+    in_memory = sorted(flow.fragments, key=lambda fragment: fragment.offset)
+    reach = torch.cat([_reach(fragment, reverse, with_initial) for fragment in in_memory])
     edges = {s.first - (s.length - 1 if reverse else 0) for s in segments}
     return Plan(
         layout,
@@ -183,15 +179,6 @@ def _plan_of(
     )
 
 
-def parts_with_bytes(plan: Plan) -> list[tuple[object, int]]:
-    """The plan and what plans of a batch share, each with about its bytes, on the device or not."""
-    tensors = plan.reach.nbytes + plan.table.nbytes + plan.summed.nbytes
-    return [(plan, tensors + 512 * len(plan.segments)), (plan.layout, plan.layout.host_bytes)]
-
-
-_PLANS: ByteCache[Plan] = ByteCache(64 * 2**20, lambda _: 0, parts_with_bytes)
-
-
 @lru_cache(maxsize=1024)  # one entry a layer
 def reaches_of(rates: tuple[float, ...], eps: float) -> tuple[int, ...]:
     """How many tokens back a token's weight in a state is above ``eps``, for each head."""
@@ -199,11 +186,6 @@ def reaches_of(rates: tuple[float, ...], eps: float) -> tuple[int, ...]:
     return tuple(
         min(FAR, int(min(exponent / rate, FAR)) + 1) if rate > 0 else FAR for rate in rates
     )
-
-
-def sorted_by_offset(flow: StateFlow) -> list[DirectedFragment]:
-    """The fragments in the order of memory."""
-    return sorted(flow.fragments, key=lambda fragment: fragment.offset)
 
 
 def _spans(

@@ -86,5 +86,8 @@ def test_planning_looks_at_each_piece_a_few_times(result: bool) -> None:
     with patch.object(
         segments, "flow_of", lambda *_, **__: flow._replace(fragments=Counted(flow.fragments))
     ):
-        segments._plan_of(layout, 0, torch.device("cpu"), False, False, result, 64)
+        plan_of.__wrapped__(
+            layout, 0, torch.device("cpu"),
+            reverse=False, with_initial=False, with_final=result, length=64,
+        )  # fmt: skip
     assert 300 <= Counted.looks <= 4 * 300

@@ -50,6 +50,7 @@ from lasp.lightning.decay import rates_by_value
 from lasp.lightning.op_context import (
     REFERENCE,
     OpContext,
+    Settings,
     heads_of_rows,
     rows_of_heads,
     start,
@@ -212,31 +213,18 @@ def lightning_attention(
             in dtype, shapes, rates, layout or options in their first call on the group.
         lasp.state_exchange.ExchangeError: if a rank is gone, see ``lasp._core.failure``.
     """
-    settings: dict[str, Any] = {"scale": scale, "exchange": exchange, "state_eps": state_eps}
-    settings["output_final_state"] = output_final_state
     if type(output_final_state) is not bool:
         check_flags(output_final_state=output_final_state)  # type: ignore[unreachable]
-    return _by_impl(impl, (q, k, v), rates, initial_state, layout, cp_group, settings)
-
-
-def _by_impl(
-    impl: Impl,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    rates: Tensor,
-    initial_state: Tensor | None,
-    layout: SequenceLayout | None,
-    cp_group: dist.ProcessGroup | None,
-    settings: dict[str, Any],
-) -> LightningOutput:
-    q, k, v = autocast_inputs(*qkv)
+    q, k, v = autocast_inputs(q, k, v)
     check_qkv(q, k, v)
-    if settings["state_eps"] is None:
-        settings["state_eps"] = 2.0**-61 if q.dtype == torch.float64 else 2.0**-32
+    if state_eps is None:
+        state_eps = 2.0**-61 if q.dtype == torch.float64 else 2.0**-32
+    settings = Settings(layout, cp_group, scale, exchange, output_final_state, state_eps)
     if chosen_impl(impl, q.device, q.dtype, unserved(q, v)) == "eager":
-        return _attend(q, k, v, rates, initial_state, layout, cp_group, settings)
+        return _attend(q, k, v, rates, initial_state, settings)
     from lasp.lightning.triton.torch_ops import attend  # which checks the rest when it runs
 
-    return LightningOutput(*attend(q, k, v, rates, initial_state, layout, cp_group, **settings))
+    return LightningOutput(*attend(q, k, v, rates, initial_state, settings))
 
 
 @outside_graphs
@@ -246,15 +234,13 @@ def _attend(
     v: Tensor,
     rates: Tensor,
     initial_state: Tensor | None,
-    layout: SequenceLayout | None,
-    cp_group: dist.ProcessGroup | None,
-    settings: dict[str, Any],
+    settings: Settings,
 ) -> LightningOutput:
     refuse_transforms(REFERENCE, q, k, v, rates, initial_state)
-    check_kinds(rates, q, layout, cp_group, settings["exchange"])
-    check_first_call(q, v, rates, layout, cp_group, **settings)
-    op = checked_context(q, v, rates, initial_state, layout, cp_group, **settings)
-    q = join_backward(cp_group, q, k, v, initial_state)
+    check_kinds(rates, q, settings)
+    check_first_call(q, v, rates, settings)
+    op = checked_context(q, v, rates, initial_state, settings)
+    q = join_backward(op.cp_group, q, k, v, initial_state)
     if initial_state is not None:
         initial_state = states_of_heads(initial_state, q)
     tensors = [heads_of_rows(x) for x in (q, k, v)]

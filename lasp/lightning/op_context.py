@@ -14,11 +14,29 @@ from lasp._core.derivatives import Reference
 from lasp._core.host_constants import to_device
 from lasp.sequence.layout import SequenceLayout
 from lasp.sequence.state_flow import StateFlow
-from lasp.state_exchange import ExchangeChoice, Transitions, Wait, kept_over, start_exchange
+from lasp.state_exchange import (
+    Exchange,
+    ExchangeChoice,
+    Transitions,
+    Wait,
+    kept_over,
+    start_exchange,
+)
 
 REFERENCE = Reference(
     "lightning_attention", "lasp.lightning.reference.recurrent_lightning_attention"
 )
+
+
+class Settings(NamedTuple):
+    """A call but for its tensors; see ``lightning_attention``."""
+
+    layout: SequenceLayout | None
+    cp_group: dist.ProcessGroup | None
+    scale: float
+    exchange: Exchange
+    output_final_state: bool
+    state_eps: float
 
 
 class OpContext(NamedTuple):

@@ -6,7 +6,6 @@ Every rank checks before the first collective, so that a wrong call raises inste
 from __future__ import annotations
 
 from array import array
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from lasp._core.checks import checked_rank, checked_scale
 from lasp._core.consistency import compare_first_call, digest_of, is_compared
 from lasp._core.dtypes import wide_dtype
 from lasp.lightning.decay import check_rates
-from lasp.lightning.op_context import OpContext
+from lasp.lightning.op_context import OpContext, Settings
 from lasp.lightning.triton.tuning import MAX_HEAD_DIM
 from lasp.sequence.layout import SequenceLayout
 from lasp.state_exchange import Exchange, resolve_exchange
@@ -75,15 +74,10 @@ def checked_context(
     v: Tensor,
     rates: Tensor,
     initial_state: Tensor | None,
-    layout: SequenceLayout | None,
-    cp_group: dist.ProcessGroup | None,
-    *,
-    scale: float,
-    exchange: Exchange,
-    output_final_state: bool,
-    state_eps: float,
+    settings: Settings,
 ) -> OpContext:
     """The call, of :func:`check_kinds`; raise ValueError for what does not fit ``q`` and ``v``."""
+    layout, cp_group, scale, exchange, output_final_state, state_eps = settings
     values = check_rates(tuple(rates.tolist()))
     if layout is None:
         layout = SequenceLayout((q.shape[-3],), num_ranks=1)
@@ -95,15 +89,9 @@ def checked_context(
     return OpContext(layout, rank, cp_group, scale, choices, output_final_state, state_eps, values)
 
 
-def check_first_call(
-    q: Tensor,
-    v: Tensor,
-    rates: Tensor,
-    layout: SequenceLayout | None,
-    cp_group: dist.ProcessGroup | None,
-    **settings: Any,
-) -> None:
+def check_first_call(q: Tensor, v: Tensor, rates: Tensor, settings: Settings) -> None:
     """In the first call on a group have the ranks compare how they call, and raise if not alike."""
+    layout, cp_group, scale, exchange, _, state_eps = settings
     if cp_group is None or is_compared("lightning_attention", cp_group):
         return
     values = rates.tolist()
@@ -114,31 +102,18 @@ def check_first_call(
         "v": list(v.shape),
         "rates": f"{min(values)} to {max(values)} (digest {digest})",
         "layout": layout and layout.summary,
-        "exchange": settings["exchange"],
-        **{name: float(settings[name]) for name in ("scale", "state_eps")},  # 1 is 1.0
+        "exchange": exchange,
+        "scale": float(scale),  # 1 is 1.0
+        "state_eps": float(state_eps),
     }
     compare_first_call("lightning_attention", cp_group, q, how)
 
 
-def check_kinds(
-    rates: Tensor,
-    q: Tensor,
-    layout: SequenceLayout | None,
-    cp_group: dist.ProcessGroup | None,
-    exchange: Exchange,
-) -> None:
+def check_kinds(rates: Tensor, q: Tensor, settings: Settings) -> None:
     """Raise ValueError for arguments that are no rates, layout, group or exchange of a call.
 
     Values, and whether they belong together, are not looked at.
     """
-    _check_rates_kind(rates, q)
-    if layout is not None and not isinstance(layout, SequenceLayout):
-        raise ValueError(f"layout must be a SequenceLayout, got {layout!r}: build one from lengths")
-    _check_group(cp_group)
-    check_exchange(exchange)
-
-
-def _check_rates_kind(rates: Tensor, q: Tensor) -> None:
     if not isinstance(rates, Tensor):
         raise ValueError(f"rates must be a tensor [H], got {rates!r}: see decay_rates")
     num_heads = q.shape[-2]
@@ -160,6 +135,11 @@ def _check_rates_kind(rates: Tensor, q: Tensor) -> None:
         )
     if rates.requires_grad:
         raise ValueError("rates must not require grad, they get none: pass rates.detach()")
+    layout = settings.layout
+    if layout is not None and not isinstance(layout, SequenceLayout):
+        raise ValueError(f"layout must be a SequenceLayout, got {layout!r}: build one from lengths")
+    _check_group(settings.cp_group)
+    check_exchange(settings.exchange)
 
 
 def check_layout(layout: SequenceLayout, cp_group: dist.ProcessGroup | None, q: Tensor) -> int:

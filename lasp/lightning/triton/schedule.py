@@ -25,6 +25,7 @@ from lasp._core.launcher import aligned
 from lasp.lightning.decay import rates_by_value
 from lasp.lightning.op_context import (
     OpContext,
+    Settings,
     heads_of_rows,
     rows_of_heads,
     states_of_heads,
@@ -36,19 +37,7 @@ from lasp.lightning.triton.chunk_scan import ChunkScan, EdgeStates, KeyValueGrad
 from lasp.lightning.triton.chunk_state import ChunkState, segment_length
 from lasp.lightning.triton.segments import Plan, Recurrence, parts_with_bytes, plan_of, reaches_of
 from lasp.lightning.validation import checked_context
-from lasp.sequence.layout import SequenceLayout
-from lasp.state_exchange import Exchange, Transitions, start_exchange
-
-
-class Settings(NamedTuple):
-    """A call but for its tensors; see ``lightning_attention``."""
-
-    layout: SequenceLayout
-    cp_group: dist.ProcessGroup | None
-    scale: float
-    exchange: Exchange
-    output_final_state: bool
-    state_eps: float
+from lasp.state_exchange import Transitions, start_exchange
 
 
 class _Sending(NamedTuple):
@@ -201,11 +190,7 @@ def _context(
     q: Tensor, v: Tensor, rates: Tensor, initial_state: Tensor | None, settings: Settings
 ) -> OpContext:
     """The checked call; without its group, which plans are not to keep alive."""
-    layout, group, scale, exchange, output_final_state, state_eps = settings
-    return checked_context(
-        q, v, rates, initial_state, layout, group, scale=scale, exchange=exchange,
-        output_final_state=output_final_state, state_eps=state_eps,
-    )._replace(cp_group=None)  # fmt: skip
+    return checked_context(q, v, rates, initial_state, settings)._replace(cp_group=None)
 
 
 def _plan_forward(op: OpContext, q: Tensor, k: Tensor, v: Tensor, with_initial: bool) -> _Forward:

@@ -9,18 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from lasp._core.graphs import data_dependent_size
 from lasp._core.joint_backward import join_backward
 from lasp._core.operators import Operators
-from lasp.lightning.op_context import REFERENCE
+from lasp.lightning.op_context import REFERENCE, Settings
 from lasp.lightning.triton import schedule as fused
 from lasp.lightning.validation import check_first_call, check_kinds
 from lasp.sequence.layout import Order, SequenceLayout, one_document
-from lasp.state_exchange import Exchange
 
 # cp_group is the name of the process group; empty: none.
 _SETTINGS = (
@@ -44,17 +42,12 @@ def attend(
     v: Tensor,
     rates: Tensor,
     initial_state: Tensor | None,
-    layout: SequenceLayout | None,
-    cp_group: dist.ProcessGroup | None,
-    *,
-    scale: float,
-    exchange: Exchange,
-    output_final_state: bool,
-    state_eps: float,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and final state; arguments as those of ``lightning_attention``."""
+    layout, cp_group, scale, exchange, output_final_state, state_eps = settings
     # What the schema cannot say; the operator checks the rest when it runs.
-    check_kinds(rates, q, layout, cp_group, exchange)
+    check_kinds(rates, q, settings)
     q = join_backward(cp_group, q, k, v, initial_state)
     if layout is not None:
         lengths, num_ranks, order = layout._lengths, layout.num_ranks, layout.order
@@ -76,10 +69,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = _settings(*settings)
     if call.cp_group is not None:  # here: plans do not know it
-        check_first_call(
-            q, v, rates, call.layout, call.cp_group,
-            scale=call.scale, exchange=call.exchange, state_eps=call.state_eps,
-        )  # fmt: skip
+        check_first_call(q, v, rates, call)
     return fused.forward(q, k, v, rates, initial_state, call)
 
 
@@ -91,8 +81,8 @@ def _attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def _settings(
     lengths: Tensor, num_ranks: int, order: Order, cp_group: str, *others: Any
-) -> fused.Settings:
-    return fused.Settings(
+) -> Settings:
+    return Settings(
         SequenceLayout.from_lengths_tensor(lengths, num_ranks, order),
         _resolve_process_group(cp_group) if cp_group else None,  # type: ignore[arg-type]
         *others,

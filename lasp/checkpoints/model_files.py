@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp._core.checks import check_flags, check_part, check_sizes
+from lasp._core.collectives import all_gather
 from lasp._core.dtensors import local
 from lasp.checkpoints.atoms import WIDE_ROLES, Atom, Shape, atoms_of
 from lasp.checkpoints.configs import FormatName, check_same, config_fields, format_of
@@ -218,9 +219,7 @@ class _Parts:
             return holder.split(part, self.shapes)[atom]
         if holder.join == "stack":
             part = part[holder.atoms.index(atom)]
-        parts = [torch.empty_like(part) for _ in range(self.place.etp_size)]
-        dist.all_gather(parts, part.contiguous(), group=self.etp)
-        return torch.cat(parts, _ETP_DIMS[atom.role])
+        return torch.cat(all_gather(part, self.etp).unbind(), _ETP_DIMS[atom.role])
 
 
 def _together(group: dist.ProcessGroup | None, act: Callable[[], object]) -> None:

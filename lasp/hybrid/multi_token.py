@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp._core.checks import check_part, checked_rank
+from lasp._core.collectives import all_gather
 from lasp.hybrid.config import HybridConfig
 from lasp.hybrid.layer import HybridLayer, LayerOutput, draw_xavier
 from lasp.hybrid.packing import PackedBatch
@@ -98,11 +99,7 @@ def next_in_document(
     if x.dim() != 1:
         raise ValueError(f"x must be [T], one number a token, got {list(x.shape)}")
     rank = checked_rank("x", x, 0, layout, cp_group)
-    parts = [x]
-    if cp_group is not None:
-        parts = [torch.empty_like(x) for _ in range(cp_group.size())]
-        dist.all_gather(parts, x.contiguous(), group=cp_group)
-    following = layout.unshard(parts).roll(-1)
+    following = layout.unshard(all_gather(x, cp_group).unbind()).roll(-1)
     ends = [end - 1 for end in accumulate(layout.document_lengths) if end > 0]
     following[ends] = pad_value
     return layout.shard(following, rank, pad_value=pad_value)

@@ -20,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from lasp._core.checks import check_part
+from lasp._core.collectives import all_gather
 from lasp.megatron.checks import groups_of
 from lasp.megatron.names import DENSE_MERGED, to_megatron, to_plain
 from moe_parallel.experts.experts import Experts
@@ -90,9 +91,7 @@ def plain_weights(
         for name, parameter in _named_parameters(model):
             whole = _by_halves(name, parameter.detach())
             for group, dim in reversed(_cuts(name, parameter, groups)):
-                parts = [torch.empty_like(whole) for _ in range(group.size())]
-                dist.all_gather(parts, whole.contiguous(), group=group)
-                whole = torch.cat(parts, dim)
+                whole = torch.cat(all_gather(whole, group).unbind(), dim)
             of_stage[name] = _joined(name, whole).cpu()
     stages: list[Any] = [None] * groups["pp"].size()
     dist.all_gather_object(stages, of_stage, group=groups["pp"])

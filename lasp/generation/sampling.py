@@ -72,7 +72,8 @@ class Sampling:
         """
         scores = logits.to(wide_dtype(logits.dtype))
         if self.suppressed:
-            scores = scores.index_fill(1, _ids(self.suppressed, scores.device), float("-inf"))
+            ids = torch.tensor(self.suppressed, dtype=torch.int64, device=scores.device)
+            scores = scores.index_fill(1, ids, float("-inf"))
         if self.temperature == 0:
             return scores.argmax(-1)
         most = min(self.top_k or scores.shape[1], scores.shape[1])
@@ -88,7 +89,3 @@ class Sampling:
 
 
 GREEDY = Sampling()
-
-
-def _ids(tokens: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(tokens, dtype=torch.int64, device=device)

@@ -14,6 +14,8 @@ documents are refused unless ``attention.dense_len`` is set to None.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lasp.hybrid.attention import AttentionConfig, LatentConfig
 from lasp.hybrid.config import DenseConfig, HybridConfig, Residuals, ResidualScale, VocabularyConfig
 from lasp.layers.options import LightningOptions
@@ -88,16 +90,13 @@ RING_MINI_LINEAR_2_0 = HybridConfig(
     decay="bailing",
 )
 
-RING_FLASH_LINEAR_2_0 = HybridConfig(
+RING_FLASH_LINEAR_2_0 = replace(
+    RING_MINI_LINEAR_2_0,
     num_layers=32,
-    vocab_size=157_184,
-    attention=AttentionConfig(32, 4, 128, rotary_dim=64, rope_base=1_000_000.0, qk_norm=True),
+    attention=replace(RING_MINI_LINEAR_2_0.attention, num_heads=32),
     moe=_ling_experts(hidden_size=4096, ffn_size=1024),
+    pattern="7:1",
     dense=DenseConfig(hidden_size=4096, ffn_size=9216, num_layers=1),
-    lightning=_ling_layers(norm_groups=4, rope_base=1_000_000.0),
-    residuals=Residuals(),
-    norm_eps=1e-6,
-    decay="bailing",
 )
 
 LING_2_5_1T = HybridConfig(

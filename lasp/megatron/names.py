@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,11 +51,13 @@ _OF_LATENT = {
     "attention.q_b_proj.weight": "self_attention.linear_q_up_proj.weight",
     "attention.q_proj.weight": "self_attention.linear_q_proj.weight",
 }
-# Several to one, by head and by key head.
+# Several to one, by head and by key head; of the latter the gate may be missing.
 _LIGHTNING = ("attention.qkv_proj.weight", "attention.output_gate.weight")
 _LIGHTNING_MERGED = "self_attention.in_proj.weight"
-_SOFTMAX = tuple(f"attention.{name}_proj.weight" for name in "qkv")
 _SOFTMAX_GATE = "attention.output_gate.weight"
+_SOFTMAX = (
+    "attention.q_proj.weight", _SOFTMAX_GATE, "attention.k_proj.weight", "attention.v_proj.weight",
+)  # fmt: skip
 _SOFTMAX_MERGED = "self_attention.linear_qkv.weight"
 # Norms of queries and keys have one name in the plain model, and Megatron's own in softmax layers.
 _NORMS = ("attention.q_norm.weight", "attention.k_norm.weight")
@@ -63,6 +65,7 @@ _LIGHTNING_NORMS = ("self_attention.q_norm.weight", "self_attention.k_norm.weigh
 _SOFTMAX_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")
 _DENSE = "mlp.w13"
 DENSE_MERGED = "mlp.linear_fc1.weight"
+_LAYERS = ("layers.", "decoder.layers.")
 
 
 def to_megatron(
@@ -85,31 +88,20 @@ def to_megatron(
     check_part("weights", weights, Mapping)
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
     check_sizes(**heads)
-    left, named = dict(weights), {}
-    if predicting := _taken(left, *_PREDICTING):
-        named = _with(to_megatron(predicting, **heads), *reversed(_PREDICTING_MERGED))
-    for ours, theirs in _names(left, "layers."):
-        if ours in left:
-            named[theirs] = left.pop(ours)
+    left = dict(weights)
+    named = _taken(left, *_PREDICTING)
+    if named:
+        named = _taken(to_megatron(named, **heads), *reversed(_PREDICTING_MERGED))
+    named |= _renamed(left, 0)
     for index in _layers(left, "layers."):
         prefix, merged = f"layers.{index}.", f"decoder.layers.{index}."
-        if prefix + next(iter(_OF_LATENT)) in left:
-            for ours, theirs in _OF_LATENT.items():
-                if prefix + ours in left:
-                    named[merged + theirs] = left.pop(prefix + ours)
-        norms = _SOFTMAX_NORMS if prefix + _SOFTMAX[0] in left else _LIGHTNING_NORMS
-        for ours, theirs in zip(_NORMS, norms):
-            if prefix + ours in left:
-                named[merged + theirs] = left.pop(prefix + ours)
         if prefix + _LIGHTNING[0] in left:
             qkv, gate = (left.pop(prefix + name) for name in _LIGHTNING)
             named[merged + _LIGHTNING_MERGED] = merge_projections(qkv, gate, num_heads)
         if prefix + _SOFTMAX[0] in left:
-            names = [*_SOFTMAX]
-            if prefix + _SOFTMAX_GATE in left:
-                names.insert(1, _SOFTMAX_GATE)
-            parts = [left.pop(prefix + name).unflatten(0, (num_kv_heads, -1)) for name in names]
-            named[merged + _SOFTMAX_MERGED] = torch.cat(parts, dim=1).flatten(0, 1)
+            names = [n for n in _SOFTMAX if n != _SOFTMAX_GATE or prefix + n in left]
+            parts = [left.pop(prefix + name) for name in names]
+            named[merged + _SOFTMAX_MERGED] = _merged(parts, num_kv_heads)
         if prefix + _DENSE in left:
             named[merged + DENSE_MERGED] = left.pop(prefix + _DENSE).flatten(0, 1)
     _check_nothing_left(left, "lasp.hybrid.HybridModel")
@@ -127,32 +119,22 @@ def to_plain(
     check_part("weights", weights, Mapping)
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
     check_sizes(**heads)
-    left, named = dict(weights), {}
-    if predicting := _taken(left, *_PREDICTING_MERGED):
-        named = _with(to_plain(predicting, **heads, gated=gated), *reversed(_PREDICTING))
-    for ours, theirs in _names(left, "decoder.layers."):
-        if theirs in left:
-            named[ours] = left.pop(theirs)
+    left = dict(weights)
+    named = _taken(left, *_PREDICTING_MERGED)
+    if named:
+        named = _taken(to_plain(named, **heads, gated=gated), *reversed(_PREDICTING))
+    named |= _renamed(left, 1)
     for index in _layers(left, "decoder.layers."):
         prefix, merged = f"layers.{index}.", f"decoder.layers.{index}."
-        if merged + next(iter(_OF_LATENT.values())) in left:
-            for ours, theirs in _OF_LATENT.items():
-                if merged + theirs in left:
-                    named[prefix + ours] = left.pop(merged + theirs)
-        for ours, theirs in zip(_NORMS * 2, _LIGHTNING_NORMS + _SOFTMAX_NORMS):
-            if merged + theirs in left:
-                named[prefix + ours] = left.pop(merged + theirs)
         if merged + _LIGHTNING_MERGED in left:
             parts = split_projections(left.pop(merged + _LIGHTNING_MERGED), num_heads)
             named |= {prefix + name: part for name, part in zip(_LIGHTNING, parts)}
         if merged + _SOFTMAX_MERGED in left:
-            by_group = left.pop(merged + _SOFTMAX_MERGED).unflatten(0, (num_kv_heads, -1))
+            names = [name for name in _SOFTMAX if name != _SOFTMAX_GATE or gated]
             queries = num_heads // num_kv_heads
-            names = {_SOFTMAX[0]: queries, **({_SOFTMAX_GATE: queries} if gated else {})}
-            names |= dict.fromkeys(_SOFTMAX[1:], 1)
-            size = by_group.shape[1] // sum(names.values())
-            parts = by_group.split([heads * size for heads in names.values()], dim=1)
-            named |= {prefix + name: part.flatten(0, 1) for name, part in zip(names, parts)}
+            shares = [queries] * (len(names) - 2) + [1, 1]
+            split = _split(left.pop(merged + _SOFTMAX_MERGED), num_kv_heads, shares)
+            named |= {prefix + name: part for name, part in zip(names, split)}
         if merged + DENSE_MERGED in left:
             named[prefix + _DENSE] = left.pop(merged + DENSE_MERGED).unflatten(0, (2, -1))
     _check_nothing_left(left, "a GPTModel of hybrid layers")
@@ -165,22 +147,25 @@ def _taken(left: dict[str, Tensor], prefix: str, other: str) -> dict[str, Tensor
     return {other + name.removeprefix(prefix): left.pop(name) for name in names}
 
 
-def _with(named: dict[str, Tensor], prefix: str, other: str) -> dict[str, Tensor]:
-    """Names with another prefix."""
-    return {other + name.removeprefix(prefix): value for name, value in named.items()}
-
-
 def _layers(weights: Mapping[str, Tensor], start: str) -> list[int]:
     rests = (name.removeprefix(start) for name in weights if name.startswith(start))
     return sorted({int(rest.partition(".")[0]) for rest in rests})
 
 
-def _names(weights: Mapping[str, Tensor], start: str) -> Iterator[tuple[str, str]]:
-    """Pairs of names that are one to one, the plain one first."""
-    yield from _OF_MODEL.items()
-    for index in _layers(weights, start):
-        for ours, theirs in _OF_LAYER.items():
-            yield f"layers.{index}.{ours}", f"decoder.layers.{index}.{theirs}"
+def _renamed(left: dict[str, Tensor], side: int) -> dict[str, Tensor]:
+    """What is one to one, taken out: by plain names of ``side`` 0, by Megatron's of side 1."""
+    pairs = [*_OF_MODEL.items()]
+    for index in _layers(left, _LAYERS[side]):
+        starts = [f"{start}{index}." for start in _LAYERS]
+        of_layer = [*_OF_LAYER.items()]
+        if starts[side] + next(iter(_OF_LATENT.items()))[side] in left:
+            of_layer += _OF_LATENT.items()
+        elif starts[0] + _SOFTMAX[0] in left:
+            of_layer += zip(_NORMS, _SOFTMAX_NORMS)
+        else:  # lightning, or by Megatron's names, which tell the two apart
+            of_layer += zip(_NORMS * 2, _LIGHTNING_NORMS + _SOFTMAX_NORMS)
+        pairs += [(starts[0] + ours, starts[1] + theirs) for ours, theirs in of_layer]
+    return {pair[1 - side]: left.pop(pair[side]) for pair in pairs if pair[side] in left}
 
 
 def _check_nothing_left(left: Mapping[str, Tensor], model: str) -> None:
@@ -190,11 +175,23 @@ def _check_nothing_left(left: Mapping[str, Tensor], model: str) -> None:
 
 def merge_projections(qkv: Tensor, gate: Tensor, num_heads: int) -> Tensor:
     """``in_proj.weight`` out of the two weights of :class:`lasp.LightningAttention`."""
-    q_k_v, gates = qkv.unflatten(0, (num_heads, -1)), gate.unflatten(0, (num_heads, -1))
-    return torch.cat((q_k_v, gates), dim=1).flatten(0, 1)
+    return _merged((qkv, gate), num_heads)
 
 
 def split_projections(merged: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """Inverse of :func:`merge_projections`."""
-    by_head = merged.unflatten(0, (num_heads, 4, -1))
-    return by_head[:, :3].flatten(0, 2), by_head[:, 3].flatten(0, 1)
+    qkv, gate = _split(merged, num_heads, (3, 1))
+    return qkv, gate
+
+
+def _merged(parts: Sequence[Tensor], groups: int) -> Tensor:
+    """Rows group by group, those of each part in turn."""
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def _split(merged: Tensor, groups: int, shares: Sequence[int]) -> list[Tensor]:
+    """Inverse of :func:`_merged`, of parts whose rows are as ``shares``."""
+    by_group = merged.unflatten(0, (groups, -1))
+    size = by_group.shape[1] // sum(shares)
+    parts = by_group.split([share * size for share in shares], dim=1)
+    return [part.flatten(0, 1) for part in parts]

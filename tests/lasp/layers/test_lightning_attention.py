@@ -123,10 +123,12 @@ def test_kernels_within_budget(batched: bool) -> None:
         assert_within_budget(actual.detach(), exact.detach(), fair.detach())
 
 
-def run_module(layout: SequenceLayout, pack: Tensor) -> list[Tensor]:
+def results_on_rank(
+    module: LightningAttention, layout: SequenceLayout, pack: Tensor
+) -> list[Tensor]:
     """Output, input gradient and parameter gradients summed over ranks."""
-    module, rank = make_module(), dist.get_rank()
-    hidden = layout.shard(pack, rank).clone().requires_grad_()
+    rank = dist.get_rank()
+    hidden = layout.shard(pack, rank, pad_value=3.0).clone().requires_grad_()
     output = module(hidden, layout=layout, cp_group=dist.group.WORLD)
     output.backward(layout.shard(pack.sin(), rank))
     for parameter in module.parameters():
@@ -135,17 +137,22 @@ def run_module(layout: SequenceLayout, pack: Tensor) -> list[Tensor]:
     return [output.detach(), hidden.grad, *(p.grad for p in module.parameters())]
 
 
+def check_two_ranks_equal_one(
+    module: LightningAttention, lengths: tuple[int, ...], order: Order
+) -> None:
+    pack = torch.randn(sum(lengths), HIDDEN, dtype=torch.float64)
+    (single,) = run_on_ranks(results_on_rank, 1, module, SequenceLayout(lengths, 1), pack)
+    layout = SequenceLayout(lengths, 2, order)
+    results = run_on_ranks(results_on_rank, 2, module, layout, pack)
+    for index, expected in enumerate(single):
+        parts = [result[index] for result in results]
+        actual = layout.unshard(parts) if index < 2 else parts[0]
+        assert_equal_to_rounding(actual, expected)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_ranks_equal_one_rank(order: Order) -> None:
-    lengths = (90, 1, 40)
-    pack = torch.randn(sum(lengths), HIDDEN, dtype=torch.float64)
-    (single,) = run_on_ranks(run_module, 1, SequenceLayout(lengths, 1), pack)
-    layout = SequenceLayout(lengths, 2, order)
-    results = run_on_ranks(run_module, 2, layout, pack)
-    for index in (0, 1):
-        assert_equal_to_rounding(layout.unshard([r[index] for r in results]), single[index])
-    for index in range(2, len(single)):
-        assert_equal_to_rounding(results[0][index], single[index])
+    check_two_ranks_equal_one(make_module(), (90, 1, 40), order)
 
 
 def test_rates_stay_float32_on_the_cpu() -> None:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lasp.layers.lightning_attention import LightningAttention
@@ -16,7 +15,7 @@ from lasp.lightning.decay import decay_rates
 from lasp.sequence.layout import SequenceLayout
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.hybrid_reference import reference_lightning
-from tests.ranks import run_on_ranks
+from tests.lasp.layers.test_lightning_attention import check_two_ranks_equal_one
 
 HIDDEN, HEADS, DIM = 10, 4, 6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is one, kernels run there
@@ -63,29 +62,9 @@ def test_every_option_is_its_equation(options: LightningOptions) -> None:
         assert_equal_to_rounding(a, e)
 
 
-def run_module(options: LightningOptions, layout: SequenceLayout, pack: Tensor) -> list[Tensor]:
-    """Output, input gradient and parameter gradients summed over ranks."""
-    module, rank = make_module(options), dist.get_rank()
-    hidden = layout.shard(pack, rank).clone().requires_grad_()
-    output = module(hidden, layout=layout, cp_group=dist.group.WORLD)
-    output.backward(layout.shard(pack.sin(), rank))
-    for parameter in module.parameters():
-        dist.all_reduce(parameter.grad)
-    assert hidden.grad is not None
-    return [output.detach(), hidden.grad, *(p.grad for p in module.parameters())]
-
-
 def test_ranks_equal_one_rank() -> None:
     """Positions of the rotation are those within the document, wherever it is cut."""
-    lengths = (30, 1, 17)
-    pack = torch.randn(sum(lengths), HIDDEN, dtype=torch.float64)
-    (single,) = run_on_ranks(run_module, 1, LING, SequenceLayout(lengths, 1), pack)
-    layout = SequenceLayout(lengths, 2, "zigzag")
-    ranks = run_on_ranks(run_module, 2, LING, layout, pack)
-    for index in (0, 1):
-        assert_equal_to_rounding(layout.unshard([r[index] for r in ranks]), single[index])
-    for index in range(2, len(single)):
-        assert_equal_to_rounding(ranks[0][index], single[index])
+    check_two_ranks_equal_one(make_module(LING), (30, 1, 17), "zigzag")
 
 
 def test_generation_rotates_by_given_positions() -> None:

@@ -6,14 +6,11 @@ Padding holds NaN in q, k and v, so that none of it can reach a document unnotic
 from __future__ import annotations
 
 import pytest
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lasp import SequenceLayout
-from tests.closeness import assert_equal_to_rounding
 from tests.lasp.cases import Case, attend_on_rank, check_against_oracle, gather
-from tests.lasp.layers.test_lightning_attention import HIDDEN, make_module
+from tests.lasp.layers.test_lightning_attention import check_two_ranks_equal_one, make_module
 from tests.ranks import run_on_ranks
 
 # Shorter than 2P pieces, without a token, of whole pieces, longer than chunks.
@@ -84,25 +81,5 @@ def test_no_state_leaves_or_enters_padding() -> None:
     assert not any(link.continues for link in layout.run_links)
 
 
-def module_on_rank(layout: SequenceLayout, pack: Tensor) -> list[Tensor]:
-    """Output, input gradient and parameter gradients summed over ranks."""
-    module, rank = make_module(), dist.get_rank()
-    hidden = layout.shard(pack, rank, pad_value=3.0).clone().requires_grad_()
-    output = module(hidden, layout=layout, cp_group=dist.group.WORLD)
-    output.backward(layout.shard(pack.sin(), rank))
-    for parameter in module.parameters():
-        dist.all_reduce(parameter.grad)
-    assert hidden.grad is not None
-    return [output.detach(), hidden.grad, *(p.grad for p in module.parameters())]
-
-
 def test_the_layer_over_ranks_equals_the_layer_on_one() -> None:
-    lengths = (30, 1, 0, 2, 17)
-    pack = torch.randn(sum(lengths), HIDDEN, dtype=torch.float64)
-    (single,) = run_on_ranks(module_on_rank, 1, SequenceLayout(lengths, 1), pack)
-    layout = SequenceLayout(lengths, 2, "document_zigzag")
-    results = run_on_ranks(module_on_rank, 2, layout, pack)
-    for index, expected in enumerate(single):
-        parts = [result[index] for result in results]
-        actual = layout.unshard(parts) if index < 2 else parts[0]
-        assert_equal_to_rounding(actual, expected)
+    check_two_ranks_equal_one(make_module(), (30, 1, 0, 2, 17), "document_zigzag")

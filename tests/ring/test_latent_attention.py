@@ -156,18 +156,24 @@ def check_budget(block: str, device: str, shape: tuple[int, ...], lengths: tuple
         assert_within_budget(a, b, c.to(dtype), what=name)
 
 
-def test_within_budget_over_ranks() -> None:
+def check_within_budget(lengths, layout, sizes, shrunk: int, backend: str = "gloo") -> None:
     """Twice the error of one rank in plain torch, which rounds keys and values once."""
     torch.manual_seed(0)
-    lengths, dtype = (90, 1, 37), torch.bfloat16
-    tensors = random_latents(128, (4, 16, 8, 16, 24), dtype)
-    tensors[3] /= 5
-    one, layout = SequenceLayout(lengths, 1), SequenceLayout(lengths, 3, "fold")
-    cases = [(tensors, layout, RULES[-1], {})]
-    parts = [found[0] for found in run_on_ranks(on_world, 3, cases)]
-    honest, expected = results(tensors, one, block="eager"), oracle(tensors, one, True)
+    tensors = random_latents(sum(lengths), sizes, torch.bfloat16)
+    tensors[3] /= shrunk
+    one, cases = SequenceLayout(lengths, 1), [(tensors, layout, RULES[-1], {})]
+    ranks = run_on_ranks(on_world, layout.num_ranks, cases, backend=backend)
+    parts = [found[0] for found in ranks]
+    device = "cuda" if backend == "nccl" else "cpu"
+    honest = results(tensors, one, block="eager", device=device)
+    expected = oracle(tensors, one, True)
     for name, a, b, c in zip(NAMES, whole(layout, parts), expected, honest, strict=True):
-        assert_within_budget(a, b, c.to(dtype), what=name)
+        assert_within_budget(a, b, c.to(torch.bfloat16), what=name)
+
+
+def test_within_budget_over_ranks() -> None:
+    lengths = (90, 1, 37)
+    check_within_budget(lengths, SequenceLayout(lengths, 3, "fold"), (4, 16, 8, 16, 24), 5)
 
 
 @pytest.mark.gpu
@@ -180,19 +186,9 @@ def test_within_budget_on_gpus(block: str) -> None:
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 def test_over_gpus(order) -> None:
-    torch.manual_seed(0)
-    lengths, dtype = (700, 1, 77, 1300), torch.bfloat16
-    tensors = random_latents(sum(lengths), (4, 128, 64, 128, 256), dtype)
-    tensors[3] /= 16
-    layout, one = SequenceLayout(lengths, 2, order), SequenceLayout(lengths, 1)
-    cases = [(tensors, layout, RULES[-1], {})]
-    parts = [found[0] for found in run_on_ranks(on_world, 2, cases, backend="nccl")]
-    honest, expected = (
-        results(tensors, one, block="eager", device="cuda"),
-        oracle(tensors, one, True),
-    )
-    for name, a, b, c in zip(NAMES, whole(layout, parts), expected, honest, strict=True):
-        assert_within_budget(a, b, c.to(dtype), what=name)
+    lengths = (700, 1, 77, 1300)
+    layout, sizes = SequenceLayout(lengths, 2, order), (4, 128, 64, 128, 256)
+    check_within_budget(lengths, layout, sizes, 16, backend="nccl")
 
 
 def test_equal_to_ring_attention_of_its_keys_and_values() -> None:

@@ -50,7 +50,8 @@ def expected_results(layer, hidden, doutput, lengths) -> list[Tensor]:
 def on_world(hidden, doutput, layout: SequenceLayout, causal: bool) -> list[Tensor]:
     rank, device = dist.get_rank(), rank_device()
     layer = make_layer(causal).to(device)
-    hidden, doutput = (layout.shard(x, rank).to(device) for x in (hidden, doutput))
+    hidden = layout.shard(hidden, rank, pad_value=3.0).to(device)
+    doutput = layout.shard(doutput, rank).to(device)
     hidden.requires_grad_()
     output = layer(hidden, layout=layout, cp_group=dist.group.WORLD)
     output.backward(doutput)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lasp.sequence.layout import SequenceLayout
 from ring import ring_attention
-from tests.closeness import assert_equal_to_rounding
 from tests.ranks import run_on_ranks
 from tests.ring.cases import (
     HEADS,
@@ -23,7 +22,7 @@ from tests.ring.cases import (
     random_tensors,
     unshard_all,
 )
-from tests.ring.test_module import HIDDEN, PARAMETERS, expected_results, make_layer
+from tests.ring.test_module import check_on_ranks
 
 # Shorter than 2P pieces, without a token, of whole pieces, over all ranks.
 PACKS = ((0, 1, 2, 3, 0, 5, 1, 0), (16, 8, 24), (37, 0, 1, 40, 2), (1,))
@@ -70,24 +69,5 @@ def test_output_and_gradients_in_float64(num_ranks: int) -> None:
         assert_all_equal(unshard_all(layout, of_ranks), expected)
 
 
-def layer_on_rank(hidden: Tensor, doutput: Tensor, layout: SequenceLayout) -> list[Tensor]:
-    layer, rank = make_layer(True), dist.get_rank()
-    x = layout.shard(hidden, rank, pad_value=3.0).clone().requires_grad_()
-    output = layer(x, layout=layout, cp_group=dist.group.WORLD)
-    output.backward(layout.shard(doutput, rank))
-    gradients = [dict(layer.named_parameters())[name].grad for name in PARAMETERS]
-    for gradient in gradients:
-        dist.all_reduce(gradient)
-    return [x.detach() for x in (output, x.grad, *gradients)]
-
-
 def test_the_layer_over_ranks_rotates_by_the_place_within_the_document() -> None:
-    lengths = (7, 1, 0, 12)
-    hidden, doutput = torch.randn(2, 20, HIDDEN, dtype=torch.float64)
-    layout = SequenceLayout(lengths, 2, "document_zigzag")
-    results = run_on_ranks(layer_on_rank, 2, hidden, doutput, layout)
-    outputs, dhiddens, *gradients = zip(*results)
-    actual = (layout.unshard(outputs), layout.unshard(dhiddens), *(g[0] for g in gradients))
-    expected = expected_results(make_layer(True), hidden, doutput, lengths)
-    for name, a, b in zip(("output", "dhidden", *PARAMETERS), actual, expected, strict=True):
-        assert_equal_to_rounding(a, b, what=name)
+    check_on_ranks(2, "document_zigzag", causal=True)

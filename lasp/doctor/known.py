@@ -85,13 +85,7 @@ KNOWN_FAULTS = (
     ),
     KnownFault(
         "flash-attn-4",
-        "<4.0.0b36",
-        "ring_attention(block='fa4') refuses: its interface differs between betas",
-        "pip install 'lasp-plus[fa4]'",
-    ),
-    KnownFault(
-        "flash-attn-4",
-        ">4.0.0b36",
+        "!=4.0.0b36",
         "ring_attention(block='fa4') refuses: its interface differs between betas",
         "pip install 'lasp-plus[fa4]'",
     ),
@@ -117,6 +111,6 @@ def _holds(found: tuple[int, ...], bound: str) -> bool:
     sign, limit = bound.rstrip("0123456789.b"), _numbers(bound)
     return {
         "<": found < limit,
-        ">": found > limit,
+        "!=": found != limit,
         ">=": found >= limit,
     }[sign]

@@ -113,3 +113,12 @@ def parameter_device(config: TransformerConfig) -> torch.device:
     if config.use_cpu_initialization:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def check_heads(heads: int, tp_size: int) -> None:
+    """Raise ValueError unless the heads of a layer divide over the tensor-parallel ranks."""
+    if heads % tp_size:
+        raise ValueError(
+            f"num_attention_heads must divide over {tp_size} tensor-parallel ranks, got {heads}:"
+            " choose another tensor_model_parallel_size"
+        )

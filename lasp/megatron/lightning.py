@@ -21,7 +21,7 @@ from lasp.lightning.attention import lightning_attention
 from lasp.lightning.decay import Variant, decay_rates
 from lasp.lightning.validation import check_exchange
 from lasp.megatron.batch import layout_of, order_of_rows
-from lasp.megatron.checks import groups_of, refuse_arguments, require
+from lasp.megatron.checks import check_heads, groups_of, refuse_arguments, require
 from lasp.megatron.norm import HeadsNorm, OneHeadNorm
 from lasp.megatron.packs import PackedCut, check_packed_cut
 from lasp.sequence.layout import SequenceLayout
@@ -238,11 +238,7 @@ def _check(config: TransformerConfig, part: str, options: LightningOptions, tp_s
     require(config, part, fine_grained_activation_offloading=False)
     require(config, part, add_bias_linear=False, add_qkv_bias=False, **_OTHER_MIXERS)
     heads = config.num_attention_heads
-    if heads % tp_size:
-        raise ValueError(
-            f"num_attention_heads must divide over {tp_size} tensor-parallel ranks, got {heads}:"
-            " choose another tensor_model_parallel_size"
-        )
+    check_heads(heads, tp_size)
     options.check_heads(heads, config.kv_channels, tp_size)
     for name in ("qkv_bias", "gate_bias", "out_bias"):
         if getattr(options, name):

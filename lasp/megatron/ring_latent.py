@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
 from lasp._core.rotary import RopeScaling, rotary_table, rotated
-from lasp.megatron.checks import groups_of, refuse_arguments, require
+from lasp.megatron.checks import check_heads, groups_of, refuse_arguments, require
 from lasp.megatron.norm import ResidualNorm
 from lasp.megatron.packs import PackedCut, check_packed_cut
 from lasp.megatron.ring_core import RingCoreAttention
@@ -52,11 +52,6 @@ class _SumOfGradients(torch.autograd.Function):
         if ctx.group.size() > 1:
             dist.all_reduce(total, group=ctx.group)
         return total, None
-
-
-def _summed_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    same: Tensor = _SumOfGradients.apply(x, group)  # type: ignore[no-untyped-call]
-    return same
 
 
 class KVUpProjection(ColumnParallelLinear):
@@ -117,11 +112,7 @@ class RingLatentSelfAttention(MLASelfAttention):
         check_packed_cut(packed_cut)
         rope_scaling = scaling_of(config)
         tp_group, _ = groups_of(pg_collection, part, "tp", "cp")
-        if config.num_attention_heads % tp_group.size():
-            raise ValueError(
-                f"num_attention_heads must divide over {tp_group.size()} tensor-parallel ranks, got"
-                f" {config.num_attention_heads}: choose another tensor_model_parallel_size"
-            )
+        check_heads(config.num_attention_heads, tp_group.size())
         if tp_group.size() > 1 and not config.sequence_parallel:
             raise ValueError(
                 f"config.sequence_parallel must be True for {part} over {tp_group.size()}"
@@ -217,7 +208,7 @@ class RingLatentSelfAttention(MLASelfAttention):
         tp_group = self.pg_collection.tp
         widths = (self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim)
         c, shared = self._gathered(self.linear_kv_down_proj(hidden)[0]).split(widths, dim=-1)
-        shared = _summed_gradient(shared, tp_group)
+        shared = _SumOfGradients.apply(shared, tp_group)  # type: ignore[no-untyped-call]
         if not self.config.sequence_parallel:  # tp is 1
             return self.kv_layernorm(c), shared
         # The norm's weight is marked as one of a part of the tokens.

@@ -8,11 +8,13 @@ Forward, with transfers under the attention::
 Two transfers start first. After the tiles of a stage, its memory is free and the transfer of the
 stage after the next starts.
 
-Backward, with the local attention in two parts where a block can write both to one memory
-(:meth:`ring.blocks.interface.Block.writing_to`), else all of it last::
+A block that writes in place (:attr:`ring.blocks.interface.Block.in_place`) attends to the fragment
+of its rows in the tile of a stage, where the other fragments hide the transfer: nothing is merged.
 
-    transfer   | keys 1 | keys 2 |        | gradients 1, keys 3 | gradients 2 | gradients 3      |
-    compute    | early local | tiles of 1 | tiles of 2          | tiles of 3  | own tiles, local |
+Backward, where such a block computes some fragments first, and other blocks all of them last::
+
+    transfer  | keys 1     | keys 2 |        | gradients 1, keys 3 | gradients 2 | gradients 3     |
+    compute   | some local | tiles of 1      | tiles of 2          | tiles of 3  | own tiles, rest |
 
 After its tiles a stage sends the gradients of its kv buffer on, to the next rank of a chain or to
 their owner, under the tiles of the next stage. The last ones go under the rest of the local
@@ -22,13 +24,14 @@ before a kv buffer's gradients go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ring import tile_groups
 from ring.blocks.gradients import LocalGradients, RowGradients
 from ring.blocks.interface import QKV, Block, segments_of
 from ring.blocks.merge import Accumulator, Partial
@@ -44,8 +47,8 @@ from ring.exchange import (
 from ring.expansion import LatentExpansion
 from ring.planner.ranges import TokenIndex
 from ring.planner.schedule import RingSchedule, RingStage
-from ring.planner.tiles import KVTile, key_ranges
-from ring.tile_groups import Groups, gather, groups_of, partials_of, seen_by
+from ring.planner.tiles import KeySource, KVTile, key_ranges
+from ring.tile_groups import Groups, gather, groups_of, partials_of, seen_by, segments_over
 
 
 class RingContext(NamedTuple):
@@ -86,12 +89,22 @@ def forward(q: Tensor, moving: KV, context: RingContext, sinks: Tensor | None = 
     schedule, block, scale = context.schedule, context.block, context.scale
     stages = KVPrefetcher(moving, schedule, context.cp_group)
     own = context.keys_and_values(moving)
-    segments = segments_of(schedule.fragment_borders, q.device, schedule.window)
-    local = block.forward_varlen(QKV(q, *own), segments, scale=scale)
+    if block.in_place and schedule.alone != ((0, len(q)),):
+        local = tile_groups.local_parts(QKV(q, *own), schedule, block, scale)
+    else:
+        segments = segments_of(schedule.fragment_borders, q.device, schedule.window)
+        local = block.forward_varlen(QKV(q, *own), segments, scale=scale)
     accumulators = _accumulators(local, schedule, block) if schedule.rows else []
 
     def attend(groups: Groups, kv: KV, release: Callable[[], None]) -> None:
         """Merge tiles; ``release`` when all that reads kv is queued, before the last merge."""
+        whole = [group for group in groups if group[0].whole]
+        for group in whole:
+            rows = slice(group[0].rows.start, group[-1].rows.stop)
+            out, part = Partial(*(x[rows] for x in local)), gather(group, q, own, kv)
+            segments = segments_over(group, q.device, schedule.window)
+            block.forward_to(out, part, segments, scale=scale)
+        groups = groups[len(whole) :]
         left = sum(len(_row_tiles(tile, block)) for group in groups for tile in group)
         if not left:
             release()
@@ -165,13 +178,12 @@ def _over_all_keys(
 ) -> tuple[QKV, GradientSums]:
     """Gradients of own tokens, and sums of what comes back, which are in them but for latents."""
     schedule, alone = context.schedule, context.expansion is not None
-    sums = _TileGradients(local.qkv, local.rows, schedule, dtype, alone)
+    sums = _TileGradients(local, schedule, dtype, alone)
     returned = sums.lent
     if alone:
         returned = GradientSums(schedule.lent.tokens, moving, dtype, once=False)
     returning: KVTransfer | None = None
-    if schedule.early:
-        local.before_stages()
+    local.before_stages()
     for stage, received in stages:
         memory, sent = sums.of_stage(stage, received, context)
         del received
@@ -194,27 +206,47 @@ class _TileGradients:
     """
 
     def __init__(
-        self, qkv: QKV, rows: RowGradients, schedule: RingSchedule, dtype: torch.dtype, alone: bool
+        self, local: LocalGradients, schedule: RingSchedule, dtype: torch.dtype, alone: bool
     ) -> None:
-        self._qkv, self._rows, self._schedule, self._dtype = qkv, rows, schedule, dtype
+        self._local, self._schedule, self._dtype = local, schedule, dtype
         self._dq: list[Tensor | None] = [None] * len(schedule.rows)
         tokens, once = schedule.lent
-        self.lent = GradientSums(tokens, qkv[1:], dtype, once=once and not alone)
+        self.lent = GradientSums(tokens, local.qkv[1:], dtype, once=once and not alone)
 
     def add(self, groups: Groups, kv: KV, sums: GradientSums) -> None:
         """Add gradients of tiles over ``kv``: to dq, and to ``sums`` of the same shapes."""
-        q, *own = self._qkv
+        q, *own = self._local.qkv
         for group in groups:
-            part, first = gather(group, q, own, kv), group[0].rows.start
-            rows, seen = slice(first, group[-1].rows.stop), seen_by(group, q.device)
-            found = self._rows.over(rows, part, seen)
-            for tile in group:
-                self._add_rows(tile, found.q[tile.rows.start - first : tile.rows.stop - first])
+            part = gather(group, q, own, kv)
+            rows = slice(group[0].rows.start, group[-1].rows.stop)
+            if group[0].whole:
+                gradients = self._of_whole(group, rows, part)
+            else:
+                gradients = self._of_tiles(group, rows, part)
             ranges = key_ranges(group)
             lengths = [keys.length for _, keys in ranges]
-            of_ranges = zip(found.k.split(lengths), found.v.split(lengths))
-            for (received, keys), gradients in zip(ranges, of_ranges):
-                (sums if received else self.lent).add(keys, gradients)
+            for (source, keys), *found in zip(ranges, *(x.split(lengths) for x in gradients)):
+                if source is KeySource.ROWS:
+                    for memory, gradient in zip(self._local.memory[1:], found):
+                        memory[slice(*keys)] = gradient
+                else:
+                    (self.lent if source is KeySource.OWN else sums).add(keys, found)
+
+    def _of_whole(self, group: Sequence[KVTile], rows: slice, part: QKV) -> KV:
+        """Leave dq of whole fragments in its place; dk and dv of all their keys."""
+        local = self._local
+        out = local.rows.result_memory(part)._replace(q=local.memory.q[rows])
+        segments = segments_over(group, part.q.device, self._schedule.window)
+        local.rows.write(rows, segments, part, out)
+        return out[1:]
+
+    def _of_tiles(self, group: Sequence[KVTile], rows: slice, part: QKV) -> KV:
+        """Keep the sums of dq; dk and dv of the keys."""
+        found = self._local.rows.over(rows, part, seen_by(group, part.q.device))
+        for tile in group:
+            of_tile = slice(tile.rows.start - rows.start, tile.rows.stop - rows.start)
+            self._add_rows(tile, found.q[of_tile])
+        return found[1:]
 
     def of_stage(self, stage: RingStage, received: KV, context: RingContext) -> tuple[Tensor, KV]:
         """Memory ``[tokens, W]`` with the gradients to what a stage received, and its views."""

@@ -18,6 +18,11 @@ class EagerBlock(Block):
     """
 
     name = "eager"
+    in_place = True
+
+    def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """float32, or float64 for float64."""
+        return wide_dtype(dtype)
 
     def obstacle(self, operands: Operands) -> str | None:
         """Return None: it runs anywhere."""

@@ -31,21 +31,17 @@ class Fa4Block(FlashBlock):
 
     Args:
         dlse: gradient of the lse of the rows, for a backward; None: none.
-        gradients: memory that a backward writes to; None: its own.
     """
 
     name = "fa4"
+    in_place = True
 
-    def __init__(self, dlse: Tensor | None = None, gradients: QKV | None = None) -> None:
-        self._dlse, self._gradients = dlse, gradients
+    def __init__(self, dlse: Tensor | None = None) -> None:
+        self._dlse = dlse
 
     def with_dlse(self, dlse: Tensor) -> Fa4Block:
         """The kernel takes it: no second call."""
-        return Fa4Block(dlse, self._gradients)
-
-    def writing_to(self, gradients: QKV) -> Fa4Block | None:
-        """The kernel takes memory of widths that it knows; else results are padded."""
-        return Fa4Block(self._dlse, gradients) if _fit(gradients) else None
+        return Fa4Block(dlse)
 
     def obstacle(self, operands: Operands) -> str | None:
         """Return the obstacle of :class:`FlashBlock`, or name the GPU or the package it needs."""
@@ -57,21 +53,14 @@ class Fa4Block(FlashBlock):
 
     def forward(self, qkv: QKV, *, window: Window, scale: float) -> Partial:
         """Run one kernel call, whatever the shape."""
-        q, k, v = _widths(qkv)
-        output, lse = _forward(q[None], k[None], v[None], **_options(window, scale))
+        output, lse = _forward(*(x[None] for x in _widths(qkv)), **_options(window, scale))
         return Partial(as_wide_as(qkv.v, output[0]), lse[0].T)
 
     def backward(
         self, doutput: Tensor, merged: Partial, qkv: QKV, *, window: Window, scale: float
     ) -> QKV:
         """Run one kernel call, whatever the shape."""
-        tensors = (*_widths(qkv, merged.output, doutput), merged.lse.T.contiguous())
-        dlse = None if self._dlse is None else self._dlse.T[None]
-        options = _options(window, scale)
-        if self._gradients is not None:
-            options |= zip(("dq", "dk", "dv"), (x[None] for x in self._gradients))
-        gradients = _backward(*(x[None] for x in tensors), dlse=dlse, **options)
-        return QKV(*(as_wide_as(x, dx[0]) for x, dx in zip(qkv, gradients)))
+        return self._dense_backward(doutput, merged, qkv, _options(window, scale))
 
     def forward_varlen(self, qkv: QKV, segments: Segments, *, scale: float) -> Partial:
         """Run one varlen call for all segments, a dense one for one segment."""
@@ -85,15 +74,62 @@ class Fa4Block(FlashBlock):
         self, doutput: Tensor, merged: Partial, qkv: QKV, segments: Segments, *, scale: float
     ) -> QKV:
         """Run one varlen call for all segments, a dense one for one segment."""
+        options = _options(segments.window, scale)
+        return self._backward(doutput, merged, qkv, segments, options)
+
+    def forward_to(self, out: Partial, qkv: QKV, segments: Segments, *, scale: float) -> None:
+        """Run one call that writes the output where it belongs; padded widths are copied."""
+        if not _fit(qkv):
+            super().forward_to(out, qkv, segments, scale=scale)
+            return
+        options, output, (q, k, v) = _options(segments.window, scale), out.output, qkv
         if len(segments.borders) == 2:
-            return self.backward(doutput, merged, qkv, window=segments.window, scale=scale)
+            lse = _forward(q[None], k[None], v[None], out=output[None], **options)[1][0]
+        else:
+            options |= _lengths(segments)
+            lse = _forward(q, k, v, out=output, **options)[1]
+        out.lse.copy_(lse.T)
+
+    def backward_to(
+        self,
+        out: QKV,
+        doutput: Tensor,
+        merged: Partial,
+        qkv: QKV,
+        segments: Segments,
+        *,
+        scale: float,
+    ) -> None:
+        """Run one call that writes the gradients where they belong; padded widths are copied."""
+        if not _fit(qkv):
+            super().backward_to(out, doutput, merged, qkv, segments, scale=scale)
+            return
+        options = _options(segments.window, scale) | dict(zip(("dq", "dk", "dv"), out))
+        self._backward(doutput, merged, qkv, segments, options)
+
+    def _backward(
+        self,
+        doutput: Tensor,
+        merged: Partial,
+        qkv: QKV,
+        segments: Segments,
+        options: dict[str, Any],
+    ) -> QKV:
+        if len(segments.borders) == 2:
+            return self._dense_backward(doutput, merged, qkv, options)
         tensors = (*_widths(qkv, merged.output, doutput), merged.lse.T.contiguous())
-        options = _options(segments.window, scale) | _lengths(segments)
-        if self._gradients is not None:
-            options |= zip(("dq", "dk", "dv"), self._gradients)
         dlse = None if self._dlse is None else self._dlse.T
-        gradients = _backward(*tensors, dlse=dlse, **options)
+        gradients = _backward(*tensors, dlse=dlse, **options, **_lengths(segments))
         return QKV(*map(as_wide_as, qkv, gradients))
+
+    def _dense_backward(
+        self, doutput: Tensor, merged: Partial, qkv: QKV, options: dict[str, Any]
+    ) -> QKV:
+        tensors = (*_widths(qkv, merged.output, doutput), merged.lse.T.contiguous())
+        dlse = None if self._dlse is None else self._dlse.T[None]
+        options = {name: x[None] if isinstance(x, Tensor) else x for name, x in options.items()}
+        gradients = _backward(*(x[None] for x in tensors), dlse=dlse, **options)
+        return QKV(*(as_wide_as(x, dx[0]) for x, dx in zip(qkv, gradients)))
 
 
 @cache

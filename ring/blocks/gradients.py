@@ -17,6 +17,7 @@ from torch import Tensor
 from lasp._core.dtypes import wide_dtype
 from ring.blocks.interface import QKV, Block, Segments, segments_of
 from ring.blocks.merge import Partial
+from ring.planner.ranges import RowRange
 from ring.planner.schedule import RingSchedule
 from ring.planner.window import Window
 
@@ -68,24 +69,34 @@ class RowGradients:
             grads = _sum(grads, backward(*self._through_lse, _of_ones(qkv), segments, scale=scale))
         return grads
 
-    def writes_in_place(self, like: QKV) -> bool:
-        """Whether one call of the block leaves gradients in given memory, like these tensors."""
-        return self._through_lse is None and self._block.writing_to(like) is not None
-
-    def within_part(self, rows: slice, segments: Segments, qkv: QKV, out: QKV) -> None:
-        """Leave those of some rows in ``out``, of a block that :meth:`writes_in_place`.
+    def write(self, rows: slice, segments: Segments, part: QKV, out: QKV) -> None:
+        """Leave gradients of some rows, over all keys that they see or their own, in ``out``.
 
         Args:
-            rows: of the rank's tokens, whole segments.
-            segments: of these rows.
-            qkv: of these rows.
-            out: memory for them, in the dtype of q.
+            rows: of the rank's tokens.
+            segments: of these rows, and their keys.
+            part: these rows, and their keys.
+            out: contiguous memory of the block's result dtype.
         """
-        block = self._block_of(rows).writing_to(out)
-        assert block is not None
         doutput, merged = self._through_output
+        if self._through_lse is not None:
+            for memory, found in zip(out, self.over(rows, part, segments)):
+                memory.copy_(found)
+            return
         of_rows = Partial(*(x[rows] for x in merged))
-        block.backward_varlen(doutput[rows], of_rows, qkv, segments, scale=self._scale)
+        self._block_of(rows).backward_to(
+            out, doutput[rows], of_rows, part, segments, scale=self._scale
+        )
+
+    def result_memory(self, qkv: QKV) -> QKV:
+        """Memory for gradients to these tensors."""
+        dtype, like = self._block.result_dtype(qkv.q.dtype), torch.contiguous_format
+        return QKV(*(torch.empty_like(x, dtype=dtype, memory_format=like) for x in qkv))
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the block writes its results where it is told to."""
+        return self._block.in_place
 
     def _block_of(self, rows: slice) -> Block:
         """The kernel, with the dlse of these rows where it takes one."""
@@ -94,10 +105,10 @@ class RowGradients:
 
 
 class LocalGradients:
-    """Gradients of the local attention: in one call after the stages, or in two around them.
+    """Gradients of own rows: in one call after the stages, or part by part, some before them.
 
-    In two the first transfer of keys is hidden too. That takes a block that writes where it is told
-    to: to put two results together moves as many bytes as the transfer.
+    In parts the first transfer of keys is hidden too. That takes a block that writes in place: to
+    put results together moves as many bytes as the transfer.
 
     Args:
         qkv: of the rank's tokens.
@@ -107,31 +118,35 @@ class LocalGradients:
 
     def __init__(self, qkv: QKV, rows: RowGradients, schedule: RingSchedule) -> None:
         self.qkv, self.rows, self._schedule = qkv, rows, schedule
-        self._early: QKV | None = None
+        self._memory: QKV | None = None
+
+    @property
+    def memory(self) -> QKV:
+        """Gradients of all rows, as calls of parts and of whole fragments leave them."""
+        if self._memory is None:
+            self._memory = self.rows.result_memory(self.qkv)
+        return self._memory
 
     def before_stages(self) -> None:
-        """Compute the early rows, if the block can."""
-        if self.rows.writes_in_place(self.qkv):
-            like = torch.contiguous_format
-            self._early = QKV(*(torch.empty_like(x, memory_format=like) for x in self.qkv))
-            self._part(0, self._early)
+        """Compute the first parts, if the block can."""
+        if self.rows.in_place:
+            self._write(self._schedule.before)
 
     def after_stages(self) -> QKV:
         """Compute the rest; the gradients of all rows."""
-        if self._early is not None:
-            self._part(1, self._early)
-            return self._early
         schedule = self._schedule
-        borders, device = schedule.fragment_borders, self.qkv.q.device
-        return self.rows.within(segments_of(borders, device, schedule.window), self.qkv)
+        if self.rows.in_place and schedule.after != ((0, len(self.qkv.q)),):
+            self._write(schedule.after)
+            return self.memory
+        segments = segments_of(schedule.fragment_borders, self.qkv.q.device, schedule.window)
+        return self.rows.within(segments, self.qkv)
 
-    def _part(self, number: int, out: QKV) -> None:
-        schedule, q = self._schedule, self.qkv.q
-        rows = (slice(0, schedule.early), slice(schedule.early, len(q)))[number]
-        borders = schedule.borders_around_stages[number]
-        segments = segments_of(borders, q.device, schedule.window)
-        qkv, of_rows = (QKV(*(x[rows] for x in some)) for some in (self.qkv, out))
-        self.rows.within_part(rows, segments, qkv, of_rows)
+    def _write(self, parts: tuple[RowRange, ...]) -> None:
+        for part in parts:
+            borders, rows = self._schedule.borders_within[part], slice(*part)
+            segments = segments_of(borders, self.qkv.q.device, self._schedule.window)
+            qkv, out = (QKV(*(x[rows] for x in some)) for some in (self.qkv, self.memory))
+            self.rows.write(rows, segments, qkv, out)
 
 
 def _columns(dlse_TH: Tensor, like_THD: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Block kernels: softmax attention of some rows over some keys, forward and backward.
 
 Kernels stand behind one interface (:class:`Block`), each with a dense form, for the rectangles
-of the schedule, and a varlen form, for the fragments of a rank. A causal mask is used only where
-queries and keys are the same tokens. Sliding windows are aligned at the last row and the last key,
-and every row sees at least one key.
+of the schedule, and a varlen form, for the fragments of a rank. Masks are aligned at the last row
+and the last key, and every row sees at least one key. Only blocks that work in place get a causal
+mask over more keys than rows.
 
 A backward gets the *merged* output and lse of its rows, so exp(score - lse) is a probability over
 all keys: the dq of tiles add up, and dk and dv are final contributions of the rows.
@@ -59,7 +59,7 @@ class Segments(NamedTuple):
         borders: cumulative numbers of rows on the host, 0 first.
         cu_seqlens: the same on the device of the queries, int32.
         longest: rows of the longest segment.
-        window: which keys of its segment a row sees; all where keys are other tokens than rows.
+        window: which keys of its segment a row sees, last row and last key aligned.
         key_borders: cumulative numbers of keys; ``borders`` where both are the same tokens.
         key_cu_seqlens: the same on the device of the queries, int32.
         longest_keys: keys of the longest segment.
@@ -94,7 +94,7 @@ class Block(ABC):
     """
 
     name: str
-    joins_tiles = True  # whether a varlen call takes keys of other tokens than its rows
+    in_place = False  # whether it takes groups of tiles, and writes what its rows get where told to
 
     @abstractmethod
     def obstacle(self, operands: Operands) -> str | None:
@@ -114,13 +114,9 @@ class Block(ABC):
         """This kernel, whose backward goes through ``dlse [Tq, Hq]`` too; None if it cannot."""
         return None
 
-    def writing_to(self, gradients: QKV) -> Block | None:
-        """This kernel with a backward that writes to given memory; None if it would copy.
-
-        Args:
-            gradients: memory for dq, dk and dv, contiguous, in the dtype of q.
-        """
-        return None
+    def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of outputs and gradients, for tensors of ``dtype``."""
+        return dtype
 
     def row_tiles(self, rows: int, keys: int) -> tuple[slice, ...]:
         """Rows of each partial that :meth:`forward_parts` yields."""
@@ -155,6 +151,26 @@ class Block(ABC):
             for rows, keys in segments.ranges
         ]
         return QKV(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+    def forward_to(self, out: Partial, qkv: QKV, segments: Segments, *, scale: float) -> None:
+        """:meth:`forward_varlen`, to given memory of :meth:`result_dtype`."""
+        for memory, found in zip(out, self.forward_varlen(qkv, segments, scale=scale)):
+            memory.copy_(found)
+
+    def backward_to(
+        self,
+        out: QKV,
+        doutput: Tensor,
+        merged: Partial,
+        qkv: QKV,
+        segments: Segments,
+        *,
+        scale: float,
+    ) -> None:
+        """:meth:`backward_varlen`, to given memory of :meth:`result_dtype`."""
+        gradients = self.backward_varlen(doutput, merged, qkv, segments, scale=scale)
+        for memory, found in zip(out, gradients):
+            memory.copy_(found)
 
 
 def bhtd(x_THD: Tensor) -> Tensor:

@@ -123,8 +123,6 @@ class TiledBlock(Block):
         other: a kernel that runs wherever ``dense`` does.
     """
 
-    joins_tiles = False
-
     def __init__(self, name: str, dense: Block, other: Block) -> None:
         self.name, self.dense, self.other = name, dense, other
 

@@ -31,13 +31,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise, starmap
 from typing import NamedTuple
 
 from lasp.sequence.layout import SequenceLayout
+from ring.planner.messages import Message, messages_of
 from ring.planner.ranges import LentTokens, RowRange, TokenIndex, union
-from ring.planner.stages import RULE, StageRule, early_rows
-from ring.planner.tiles import KVTile, join_own_tiles, rectangles_of, side_by_side, tiles_over
-from ring.planner.traffic import KVDelivery, KVTraffic, plan_traffic
+from ring.planner.stages import RULE, StageRule, around_stages, local_work
+from ring.planner.tiles import (
+    KVTile,
+    grouped_tiles,
+    join_own_tiles,
+    rectangles_of,
+    tiles_over,
+    whole_fragments,
+)
+from ring.planner.traffic import KVTraffic, plan_traffic
 from ring.planner.window import EVERYTHING, Window
 
 
@@ -79,7 +88,8 @@ class RingStage(NamedTuple):
         keys: ranges of the pack; the kv buffer holds them end to end.
         kv_exchange: sends own tokens, or parts of the kv buffer before; receives the kv buffer.
         tiles: over the kv buffer.
-        groups: the tiles again, those together that one varlen call can take.
+        groups: the tiles again, with whole fragments where that pays, those together that one
+            varlen call can take.
         grad_exchange: sends the gradients of the kv buffer after the tiles, to the next rank of a
             chain or to the owner; receives for own tokens or for the *next* kv buffer.
     """
@@ -114,8 +124,9 @@ class RingSchedule:
         rows: query rows of each rectangle, of the rank's tokens; disjoint, never empty.
         own_tiles: over keys of other runs of the rank that are in no tile of a stage.
         stages: as many on every rank, each two matching exchanges; none where nothing moves.
-        early: the first rows, of whole fragments, whose local backward goes before the stages where
-            a block can split it; 0 for none.
+        before: rows of fragments, in no group with their own keys, whose local backward goes before
+            the stages where a block writes in place.
+        after: those whose local backward goes after the stages.
     """
 
     layout: SequenceLayout
@@ -125,7 +136,8 @@ class RingSchedule:
     rows: tuple[RowRange, ...]
     own_tiles: tuple[KVTile, ...]
     stages: tuple[RingStage, ...]
-    early: int
+    before: tuple[RowRange, ...]
+    after: tuple[RowRange, ...]
 
     @property
     def received_tokens(self) -> int:
@@ -159,11 +171,18 @@ class RingSchedule:
         return _fragment_borders(self.layout, self.rank)
 
     @cached_property
-    def borders_around_stages(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Borders of the early fragments, and of the others among their own rows."""
-        borders, early = self.fragment_borders, self.early
-        first = tuple(border for border in borders if border <= early)
-        return first, tuple(border - early for border in borders if border >= early)
+    def alone(self) -> tuple[RowRange, ...]:
+        """Rows of all fragments that are in no group with their own keys."""
+        return union((*self.before, *self.after))
+
+    @cached_property
+    def borders_within(self) -> dict[RowRange, tuple[int, ...]]:
+        """Borders of the fragments of each of these ranges, 0 first."""
+        borders = self.fragment_borders
+        return {
+            rows: tuple(b - rows.start for b in borders if rows.start <= b <= rows.stop)
+            for rows in {*self.before, *self.after, *self.alone}
+        }
 
 
 @lru_cache(maxsize=32)
@@ -201,16 +220,24 @@ def plan_ring(
     exchanges = _exchanges(traffic, rank) if traffic.num_stages else []
     of_stages = [tiles_over(rectangles, buffer, seen) for buffer, _, _ in exchanges]
     most = rule.most_joined if grouped else 0
+    whole: set[int] = set()
+    fragments = list(starmap(RowRange, pairwise(_fragment_borders(layout, rank))))
+    moved = max(sum(exchanges[0][1].send_tokens), exchanges[0][0].length) if exchanges else 0
     if not seen.slides:
         own_tiles, of_stages = join_own_tiles(own_tiles, of_stages, most)
+        left = sum(local_work(some.length, seen, rule) for some in fragments)
+        left -= moved * rule.pairs_per_token
+        if grouped:
+            whole = whole_fragments(own_tiles, of_stages, seen, left, rule)
     stages = tuple(
-        RingStage(buffer.ranges, fetch, tiles, side_by_side(tiles, most), back)
+        RingStage(buffer.ranges, fetch, tiles, grouped_tiles(tiles, whole, most), back)
         for (buffer, fetch, back), tiles in zip(exchanges, of_stages)
     )
     rows = tuple(rectangle.rows for rectangle in rectangles)
-    moved = max(sum(stages[0].kv_exchange.send_tokens), stages[0].tokens) if stages else 0
-    early = early_rows(_fragment_borders(layout, rank), seen, moved, rule)
-    return RingSchedule(layout, rank, seen, traffic.route, rows, own_tiles, stages, early)
+    in_tiles = {rows[rectangle] for rectangle in whole}
+    alone = [some for some in fragments if some not in in_tiles]
+    around = around_stages(alone, seen, moved, rule)
+    return RingSchedule(layout, rank, seen, traffic.route, rows, own_tiles, stages, *around)
 
 
 def _exchanges(
@@ -218,7 +245,7 @@ def _exchanges(
 ) -> list[tuple[TokenIndex, StageExchange, StageExchange]]:
     """The kv buffer of each stage, how it comes, and where its gradients go."""
     num_ranks = traffic.layout.num_ranks
-    messages = _messages(traffic, rank)
+    messages = messages_of(traffic, rank)
     received = [[d for _, d in some] for some in messages.kv_received]
     own, nothing = TokenIndex(traffic.layout.runs(rank)), TokenIndex(())
     buffers = [TokenIndex((d.start, d.stop) for d in some) for some in received]
@@ -249,46 +276,6 @@ def _exchanges(
 def _fragment_borders(layout: SequenceLayout, rank: int) -> tuple[int, ...]:
     starts = (fragment.offset for fragment in layout.fragments(rank))
     return (*starts, layout.num_local_tokens)
-
-
-Message = tuple[int, KVDelivery]  # the other rank, and what goes to it or comes from it
-
-
-class _Messages(NamedTuple):
-    """What one rank sends and receives in each stage, by the other rank, then by position.
-
-    That is the order of an all-to-all on both sides.
-    """
-
-    kv_sent: list[list[Message]]
-    kv_received: list[list[Message]]
-    grads_sent: list[list[Message]]
-    grads_received: list[list[Message]]
-
-
-def _messages(traffic: KVTraffic, rank: int) -> _Messages:
-    incoming = [d for i in traffic.needed_by(rank) for d in traffic.deliveries(i, rank)]
-    owned = (i for i, fragment in enumerate(traffic.fragments) if fragment.owner == rank)
-    lent = [d for i in owned for r in traffic.consumers(i) for d in traffic.deliveries(i, r)]
-    sent = [d for d in lent if d.sender == rank]
-    returned = [d for d in lent if d.returns_to == rank]
-    for d in incoming:
-        if d.returns_to != d.owner:  # the next of the chain
-            sent += traffic.deliveries(d.fragment, d.returns_to)
-        if d.sender != d.owner:  # the one before
-            returned += traffic.deliveries(d.fragment, d.sender)
-    stages = range(traffic.num_stages)
-    return _Messages(
-        kv_sent=_by_stage(stages, [(d.consumer, d) for d in sent]),
-        kv_received=_by_stage(stages, [(d.sender, d) for d in incoming]),
-        grads_sent=_by_stage(stages, [(d.returns_to, d) for d in incoming]),
-        grads_received=_by_stage(stages, [(d.consumer, d) for d in returned]),
-    )
-
-
-def _by_stage(stages: range, messages: list[Message]) -> list[list[Message]]:
-    messages = sorted(messages, key=lambda message: (message[0], message[1].start))
-    return [[(peer, d) for peer, d in messages if d.stage == stage] for stage in stages]
 
 
 def _append_joined(slices: list[KVSlice], new: KVSlice) -> None:

@@ -12,9 +12,10 @@ Example: one document of 2 T tokens, 2 ranks, zigzag. Rank 0 has T / 2 rows for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
+from ring.planner.ranges import RowRange, union
 from ring.planner.window import Window
 
 
@@ -34,6 +35,14 @@ class StageRule(NamedTuple):
         chain_gain: chains are taken if direct sending takes more than this many times their time.
         most_joined: the most keys that are copied to save a call of a kernel, own keys beside those
             of a stage or the keys of several tiles: 256 MiB with 8 key heads of 128 in 16 bits.
+        row_pairs: pairs that are computed in the time in which one more row is read and written:
+            30 ns forward and 75 ns backward, at 1/21 and 1/8 ns a pair, with FlashAttention-4 on an
+            H200 and 64 heads of 128.
+        call_pairs: (query, key) pairs that a rank computes in the time that one more call of a
+            backward costs, its launches and its last, half empty wave: 65 us at 500 TFLOP/s and
+            64 heads of 128, as measured with FlashAttention-4 on an H200.
+        call_rows: rows whose merge, second pass of a backward and sum of dq take as long as one
+            more call: 55 ns a row there.
     """
 
     max_stages: int = 4
@@ -41,6 +50,9 @@ class StageRule(NamedTuple):
     pairs_per_token: int = 1400
     chain_gain: float = 1.25
     most_joined: int = 65536
+    row_pairs: int = 600
+    call_pairs: int = 1_000_000
+    call_rows: int = 1024
 
 
 RULE = StageRule()
@@ -90,26 +102,33 @@ def stage_tokens(
     return [*sizes, left] if left else sizes
 
 
-def early_rows(borders: Sequence[int], window: Window, moved: int, rule: StageRule) -> int:
-    """Rows of a rank's first fragments, whose backward hides the first transfer of keys.
+def local_work(rows: int, window: Window, rule: StageRule) -> int:
+    """What a fragment costs within itself, in the time of (query, key) pairs."""
+    return window.pairs(rows) + rule.row_pairs * rows
 
-    They have about a third of the work at most: the rest hides the transfer of the last gradients,
-    which has twice the bytes. There are 0 where no border between fragments leaves enough rows on
-    both sides, and where the transfer takes less time than one more call.
+
+def around_stages(
+    fragments: Sequence[RowRange], window: Window, moved: int, rule: StageRule
+) -> tuple[tuple[RowRange, ...], tuple[RowRange, ...]]:
+    """Rows whose local backward goes before the stages, and after them: those of whole fragments.
+
+    The first hide the first transfer of keys. They have about a third of the work at most: the
+    others hide the transfer of the last gradients, which has twice the bytes. There are none before
+    the stages where a side, or the transfer, takes less time than one more call.
 
     Args:
-        borders: of the fragments, 0 first.
+        fragments: rows of each.
         window: of the rows.
         moved: tokens of the first transfer.
         rule: the same on every rank.
     """
-    if moved < rule.min_tokens // 4:
-        return 0
-    pairs = accumulate((window.pairs(b - a) for a, b in pairwise(borders)), initial=0)
-    of_borders = dict(zip(borders, pairs))
-    wanted = min(moved * rule.pairs_per_token, of_borders[borders[-1]] // 3)
-    rows = min(borders, key=lambda border: abs(of_borders[border] - wanted))
-    return rows if min(rows, borders[-1] - rows) >= rule.min_tokens // 2 else 0
+    pairs = [0, *accumulate(local_work(rows.length, window, rule) for rows in fragments)]
+    transfer = moved * rule.pairs_per_token
+    wanted = min(transfer, pairs[-1] // 3)
+    first = min(range(len(pairs)), key=lambda number: abs(pairs[number] - wanted))
+    if min(transfer, pairs[first], pairs[-1] - pairs[first]) < rule.call_pairs:
+        first = 0
+    return union(fragments[:first]), union(fragments[first:])
 
 
 def bucket(size: int) -> int:

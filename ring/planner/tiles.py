@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
+from enum import Enum, auto
 from typing import NamedTuple
 
 from lasp.sequence.layout import SequenceLayout
 from ring.planner.ranges import RowRange, TokenIndex
+from ring.planner.stages import StageRule, local_work
 from ring.planner.window import EVERYTHING, Window
 
 
@@ -20,6 +23,8 @@ class KVTile(NamedTuple):
         window: of the rows over the keys, last row and last key aligned; if it is one, they are
             one range.
         own: ranges of the rank's tokens that are keys too, before those of a kv buffer.
+        whole: the rows, which are a fragment, are keys too, behind all others: these are all their
+            keys, in one call, with the last row and the last key aligned under a causal mask.
     """
 
     rectangle: int
@@ -27,11 +32,13 @@ class KVTile(NamedTuple):
     keys: tuple[RowRange, ...]
     window: Window = EVERYTHING
     own: tuple[RowRange, ...] = ()
+    whole: bool = False
 
     @property
     def num_keys(self) -> int:
-        """Number of keys in all ranges."""
-        return sum(some.length for some in (*self.own, *self.keys))
+        """Number of keys."""
+        others = sum(some.length for some in (*self.own, *self.keys))
+        return others + self.rows.length if self.whole else others
 
 
 class Rectangle(NamedTuple):
@@ -105,8 +112,48 @@ def join_own_tiles(
     return tuple(tile for tile in own_tiles if tile.rectangle in held), tiles[::-1]
 
 
+def whole_fragments(
+    own_tiles: Sequence[KVTile],
+    of_stages: Sequence[Sequence[KVTile]],
+    window: Window,
+    pairs_left: int,
+    rule: StageRule,
+) -> set[int]:
+    """Rectangles whose only tile takes their fragment too, with enough else to do meanwhile.
+
+    Its rows are then read, and their results written, in one call: nothing is merged.
+
+    Args:
+        own_tiles: of the rank.
+        of_stages: tiles of each stage.
+        window: of the rows, not a sliding one.
+        pairs_left: pairs within fragments that may wait for a transfer: the others hide it.
+        rule: how few rows are not worth it, and how many keys may be copied.
+    """
+    tiles = [tile for some in of_stages for tile in some]
+    times = Counter(tile.rectangle for tile in (*own_tiles, *tiles))
+    found = set()
+    for tile in tiles:
+        pairs = local_work(tile.rows.length, window, rule)
+        keys = tile.num_keys + tile.rows.length
+        worth_it = tile.rows.length >= rule.call_rows and keys <= rule.most_joined
+        if times[tile.rectangle] == 1 and worth_it and pairs <= pairs_left:
+            found.add(tile.rectangle)
+            pairs_left -= pairs
+    return found
+
+
+def grouped_tiles(
+    tiles: Sequence[KVTile], whole: Collection[int], most_keys: int
+) -> tuple[tuple[KVTile, ...], ...]:
+    """Tiles in groups that one varlen call can take; first those with whole fragments."""
+    marked = [tile._replace(whole=tile.rectangle in whole) for tile in tiles]
+    first, rest = ([tile for tile in marked if tile.whole is some] for some in (True, False))
+    return side_by_side(first, most_keys) + side_by_side(rest, most_keys)
+
+
 def side_by_side(tiles: Sequence[KVTile], most_keys: int) -> tuple[tuple[KVTile, ...], ...]:
-    """Tiles in groups that one varlen call can take: rows that follow each other, no window.
+    """Groups of tiles whose rows follow each other, without a sliding window.
 
     A group of several has at most ``most_keys`` keys, which are copied where they do not lie side
     by side too.
@@ -126,11 +173,23 @@ def side_by_side(tiles: Sequence[KVTile], most_keys: int) -> tuple[tuple[KVTile,
     return tuple(map(tuple, groups))
 
 
-def key_ranges(group: Sequence[KVTile]) -> list[tuple[bool, RowRange]]:
-    """The keys of tiles in order: whether they were received or are own ones, and where."""
+class KeySource(Enum):
+    """Whose keys they are: of other fragments of the rank, received, or of the rows themselves."""
+
+    OWN = auto()
+    RECEIVED = auto()
+    ROWS = auto()
+
+
+def key_ranges(group: Sequence[KVTile]) -> list[tuple[KeySource, RowRange]]:
+    """The keys of tiles in order: whose they are, and where."""
     return [
-        (received, keys)
+        (source, keys)
         for tile in group
-        for received, some in ((False, tile.own), (True, tile.keys))
+        for source, some in (
+            (KeySource.OWN, tile.own),
+            (KeySource.RECEIVED, tile.keys),
+            (KeySource.ROWS, (tile.rows,) if tile.whole else ()),
+        )
         for keys in some
     ]

@@ -38,11 +38,13 @@ PACKS = (
 HEADS = ((4, 2), (6, 2), (3, 1), (5, 5))
 ORDERS = ("contiguous", "zigzag", "fold")
 NOTHING_HIDES = 10**9  # pairs per token: as many stages as are allowed
-# Each route in each number of stages, few keys joined, and the default rule.
+WHOLE = StageRule(4, 1, 1, row_pairs=0, call_pairs=1, call_rows=1)  # any work hides a transfer
+# Each route in each number of stages, few keys joined, whole fragments, and the default rule.
 RULES = (
     *(StageRule(n, 1, NOTHING_HIDES, chain_gain=math.inf) for n in (1, 2, 3, 4)),
     *(StageRule(n, 1, NOTHING_HIDES, chain_gain=0.0) for n in (2, 3, 4)),
     StageRule(2, 1, NOTHING_HIDES, most_joined=12),
+    WHOLE,
     RULE,
 )
 NAMES = ("output", "lse", "dq", "dk", "dv")

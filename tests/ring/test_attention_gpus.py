@@ -67,12 +67,13 @@ def test_bfloat16_over_gpus(order, block: str, causal: bool) -> None:
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("block", ["flash", "fa4"])
-def test_early_rows_joined_keys_and_tiles_side_by_side(block: str) -> None:
+def test_parts_around_stages_whole_fragments_and_tiles_side_by_side(block: str) -> None:
     skip_unless_it_serves(block, 64, 64)
     lengths = document_lengths("C", 12288, 0)
     layout = SequenceLayout(lengths, 2, "fold")
     first, second = (plan_ring(layout, rank, True) for rank in (0, 1))
-    assert min(first.early, second.early) > 0
+    assert all((first.before, second.before))
+    assert [tile.whole for group in first.stages[0].groups for tile in group] == [True]
     (stage,) = second.stages
     assert stage.groups == (stage.tiles,)
     assert [bool(tile.own) for tile in stage.tiles] == [False, True]

@@ -16,6 +16,7 @@ from ring.blocks.interface import QKV, Block, segments_of
 from ring.blocks.merge import Accumulator, Partial
 from ring.blocks.registry import BLOCKS, resolve_block
 from ring.passes import RingContext, forward
+from ring.planner.ranges import RowRange, union
 from ring.planner.schedule import plan_ring
 from ring.planner.stages import StageRule
 from ring.planner.window import CAUSAL
@@ -25,6 +26,7 @@ from tests.ring.cases import (
     ORDERS,
     PACKS,
     RULES,
+    WHOLE,
     assert_all_equal,
     on_world,
     oracle,
@@ -122,23 +124,23 @@ def test_transfers_start_as_soon_as_a_buffer_is_free() -> None:
 
 
 class InPlaceBlock(RecordingBlock):
-    """One that leaves its gradients where it is told to."""
+    """One that leaves its results where it is told to."""
 
-    def __init__(self, events: list[str], gradients: QKV | None = None) -> None:
-        super().__init__(events)
-        self.gradients = gradients
+    in_place = True
 
-    def writing_to(self, gradients: QKV) -> InPlaceBlock:
-        return InPlaceBlock(self.events, gradients)
+    def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self.block.result_dtype(dtype)
 
-    def backward_varlen(self, *args, **kwargs):
-        found = super().backward_varlen(*args, **kwargs)
-        if self.gradients is None or self.events[-1] == "tiles":
-            return found
-        self.events[-1] = f"local of {len(found.q)} rows"
-        for x, gradient in zip(self.gradients, found):
-            x.copy_(gradient)
-        return self.gradients
+    def forward_to(self, out, qkv, segments, **kwargs):
+        super().forward_to(out, qkv, segments, **kwargs)
+        self._name(qkv)
+
+    def backward_to(self, out, doutput, merged, qkv, segments, **kwargs):
+        super().backward_to(out, doutput, merged, qkv, segments, **kwargs)
+        self._name(qkv)
+
+    def _name(self, qkv: QKV) -> None:
+        self.events[-1] = f"{'whole' if len(qkv.k) > len(qkv.q) else 'local'} {len(qkv.q)}"
 
 
 def in_place_on_world(cases, rule: StageRule) -> list[tuple[list[Tensor], list[str]]]:
@@ -152,11 +154,15 @@ def in_place_on_world(cases, rule: StageRule) -> list[tuple[list[Tensor], list[s
     return results
 
 
-@pytest.mark.parametrize("rule", [RULES[0], RULES[3], RULES[5]])
-def test_early_rows_go_before_the_stages(rule: StageRule) -> None:
-    """Where a block can; the first transfer of keys is under them, the last one of gradients not.
+def lengths_of(parts) -> list[str]:
+    return [f"local {rows.length}" for rows in parts]
 
-    Results are those of one call.
+
+@pytest.mark.parametrize("rule", [RULES[0], RULES[3], RULES[5], WHOLE])
+def test_parts_in_place_around_the_stages(rule: StageRule) -> None:
+    """First what hides the keys that come, last what hides the gradients that go back.
+
+    A fragment that is whole in a tile is in no other call. Results are those of one call.
     """
     layouts = [
         SequenceLayout(lengths, 3, order)
@@ -164,33 +170,42 @@ def test_early_rows_go_before_the_stages(rule: StageRule) -> None:
         if len(lengths) > 2
     ]
     cases = [(random_tensors(sum(x.document_lengths), 4, 2, 4, torch.float64), x) for x in layouts]
+    rule = rule._replace(call_pairs=1, call_rows=1)
     results = run_on_ranks(in_place_on_world, 3, cases, rule)
-    early, side_by_side = 0, False
+    before, found = 0, set()
     for (tensors, layout), *of_ranks in zip(cases, *results):
         expected = oracle(tensors, layout.document_lengths, True)
         assert_all_equal(unshard_all(layout, [found for found, _ in of_ranks]), expected)
         for rank, (_, events) in enumerate(of_ranks):
-            rows = plan_ring(layout, rank, True, rule).early
-            parts = [event for event in events if event.startswith("local of")]
-            counts = (rows, layout.num_local_tokens - rows)
-            assert parts == [f"local of {n} rows" for n in counts if rows]
-            if rows:
-                first, last = (events.index(part) for part in parts)
-                assert set(events[first + 1 : last]) <= {"tile", "tiles"}
-                early += 1
-            side_by_side |= "tiles" in events
-    assert early > 2
-    assert side_by_side
+            schedule = plan_ring(layout, rank, True, rule)
+            first, last = lengths_of(schedule.before), lengths_of(schedule.after)
+            if first:
+                backward = events[events.index(first[0]) :]
+                assert backward[: len(first)] == first
+                assert backward[-len(last) :] == last
+                before += 1
+            whole = {
+                tile.rows
+                for stage in schedule.stages
+                for g in stage.groups
+                for tile in g
+                if tile.whole
+            }
+            assert union((*schedule.alone, *whole)) == (RowRange(0, layout.num_local_tokens),)
+            found |= {event.split()[0] for event in events}
+    assert before > 2
+    assert found >= ({"local", "whole"} if rule.pairs_per_token == 1 else {"local", "tile"})
 
 
-def test_a_gradient_of_the_lse_that_takes_a_second_call_is_not_written_in_place() -> None:
+def test_a_gradient_of_the_lse_that_takes_a_second_call_is_written_too() -> None:
     q, k, v, doutput = random_tensors(8, 2, 1, 4, torch.float64)
     block, segments = InPlaceBlock([]), segments_of((0, 8), q.device, CAUSAL)
     merged = block.forward_varlen(QKV(q, k, v), segments, scale=1.0)
-    out = QKV(*map(torch.empty_like, (q, k, v)))
-    for dlse, done in ((None, True), (torch.ones_like(merged.lse), False)):
-        rows = RowGradients(block, doutput, dlse, Partial(*merged), 1.0)
-        assert rows.writes_in_place(out) is done
+    rows = RowGradients(block, doutput, torch.ones_like(merged.lse), Partial(*merged), 1.0)
+    out = rows.result_memory(QKV(q, k, v))
+    rows.write(slice(0, 8), segments, QKV(q, k, v), out)
+    for written, found in zip(out, rows.within(segments, QKV(q, k, v))):
+        assert torch.equal(written, found)
 
 
 def test_a_block_that_does_not_write_in_place_gets_no_memory() -> None:

@@ -48,6 +48,7 @@ class StandIns:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []  # the function, and how many segments
+        self.in_place: list[str] = []  # the calls that were given memory
 
     def _parts(self, q: Tensor, lengths: dict[str, Any], side: str) -> Iterator[tuple[slice, ...]]:
         borders = lengths.get("cu_seqlens_q")
@@ -84,6 +85,7 @@ class StandIns:
         window_size_left: int | None,
         window_size_right: int | None,
         return_lse: bool,
+        out: Tensor | None = None,
         **lengths: Any,
     ) -> tuple[Tensor | None, ...]:
         assert return_lse
@@ -94,6 +96,10 @@ class StandIns:
             results.append(EAGER.forward(part, window=window, scale=softmax_scale))
         output, lse = (torch.cat(x) for x in zip(*results))
         output, lse = output.to(q.dtype), lse.T.contiguous()  # lse [H, T]
+        if out is not None:
+            assert out.is_contiguous()
+            self.in_place.append("forward")
+            output = out.view(output.shape).copy_(output)
         return (
             (output[None], lse[None], None, None, None)
             if dense
@@ -137,6 +143,7 @@ class StandIns:
             sums = [x[None] for x in sums]
         if dq is None:
             return tuple(sums)
+        self.in_place.append("backward")
         for out, x in zip((dq, dk, dv), sums):
             assert (out.dtype, out.shape) == (x.dtype, x.shape)
             assert out.is_contiguous()
@@ -202,31 +209,34 @@ def test_windows_and_both_results(stand_ins: StandIns) -> None:
 
 
 @pytest.mark.parametrize("lengths", [(15,), (5, 1, 9)])
-@pytest.mark.parametrize(("heads", "dims"), [((4, 2), (64, 64)), ((3, 3), (192, 128))])
-def test_gradients_go_where_they_are_told_to(stand_ins: StandIns, lengths, heads, dims) -> None:
+@pytest.mark.parametrize(
+    ("heads", "dims", "fit"),
+    [
+        ((4, 2), (64, 64), True),
+        ((3, 3), (192, 128), True),
+        ((4, 2), (192, 128), False),  # padded, and copied
+        ((2, 2), (72, 72), False),
+    ],
+)
+def test_results_go_where_they_are_told_to(
+    stand_ins: StandIns, lengths, heads, dims, fit: bool
+) -> None:
     *qkv, doutput = random_tensors(15, *heads, dims[0], torch.float64, dims[1])
     qkv, block = QKV(*qkv), BLOCKS["fa4"]
     borders = tuple(accumulate(lengths, initial=0))
     segments = segments_of(borders, torch.device("cpu"), CAUSAL)
     merged = block.forward_varlen(qkv, segments, scale=0.125)
     expected = block.backward_varlen(doutput, merged, qkv, segments, scale=0.125)
-    memory = QKV(*(torch.full((17, *x.shape[1:]), 7.0, dtype=x.dtype) for x in qkv))
-    out = QKV(*(x[1:16] for x in memory))
-    writing = block.writing_to(out)
-    writing.backward_varlen(doutput, merged, qkv, segments, scale=0.125)
-    for x, written in zip(expected, memory):
+    shapes = [x.shape[1:] for x in (merged.output, merged.lse, *qkv)]
+    memory = [torch.full((17, *shape), 7.0, dtype=doutput.dtype) for shape in shapes]
+    output, lse, *gradients = (x[1:16] for x in memory)
+    block.forward_to(Partial(output, lse), qkv, segments, scale=0.125)
+    block.backward_to(QKV(*gradients), doutput, merged, qkv, segments, scale=0.125)
+    for x, written in zip((*merged, *expected), memory, strict=True):
         assert torch.equal(x, written[1:16])
         assert (written[0] == 7).all()
         assert (written[16] == 7).all()
-
-
-@pytest.mark.parametrize(
-    ("dims", "heads", "fit"),
-    [((192, 128), (2, 2), True), ((192, 128), (2, 1), False), ((72, 72), (2, 2), False)],
-)
-def test_gradients_that_are_padded_are_not_made_in_place(dims, heads, fit: bool) -> None:
-    q, k, v, _ = random_tensors(3, *heads, dims[0], torch.float64, dims[1])
-    assert (BLOCKS["fa4"].writing_to(QKV(q, k, v)) is not None) is fit
+    assert stand_ins.in_place == (["forward", "backward"] if fit else [])
 
 
 GPU = Operands(torch.device("cuda"), torch.bfloat16, 64, 64)

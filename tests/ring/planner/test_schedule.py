@@ -116,7 +116,7 @@ def check_schedule(
         with_tiles = {t.rectangle for stage in schedule.stages for t in stage.tiles}
         if not schedule.slides and rule.most_joined >= layout.num_tokens:
             assert all(tile.rectangle not in with_tiles for tile in schedule.own_tiles)
-        for (rectangle, where, keys, seen, own), buffer in tiles:
+        for (rectangle, where, keys, seen, own, _), buffer in tiles:
             of_rectangle = range(*schedule.rows[rectangle])
             assert set(range(*where)) <= set(of_rectangle)
             assert where.length
@@ -266,4 +266,4 @@ def test_groups_of_a_stage_hold_its_tiles() -> None:
     layout = SequenceLayout(distribution("A", 2**16, 0), 2, "fold")
     (stage,) = plan_ring(layout, 1, True).stages
     assert len(stage.tiles) == 2
-    assert stage.groups == (stage.tiles,)
+    assert stage.groups == (tuple(tile._replace(whole=True) for tile in stage.tiles),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import pairwise, starmap
 from unittest.mock import patch
 
 import pytest
@@ -14,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from lasp.sequence.layout import SequenceLayout
 from ring import ring_attention
-from ring.planner.stages import RULE, StageRule, early_rows
+from ring.planner.ranges import RowRange, union
+from ring.planner.stages import RULE, StageRule, around_stages
 from ring.planner.window import CAUSAL
 from tests.ranks import run_on_ranks
 from tests.ring.cases import (
@@ -167,13 +169,23 @@ def test_the_host_never_waits() -> None:
     run_on_ranks(syncs_on_world, 2, tensors, layout, rule, backend="nccl")
 
 
-def test_early_rows_hide_the_first_transfer() -> None:
-    """Pairs of whole fragments: as many as the transfer takes, and a third of all at most."""
-    borders, rule = (0, 4000, 8000, 12000, 20000), RULE._replace(pairs_per_token=1000)
+def test_rows_before_the_stages_hide_the_first_transfer() -> None:
+    """Work of whole fragments: as much as the transfer takes, and a third of all at most."""
+    borders = (0, 4000, 8000, 12000, 20000)
+    fragments = list(starmap(RowRange, pairwise(borders)))
+    rule = RULE._replace(pairs_per_token=1000, row_pairs=0, call_pairs=10**6)
     triangle = 4000 * 4001 // 2  # pairs of each of the first three fragments, of 56 million
-    assert early_rows(borders, CAUSAL, triangle // 1000, rule) == 4000
-    assert early_rows(borders, CAUSAL, 10**6, rule) == 8000  # 18.7 million are a third
-    assert early_rows(borders, CAUSAL, 1024, rule) == 0  # no fragment is as short
-    assert early_rows(borders, CAUSAL, 1023, rule._replace(pairs_per_token=10**6)) == 0
-    assert early_rows((0, 20000), CAUSAL, 10**6, rule) == 0
-    assert early_rows((0, 1000, 20000), CAUSAL, 10**6, rule) == 0  # too few rows for a call
+
+    def before(moved: int, **changes: int) -> tuple[RowRange, ...]:
+        first, rest = around_stages(fragments, CAUSAL, moved, rule._replace(**changes))
+        assert union((*first, *rest)) == (RowRange(0, 20000),)
+        return first
+
+    assert before(triangle // 1000) == (RowRange(0, 4000),)
+    assert before(10**6) == (RowRange(0, 8000),)  # 18.7 million are a third
+    assert before(1024) == ()  # no fragment is as short
+    assert before(10**6, call_pairs=20 * 10**6) == ()  # too little for a call
+    assert before(10**7, row_pairs=10**6) == (RowRange(0, 8000),)  # by rows: 6667
+    assert around_stages(fragments[3:], CAUSAL, 10**6, rule)[0] == ()
+    apart = [fragments[0], *fragments[2:]]
+    assert around_stages(apart, CAUSAL, triangle // 1000, rule)[1] == (RowRange(8000, 20000),)

@@ -174,8 +174,7 @@ class ExpertParallelMoE(nn.Module):
             hidden: ``[T, hidden]`` or ``[B, T, hidden]``, in the layer's dtype; any under autocast.
             token_order: where the tokens of every rank stand, one segment list for each rank of
                 the token group, equal on all of them; tokens it leaves out are padding. None, on
-                all ranks or on none: every rank holds as many tokens as this one, in rank order; it
-                is then built a call, with drops by probability also compared.
+                all ranks or on none: every rank holds as many tokens as this one, in rank order.
             timeline: records what ran when, forward and backward; None costs nothing.
             replay: keeps the choice of its first call, and has every later call make it again.
             sequences: which tokens form a sequence, with a ``sequence_loss_coefficient``. None on
@@ -193,14 +192,15 @@ class ExpertParallelMoE(nn.Module):
         check_hidden(hidden, self.experts.w13)
         if self._is_split:
             check_replicas(self.experts)
-        rows = hidden.reshape(-1, self.config.hidden_size)
+        rows = hidden if hidden.dim() == 2 else hidden.reshape(-1, self.config.hidden_size)
         token_order = self.agreed_order(rows, token_order)
         x_TM, given = token_order.take(rows, self.mesh.token_rank), {}
         if replay is not None or sequences is not None or self._has_sequences:
             given = routed_inputs(hidden, replay, sequences, self.config, token_order, self.mesh)
         decided = (x_TM, self.gate(x_TM, token_order, **given), token_order)
         output_TM, routing = self.through_experts(*decided, timeline=timeline, with_loss=True)
-        output = token_order.put(output_TM, self.mesh.token_rank).view_as(hidden)
+        output = token_order.put(output_TM, self.mesh.token_rank)
+        output = output if hidden.dim() == 2 else output.view_as(hidden)
         return MoEOutput(output, routing.aux_loss, routing.stats)
 
     def check_first_call(
@@ -269,8 +269,9 @@ class ExpertParallelMoE(nn.Module):
             dispatch = self.dispatcher.start_call(
                 wait, sent.groups, most_rows=sent.most, like=x_TM, kept=kept, impl=impl
             )
-            dispatch.static = config.static_shapes
-            order = replace(sent.order, place=dispatch.place)
+            order, place = sent.order, dispatch.place
+            dispatch.static, dispatch.ends = config.static_shapes, order.ends
+            order = order if place is None else replace(order, place=place)
             rows = permute(x_TM, order, impl)  # while the host may wait for the counts
         if with_loss and dispatch.early:
             routing = routing._replace(loss=routing.aux_loss)

@@ -79,10 +79,10 @@ def refuse_second_derivatives(reference: Reference) -> Callable[[Backward], Back
     def decorate(backward: Backward) -> Backward:
         @wraps(backward)
         def once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            if not torch.is_grad_enabled():  # as ever, but for gradients of gradients
+                return backward(ctx, *grads)
             with torch.no_grad():
                 results = backward(ctx, *grads)
-            if not torch.is_grad_enabled():
-                return results
             sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
             if not sources:
                 return results

@@ -53,20 +53,21 @@ class Launcher:
         self._encoders: list[Encoder] = []  # for each tensor descriptor
         self._run: Callable[..., object] | None = None
 
-    def __call__(self, programs: int, *arguments: Any) -> None:
+    def __call__(self, programs: int, *arguments: Any, encoded: list[Any] | None = None) -> None:
         """Launch.
 
         Args:
             programs: of the grid, which has one dim; 0 launches nothing.
             arguments: those that differ between calls, the first ones of the kernel. What it takes
                 as a tensor descriptor is given as ``(tensor, tile)``.
+            encoded: the arguments with addresses for tensors, of callers that have asked for them.
         """
         if programs == 0:
             return
         device = self._device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self(programs, *arguments)
+                self(programs, *arguments, encoded=encoded)
             return
         kernel = self._compiled
         if kernel is None:
@@ -83,7 +84,8 @@ class Launcher:
             kernel.run(*head, metadata, enter, leave, *arguments)
             return
         assert self._run is not None
-        self._run(*head, None, None, None, *self._encoded(arguments), *self._rest)
+        encoded = self._encoded(arguments) if encoded is None else encoded
+        self._run(*head, None, None, None, *encoded, *self._rest)
 
     def _encoded(self, arguments: tuple[Any, ...]) -> list[Any]:
         """The arguments as Triton's launch function takes them.
@@ -93,7 +95,7 @@ class Launcher:
         encoders = iter(self._encoders)
         encoded: list[Any] = []
         for x in arguments:
-            if type(x) is Tensor:
+            if isinstance(x, Tensor):  # parameters too
                 encoded.append(x.data_ptr())
             elif type(x) is tuple:
                 encoded += encode(x[0].data_ptr(), x[1], next(encoders))
@@ -137,11 +139,17 @@ def launch(kernel: Any, device: torch.device, programs: int, *arguments: Any, **
         arguments: likewise, without descriptors.
         named: see :func:`launcher_of`.
     """
-    case = [
-        (x.dtype, x.data_ptr() % ALIGNMENT == 0) if isinstance(x, Tensor) else type(x)
-        for x in arguments
-    ]
-    launcher_of(kernel, device, tuple(case), **named)(programs, *arguments)
+    case: list[Any] = []
+    encoded: list[Any] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            address = x.data_ptr()
+            case.append((x.dtype, address % ALIGNMENT == 0))
+            encoded.append(address)
+        else:
+            case.append(type(x))
+            encoded.append(x)
+    launcher_of(kernel, device, tuple(case), **named)(programs, *arguments, encoded=encoded)
 
 
 def strides_of(dims: str, **strides: tuple[int, ...]) -> dict[str, int]:

@@ -80,6 +80,8 @@ class Dispatch(Protocol):
             set before :meth:`by_arrival`, which takes it.
         early: rows are on their way before it runs: what does not need them is computed meanwhile.
         static: no shape depends on the routing, and counts stay on the device, if it has them.
+        ends: where the rows of each expert end, int32 on the device, if this rank's experts take
+            what it sends, in one group, and a kernel has counted them.
     """
 
     experts: tuple[range, ...]
@@ -91,6 +93,7 @@ class Dispatch(Protocol):
     row_gradients: Tensor | None = None
     early: bool = False
     static: bool = False
+    ends: Tensor | None = None
 
     def expert_rows(self, g: int) -> tuple[int, ...]:
         """Rows that each expert of group ``g`` takes; the first call waits for the counts.
@@ -246,8 +249,10 @@ class LocalDispatch(Dispatch):
 
     def expert_ends(self, g: int) -> Tensor | None:
         """See :class:`Dispatch`."""
-        if self._on_device is None or g in self._ends:
-            return self._ends.get(g)
+        if self.ends is not None or self._on_device is None:
+            return self.ends
+        if g in self._ends:
+            return self._ends[g]
         own = self._on_device[self.experts[g].start : self.experts[g].stop]
         self._ends[g] = own.cumsum(0, dtype=torch.int32)
         return self._ends[g]

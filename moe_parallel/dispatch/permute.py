@@ -45,12 +45,14 @@ class RowOrder:
         num_rows: A.
         padded: some rows have no assignment: they are zero.
         place: makes the tensor that rows are written into; None: any memory will do.
+        ends: where the rows of each expert end, int32; None: nobody has counted.
     """
 
     row: Tensor
     num_rows: int
     padded: bool = False
     place: Place | None = None
+    ends: Tensor | None = None
 
     def new_rows(self, like: Tensor) -> Tensor:
         """``[A, M]`` to write rows into, with the columns and the dtype of ``like``."""
@@ -76,6 +78,7 @@ def row_order(
     *,
     histogram: Histogram | None = None,
     positions_E: Tensor | None = None,
+    with_ends: bool = False,
 ) -> RowOrder:
     """Group the kept assignments by expert; within an expert tokens keep their order.
 
@@ -87,13 +90,15 @@ def row_order(
         num_experts: E.
         histogram: counts of the same assignments, none of them dropped; the kernels then do this.
         positions_E: the position of each expert in the order of the rows, int64; None: its number.
+        with_ends: where kernels do this and experts have no positions, they count ``ends`` too.
     """
     if histogram is not None:
         if kept_Tk is not None:
             raise ValueError("kept_Tk must be None with a histogram, which counts all assignments")
         from moe_parallel.kernels import router
 
-        return RowOrder(router.rows(experts_Tk, histogram, positions_E)[0], num_rows)
+        row_Tk, _, ends = router.rows(experts_Tk, histogram, positions_E, with_ends=with_ends)
+        return RowOrder(row_Tk, num_rows, ends=ends)
     if positions_E is not None:
         experts_Tk = positions_E[experts_Tk]
     if kept_Tk is None:
@@ -289,9 +294,5 @@ class _Unpermute(torch.autograd.Function):
         grad_rows = grad_rows * _token_rows(weights_Tk.view(-1, 1), order, 1)
         wide_TM = grad_TM.to(torch.promote_types(wide_dtype(rows_AM.dtype), weights_Tk.dtype))
         grad_weights = [(wide_TM * _slot_rows(rows_AM, row)).sum(1) for row in row_Tk.unbind(1)]
-        return (
-            grad_rows.to(rows_AM.dtype),
-            torch.stack(grad_weights, 1).to(weights_Tk.dtype),
-            None,
-            None,
-        )
+        grad_weights_Tk = torch.stack(grad_weights, 1).to(weights_Tk.dtype)
+        return grad_rows.to(rows_AM.dtype), grad_weights_Tk, None, None

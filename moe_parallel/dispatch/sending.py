@@ -228,7 +228,7 @@ def _slots(
 
         where = (sources, me, mesh.ep_rank, mesh.ep_size)
         starts_E, ends = router.starts(routing.counts.kept, *where)
-        row_Tk, row_TP = router.rows(experts_Tk, histogram, starts_E=starts_E)
+        row_Tk, row_TP, _ = router.rows(experts_Tk, histogram, starts_E=starts_E)
         sent = _sent_everywhere(experts_Tk, mesh) if everywhere else RowOrder(row_TP, num_rows)
         return TokenSlots(experts_Tk, row_Tk, sent, num_experts), ends
     kept_SE = routing.counts.kept.index_select(0, sources)

@@ -166,10 +166,8 @@ class Experts(ExpertShard):
         Raises:
             ValueError: if ``grouped`` was asked for and cannot run.
         """
-        dtype = dtype or self.w13.dtype
-        rows_on_gpu = num_rows if self.w13.is_cuda else None
-        sizes = (self.num_local, self.hidden_size, self.ffn_local)
-        return chosen_gemm(self.gemm, dtype, sizes, rows_on_gpu)
+        w13, sizes = self.w13, (self.num_local, self.hidden_size, self.ffn_local)
+        return chosen_gemm(self.gemm, dtype or w13.dtype, sizes, num_rows if w13.is_cuda else None)
 
     def forward(self, rows_AM: Tensor, pipeline: Pipeline, *, num_rows: int) -> Tensor:
         """Send rows to their experts on other ranks, apply these, and bring the results back.
@@ -197,15 +195,16 @@ class Experts(ExpertShard):
         copies to the device.
         """
         rows_AM, w13, w2 = autocast_inputs(rows_AM, local(self.w13), local(self.w2))
-        dtype = rows_AM.dtype
+        dispatch, dtype = pipeline.dispatch, rows_AM.dtype
         if w13.dtype != dtype:
             raise ValueError(f"rows must be {w13.dtype} like the experts, got {dtype}")
-        weights_Tk = pipeline.dispatch.weights
-        refuse_transforms(_REFERENCE, rows_AM, w13, w2, weights_Tk)
-        for group in pipeline.dispatch.process_groups:
+        refuse_transforms(_REFERENCE, rows_AM, w13, w2, dispatch.weights)
+        for group in dispatch.process_groups:
             rows_AM = join_backward(group, rows_AM, w13, w2)
         how = (self.chosen_gemm(num_rows, dtype), chosen_impl(self.impl, rows_AM.device, dtype))
-        tensors = (rows_AM, w13, w2, weights_Tk, anchor(rows_AM))
+        # Rows that stay, in one group, are kept for the backward: they are their own anchor.
+        stay = not dispatch.lanes and len(dispatch.experts) == 1
+        tensors = (rows_AM, w13, w2, dispatch.weights, None if stay else anchor(rows_AM))
         results: Tensor = _OverRanks.apply(*tensors, pipeline, *how, self.recomputes)  # type: ignore[no-untyped-call]
         return results
 
@@ -218,7 +217,7 @@ class _OverRanks(torch.autograd.Function):
         w13: Tensor,
         w2: Tensor,
         weights_Tk: Tensor | None,
-        anchor_0M: Tensor,
+        anchor_0M: Tensor | None,
         pipeline: Pipeline,
         gemm: ChosenGemm,
         impl: ChosenImpl,
@@ -226,13 +225,12 @@ class _OverRanks(torch.autograd.Function):
     ) -> Tensor:
         kept: list[Tensor] = []
         dispatch, w13_ENM = pipeline.dispatch, w13.flatten(1, 2)
-        own_of = [slice(experts.start, experts.stop) for experts in dispatch.experts]
 
         def compute(g: int, rows: Tensor) -> Tensor:
             counts = dispatch.expert_rows(g) if gemm == "loop" else _ends_or_counts(dispatch, g)
-            hidden = forward_product(rows, w13_ENM[own_of[g]], counts, gemm)
+            hidden = forward_product(rows, _own(w13_ENM, dispatch, g), counts, gemm)
             kept.extend((rows,) if recomputes else (rows, hidden))
-            return forward_product(swiglu(hidden, impl), w2[own_of[g]], counts, gemm)
+            return forward_product(swiglu(hidden, impl), _own(w2, dispatch, g), counts, gemm)
 
         with without_autocast(rows_AM):
             results = dispatch.to_tokens(pipeline.run(dispatch.to_rows(rows_AM), compute))
@@ -246,10 +244,10 @@ class _OverRanks(torch.autograd.Function):
         _, w13, w2, _, *kept = ctx.saved_tensors
         pipeline, gemm, impl = ctx.arguments
         dispatch, w13_ENM = pipeline.dispatch, w13.flatten(1, 2)
-        own_of = [slice(experts.start, experts.stop) for experts in dispatch.experts]
-        each = len(kept) // len(own_of)  # tensors of a group: its rows; also their first product
+        groups = len(dispatch.experts)
+        each = len(kept) // groups  # tensors of a group: its rows; also their first product
         wanted, dws = any(ctx.needs_input_grad[1:3]), dict[int, Tensor]()
-        if wanted and len(own_of) > 1:  # written in the turns of all groups: memory of none of them
+        if wanted and groups > 1:  # written in the turns of all groups: memory of none of them
             dws |= enumerate(map(torch.empty_like, (w13_ENM, w2)))
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what weight gradients are made of
 
@@ -257,8 +255,8 @@ class _OverRanks(torch.autograd.Function):
             counts = dispatch.expert_rows(g) if gemm == "loop" else _ends_or_counts(dispatch, g)
             hidden = kept[each * (g + 1) - 1]
             if each == 1:
-                hidden = forward_product(hidden, w13_ENM[own_of[g]], counts, gemm)
-            dact = backward_product(dy, w2[own_of[g]], counts, gemm)
+                hidden = forward_product(hidden, _own(w13_ENM, dispatch, g), counts, gemm)
+            dact = backward_product(dy, _own(w2, dispatch, g), counts, gemm)
             weights_A = dispatch.row_weights
             if weights_A is None:
                 dhidden, act = swiglu_backward(dact, hidden, impl)
@@ -266,20 +264,20 @@ class _OverRanks(torch.autograd.Function):
                 found = weighted_swiglu_backward(dact, hidden, weights_A, impl)
                 dhidden, act, dispatch.row_gradients = found
             made[g] = (dy, dhidden, act)
-            return backward_product(dhidden, w13_ENM[own_of[g]], counts, gemm)
+            return backward_product(dhidden, _own(w13_ENM, dispatch, g), counts, gemm)
 
         def weights(g: int) -> None:
             dy, dhidden, act = made.pop(g)
             with pipeline.computing("weights", g, dy.device):
                 for i, (a, b) in enumerate(((dhidden, kept[each * g]), (dy, act))):
                     at_once = dispatch.static or weights_at_once(a, b)
-                    if gemm != "loop" and len(own_of) == 1 and at_once:
+                    if gemm != "loop" and groups == 1 and at_once:
                         ends = ends_of(_ends_or_counts(dispatch, g), dy.device)
                         dws[i] = grouped_weight_product(a, b, ends)
                         continue
                     if i not in dws:
                         dws[i] = torch.empty_like((w13_ENM, w2)[i])
-                    weight_product(a, b, dispatch.expert_rows(g), gemm, dws[i][own_of[g]])
+                    weight_product(a, b, dispatch.expert_rows(g), gemm, _own(dws[i], dispatch, g))
 
         with without_autocast(grad_AM):
             # An expanded gradient has strides that products reject.
@@ -288,6 +286,12 @@ class _OverRanks(torch.autograd.Function):
             dx, dweights = dispatch.to_tokens(drows), dispatch.weight_gradients(drows)
         dw13, dw2 = (dws[0].view_as(w13), dws[1]) if wanted else (None, None)
         return dx, dw13, dw2, dweights, *(None,) * 5
+
+
+def _own(weight_E: Tensor, dispatch: Dispatch, g: int) -> Tensor:
+    """The part of the experts of a group; of a single group all, which costs nothing."""
+    own = dispatch.experts[g]
+    return weight_E if len(dispatch.experts) == 1 else weight_E[own.start : own.stop]
 
 
 def _ends_or_counts(dispatch: Dispatch, g: int) -> Counts:

@@ -178,44 +178,39 @@ def rows(
     histogram: Histogram,
     positions_E: Tensor | None = None,
     starts_E: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    *,
+    with_ends: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """``[T, k]`` and ``[T, P]`` int64: the row of each assignment, and of each token and rank.
+
+    And ``[E]`` int32, where the rows of each expert end, or None.
 
     Args:
         experts_Tk: chosen experts.
         histogram: of the same assignments.
         positions_E: the position of each expert in the order of the rows; None: its number.
         starts_E: the first row of each expert, in the place of what precedes it in that order.
+        with_ends: count the ends too; not without tokens, where no program runs, nor of experts
+            that have positions or starts.
     """
     (num_tokens, top_k), num_ranks = experts_Tk.shape, histogram.num_ranks
     num_experts = histogram.totals.shape[0] - num_ranks
     row = torch.empty_like(experts_Tk, memory_format=torch.contiguous_format)
     token_row = row.new_empty(num_tokens, num_ranks)
-    padded = _power_of_2(num_experts)
+    padded, programs = _power_of_2(num_experts), histogram.before.shape[0]
+    with_ends = with_ends and programs > 0 and positions_E is None and starts_E is None
+    ends = row.new_empty(num_experts, dtype=torch.int32) if with_ends else None
     launch(
-        row_kernel,
-        row.device,
-        histogram.before.shape[0],
-        experts_Tk.contiguous(),
-        histogram.before,
-        histogram.totals,
-        positions_E,
-        starts_E,
-        row,
-        token_row,
-        num_tokens,
-        tokens_of_program(num_tokens, num_experts),
-        E=num_experts,
-        K=top_k,
-        RANKS=num_ranks,
-        E_PAD=padded,
-        K_PAD=_power_of_2(top_k),
-        RANKS_PAD=_power_of_2(num_ranks),
+        row_kernel, row.device, programs, experts_Tk.contiguous(),
+        *(histogram.before, histogram.totals, positions_E, starts_E, row, token_row, ends),
+        *(num_tokens, tokens_of_program(num_tokens, num_experts)),
+        E=num_experts, K=top_k, RANKS=num_ranks,
+        E_PAD=padded, K_PAD=_power_of_2(top_k), RANKS_PAD=_power_of_2(num_ranks),
         OTHERS=min(padded, max(1, POSITIONS_TILE // padded)),
         TOKENS=tokens_at_a_time(num_experts),
         num_warps=ROW_WARPS,
-    )
-    return row, token_row
+    )  # fmt: skip
+    return row, token_row, ends
 
 
 def starts(

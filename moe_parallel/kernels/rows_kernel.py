@@ -60,6 +60,7 @@ def row_kernel(
     starts,  # [E] int64: the first row of each expert, or None: they follow each other
     row,  # [T, K] int64
     token_row,  # [T, RANKS] int64: a token's row for each rank, -1 where it does not go
+    ends,  # [E] int32: where the rows of each expert end, in the order of their numbers; or None
     num_tokens,  # T
     span,  # tokens of a program, a multiple of TOKENS
     E: tl.constexpr, K: tl.constexpr, RANKS: tl.constexpr, E_PAD: tl.constexpr, K_PAD: tl.constexpr,
@@ -74,6 +75,10 @@ def row_kernel(
         following += tl.load(starts + expert, mask=expert < E, other=0).to(tl.int32)
     else:
         following += _rows_of_earlier(expert, totals, positions, E, OTHERS)
+    if ends is not None:  # the first program has no tokens before its own
+        taken = tl.load(totals + expert, mask=expert < E, other=0).to(tl.int32)
+        first_mask = expert < tl.where(tl.program_id(0) == 0, E, 0)
+        tl.store(ends + expert, following + taken, mask=first_mask)
     rank = tl.arange(0, RANKS_PAD)[None, :]
     following_token = tl.load(before + E + rank, mask=rank < RANKS, other=0)
     total = tl.load(totals + E + rank, mask=rank < RANKS, other=0).to(tl.int32)

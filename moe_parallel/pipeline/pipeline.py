@@ -49,6 +49,7 @@ from moe_parallel.router.token_order import TokenOrder
 
 Compute = Callable[[int, Tensor], Tensor]
 WeightGradients = Callable[[int], None]
+_NOTHING = nullcontext()
 Groups = tuple[tuple[range, ...], Tensor | None]  # of a rank's experts, and positions of all
 
 
@@ -142,7 +143,7 @@ class Pipeline(NamedTuple):
     ) -> AbstractContextManager[None]:
         """Marks compute in the timeline, if there is one."""
         if self.timeline is None:
-            return nullcontext()
+            return _NOTHING
         return self.timeline.computing(name, group, device)
 
     def _start(
@@ -233,5 +234,6 @@ def kept_rows(
         config.num_experts,
         histogram=routing.histogram,
         positions_E=positions_E,
+        with_ends=mesh.num_token_ranks == len(groups) == 1,
     )
     return SentRows(order, groups, counts.wait, total, counts.most, routing.counts.kept)

@@ -7,6 +7,7 @@ three numbers each, whose shape nobody can get wrong.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -116,13 +117,20 @@ def agreed_order(
             " it the ranks compare their numbers of tokens on the host; keep one for all calls"
         )
     if token_order is None:
-        token_order = TokenOrder.contiguous([rows.shape[0]] * mesh.num_token_ranks)
+        # An order that the ranks compare remembers it: one of its own for each call.
+        made = TokenOrder.contiguous if by_probability else _remembered_order
+        token_order = made((rows.shape[0],) * mesh.num_token_ranks)
     # Otherwise what the router gathers is E counts, whatever a rank believes of the others.
     if given or by_probability:
         # By position the router's own message tells who trains.
         asked = training if by_probability or config.pad_to_capacity else None
         check_order(token_order, rows.shape[0], token_group, rows.device, asked)
     return token_order
+
+
+@lru_cache(maxsize=16)
+def _remembered_order(tokens_per_rank: tuple[int, ...]) -> TokenOrder:
+    return TokenOrder.contiguous(tokens_per_rank)
 
 
 def shared_settings(

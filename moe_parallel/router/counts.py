@@ -13,7 +13,7 @@ Token 2's assignment to expert 0 is row 1, token 1's to expert 1 row 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -189,15 +189,13 @@ class Routing(NamedTuple):
         """The global one, with f_i of the assignments of more tokens: of several micro-batches."""
         assignments = max(num_tokens, 1) * self.experts.shape[1]  # without tokens 0, not 0 / 0
         total = self.probabilities.sum(0).dot(assigned_E.to(self.logits.dtype))
-        scale = (
-            self.aux_loss_coefficient * len(assigned_E) / (assignments * max(self.num_tokens, 1))
-        )
-        return total * scale
+        scaled = self.aux_loss_coefficient * assigned_E.shape[0]
+        return total * (scaled / (assignments * max(self.num_tokens, 1)))
 
 
 def _over_ranks(counts_RE: Tensor) -> Tensor:
     """The sum over the ranks; nothing is launched for one."""
-    return counts_RE[0] if len(counts_RE) == 1 else counts_RE.sum(0)
+    return counts_RE[0] if counts_RE.shape[0] == 1 else counts_RE.sum(0)
 
 
 class HostTokenCounts:
@@ -218,19 +216,23 @@ class HostTokenCounts:
 
     def __init__(self, routing: Routing, order: TokenOrder, *, start: bool = True) -> None:
         self.dropless, self._order = routing.dropless, order
-        self._top_k, counts = routing.experts.shape[1], routing.counts
+        self._top_k, self._counts = routing.experts.shape[1], routing.counts
+        self._copied = self._start() if start else None
+        self._parts: dict[str, list[list[int]]] = {}
+
+    def _start(self) -> Callable[[], Tensor]:
+        """Start the copy of all that is asked for, side by side."""
+        counts = self._counts
         kept_RE = None if self.dropless else counts.kept
         training_R1 = None if counts.training is None else counts.training.unsqueeze(1)
         told = {"assigned": counts.assigned, "tokens": counts.tokens}
         told |= {"kept": kept_RE, "training": training_R1}
         parts = {name: part for name, part in told.items() if part is not None}
         self._widths = {name: part.shape[1] for name, part in parts.items()}
-        self._told = counts.assigned
-        if len(parts) > 1:
-            message = counts.message if self.dropless else None
-            self._told = torch.cat([*parts.values()], dim=1) if message is None else message
-        self._copied = to_host(self._told) if start else None
-        self._parts: dict[str, list[list[int]]] = {}
+        message = counts.assigned if len(parts) == 1 else counts.message
+        if message is None or not self.dropless:
+            message = torch.cat([*parts.values()], dim=1)
+        return to_host(message)
 
     def of_rank(self, rank: int) -> int:
         """Assignments that a rank keeps; waits if some can be dropped."""
@@ -257,7 +259,7 @@ class HostTokenCounts:
                 train and others do not.
         """
         if not self._parts:
-            rows, parts, first = (self._copied or to_host(self._told))().tolist(), {}, 0
+            rows, parts, first = (self._copied or self._start())().tolist(), {}, 0
             for name, width in self._widths.items():
                 parts[name] = [row[first : first + width] for row in rows]
                 first += width

@@ -102,10 +102,8 @@ class TokenOrder:
                     raise ValueError(
                         f"segments of rank {rank} must lie in its {rows} rows, got {segment}"
                     )
-        _check_disjoint(
-            ((s.start, s.length) for rank_segments in segments for s in rank_segments),
-            "global positions",
-        )
+        every = (segment for of_rank in segments for segment in of_rank)
+        _check_disjoint(((s.start, s.length) for s in every), "global positions")
 
     @classmethod
     def contiguous(cls, tokens_per_rank: Sequence[int]) -> TokenOrder:
@@ -125,11 +123,15 @@ class TokenOrder:
     @cached_property
     def num_tokens(self) -> int:
         """N: routed tokens on all ranks, padding not counted."""
-        return sum(self.num_local_tokens(rank) for rank in range(self.num_ranks))
+        return sum(self._tokens_per_rank)
 
     def num_local_tokens(self, rank: int) -> int:
         """T: routed tokens of a rank."""
-        return sum(segment.length for segment in self.segments[rank])
+        return self._tokens_per_rank[rank]
+
+    @cached_property
+    def _tokens_per_rank(self) -> tuple[int, ...]:
+        return tuple(sum(segment.length for segment in own) for own in self.segments)
 
     @cached_property
     def max_segments(self) -> int:
@@ -139,13 +141,12 @@ class TokenOrder:
     @cached_property
     def max_local_tokens(self) -> int:
         """Most routed tokens of any rank."""
-        return max(self.num_local_tokens(rank) for rank in range(self.num_ranks))
+        return max(self._tokens_per_rank)
 
     @cached_property
     def is_even(self) -> bool:
         """Whether every rank holds as many tokens, more than none."""
-        most = self.max_local_tokens
-        return 0 < most * self.num_ranks == self.num_tokens
+        return 0 < self.max_local_tokens * self.num_ranks == self.num_tokens
 
     # ---- do the ranks agree, see moe_parallel.router.checks ----
 
@@ -172,28 +173,29 @@ class TokenOrder:
 
     def take(self, rows: Tensor, rank: int) -> Tensor:
         """Routed tokens of a rank, ``[T, ...]``, by global position, out of all its rows."""
-        if self._is_identity(rank):
+        if self._are_in_place[rank]:
             return rows
         return rows.index_select(0, self._rows(rank, rows.device))
 
     def put(self, tokens: Tensor, rank: int) -> Tensor:
         """Inverse of :meth:`take`; padding rows are zero."""
-        if self._is_identity(rank):
+        if self._are_in_place[rank]:
             return tokens
         rows = tokens.new_zeros(self.rows_per_rank[rank], *tokens.shape[1:])
         return rows.index_copy(0, self._rows(rank, tokens.device), tokens)
 
-    def _is_identity(self, rank: int) -> bool:
-        ends = accumulate((s.length for s in self.segments[rank]), initial=0)
-        in_place = all(s.offset == end for s, end in zip(self.segments[rank], ends))
-        return in_place and self.num_local_tokens(rank) == self.rows_per_rank[rank]
+    @cached_property
+    def _are_in_place(self) -> tuple[bool, ...]:
+        """For each rank whether its rows are its routed tokens."""
+        found = []
+        for own, rows in zip(self.segments, self.rows_per_rank):
+            ends = [*accumulate((s.length for s in own), initial=0)]
+            found.append([*(s.offset for s in own), rows] == ends)
+        return tuple(found)
 
     def _rows(self, rank: int, device: torch.device) -> Tensor:
         def build() -> Tensor:
-            ranges = [
-                torch.arange(s.offset, s.offset + s.length, device="cpu")
-                for s in self.segments[rank]
-            ]
+            ranges = [torch.arange(at, at + n, device="cpu") for _, at, n in self.segments[rank]]
             return torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *ranges])
 
         return self._cached("rows", rank, device, build)
@@ -239,9 +241,7 @@ class TokenOrder:
                 for segment in rank_segments:
                     pieces.append((segment.start, first, segment.length))
                     first += segment.length
-            ranges = [
-                torch.arange(first, first + n, device="cpu") for _, first, n in sorted(pieces)
-            ]
+            ranges = [torch.arange(at, at + n, device="cpu") for _, at, n in sorted(pieces)]
             return torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *ranges])
 
         return self._cached("tokens", 0, device, build)

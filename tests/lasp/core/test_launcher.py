@@ -92,6 +92,24 @@ def test_later_launches_give_the_compiled_kernel_all_arguments_in_its_order() ->
     assert kernel.compiled.runs == [expected]
 
 
+def test_parameters_are_given_by_their_address() -> None:
+    """Triton asks the driver about each tensor that it is given."""
+    kernel, x = Kernel(), torch.nn.Parameter(torch.zeros(4))
+    with patch.object(launcher, "driver") as driver:
+        driver.active.get_current_stream = lambda index: 7
+        for launch in (Launcher(kernel, CPU, {"BLOCK": 16, "stride": 1}), one_launch(kernel)):
+            launch(3, x, 5)
+            launch(3, x, 6)
+    assert [run[9:] for run in kernel.compiled.runs] == [(x.data_ptr(), 6, 1, 16)] * 2
+
+
+def one_launch(kernel: Kernel) -> Any:
+    """:func:`lasp._core.launcher.launch` as a launcher is called."""
+    return lambda programs, *arguments: launcher.launch(
+        kernel, CPU, programs, *arguments, BLOCK=16, stride=1
+    )
+
+
 def test_profilers_see_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, x = Kernel(), torch.zeros(4)
     launch = Launcher(kernel, CPU, {"BLOCK": 16, "stride": 1})

@@ -50,11 +50,18 @@ def test_rows_are_those_of_plain_torch(
     _, experts, _, histogram = router.top_k(logits, num_experts, chosen)
     size = (experts.numel(), num_experts)
     expected = row_order(experts, None, *size, positions_E=positions_E)
-    actual = row_order(experts, None, *size, histogram=histogram, positions_E=positions_E)
+    how = {"histogram": histogram, "positions_E": positions_E, "with_ends": True}
+    actual = row_order(experts, None, *size, **how)
     assert actual.row.dtype == torch.int64
     assert torch.equal(actual.row, expected.row)
     assert torch.equal(actual.assignment, expected.assignment)
     assert actual.row.flatten().sort()[0].tolist() == list(range(experts.numel()))
+    if grouped or not tokens:
+        assert actual.ends is None
+    else:
+        assert actual.ends.dtype == torch.int32
+        counts = torch.bincount(experts.flatten(), minlength=num_experts)
+        assert actual.ends.tolist() == counts.cumsum(0).tolist()
 
 
 @pytest.mark.parametrize("sources", [(0,), (3, 1, 2)])

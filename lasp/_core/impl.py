@@ -10,6 +10,7 @@ import torch
 
 Impl = Literal["auto", "eager", "triton"]
 ChosenImpl = Literal["eager", "triton"]
+_IMPLS = get_args(Impl)
 
 HAS_TRITON = find_spec("triton") is not None
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -17,8 +18,8 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def check_impl(impl: str, argument: str = "impl") -> None:
     """Raise ValueError for a name that is not offered."""
-    if impl not in get_args(Impl):
-        raise ValueError(f"{argument} must be one of {get_args(Impl)}, got {impl!r}: use 'auto'")
+    if impl not in _IMPLS:
+        raise ValueError(f"{argument} must be one of {_IMPLS}, got {impl!r}: use 'auto'")
 
 
 def chosen_impl(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -199,25 +199,21 @@ def _slot_rows(rows_AM: Tensor, row_T: Tensor) -> Tensor:
 
 
 def _copy_slots(x_TM: Tensor, order: RowOrder, rows_AM: Tensor) -> Tensor:
-    from moe_parallel.kernels.slots_kernel import copy_slots_kernel
-
     row_Tk, x_TM = order.row.contiguous(), _side_by_side(x_TM)
     if order.padded:
         rows_AM.zero_()
     strides = {"X_STRIDE": x_TM.stride(0), "ROWS_STRIDE": rows_AM.stride(0)}
-    _launch(copy_slots_kernel, (x_TM, row_Tk, rows_AM), row_Tk, x_TM.shape[1], strides)
+    _launch("copy_slots_kernel", (x_TM, row_Tk, rows_AM), row_Tk, x_TM.shape[1], strides)
     return rows_AM
 
 
 def _sum_slots(
     rows_AM: Tensor, weights_Tk: Tensor | None, row_Tk: Tensor, out_TM: Tensor
 ) -> Tensor:
-    from moe_parallel.kernels.slots_kernel import sum_slots_kernel
-
     rows_AM, row_Tk = _side_by_side(rows_AM), row_Tk.contiguous()
     strides = {"ROWS_STRIDE": rows_AM.stride(0), "OUT_STRIDE": out_TM.stride(0)}
     tensors = (rows_AM, weights_Tk, row_Tk, out_TM)
-    _launch(sum_slots_kernel, tensors, row_Tk, rows_AM.shape[1], strides)
+    _launch("sum_slots_kernel", tensors, row_Tk, rows_AM.shape[1], strides)
     return out_TM
 
 
@@ -230,30 +226,36 @@ def _sum_slots_backward(
     grad_TM: Tensor, rows_AM: Tensor, weights_Tk: Tensor, order: RowOrder
 ) -> tuple[Tensor, Tensor]:
     """Gradients of rows and weights: a row belongs to one slot, if it is padding to none."""
-    from moe_parallel.kernels.slots_kernel import sum_slots_backward_kernel
-
     row_Tk, drows_AM = order.row.contiguous(), order.new_rows(rows_AM)
     if order.padded:
         drows_AM.zero_()
     dweights_Tk = torch.empty_like(weights_Tk)
     tensors = (grad_TM.contiguous(), rows_AM.contiguous(), weights_Tk, row_Tk)
-    kernel, width = sum_slots_backward_kernel, rows_AM.shape[1]
+    kernel, width = "sum_slots_backward_kernel", rows_AM.shape[1]
     _launch(kernel, (*tensors, drows_AM, dweights_Tk), row_Tk, width, None)
     return drows_AM, dweights_Tk
 
 
 def _launch(
-    kernel: Any, tensors: Sequence[Any], row_Tk: Tensor, width: int, strides: dict[str, int] | None
+    kernel: str, tensors: Sequence[Any], row_Tk: Tensor, width: int, strides: dict[str, int] | None
 ) -> None:
     """A program for each token and block of its columns; without strides for each whole token."""
-    from lasp._core.launcher import launch
-
-    (tokens, top_k), columns = row_Tk.shape, min(BLOCK_COLUMNS, 1 << (width - 1).bit_length())
+    (kernels, launch), (tokens, top_k) = _triton(), row_Tk.shape
+    columns = min(BLOCK_COLUMNS, 1 << (width - 1).bit_length())
     blocks = 1 if strides is None else -(-width // columns)
     launch(
-        kernel, row_Tk.device, tokens * blocks, *tensors,
+        getattr(kernels, kernel), row_Tk.device, tokens * blocks, *tensors,
         M=width, K=top_k, COLUMNS=columns, **strides or {}, num_warps=NUM_WARPS,
     )  # fmt: skip
+
+
+@cache
+def _triton() -> tuple[Any, Any]:
+    """The kernels, and what launches them: an import takes half a microsecond in every call."""
+    from lasp._core.launcher import launch
+    from moe_parallel.kernels import slots_kernel
+
+    return slots_kernel, launch
 
 
 # ---- autograd ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ of an expert keeps its input and this row, no more.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,10 +23,8 @@ NUM_WARPS = 8
 def swiglu(hidden_A2F: Tensor, impl: ChosenImpl = "eager") -> Tensor:
     """``[A, F]``, computed in float32 or wider and rounded once."""
     if impl == "triton":
-        from moe_parallel.kernels.swiglu_kernel import swiglu_kernel
-
         act_AF = hidden_A2F.new_empty(hidden_A2F.shape[0], hidden_A2F.shape[1] // 2)
-        _launch(swiglu_kernel, (hidden_A2F.contiguous(), act_AF), act_AF)
+        _launch("swiglu_kernel", (hidden_A2F.contiguous(), act_AF), act_AF)
         return act_AF
     gate, up = hidden_A2F.to(wide_dtype(hidden_A2F.dtype)).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(hidden_A2F.dtype)
@@ -41,12 +40,10 @@ def swiglu_backward(
         dgate = grad up s (1 + gate (1 - s))        dup = grad gate s
     """
     if impl == "triton":
-        from moe_parallel.kernels.swiglu_kernel import swiglu_backward_kernel
-
         hidden_A2F, grad_AF = hidden_A2F.contiguous(), grad_AF.contiguous()
         dhidden_A2F, act_AF = torch.empty_like(hidden_A2F), torch.empty_like(grad_AF)
         tensors = (grad_AF, hidden_A2F, dhidden_A2F, act_AF, None, None)
-        _launch(swiglu_backward_kernel, tensors, act_AF)
+        _launch("swiglu_backward_kernel", tensors, act_AF)
         return dhidden_A2F, act_AF
     gate, up = hidden_A2F.to(wide_dtype(hidden_A2F.dtype)).chunk(2, dim=-1)
     grad, s = grad_AF.to(gate.dtype), torch.sigmoid(gate)
@@ -71,13 +68,11 @@ def weighted_swiglu_backward(
         ``grad act`` summed over each row.
     """
     if impl == "triton":
-        from moe_parallel.kernels.swiglu_kernel import swiglu_backward_kernel
-
         hidden_A2F, grad_AF = hidden_A2F.contiguous(), grad_AF.contiguous()
         dhidden_A2F, act_AF = torch.empty_like(hidden_A2F), torch.empty_like(grad_AF)
         parts = weights_A.new_empty(-(-act_AF.shape[1] // BLOCK_COLUMNS), len(weights_A))
         tensors = (grad_AF, hidden_A2F, dhidden_A2F, act_AF, weights_A, parts)
-        _launch(swiglu_backward_kernel, tensors, act_AF)
+        _launch("swiglu_backward_kernel", tensors, act_AF)
         return dhidden_A2F, act_AF, parts[0] if len(parts) == 1 else parts.sum(0)
     dtype = torch.promote_types(wide_dtype(hidden_A2F.dtype), weights_A.dtype)
     weights, hidden = weights_A.unsqueeze(1), hidden_A2F.to(dtype)
@@ -87,11 +82,20 @@ def weighted_swiglu_backward(
     return (dhidden * weights).to(rounded), (act * weights).to(rounded), dweights_A
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor | None, ...], act_AF: Tensor) -> None:
+@cache
+def _triton() -> tuple[Any, Any]:
+    """The kernels, and what launches them: an import takes half a microsecond in every call."""
     from lasp._core.launcher import launch
+    from moe_parallel.kernels import swiglu_kernel
 
+    return swiglu_kernel, launch
+
+
+def _launch(kernel: str, tensors: tuple[Tensor | None, ...], act_AF: Tensor) -> None:
+    kernels, launch = _triton()
     num_rows, width = act_AF.shape
     columns = min(BLOCK_COLUMNS, 1 << (width - 1).bit_length())
     programs = -(-num_rows // BLOCK_ROWS) * -(-width // columns)
     sizes = {"F": width, "ROWS": BLOCK_ROWS, "COLUMNS": columns}
-    launch(kernel, act_AF.device, programs, *tensors, num_rows, **sizes, num_warps=NUM_WARPS)
+    which = (getattr(kernels, kernel), act_AF.device, programs)
+    launch(*which, *tensors, num_rows, **sizes, num_warps=NUM_WARPS)

@@ -286,4 +286,4 @@ def tokens_of_program(num_tokens: int, num_experts: int) -> int:
 
 def _power_of_2(n: int) -> int:
     """The next one."""
-    return 1 << (max(n, 1) - 1).bit_length()
+    return 1 << (n - 1).bit_length() if n > 1 else 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,14 @@ import lasp.sequence
 import lasp.state_exchange
 import moe_parallel
 import ring
-from lasp.hybrid import AttentionConfig, HybridConfig, HybridModel, Residuals, pack_batch
+from lasp.hybrid import (
+    AttentionConfig,
+    HybridConfig,
+    HybridModel,
+    Residuals,
+    next_in_document,
+    pack_batch,
+)
 from lasp.state_exchange import Link
 from moe_parallel import (
     ExpertGroups,
@@ -31,7 +39,10 @@ from moe_parallel import (
     ExpertTopology,
     MoEConfig,
     ParallelGroups,
+    RouterConfig,
+    RoutingReplay,
     TokenOrder,
+    TokenSequences,
 )
 from moe_parallel.dispatch import make_dispatcher
 from moe_parallel.mesh import expert_mesh
@@ -121,6 +132,11 @@ NO_ARGUMENTS_OF_USERS = {
     *("moe_parallel.Timeline", "moe_parallel.TokenSegment", "moe_parallel.TokenSequences"),
 }
 
+
+def save(*, shard_bytes: int = 1, float32_routers: bool = False) -> None:
+    MODEL.save_pretrained("nowhere", shard_bytes=shard_bytes, float32_routers=float32_routers)
+
+
 # Methods, and functions that are no one's public name.
 OTHERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     **{name: (getattr(LAYOUT, name), {"rank": 0}) for name in ("runs", "fragments", "work")},
@@ -129,6 +145,7 @@ OTHERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "check_heads": (lasp.LightningOptions().check_heads, {"num_heads": 2, "head_dim": 8}),
     "generate": (MODEL.generate, {"prompts": [[1]], "max_new_tokens": 1}),
     "step": (MODEL.step, {"cache": CACHE, "slots": [-1], "tokens": [[1]]}),
+    "save": (save, {}),
     "new_cache": (MODEL.new_cache, {"num_slots": 1, "max_tokens": 8}),
     "add": (CACHE.add, {}),
     "accept": (CACHE.accept, {"kept": {}}),
@@ -143,16 +160,34 @@ OTHERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {"memory": None},
     ),
 }
-WRONG = {"None": None, "str": "a", "float": 1.5, "[": [1], "bool": True}
+# By what a type must have to take it.
+WRONG: dict[str, list[Any]] = {
+    **{"None": [None], "str": ["a"], "float": [1.5, 4.0], "[": [[1]], "bool": [True], "int": [0]},
+    "negative": [-1],
+}
 SAID_BY_TORCH = {"device", "dtype", "pad_value", "on_step"}
 # Of calls that are warm: torch and Python say it, unasked.
 WARM = {("ring_attention", "block"), ("step", "slots"), ("forward", "timeline")}
+ANY_INTEGER = {"seed"}
 ALSO = {"activations": "policy", "prompts": "tokens", "name": "exchange", "blocks": "block"}
 
 
 def found(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     return getattr(__import__(module, fromlist=["_"]), attribute)
+
+
+def wrong_values(name: str, annotation: str) -> Iterator[Any]:
+    """Values that are not of a type, and those below any size or count."""
+    for kind, values in WRONG.items():
+        if kind == "negative":
+            wrong = annotation.startswith("int") and name not in ANY_INTEGER
+        elif kind in ("bool", "int"):
+            wrong = kind not in annotation and not annotation.startswith(("int", "float"))
+        else:
+            wrong = kind not in annotation
+        if wrong:
+            yield from values
 
 
 def wrong_ends(call: Callable[..., Any], good: dict[str, Any]) -> Iterator[str]:
@@ -163,13 +198,12 @@ def wrong_ends(call: Callable[..., Any], good: dict[str, Any]) -> Iterator[str]:
             continue
         if (getattr(call, "__name__", ""), name) in WARM:
             continue
-        for kind, value in WRONG.items():
-            if kind in annotation or (kind == "bool" and annotation.startswith(("int", "float"))):
-                continue
+        for value in wrong_values(name, annotation):
             try:
                 call(**(good | {name: value}))
             except (TypeError, ValueError) as error:
-                if ALSO.get(name, name) not in str(error):
+                told = f"{name} must be True or False" if annotation == "bool" else name
+                if ALSO.get(name, told) not in str(error):
                     yield f"{name}={value!r}: {type(error).__name__} {error}"
             except Exception as error:
                 yield f"{name}={value!r}: {type(error).__name__} {error}"
@@ -181,6 +215,36 @@ def wrong_ends(call: Callable[..., Any], good: dict[str, Any]) -> Iterator[str]:
 def test_wrong_types_are_refused_by_name(name: str) -> None:
     call, good = OTHERS[name] if name in OTHERS else (found(name), PUBLIC[name])
     assert not [*wrong_ends(call, good)]
+
+
+def test_what_collections_hold_is_of_its_type_too() -> None:
+    config = replace(MOE, router=RouterConfig(sequence_loss_coefficient=0.1))
+    for match, call in (
+        ("tokens must be ids", lambda: MODEL.step(CACHE, [-1], ["yes"])),
+        ("tokens must be of type Tensor", lambda: MODEL([1] * 5, BATCH)),
+        ("experts must be of type Tensor or None", lambda: RoutingReplay([[0, 1]])),
+        (
+            "sequences.numbers must be of type Tensor",
+            lambda: ExpertParallelMoE(config)(HIDDEN, sequences=TokenSequences([0] * 5, 1)),
+        ),
+        ("segments must hold", lambda: TokenOrder([[1]], [1])),
+        ("rows_per_rank must be integers", lambda: TokenOrder([[(0, 0, 1)]], [1.5])),
+        ("rows_per_rank must be integers", lambda: TokenOrder([[(0, 0, 1)]], [True])),
+        ("rows_per_rank must be integers", lambda: TokenOrder.contiguous([True])),
+        ("x must be of type Tensor", lambda: next_in_document([1], LAYOUT, pad_value=0)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+ROTATING = ("lasp.LightningOptions", "lasp.hybrid.AttentionConfig", "ring.RingAttention")
+
+
+@pytest.mark.parametrize("name", [*ROTATING, "ring.MultiLatentAttention"])
+def test_yarn_needs_a_base_above_1(name: str) -> None:
+    yarn = lasp.RopeScaling("yarn", 4.0, original_max_position_embeddings=64)
+    with pytest.raises(ValueError, match=r"rope_base must be above 1 .* got 1\.0"):
+        found(name)(**PUBLIC[name], rope_base=1.0, rope_scaling=yarn)
 
 
 def test_what_is_compiled_is_of_its_kind() -> None:

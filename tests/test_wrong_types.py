@@ -7,6 +7,7 @@ torch and the standard library say.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -163,12 +164,13 @@ OTHERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 # By what a type must have to take it.
 WRONG: dict[str, list[Any]] = {
     **{"None": [None], "str": ["a"], "float": [1.5, 4.0], "[": [[1]], "bool": [True], "int": [0]},
-    "negative": [-1],
+    **{"negative": [-1], "not finite": [math.nan, -math.inf]},
 }
 SAID_BY_TORCH = {"device", "dtype", "pad_value", "on_step"}
 # Of calls that are warm: torch and Python say it, unasked.
 WARM = {("ring_attention", "block"), ("step", "slots"), ("forward", "timeline")}
 ANY_INTEGER = {"seed"}
+NAMES = {"activations", "block", "policy"}  # texts, of which some are offered
 ALSO = {"activations": "policy", "prompts": "tokens", "name": "exchange", "blocks": "block"}
 
 
@@ -182,6 +184,10 @@ def wrong_values(name: str, annotation: str) -> Iterator[Any]:
     for kind, values in WRONG.items():
         if kind == "negative":
             wrong = annotation.startswith("int") and name not in ANY_INTEGER
+        elif kind == "not finite":
+            wrong = annotation.startswith("float")
+        elif kind == "str":
+            wrong = kind not in annotation or name in NAMES
         elif kind in ("bool", "int"):
             wrong = kind not in annotation and not annotation.startswith(("int", "float"))
         else:

@@ -100,7 +100,7 @@ def test_rows_of_a_batch_are_attended_apart() -> None:
 def test_compiled_layer_equals_the_layer_in_every_bit() -> None:
     hidden, layer = torch.randn(9, HIDDEN, dtype=torch.float64, requires_grad=True), make_layer()
     inputs = (hidden, *layer.parameters())
-    compiled = torch.compile(layer, backend="eager")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for layout in (None, SequenceLayout((4, 5), 1), SequenceLayout((2, 0, 7), 1)):
         results = []
         for forward in (layer, compiled):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lasp.sequence.layout import SequenceLayout
-from ring import RingAttention, ring_attention
+from ring import ring_attention
 from ring.blocks.registry import BLOCKS
 from ring.planner.schedule import plan_ring
 from tests.ranks import run_on_ranks
@@ -64,23 +64,14 @@ def counting(counted: list[int]) -> Any:
     return compile_graph
 
 
-def test_one_graph_for_every_pack() -> None:
+@pytest.mark.parametrize("padding", [0, 2])
+def test_one_graph_for_every_pack(padding: int) -> None:
+    """With padding after every document and without."""
     torch._dynamo.reset()
     graphs: list[int] = []
     compiled = torch.compile(loss, fullgraph=True, backend=counting(graphs))
     for lengths in PACKS:
-        layout, inputs = SequenceLayout(lengths, 1), make_inputs(sum(lengths))
-        results = [loss_and_gradients(f, inputs, layout) for f in (compiled, loss)]
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert len(graphs) == 3  # of the first sizes, of any, and of one document
-
-
-def test_one_graph_for_every_padded_pack() -> None:
-    torch._dynamo.reset()
-    graphs: list[int] = []
-    compiled = torch.compile(loss, fullgraph=True, backend=counting(graphs))
-    for lengths in PACKS:
-        layout = SequenceLayout(lengths, 1, "document_zigzag", tuple(n + 2 for n in lengths))
+        layout = SequenceLayout(lengths, 1, padded_lengths=tuple(n + padding for n in lengths))
         inputs = make_inputs(layout.num_tokens)
         results = [loss_and_gradients(f, inputs, layout) for f in (compiled, loss)]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -101,15 +92,6 @@ def test_one_graph_over_ranks() -> None:
 
 def make_inputs_detached(tokens: int) -> list[Tensor]:
     return [x.detach() for x in make_inputs(tokens)]
-
-
-def test_the_layer_is_one_graph() -> None:
-    torch._dynamo.reset()
-    layer = RingAttention(8, 2, 1, 4, rotary_dim=2)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for lengths in ((12,), (5, 7), (1, 2, 9)):
-        x, layout = torch.randn(12, 8), SequenceLayout(lengths, 1)
-        assert torch.equal(compiled(x, layout=layout), layer(x, layout=layout))
 
 
 def test_a_graph_checks_its_arguments_when_it_runs() -> None:

@@ -141,18 +141,3 @@ def test_operands_need_not_be_contiguous() -> None:
             *(x.contiguous() for x in views), RATES, flow, initial_state=None
         )
         assert torch.equal(output, contiguous)
-
-
-def test_nothing_is_read_back_from_the_device() -> None:
-    """Meta tensors have no values: reading one on the host raises."""
-    layout = SequenceLayout((70, 0, 80, 1200), 1)
-    q, k, v = (torch.empty(layout.num_tokens, 3, 4, device="meta") for _ in range(3))
-    rates, states = RATES.float().to("meta"), torch.empty(4, 3, 4, 4, device="meta")
-    for reverse in (False, True):
-        flow = flow_of(layout, 0, reverse=reverse)
-        output, final_state = ops.chunk_scan(
-            q, k, v, rates, flow, initial_state=states, with_final_state=True
-        )
-        ops.add_incoming(output, q, rates, flow, states[:1], final_state=final_state)
-        ops.chunk_state(k, v, rates, flow, initial_state=states)
-        assert output.shape == (layout.num_tokens, 3, 4)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 
-from lasp import LightningAttention, SequenceLayout, decay_rates, lightning_attention
+from lasp import SequenceLayout, decay_rates, lightning_attention
 from lasp.lightning import eager as ops
 from lasp.state_exchange import strategies
 from tests.ranks import run_on_ranks
@@ -61,17 +60,3 @@ def test_local_compute_runs_under_the_exchange() -> None:
     for forward, backward in run_on_ranks(events_of_one_call, 2):
         assert forward == ["start", "compute", "wait"]
         assert backward == ["start", "compute", "compute", "compute", "wait"]  # dq, dk, dv
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_compiled_layer_is_the_layer() -> None:
-    layer = LightningAttention(12, 2, 4, 0, 2)
-    compiled = torch.compile(layer, backend="eager")
-    results = []
-    for module in (layer, compiled):
-        x = torch.linspace(-1, 1, 30 * 12).view(30, 12).requires_grad_()
-        y = module(x, layout=SequenceLayout((13, 17), 1))
-        y.square().sum().backward()
-        assert x.grad is not None
-        results.append((y.detach(), x.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*results))

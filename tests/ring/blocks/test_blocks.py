@@ -9,7 +9,7 @@ from torch import Tensor
 from ring.blocks.interface import QKV, Block, Operands, Segments, segments_of
 from ring.blocks.merge import Partial, merge
 from ring.blocks.registry import BLOCKS, resolve_block
-from ring.planner.window import EVERYTHING
+from ring.planner.window import CAUSAL, EVERYTHING
 from tests.ring.cases import (
     HEADS,
     assert_all_equal,
@@ -100,6 +100,50 @@ def run_side_by_side(block: Block, parts, device: str = "cpu") -> list[list[Tens
     results = [output.to(qkv.q.dtype), lse, *(x.to(qkv.q.dtype) for x in (dq, dk, dv))]
     sides = [[n for n, _ in lengths]] * 3 + [[n for _, n in lengths]] * 2
     return [list(some) for some in zip(*(x.cpu().split(n) for x, n in zip(results, sides)))]
+
+
+def ends_of(tensors, lengths: tuple[int, ...], rows: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The tensors with the last rows only of each document in q and the output's gradient."""
+    q, k, v, doutput = tensors
+    some = zip(accumulate(lengths), rows)
+    last = torch.cat([torch.arange(stop - count, stop) for stop, count in some])
+    return q[last], k, v, doutput[last]
+
+
+def ends_oracle(tensors, lengths: tuple[int, ...], rows: tuple[int, ...]) -> list[Tensor]:
+    """output, lse, dq, dk, dv of the last rows of each document, over all its keys, causal."""
+    *qkv, doutput = tensors
+    before = torch.ones(len(doutput), dtype=torch.bool)
+    for stop, count in zip(accumulate(lengths), rows):
+        before[stop - count : stop] = False
+    no_gradient = (*qkv, doutput.masked_fill(before[:, None, None], 0))
+    output, lse, dq, dk, dv = oracle(no_gradient, lengths, True)
+    return [output[~before], lse[~before], dq[~before], dk, dv]
+
+
+def run_ends(block: Block, tensors, lengths, rows, device: str = "cpu") -> list[Tensor]:
+    """What the block leaves in memory for rows that have more keys, masks aligned at the last."""
+    qkv, doutput = split(ends_of(tensors, lengths, rows), device)
+    borders = (tuple(accumulate(some, initial=0)) for some in (rows, lengths))
+    segments = segments_of(next(borders), torch.device(device), CAUSAL, next(borders))
+    dtype, scale = block.result_dtype(qkv.q.dtype), qkv.q.shape[-1] ** -0.5
+    wide = torch.promote_types(dtype, torch.float32)
+    lse = torch.empty(*qkv.q.shape[1::-1], dtype=wide, device=device).T
+    out = Partial(torch.empty_like(doutput, dtype=dtype), lse)
+    block.forward_to(out, qkv, segments, scale=scale)
+    gradients = QKV(*(torch.empty_like(x, dtype=dtype) for x in qkv))
+    merged = Partial(out.output.to(qkv.q.dtype), lse)
+    block.backward_to(gradients, doutput, merged, qkv, segments, scale=scale)
+    return [x.cpu() if x is lse else x.to(qkv.q.dtype).cpu() for x in (*out, *gradients)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"), [((9,), (4,)), ((9, 1, 6), (1, 1, 6)), ((3, 8), (2, 8))]
+)
+def test_last_rows_of_documents_in_place(lengths, rows) -> None:
+    tensors = random_tensors(sum(lengths), 4, 2, 5, torch.float64, 3)
+    actual = run_ends(BLOCKS["eager"], tensors, lengths, rows)
+    assert_all_equal(actual, ends_oracle(tensors, lengths, rows))
 
 
 @pytest.mark.parametrize("heads", HEADS)

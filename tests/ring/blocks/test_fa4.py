@@ -25,9 +25,11 @@ from ring.reference import dense_attention
 from tests.closeness import assert_equal_to_rounding
 from tests.ring.blocks.test_blocks import (
     RECTANGLES,
+    ends_oracle,
     rectangle,
     rectangle_oracle,
     run_dense,
+    run_ends,
     run_side_by_side,
     run_varlen,
     skip_unless_it_serves,
@@ -239,6 +241,16 @@ def test_results_go_where_they_are_told_to(
     assert stand_ins.in_place == (["forward", "backward"] if fit else [])
 
 
+@pytest.mark.parametrize(("lengths", "rows"), [((9,), (4,)), ((9, 1, 6), (1, 1, 6))])
+@pytest.mark.parametrize("dims", [(64, 64), (64, 40)])
+def test_last_rows_of_documents(stand_ins: StandIns, dims, lengths, rows) -> None:
+    tensors = random_tensors(sum(lengths), 4, 2, dims[0], torch.float64, dims[1])
+    actual = run_ends(BLOCKS["fa4"], tensors, lengths, rows)
+    assert_all_equal(actual, ends_oracle(tensors, lengths, rows))
+    count = len(lengths)
+    assert stand_ins.calls == [("forward", count), ("backward", count)]
+
+
 GPU = Operands(torch.device("cuda"), torch.bfloat16, 64, 64)
 
 
@@ -288,6 +300,19 @@ class TestOnGpu:
             terms = cancelling_terms(tensors, lengths, causal)
             expected = oracle(tensors, lengths, causal)
             assert_all_within_budget(actual, expected, honest, torch.bfloat16, terms=terms)
+
+    @pytest.mark.parametrize("dims", [(128, 128), (72, 40)])
+    @pytest.mark.parametrize(
+        ("lengths", "rows"), [((900,), (300,)), ((900, 1, 257), (513, 1, 257))]
+    )
+    def test_last_rows_of_documents_in_place(self, dims, lengths, rows) -> None:
+        skip_unless_it_serves("fa4", *dims)
+        tensors = random_tensors(sum(lengths), 8, 1, dims[0], torch.bfloat16, dims[1])
+        honest, actual = (
+            run_ends(BLOCKS[name], tensors, lengths, rows, "cuda") for name in ("eager", "fa4")
+        )
+        expected = ends_oracle(tensors, lengths, rows)
+        assert_all_within_budget(actual, expected, honest, torch.bfloat16)
 
     def test_two_runs_have_the_same_bits_where_asked(self) -> None:
         skip_unless_it_serves("fa4", 128, 128)

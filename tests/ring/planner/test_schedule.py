@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -86,6 +87,29 @@ def check_exchanges(layout: SequenceLayout, schedules: list[RingSchedule]) -> No
     assert sum(home, Counter()) == users
 
 
+def pairs_of(tile: KVTile, schedule: RingSchedule, held: list[int], buffer: list[int]):
+    """(query, key) positions of a tile; ``held`` and ``buffer`` are those of the rank's tokens."""
+    of_rectangle = range(*schedule.rows[tile.rectangle])
+    rows, seen = range(*tile.rows), tile.window
+    assert set(rows) <= set(of_rectangle)
+    assert len(rows)
+    assert schedule.slides or rows == of_rectangle
+    assert tile.keys
+    assert len((*tile.own, *tile.keys)) == 1 or not seen.slides
+    columns = [held[s] for s in expand(tile.own)] + [buffer[s] for s in expand(tile.keys)]
+    if tile.whole:
+        columns += [held[s] for s in rows]
+        seen = schedule.window
+    assert len(columns) == tile.num_keys
+    ahead = len(columns) - len(rows)
+    for i, t in enumerate(rows):
+        low = i + ahead - seen.left if seen.left >= 0 else 0
+        high = i + ahead + seen.right if seen.right >= 0 else len(columns)
+        found = [s for j, s in enumerate(columns) if low <= j <= high]
+        assert found  # kernels fault on rows without keys
+        yield from ((held[t], s) for s in found)
+
+
 def check_schedule(
     layout: SequenceLayout, causal: bool, rule: StageRule = RULE, window: Window = EVERYTHING
 ) -> None:
@@ -97,41 +121,42 @@ def check_schedule(
     def sees(t: int, s: int) -> bool:
         return (s <= t or not causal) and t - left <= s <= t + right
 
+    def within(fragments: list[RowRange], held: list[int]) -> list[tuple[int, int]]:
+        tokens = ([held[i] for i in range(*some)] for some in fragments)
+        return [(t, s) for some in tokens for t in some for s in some if sees(t, s)]
+
     document = [
         n for n in range(len(layout.borders) - 1) for _ in range(*layout.borders[n : n + 2])
     ]
     for rank, schedule in enumerate(schedules):
         held = expand(layout.runs(rank))  # pack position of each token of the rank
-        pairs = []
-        for fragment in layout.fragments(rank):
-            tokens = held[fragment.offset : fragment.offset + fragment.stop - fragment.start]
-            pairs += [(t, s) for t in tokens for s in tokens if sees(t, s)]
-        kv_buffers = [expand(stage.keys) for stage in schedule.stages]
-        tiles = [(tile, held) for tile in schedule.own_tiles]
-        tiles += [
-            (t, kv_buffer)
-            for stage, kv_buffer in zip(schedule.stages, kv_buffers)
-            for t in stage.tiles
+        fragments = [
+            RowRange(fragment.offset, fragment.offset + fragment.stop - fragment.start)
+            for fragment in layout.fragments(rank)
         ]
+        kv_buffers = [expand(stage.keys) for stage in schedule.stages]
+
+        tiles = [(tile, held) for tile in schedule.own_tiles]
+        grouped = list(tiles)
+        for stage, kv_buffer in zip(schedule.stages, kv_buffers):
+            tiles += [(tile, kv_buffer) for tile in stage.tiles]
+            grouped += [(tile, kv_buffer) for group in stage.groups for tile in group]
         with_tiles = {t.rectangle for stage in schedule.stages for t in stage.tiles}
         if not schedule.slides and rule.most_joined >= layout.num_tokens:
             assert all(tile.rectangle not in with_tiles for tile in schedule.own_tiles)
-        for (rectangle, where, keys, seen, own, _), buffer in tiles:
-            of_rectangle = range(*schedule.rows[rectangle])
-            assert set(range(*where)) <= set(of_rectangle)
-            assert where.length
-            assert window.slides or list(range(*where)) == list(of_rectangle)
-            assert keys
-            assert len((*own, *keys)) == 1 or not seen.slides
-            rows = range(*where)
-            columns = [held[s] for s in expand(own)] + [buffer[s] for s in expand(keys)]
-            ahead = len(columns) - len(rows)
-            for i, t in enumerate(rows):
-                low = i + ahead - seen.left if seen.left >= 0 else 0
-                high = i + ahead + seen.right if seen.right >= 0 else len(columns)
-                found = [s for j, s in enumerate(columns) if low <= j <= high]
-                assert found  # kernels fault on rows without keys
-                pairs += [(held[t], s) for s in found]
+        pairs = within(fragments, held)
+        pairs += [pair for tile, buffer in tiles for pair in pairs_of(tile, schedule, held, buffer)]
+        borders = schedule.borders_within
+        alone = [
+            RowRange(rows.start + start, rows.start + stop)
+            for rows in schedule.alone
+            for start, stop in pairwise(borders[rows])
+        ]
+        assert set(alone) <= set(fragments)
+        by_groups = within(alone, held)
+        for tile, buffer in grouped:
+            by_groups += pairs_of(tile, schedule, held, buffer)
+        assert sorted(by_groups) == sorted(pairs)
         real = {
             start + i
             for start, length in zip(layout.document_starts, layout.document_lengths)

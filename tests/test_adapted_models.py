@@ -6,7 +6,6 @@ parameter. Each adapted model trains over ranks as it does on one.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
@@ -151,64 +149,6 @@ def test_adapted_models_train_as_on_one_rank(adaptation: str, hows: list[str]) -
             for name, grad in expected.items():
                 what = f"gradient of {name}, {how} on rank {rank}"
                 assert_equal_to_rounding(actual[name], grad, what=what)
-
-
-def refusals_on_rank() -> dict[str, str]:
-    """What models that a tool cannot take, or not twice, answer to it."""
-    topology = ExpertTopology(2, ep=2)
-    groups = groups_of(topology)
-    batch = pack_batch([[4], [4]], dp_rank=dist.get_rank(), num_ranks=1, order="contiguous")
-
-    def model(device: str = "cpu") -> HybridModel:
-        return HybridModel(CONFIG, groups=groups, device=device)
-
-    def scaled() -> nn.Module:
-        return scaled_experts(model())
-
-    def experts_alone() -> nn.Module:
-        alone = model().requires_grad_(False)
-        for layer in alone.layers:
-            layer.moe.experts.requires_grad_(True)
-        return alone
-
-    under_ddp, under_fsdp = model(), model()
-    wrapper = apply_ddp(under_ddp, groups)
-    apply_fsdp(under_fsdp, topology)
-    answers = {}
-    for name, use in {
-        "DDP of scaled experts": lambda: DistributedDataParallel(scaled())(torch.arange(4), batch),
-        "distribute_experts of scaled ones": lambda: distribute_experts(scaled(), topology),
-        "apply_fsdp of scaled ones": lambda: apply_fsdp(scaled(), topology),
-        "apply_fsdp on meta": lambda: apply_fsdp(model("meta"), topology),
-        "apply_ddp again": lambda: apply_ddp(under_ddp, groups),
-        "apply_ddp of experts alone": lambda: apply_ddp(experts_alone(), groups),
-        "copy of apply_ddp's wrapper": lambda: copy.deepcopy(wrapper),
-        "apply_ddp after apply_fsdp": lambda: apply_ddp(under_fsdp, groups),
-        "reduce_gradients after apply_ddp": lambda: reduce_gradients(under_ddp),
-        "reduce_gradients after apply_fsdp": lambda: reduce_gradients(under_fsdp),
-    }.items():
-        with pytest.raises(ValueError) as error:
-            use()
-        answers[name] = str(error.value)
-    return answers
-
-
-def test_tools_refuse_what_they_would_get_wrong() -> None:
-    for answers in run_on_ranks(refusals_on_rank, 2):
-        for name, message in {
-            "DDP of scaled experts": "must not hold experts that are split",
-            "distribute_experts of scaled ones": "layers.0.moe.experts.w2 must be a parameter",
-            "apply_fsdp of scaled ones": "layers.0.moe.experts.w2 must be a parameter",
-            "apply_fsdp on meta": "got parameters on meta",
-            "apply_ddp of experts alone": "model must have dense parameters that train",
-            "apply_ddp again": "model must not be under apply_ddp or apply_fsdp already",
-            "copy of apply_ddp's wrapper": "the module of a wrapper must be copied",
-            "apply_ddp after apply_fsdp": "model must not be under apply_ddp or apply_fsdp already",
-            "reduce_gradients after apply_ddp": "leave reduce_gradients out",
-            "reduce_gradients after apply_fsdp": "leave reduce_gradients out",
-        }.items():
-            assert message in answers.pop(name), name
-        assert not answers
 
 
 def unfrozen(model: HybridModel) -> None:

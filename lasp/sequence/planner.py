@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from lasp._core.checks import check_part, check_positive, check_sizes, check_sizes_or_none, integers
-from lasp.sequence.fold import WorkIndex
+from lasp.sequence.fold import DOCUMENT_PAIRS, WorkIndex
 from lasp.sequence.layout import Order, SequenceLayout
 
 # document_zigzag is for data that comes so: to pad every document never pays.
@@ -121,7 +121,7 @@ def layout_costs(
 
 def _cost(layout: SequenceLayout, model: CostModel) -> LayoutCost:
     ranks = range(layout.num_ranks)
-    index = WorkIndex(layout.borders, model.window)
+    index = WorkIndex(layout.borders, model.window, DOCUMENT_PAIRS)
     work = [sum(index.between(*run) for run in layout.runs(rank)) for rank in ranks]
     # A (query, key) pair costs 4 d floating-point operations a query head: q k^T and p v.
     flop = max(work) * 4 * model.query_heads * model.head_dim

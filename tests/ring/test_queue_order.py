@@ -169,6 +169,7 @@ def test_parts_in_place_around_the_stages(rule: StageRule) -> None:
         for lengths, order in zip(PACKS, ORDERS * len(PACKS))
         if len(lengths) > 2
     ]
+    layouts.append(SequenceLayout((9, 30, 5, 60), 3, "fold"))
     cases = [(random_tensors(sum(x.document_lengths), 4, 2, 4, torch.float64), x) for x in layouts]
     rule = rule._replace(call_pairs=1, call_rows=1)
     results = run_on_ranks(in_place_on_world, 3, cases, rule)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from lasp.sequence.fold import DOCUMENT_PAIRS, WorkIndex
 from lasp.sequence.layout import SequenceLayout
 from tests.lasp.distributions import document_lengths as distribution
 
@@ -22,13 +23,31 @@ def test_the_distributions_are_what_they_say(name: str, documents: int, longest:
     assert {sum(pack) for pack in packs} == {2**20}
 
 
+def works_of(layout: SequenceLayout) -> list[int]:
+    """Pairs of each rank, and ``DOCUMENT_PAIRS`` for each document that begins there."""
+    index = WorkIndex(layout.borders, document_pairs=DOCUMENT_PAIRS)
+    ranks = range(layout.num_ranks)
+    return [sum(index.between(*run) for run in layout.runs(rank)) for rank in ranks]
+
+
+def test_short_documents_count_beside_their_pairs() -> None:
+    """One document of half the tokens, and short ones that cost more than their few pairs."""
+    layout = SequenceLayout((8192, *(32,) * 256), 2, "fold")
+    begun = [sum(f.start == 0 for f in layout.fragments(rank)) for rank in (0, 1)]
+    pairs, works = [layout.work(0), layout.work(1)], works_of(layout)
+    assert sum(works) == sum(pairs) + 257 * DOCUMENT_PAIRS
+    assert [a - b for a, b in zip(works, pairs)] == [n * DOCUMENT_PAIRS for n in begun]
+    assert max(works) / statistics.mean(works) <= 1.03
+    assert max(pairs) / statistics.mean(pairs) <= 1.2
+
+
 @pytest.mark.parametrize("name", ["A", "B", "C"])
 def test_fold_is_balanced_with_few_runs(name: str) -> None:
     for num_ranks in (4, 8, 16, 32, 64, 128, 256):
         means = []
         for seed in range(5):
             layout = SequenceLayout(distribution(name, 2**20, seed), num_ranks, "fold")
-            works = [layout.work(rank) for rank in range(num_ranks)]
+            works = works_of(layout)
             runs = [len(layout.runs(rank)) for rank in range(num_ranks)]
             assert max(works) / statistics.mean(works) <= 1.03
             assert max(runs) <= 5

@@ -78,7 +78,12 @@ class Way(NamedTuple):
 
 
 def build(
-    case: Case, groups: ExpertGroups, machine: Machine, *, on_device: bool = False
+    case: Case,
+    groups: ExpertGroups,
+    machine: Machine,
+    *,
+    on_device: bool = False,
+    static_shapes: bool = False,
 ) -> ExpertParallelMoE:
     """A layer whose gate reads a token's experts off its first features.
 
@@ -86,7 +91,8 @@ def build(
     for the experts of a GPU. With ``on_device`` they are drawn where they are, on each rank others.
     """
     device = "meta" if on_device else machine.device
-    layer = ExpertParallelMoE(case.config, groups=groups, device=device, dtype=machine.dtype)
+    config = replace(case.config, static_shapes=static_shapes)
+    layer = ExpertParallelMoE(config, groups=groups, device=device, dtype=machine.dtype)
     if on_device:
         layer.to_empty(device=machine.device)
     with torch.no_grad():

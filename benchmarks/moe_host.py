@@ -10,7 +10,8 @@ device. Their bound is what the experts' matrix products alone cost the host, me
 ``forward_ms`` and ``both_ms`` are the times of a call among many behind each other, of more tokens,
 from a device that is idle to a device that is idle. Their bound is the time in which at least one
 kernel or copy of such a call runs, on any stream, read from a trace. The GPU is idle for the rest:
-it waits for the host.
+it waits for the host. ``static shapes, one CUDA graph`` is the layer with ``static_shapes``, whose
+calls are captured once and replayed: the host queues one graph.
 
 On a CPU the times until a call returns are those of its products, and no trace is read.
 
@@ -32,7 +33,7 @@ from benchmarks.timing import host_us, hosts_us
 from benchmarks.trace_parts import covered, kernels
 from moe_parallel import ExpertGroups, ExpertParallelMoE, TokenOrder
 
-NAME, OURS = "moe_host", "lasp"
+NAME, OURS, GRAPH = "moe_host", "lasp", "lasp, static shapes, one CUDA graph"
 ROUNDS = 200  # calls of which each begins on an idle device
 TRACED = 10
 
@@ -64,7 +65,9 @@ def forward_of(layer: ExpertParallelMoE, tokens: int) -> harness.Forward:
     return lambda x: layer(x, token_order=order).output
 
 
-def calls(case: Case, layer: ExpertParallelMoE, machine: Machine) -> dict[str, Callable[[], None]]:
+def calls(
+    case: Case, layer: ExpertParallelMoE, machine: Machine
+) -> dict[str, Callable[[], object]]:
     """Forward, and forward and backward, by direction."""
     forward, parameters = forward_of(layer, case.tokens), tuple(layer.parameters())
     x, grad = inputs(case, machine)
@@ -100,15 +103,34 @@ def measure_host(case: Case, layer: ExpertParallelMoE, machine: Machine) -> Iter
 def measure_wall(case: Case, layer: ExpertParallelMoE, machine: Machine) -> Iterator[Row]:
     """Rows of the time of calls behind each other, beside that of their kernels."""
     row = partial(harness.row, NAME, facts(case))
-    for direction, call in calls(case, layer, machine).items():
-        wall = [us / 1e3 for us in host_us(call, wait=True)]
-        found = row(OURS, f"{direction}_ms", wall, "ms")
-        if machine.device == "cuda":
-            found |= {"bound": busy_ms(call), "bound_name": "kernels alone"}
-        yield found
+    ways = {OURS: calls(case, layer, machine)}
+    if machine.device == "cuda":
+        static = build(case, ExpertGroups(), machine, on_device=True, static_shapes=True)
+        ways[GRAPH] = {name: captured(f) for name, f in calls(case, static, machine).items()}
+    for name, some in ways.items():
+        for direction, call in some.items():
+            wall = [us / 1e3 for us in host_us(call, wait=True)]
+            found = row(name, f"{direction}_ms", wall, "ms")
+            if machine.device == "cuda":
+                found |= {"bound": busy_ms(call), "bound_name": "kernels alone"}
+            yield found
 
 
-def busy_ms(call: Callable[[], None]) -> float:
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """What replays a call as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        call()
+    return graph.replay
+
+
+def busy_ms(call: Callable[[], object]) -> float:
     """For how long the device runs something for a call, among calls behind each other."""
 
     def many() -> None:

@@ -146,22 +146,22 @@ class TestOnGpu:
         assert_all_within_budget(actual, expected, honest, torch.bfloat16)
 
     @pytest.mark.parametrize(("rows", "keys"), [(300, 1100), (1100, 300), (130, 130)])
-    def test_rectangles(self, block: str, window, rows: int, keys: int) -> None:
+    def test_rectangles(self, block: str, window: tuple[int, int], rows: int, keys: int) -> None:
         """The last row stands at the last key; every row sees some."""
         skip_unless_it_serves(block, 64, 64, slides=True)
         # One side of a tile is limited, the limit hides some key, and no row is without keys.
-        left, right = min(window.left, keys - 2), window.right
-        window = Window(left) if left >= 0 else Window(right=max(right, rows - keys))
+        left, right = min(window[0], keys - 2), window[1]
+        seen = Window(left) if left >= 0 else Window(right=max(right, rows - keys))
         torch.manual_seed(0)
         q, k, v = (torch.randn(n, 4, 64, device="cuda") for n in (rows, keys, keys))
         do, results = torch.randn_like(q).bfloat16(), []
         qkv = QKV(*(x.bfloat16() for x in (q, k, v)))
         for name, dtype in (("eager", torch.float64), ("eager", torch.bfloat16), (block, None)):
             some = QKV(*(x.to(dtype or x.dtype) for x in qkv))
-            output, lse = BLOCKS[name].forward(some, window=window, scale=0.125)
+            output, lse = BLOCKS[name].forward(some, window=seen, scale=0.125)
             merged = Partial(output.to(some.q.dtype), lse)
             gradients = BLOCKS[name].backward(
-                do.to(some.q.dtype), merged, some, window=window, scale=0.125
+                do.to(some.q.dtype), merged, some, window=seen, scale=0.125
             )
             results.append([x.cpu() for x in (output, lse, *gradients)])
         expected, honest, actual = results

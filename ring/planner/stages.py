@@ -39,10 +39,10 @@ class StageRule(NamedTuple):
             30 ns forward and 75 ns backward, at 1/21 and 1/8 ns a pair, with FlashAttention-4 on an
             H200 and 64 heads of 128.
         call_pairs: (query, key) pairs that a rank computes in the time that one more call of a
-            backward costs, its launches and its last, half empty wave: 65 us at 500 TFLOP/s and
-            64 heads of 128, as measured with FlashAttention-4 on an H200.
-        call_rows: rows whose merge, second pass of a backward and sum of dq take as long as one
-            more call: 55 ns a row there.
+            backward costs, its launches and its last, half empty wave: 130 us at 500 TFLOP/s and
+            64 heads of 128. With FlashAttention-4 on an H200 it was 80 and 185 us.
+        call_rows: fewer rows are not worth a gap in those of the local attention: their merge, the
+            second pass of a backward and the sum of dq, 55 ns a row there, take less than a call.
     """
 
     max_stages: int = 4
@@ -51,7 +51,7 @@ class StageRule(NamedTuple):
     chain_gain: float = 1.25
     most_joined: int = 65536
     row_pairs: int = 600
-    call_pairs: int = 1_000_000
+    call_pairs: int = 2_000_000
     call_rows: int = 1024
 
 

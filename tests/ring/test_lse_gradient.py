@@ -18,7 +18,14 @@ from ring.reference import dense_attention
 from tests.closeness import assert_equal_to_rounding, assert_within_budget
 from tests.ranks import run_on_ranks
 from tests.ring.blocks.test_blocks import skip_unless_it_serves
-from tests.ring.cases import ORDERS, cancelling_terms, random_tensors, rank_device
+from tests.ring.cases import (
+    ORDERS,
+    WHOLE,
+    cancelling_terms,
+    planned_by,
+    random_tensors,
+    rank_device,
+)
 
 PACKS = ((16,), (5, 1, 10), (0, 4, 0, 7, 1), (37, 1, 2))
 HEADS = ((4, 2), (3, 1), (2, 2))
@@ -61,7 +68,9 @@ def assert_all_equal(actual, expected) -> None:
 
 def on_world(cases) -> list[list[Tensor]]:
     where: dict[str, Any] = {"cp_group": dist.group.WORLD, "device": rank_device()}
-    return [gradients(*case, rank=dist.get_rank(), **where, **kwargs) for *case, kwargs in cases]
+    rank = dist.get_rank()
+    with planned_by(WHOLE):
+        return [gradients(*case, rank=rank, **where, **kwargs) for *case, kwargs in cases]
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -26,6 +26,7 @@ from tests.ring.cases import (
     ORDERS,
     PACKS,
     RULES,
+    WHOLE,
     assert_all_equal,
     assert_all_within_budget,
     forward_backward,
@@ -55,13 +56,14 @@ def on_ranks(cases, num_ranks: int, backend: str = "gloo") -> list[list[Tensor]]
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_output_and_gradients_in_float64(num_ranks: int, order, causal: bool) -> None:
-    """Every pack by two rules; over orders and masks it meets all of them."""
+    """Every pack by three rules; over orders and masks it meets all of them."""
     cases = []
     for index, lengths in enumerate(PACKS):
         tensors = random_tensors(sum(lengths), *HEADS[index % len(HEADS)], 4, torch.float64)
         layout = SequenceLayout(lengths, num_ranks, order)
         first = (index + ORDERS.index(order) + len(ORDERS) * causal) % 4
         cases += [(tensors, layout, rule, {"causal": causal}) for rule in RULES[first::4]]
+        cases.append((tensors, layout, WHOLE, {"causal": causal, "block": "eager"}))  # in place
     for (tensors, layout, _, _), actual in zip(cases, on_ranks(cases, num_ranks)):
         assert_all_equal(actual, oracle(tensors, layout.document_lengths, causal))
 
@@ -84,7 +86,8 @@ def test_lower_precision_within_the_error_of_one_eager_rank(dtype, causal: bool)
 def test_bits_are_the_same_in_two_runs(rule: StageRule, dtype) -> None:
     tensors = random_tensors(120, 4, 2, 8, dtype)
     layout = SequenceLayout((100, 20), 4, "fold")
-    first, second = on_ranks([(tensors, layout, rule, {})] * 2, 4)
+    options = {"block": "eager"} if rule is WHOLE else {}
+    first, second = on_ranks([(tensors, layout, rule, options)] * 2, 4)
     for name, a, b in zip(NAMES, first, second, strict=True):
         assert torch.equal(a, b), name
 

@@ -21,6 +21,9 @@ DOCUMENTS = ("#d9d9d9", "#8c8c8c", "#bdbdbd")
 SUBSCRIPTS = "₀₁₂₃"
 INK, PALE = "#222222", "#f2f2f2"
 LENGTHS, NUM_RANKS = (11, 1, 20), 4
+DRAWN = (
+    1024  # tokens that the drawing of orders shows as one: work of documents as long as in training
+)
 
 
 class Drawing:
@@ -81,24 +84,21 @@ def layout() -> Drawing:
     for name, (start, stop), fill in zip("ABC", pairwise(borders), DOCUMENTS):
         width = (stop - start) * token
         drawing.box(left + start * token, 24, width, high, fill, name)
+    shares: list[str] = []
     for row, order in enumerate(("contiguous", "zigzag", "fold")):
         y = 84 + row * 46
         drawing.text(8, y + 22, order)
-        layout = SequenceLayout(LENGTHS, NUM_RANKS, order)
+        layout = SequenceLayout(tuple(DRAWN * n for n in LENGTHS), NUM_RANKS, order)
         for rank in range(NUM_RANKS):
             for run in layout.runs(rank):
-                width = (run.stop - run.start) * token
-                drawing.box(left + run.start * token, y, width, high, RANKS[rank], str(rank))
-    work = {
-        order: max(
-            NUM_RANKS * SequenceLayout(LENGTHS, NUM_RANKS, order).work(r) for r in range(NUM_RANKS)
-        )
-        / sum(SequenceLayout(LENGTHS, NUM_RANKS, order).work(r) for r in range(NUM_RANKS))
-        for order in ("contiguous", "zigzag", "fold")
-    }
-    busiest = ", ".join(f"{order} {share:.2f}" for order, share in work.items())
+                start, stop = run.start / DRAWN * token, run.stop / DRAWN * token
+                drawing.box(left + start, y, stop - start, high, RANKS[rank], str(rank))
+        work = [layout.work(rank) for rank in range(NUM_RANKS)]
+        shares.append(f"{order} {NUM_RANKS * max(work) / sum(work):.2f}")
     drawing.text(8, 238, "Numbers are ranks; a stretch without a gap is a run.")
-    drawing.text(8, 255, f"Attention work of the busiest rank, times the mean: {busiest}.")
+    drawing.text(
+        8, 255, f"Attention work of the busiest rank, times the mean: {', '.join(shares)}."
+    )
     return drawing
 
 

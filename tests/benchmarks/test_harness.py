@@ -35,8 +35,8 @@ def test_the_commands_of_the_rows_still_work() -> None:
     assert checked == {
         "generation", "host_time", "hybrid_layers", "hybrid_train", "kept_activations",
         "lasp_ranks", "lasp_wire", "lightning_decode", "lightning_kernels", "lightning_layer",
-        "lightning_length", "moe_against_tp", "moe_overlap", "needle", "ring_host", "ring_kinds",
-        "ring_length", "ring_packed", "state_hop",
+        "lightning_length", "moe_against_tp", "moe_host", "moe_overlap", "needle", "ring_host",
+        "ring_kinds", "ring_length", "ring_packed", "state_hop",
     }  # fmt: skip
 
 

@@ -263,14 +263,13 @@ class ExpertParallelMoE(nn.Module):
             else:
                 chosen = partial(self.experts.chosen_gemm, dtype=x_TM.dtype)
                 sent = kept_rows(routing, config, mesh, token_order, groups_for, chosen)
-            wait, kept, total = sent.wait, sent.kept, sent.total
+            wait, kept, total, order = sent.wait, sent.kept, sent.total, sent.order
             if config.max_rows is not None and not config.static_shapes:
                 wait, kept = partial(checked_rows, wait, config.max_rows, mesh), None
             dispatch = self.dispatcher.start_call(
                 wait, sent.groups, most_rows=sent.most, like=x_TM, kept=kept, impl=impl
             )
-            order, place = sent.order, dispatch.place
-            dispatch.static, dispatch.ends = config.static_shapes, order.ends
+            dispatch.static, dispatch.ends, place = config.static_shapes, order.ends, dispatch.place
             order = order if place is None else replace(order, place=place)
             rows = permute(x_TM, order, impl)  # while the host may wait for the counts
         if with_loss and dispatch.early:

@@ -213,13 +213,29 @@ def lightning_attention(
             in dtype, shapes, rates, layout or options in their first call on the group.
         lasp.state_exchange.ExchangeError: if a rank is gone, see ``lasp._core.failure``.
     """
-    if type(output_final_state) is not bool:
-        check_flags(output_final_state=output_final_state)  # type: ignore[unreachable]
+    eps = _default_eps(q) if state_eps is None else state_eps
+    settings = Settings(layout, cp_group, scale, exchange, output_final_state, eps)
+    return _computed(impl, q, k, v, rates, initial_state, settings)
+
+
+def _default_eps(q: Tensor) -> float:
+    return 2.0**-61 if q.dtype == torch.float64 else 2.0**-32
+
+
+def _computed(
+    impl: Impl,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    initial_state: Tensor | None,
+    settings: Settings,
+) -> LightningOutput:
+    """By whom ``impl`` chooses."""
+    if type(settings.output_final_state) is not bool:
+        check_flags(output_final_state=settings.output_final_state)  # type: ignore[unreachable]
     q, k, v = autocast_inputs(q, k, v)
     check_qkv(q, k, v)
-    if state_eps is None:
-        state_eps = 2.0**-61 if q.dtype == torch.float64 else 2.0**-32
-    settings = Settings(layout, cp_group, scale, exchange, output_final_state, state_eps)
     if chosen_impl(impl, q.device, q.dtype, unserved(q, v)) == "eager":
         return _attend(q, k, v, rates, initial_state, settings)
     from lasp.lightning.triton.torch_ops import attend  # which checks the rest when it runs

@@ -138,9 +138,8 @@ def shard_batch(
                 f" padding, got {list(values.shape)}: is this the PackedSequence of this batch?"
             )
         cut[name] = layout.shard(values, cp_rank, dim=1)
-    for values in of_tokens.values():
-        cut["position_ids"] = layout.position_ids(cp_rank, values.device).unsqueeze(0)
-        break
+    if device := next((values.device for values in of_tokens.values()), None):
+        cut["position_ids"] = layout.position_ids(cp_rank, device).unsqueeze(0)
     return cut
 
 

@@ -150,3 +150,13 @@ def test_alone_nobody_is_asked() -> None:
         check_order(EXAMPLE, 6, None, torch.device("cpu"))
     with pytest.raises(ValueError, match="must name the 4 rows of hidden on rank 0"):
         check_order(TokenOrder.contiguous([3]), 4, None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("drop_policy", "same"), [("position", True), ("probability", False)])
+def test_an_order_that_ranks_compare_is_made_for_one_call(drop_policy: str, same: bool) -> None:
+    """It remembers that they did: one that comes back would be compared by some ranks alone."""
+    config = MoEConfig(16, 8, 4, 2, capacity_factor=1.0, drop_policy=drop_policy)
+    layer, rows = ExpertParallelMoE(config), torch.zeros(6, 16)
+    first, second = (layer.agreed_order(rows, None) for _ in range(2))
+    assert first == second
+    assert (first is second) is same

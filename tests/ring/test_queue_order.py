@@ -209,6 +209,18 @@ def test_a_gradient_of_the_lse_that_takes_a_second_call_is_written_too() -> None
         assert torch.equal(written, found)
 
 
+def test_rows_that_are_written_have_their_gradients_of_the_lse() -> None:
+    """A block that takes them is given those of its rows."""
+    q, k, v, doutput = random_tensors(8, 2, 1, 4, torch.float64)
+    dlse, some, block = torch.randn(8, 2, dtype=torch.float64), slice(2, 6), Mock()
+    part, segments = QKV(q[some], k[some], v[some]), segments_of((0, 4), q.device, CAUSAL)
+    rows = RowGradients(block, doutput, dlse, Partial(q, q[..., 0]), 1.0)
+    rows.write(some, segments, part, QKV(*map(torch.empty_like, part)))
+    assert torch.equal(block.with_dlse.call_args.args[0], dlse[some])
+    block.with_dlse.return_value.backward_to.assert_called_once()
+    block.backward_to.assert_not_called()
+
+
 def test_a_block_that_does_not_write_in_place_gets_no_memory() -> None:
     q, k, v, doutput = random_tensors(8, 2, 1, 4, torch.float64)
     rows = RowGradients(RecordingBlock([]), doutput, None, Partial(q, q[..., 0]), 1.0)

@@ -32,10 +32,21 @@ def test_fragments_that_go_with_all_their_keys() -> None:
     assert found(most_joined=49) == set()
 
 
-@pytest.mark.parametrize(("pairs_per_token", "whole"), [(17, True), (18, False)])
-def test_other_fragments_hide_the_first_transfer(pairs_per_token: int, whole: bool) -> None:
-    """Rank 1 has 12 rows of a document, 78 pairs, and one of 210 pairs; 12 tokens come."""
-    layout = SequenceLayout((20, 24, 20), 2, "contiguous")
+@pytest.mark.parametrize(
+    ("lengths", "pairs_per_token", "whole"),
+    [
+        # Rank 1 has 12 rows of a document, 78 pairs, and one of 210 pairs; 12 tokens come.
+        ((20, 24, 20), 17, True),
+        ((20, 24, 20), 18, False),
+        # It has 8 rows of a document, 36 pairs, and 300 pairs of one of which it sends 24 tokens.
+        ((28, 12, 56), 12, True),
+        ((28, 12, 56), 13, False),
+    ],
+)
+def test_other_fragments_hide_the_first_transfer(
+    lengths: tuple[int, ...], pairs_per_token: int, whole: bool
+) -> None:
+    layout = SequenceLayout(lengths, sum(lengths) // 32, "contiguous")
     rule = StageRule(1, 1, pairs_per_token, row_pairs=0, call_pairs=1, call_rows=1)
     (stage,) = plan_ring(layout, 1, True, rule).stages
     assert [tile.whole for group in stage.groups for tile in group] == [whole]

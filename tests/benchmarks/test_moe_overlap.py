@@ -168,4 +168,4 @@ def test_the_page_says_what_the_rows_say() -> None:
     root = Path(__file__).parents[2]
     page = (root / "docs" / "moe.md").read_text()
     assert report.rewrite(page, report.read_runs(root / report.RESULTS)) == page
-    assert [place[1] for place in report.PLACE.findall(page)] == ["moe_overlap"]
+    assert [place[1] for place in report.PLACE.findall(page)] == ["moe_overlap", "moe_host"]

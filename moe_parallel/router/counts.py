@@ -230,7 +230,7 @@ class HostTokenCounts:
         parts = {name: part for name, part in told.items() if part is not None}
         self._widths = {name: part.shape[1] for name, part in parts.items()}
         message = counts.assigned if len(parts) == 1 else counts.message
-        if message is None:  # not gathered as one, or some can be dropped
+        if message is None or not self.dropless:
             message = torch.cat([*parts.values()], dim=1)
         return to_host(message)
 

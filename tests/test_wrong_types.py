@@ -167,7 +167,7 @@ WRONG: dict[str, list[Any]] = {
     **{"negative": [-1], "not finite": [math.nan, -math.inf]},
 }
 SAID_BY_TORCH = {"device", "dtype", "pad_value", "on_step"}
-# Of calls that are warm: torch and Python say it, unasked.
+# Warm calls do not check these: torch or Python says what is wrong.
 WARM = {("ring_attention", "block"), ("step", "slots"), ("forward", "timeline")}
 ANY_INTEGER = {"seed"}
 NAMES = {"activations", "block", "policy"}  # texts, of which some are offered

@@ -81,7 +81,7 @@ def sent_on_rank(case: moe_overlap.Case) -> list[int]:
 
 
 def overlapped_on_rank() -> float:
-    """Of a trace that begins with a barrier; the second rank hides less."""
+    """The trace begins with a barrier; the second rank hides less."""
     stop = 6.0 - dist.get_rank()
 
     def kernels(call: Any) -> list[Span]:

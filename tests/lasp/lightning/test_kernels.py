@@ -201,10 +201,11 @@ def test_state_eps_leaves_decayed_tokens_out_of_states() -> None:
     x = torch.randn(64, 1, 32, device=DEVICE)
     rates = torch.tensor([0.25], device=DEVICE)
 
-    def run(eps: float) -> Tensor:
+    def run(eps: float | None) -> Tensor:
         with small_blocks():
             return lightning_attention(x, x, x, rates, impl="triton", state_eps=eps).output
 
+    assert torch.equal(run(0.0), run(None))  # by default 2^-32
     assert torch.equal(run(0.0), run(2.0**-32))  # exp(-0.25 * 32) is far above
     assert torch.equal(run(0.0)[:32], run(0.1)[:32])
     assert not torch.equal(run(0.0)[32:], run(0.1)[32:])
